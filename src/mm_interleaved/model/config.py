@@ -1,0 +1,434 @@
+"""One tree of settings for the whole model, with three presets: `release`, `small` and `debug`.
+
+Every size in the network follows from this tree. The parts that exist elsewhere keep their own configuration:
+`text_config` is any transformers decoder (Llama, Mistral, Qwen2, Qwen3), `vision_config` is a CLIP vision tower, and
+`image_decoder.unet`, `.vae`, `.scheduler` are diffusers configurations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+
+SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass
+class MMFSConfig:
+    """One multi-modal feature synchronizer: deformable attention into the maps of earlier pictures."""
+
+    hidden_size: int  # width of the sampled values, over all heads
+    levels: list[int]  # sides of the maps it reads, fine to coarse
+    num_heads: int = 16
+    num_points: int = 8  # sampling points per head and picture, shared by all levels
+    base_size: int | None = None  # offsets count in 1/base_size of the picture's side; None: side of the query map
+    max_images: int = 50  # rows of the relative-position table; row 0 is never used
+    offset_init: float = 3.0  # offset biases start uniform in +-offset_init
+
+
+@dataclass
+class AdapterConfig:
+    """The ViT adapter: a convolutional stem exchanging features with the CLIP layers."""
+
+    stem_channels: int = 64  # channels of the stem; the three stages after it have 2, 4 and 4 times as many
+    num_heads: int = 16
+    num_points: int = 4
+    value_ratio: float = 0.5  # width of the attention values relative to the vision width
+    mlp_ratio: float = 0.25
+    num_extra_extractors: int = 2  # further extractors after the last interaction
+
+
+@dataclass
+class ResamplerConfig:
+    """A query transformer that turns any number of feature vectors into `num_queries` vectors."""
+
+    num_queries: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int = 3072
+    cross_attention_every: int = 1
+    qk_norm: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-12
+
+
+@dataclass
+class ImageDecoderConfig:
+    """The diffusion decoder: resampler, UNet with synchronizers, VAE and noise schedule."""
+
+    image_size: int  # side of the decoded picture in pixels
+    unet: dict[str, Any]  # diffusers UNet2DConditionModel
+    vae: dict[str, Any]  # diffusers AutoencoderKL
+    scheduler: dict[str, Any]  # diffusers DDPMScheduler
+    resampler: ResamplerConfig
+    mmfs: MMFSConfig
+    unconditional_probability: float = 0.1  # share of training pictures that lose their context (guidance)
+    vae_batch_size: int = 32  # pictures encoded by the VAE at a time
+    previous_images: int = 1  # how many earlier pictures of the document the UNet looks at
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent map."""
+        return self.image_size // 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    def skip_shapes(self) -> list[tuple[int, int]]:
+        """(channels, side) of every UNet skip connection in order, then of the mid block's output."""
+        channels, layers = self.unet["block_out_channels"], self.unet["layers_per_block"]
+        side = self.latent_size
+        shapes = [(channels[0], side)]
+        for index, width in enumerate(channels):
+            shapes += [(width, side)] * layers
+            if index < len(channels) - 1:
+                side //= 2
+                shapes.append((width, side))
+        return [*shapes, (channels[-1], side)]
+
+
+_PARTS: dict[str, type] = {
+    "adapter": AdapterConfig,
+    "visual_resampler": ResamplerConfig,
+    "mmfs": MMFSConfig,
+    "image_decoder": ImageDecoderConfig,
+}
+_NESTED: dict[type, dict[str, type]] = {ImageDecoderConfig: {"resampler": ResamplerConfig, "mmfs": MMFSConfig}}
+
+
+def _build(cls: type, value: Any, name: str) -> Any:
+    """`value` as a `cls`, naming an unknown or a missing key."""
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"config: '{name}' must be a mapping or {cls.__name__}, not {type(value).__name__}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in value:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
+            raise ValueError(f"config: '{name}' has no key '{key}'{hint}")
+    for key, spec in known.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and key not in value:
+            raise ValueError(f"config: '{name}' lacks the key '{key}'")
+    inner = _NESTED.get(cls, {})
+    return cls(**{k: _build(inner[k], v, f"{name}.{k}") if k in inner else v for k, v in value.items()})
+
+
+# Which parameters stay as they are in training: regular expressions, matched at the start of a parameter's name.
+RELEASE_FROZEN = [
+    r"language_model\.(?!.*\.synchronizer\.)",
+    r"lm_head\.head\.",
+    r"visual_tokenizer\.encoder\.(embeddings|pre_layernorm|layers)\.",
+    r"image_decoder\.vae\.",
+    r"image_decoder\.unet\.synchronizers\..*\.ignore_token",
+]
+
+
+class MMInterleavedConfig(PreTrainedConfig):
+    """Configuration of `MMInterleaved`.
+
+    Attributes:
+        text_config: a transformers decoder; its `vocab_size` includes the new tokens.
+        vision_config: the CLIP vision tower.
+        adapter, visual_resampler, mmfs, image_decoder: see the dataclasses of this module.
+        mmfs_every: every how many decoder layers look at the pictures, from layer 0 on.
+        mmfs_implementation: "fast" (exact, the default) or "reference" (the published formula, slow).
+        max_context_length: longest context of a picture in tokens (the table of context positions).
+        num_new_tokens: tokens at the end of the vocabulary that have their own trainable head rows.
+        frozen: regular expressions of the parameters that are not trained.
+        loss_text_weight, loss_image_weight: weights of the two losses.
+        normalize_image_loss: divide the image loss by the pictures that count instead of by all (release: all).
+        isolate_documents: let self-attention see only its own document in a packed row (release: no).
+
+    Raises:
+        ValueError: a key is unknown or missing, or two sizes do not fit; the message names them.
+    """
+
+    model_type = "mm_interleaved"
+    sub_configs: ClassVar[dict] = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
+
+    text_config: Any = None
+    vision_config: Any = None
+    adapter: Any = None
+    visual_resampler: Any = None
+    mmfs: Any = None
+    image_decoder: Any = None
+    mmfs_every: int = 4
+    mmfs_implementation: str = "fast"
+    max_context_length: int = 2048
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 31999
+    soi_token_id: int = 32000
+    image_token_id: int = 32001
+    num_new_tokens: int = 2
+    frozen: Any = None
+    loss_text_weight: float = 1.0
+    loss_image_weight: float = 10.0
+    normalize_image_loss: bool = False
+    isolate_documents: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:  # transformers builds empty configurations to find the defaults
+            return super().__post_init__(**kwargs)
+        if isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        if isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**self.vision_config)
+        for name, cls in _PARTS.items():
+            setattr(self, name, _build(cls, getattr(self, name), name))
+        self.frozen = list(RELEASE_FROZEN if self.frozen is None else self.frozen)
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+        return None
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the vision tower's patch grid."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def pyramid_sides(self) -> list[int]:
+        """Sides of the four feature maps of a picture, fine to coarse."""
+        grid = self.grid_size
+        return [4 * grid, 2 * grid, grid, grid // 2]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Visual tokens per picture."""
+        return self.visual_resampler.num_queries
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary with the new tokens."""
+        return self.text_config.vocab_size
+
+    def _check_sizes(self) -> None:
+        text, vision, decoder = self.text_config, self.vision_config, self.image_decoder
+        sides = self.pyramid_sides
+        heads = {"mmfs": self.mmfs, "image_decoder.mmfs": decoder.mmfs}
+        checks = [
+            (text.model_type in SUPPORTED_DECODERS, f"text_config.model_type '{text.model_type}' is not one of "
+             f"{', '.join(SUPPORTED_DECODERS)}"),
+            (vision.image_size % vision.patch_size == 0, "vision_config.image_size must be a multiple of patch_size"),
+            (self.grid_size % 2 == 0, f"the patch grid must have an even side, not {self.grid_size}"),
+            (vision.num_hidden_layers % 4 == 0, "vision_config.num_hidden_layers must be a multiple of 4 (one group "
+             f"per interaction), not {vision.num_hidden_layers}"),
+            (set(self.mmfs.levels) <= set(sides), f"mmfs.levels {self.mmfs.levels} are not among the picture's maps "
+             f"{sides}"),
+            (decoder.mmfs.levels == sides, f"image_decoder.mmfs.levels must be all the picture's maps {sides}, not "
+             f"{decoder.mmfs.levels}"),
+            (decoder.resampler.hidden_size == decoder.unet["cross_attention_dim"], "image_decoder.resampler."
+             f"hidden_size {decoder.resampler.hidden_size} must equal the UNet's cross_attention_dim "
+             f"{decoder.unet['cross_attention_dim']}"),
+            (decoder.latent_size % 2 ** (len(decoder.unet["block_out_channels"]) - 1) == 0, "image_decoder.image_size "
+             f"{decoder.image_size} gives latents of side {decoder.latent_size}, which the UNet cannot halve evenly"),
+            (decoder.previous_images < decoder.mmfs.max_images, "image_decoder.previous_images must be smaller than "
+             "image_decoder.mmfs.max_images"),
+            (self.mmfs_implementation in ("fast", "reference"), "mmfs_implementation must be 'fast' or 'reference', "
+             f"not '{self.mmfs_implementation}'"),
+            (max(self.soi_token_id, self.image_token_id) < text.vocab_size, "the image tokens lie outside the "
+             f"vocabulary of {text.vocab_size}"),
+        ]  # fmt: skip
+        checks += [
+            (m.hidden_size % m.num_heads == 0, f"{name}.hidden_size {m.hidden_size} is not a multiple of num_heads "
+             f"{m.num_heads}") for name, m in heads.items()
+        ]  # fmt: skip
+        for holds, message in checks:
+            if not holds:
+                raise ValueError(f"config: {message}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as plain data."""
+        tree = super().to_dict()
+        for name in _PARTS:
+            part = tree.get(name)
+            tree[name] = dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part
+        return tree
+
+    @classmethod
+    def preset(cls, name: str) -> MMInterleavedConfig:
+        """The preset `release`, `small` or `debug`.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset '{name}'; there are {', '.join(PRESETS)}")
+        return cls(**PRESETS[name]())
+
+
+# What SD-2.1-base says in its scheduler file, as the original reads it: DDPM with PNDM's values (spec/model 5.7).
+SD_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+def _release() -> dict[str, Any]:
+    """The published 13B model: Vicuna-13B, CLIP ViT-L/14, SD-2.1-base."""
+    return {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 32002,
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+        },
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+        "adapter": {},
+        "visual_resampler": {
+            "num_queries": 64,
+            "hidden_size": 768,
+            "num_layers": 12,
+            "num_heads": 12,
+            "cross_attention_every": 2,
+            "qk_norm": True,
+            "hidden_dropout": 0.1,
+            "attention_dropout": 0.1,
+        },
+        "mmfs": {"hidden_size": 1024, "levels": [32, 16, 8], "base_size": 16},
+        "image_decoder": {
+            "image_size": 512,
+            "unet": {
+                "sample_size": 64,
+                "block_out_channels": [320, 640, 1280, 1280],
+                "layers_per_block": 2,
+                "attention_head_dim": [5, 10, 20, 20],
+                "cross_attention_dim": 1024,
+                "use_linear_projection": True,
+            },
+            "vae": _vae([128, 256, 512, 512], 768),
+            "scheduler": dict(SD_SCHEDULER),
+            "resampler": {"num_queries": 77, "hidden_size": 1024, "num_layers": 1, "num_heads": 16},
+            "mmfs": {"hidden_size": 1024, "levels": [64, 32, 16, 8], "max_images": 10, "offset_init": 1.0},
+        },
+    }
+
+
+def _vae(channels: list[int], sample_size: int, groups: int = 32, latent_channels: int = 4) -> dict[str, Any]:
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "layers_per_block": 2,
+        "latent_channels": latent_channels,
+        "norm_num_groups": groups,
+        "sample_size": sample_size,
+        "scaling_factor": 0.18215,
+    }
+
+
+def _small() -> dict[str, Any]:
+    """About 14 M parameters, pictures of 128 px; meant for a laptop CPU."""
+    return {
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 2050,
+            "hidden_size": 224,
+            "intermediate_size": 608,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 7,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+        },
+        "vision_config": {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "image_size": 112,
+            "patch_size": 14,
+        },
+        "adapter": {"stem_channels": 16, "num_heads": 8},
+        "visual_resampler": {
+            "num_queries": 16,
+            "hidden_size": 128,
+            "num_layers": 4,
+            "num_heads": 4,
+            "intermediate_size": 512,
+            "cross_attention_every": 2,
+            "qk_norm": True,
+        },
+        "mmfs": {"hidden_size": 128, "levels": [16, 8, 4], "num_heads": 8, "num_points": 4, "base_size": 8},
+        "image_decoder": {
+            "image_size": 128,
+            "unet": {
+                "sample_size": 16,
+                "block_out_channels": [64, 96, 128, 128],
+                "layers_per_block": 2,
+                "attention_head_dim": [2, 3, 4, 4],
+                "cross_attention_dim": 128,
+                "use_linear_projection": True,
+                "norm_num_groups": 16,
+            },
+            "vae": _vae([32, 48, 64, 64], 128, groups=16),
+            "scheduler": dict(SD_SCHEDULER),
+            "resampler": {
+                "num_queries": 24, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
+            },
+            "mmfs": {
+                "hidden_size": 128, "levels": [32, 16, 8, 4], "num_heads": 8, "num_points": 4, "max_images": 10,
+                "offset_init": 1.0,
+            },
+        },
+        "max_context_length": 2048,
+        "pad_token_id": 3,
+        "soi_token_id": 2048,
+        "image_token_id": 2049,
+        "frozen": [r"image_decoder\.vae\.", r"image_decoder\.unet\.synchronizers\..*\.ignore_token"],
+    }  # fmt: skip
+
+
+def _debug() -> dict[str, Any]:
+    """For tests: every part present, built in well under a second."""
+    tree = _small()
+    tree["text_config"] |= {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    tree["vision_config"] |= {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56,
+    }  # fmt: skip
+    tree["adapter"] = {"stem_channels": 8, "num_heads": 4}
+    tree["visual_resampler"] |= {
+        "num_queries": 4, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32,
+    }  # fmt: skip
+    tree["mmfs"] = {"hidden_size": 16, "levels": [8, 4, 2], "num_heads": 4, "num_points": 2, "base_size": 4}
+    tree["mmfs_every"] = 2
+    decoder = tree["image_decoder"]
+    decoder["image_size"] = 32
+    decoder["unet"] |= {
+        "sample_size": 8, "block_out_channels": [16, 24, 32, 32], "cross_attention_dim": 32, "norm_num_groups": 8,
+    }  # fmt: skip
+    decoder["vae"] = _vae([8, 16, 16], 32, groups=8)
+    decoder["resampler"] |= {"num_queries": 6, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    decoder["mmfs"] |= {"hidden_size": 16, "levels": [16, 8, 4, 2], "num_heads": 4, "num_points": 2}
+    tree["max_context_length"] = 512
+    return tree
+
+
+PRESETS = {"release": _release, "small": _small, "debug": _debug}

@@ -1,0 +1,287 @@
+"""The image decoder: the context before a picture becomes the picture.
+
+    context ──► resampler ──► conditions ──► UNet (with earlier pictures through MMFS) ──► latents ──► VAE ──► picture
+
+Training learns to predict the noise in the latents of the true picture (DDPM, arXiv 2006.11239, eq. 14); sampling runs the
+diffusion backwards with classifier-free guidance (arXiv 2207.12598), whose unconditional half swaps the conditions for a
+learned `negative_prompt` but sees the same earlier pictures.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import promote
+from .config import ImageDecoderConfig
+from .resampler import Resampler
+from .unet import EarlierImages, MMFSUNet
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timestep) to the predicted noise
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all pictures of a call, or one per picture
+
+
+@dataclass
+class DiffusionDraws:
+    """The random numbers of one training step of the image decoder.
+
+    Attributes:
+        unconditional: [pictures] uniform in [0, 1); below `unconditional_probability` a picture loses its context.
+        posterior: [pictures, latent channels, side, side] normal, for the VAE's posterior.
+        noise: [pictures, latent channels, side, side] normal, what the UNet has to find.
+        timesteps: [pictures] integers in [0, num_train_timesteps).
+    """
+
+    unconditional: Tensor
+    posterior: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+    def to(self, device: torch.device) -> DiffusionDraws:
+        """The same draws on another device."""
+        return DiffusionDraws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass
+class ImageSettings:
+    """How pictures are drawn.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: strength of classifier-free guidance; at most 1: off, and half the work.
+        num_candidates: pictures drawn for each request, with seeds `seed`, `seed + 1`, ...
+        seed: seed of the first candidate's noise.
+        scheduler: name of a diffusers scheduler class; the release samples with ancestral DDPM.
+        unconditional_sees_images: whether the unconditional half of guidance sees earlier pictures (release: yes).
+        preview_every: give a preview of the picture every so many steps; 0: never.
+        batch_size: pictures drawn at a time. Pictures that share one generator get other noise with another value.
+    """
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    num_candidates: int = 1
+    seed: int = 42
+    scheduler: str = "DDPMScheduler"
+    unconditional_sees_images: bool = True
+    preview_every: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "num_candidates", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.preview_every < 0:
+            raise ValueError(f"preview_every must not be negative, but is {self.preview_every}")
+        find_scheduler(self.scheduler)
+
+
+def find_scheduler(name: str) -> type[SchedulerMixin]:
+    """The diffusers scheduler class of that name.
+
+    Raises:
+        ValueError: diffusers has no such scheduler.
+    """
+    cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise ValueError(f"scheduler '{name}' is not a diffusers scheduler; try DDPMScheduler, DDIMScheduler, "
+                         "DPMSolverMultistepScheduler or UniPCMultistepScheduler")  # fmt: skip
+    return cls
+
+
+@dataclass
+class DenoisingStep:
+    """State after one denoising step.
+
+    Attributes:
+        index, total: the step's number from 1, and how many there are.
+        timestep: diffusion time of the step.
+        latents: [pictures, latent channels, side, side] after the step.
+        prediction: the noise prediction of the step, after guidance.
+        preview: [pictures, 3, image_size, image_size] in [0, 1], or None when no preview was due.
+    """
+
+    index: int
+    total: int
+    timestep: int
+    latents: Tensor
+    prediction: Tensor
+    preview: Tensor | None = None
+
+
+class LearnedTokens(nn.Module):
+    """A learned tensor of tokens, as a module so that offloading can bring it in when it is called."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(*shape))
+
+    def reset_parameters(self) -> None:
+        """All zero; a model made from base components overwrites it with what belongs there."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self) -> Tensor:
+        """The tokens."""
+        return self.weight
+
+
+class ImageDecoder(nn.Module):
+    """Resampler, UNet and VAE with the training loss and the sampling loop."""
+
+    def __init__(self, config: ImageDecoderConfig, context_size: int, feature_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.resampler = Resampler(config.resampler, context_size)
+        self.negative_prompt = LearnedTokens(1, config.resampler.num_queries, config.resampler.hidden_size)
+        self.unet = MMFSUNet(config, feature_size)
+        self.vae = AutoencoderKL(**config.vae)
+
+    @cached_property
+    def scheduler(self) -> DDPMScheduler:
+        """The noise schedule. Made on first use, because a model may be constructed without real memory."""
+        return DDPMScheduler(**self.config.scheduler)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which conditions and UNet compute."""
+        return self.unet.conv_in.weight.dtype
+
+    def latent_shape(self, num_images: int) -> tuple[int, int, int, int]:
+        """Shape of the latents of `num_images` pictures."""
+        side = self.config.latent_size
+        return (num_images, self.config.vae["latent_channels"], side, side)
+
+    def draw(self, num_images: int, generator: torch.Generator | None = None) -> DiffusionDraws:
+        """Draws for one training step, in the release's order (and on the generator's device)."""
+        device = generator.device if generator is not None else None
+        shape = self.latent_shape(num_images)
+        unconditional = torch.rand(num_images, generator=generator, device=device)
+        size = self.config.vae_batch_size
+        posterior = [
+            torch.randn(min(size, num_images - i), *shape[1:], generator=generator, device=device)
+            for i in range(0, num_images, size)
+        ]
+        noise = torch.randn(shape, generator=generator, device=device)
+        last = self.config.scheduler["num_train_timesteps"]
+        timesteps = torch.randint(0, last, (num_images,), generator=generator, device=device)
+        return DiffusionDraws(unconditional, torch.cat(posterior) if posterior else noise, noise, timesteps)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents of `images` [pictures, 3, size, size] in [0, 1], sampled from the posterior with `noise`."""
+        dtype = self.vae.dtype
+        parts = []
+        for batch, draw in zip(images.split(self.config.vae_batch_size), noise.split(self.config.vae_batch_size), strict=True):
+            posterior = self.vae.encode((2 * batch - 1).to(dtype)).latent_dist
+            parts.append(posterior.mean + posterior.std * draw.to(dtype))
+        return torch.cat(parts) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [pictures, 3, size, size] in [0, 1], float32, out of scaled latents."""
+        dtype = self.vae.dtype
+        parts = [self.vae.decode((part / self.vae.config.scaling_factor).to(dtype)).sample
+                 for part in latents.split(self.config.vae_batch_size)]  # fmt: skip
+        return (torch.cat(parts).to(promote(dtype)) / 2 + 0.5).clamp(0, 1)
+
+    def loss(
+        self,
+        context: Tensor,
+        context_mask: Tensor,
+        earlier: EarlierImages,
+        images: Tensor,
+        draws: DiffusionDraws,
+        image_loss_mask: Tensor | None = None,
+        normalize: bool = False,
+    ) -> Tensor:
+        """Mean squared error of the predicted noise.
+
+        Args:
+            context: [pictures, length, context width], projected, with positions.
+            context_mask: [pictures, length]; a picture with at most two context tokens (`<s>`, SOI) does not count.
+            earlier: the earlier pictures of each.
+            images: [pictures, 3, image_size, image_size] in [0, 1].
+            draws: the random numbers.
+            image_loss_mask: [pictures] weights; None: all 1.
+            normalize: divide by the pictures that count; else by all of them (spec/model 5.6).
+
+        Returns:
+            A scalar in float32.
+        """
+        latents = self.encode(images, draws.posterior).to(self.dtype)
+        noise = draws.noise.to(latents)
+        conditions = self.resampler(context, context_mask)
+        dropped = draws.unconditional < self.config.unconditional_probability
+        conditions = torch.where(dropped[:, None, None], self.negative_prompt(), conditions)
+        noisy = self.scheduler.add_noise(latents, noise, draws.timesteps)
+        prediction = self.unet(noisy, draws.timesteps, conditions, earlier)
+        target = noise
+        if self.scheduler.config.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, draws.timesteps)
+        work = promote(self.dtype)
+        error = F.mse_loss(prediction.to(work), target.to(work), reduction="none").mean((1, 2, 3))
+        weight = (context_mask.sum(1) > 2).to(work)
+        if image_loss_mask is not None:
+            weight = weight * image_loss_mask
+        return (error * weight).sum() / (weight.sum().clamp(min=1) if normalize else len(weight))
+
+    @torch.no_grad()
+    def denoise(
+        self, conditions: Tensor, earlier: EarlierImages, settings: ImageSettings, generators: Generators
+    ) -> Iterator[DenoisingStep]:
+        """Run the diffusion backwards, one step at a time.
+
+        Args:
+            conditions: [pictures, tokens, cross_attention_dim] from `resampler`.
+            earlier: the earlier pictures, one group for each picture drawn.
+            settings: steps, guidance, scheduler.
+            generators: source of the initial and the step noise; one generator draws for all pictures together.
+        """
+        scheduler = find_scheduler(settings.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(settings.num_inference_steps, device=conditions.device)
+        generators = list(generators) if isinstance(generators, Sequence) else generators
+        extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        guided = settings.guidance_scale > 1
+        predict = self._guided(conditions, earlier, settings) if guided else self._plain(conditions, earlier)
+
+        work = promote(self.dtype)
+        latents = randn_tensor(self.latent_shape(len(conditions)), generators, conditions.device, work)
+        latents = latents * scheduler.init_noise_sigma
+        total = len(scheduler.timesteps)
+        for index, timestep in enumerate(scheduler.timesteps, 1):
+            scaled = scheduler.scale_model_input(latents, timestep)
+            prediction = predict(scaled.to(self.dtype), timestep).to(work)
+            due = settings.preview_every and index % settings.preview_every == 0 and index < total
+            preview = self.decode(self._clean(scaled, prediction, timestep)) if due else None
+            latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+            yield DenoisingStep(index, total, int(timestep), latents, prediction, preview)
+
+    def _plain(self, conditions: Tensor, earlier: EarlierImages) -> Predict:
+        earlier = self.unet.prepare(earlier)
+        return lambda latents, timestep: self.unet(latents, timestep, conditions, earlier)
+
+    def _guided(self, conditions: Tensor, earlier: EarlierImages, settings: ImageSettings) -> Predict:
+        negative = self.negative_prompt().to(conditions).expand(len(conditions), -1, -1)
+        both = torch.cat([negative, conditions])
+        twice = self.unet.prepare(earlier.for_guidance(settings.unconditional_sees_images))
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            without, with_context = self.unet(torch.cat([latents, latents]), timestep, both, twice).chunk(2)
+            return without + settings.guidance_scale * (with_context - without)
+
+        return predict
+
+    def _clean(self, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The latents without the predicted noise (DDPM eq. 15), for previews."""
+        alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep.long().cpu()].to(latents)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return alpha.sqrt() * latents - (1 - alpha).sqrt() * prediction
+        return (latents - (1 - alpha).sqrt() * prediction) / alpha.sqrt()

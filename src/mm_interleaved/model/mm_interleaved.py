@@ -1,0 +1,318 @@
+"""The whole wiring of MM-Interleaved: tensors in, tensors out.
+
+    pixels ──► visual tokenizer ──► visual tokens ──┐ (into the text at the image tokens)
+                    │ pyramid                       ▼
+                    ├──────────── MMFS ──────► language model ──► text logits
+                    │                               │ hidden states up to <begin-of-image>, reversed
+                    └──────────── MMFS ──────► image decoder ──► picture
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..ops import promote
+from .config import MMInterleavedConfig
+from .image_decoder import DiffusionDraws, ImageDecoder, LearnedTokens
+from .language_model import ImageMemory, build_language_model, image_memory, synchronizers
+from .layout import ImagePositions, document_mask, find_images, previous_images, reversed_context, visible_images
+from .mmfs import VisibleImages
+from .positions import PositionTable
+from .unet import EarlierImages
+from .visual_tokenizer import VisualFeatures, VisualTokenizer
+
+
+@dataclass
+class MMInterleavedOutput(ModelOutput):
+    """Result of `MMInterleaved.forward`.
+
+    Attributes:
+        loss: weighted sum of the losses that were computed; None without labels and without targets.
+        loss_txt: mean cross-entropy over the labelled tokens.
+        loss_img: mean squared error of the predicted noise.
+        logits: [batch, length, vocab] in float32, on request.
+        last_hidden_state: [batch, length, width] after the decoder's last norm.
+    """
+
+    loss: Tensor | None = None
+    loss_txt: Tensor | None = None
+    loss_img: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class TextHead(nn.Module):
+    """Text logits: a head over the whole vocabulary, plus trainable rows for the new tokens at its end."""
+
+    def __init__(self, width: int, vocab_size: int, num_new: int) -> None:
+        super().__init__()
+        self.num_new = num_new
+        self.head = nn.Linear(width, vocab_size)
+        self.new = nn.Linear(width, num_new)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New tokens start at a logit of -100 + 95 = -5, so that a fresh model does not emit them."""
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.new.weight)
+        nn.init.constant_(self.new.bias, 95.0)
+        nn.init.constant_(self.head.bias[-self.num_new :], -100.0)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., width] to [..., vocab]."""
+        logits = self.head(hidden)
+        old, new = logits.split([logits.shape[-1] - self.num_new, self.num_new], dim=-1)
+        return torch.cat([old, new + self.new(hidden)], dim=-1)
+
+
+class MMInterleavedModel(PreTrainedModel):
+    """Reads and writes rows of text and pictures, as tensors. `MMInterleaved` adds generation on top."""
+
+    config_class = MMInterleavedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ("MMFSDecoderLayer", "ViTAdapter", "Resampler", "ResnetBlock2D", "UNetSynchronizer")
+    _keep_in_fp32_modules_strict = ("image_decoder.vae",)
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: MMInterleavedConfig) -> None:
+        super().__init__(config)
+        width, vision_width = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.visual_tokenizer = VisualTokenizer(config)
+        self.language_model = build_language_model(config)
+        self.lm_head = TextHead(width, config.vocab_size, config.num_new_tokens)
+        self.image_decoder = ImageDecoder(config.image_decoder, width, vision_width)
+        self.context_proj = nn.Linear(width, width)
+        self.context_positions = PositionTable.line(config.max_context_length, width)
+        self.soi_token = LearnedTokens(1, width)
+        self.set_mmfs_implementation(config.mmfs_implementation)
+        self.post_init()
+        frozen = [re.compile(pattern) for pattern in config.frozen]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not any(pattern.match(name) for pattern in frozen))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Each part of this package initialises itself; the library's generic rule would wipe that out."""
+        if module is self:
+            for part in self.modules():
+                if type(part).__module__.startswith("mm_interleaved.") and hasattr(part, "reset_parameters"):
+                    part.reset_parameters()
+
+    def set_mmfs_implementation(self, implementation: str) -> None:
+        """Choose "fast" or "reference" for every synchronizer; both compute the same."""
+        layers = [s.mmfs for s in synchronizers(self.language_model)]
+        for mmfs in [*layers, *(s.mmfs for s in self.image_decoder.unet.synchronizers)]:
+            mmfs.implementation = implementation
+
+    def encode_images(self, pixel_values: Tensor) -> VisualFeatures:
+        """Visual tokens and maps of `pixel_values` [pictures, 3, image_size, image_size] in [0, 1]."""
+        return self.visual_tokenizer(pixel_values.to(self.device))
+
+    def remember(self, pyramid: list[Tensor]) -> ImageMemory:
+        """The pictures as the decoder sees them, with every layer's values projected once (for inference)."""
+        memory = image_memory(self.config, pyramid)
+        memory.prepared = [s.prepare(memory.features) for s in synchronizers(self.language_model)]
+        return memory
+
+    def embed(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
+        """Token embeddings [batch, length, width], with pictures in place and `soi_token` added to every SOI.
+
+        Args:
+            input_ids: [batch, length].
+            image_tokens: [pictures, num_image_tokens, width] in the order of their slots; None: no picture.
+
+        Raises:
+            ValueError: the number of image slots is not num_image_tokens times the number of pictures.
+        """
+        embeds = self.language_model.embed_tokens(input_ids)
+        is_soi = (input_ids == self.config.soi_token_id)[..., None]
+        embeds = torch.where(is_soi, embeds + self.soi_token().to(embeds), embeds)
+        if image_tokens is None:
+            return embeds
+        slots = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)
+        flat = image_tokens.flatten(0, 1).to(embeds)
+        if len(slots[0]) != len(flat):
+            raise ValueError(
+                f"input_ids holds {len(slots[0])} image tokens, but {len(image_tokens)} pictures need {len(flat)} "
+                f"({self.config.num_image_tokens} each)"
+            )
+        return embeds.index_put(slots, flat)
+
+    def decode(
+        self,
+        embeds: Tensor,
+        memory: ImageMemory,
+        images: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Run the language model.
+
+        Args:
+            embeds: [batch, length, width].
+            memory: the pictures.
+            images: [batch, length, slots] pictures each token sees, most recent first, -1 = none.
+            attention_mask: [batch, past + length] 1 = real, or an additive mask [batch, 1, length, length].
+            position_ids: [batch, length]; None: counted from 0.
+            past_key_values: a cache to read and extend; None: none.
+
+        Returns:
+            Hidden states after the last norm, [batch, length, width].
+        """
+        return self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            memory=memory,
+            visible=VisibleImages.build(images.flatten(0, 1), len(memory)),
+        ).last_hidden_state
+
+    def image_context(self, hidden: Tensor, positions: ImagePositions) -> tuple[Tensor, Tensor]:
+        """What the image decoder reads for each picture: its document up to the SOI, reversed (spec/model 5.1).
+
+        Returns:
+            [pictures, longest, width] projected and with positions counted back from the SOI, and the mask
+            [pictures, longest].
+
+        Raises:
+            ValueError: a context is longer than the table of positions.
+        """
+        context, mask = reversed_context(hidden, positions)
+        context = context.masked_fill(mask[..., None] == 0, 0)
+        table = self.context_positions()
+        if context.shape[1] > len(table):
+            raise ValueError(
+                f"the context of a picture has {context.shape[1]} tokens, but the model knows {len(table)} positions "
+                "(max_context_length)"
+            )
+        projected = self.context_proj(context)
+        return projected + table[: context.shape[1]].to(projected), mask
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        labels: Tensor | None = None,
+        target_pixel_values: Tensor | None = None,
+        image_loss_mask: Tensor | None = None,
+        loss_text_weight: float | None = None,
+        loss_image_weight: float | None = None,
+        draws: DiffusionDraws | None = None,
+        generator: torch.Generator | None = None,
+        return_logits: bool | None = None,
+        **kwargs: object,
+    ) -> MMInterleavedOutput:
+        """Losses and logits of a batch. A loss whose weight is 0 is not computed.
+
+        Args:
+            input_ids: [batch, length].
+            attention_mask: [batch, length], 0 at padding; None: no padding.
+            position_ids: [batch, length]; None: 0, 1, 2, ...
+            pixel_values: [pictures, 3, image_size, image_size] in [0, 1], in the order of their SOI tokens.
+            document_starts: [pictures] column of the `<s>` that opens each picture's document; None: its row's start.
+            labels: [batch, length], the token expected at each position, -100 where none is (the shift is done here).
+            target_pixel_values: [pictures, 3, decoder size, decoder size] in [0, 1], what the image decoder shall draw.
+            image_loss_mask: [pictures] weight of each picture in the image loss; None: all 1.
+            loss_text_weight, loss_image_weight: override the configuration's.
+            draws: the random numbers of the image loss; None: drawn from `generator`, or else from PyTorch's own.
+            return_logits: None: only when there is no loss to compute.
+
+        Raises:
+            ValueError: pictures and image tokens do not match.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        features, memory = self._look(pixel_values)
+        positions = self._positions(input_ids, attention_mask, len(memory), document_starts)
+        config = self.config
+        images = visible_images(input_ids, attention_mask, config.bos_token_id, config.soi_token_id)
+        embeds = self.embed(input_ids, features.tokens if features else None)
+        mask = attention_mask
+        if config.isolate_documents:
+            mask = document_mask(input_ids, attention_mask, config.bos_token_id, embeds.dtype)
+        hidden = self.decode(embeds, memory, images, mask, position_ids)
+
+        text_weight = config.loss_text_weight if loss_text_weight is None else loss_text_weight
+        image_weight = config.loss_image_weight if loss_image_weight is None else loss_image_weight
+        loss_txt = self._text_loss(hidden, labels) if labels is not None and text_weight else None
+        loss_img = None
+        if target_pixel_values is not None and len(memory) and image_weight:
+            draws = draws or self.image_decoder.draw(len(memory), generator)
+            loss_img = self._image_loss(hidden, positions, features, target_pixel_values, image_loss_mask, draws)
+        parts = [w * x for w, x in ((text_weight, loss_txt), (image_weight, loss_img)) if x is not None]
+        wants_logits = not parts if return_logits is None else return_logits
+        logits = self.lm_head(hidden) if wants_logits else None
+        return MMInterleavedOutput(
+            loss=sum(parts) if parts else None,
+            loss_txt=loss_txt,
+            loss_img=loss_img,
+            logits=logits.to(promote(logits.dtype)) if wants_logits else None,
+            last_hidden_state=hidden,
+        )
+
+    def _look(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageMemory]:
+        """Features of the pictures, and an (empty, if there are none) memory for the decoder."""
+        if pixel_values is not None and len(pixel_values):
+            features = self.encode_images(pixel_values)
+            return features, image_memory(self.config, features.pyramid)
+        width = self.config.vision_config.hidden_size
+        empty = [self.context_proj.weight.new_zeros(0, width, side, side) for side in self.config.pyramid_sides]
+        return None, image_memory(self.config, empty)
+
+    def _positions(
+        self, input_ids: Tensor, attention_mask: Tensor, num_images: int, document_starts: Tensor | None
+    ) -> ImagePositions:
+        """Where the pictures stand, checked against how many there are."""
+        positions = find_images(input_ids, attention_mask, self.config.soi_token_id, document_starts)
+        found = len(positions.rows)
+        if found != num_images:
+            raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {num_images} pictures")
+        if len(positions.starts) != found:
+            raise ValueError(f"document_starts has {len(positions.starts)} entries for {found} pictures")
+        return positions
+
+    def _text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy over the labelled positions; 0, with a gradient of 0, if there are none."""
+        targets = labels[:, 1:]
+        labelled = targets != -100
+        logits = self.lm_head(hidden[:, :-1][labelled])  # logits only where something is to be learned
+        total = F.cross_entropy(logits.to(promote(logits.dtype)), targets[labelled], reduction="sum")
+        return total / labelled.sum().clamp(min=1)
+
+    def _image_loss(
+        self,
+        hidden: Tensor,
+        positions: ImagePositions,
+        features: VisualFeatures,
+        targets: Tensor,
+        image_loss_mask: Tensor | None,
+        draws: DiffusionDraws,
+    ) -> Tensor:
+        context, mask = self.image_context(hidden, positions)
+        images = previous_images(positions, self.config.image_decoder.previous_images)
+        return self.image_decoder.loss(
+            context,
+            mask,
+            EarlierImages.build(features.pyramid, images),
+            targets.to(self.device),
+            draws.to(self.device),
+            image_loss_mask,
+            self.config.normalize_image_loss,
+        )

@@ -1,0 +1,329 @@
+"""MMFS, the multi-modal feature synchronizer (MM-Interleaved, arXiv 2401.10208, section 3.2).
+
+A query (a text token, a cell of a UNet map) samples the multi-scale maps of the pictures before it. Per query and head,
+for picture i, level l, point p:
+
+    z_i    = W_dyn q + b_dyn + R[r_i]                   r_i: 1 for the most recent visible picture, 2 for the one before...
+    a_ilp  = (W_att z_i + b_att)_lp                     logits;   o_ip = (W_off z_i + b_off)_p   offsets, level-independent
+    w      = softmax over all visible (i, l, p) and one more slot, whose logit is 0 and whose value is `ignore_token`
+    out    = W_out (sum_ilp w_ilp * bilinear(V_il, reference + o_ip / base) + w_ignore * ignore_token) + b_out
+
+The published form (`mmfs_reference`) writes that one slot as n * levels slots of logit -ln(n * levels) and hides pictures
+with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0. `MMFS.forward` is the
+fast form: the query is projected once and not once per picture, invisible pictures are skipped, values come in already
+projected, and for inference the two query projections are folded into one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import deformable_attention, deformable_attention_reference, promote
+from ..ops.deformable import Shapes
+from .config import MMFSConfig
+
+
+@dataclass
+class VisibleImages:
+    """Which pictures each group of queries sees.
+
+    Attributes:
+        images: [groups, slots] indices into the list of pictures, most recent first; -1 where there is none.
+        routes: [pictures, longest] for every picture the positions in `images.view(-1)` that name it, padded with -1.
+    """
+
+    images: Tensor
+    routes: Tensor
+
+    @classmethod
+    def build(cls, images: Tensor, num_images: int) -> VisibleImages:
+        """Sort the entries of `images` [groups, slots] by picture."""
+        flat = images.reshape(-1)
+        entries = (flat >= 0).nonzero()[:, 0]
+        order = torch.argsort(flat[entries], stable=True)
+        entries, picture = entries[order], flat[entries][order]
+        counts = torch.bincount(picture, minlength=num_images)
+        rank = torch.arange(len(entries), device=flat.device) - (counts.cumsum(0) - counts)[picture]
+        longest = int(counts.max()) if len(entries) else 0
+        routes = flat.new_full((num_images, longest), -1)
+        routes[picture, rank] = entries
+        return cls(images, routes)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> VisibleImages:
+        """From a dense mask [batch, queries, n], 1 = visible, where row b owns the pictures b*n to b*n + n - 1.
+
+        There are batch * queries groups of one query each.
+        """
+        batch, queries, n = mask.shape
+        newest_first = mask.bool().flip(-1).view(batch * queries, n)
+        slots = max(int(newest_first.sum(-1).max()), 0) if newest_first.numel() else 0
+        order = torch.argsort(newest_first.int(), dim=-1, descending=True, stable=True)[:, :slots]
+        first = (torch.arange(batch, device=mask.device) * n).repeat_interleave(queries)[:, None]
+        images = torch.where(newest_first.gather(1, order), first + n - 1 - order, -1)
+        return cls.build(images, batch * n)
+
+    def mask(self, num_images: int) -> Tensor:
+        """[groups, num_images], 1 = visible."""
+        pictures = torch.arange(num_images, device=self.images.device)
+        return (self.images[..., None] == pictures).any(1).long()
+
+
+@dataclass
+class FoldedQuery:
+    """W_off and W_att times W_dyn, with the dead rows left out: the query side of MMFS for inference."""
+
+    weight: Tensor  # [heads * points * (2 + levels), query width]
+    bias: Tensor
+    table: Tensor  # [max_images - 1, heads * points * (2 + levels)] contribution of r = 1, 2, ...
+
+
+@dataclass
+class PreparedMMFS:
+    """What one MMFS layer keeps between calls.
+
+    Attributes:
+        values: [pictures, positions, heads, head dim], projected once per picture.
+        folded: the folded query side, or None where the weights are not at hand (offloaded).
+    """
+
+    values: Tensor
+    folded: FoldedQuery | None = None
+
+
+class MMFS(nn.Module):
+    """The synchronizer for queries of width `query_size` into maps of width `feature_size`."""
+
+    def __init__(self, config: MMFSConfig, query_size: int, feature_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.implementation = "fast"
+        heads, points, levels = config.num_heads, config.num_points, len(config.levels)
+        self.dynamic_offset_mask = nn.Linear(query_size, query_size)
+        self.query_relpos = nn.Embedding(config.max_images, query_size)
+        self.sampling_offsets = nn.Linear(query_size, heads * points * 2)
+        # One slot more than points: the release computes an "ignore" logit and then overwrites it with a constant.
+        self.attention_weights = nn.Linear(query_size, heads * levels * (points + 1))
+        self.value_proj = nn.Linear(feature_size, config.hidden_size)
+        self.output_proj = nn.Linear(config.hidden_size, query_size)
+        self.ignore_token = nn.Parameter(torch.zeros(1, 1, 1, config.hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initialisation that training starts from (spec/model 3.1, LLM column)."""
+        for linear in (self.dynamic_offset_mask, self.attention_weights):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        nn.init.trunc_normal_(self.query_relpos.weight, std=0.02)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.uniform_(self.sampling_offsets.bias, -self.config.offset_init, self.config.offset_init)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.ignore_token)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Maps [pictures, positions, features] to values [pictures, positions, heads, head dim]."""
+        return self.value_proj(features).unflatten(-1, (self.config.num_heads, -1))
+
+    def fold(self) -> FoldedQuery | None:
+        """The folded query side; None while the weights are offloaded to another place."""
+        parts = (self.sampling_offsets, self.attention_weights)
+        if any(p.is_meta for p in self.parameters()):
+            return None
+        config, work = self.config, promote(self.value_proj.weight.dtype)
+        rows = []
+        for linear, slots in zip(parts, (2 * config.num_points, config.num_points + 1), strict=True):
+            joined = torch.cat([linear.weight.to(work), linear.bias.to(work)[:, None]], dim=1)
+            rows.append(joined.unflatten(0, (-1, slots))[:, : 2 * config.num_points if linear is parts[0] else -1])
+        joined = torch.cat([part.flatten(0, 1) for part in rows])
+        weight, bias = joined[:, :-1], joined[:, -1]
+        dynamic = self.dynamic_offset_mask
+        dtype = self.value_proj.weight.dtype
+        return FoldedQuery(
+            weight=(weight @ dynamic.weight.to(work)).to(dtype),
+            bias=(weight @ dynamic.bias.to(work) + bias).to(dtype),
+            table=(self.query_relpos.weight[1:].to(work) @ weight.T).to(dtype),
+        )
+
+    def prepare(self, features: Tensor) -> PreparedMMFS:
+        """Everything about `features` [pictures, positions, width] that does not depend on a query."""
+        return PreparedMMFS(self.project(features), self.fold())
+
+    def _separated(self, query: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Offsets and logits of the query, and what each slot adds to them (the linear maps split over the sum z)."""
+        z = self.dynamic_offset_mask(query)
+        recency = self.query_relpos(torch.arange(1, slots + 1, device=query.device))
+        nothing = torch.zeros_like(recency[:1])
+        tables = []
+        for linear in (self.sampling_offsets, self.attention_weights):
+            rows = linear(torch.cat([recency, nothing]))  # linear(0) is the bias; called as a module for offloading
+            tables.append(rows[:-1] - rows[-1:])
+        return self.sampling_offsets(z), self.attention_weights(z), tables[0], tables[1]
+
+    def _query_side(self, query: Tensor, slots: int, folded: FoldedQuery | None) -> tuple[Tensor, Tensor]:
+        """Offsets [groups, queries, heads, slots, points, 2] and logits [..., slots, levels, points], in float32."""
+        config = self.config
+        heads, points, levels = config.num_heads, config.num_points, len(config.levels)
+        split = heads * points * 2
+        if folded is None:
+            offsets, logits, offset_table, logit_table = self._separated(query, slots)
+            per_level = points + 1
+        else:
+            both, table = F.linear(query, folded.weight, folded.bias), folded.table[:slots]
+            offsets, logits = both[..., :split], both[..., split:]
+            offset_table, logit_table = table[:, :split], table[:, split:]
+            per_level = points
+        work = promote(query.dtype)
+        offsets = offsets.to(work)[..., None, :] + offset_table.to(work)
+        logits = logits.to(work)[..., None, :] + logit_table.to(work)
+        offsets = offsets.unflatten(-1, (heads, points, 2)).transpose(2, 3)
+        logits = logits.unflatten(-1, (heads, levels, per_level)).transpose(2, 3)[..., :points]
+        return offsets, logits
+
+    def _locations(self, offsets: Tensor, reference: Tensor, shapes: Shapes, base: int) -> Tensor:
+        """[groups, queries, heads, slots, levels or 1, points, 2] in units of the map's size."""
+        sizes = offsets.new_tensor([[w, h] for h, w in shapes])
+        sides = offsets.new_tensor(self.config.levels)[:, None]
+        scale = sides / base / sizes  # [levels, 2]; the same for all levels when the maps have their nominal size
+        if all(h == w == side for (h, w), side in zip(shapes, self.config.levels, strict=True)):
+            scale = scale.new_full((1, 2), 1 / base)
+        reference = reference.to(offsets.dtype)[:, :, None, None, None, None, :]
+        return reference + offsets[..., None, :, :] * scale[:, None, :]
+
+    def forward(
+        self,
+        query: Tensor,
+        prepared: PreparedMMFS,
+        visible: VisibleImages,
+        shapes: Shapes,
+        reference: Tensor,
+        base: int,
+    ) -> Tensor:
+        """Look at the pictures.
+
+        Args:
+            query: [groups, queries, width]; all queries of a group see the same pictures.
+            prepared: the values of all pictures.
+            visible: the pictures of each group.
+            shapes: (height, width) of every level.
+            reference: [groups or 1, queries, 2] the (x, y) in [0, 1] around which each query samples.
+            base: offsets count in 1/base of the picture's side.
+
+        Returns:
+            [groups, queries, width].
+
+        Raises:
+            ValueError: a query sees more pictures than the relative-position table has rows for.
+        """
+        slots = visible.images.shape[1]
+        if slots >= self.config.max_images:
+            raise ValueError(
+                f"{slots} pictures are visible at once, but this model distinguishes at most "
+                f"{self.config.max_images - 1}; split the document"
+            )
+        ignore = self.ignore_token.view(self.config.num_heads, -1)
+        if slots == 0:
+            constant = self.output_proj(ignore.reshape(-1).to(query.dtype))
+            return constant.expand(*query.shape[:-1], -1)
+        if self.implementation == "reference":
+            return self._forward_reference(query, prepared.values, visible, shapes, reference, base)
+        offsets, logits = self._query_side(query, slots, prepared.folded)
+        hidden = (visible.images < 0)[:, None, None, :, None, None]
+        weights, ignored = softmax_plus_one(logits.masked_fill(hidden, -math.inf))
+        locations = self._locations(offsets, reference, shapes, base)
+        sampled = self._sample(prepared.values, visible, shapes, locations, weights)
+        mixed = sampled.unflatten(-1, ignore.shape) + ignored[..., None] * ignore
+        return self.output_proj(mixed.flatten(2).to(query.dtype))
+
+    def _forward_reference(
+        self, query: Tensor, values: Tensor, visible: VisibleImages, shapes: Shapes, reference: Tensor, base: int
+    ) -> Tensor:
+        """Through the published form: every query weighs every picture, those it does not see with a penalty."""
+        groups, queries, _ = query.shape
+        mask = visible.mask(len(values))[:, None].expand(-1, queries, -1).flatten(0, 1)
+        reference = reference.expand(groups, queries, 2).flatten(0, 1)
+        out, _, _ = mmfs_reference(
+            self, query.flatten(0, 1)[None], values[None], mask[None], shapes, reference[None], base
+        )
+        return out.view(groups, queries, -1)
+
+    def _sample(
+        self, values: Tensor, visible: VisibleImages, shapes: Shapes, locations: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Sum of weighted samples [groups, queries, heads * head dim], picture by picture."""
+        groups, slots = visible.images.shape
+        routes = visible.routes  # [pictures, longest]
+        entry, used = routes.clamp(min=0), routes >= 0
+
+        def by_picture(x: Tensor) -> Tensor:
+            """[groups, queries, heads, slots, ...] to [pictures, longest * queries, heads, ...]."""
+            return x.movedim(3, 1).flatten(0, 1)[entry].flatten(1, 2)
+
+        shares = by_picture(weights) * used.repeat_interleave(weights.shape[1], dim=1)[:, :, None, None, None]
+        taken = deformable_attention(values, shapes, by_picture(locations), shares)
+        taken = taken.to(weights.dtype).reshape(routes.numel(), weights.shape[1], -1)
+        total = taken.new_zeros((groups, *taken.shape[1:]))
+        return total.index_add(0, (entry // slots).reshape(-1), taken)
+
+
+def softmax_plus_one(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last three axes together with one more slot of logit 0.
+
+    Args:
+        logits: [groups, queries, heads, slots, levels, points]; -inf where there is no picture.
+
+    Returns:
+        Weights of the same shape, and the weight of the extra slot [groups, queries, heads].
+    """
+    flat = logits.flatten(-3)
+    both = torch.cat([torch.zeros_like(flat[..., :1]), flat], dim=-1).softmax(-1)
+    return both[..., 1:].view_as(logits), both[..., 0]
+
+
+def mmfs_reference(
+    mmfs: MMFS, query: Tensor, values: Tensor, mask: Tensor, shapes: Shapes, reference: Tensor, base: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The published form, as slow as it is plain; the twin of `MMFS.forward`.
+
+    Args:
+        mmfs: the layer whose parameters are used.
+        query: [batch, queries, width].
+        values: [batch, n, positions, heads, head dim] the pictures of each row.
+        mask: [batch, queries, n] or [batch, n], 1 = visible. A mask of another length than the query counts with its
+            last row only (the release's cached decoding).
+        shapes, base: as in `MMFS.forward`.
+        reference: [batch or 1, queries, 2].
+
+    Returns:
+        Output [batch, queries, width]; locations [batch, queries, heads, n * levels, points, 2]; weights
+        [batch, queries, heads, n * levels, points] without the ignore slots.
+    """
+    config = mmfs.config
+    heads, points, levels = config.num_heads, config.num_points, len(config.levels)
+    batch, length, _ = query.shape
+    mask = mask[:, None].expand(-1, length, -1) if mask.dim() == 2 else mask
+    mask = mask[:, -1:].expand(-1, length, -1) if mask.shape[1] != length else mask
+    n = mask.shape[-1]
+    recency = (mask * (mask.sum(-1, keepdim=True) + 1 - mask.cumsum(-1))).long()
+
+    z = mmfs.dynamic_offset_mask(query)[:, :, None] + mmfs.query_relpos(recency)  # [batch, queries, n, width]
+    offsets = mmfs.sampling_offsets(z).unflatten(-1, (heads, 1, points, 2))
+    logits = mmfs.attention_weights(z).unflatten(-1, (heads, levels, points + 1))
+    logits = logits - 10000.0 * (1 - mask)[..., None, None, None]
+    ignore_slot = torch.full_like(logits[..., :1], -math.log(n * levels))
+    logits = torch.cat([logits[..., :points], ignore_slot], dim=-1)  # [batch, queries, n, heads, levels, points + 1]
+    weights = logits.transpose(2, 3).flatten(3).softmax(-1).view(batch, length, heads, n * levels, points + 1)
+
+    sizes = offsets.new_tensor([[w, h] for h, w in shapes])[:, None]
+    ratio = offsets.new_tensor([side / base for side in config.levels])[:, None, None]
+    locations = reference.to(offsets.dtype)[:, :, None, None, None, None] + offsets * ratio / sizes
+    locations = locations.transpose(2, 3).flatten(3, 4)  # [batch, queries, heads, n * levels, points, 2]
+    sampled = deformable_attention_reference(values.flatten(1, 2), list(shapes) * n, locations, weights[..., :points])
+    ignored = weights[..., points].sum(-1)[..., None] * mmfs.ignore_token.view(heads, -1)
+    return mmfs.output_proj(sampled + ignored.flatten(2)), locations, weights[..., :points]

@@ -1,0 +1,145 @@
+"""Stable Diffusion's UNet, whose skip connections and middle look at earlier pictures through MMFS.
+
+The down path and the middle run as in diffusers; then every skip tensor and the middle's output pass a synchronizer,
+each a residual through a zero-initialised 1x1 convolution; then the up path runs. So the down path never sees a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..ops.deformable import Shapes
+from .config import ImageDecoderConfig
+from .mmfs import MMFS, PreparedMMFS, VisibleImages
+from .positions import PositionTable
+from .vit_adapter import cell_centres
+
+
+@dataclass
+class EarlierImages:
+    """The pictures that the UNet looks at.
+
+    Attributes:
+        features: [pictures, positions, vision width], all four levels one after the other.
+        shapes: (height, width) of every level.
+        visible: which of them each drawn picture sees; a group is one drawn picture.
+        prepared: for every synchronizer what it derived from the features; None: derived anew in each call (training).
+    """
+
+    features: Tensor
+    shapes: Shapes
+    visible: VisibleImages
+    prepared: list[PreparedMMFS] | None = None
+
+    @classmethod
+    def build(cls, pyramid: list[Tensor], images: Tensor) -> EarlierImages:
+        """From maps [pictures, width, side, side] and the pictures each drawing sees [drawings, slots], -1 = none."""
+        features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], dim=1)
+        shapes = [(m.shape[-2], m.shape[-1]) for m in pyramid]
+        return cls(features, shapes, VisibleImages.build(images, len(features)))
+
+    def for_guidance(self, unconditional_sees: bool) -> EarlierImages:
+        """For a batch with the unconditional copy of every drawing first; nothing large is copied."""
+        images = self.visible.images
+        unconditional = images if unconditional_sees else torch.full_like(images, -1)
+        visible = VisibleImages.build(torch.cat([unconditional, images]), len(self.features))
+        return EarlierImages(self.features, self.shapes, visible, self.prepared)
+
+
+class UNetSynchronizer(GradientCheckpointingLayer):
+    """x + conv(MMFS(norm(x) + positions, norm(maps)))."""
+
+    def __init__(self, config: ImageDecoderConfig, channels: int, side: int, feature_size: int) -> None:
+        super().__init__()
+        self.side = side
+        self.query_norm = nn.LayerNorm(channels, eps=1e-6)
+        self.feature_norm = nn.LayerNorm(feature_size, eps=1e-6)
+        self.positions = PositionTable.grid(config.latent_size, channels, resize_to=side)
+        self.mmfs = MMFS(config.mmfs, channels, feature_size)
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """MMFS keeps PyTorch's default weights for its query maps here; the convolution starts at zero."""
+        for linear in (self.mmfs.dynamic_offset_mask, self.mmfs.attention_weights):
+            bound = linear.in_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def prepare(self, features: Tensor) -> PreparedMMFS:
+        """What this synchronizer keeps of `features` [pictures, positions, width]."""
+        return self.mmfs.prepare(self.feature_norm(features))
+
+    def forward(self, x: Tensor, earlier: EarlierImages, prepared: PreparedMMFS | None) -> Tensor:
+        """`x` [drawings, channels, side, side], a group of `earlier.visible` being one drawing."""
+        if earlier.visible.images.shape[1] == 0:  # nobody sees anything: the same vector in every cell
+            query = x.new_zeros(1, 1, x.shape[1])
+        else:
+            query = self.query_norm(x.flatten(2).transpose(1, 2)) + self.positions().to(x.dtype)
+        if prepared is None:
+            prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.features)))
+        centres = cell_centres([self.side], x.device)[None]
+        seen = self.mmfs(query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side)
+        return x + self.conv(seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1)))
+
+
+class MMFSUNet(UNet2DConditionModel):
+    """A diffusers UNet of the Stable Diffusion family with a synchronizer on each skip connection and on the middle."""
+
+    def __init__(self, config: ImageDecoderConfig, feature_size: int) -> None:
+        super().__init__(**config.unet)
+        unsupported = {
+            "class_embed_type": None, "addition_embed_type": None, "encoder_hid_dim_type": None,
+            "center_input_sample": False, "time_cond_proj_dim": None,
+        }  # fmt: skip
+        for key, value in unsupported.items():
+            if self.config[key] != value:
+                raise ValueError(f"config: image_decoder.unet.{key}={self.config[key]!r} is not supported; it must be {value!r}")
+        self.synchronizers = nn.ModuleList(
+            [UNetSynchronizer(config, channels, side, feature_size) for channels, side in config.skip_shapes()]
+        )
+
+    def prepare(self, earlier: EarlierImages) -> EarlierImages:
+        """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
+        prepared = [synchronizer.prepare(earlier.features) for synchronizer in self.synchronizers]
+        return EarlierImages(earlier.features, earlier.shapes, earlier.visible, prepared)
+
+    def forward(self, sample: Tensor, timestep: Tensor, conditions: Tensor, earlier: EarlierImages | None) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            sample: [drawings, latent channels, side, side].
+            timestep: [drawings] or a scalar.
+            conditions: [drawings, tokens, cross_attention_dim].
+            earlier: the earlier pictures; None: the plain UNet.
+
+        Returns:
+            [drawings, latent channels, side, side].
+        """
+        time = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep))
+        sample = self.conv_in(sample)
+        skips = [sample]
+        for block in self.down_blocks:
+            extra = {"encoder_hidden_states": conditions} if getattr(block, "has_cross_attention", False) else {}
+            sample, outputs = block(hidden_states=sample, temb=time, **extra)
+            skips += outputs
+        sample = self.mid_block(sample, time, encoder_hidden_states=conditions)
+
+        if earlier is not None:
+            prepared = earlier.prepared or [None] * len(self.synchronizers)
+            tensors = zip(self.synchronizers, [*skips, sample], prepared, strict=True)
+            *skips, sample = (synchronizer(x, earlier, p) for synchronizer, x, p in tensors)
+
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, taken = skips[:-count], tuple(skips[-count:])
+            extra = {"encoder_hidden_states": conditions} if getattr(block, "has_cross_attention", False) else {}
+            sample = block(hidden_states=sample, temb=time, res_hidden_states_tuple=taken, **extra)
+        return self.conv_out(self.conv_act(self.conv_norm_out(sample)))

@@ -1,0 +1,79 @@
+"""Multi-scale deformable attention: a weighted sum of bilinear samples from feature maps of several sizes.
+
+    out[b, q, h] = sum over levels l, points p of  weights[b, q, h, l, p] * bilinear(value_l[b, :, h], locations[b, q, h, l, p])
+
+Locations are (x, y) in units of the map's width and height; the centre of pixel (i, j) of an H x W map lies at
+((j + 0.5) / W, (i + 0.5) / H), and whatever lies outside a map counts as zero (Deformable DETR, arXiv 2010.04159, eq. 3).
+
+Two forms: `deformable_attention` for use, and `deformable_attention_reference`, which spells the four neighbours out
+and is what the other is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Shapes = Sequence[tuple[int, int]]  # (height, width) of every level
+
+
+def promote(dtype: torch.dtype) -> torch.dtype:
+    """The type for locations, logits and sums: float32 for half precision, `dtype` itself otherwise."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Sample `value` at `locations` and sum with `weights`.
+
+    Args:
+        value: [batch, positions, heads, dim], the levels one after the other, each row-major.
+        shapes: (height, width) of every level.
+        locations: [batch, queries, heads, levels or 1, points, 2]; 1 when all levels share their locations.
+        weights: [batch, queries, heads, levels, points].
+
+    Returns:
+        [batch, queries, heads * dim] in the type of `value`; sums run in float32 or better.
+    """
+    batch, _, heads, dim = value.shape
+    queries, points = weights.shape[1], weights.shape[-1]
+    work = promote(value.dtype)
+    grids = (2 * locations.to(work) - 1).expand(-1, -1, -1, len(shapes), -1, -1)
+    maps = value.to(work).split([height * width for height, width in shapes], dim=1)
+    total = value.new_zeros((batch * heads, dim, queries), dtype=work)
+    for level, ((height, width), level_map) in enumerate(zip(shapes, maps, strict=True)):
+        image = level_map.permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
+        grid = grids[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2)
+        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        weight = weights[:, :, :, level].to(work).transpose(1, 2).reshape(batch * heads, 1, queries, points)
+        total = total + (samples * weight).sum(-1)
+    return total.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
+
+
+def deformable_attention_reference(
+    value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """The plain twin of `deformable_attention`: same arguments and result, every neighbour looked up by hand."""
+    batch, _, heads, dim = value.shape
+    queries, points = weights.shape[1], weights.shape[-1]
+    locations = locations.expand(-1, -1, -1, len(shapes), -1, -1)
+    batch_index = torch.arange(batch, device=value.device).view(batch, 1, 1, 1)
+    head_index = torch.arange(heads, device=value.device).view(1, 1, heads, 1)
+    total = value.new_zeros((batch, queries, heads, dim))
+    start = 0
+    for level, (height, width) in enumerate(shapes):
+        x = locations[:, :, :, level, :, 0] * width - 0.5  # [batch, queries, heads, points]
+        y = locations[:, :, :, level, :, 1] * height - 0.5
+        left, top = x.floor(), y.floor()
+        for column in (left, left + 1):
+            for row in (top, top + 1):
+                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                share = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
+                index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long() + start
+                neighbour = value[batch_index, index, head_index]  # [batch, queries, heads, points, dim]
+                total = total + ((weights[:, :, :, level] * share)[..., None] * neighbour).sum(-2)
+        start += height * width
+    assert start == value.shape[1] and points == locations.shape[-2]
+    return total.flatten(2)
