@@ -179,7 +179,9 @@ class ImageDecoder(nn.Module):
         """Scaled latents of `images` [pictures, 3, size, size] in [0, 1], sampled from the posterior with `noise`."""
         dtype = self.vae.dtype
         parts = []
-        for batch, draw in zip(images.split(self.config.vae_batch_size), noise.split(self.config.vae_batch_size), strict=True):
+        for batch, draw in zip(
+            images.split(self.config.vae_batch_size), noise.split(self.config.vae_batch_size), strict=True
+        ):
             posterior = self.vae.encode((2 * batch - 1).to(dtype)).latent_dist
             parts.append(posterior.mean + posterior.std * draw.to(dtype))
         return torch.cat(parts) * self.vae.config.scaling_factor

@@ -108,4 +108,6 @@ def document_mask(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int, 
     same = document[:, :, None] == document[:, None, :]
     allowed = causal & same & attention_mask.bool()[:, None, :]
     allowed |= torch.eye(length, dtype=torch.bool, device=input_ids.device)  # padding attends to itself
-    return torch.zeros(allowed.shape, dtype=dtype, device=input_ids.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=input_ids.device).masked_fill(
+        ~allowed, torch.finfo(dtype).min
+    )[:, None]

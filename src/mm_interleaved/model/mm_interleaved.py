@@ -1,10 +1,10 @@
 """The whole wiring of MM-Interleaved: tensors in, tensors out.
 
-    pixels ──► visual tokenizer ──► visual tokens ──┐ (into the text at the image tokens)
-                    │ pyramid                       ▼
-                    ├──────────── MMFS ──────► language model ──► text logits
-                    │                               │ hidden states up to <begin-of-image>, reversed
-                    └──────────── MMFS ──────► image decoder ──► picture
+pixels ──► visual tokenizer ──► visual tokens ──┐ (into the text at the image tokens)
+                │ pyramid                       ▼
+                ├──────────── MMFS ──────► language model ──► text logits
+                │                               │ hidden states up to <begin-of-image>, reversed
+                └──────────── MMFS ──────► image decoder ──► picture
 """
 
 from __future__ import annotations

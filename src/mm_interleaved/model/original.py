@@ -150,8 +150,8 @@ def derived_tensors(config: MMInterleavedConfig) -> dict[str, Callable[[], Tenso
     shapes = decoder.skip_shapes()
     for index, (channels, _) in enumerate(shapes):
         block = "mmfs_mid_block" if index == len(shapes) - 1 else f"mmfs_down_blocks.{index}"
-        derived[f"image_decoder.decoder.mmfs_module.{block}.pos_embed"] = (
-            lambda channels=channels: torch.from_numpy(sincos_2d(decoder.latent_size, channels))
+        derived[f"image_decoder.decoder.mmfs_module.{block}.pos_embed"] = lambda channels=channels: torch.from_numpy(
+            sincos_2d(decoder.latent_size, channels)
         )
     return derived
 

@@ -7,10 +7,9 @@ each a residual through a zero-initialised 1x1 convolution; then the up path run
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from diffusers import UNet2DConditionModel
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -86,7 +85,9 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         if prepared is None:
             prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.features)))
         centres = cell_centres([self.side], x.device)[None]
-        seen = self.mmfs(query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side)
+        seen = self.mmfs(
+            query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side
+        )
         return x + self.conv(seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1)))
 
 
@@ -101,7 +102,9 @@ class MMFSUNet(UNet2DConditionModel):
         }  # fmt: skip
         for key, value in unsupported.items():
             if self.config[key] != value:
-                raise ValueError(f"config: image_decoder.unet.{key}={self.config[key]!r} is not supported; it must be {value!r}")
+                raise ValueError(
+                    f"config: image_decoder.unet.{key}={self.config[key]!r} is not supported; it must be {value!r}"
+                )
         self.synchronizers = nn.ModuleList(
             [UNetSynchronizer(config, channels, side, feature_size) for channels, side in config.skip_shapes()]
         )

@@ -254,7 +254,13 @@ class ViTAdapter(nn.Module):
                 stem = extractor(stem, hidden[:, 1:], stem_centres, shapes, g)
             stages.append(hidden[:, 1:].transpose(1, 2).unflatten(2, (g, g)))
 
-        maps = [m.transpose(1, 2).unflatten(2, s) for m, s in zip(stem.split([s * s for s in sides], 1), shapes, strict=True)]
+        maps = [
+            m.transpose(1, 2).unflatten(2, s)
+            for m, s in zip(stem.split([s * s for s in sides], 1), shapes, strict=True)
+        ]
         maps = [c1 + self.upsample(maps[0]), *maps]
-        resized = [F.interpolate(x, size=m.shape[-2:], mode="bilinear", align_corners=False) for x, m in zip(stages, maps, strict=True)]
+        resized = [
+            F.interpolate(x, size=m.shape[-2:], mode="bilinear", align_corners=False)
+            for x, m in zip(stages, maps, strict=True)
+        ]
         return hidden, [m + x for m, x in zip(maps, resized, strict=True)]

@@ -52,9 +52,7 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
     return total.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
 
 
-def deformable_attention_reference(
-    value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
-) -> Tensor:
+def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The plain twin of `deformable_attention`: same arguments and result, every neighbour looked up by hand."""
     batch, _, heads, dim = value.shape
     queries, points = weights.shape[1], weights.shape[-1]

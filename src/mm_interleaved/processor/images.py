@@ -1,0 +1,91 @@
+"""Pictures in files become arrays: reading with clear errors, and the two ways of fitting a picture into a square."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from ..document import DocumentError
+
+MAX_PIXELS = 178_956_970  # where PIL itself suspects a decompression bomb (about 13400 x 13400)
+
+
+def load_picture(source: str | Path | PIL.Image.Image, where: str = "") -> PIL.Image.Image:
+    """An RGB picture from a file or a PIL image: the first frame, upright, at 8 bits a channel.
+
+    Raises:
+        DocumentError: missing, empty, truncated, too large, or in no format that PIL reads.
+    """
+    name = "the picture" if isinstance(source, PIL.Image.Image) else f"'{source}'"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
+            if image.width * image.height > MAX_PIXELS:
+                raise PIL.Image.DecompressionBombError
+            return _to_rgb(PIL.ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise DocumentError(f"{name} does not exist", where, "Check the path") from None
+    except PIL.UnidentifiedImageError:
+        empty = not isinstance(source, PIL.Image.Image) and Path(source).stat().st_size == 0
+        problem = "is empty (0 bytes)" if empty else "is not a picture that can be read"
+        raise DocumentError(f"{name} {problem}", where, "Save it as PNG or JPEG") from None
+    except PIL.Image.DecompressionBombError:
+        raise DocumentError(
+            f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels", where, "Scale it down"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for damaged data
+        raise DocumentError(f"{name} is damaged: {error}", where, "Restore it from its source") from None
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """8-bit RGB. PIL clips 16-bit greys to white; they are scaled here instead."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.float64)
+        return PIL.Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
+    """The central square of a picture at `size` pixels, as the release computes it (spec/model 1.4).
+
+    While the shorter side is at least twice `size` the picture is halved with a box filter; then it is resized
+    bicubically until the shorter side is `size`, and cropped.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (max(round(side * scale), size) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height > MAX_PIXELS:  # an endless ribbon: resize only the part that is kept
+        kept = (left, top, left + size, top + size)
+        kept = tuple(edge * old / new for edge, old, new in zip(kept, image.size * 2, (width, height) * 2, strict=True))
+        return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC, box=kept))
+    image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def squash(image: PIL.Image.Image, size: int) -> np.ndarray:
+    """The whole picture, stretched bicubically to a square: uint8 [size, size, 3]. Keeps boxes valid."""
+    return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC))
+
+
+CROPS = {"center": center_crop, "squash": squash}
+
+
+def to_array(image: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] to float32 [3, height, width] in [0, 1]."""
+    return image.transpose(2, 0, 1).astype(np.float32) / 255
+
+
+def to_picture(values: np.ndarray) -> PIL.Image.Image:
+    """float [3, height, width] in [0, 1] to a picture; rounds half up, as the release does."""
+    pixels = (values.astype(np.float32) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+    return PIL.Image.fromarray(pixels.transpose(1, 2, 0))

@@ -1,0 +1,129 @@
+"""Documents as token streams, and packing: many documents into rows of a fixed length (spec/model 1.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..document import Image
+
+Cut = Literal["image", "document"]
+
+
+@dataclass
+class TokenStream:
+    """Tokens with the pictures that stand among them.
+
+    Attributes:
+        ids: int64 [length]; each picture is one begin-of-image id and `num_image_tokens` image ids.
+        learned: bool [length], whether training learns the token.
+        images: the pictures in the order of their begin-of-image ids.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    images: list[Image]
+
+    @classmethod
+    def empty(cls) -> TokenStream:
+        """Nothing."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, bool), [])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __add__(self, other: TokenStream) -> TokenStream:
+        ids, learned = (np.concatenate(p) for p in ((self.ids, other.ids), (self.learned, other.learned)))
+        return TokenStream(ids, learned, self.images + other.images)
+
+    def split(self, at: int, soi_token_id: int) -> tuple[TokenStream, TokenStream]:
+        """The part before position `at` and the rest; a picture goes with its begin-of-image id."""
+        count = int((self.ids[:at] == soi_token_id).sum())
+        return (
+            TokenStream(self.ids[:at], self.learned[:at], self.images[:count]),
+            TokenStream(self.ids[at:], self.learned[at:], self.images[count:]),
+        )
+
+
+def pack(
+    documents: Iterable[TokenStream],
+    *,
+    length: int,
+    num_image_tokens: int,
+    bos_token_id: int,
+    soi_token_id: int,
+    max_images: int | None = None,
+    cut: Cut = "image",
+    keep_last: bool = True,
+) -> Iterator[TokenStream]:
+    """Join documents and cut the stream into rows of at most `length` tokens. No picture is ever cut.
+
+    A row may start and end in the middle of a document. Rows without a picture are dropped.
+
+    Args:
+        documents: token streams, each starting with `<s>`.
+        length: tokens of a full row.
+        num_image_tokens: image ids per picture.
+        bos_token_id: id of `<s>`.
+        soi_token_id: id of the begin-of-image token.
+        max_images: most pictures in a row; None: no limit.
+        cut: where a row ends whose last picture does not fit: before that picture ("image"), or before the document
+            that holds it ("document"; a document that fills the whole row is cut before the picture all the same).
+        keep_last: whether what remains at the end makes a row, however short.
+    """
+    rules = _Rules(length, num_image_tokens, bos_token_id, soi_token_id, max_images, cut)
+    buffer = TokenStream.empty()
+    for document in documents:
+        buffer = buffer + document
+        while len(buffer) >= length:
+            row, buffer = rules.take(buffer)
+            if row.images:
+                yield row
+    while keep_last and len(buffer):
+        row, buffer = rules.take(buffer)
+        if row.images:
+            yield row
+
+
+@dataclass(frozen=True)
+class _Rules:
+    length: int
+    num_image_tokens: int
+    bos_token_id: int
+    soi_token_id: int
+    max_images: int | None
+    cut: Cut
+
+    def take(self, buffer: TokenStream) -> tuple[TokenStream, TokenStream]:
+        """The next row, and what remains. The row is never empty."""
+        end = min(self.length, len(buffer))
+        soi = np.flatnonzero(buffer.ids[:end] == self.soi_token_id)
+        complete = soi[soi + self.num_image_tokens < end]
+        limit = self.max_images
+        if limit is not None and len(complete) > limit:
+            end = self._after_limit(buffer.ids, soi, limit)
+        elif len(complete) < len(soi):
+            end = self._before_cut_picture(buffer.ids, int(soi[-1]))
+        return buffer.split(end, self.soi_token_id)
+
+    def _after_limit(self, ids: np.ndarray, soi: np.ndarray, limit: int) -> int:
+        if self.cut == "image":
+            return int(soi[limit - 1]) + self.num_image_tokens + 1
+        surplus = int(soi[limit])
+        start = self._last_bos(ids, surplus)
+        return start if start > soi[limit - 1] else surplus
+
+    def _before_cut_picture(self, ids: np.ndarray, picture: int) -> int:
+        if picture == 0:
+            raise ValueError(
+                f"a picture of {self.num_image_tokens + 1} tokens does not fit into a row of {self.length}"
+            )
+        start = self._last_bos(ids, picture) if self.cut == "document" else 0
+        return start if start > 0 else picture
+
+    def _last_bos(self, ids: np.ndarray, before: int) -> int:
+        found = np.flatnonzero(ids[:before] == self.bos_token_id)
+        return int(found[-1]) if len(found) else 0

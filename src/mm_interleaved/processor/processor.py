@@ -1,0 +1,420 @@
+"""Documents to tensors and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..document import Document, DocumentError, Image, Segment, Text
+from ..model.config import MMInterleavedConfig
+from .batch import Batch, build_labels
+from .images import CROPS, load_picture, to_array
+from .packing import Cut, TokenStream, pack
+from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
+
+# Vicuna's manner of speaking. A template prints one <|image|> for a picture.
+CHAT_TEMPLATE = """
+{%- macro show(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content -%}{{ '<|image|>' if part.type == 'image' else part.text }}{%- endfor -%}
+{%- endif -%}{%- endmacro -%}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{ show(message.content) + ' ' }}
+{%- elif message.role == 'user' -%}{{ 'USER: ' + show(message.content) + ' ' }}
+{%- else -%}{{ 'ASSISTANT: ' + show(message.content) + '</s>' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+
+class MMInterleavedProcessor(ProcessorMixin):
+    """Turns documents into a `Batch`, and ids and pictures back into documents.
+
+    Args:
+        tokenizer: any transformers tokenizer; the two image tokens are added if it lacks them.
+        num_image_tokens: visual tokens of a picture.
+        image_size: side of the pictures that the model sees.
+        target_size: side of the pictures that the model draws.
+        max_length: longest row in tokens.
+        crop: how pictures become square: "center" cuts the middle out, "squash" stretches (for boxes).
+        chat_template: Jinja template for conversations; None: Vicuna's manner.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_image_tokens: int = 64,
+        image_size: int = 224,
+        target_size: int = 512,
+        max_length: int = 2048,
+        crop: Literal["center", "squash"] = "center",
+        chat_template: str | None = None,
+    ) -> None:
+        if crop not in CROPS:
+            raise ValueError(f"crop must be one of {', '.join(CROPS)}, not '{crop}'")
+        self.num_image_tokens, self.image_size, self.target_size = num_image_tokens, image_size, target_size
+        self.max_length, self.crop = max_length, crop
+        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.soi_token_id, self.image_token_id = add_image_tokens(tokenizer)
+
+    @classmethod
+    def for_model(cls, config: MMInterleavedConfig, tokenizer: PreTrainedTokenizerBase) -> MMInterleavedProcessor:
+        """The processor that fits a model.
+
+        Raises:
+            ValueError: the tokenizer's ids are not the model's.
+        """
+        processor = cls(
+            tokenizer,
+            config.num_image_tokens,
+            config.vision_config.image_size,
+            config.image_decoder.image_size,
+            min(config.text_config.max_position_embeddings, config.max_context_length),
+        )
+        pairs = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "soi_token_id": processor.soi_token_id,
+            "image_token_id": processor.image_token_id,
+        }
+        for name, found in pairs.items():
+            if found != getattr(config, name):
+                raise ValueError(f"the tokenizer's {name} is {found}, but the model's is {getattr(config, name)}")
+        return processor
+
+    # ---- documents to token streams
+
+    def encode(
+        self, segments: Sequence[Segment], *, start: bool = True, close: bool = False, after_image: bool = False
+    ) -> TokenStream:
+        """Segments as tokens.
+
+        Args:
+            segments: texts and pictures without open slots and roles.
+            start: begin with `<s>`.
+            close: end with `</s>`.
+            after_image: a picture stands right before these segments.
+
+        Raises:
+            DocumentError: an open slot, or a text with a reserved image token in it.
+        """
+        stream = self._token(self.tokenizer.bos_token_id, learned=False) if start else TokenStream.empty()
+        run: list[Text] = []
+        for index, segment in enumerate(segments):
+            _check_segment(segment, index)
+            if isinstance(segment, Text):
+                run.append(segment)
+                continue
+            stream = stream + self._encode_run(run, after_image, before_image=True) + self._encode_image(segment)
+            run, after_image = [], True
+        stream = stream + self._encode_run(run, after_image, before_image=False)
+        if close:
+            stream = stream + self._token(self.tokenizer.eos_token_id, bool(segments) and segments[-1].supervise)
+        return stream
+
+    def _token(self, token_id: int, learned: bool) -> TokenStream:
+        return TokenStream(np.array([token_id], np.int64), np.array([learned]), [])
+
+    def _encode_run(self, run: list[Text], after_image: bool, before_image: bool) -> TokenStream:
+        """Neighbouring texts, joined and encoded as one. The lengths of prefixes tell which tokens are learned."""
+        if not run:
+            return TokenStream.empty()
+
+        def ids_of(text: str, end: str = "") -> list[int]:
+            ids = encode_text(self.tokenizer, (IMAGE_TOKEN if after_image else "") + text + end)
+            return ids[int(after_image) : len(ids) - bool(end)]
+
+        ids = ids_of(_join(run), SOI_TOKEN if before_image else "")
+        learned = np.zeros(len(ids), bool)
+        done = 0
+        for index, text in enumerate(run):
+            last = index == len(run) - 1
+            if last or run[index + 1].supervise != text.supervise:
+                end = len(ids) if last else min(len(ids_of(_join(run[: index + 1]))), len(ids))
+                learned[done:end] = text.supervise
+                done = end
+        return TokenStream(np.array(ids, np.int64), learned, [])
+
+    def _encode_image(self, image: Image) -> TokenStream:
+        ids = np.full(1 + self.num_image_tokens, self.image_token_id, np.int64)
+        ids[0] = self.soi_token_id
+        return TokenStream(ids, np.full(len(ids), image.supervise), [image])
+
+    # ---- conversations
+
+    def render(self, document: Document) -> list[Segment]:
+        """The segments of a document; a conversation is written out through the chat template.
+
+        What the assistant says is learned, everything around it is not. A conversation that ends with the user gets the
+        words that make the assistant speak, and so does one that ends with the assistant's open slots.
+
+        Raises:
+            DocumentError: only some segments have roles, or an open slot is not at the end.
+        """
+        segments = list(document.segments)
+        roles = [s.role is not None for s in segments]
+        if not any(roles):
+            return segments
+        if not all(roles):
+            raise DocumentError("this segment has no role, but others have", f"segments[{roles.index(False)}]")
+        slots: list[Segment] = []
+        while segments and segments[-1].is_open:
+            slots.insert(0, replace(segments.pop(), role=None))
+        for index, segment in enumerate(segments):
+            _check_segment(segment, index)
+        images = iter([s for s in segments if isinstance(s, Image)])
+        # The template sees where pictures stand, not what they are.
+        messages = Document([Image("", role=s.role) if isinstance(s, Image) else s for s in segments]).to_messages()
+        written: list[Segment] = []
+        said = ""
+        for index, message in enumerate(messages):
+            now = self._write(messages[: index + 1])
+            if not now.startswith(said):
+                raise DocumentError("the chat template rewrites earlier messages; it must only add to them")
+            added, header = now[len(said) :], ""
+            speaks = message["role"] == "assistant"
+            if speaks and index:
+                header = self._write(messages[:index], prompt=True)[len(said) :]
+                header = header if added.startswith(header) else ""
+            written += _with_images(header, images, supervise=False)
+            written += _with_images(added[len(header) :], images, supervise=speaks)
+            said = now
+        if slots or not messages or messages[-1]["role"] != "assistant":
+            prompt = self._write(messages, prompt=True) if messages else ""
+            written += _with_images(prompt[len(said) :], images, supervise=False)
+        return written + slots
+
+    def _write(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        return self.apply_chat_template(messages, add_generation_prompt=prompt)
+
+    # ---- batches
+
+    def __call__(
+        self,
+        documents: Document | Sequence[Document] | None = None,
+        *,
+        text: str | Sequence[str] | None = None,
+        images: Any = None,
+        training: bool = False,
+        padding_side: Literal["left", "right"] = "right",
+        packing: bool = False,
+        cut: Cut = "image",
+        max_images: int | None = None,
+        max_length: int | None = None,
+        truncation: bool = False,
+        ignore_text_before_image: bool | Sequence[bool] = False,
+        **kwargs: Any,
+    ) -> Batch:
+        """Documents as one batch.
+
+        Args:
+            documents: one or several.
+            text: instead of documents, strings with one `<|image|>` for each picture ...
+            images: ... and the pictures, in order: a list for one string, a list of lists for several.
+            training: close documents with `</s>` and add labels, targets and the image-loss mask.
+            padding_side: where shorter rows are filled up; left for text generation.
+            packing: join documents into rows of `max_length` tokens instead of one row each.
+            cut: with packing, where rows end; see `packing.pack`.
+            max_images: with packing, most pictures in a row.
+            max_length: longest row; None: the model's.
+            truncation: cut longer rows (before a picture that does not fit) instead of refusing them.
+            ignore_text_before_image: do not learn text before the first picture, for all documents or for each
+                (spec/model 7.1; with packing one value for all).
+            **kwargs: what transformers passes for other modalities; must be empty.
+
+        Raises:
+            DocumentError: a document cannot be used; names document and segment.
+            ValueError: arguments that do not fit together.
+        """
+        given = [name for name, value in kwargs.items() if value is not None]
+        if given:
+            raise ValueError(f"the processor takes no argument '{given[0]}'")
+        if (documents is None) == (text is None):
+            raise ValueError("give either documents, or text (with images)")
+        if documents is None:
+            documents = _from_strings(text, images)
+        documents = [documents] if isinstance(documents, Document) else list(documents)
+        if not documents:
+            raise ValueError("there are no documents")
+        limit = max_length or self.max_length
+        streams = []
+        for index, document in enumerate(documents):
+            try:
+                streams.append(self.encode(self.render(document), close=training))
+            except DocumentError as error:
+                raise error.at(_name(index, document)) from None
+        if packing:
+            streams = self._pack(streams, limit, cut, max_images)
+        else:
+            streams = [self._fit(s, i, documents[i], limit, truncation) for i, s in enumerate(streams)]
+        return self.collate(streams, training, padding_side, ignore_text_before_image)
+
+    def _pack(self, streams: list[TokenStream], limit: int, cut: Cut, max_images: int | None) -> list[TokenStream]:
+        rows = list(
+            pack(
+                streams,
+                length=limit,
+                num_image_tokens=self.num_image_tokens,
+                bos_token_id=self.tokenizer.bos_token_id,
+                soi_token_id=self.soi_token_id,
+                max_images=max_images,
+                cut=cut,
+            )
+        )
+        if not rows:
+            raise ValueError("packing drops rows without pictures, and no document has one")
+        return rows
+
+    def _fit(self, stream: TokenStream, index: int, document: Document, limit: int, truncation: bool) -> TokenStream:
+        if len(stream) <= limit:
+            return stream
+        if not truncation:
+            raise DocumentError(
+                f"{len(stream)} tokens are more than the {limit} that the model reads", _name(index, document),
+                "Shorten it, or cut it with truncation",
+            )  # fmt: skip
+        soi = np.flatnonzero(stream.ids[:limit] == self.soi_token_id)
+        cut_picture = len(soi) and soi[-1] + self.num_image_tokens >= limit
+        return stream.split(int(soi[-1]) if cut_picture else limit, self.soi_token_id)[0]
+
+    def collate(
+        self,
+        streams: Sequence[TokenStream],
+        training: bool = False,
+        padding_side: Literal["left", "right"] = "right",
+        ignore_text_before_image: bool | Sequence[bool] = False,
+    ) -> Batch:
+        """Rows of tokens as a batch; reads the pictures."""
+        longest = max(len(s) for s in streams)
+        ids = np.full((len(streams), longest), self.tokenizer.pad_token_id, np.int64)
+        mask, learned = np.zeros_like(ids), np.zeros(ids.shape, bool)
+        starts: list[int] = []
+        for row, stream in enumerate(streams):
+            first = longest - len(stream) if padding_side == "left" else 0
+            place = slice(first, first + len(stream))
+            ids[row, place], mask[row, place], learned[row, place] = stream.ids, 1, stream.learned
+            bos = np.flatnonzero(stream.ids == self.tokenizer.bos_token_id)
+            for soi in np.flatnonzero(stream.ids == self.soi_token_id):
+                before = bos[bos < soi]
+                starts.append(first + (int(before[-1]) if len(before) else 0))
+        input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
+        images = [image for stream in streams for image in stream.images]
+        rows = [row for row, stream in enumerate(streams) for _ in stream.images]
+        pictures = [load_picture(image.source) for image in images]
+        batch = Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+            pixel_values=self.pixels(pictures, self.image_size),
+            image_rows=torch.tensor(rows, dtype=torch.long),
+            document_starts=torch.tensor(starts, dtype=torch.long),
+        )
+        if training:
+            batch.labels = build_labels(
+                input_ids,
+                attention_mask,
+                bos_token_id=self.tokenizer.bos_token_id,
+                soi_token_id=self.soi_token_id,
+                image_token_id=self.image_token_id,
+                learned=torch.from_numpy(learned),
+                ignore_text_before_image=torch.as_tensor(ignore_text_before_image),
+            )
+            targets = [p if i.target is None else load_picture(i.target) for p, i in zip(pictures, images, strict=True)]
+            batch.target_pixel_values = self.pixels(targets, self.target_size)
+            batch.image_loss_mask = torch.tensor([float(i.supervise) for i in images])
+        return batch
+
+    def pixels(self, pictures: Sequence[PIL.Image.Image], size: int | None = None) -> torch.Tensor:
+        """RGB pictures as float32 [pictures, 3, size, size] in [0, 1]; size None: the encoder's."""
+        size = size or self.image_size
+        arrays = [to_array(CROPS[self.crop](picture, size)) for picture in pictures]
+        return torch.from_numpy(np.stack(arrays)) if arrays else torch.zeros(0, 3, size, size)
+
+    # ---- and back
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of some ids, without special tokens and surrounding white space."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def to_document(self, ids: Sequence[int], images: Sequence[Any] = ()) -> Document:
+        """Ids and their pictures as a document.
+
+        Raises:
+            ValueError: there are more or fewer pictures than begin-of-image tokens.
+        """
+        segments: list[Segment] = []
+        run: list[int] = []
+        pictures = list(images)
+        count = sum(1 for i in ids if i == self.soi_token_id)
+        if count != len(pictures):
+            raise ValueError(f"the ids hold {count} begin-of-image tokens, but there are {len(pictures)} pictures")
+        for token in [*ids, None]:
+            if token is None or token == self.soi_token_id:
+                if words := self.decode_text(run):
+                    segments.append(Text(words))
+                run = []
+                if token is not None:
+                    segments.append(Image(pictures.pop(0)))
+            elif token != self.image_token_id:
+                run.append(token)
+        return Document(segments)
+
+
+def _name(index: int, document: Document) -> str:
+    return f"document '{document.id}'" if document.id else f"document {index}"
+
+
+def _check_segment(segment: Segment, index: int) -> None:
+    if segment.is_open:
+        raise DocumentError("an open slot has nothing to encode", f"segments[{index}]", "Fill it or remove it")
+    for token in (SOI_TOKEN, IMAGE_TOKEN):
+        if isinstance(segment, Text) and token in segment.text:
+            raise DocumentError(f"the text contains the reserved token '{token}'", f"segments[{index}]",
+                                "Pictures are segments of their own")  # fmt: skip
+
+
+def _join(texts: Sequence[Text]) -> str:
+    """One string, with a space between texts unless there is white space already or none is wanted."""
+    joined = ""
+    for text in texts:
+        gap = joined and text.text and not (text.attached or joined[-1].isspace() or text.text[0].isspace())
+        joined += (" " if gap else "") + text.text
+    return joined
+
+
+def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Segment]:
+    """Text with one image token a picture as segments."""
+    segments: list[Segment] = []
+    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
+        if index:
+            segments.append(replace(next(images), supervise=supervise, role=None))
+        if piece:
+            segments.append(Text(piece, supervise, attached=True))
+    return segments
+
+
+def _from_strings(text: str | Sequence[str], images: Any) -> list[Document]:
+    """Strings with placeholders and their pictures as documents."""
+    texts = [text] if isinstance(text, str) else list(text)
+    if images is None:
+        images = [[] for _ in texts]
+    elif isinstance(images, (str, PIL.Image.Image)) or (len(images) and not isinstance(images[0], (list, tuple))):
+        images = [[images] if isinstance(images, (str, PIL.Image.Image)) else list(images)]
+    if len(images) != len(texts):
+        raise ValueError(f"{len(texts)} texts have {len(images)} lists of pictures; give one list for each text")
+    documents = []
+    for index, (string, pictures) in enumerate(zip(texts, images, strict=True)):
+        slots = string.count(IMAGE_TOKEN)
+        if slots != len(pictures):
+            raise DocumentError(
+                f"{slots} image slots, but {len(pictures)} pictures", f"document {index}",
+                f"Write one {IMAGE_TOKEN} for each picture",
+            )  # fmt: skip
+        documents.append(Document(_with_images(string, iter([Image(p) for p in pictures]), supervise=True)))
+    return documents

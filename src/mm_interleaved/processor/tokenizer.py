@@ -1,0 +1,94 @@
+"""Text and ids: a SentencePiece tokenizer with the two image tokens, and the segment-wise rule of the release.
+
+The released weights were trained with a tokenizer that treats every stretch of text between special tokens as a text of
+its own, so that the first word after a picture always carries the word-boundary mark (spec/model 1.2). Tokenizers of
+today do not; `encode_text` spells the rule out and works with any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+SOI_TOKEN = "<|beginofimage|>"  # opens a picture
+IMAGE_TOKEN = "<|image|>"  # one visual token of a picture
+
+
+class MMInterleavedTokenizer(SentencePieceBackend):
+    """A SentencePiece model plus `<|beginofimage|>` and `<|image|>` as its last two ids.
+
+    Args:
+        vocab_file: the SentencePiece model.
+        pad_token: the piece that pads; None: the model's own pad piece, or if it has none its last piece, as the
+            release does with Vicuna's (31999).
+    """
+
+    def __init__(self, vocab_file: str, pad_token: str | None = None, **kwargs: Any) -> None:
+        kwargs.setdefault("bos_token", "<s>")
+        kwargs.setdefault("eos_token", "</s>")
+        kwargs.setdefault("unk_token", "<unk>")
+        kwargs["special_tokens_pattern"] = "bos"
+        super().__init__(vocab_file=vocab_file, pad_token=pad_token, **kwargs)
+        if self.pad_token is None:
+            own = self.sp_model.pad_id()
+            self.pad_token = self.sp_model.id_to_piece(own if own >= 0 else self.sp_model.get_piece_size() - 1)
+        add_image_tokens(self)
+
+    @classmethod
+    def from_vocab(cls, path: str | Path) -> MMInterleavedTokenizer:
+        """From a SentencePiece file, or a folder with a `tokenizer.model` in it (Vicuna's, say).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        path = Path(path)
+        path = path / "tokenizer.model" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no SentencePiece model at '{path}'")
+        return cls(str(path))
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Pieces to text, with byte pieces joined into characters."""
+        return self.sp_model.decode_pieces([t for t in tokens if t not in (SOI_TOKEN, IMAGE_TOKEN)])
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Make sure that `tokenizer` knows the two image tokens (they strip white space around them); their ids."""
+    tokens = [AddedToken(t, lstrip=True, rstrip=True, normalized=False, special=True) for t in (SOI_TOKEN, IMAGE_TOKEN)]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    return tuple(tokenizer.convert_tokens_to_ids([SOI_TOKEN, IMAGE_TOKEN]))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of `text`, every stretch between special tokens encoded on its own; no `<s>` in front.
+
+    White space next to the image tokens is dropped, next to `<s>`, `</s>` and `<unk>` it is kept.
+    """
+    image_tokens = (SOI_TOKEN, IMAGE_TOKEN)
+    others = [t for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) if t]
+    special = "|".join(re.escape(t) for t in (*image_tokens, *others))
+    pieces = re.split(f"({special})", text)  # text, token, text, token, ..., text
+    ids: list[int] = []
+    for index, piece in enumerate(pieces):
+        if index % 2:
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            continue
+        if index > 0 and pieces[index - 1] in image_tokens:
+            piece = piece.lstrip()
+        if index + 1 < len(pieces) and pieces[index + 1] in image_tokens:
+            piece = piece.rstrip()
+        ids += _encode_stretch(tokenizer, piece)
+    return ids
+
+
+def _encode_stretch(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if not text:
+        return []
+    if isinstance(tokenizer, SentencePieceBackend):
+        return tokenizer.sp_model.encode(text)
+    return tokenizer.encode(text, add_special_tokens=False)
