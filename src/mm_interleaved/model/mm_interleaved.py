@@ -109,6 +109,14 @@ class MMInterleavedModel(PreTrainedModel):
                 if type(part).__module__.startswith("mm_interleaved.") and hasattr(part, "reset_parameters"):
                     part.reset_parameters()
 
+    @property
+    def compute_device(self) -> torch.device:
+        """Where inputs go: the device of the weights that are in memory, or where offloaded weights are brought."""
+        hook = getattr(self, "_hf_hook", None)
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
+
     def set_mmfs_implementation(self, implementation: str) -> None:
         """Choose "fast" or "reference" for every synchronizer; both compute the same."""
         layers = [s.mmfs for s in synchronizers(self.language_model)]
@@ -117,7 +125,7 @@ class MMInterleavedModel(PreTrainedModel):
 
     def encode_images(self, pixel_values: Tensor) -> VisualFeatures:
         """Visual tokens and maps of `pixel_values` [pictures, 3, image_size, image_size] in [0, 1]."""
-        return self.visual_tokenizer(pixel_values.to(self.device))
+        return self.visual_tokenizer(pixel_values.to(self.compute_device))
 
     def remember(self, pyramid: list[Tensor]) -> ImageMemory:
         """The pictures as the decoder sees them, with every layer's values projected once (for inference)."""
@@ -187,11 +195,16 @@ class MMInterleavedModel(PreTrainedModel):
         Returns:
             [pictures, longest, width] projected and with positions counted back from the SOI, and the mask
             [pictures, longest].
+        """
+        context, mask = reversed_context(hidden, positions)
+        return self.project_context(context, mask), mask
+
+    def project_context(self, context: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [pictures, longest, width], SOI first, ready for the image decoder.
 
         Raises:
             ValueError: a context is longer than the table of positions.
         """
-        context, mask = reversed_context(hidden, positions)
         context = context.masked_fill(mask[..., None] == 0, 0)
         table = self.context_positions()
         if context.shape[1] > len(table):
@@ -200,7 +213,7 @@ class MMInterleavedModel(PreTrainedModel):
                 "(max_context_length)"
             )
         projected = self.context_proj(context)
-        return projected + table[: context.shape[1]].to(projected), mask
+        return projected + table[: context.shape[1]].to(projected)
 
     def forward(
         self,
@@ -272,9 +285,13 @@ class MMInterleavedModel(PreTrainedModel):
         if pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values)
             return features, image_memory(self.config, features.pyramid)
+        return None, image_memory(self.config, self.empty_pyramid())
+
+    def empty_pyramid(self) -> list[Tensor]:
+        """The maps of no picture at all."""
         width = self.config.vision_config.hidden_size
-        empty = [self.context_proj.weight.new_zeros(0, width, side, side) for side in self.config.pyramid_sides]
-        return None, image_memory(self.config, empty)
+        shapes = [(0, width, side, side) for side in self.config.pyramid_sides]
+        return [torch.zeros(shape, dtype=self.dtype, device=self.compute_device) for shape in shapes]
 
     def _positions(
         self, input_ids: Tensor, attention_mask: Tensor, num_images: int, document_starts: Tensor | None
@@ -311,8 +328,8 @@ class MMInterleavedModel(PreTrainedModel):
             context,
             mask,
             EarlierImages.build(features.pyramid, images),
-            targets.to(self.device),
-            draws.to(self.device),
+            targets.to(self.compute_device),
+            draws.to(self.compute_device),
             image_loss_mask,
             self.config.normalize_image_loss,
         )

@@ -1,0 +1,241 @@
+"""What the model remembers about some rows of text and pictures, and how it reads on from there.
+
+Reading is incremental and exact: attention is causal, positions never change, and a token sees only pictures before it,
+so keys, values, hidden states and the pictures' projected maps stay valid for as long as a row grows (spec/model W11, W12).
+
+Rows of a batch grow unevenly. Each call of `append` adds as many columns as its longest row needs; where a row has nothing
+in a column, the column is masked out for it for good. A row's real tokens are always in order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..model import MMInterleavedModel
+from ..model.language_model import ImageMemory
+from ..model.layout import visible_images
+from ..model.mmfs import PreparedMMFS
+from ..model.unet import EarlierImages
+from ..model.visual_tokenizer import VisualFeatures
+
+
+def _join_memory(old: ImageMemory, new: ImageMemory) -> ImageMemory:
+    """Both lists of pictures; what was folded from the weights is kept."""
+    prepared = [
+        PreparedMMFS(torch.cat([a.values, b.values]), a.folded) for a, b in zip(old.prepared, new.prepared, strict=True)
+    ]
+    return ImageMemory(torch.cat([old.features, new.features]), old.shapes, prepared)
+
+
+@dataclass
+class Context:
+    """State of `batch` rows.
+
+    Attributes:
+        model: the model that reads.
+        cache: keys and values of all columns.
+        mask: [batch, columns] int64, 1 where a row has a token.
+        hidden: last hidden states of all columns, in chunks [batch, n, width].
+        last: [batch, width] hidden state of each row's last token.
+        memory: all pictures, as the language model sees them; None before the first.
+        visible: [batch, slots] pictures that the next token of each row sees, most recent first, -1 = none.
+        row_images: the pictures of each row, oldest first.
+        pyramids: for each picture its four maps [width, side, side], as long as the image decoder may need them.
+        pending: reads what belongs to the rows but has not been needed yet.
+        tokens_read: tokens that went through the language model so far, padding included.
+        images_read: pictures that were encoded so far.
+    """
+
+    model: MMInterleavedModel
+    cache: DynamicCache
+    mask: Tensor
+    hidden: list[Tensor]
+    last: Tensor
+    memory: ImageMemory | None
+    visible: Tensor
+    row_images: list[list[int]]
+    pyramids: list[list[Tensor] | None]
+    pending: Callable[[], object] | None = None
+    tokens_read: int = 0
+    images_read: int = 0
+
+    @classmethod
+    def empty(cls, model: MMInterleavedModel, batch: int) -> Context:
+        """Nothing read yet."""
+        device, width = model.compute_device, model.config.text_config.hidden_size
+        nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        last = torch.zeros(batch, width, dtype=model.dtype, device=device)
+        cache = DynamicCache(config=model.config.text_config)
+        return cls(model, cache, nothing, [], last, None, nothing, [[] for _ in range(batch)], [])
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch] tokens of each row."""
+        return self.mask.sum(1)
+
+    def defer(self, read: Callable[[], object]) -> None:
+        """Call `read`, one of the `append` methods, as soon as something depends on it; perhaps never."""
+        self.flush()
+        self.pending = read
+
+    def flush(self) -> None:
+        """Read what was deferred."""
+        if self.pending is not None:
+            read, self.pending = self.pending, None
+            read()
+
+    @torch.no_grad()
+    def append(self, input_ids: Tensor, mask: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Read on.
+
+        Args:
+            input_ids: [batch, n]; may hold whole pictures, and a begin-of-image token at the end of a row whose picture
+                is still to be drawn.
+            mask: [batch, n], 0 where a row has nothing.
+            pixel_values: [pictures, 3, image_size, image_size] of the whole pictures, row by row.
+
+        Returns:
+            Hidden states [batch, n, width] of the new columns.
+        """
+        self.flush()
+        config, device = self.model.config, self.mask.device
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        begins = (input_ids == config.soi_token_id) & (mask == 1)
+        followed = torch.cat([input_ids[:, 1:] == config.image_token_id, torch.zeros_like(begins[:, :1])], dim=1)
+        whole = input_ids.masked_fill(begins & ~followed, -1)  # without the SOI tokens of pictures still to be drawn
+        images = visible_images(whole, mask, config.bos_token_id, config.soi_token_id)
+        features = None
+        if pixel_values is not None and len(pixel_values):
+            features = self.model.encode_images(pixel_values)
+            first = self._add_images(features, (begins & followed).nonzero()[:, 0].tolist())
+            images = torch.where(images >= 0, images + first, -1)
+        restarted = (input_ids == config.bos_token_id).cumsum(1) > 0
+        known = self.visible[:, None].masked_fill(restarted[..., None], -1)
+        images = _newest_first(torch.cat([images, known], dim=-1))
+        hidden = self._read(self.model.embed(input_ids, features.tokens if features else None), mask, images)
+        padding = images.new_full((len(mask), images.shape[-1] - self.visible.shape[1]), -1)
+        self.visible = _at_last(images, mask, torch.cat([self.visible, padding], dim=1))
+        return hidden
+
+    @torch.no_grad()
+    def append_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Like `append` for plain text without `<s>` and pictures; cheaper."""
+        self.flush()
+        images = self.visible[:, None].expand(-1, input_ids.shape[1], -1)
+        return self._read(self.model.embed(input_ids, None), mask, images)
+
+    @torch.no_grad()
+    def append_images(self, rows: list[int], pixel_values: Tensor) -> None:
+        """Read the pictures that `rows`, each ending with a begin-of-image token, have been waiting for."""
+        self.flush()
+        features = self.model.encode_images(pixel_values)
+        first = self._add_images(features, rows)
+        batch, count = len(self.mask), features.tokens.shape[1]
+        newest = torch.full((batch, 1), -1, dtype=torch.long, device=self.mask.device)
+        newest[rows, 0] = torch.arange(first, first + len(rows), device=self.mask.device)
+        self.visible = _newest_first(torch.cat([newest, self.visible], dim=1))
+        mask = torch.zeros(batch, count, dtype=torch.long, device=self.mask.device)
+        mask[rows] = 1
+        embeds = torch.zeros(batch, count, features.tokens.shape[-1], dtype=features.tokens.dtype, device=mask.device)
+        embeds[rows] = features.tokens
+        images = torch.where(mask[..., None] == 1, self.visible[:, None], -1)
+        self._read(embeds, mask, images)
+
+    def _read(self, embeds: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+        positions = (self.lengths[:, None] + mask.cumsum(1) - 1).clamp(min=0)
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        images = images.masked_fill(mask[..., None] == 0, -1)
+        if self.memory is None:
+            self.memory = self.model.remember(self.model.empty_pyramid())
+        hidden = self.model.decode(embeds, self.memory, images, self.mask, positions, self.cache)
+        self.hidden.append(hidden)
+        self.last = _at_last(hidden, mask, self.last)
+        self.tokens_read += embeds.shape[0] * embeds.shape[1]
+        return hidden
+
+    def _add_images(self, features: VisualFeatures, rows: list[int]) -> int:
+        """Remember new pictures of `rows`; the number of the first."""
+        memory = self.model.remember(features.pyramid)
+        first = 0 if self.memory is None else len(self.memory)
+        self.memory = memory if self.memory is None else _join_memory(self.memory, memory)
+        self.images_read += len(rows)
+        keep = self.model.config.image_decoder.previous_images
+        for offset, row in enumerate(rows):
+            self.row_images[row].append(first + offset)
+            self.pyramids.append([m[offset] for m in features.pyramid])
+        needed = {image for images in self.row_images for image in images[-keep:]}
+        self.pyramids = [p if i in needed else None for i, p in enumerate(self.pyramids)]
+        return first
+
+    def select(self, rows: Tensor) -> Context:
+        """A context of the given rows (any may repeat), which can read on without touching this one."""
+        self.flush()
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.reorder_cache(rows)
+        chosen = rows.tolist()
+        return Context(
+            self.model,
+            cache,
+            self.mask[rows],
+            [],
+            self.last[rows],
+            self.memory,
+            self.visible[rows],
+            [list(self.row_images[r]) for r in chosen],
+            list(self.pyramids),
+        )
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i what row `rows[i]` was."""
+        self.flush()
+        self.cache.reorder_cache(rows)
+        self.mask, self.last, self.visible = self.mask[rows], self.last[rows], self.visible[rows]
+
+    def forget(self, row: int, since: int) -> None:
+        """Take back the text of a row from column `since` on. Something must be read before anything is predicted."""
+        self.flush()
+        self.mask[row, since:] = 0
+
+    def image_context(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Everything read of `rows`, last token first: [rows, longest, width] projected, and the mask [rows, longest]."""
+        self.flush()
+        self.hidden = [torch.cat(self.hidden, dim=1)]
+        texts = [self.hidden[0][row, self.mask[row] == 1].flip(0) for row in rows]
+        context = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        lengths = torch.tensor([len(t) for t in texts], device=context.device)
+        mask = (torch.arange(context.shape[1], device=context.device) < lengths[:, None]).long()
+        return self.model.project_context(context, mask), mask
+
+    def earlier_images(self, rows: list[int]) -> EarlierImages:
+        """The pictures that condition the next drawing of each of `rows`."""
+        keep = self.model.config.image_decoder.previous_images
+        seen = [self.row_images[row][-keep:][::-1] for row in rows]
+        needed = sorted({image for images in seen for image in images})
+        pyramid = self.model.empty_pyramid()
+        if needed:
+            pyramid = [torch.stack(maps) for maps in zip(*(self.pyramids[i] for i in needed), strict=True)]
+        width = max(len(images) for images in seen)
+        numbers = [[needed.index(i) for i in images] + [-1] * (width - len(images)) for images in seen]
+        images = torch.tensor(numbers, dtype=torch.long, device=self.mask.device).view(len(rows), width)
+        return EarlierImages.build(pyramid, images)
+
+
+def _newest_first(images: Tensor) -> Tensor:
+    """Entries in order, all -1 moved to the end: [..., slots] to [..., fewest slots that hold them]."""
+    order = torch.argsort((images < 0).int(), dim=-1, stable=True)
+    images = images.gather(-1, order)
+    return images[..., : int((images >= 0).sum(-1).max()) if images.numel() else 0]
+
+
+def _at_last(values: Tensor, mask: Tensor, otherwise: Tensor) -> Tensor:
+    """`values` [batch, n, size] at the last column of each row that is not masked; `otherwise` [batch, size] without one."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    found = values[torch.arange(len(mask), device=mask.device), last]
+    return torch.where(mask.any(1)[:, None], found, otherwise)

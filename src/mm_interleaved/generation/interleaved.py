@@ -1,0 +1,381 @@
+"""The interleaved generator: documents with open slots go in, events come out while text is written and pictures drawn.
+
+A document is read up to its first open slot, once. A text slot is written until `</s>` or a begin-of-image token; a picture
+slot is drawn from everything read so far, shown to the model, and reading goes on. After the last slot a document may go
+on by itself: text, and a picture whenever the text asks for one. Documents of a batch take their turns together: first all
+that write, then all that draw.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import PIL.Image
+import torch
+
+from ..document import Document, DocumentError, Image, Segment, Text
+from ..model import MMInterleavedModel
+from ..model.image_decoder import DenoisingStep
+from ..processor import MMInterleavedProcessor
+from ..processor.images import to_picture
+from ..processor.packing import TokenStream
+from ..processor.tokenizer import encode_text
+from .context import Context
+from .settings import GenerationSettings
+from .text import WrittenText, add_tokens, end_tokens, write, write_beams
+
+Turn = Literal["text", "image"]
+DEFAULT_TURNS = 2
+
+
+@dataclass
+class TextDelta:
+    """More text of a document's current slot."""
+
+    document: int
+    text: str
+
+
+@dataclass
+class ImageProgress:
+    """One denoising step of a document's current picture; `preview` only when one was asked for."""
+
+    document: int
+    candidate: int
+    step: int
+    total: int
+    preview: PIL.Image.Image | None = None
+
+
+@dataclass
+class SegmentFinished:
+    """A text or a picture is finished.
+
+    Attributes:
+        document: number of the document in the batch.
+        turn: which of the document's turns it was, from 0.
+        segment: what was made.
+        ids: for text, its tokens with the end token.
+        candidates: for a picture, all candidates; the first is `segment.source`, which the document goes on from.
+        replaced_by: the forced text that the document goes on from instead, if there was one.
+    """
+
+    document: int
+    turn: int
+    segment: Segment
+    ids: list[int] = field(default_factory=list)
+    candidates: list[PIL.Image.Image] = field(default_factory=list)
+    replaced_by: str | None = None
+
+
+@dataclass
+class DocumentFinished:
+    """A document is finished.
+
+    Attributes:
+        document: its number in the batch.
+        result: the document with its slots filled and what was added.
+        reason: `slots` (all filled), `eos`, `turns`, `segments`, `tokens`, `images` or `context` (no more room).
+    """
+
+    document: int
+    result: Document
+    reason: str
+
+
+Event = TextDelta | ImageProgress | SegmentFinished | DocumentFinished
+
+
+@dataclass
+class _Row:
+    """One document on its way."""
+
+    document: Document
+    queue: deque[TokenStream | Turn]
+    max_turns: int
+    goes_on: bool  # whether it continues by itself after its last slot
+    generator: torch.Generator
+    ids: list[int] = field(default_factory=list)
+    next_turn: Turn = "text"
+    turns: int = 0
+    made: list[Segment] = field(default_factory=list)
+    tokens: int = 0
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"document '{self.document.id}'" if self.document.id else "the document"
+
+    def take_slot(self) -> None:
+        """The slot that was just filled is no longer open."""
+        if self.queue:
+            self.queue.popleft()
+
+    def result(self) -> Document:
+        """The document with its slots filled and what came after them."""
+        made, segments = deque(self.made), []
+        for segment in self.document.segments:
+            if not segment.is_open:
+                segments.append(segment)
+            elif made:
+                segments.append(replace(made.popleft(), role=segment.role))
+        speaker = "assistant" if any(s.role for s in self.document.segments) else None
+        return Document(segments + [replace(s, role=speaker) for s in made], self.document.id)
+
+
+class InterleavedGenerator:
+    """Runs a batch of documents. `rows` and `context` may be looked at between events.
+
+    Args:
+        model: what reads, writes and draws.
+        processor: turns documents into tokens and pictures into pixels.
+        settings: how.
+        progress: whether to give an event for every denoising step.
+    """
+
+    def __init__(
+        self,
+        model: MMInterleavedModel,
+        processor: MMInterleavedProcessor,
+        settings: GenerationSettings,
+        progress: bool = True,
+    ) -> None:
+        self.model, self.processor, self.settings, self.progress = model, processor, settings, progress
+        config = model.config
+        self.limit = min(config.text_config.max_position_embeddings, config.max_context_length)
+        self.most_images = config.mmfs.max_images - 1
+
+    def plan(self, document: Document) -> deque[TokenStream | Turn]:
+        """A document as given stretches and open slots in turn; the first is always a stretch."""
+        queue: deque[TokenStream | Turn] = deque()
+        run: list[Segment] = []
+        slot: Segment | None = None
+        for segment in [*self.processor.render(document), None]:
+            if segment is not None and not segment.is_open:
+                run.append(segment)
+                continue
+            if run or not queue:
+                queue.append(self.processor.encode(run, start=not queue, after_image=isinstance(slot, Image)))
+            if segment is not None:
+                queue.append("text" if isinstance(segment, Text) else "image")
+            run, slot = [], segment
+        return queue
+
+    def start(self, documents: Sequence[Document]) -> None:
+        """Take documents in.
+
+        Raises:
+            DocumentError: a document cannot be used.
+        """
+        self.rows: list[_Row] = []
+        for index, document in enumerate(documents):
+            try:
+                queue = self.plan(document)
+            except DocumentError as error:
+                raise error.at(f"document {index}") from None
+            slots = sum(1 for item in queue if isinstance(item, str))
+            asked = self.settings.max_turns or document.max_turns
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            self.rows.append(
+                _Row(
+                    document,
+                    queue,
+                    asked or slots or DEFAULT_TURNS,
+                    goes_on=bool(asked) or not slots,
+                    generator=generator,
+                )
+            )
+        self.context = Context.empty(self.model, len(self.rows))
+
+    def run(self, documents: Sequence[Document]) -> Iterator[Event]:
+        """Generate.
+
+        Raises:
+            DocumentError: a document cannot be used, or is longer than the model's context.
+        """
+        self.start(documents)
+        size = self.settings.image.batch_size
+        while any(row.reason is None for row in self.rows):
+            yield from self._advance()
+            if writing := self._waiting_for("text"):
+                yield from self._write(writing)
+            yield from self._advance()
+            drawing = self._waiting_for("image")
+            for begin in range(0, len(drawing), size):
+                yield from self._draw(drawing[begin : begin + size])
+
+    def _waiting_for(self, turn: Turn) -> list[int]:
+        return [i for i, row in enumerate(self.rows) if row.reason is None and row.next_turn == turn]
+
+    def _advance(self) -> Iterator[Event]:
+        """Read what stands before the next slot of each row, decide what each does next, and end those that are done."""
+        streams = [TokenStream.empty()] * len(self.rows)
+        for index, row in enumerate(self.rows):
+            if row.reason is None and row.queue and isinstance(row.queue[0], TokenStream):
+                streams[index] = row.queue.popleft()
+                self._check_room(row, streams[index])
+                row.ids += streams[index].ids.tolist()
+        if any(len(stream) for stream in streams):
+            batch = self.processor.collate(streams, padding_side="left")
+            self.context.append(batch.input_ids, batch.attention_mask, batch.pixel_values)
+        for index, row in enumerate(self.rows):
+            if row.reason is None:
+                row.next_turn = row.queue[0] if row.queue else row.next_turn
+                row.reason = self._why_done(row)
+                if row.reason is not None:
+                    yield DocumentFinished(index, row.result(), row.reason)
+
+    def _check_room(self, row: _Row, stream: TokenStream) -> None:
+        tokens, images = len(row.ids) + len(stream), self._count_images(row) + len(stream.images)
+        if tokens > self.limit:
+            raise DocumentError(
+                f"{tokens} tokens are more than the {self.limit} the model reads", row.name, "Shorten it"
+            )
+        if images > self.most_images:
+            raise DocumentError(f"{images} pictures are more than the {self.most_images} the model tells apart", row.name,
+                                "Leave some out")  # fmt: skip
+
+    def _count_images(self, row: _Row) -> int:
+        return row.ids.count(self.model.config.soi_token_id)
+
+    def _why_done(self, row: _Row) -> str | None:
+        """Why a row has nothing more to do; None if it has."""
+        settings, images = self.settings, sum(isinstance(s, Image) for s in row.made)
+        if not row.queue and not row.goes_on:
+            return "slots"
+        reached = [
+            ("turns", row.turns, row.max_turns),
+            ("segments", len(row.made), settings.max_segments),
+            ("tokens", row.tokens, settings.max_tokens),
+            ("images", images, settings.max_images),
+        ]
+        for name, count, most in reached:
+            if most is not None and count >= most:
+                return name
+        draws = row.next_turn == "image"
+        needed = 1 + self.model.config.num_image_tokens if draws else 1
+        full = len(row.ids) + needed > self.limit or (draws and self._count_images(row) >= self.most_images)
+        return "context" if full else None
+
+    # ---- text
+
+    def _write(self, chosen: list[int]) -> Iterator[Event]:
+        self.context.flush()
+        start = self.context.mask.shape[1]
+        rooms = [self._room(row) for row in self.rows]
+        if self.settings.text.num_beams > 1:
+            texts = self._write_beams(chosen, min(rooms[i] for i in chosen))
+        else:
+            texts = yield from self._write_stream(chosen, rooms)
+        for index in chosen:
+            yield from self._after_text(index, texts[index], start)
+
+    def _room(self, row: _Row) -> int:
+        """Most tokens that may be written in this turn."""
+        most = [self.settings.text.max_new_tokens, self.limit - len(row.ids)]
+        if self.settings.max_tokens is not None:
+            most.append(self.settings.max_tokens - row.tokens)
+        return min(most)
+
+    def _write_stream(self, chosen: list[int], rooms: list[int]) -> Generator[Event, None, dict[int, WrittenText]]:
+        """Write token by token; returns the texts by row."""
+        texts = [WrittenText([]) for _ in self.rows]
+        shown = [""] * len(self.rows)
+        active = torch.tensor([i in chosen for i in range(len(self.rows))], device=self.context.mask.device)
+        generators = [row.generator for row in self.rows]
+        for step in write(self.context, self.settings.text, generators, active, torch.tensor(rooms)):
+            add_tokens(step, texts, end_tokens(self.model))
+            for index in chosen:
+                text = self.processor.decode_text(texts[index].ids)
+                if len(text) > len(shown[index]) and not text.endswith("\ufffd"):  # not in the middle of a character
+                    yield TextDelta(index, text[len(shown[index]) :])
+                    shown[index] = text
+        return {i: texts[i] for i in chosen}
+
+    def _write_beams(self, chosen: list[int], room: int) -> dict[int, WrittenText]:
+        rows = torch.tensor(chosen, device=self.context.mask.device)
+        settings = replace(self.settings.text, max_new_tokens=room)
+        best = [texts[0] for texts in write_beams(self.context.select(rows), settings)]
+        texts = dict(zip(chosen, best, strict=True))
+        self._read_text({index: text.ids for index, text in texts.items()})
+        return texts
+
+    def _read_text(self, ids: dict[int, list[int]]) -> None:
+        """Let rows read plain text, when it is needed."""
+        tokens = torch.full((len(self.rows), max(len(i) for i in ids.values())), self.model.config.pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for row, text in ids.items():
+            tokens[row, : len(text)] = torch.tensor(text, dtype=torch.long)
+            mask[row, : len(text)] = 1
+        if mask.any():
+            device = self.context.mask.device
+            self.context.defer(partial(self.context.append_text, tokens.to(device), mask.to(device)))
+
+    def _after_text(self, index: int, text: WrittenText, start: int) -> Iterator[Event]:
+        """What a finished text means for its row."""
+        row, config = self.rows[index], self.model.config
+        segment, ids, end = Text(self.processor.decode_text(text.ids)), text.ids, text.end
+        forced = row.document.forced_texts[row.turns] if row.turns < len(row.document.forced_texts) else ""
+        forced = forced if self.settings.replace_texts and forced else None
+        if forced is not None:
+            ids = encode_text(self.processor.tokenizer, forced)
+            end = ids.pop() if ids and ids[-1] in end_tokens(self.model) else None
+            self.context.forget(index, start)
+            self._read_text({index: ids})
+        row.ids += ids
+        row.tokens += len(text.all_ids)
+        row.made.append(segment if forced is None else Text(forced))
+        row.take_slot()
+        yield SegmentFinished(index, row.turns, segment, text.all_ids, replaced_by=forced)
+        row.turns += 1
+        row.next_turn = "image" if end == config.soi_token_id or self.settings.force_image else "text"
+        if end == config.eos_token_id and self.settings.stop_at_eos and row.goes_on and not row.queue:
+            row.reason = "eos"
+            yield DocumentFinished(index, row.result(), row.reason)
+
+    # ---- pictures
+
+    def _draw(self, chosen: list[int]) -> Iterator[Event]:
+        self._announce(chosen)
+        decoder, settings = self.model.image_decoder, self.settings.image
+        with torch.no_grad():
+            conditions = decoder.resampler(*self.context.image_context(chosen))
+        earlier = self.context.earlier_images(chosen)
+        candidates: list[list[PIL.Image.Image]] = [[] for _ in chosen]
+        for number in range(settings.num_candidates):
+            offsets = [number + (self.rows[i].turns if self.settings.vary_noise else 0) for i in chosen]
+            generators = [torch.Generator().manual_seed(settings.seed + offset) for offset in offsets]
+            for step in decoder.denoise(conditions, earlier, settings, generators):
+                if self.progress:
+                    yield from _progress(chosen, number, step)
+            for pictures, values in zip(candidates, decoder.decode(step.latents), strict=True):
+                pictures.append(to_picture(values.float().cpu().numpy()))
+        first = self.processor.pixels([pictures[0] for pictures in candidates])
+        self.context.defer(partial(self.context.append_images, chosen, first))
+        for index, pictures in zip(chosen, candidates, strict=True):
+            row = self.rows[index]
+            row.ids += [self.model.config.image_token_id] * self.model.config.num_image_tokens
+            row.made.append(Image(pictures[0]))
+            row.take_slot()
+            yield SegmentFinished(index, row.turns, row.made[-1], candidates=pictures)
+            row.turns += 1
+            row.next_turn = "text"
+
+    def _announce(self, chosen: list[int]) -> None:
+        """Read the begin-of-image token in the rows that draw."""
+        ids = torch.full((len(self.rows), 1), self.model.config.soi_token_id)
+        mask = torch.zeros_like(ids)
+        mask[chosen] = 1
+        self.context.append(ids, mask)
+        for index in chosen:
+            self.rows[index].ids.append(self.model.config.soi_token_id)
+
+
+def _progress(chosen: list[int], candidate: int, step: DenoisingStep) -> Iterator[Event]:
+    for position, index in enumerate(chosen):
+        preview = None if step.preview is None else to_picture(step.preview[position].float().cpu().numpy())
+        yield ImageProgress(index, candidate, step.index, step.total, preview)

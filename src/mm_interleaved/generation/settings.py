@@ -1,0 +1,159 @@
+"""How text is written and how a session runs, with the original's settings as named presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..model.image_decoder import ImageSettings
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How text is written.
+
+    Attributes:
+        max_new_tokens: most tokens to write, the end token included.
+        min_new_tokens: no end token before so many have been written.
+        num_beams: width of the beam search; 1: greedy, or sampling.
+        do_sample: draw tokens instead of taking the likeliest; needs num_beams 1.
+        temperature, top_k, top_p: as in transformers, in this order; top_k 0: off. Only with do_sample.
+        repetition_penalty: as in transformers; counts what was written, not the prompt.
+        length_penalty: a finished beam scores log p / length^length_penalty, the length counting `<s>` but no end token.
+        num_return_sequences: best beams, or samples, for each prompt.
+    """
+
+    max_new_tokens: int = 30
+    min_new_tokens: int = 7
+    num_beams: int = 5
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 0.9
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}"),
+            (self.min_new_tokens >= 0, f"min_new_tokens must not be negative, but is {self.min_new_tokens}"),
+            (self.num_beams >= 1, f"num_beams must be at least 1, not {self.num_beams}"),
+            (not (self.do_sample and self.num_beams > 1), "do_sample needs num_beams=1; beams are not sampled"),
+            (self.temperature > 0, f"temperature must be positive, not {self.temperature}; use do_sample=False for 0"),
+            (self.top_k >= 0, f"top_k must not be negative, but is {self.top_k}"),
+            (0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}"),
+            (self.repetition_penalty > 0, f"repetition_penalty must be positive, not {self.repetition_penalty}"),
+            (self.num_return_sequences >= 1, "num_return_sequences must be at least 1"),
+            (
+                self.do_sample or self.num_return_sequences <= self.num_beams,
+                f"num_return_sequences={self.num_return_sequences} needs as many beams, or do_sample",
+            ),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Everything that decides what is generated; saved beside the results.
+
+    Attributes:
+        text, image: how texts are written and pictures drawn.
+        seed: for sampled text; pictures have their own in `image.seed`.
+        max_turns: most texts and pictures to make; None: the document says, else as many as it has open slots, else 2.
+        stop_at_eos: whether `</s>` ends the document. The original calls it `auto_end`.
+        max_segments, max_tokens, max_images: further limits on what is made; None: no limit.
+        force_image: let a picture follow every text, asked for or not (`force_gen_image_next`).
+        replace_texts: go on from the document's `forced_texts` instead of the written texts (`force_replace_gen_text`).
+        vary_noise: give every picture of a document its own noise (seed + turn); the original repeats the same.
+    """
+
+    text: TextSettings = field(default_factory=TextSettings)
+    image: ImageSettings = field(default_factory=ImageSettings)
+    seed: int = 0
+    max_turns: int | None = None
+    stop_at_eos: bool = True
+    max_segments: int | None = None
+    max_tokens: int | None = None
+    max_images: int | None = None
+    force_image: bool = False
+    replace_texts: bool = False
+    vary_noise: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_segments", "max_tokens", "max_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+# spec/model 6.1. The original counts `<s>` in its min_length; here tokens are counted, so its 8 is 7.
+TEXT_PRESETS = {
+    "default": TextSettings(),
+    "caption": TextSettings(max_new_tokens=20),
+    "vqa": TextSettings(max_new_tokens=10, min_new_tokens=0, num_beams=3, length_penalty=0.0),
+    "paragraph": TextSettings(max_new_tokens=90, min_new_tokens=89, repetition_penalty=1.2),
+    "interleaved": TextSettings(max_new_tokens=90, num_beams=1, do_sample=True, repetition_penalty=1.3),
+}
+
+
+def from_original(**arguments: Any) -> GenerationSettings:
+    """Settings from the original's generation arguments (`max_length`, `min_length`, `num_captions`, ...).
+
+    Raises:
+        ValueError: an argument is not one of the original's.
+    """
+    renamed = {
+        "max_length": ("text", "max_new_tokens"),
+        "num_beams": ("text", "num_beams"),
+        "use_nucleus_sampling": ("text", "do_sample"),
+        "top_p": ("text", "top_p"),
+        "temperature": ("text", "temperature"),
+        "repetition_penalty": ("text", "repetition_penalty"),
+        "length_penalty": ("text", "length_penalty"),
+        "num_captions": ("text", "num_return_sequences"),
+        "num_inference_steps": ("image", "num_inference_steps"),
+        "guidance_scale": ("image", "guidance_scale"),
+        "num_validation_images": ("image", "num_candidates"),
+    }
+    chosen: dict[str, dict[str, Any]] = {"text": {}, "image": {}}
+    for name, value in arguments.items():
+        if name == "min_length":
+            chosen["text"]["min_new_tokens"] = max(value - 1, 0)
+        elif name in renamed:
+            part, ours = renamed[name]
+            chosen[part][ours] = value
+        else:
+            raise ValueError(
+                f"the original has no generation argument '{name}'; it has min_length, {', '.join(renamed)}"
+            )
+    return GenerationSettings(TextSettings(**chosen["text"]), ImageSettings(**chosen["image"]))
+
+
+def override(settings: GenerationSettings, **changes: Any) -> GenerationSettings:
+    """`settings` with the changes whose value is not None; names of `text` and `image` settings count as well.
+
+    `seed` sets both seeds.
+
+    Raises:
+        ValueError: there is no such setting, or its value is not allowed.
+    """
+    parts: dict[str, dict[str, Any]] = {"": {}, "text": {}, "image": {}}
+    owners = {f.name: "" for f in fields(GenerationSettings) if f.name not in ("text", "image")}
+    owners |= {f.name: "image" for f in fields(ImageSettings) if f.name not in owners}
+    owners |= {f.name: "text" for f in fields(TextSettings) if f.name not in owners}
+    for name, value in changes.items():
+        if name not in owners:
+            raise ValueError(f"there is no setting '{name}'")
+        if value is not None:
+            parts[owners[name]][name] = value
+            if name == "seed":
+                parts["image"]["seed"] = value
+    return replace(
+        settings,
+        text=replace(settings.text, **parts["text"]),
+        image=replace(settings.image, **parts["image"]),
+        **parts[""],
+    )

@@ -1,0 +1,289 @@
+"""Writing text: greedy, sampling and beam search over a `Context`.
+
+The rules are those of the library version that the original was pinned to, because released settings depend on them: the
+processors see `<s>` and what was written, never the prompt; beams keep (1 + end tokens) * num_beams candidates a step, so
+that end tokens cannot starve them. One thing is mended: a beam keeps the end token that really closed it (spec/model 6.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..model import MMInterleavedModel
+from ..ops import promote
+from .context import Context
+from .settings import TextSettings
+
+
+@dataclass
+class WrittenText:
+    """One text that was written.
+
+    Attributes:
+        ids: its tokens, without `<s>` and without the end token.
+        end: the token that closed it; None: it reached max_new_tokens.
+        score: for beams, the score that ranked it.
+    """
+
+    ids: list[int]
+    end: int | None = None
+    score: float | None = None
+
+    @property
+    def all_ids(self) -> list[int]:
+        """Its tokens with the end token."""
+        return self.ids + ([] if self.end is None else [self.end])
+
+
+@dataclass
+class TextStep:
+    """One step of greedy search or sampling.
+
+    Attributes:
+        tokens: [batch] the new tokens; the pad token in rows that are finished.
+        active: [batch] bool, the rows that got one.
+        logits: [batch, vocab] float32, before any processing.
+    """
+
+    tokens: Tensor
+    active: Tensor
+    logits: Tensor
+
+
+def end_tokens(model: MMInterleavedModel) -> list[int]:
+    """The tokens that end a text: `</s>` and begin-of-image."""
+    return [model.config.eos_token_id, model.config.soi_token_id]
+
+
+def _processors(model: MMInterleavedModel, settings: TextSettings, device: torch.device) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.min_new_tokens:  # the history that the processor counts begins with <s>
+        processors.append(MinLengthLogitsProcessor(settings.min_new_tokens + 1, end_tokens(model), device=device))
+    if settings.do_sample:
+        if settings.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            processors.append(TopPLogitsWarper(settings.top_p))
+    return processors
+
+
+def _logits(context: Context) -> Tensor:
+    """What comes next in every row: [batch, vocab]."""
+    context.flush()
+    logits = context.model.lm_head(context.last)
+    return logits.to(promote(logits.dtype))
+
+
+def _draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token a row from softmax(scores), each row with its own generator, by inverting the cumulative distribution."""
+    uniform = torch.cat([torch.rand(1, generator=g, device=g.device).to(scores.device) for g in generators])
+    cumulative = scores.softmax(-1).cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1].float())[:, None].to(cumulative), right=True)[
+        :, 0
+    ]
+    return token.clamp(max=scores.shape[-1] - 1)
+
+
+@torch.no_grad()
+def write(
+    context: Context,
+    settings: TextSettings,
+    generators: Sequence[torch.Generator],
+    active: Tensor | None = None,
+    limits: Tensor | None = None,
+) -> Iterator[TextStep]:
+    """Write by greedy search or sampling, a token for every active row at a time.
+
+    Afterwards every token written belongs to the context, except the ones that closed a row.
+
+    Args:
+        context: what has been read; it reads on.
+        settings: with num_beams 1.
+        generators: one for each row; used when sampling.
+        active: [batch] bool, the rows to write in; None: all.
+        limits: [batch] most tokens for each row; None: settings.max_new_tokens for all.
+    """
+    model, device = context.model, context.mask.device
+    batch = len(context.mask)
+    processors = _processors(model, settings, device)
+    ends = torch.tensor(end_tokens(model), device=device)
+    history = torch.full((batch, 1), model.config.bos_token_id, device=device)
+    limits = torch.full((batch,), settings.max_new_tokens, device=device) if limits is None else limits.to(device)
+    active = (torch.ones(batch, dtype=torch.bool, device=device) if active is None else active) & (limits > 0)
+    while bool(active.any()):
+        logits = _logits(context)
+        scores = processors(history, logits)
+        tokens = _draw(scores, generators) if settings.do_sample else scores.argmax(-1)
+        tokens = torch.where(active, tokens, model.config.pad_token_id)
+        history = torch.cat([history, tokens[:, None]], dim=1)
+        yield TextStep(tokens, active, logits)
+        read = active & ~torch.isin(tokens, ends)
+        if bool(read.any()):
+            context.defer(partial(context.append_text, tokens[:, None], read[:, None].long()))
+        active = read & (history.shape[1] - 1 < limits)
+
+
+def write_greedy(
+    context: Context, settings: TextSettings, generators: Sequence[torch.Generator]
+) -> list[list[WrittenText]]:
+    """Write in every row; with several sequences a row (sampling), the rows of `context` are multiplied first."""
+    copies = settings.num_return_sequences
+    if copies > 1:
+        rows = torch.arange(len(context.mask), device=context.mask.device).repeat_interleave(copies)
+        context = context.select(rows)
+        generators = [g for g in generators for _ in range(copies)]
+    texts = [WrittenText([]) for _ in range(len(context.mask))]
+    collect(write(context, settings, generators), texts, end_tokens(context.model))
+    return [texts[i : i + copies] for i in range(0, len(texts), copies)]
+
+
+def collect(steps: Iterator[TextStep], texts: list[WrittenText], ends: list[int]) -> None:
+    """Run `steps` and put their tokens into `texts`, one for each row."""
+    for step in steps:
+        add_tokens(step, texts, ends)
+
+
+def add_tokens(step: TextStep, texts: list[WrittenText], ends: list[int]) -> None:
+    """Put the tokens of one step into `texts`."""
+    for text, token, active in zip(texts, step.tokens.tolist(), step.active.tolist(), strict=True):
+        if active and token in ends:
+            text.end = token
+        elif active:
+            text.ids.append(token)
+
+
+class _Beams:
+    """The best finished texts of one row."""
+
+    def __init__(self, size: int, length_penalty: float) -> None:
+        self.size, self.length_penalty = size, length_penalty
+        self.finished: list[WrittenText] = []
+        self.done = False
+
+    def add(self, ids: list[int], end: int | None, log_probability: float) -> None:
+        """`ids` begin with `<s>`, which counts in the length."""
+        score = log_probability / len(ids) ** self.length_penalty
+        if len(self.finished) == self.size and score <= self.finished[-1].score:
+            return
+        self.finished.append(WrittenText(ids[1:], end, score))
+        self.finished.sort(key=lambda text: -text.score)
+        del self.finished[self.size :]
+
+    def check(self, best_running: float, length: int) -> None:
+        """Done when no running beam can still overtake the worst finished one."""
+        if len(self.finished) == self.size:
+            self.done = self.done or self.finished[-1].score >= best_running / length**self.length_penalty
+
+
+@torch.no_grad()
+def write_beams(context: Context, settings: TextSettings) -> list[list[WrittenText]]:
+    """Beam search in every row of `context`, which is left as it was; the best texts of each row, best first."""
+    model, device, width = context.model, context.mask.device, settings.num_beams
+    batch, ends, pad = len(context.mask), end_tokens(model), model.config.pad_token_id
+    candidates = max(2, 1 + len(ends)) * width
+    processors = _processors(model, settings, device)
+    start = torch.arange(batch, device=device).repeat_interleave(width)
+    beams = context.select(start)
+    rows = [_Beams(width, settings.length_penalty) for _ in range(batch)]
+    history = torch.full((batch * width, 1), model.config.bos_token_id, device=device)
+    scores = torch.full((batch, width), -1e9, device=device)
+    scores[:, 0] = 0
+    scores = scores.view(-1)
+    while True:
+        log_probabilities = processors(history, _logits(beams).log_softmax(-1)) + scores[:, None]
+        vocab = log_probabilities.shape[-1]
+        best, index = log_probabilities.view(batch, -1).topk(candidates, dim=1)
+        parents, tokens = index // vocab, index % vocab
+        plan = [
+            _advance(rows[b], b * width, history, best[b].tolist(), parents[b].tolist(), tokens[b].tolist(), ends, pad)
+            for b in range(batch)
+        ]
+        parent = torch.tensor([p for row in plan for p, _, _ in row], device=device)
+        token = torch.tensor([t for row in plan for _, t, _ in row], device=device)
+        scores = torch.tensor([s for row in plan for _, _, s in row], device=device, dtype=scores.dtype)
+        history = torch.cat([history[parent], token[:, None]], dim=1)
+        if all(row.done for row in rows) or history.shape[1] > settings.max_new_tokens:
+            break
+        beams.reorder(parent)
+        beams.defer(partial(beams.append_text, token[:, None], torch.ones_like(token[:, None])))
+    for b, row in enumerate(rows):
+        for i in range(b * width, (b + 1) * width):
+            if not row.done:
+                row.add(history[i].tolist(), None, float(scores[i]))
+    return [row.finished[: settings.num_return_sequences] for row in rows]
+
+
+def _advance(
+    row: _Beams,
+    first: int,
+    history: Tensor,
+    best: list[float],
+    parents: list[int],
+    tokens: list[int],
+    ends: list[int],
+    pad: int,
+) -> list[tuple[int, int, float]]:
+    """Sort one row's candidates into finished texts and `num_beams` running beams (parent, token, score)."""
+    if row.done:
+        return [(first, pad, 0.0)] * row.size
+    running = []
+    for rank, (score, parent, token) in enumerate(zip(best, parents, tokens, strict=True)):
+        if token in ends:
+            if rank < row.size:  # an end token ranked lower does not count
+                row.add(history[first + parent].tolist(), token, score)
+            continue
+        running.append((first + parent, token, score))
+        if len(running) == row.size:
+            break
+    row.check(max(best), history.shape[1] + 1)
+    return running
+
+
+@torch.no_grad()
+def score_options(
+    context: Context, options: Sequence[Sequence[Sequence[int]]], batch_size: int = 4
+) -> list[list[float]]:
+    """Log-probabilities of given continuations, not normalised by length; the context is read only once.
+
+    Args:
+        context: rows of prompts; left as it was.
+        options: for each row the ids of its options.
+        batch_size: options read at a time.
+
+    Returns:
+        For each row the sum of log p over each option's tokens.
+    """
+    device, pad = context.mask.device, context.model.config.pad_token_id
+    jobs = [(row, ids) for row, row_options in enumerate(options) for ids in row_options]
+    totals: list[float] = []
+    for begin in range(0, len(jobs), batch_size):
+        part = jobs[begin : begin + batch_size]
+        longest = max(len(ids) for _, ids in part)
+        tokens = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for _, ids in part], device=device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids in part], device=device)
+        branch = context.select(torch.tensor([row for row, _ in part], device=device))
+        before = branch.last
+        hidden = branch.append_text(tokens, mask)
+        logits = context.model.lm_head(torch.cat([before[:, None], hidden[:, :-1]], dim=1))
+        log_probabilities = logits.to(promote(logits.dtype)).log_softmax(-1)
+        chosen = log_probabilities.gather(-1, tokens[..., None])[..., 0]
+        totals += (chosen * mask).sum(-1).tolist()
+    counts = iter(totals)
+    return [[next(counts) for _ in row_options] for row_options in options]
