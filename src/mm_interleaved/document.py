@@ -28,10 +28,13 @@ import PIL.Image
 
 ROLES = ("system", "user", "assistant")
 SEGMENT_FIELDS = ("text", "image", "supervise", "role", "attached", "target")
-DOCUMENT_FIELDS = ("segments", "id", "max_turns", "forced_texts")
+DOCUMENT_FIELDS = ("segments", "id", "max_turns", "forced_texts", "stop_at_eos")
 RECORD_FIELDS = (
     "sentences", "images", "sentence_ixs", "image_first", "generate_mode", "num_iter", "multiround_context", "id",
 )  # fmt: skip
+
+
+ORIGINAL_TURNS = 2  # what the original makes of a record that does not say how many turns
 
 
 class DocumentError(ValueError):
@@ -102,12 +105,23 @@ class Document:
         id: a name for messages and results.
         max_turns: how many texts and pictures to generate, if the document itself says so (the original's `num_iter`).
         forced_texts: by turn, text that replaces the generated one (the original's `multiround_context`).
+        stop_at_eos: whether `</s>` ends it; None: as the settings say. Records of the original do not end there.
+        record: the original's record that it was read from, as it stood in the file.
+        place: where it was read from, for messages.
     """
 
     segments: list[Segment] = field(default_factory=list)
     id: str | None = None
     max_turns: int | None = None
     forced_texts: list[str] = field(default_factory=list)
+    stop_at_eos: bool | None = None
+    record: dict[str, Any] | None = None
+    place: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.place or (f"document '{self.id}'" if self.id else "the document")
 
     @property
     def images(self) -> list[Image]:
@@ -141,7 +155,12 @@ class Document:
             DocumentError: a picture exists only in memory.
         """
         data: dict[str, Any] = {"segments": [_segment_to_dict(s, i) for i, s in enumerate(self.segments)]}
-        optional = {"id": self.id, "max_turns": self.max_turns, "forced_texts": self.forced_texts or None}
+        optional = {
+            "id": self.id,
+            "max_turns": self.max_turns,
+            "forced_texts": self.forced_texts or None,
+            "stop_at_eos": self.stop_at_eos,
+        }
         return data | {k: v for k, v in optional.items() if v is not None}
 
     @classmethod
@@ -239,9 +258,11 @@ def load_documents(path: str | Path, image_root: str | Path | None = None) -> li
     documents = []
     for place, data in _read_json(path):
         try:
-            documents.append(Document.from_dict(data, folder))
+            document = Document.from_dict(data, folder)
         except DocumentError as error:
             raise error.at(place) from None
+        document.place = place
+        documents.append(document)
     return documents
 
 
@@ -350,12 +371,13 @@ def _from_segments(data: dict[str, Any], folder: Folder) -> Document:
         segments.append(Image(source, supervise, role, target))
     if not segments:
         raise DocumentError("a document needs at least one segment", "segments")
-    turns = data.get("max_turns")
+    turns, stop = data.get("max_turns"), data.get("stop_at_eos")
     return Document(
         segments,
         None if data.get("id") is None else str(data["id"]),
         None if turns is None else _positive(turns, "max_turns"),
         _check_list(data.get("forced_texts", []), str, "forced_texts"),
+        None if stop is None else _check(stop, bool, "stop_at_eos"),
     )
 
 
@@ -452,8 +474,10 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Document:
     return Document(
         segments,
         None if data.get("id") is None else str(data["id"]),
-        None if turns is None else _positive(turns, "num_iter"),
+        ORIGINAL_TURNS if turns is None else _positive(turns, "num_iter"),
         _check_list(data.get("multiround_context", []), str, "multiround_context"),
+        stop_at_eos=False,
+        record=data,
     )
 
 

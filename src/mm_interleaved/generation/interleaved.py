@@ -17,7 +17,7 @@ from typing import Literal
 import PIL.Image
 import torch
 
-from ..document import Document, DocumentError, Image, Segment, Text
+from ..document import ORIGINAL_TURNS, Document, DocumentError, Image, Segment, Text
 from ..model import MMInterleavedModel
 from ..model.image_decoder import DenoisingStep
 from ..processor import MMInterleavedProcessor
@@ -29,7 +29,6 @@ from .settings import GenerationSettings
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
 
 Turn = Literal["text", "image"]
-DEFAULT_TURNS = 2
 
 
 @dataclass
@@ -106,10 +105,6 @@ class _Row:
     tokens: int = 0
     reason: str | None = None
 
-    @property
-    def name(self) -> str:
-        return f"document '{self.document.id}'" if self.document.id else "the document"
-
     def take_slot(self) -> None:
         """The slot that was just filled is no longer open."""
         if self.queue:
@@ -176,7 +171,7 @@ class InterleavedGenerator:
             try:
                 queue = self.plan(document)
             except DocumentError as error:
-                raise error.at(f"document {index}") from None
+                raise error.at(document.place or f"document {index}") from None
             slots = sum(1 for item in queue if isinstance(item, str))
             asked = self.settings.max_turns or document.max_turns
             generator = torch.Generator().manual_seed(self.settings.seed)
@@ -184,7 +179,7 @@ class InterleavedGenerator:
                 _Row(
                     document,
                     queue,
-                    asked or slots or DEFAULT_TURNS,
+                    asked or slots or ORIGINAL_TURNS,
                     goes_on=bool(asked) or not slots,
                     generator=generator,
                 )
@@ -233,10 +228,10 @@ class InterleavedGenerator:
         tokens, images = len(row.ids) + len(stream), self._count_images(row) + len(stream.images)
         if tokens > self.limit:
             raise DocumentError(
-                f"{tokens} tokens are more than the {self.limit} the model reads", row.name, "Shorten it"
+                f"{tokens} tokens are more than the {self.limit} the model reads", row.document.name, "Shorten it"
             )
         if images > self.most_images:
-            raise DocumentError(f"{images} pictures are more than the {self.most_images} the model tells apart", row.name,
+            raise DocumentError(f"{images} pictures are more than the {self.most_images} the model tells apart", row.document.name,
                                 "Leave some out")  # fmt: skip
 
     def _count_images(self, row: _Row) -> int:
@@ -333,9 +328,13 @@ class InterleavedGenerator:
         yield SegmentFinished(index, row.turns, segment, text.all_ids, replaced_by=forced)
         row.turns += 1
         row.next_turn = "image" if end == config.soi_token_id or self.settings.force_image else "text"
-        if end == config.eos_token_id and self.settings.stop_at_eos and row.goes_on and not row.queue:
+        if end == config.eos_token_id and self._stops_at_eos(row) and row.goes_on and not row.queue:
             row.reason = "eos"
             yield DocumentFinished(index, row.result(), row.reason)
+
+    def _stops_at_eos(self, row: _Row) -> bool:
+        choices = (self.settings.stop_at_eos, row.document.stop_at_eos, True)
+        return next(choice for choice in choices if choice is not None)
 
     # ---- pictures
 

@@ -63,7 +63,7 @@ class GenerationSettings:
         text, image: how texts are written and pictures drawn.
         seed: for sampled text; pictures have their own in `image.seed`.
         max_turns: most texts and pictures to make; None: the document says, else as many as it has open slots, else 2.
-        stop_at_eos: whether `</s>` ends the document. The original calls it `auto_end`.
+        stop_at_eos: whether `</s>` ends a document (the original's `auto_end`); None: the document says, else yes.
         max_segments, max_tokens, max_images: further limits on what is made; None: no limit.
         force_image: let a picture follow every text, asked for or not (`force_gen_image_next`).
         replace_texts: go on from the document's `forced_texts` instead of the written texts (`force_replace_gen_text`).
@@ -74,7 +74,7 @@ class GenerationSettings:
     image: ImageSettings = field(default_factory=ImageSettings)
     seed: int = 0
     max_turns: int | None = None
-    stop_at_eos: bool = True
+    stop_at_eos: bool | None = None
     max_segments: int | None = None
     max_tokens: int | None = None
     max_images: int | None = None

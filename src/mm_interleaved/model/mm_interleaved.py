@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import ModelOutput
 
 from ..ops import promote
@@ -98,16 +100,19 @@ class MMInterleavedModel(PreTrainedModel):
         self.soi_token = LearnedTokens(1, width)
         self.set_mmfs_implementation(config.mmfs_implementation)
         self.post_init()
+        for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
+            synchronizer.mmfs.reset_parameters()
         frozen = [re.compile(pattern) for pattern in config.frozen]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not any(pattern.match(name) for pattern in frozen))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Each part of this package initialises itself; the library's generic rule would wipe that out."""
-        if module is self:
-            for part in self.modules():
-                if type(part).__module__.startswith("mm_interleaved.") and hasattr(part, "reset_parameters"):
-                    part.reset_parameters()
+        """Nothing but the tables that checkpoints leave out: every part initialises itself when it is made."""
+        if isinstance(module, PositionTable):
+            module.reset_parameters()
+        elif isinstance(module, CLIPVisionEmbeddings):
+            with torch.no_grad():
+                module.position_ids.copy_(torch.arange(module.num_positions)[None])
 
     @property
     def compute_device(self) -> torch.device:
@@ -115,7 +120,23 @@ class MMInterleavedModel(PreTrainedModel):
         hook = getattr(self, "_hf_hook", None)
         if getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
-        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
+        return next((p.device for p in self.parameters() if not p.is_meta), self.device)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As everywhere in transformers, but weights must be safetensors, and complete.
+
+        Raises:
+            ValueError: a weight is missing or unexpected.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing", "unexpected"):
+            keys = sorted(info[f"{kind}_keys"])
+            if keys:
+                raise ValueError(f"the checkpoint has {len(keys)} {kind} weights, among them {', '.join(keys[:3])}")
+        return (model, info) if wants_info else model
 
     def set_mmfs_implementation(self, implementation: str) -> None:
         """Choose "fast" or "reference" for every synchronizer; both compute the same."""

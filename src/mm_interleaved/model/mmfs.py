@@ -131,20 +131,15 @@ class MMFS(nn.Module):
         """Maps [pictures, positions, features] to values [pictures, positions, heads, head dim]."""
         return self.value_proj(features).unflatten(-1, (self.config.num_heads, -1))
 
-    def fold(self) -> FoldedQuery | None:
-        """The folded query side; None while the weights are offloaded to another place."""
-        parts = (self.sampling_offsets, self.attention_weights)
-        if any(p.is_meta for p in self.parameters()):
-            return None
-        config, work = self.config, promote(self.value_proj.weight.dtype)
-        rows = []
-        for linear, slots in zip(parts, (2 * config.num_points, config.num_points + 1), strict=True):
-            joined = torch.cat([linear.weight.to(work), linear.bias.to(work)[:, None]], dim=1)
-            rows.append(joined.unflatten(0, (-1, slots))[:, : 2 * config.num_points if linear is parts[0] else -1])
-        joined = torch.cat([part.flatten(0, 1) for part in rows])
-        weight, bias = joined[:, :-1], joined[:, -1]
-        dynamic = self.dynamic_offset_mask
-        dtype = self.value_proj.weight.dtype
+    def fold(self) -> FoldedQuery:
+        """The folded query side, without the slots that are computed and overwritten in the published form."""
+        points, dynamic = self.config.num_points, self.dynamic_offset_mask
+        dtype = dynamic.weight.dtype
+        work = promote(dtype)
+        used = self.attention_weights.weight.unflatten(0, (-1, points + 1))[:, :-1].flatten(0, 1)
+        used_bias = self.attention_weights.bias.unflatten(0, (-1, points + 1))[:, :-1].flatten()
+        weight = torch.cat([self.sampling_offsets.weight, used]).to(work)
+        bias = torch.cat([self.sampling_offsets.bias, used_bias]).to(work)
         return FoldedQuery(
             weight=(weight @ dynamic.weight.to(work)).to(dtype),
             bias=(weight @ dynamic.bias.to(work) + bias).to(dtype),
@@ -153,7 +148,8 @@ class MMFS(nn.Module):
 
     def prepare(self, features: Tensor) -> PreparedMMFS:
         """Everything about `features` [pictures, positions, width] that does not depend on a query."""
-        return PreparedMMFS(self.project(features), self.fold())
+        offloaded = self.dynamic_offset_mask.weight.is_meta and not features.is_meta
+        return PreparedMMFS(self.project(features), None if offloaded else self.fold())
 
     def _separated(self, query: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Offsets and logits of the query, and what each slot adds to them (the linear maps split over the sum z)."""
@@ -259,6 +255,9 @@ class MMFS(nn.Module):
         """Sum of weighted samples [groups, queries, heads * head dim], picture by picture."""
         groups, slots = visible.images.shape
         routes = visible.routes  # [pictures, longest]
+        total = weights.new_zeros((groups, weights.shape[1], values.shape[2] * values.shape[3]))
+        if routes.numel() == 0:
+            return total
         entry, used = routes.clamp(min=0), routes >= 0
 
         def by_picture(x: Tensor) -> Tensor:
@@ -268,7 +267,6 @@ class MMFS(nn.Module):
         shares = by_picture(weights) * used.repeat_interleave(weights.shape[1], dim=1)[:, :, None, None, None]
         taken = deformable_attention(values, shapes, by_picture(locations), shares)
         taken = taken.to(weights.dtype).reshape(routes.numel(), weights.shape[1], -1)
-        total = taken.new_zeros((groups, *taken.shape[1:]))
         return total.index_add(0, (entry // slots).reshape(-1), taken)
 
 

@@ -184,6 +184,10 @@ def config_from_original(description: dict[str, Any]) -> MMInterleavedConfig:
     missing = [key for key in ("model", "llama", "clip_vision", "unet", "vae", "scheduler") if key not in description]
     if missing:
         raise ValueError(f"the description of the original's model lacks {', '.join(missing)}")
+    if not description["model"]["visual_tokenizer_config"].get("clip_normalize", True):
+        raise ValueError(
+            "clip_normalize=False is not supported; released models normalise pictures with CLIP's constants"
+        )
     model, clip, vae = description["model"], description["clip_vision"], dict(description["vae"])
     decoder, tokens = model["image_decoder_config"], model["special_token_dict"]
     text = {"model_type": "llama", **description["llama"], "vocab_size": model["txt_vocab_size"]}

@@ -15,9 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from ..ops import deformable_attention, promote
 from ..ops.deformable import Shapes
@@ -104,8 +103,7 @@ class DeformableAttention(nn.Module):
         steps = torch.arange(1, self.points + 1, dtype=torch.float32)
         bias = (direction[:, None, None] * steps[:, None]).expand(-1, self.levels, -1, -1)
         with torch.no_grad():
-            if not getattr(self.sampling_offsets.bias, "_is_hf_initialized", False):
-                self.sampling_offsets.bias.copy_(bias.reshape(-1))
+            self.sampling_offsets.bias.copy_(bias.reshape(-1))
         for linear in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -206,12 +204,9 @@ class ViTAdapter(nn.Module):
     def __init__(self, vision: CLIPVisionConfig, adapter: AdapterConfig) -> None:
         super().__init__()
         width = vision.hidden_size
-        if vision._attn_implementation is None:  # the layers stand alone here, without a model that would choose
-            vision._attn_implementation = "sdpa"
         self.grid = vision.image_size // vision.patch_size
-        self.embeddings = CLIPVisionEmbeddings(vision)
-        self.pre_layernorm = nn.LayerNorm(width, eps=vision.layer_norm_eps)
-        self.layers = nn.ModuleList([CLIPEncoderLayer(vision) for _ in range(vision.num_hidden_layers)])
+        tower = CLIPVisionModel(vision)  # made and initialised by the library; its last LayerNorm stays behind
+        self.embeddings, self.pre_layernorm, self.layers = tower.embeddings, tower.pre_layrnorm, tower.encoder.layers
         self.spatial_prior = SpatialPrior(adapter.stem_channels, width)
         self.level_embed = nn.Parameter(torch.zeros(3, width))
         extra = [0] * (NUM_INTERACTIONS - 1) + [adapter.num_extra_extractors]

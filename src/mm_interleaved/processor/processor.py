@@ -367,7 +367,7 @@ class MMInterleavedProcessor(ProcessorMixin):
 
 
 def _name(index: int, document: Document) -> str:
-    return f"document '{document.id}'" if document.id else f"document {index}"
+    return document.name if document.place or document.id else f"document {index}"
 
 
 def _check_segment(segment: Segment, index: int) -> None:

@@ -1,0 +1,49 @@
+"""`mmi`, the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported; our errors say it all
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from ..document import DocumentError
+from ..model.checkpoint import CheckpointError
+from .console import console
+from .convert import assemble, convert
+from .download import download
+from .generate import UsageError, generate
+from .info import info
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Read and write documents in which text and pictures alternate.",
+)
+app.command()(generate)
+app.command()(info)
+app.command()(convert)
+app.command()(download)
+app.command()(assemble)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; errors that a user can mend become one message and exit status 1."""
+    transformers_logging.disable_progress_bar()
+    try:
+        return app(arguments)
+    except (DocumentError, CheckpointError, UsageError) as error:
+        console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted[/]")
+        sys.exit(130)
+
+
+def _escaped(error: Exception) -> str:
+    return str(error).replace("[", r"\[")

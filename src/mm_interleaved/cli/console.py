@@ -1,0 +1,8 @@
+"""Where commands speak: progress and messages on the error stream, results on the output."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+console = Console(stderr=True)
+output = Console(soft_wrap=True)

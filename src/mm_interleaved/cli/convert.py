@@ -1,0 +1,154 @@
+"""`mmi convert` and `mmi assemble`: checkpoints from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from ..generation import MMInterleaved
+from ..model import MMInterleavedConfig
+from ..model.checkpoint import (
+    CheckpointError,
+    convert_from_original,
+    convert_to_original,
+    written_aside,
+)
+from ..model.components import config_from_components, from_components
+from ..model.config import PRESETS
+from ..model.original import config_from_original
+from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
+from ..processor.tokenizer import add_image_tokens
+from .console import console, output
+from .generate import DTYPES
+from .results import UsageError
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="The original's folder or file; with --to-original one of ours.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
+    config: Annotated[
+        str, typer.Option(help=f"{', '.join(PRESETS)}, or a JSON file: our config.json or the original's settings.")
+    ] = "release",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model, or a folder with tokenizer.model (Vicuna's).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: as they are.")] = None,
+    image_upscale: Annotated[
+        float | None, typer.Option(help="Let the model see pictures so many times as large.")
+    ] = None,
+    to_original: Annotated[bool, typer.Option("--to-original", help="The other way round.")] = False,
+) -> None:
+    """Convert the original release's checkpoint, tensor by tensor, or write one of ours as the original's."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    if image_upscale is not None and image_upscale <= 0:
+        raise UsageError(f"--image-upscale must be positive, not {image_upscale}")
+    kind = DTYPES[dtype] if dtype else None
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("checking", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        if to_original:
+            if image_upscale is not None or tokenizer is not None:
+                raise UsageError("--to-original takes neither --image-upscale nor --tokenizer")
+            convert_to_original(source, target, kind, report)
+        else:
+            chosen = read_config(config)
+            words = None if tokenizer is None else _read_tokenizer(tokenizer)
+
+            def finish(folder: Path, written: MMInterleavedConfig) -> None:
+                if words is not None:
+                    MMInterleavedProcessor.for_model(written, words).save_pretrained(folder)
+
+            try:
+                if words is not None:
+                    MMInterleavedProcessor.for_model(chosen, words)  # before anything is written
+                convert_from_original(source, target, chosen, kind, image_upscale, report, finish)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
+    output.print(f"written: {target}")
+    if not to_original and tokenizer is None:
+        console.print("[yellow]note:[/] without --tokenizer the folder holds no processor; add one before generating")
+
+
+def read_config(name: str) -> MMInterleavedConfig:
+    """A preset, our `config.json`, or the original's settings.
+
+    Raises:
+        UsageError: none of these.
+    """
+    if name in PRESETS:
+        return MMInterleavedConfig.preset(name)
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise UsageError(f"--config '{name}' is neither a preset ({', '.join(PRESETS)}) nor a file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return config_from_original(data) if "model" in data else MMInterleavedConfig.from_dict(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--config '{name}' cannot be used: {error}") from None
+
+
+def _read_tokenizer(path: Path) -> MMInterleavedTokenizer:
+    try:
+        return MMInterleavedTokenizer.from_vocab(path)
+    except (FileNotFoundError, RuntimeError, OSError) as error:
+        raise UsageError(f"--tokenizer: {error}") from None
+
+
+def assemble(
+    target: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
+    llm: Annotated[Path, typer.Option(help="Folder of a language model (Llama, Mistral, Qwen2, Qwen3).")],
+    clip: Annotated[Path, typer.Option(help="Folder of a CLIP.")],
+    diffusion: Annotated[Path, typer.Option(help="Folder of a Stable Diffusion.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: the language model's.")] = None,
+    config: Annotated[str | None, typer.Option(help="Sizes of the new parts; default: the release's, adapted.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
+) -> None:
+    """Make a new model out of base components, ready for training."""
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    for name, folder in (("--llm", llm), ("--clip", clip), ("--diffusion", diffusion)):
+        if not folder.is_dir():
+            raise UsageError(f"{name}: '{folder}' is not a folder")
+    words = _component_tokenizer(tokenizer or llm)
+    vocab_size = add_image_tokens(words)[1] + 1
+    with console.status("assembling"):
+        chosen = read_config(config) if config else None
+        try:
+            chosen = chosen or config_from_components(llm, clip, diffusion, vocab_size, **_special_ids(words))
+            processor = MMInterleavedProcessor.for_model(chosen, words)
+            model = from_components(chosen, llm, clip, diffusion, DTYPES[dtype], MMInterleaved)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(str(error)) from None
+        with written_aside(target) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    output.print(f"written: {target}")
+
+
+def _component_tokenizer(path: Path):
+    """The SentencePiece model if there is one, because the segment-wise rule was made for it; else what transformers reads."""
+    if path.is_file() or (path / "tokenizer.model").is_file():
+        return _read_tokenizer(path)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"no tokenizer in '{path}': {str(error).splitlines()[0]}") from None
+
+
+def _special_ids(tokenizer) -> dict[str, int]:
+    """The tokenizer's special ids; where it has no `<s>`, the end token opens documents."""
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

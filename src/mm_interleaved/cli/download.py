@@ -1,0 +1,58 @@
+"""`mmi download`: the release and its base components from the model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from ..model.hub import SETS, Component, Offer, RemoteFile, ask, fetch
+from .console import console, output
+from .results import UsageError
+
+
+def download(
+    what: Annotated[str, typer.Argument(help=f"{', '.join(SETS)}, or the name of a repository.")],
+    target: Annotated[Path, typer.Option("--output", "-o", help="Folder to put it in.")] = Path("models"),
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Fetch the release's weights and base components. Sizes and licences are shown first; a stopped download goes on."""
+    if what in SETS:
+        components = SETS[what]
+    elif what.count("/") == 1:
+        components = [Component(what.split("/")[1], what, ("*",), "as asked")]
+    else:
+        raise UsageError(f"'{what}' is neither {', '.join(SETS)} nor a repository (owner/name)")
+    with console.status("asking the hub"):
+        offers = [ask(component, revision) for component in components]
+    output.print(_table(offers))
+    if not yes and not typer.confirm(f"Fetch {_size(sum(o.size for o in offers))} into {target}?"):
+        raise typer.Exit(1)
+    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for offer in offers:
+            task = progress.add_task(offer.component.name, total=offer.size)
+
+            def advance(file: RemoteFile, task=task) -> None:
+                progress.advance(task, file.size)
+
+            path = fetch(offer, target, advance)
+            output.print(f"{offer.component.name}: {path}")
+
+
+def _table(offers: list[Offer]) -> Table:
+    table = Table()
+    for name in ("what", "for", "repository", "licence", "files", "size"):
+        table.add_column(name)
+    for offer in offers:
+        part = offer.component
+        table.add_row(part.name, part.purpose, part.repository, offer.licence, str(len(offer.files)), _size(offer.size))
+    return table
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,167 @@
+"""`mmi generate`: fill and continue the documents of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..document import Document, DocumentError, load_documents
+from ..generation import (
+    TEXT_PRESETS,
+    DocumentFinished,
+    Event,
+    GenerationSettings,
+    ImageProgress,
+    InterleavedGenerator,
+    SegmentFinished,
+    TextDelta,
+)
+from ..generation.settings import override
+from ..pretrained import Loaded, load
+from ..processor.images import load_picture
+from .console import console, output
+from .results import ResultsFolder, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def generate(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON or JSON lines with documents.")],
+    output_folder: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for pictures, results.json, report.html.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of texts and pictures; the original's pictures have 42.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=f"How text is written: {', '.join(TEXT_PRESETS)}.")] = "interleaved",
+    max_turns: Annotated[int | None, typer.Option(help="Most texts and pictures for each document.")] = None,
+    max_images: Annotated[int | None, typer.Option(help="Most pictures for each document.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens for each document.")] = None,
+    max_segments: Annotated[int | None, typer.Option(help="Most segments for each document.")] = None,
+    stop_at_eos: Annotated[
+        bool | None, typer.Option(help="Whether </s> ends a document; by default not for records of the original.")
+    ] = None,
+    force_image: Annotated[bool, typer.Option(help="Let a picture follow every text.")] = False,
+    replace_texts: Annotated[bool, typer.Option(help="Go on from the document's forced texts.")] = False,
+    vary_noise: Annotated[bool, typer.Option(help="New noise for every picture of a document.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of one text.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of one text.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams; more than one turns sampling off.")] = None,
+    do_sample: Annotated[
+        bool | None, typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of sampling; 0: off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="For beams.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a picture.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of guidance; 1: off.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Pictures drawn for each slot; the first is used.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Name of a diffusers scheduler.")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder that pictures may come from; default: the input's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents that take their turns together.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
+) -> None:
+    """Fill the open slots of documents and let them go on, in text and pictures.
+
+    Writes the pictures, results.json (the original's fields and ours) and report.html into the output folder.
+    """
+    if preset not in TEXT_PRESETS:
+        raise UsageError(f"there is no preset '{preset}'; there are {', '.join(TEXT_PRESETS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    if num_beams is not None and num_beams > 1 and do_sample is None:
+        do_sample = False
+    try:
+        settings = override(
+            GenerationSettings(text=TEXT_PRESETS[preset]),
+            seed=seed, max_turns=max_turns, max_images=max_images, max_tokens=max_tokens, max_segments=max_segments,
+            stop_at_eos=stop_at_eos, force_image=force_image, replace_texts=replace_texts, vary_noise=vary_noise,
+            max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, num_beams=num_beams, do_sample=do_sample,
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty, num_inference_steps=steps, guidance_scale=guidance,
+            num_candidates=candidates, scheduler=scheduler,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    documents = load_documents(source, image_root)
+    for document in documents:
+        _check_pictures(document)
+    loaded = _load(model, dtype, device)
+    folder = ResultsFolder(output_folder, source, loaded.name, loaded.trained, settings, resume, overwrite)
+    if not loaded.trained:
+        console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")
+    try:
+        _run(loaded, documents, settings, folder, batch_size)
+    finally:
+        if folder.done:
+            report = folder.finish()
+            output.print(f"{folder.done} of {len(documents)} documents in {folder.folder}")
+            output.print(str(report))
+
+
+def _check_pictures(document: Document) -> None:
+    """Read every given picture once, so that a bad one is known before the work begins."""
+    for index, segment in enumerate(document.segments):
+        for picture in (getattr(segment, "source", None), getattr(segment, "target", None)):
+            if picture is not None:
+                try:
+                    load_picture(picture, f"segments[{index}]")
+                except DocumentError as error:
+                    raise error.at(document.name) from None
+
+
+def _load(model: str, dtype: str | None, device: str) -> Loaded:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return load(model, DTYPES[dtype] if dtype else None, torch.device(device))
+    except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
+        raise UsageError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def _run(
+    loaded: Loaded, documents: list[Document], settings: GenerationSettings, folder: ResultsFolder, batch_size: int
+) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        overall = progress.add_task("documents", total=len(documents), completed=folder.done)
+        current = progress.add_task("", total=None)
+        for begin in range(folder.done, len(documents), batch_size):
+            batch = documents[begin : begin + batch_size]
+            events = InterleavedGenerator(loaded.model, loaded.processor, settings).run(batch)
+            finished = _follow(events, begin, folder, progress, current)
+            for offset, document in enumerate(batch):  # in the order of the file, whatever ended first
+                folder.add_document(begin + offset, document, finished[offset])
+                progress.advance(overall)
+
+
+def _follow(
+    events: Iterable[Event], begin: int, folder: ResultsFolder, progress: Progress, task
+) -> dict[int, DocumentFinished]:
+    """Show what happens and save what is finished; the ends of the documents by number."""
+    finished: dict[int, DocumentFinished] = {}
+    for event in events:
+        name = f"document {begin + event.document}"
+        if isinstance(event, TextDelta):
+            progress.update(task, description=f"{name}: writing", total=None)
+        elif isinstance(event, ImageProgress):
+            progress.update(task, description=f"{name}: drawing", total=event.total, completed=event.step)
+        elif isinstance(event, SegmentFinished):
+            for path in folder.add_segment(begin + event.document, event):
+                progress.console.print(f"{name}: {path}", highlight=False)
+        elif isinstance(event, DocumentFinished):
+            finished[event.document] = event
+    return finished

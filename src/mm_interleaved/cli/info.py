@@ -1,0 +1,106 @@
+"""`mmi info`: what a model is made of and what it costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..model import MMInterleavedConfig
+from ..model.config import PRESETS
+from ..model.cost import Cost, measure
+from .console import console, output
+from .results import UsageError
+
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def info(
+    model: Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}, or the folder of a checkpoint.")],
+    images: Annotated[int, typer.Option(help="Visible pictures in the cost of a token.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Denoising steps in the cost of a picture.", min=1)] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers for programs.")] = False,
+) -> None:
+    """Show parameters by part, memory by type, and the cost of a token and of a picture. Needs no weights."""
+    config = _config(model)
+    if images >= config.mmfs.max_images:
+        raise UsageError(
+            f"--images must be at most {config.mmfs.max_images - 1}, which is all that this model tells apart"
+        )
+    with console.status("counting"):
+        cost = measure(config, images, steps)
+    if as_json:
+        print(json.dumps(cost, default=vars, indent=2))
+        return
+    output.print(_parts_table(model, cost))
+    output.print(_memory_table(cost))
+    output.print(_cost_table(config, cost))
+
+
+def _config(model: str) -> MMInterleavedConfig:
+    if model in PRESETS:
+        return MMInterleavedConfig.preset(model)
+    if not (Path(model) / "config.json").is_file():
+        raise UsageError(f"'{model}' is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
+    try:
+        return MMInterleavedConfig.from_pretrained(model)
+    except (ValueError, OSError, TypeError) as error:
+        raise UsageError(f"'{model}/config.json' cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _parts_table(model: str, cost: Cost) -> Table:
+    table = Table(title=f"{model}: parameters", title_justify="left")
+    table.add_column("part")
+    for name in ("total", "trainable", "share"):
+        table.add_column(name, justify="right")
+    whole = cost.parts[0].total
+    for part in cost.parts:
+        table.add_row(part.name, f"{part.total:,}", f"{part.trainable:,}", f"{part.total / whole:.1%}")
+    return table
+
+
+def _memory_table(cost: Cost) -> Table:
+    table = Table(title="memory", title_justify="left")
+    table.add_column("")
+    for name in BYTES:
+        table.add_column(name, justify="right")
+    rows = {
+        "weights": cost.parts[0].total,
+        "keys and values, 1000 tokens": 1000 * cost.cache_per_token,
+        "MMFS values, one picture": cost.cache_per_image,
+    }
+    for name, count in rows.items():
+        table.add_row(name, *(_bytes(count * size) for size in BYTES.values()))
+    return table
+
+
+def _cost_table(config: MMInterleavedConfig, cost: Cost) -> Table:
+    table = Table(title="cost", title_justify="left")
+    table.add_column("of")
+    table.add_column("multiply-accumulates", justify="right")
+    size, drawn = config.vision_config.image_size, config.image_decoder.image_size
+    table.add_row("a token, no picture visible", _macs(cost.token))
+    table.add_row(f"a token, {cost.images} pictures visible", _macs(cost.token_with_images))
+    table.add_row(f"seeing a picture ({size} px)", _macs(cost.encode_image))
+    table.add_row("a denoising step with guidance", _macs(cost.draw_step))
+    table.add_row(f"drawing a picture ({drawn} px, {cost.steps} steps)", _macs(cost.draw_image))
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return ""
+
+
+def _macs(count: float) -> str:
+    for unit in ("", "K", "M", "G", "T"):
+        if count < 1000 or unit == "T":
+            return f"{count:.2f} {unit}"
+        count /= 1000
+    return ""

@@ -1,0 +1,47 @@
+"""`report.html`: the documents of a run as pages to look at, in one file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from jinja2 import Environment, PackageLoader
+
+from ..processor.images import load_picture
+
+SHOWN_SIDE = 640  # longest side of a picture in the report, in pixels
+
+
+def _data_url(path: Path) -> str:
+    picture = load_picture(path)
+    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), PIL.Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    kind = "PNG" if picture.width * picture.height <= 256 * 256 else "JPEG"
+    picture.save(buffer, kind, quality=88)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def write_report(records: list[dict[str, Any]], folder: Path, run: dict[str, Any], trained: bool) -> str:
+    """The page for the records of a results folder; text in it is escaped."""
+    documents = []
+    for number, record in enumerate(records):
+        segments = []
+        for segment in record["segments"]:
+            shown = dict(segment)
+            if "image" in segment:
+                shown["url"] = _data_url(folder / segment["image"])
+                stem = Path(segment["image"]).name.rsplit("_", 1)[0] + "_"
+                others = [f for f in record["files"] if segment["generated"] and f.startswith(stem)][1:]
+                shown["others"] = [_data_url(folder / name) for name in others]
+            segments.append(shown)
+        documents.append({
+            "number": number + 1,
+            "name": record.get("id"),
+            "segments": segments,
+            "reason": record["finish_reason"],
+        })  # fmt: skip
+    environment = Environment(loader=PackageLoader("mm_interleaved.cli"), autoescape=True)
+    return environment.get_template("report.html").render(documents=documents, run=run, trained=trained)

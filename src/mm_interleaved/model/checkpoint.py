@@ -1,0 +1,374 @@
+"""Checkpoints: the original release's to ours and back, and a new model out of base components.
+
+Conversion streams: names, shapes and derivable tables are checked against the configuration first, from the files' headers
+alone, and nothing is written unless everything fits. Then tensors go through memory one output shard at a time. What is
+written stands in a folder beside the target, which takes the target's name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import MMInterleavedConfig
+from .mm_interleaved import MMInterleavedModel
+from .original import NameTable, derived_tensors
+
+SHARD_BYTES = 800_000_000  # what an output shard holds; writing one takes twice as much memory
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt")
+POSITION_TABLE = "visual_tokenizer.encoder.vision_model.embeddings.position_embedding.weight"
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class Mismatch:
+    """How a checkpoint differs from what the configuration asks for."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshaped or self.different)
+
+    def __str__(self) -> str:
+        groups = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape": self.misshaped,
+            "unlike the table that follows from the configuration": self.different,
+        }
+        lines = []
+        for name, keys in groups.items():
+            if keys:
+                shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+                lines.append(f"{len(keys)} {name}: {shown}")
+        return "; ".join(lines)
+
+
+# ---- reading
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files with weights in a folder (or the one file): `.safetensors` if there are any, else `.bin` and `.pt`.
+
+    Raises:
+        CheckpointError: there are none, or an index names a file that is not there.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise CheckpointError(f"'{source}' does not exist")
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        files = sorted(f for p in ("*.bin", "*.pt") for f in source.glob(p) if f.name not in NOT_WEIGHTS)
+    if not files:
+        raise CheckpointError(f"'{source}' holds no .safetensors, .bin or .pt file")
+    for index in source.glob("*.index.json"):
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(named - {f.name for f in source.iterdir()})
+        if absent:
+            raise CheckpointError(
+                f"'{source}' lacks {', '.join(absent)}, named in {index.name}; fetch the whole checkpoint"
+            )
+    return files
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, memory-mapped where the format allows. A pickle may hold tensors only.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"'{path}' is refused, because it holds more than tensors: {reason}") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from None
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise CheckpointError(f"'{path}' is not a dictionary of tensors")
+    return tensors
+
+
+# ---- writing
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A new folder that becomes `target` when the block ends well, and disappears otherwise.
+
+    Raises:
+        CheckpointError: the target exists and is not an empty folder, or cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"'{target}' exists already; name a new folder")
+    aside = target.with_name(target.name + ".incomplete")
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+        yield aside
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"'{target}' cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class ShardWriter:
+    """Collects tensors in the order of a plan and writes them shard by shard.
+
+    Args:
+        folder: where the shards go.
+        sizes: bytes of every tensor, in the order in which they will come.
+        stem, suffix: names of the shards, as the libraries expect them.
+        save: writes one shard.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sizes: dict[str, int],
+        stem: str,
+        suffix: str,
+        save: Callable[[dict[str, Tensor], Path], None],
+    ) -> None:
+        self.folder, self.stem, self.suffix, self.save = folder, stem, suffix, save
+        self.plan: list[list[str]] = [[]]
+        filled = 0
+        for name, size in sizes.items():
+            if self.plan[-1] and filled + size > SHARD_BYTES:
+                self.plan.append([])
+                filled = 0
+            self.plan[-1].append(name)
+            filled += size
+        self.total = sum(sizes.values())
+        self.held: dict[str, Tensor] = {}
+        self.done = 0
+
+    def file_name(self, number: int) -> str:
+        if len(self.plan) == 1:
+            return f"{self.stem}{self.suffix}"
+        return f"{self.stem}-{number + 1:05d}-of-{len(self.plan):05d}{self.suffix}"
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """The next tensor of the plan."""
+        self.held[name] = tensor
+        if len(self.held) == len(self.plan[self.done]):
+            self.save(self.held, self.folder / self.file_name(self.done))
+            self.held = {}
+            self.done += 1
+
+    def finish(self) -> None:
+        """Write the index, if there are several shards."""
+        assert self.done == len(self.plan)
+        if len(self.plan) > 1:
+            where = {name: self.file_name(i) for i, names in enumerate(self.plan) for name in names}
+            index = {"metadata": {"total_size": self.total}, "weight_map": where}
+            path = self.folder / f"{self.stem}{self.suffix}.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def _save_pickle(tensors: dict[str, Tensor], path: Path) -> None:
+    torch.save({k: v.clone() for k, v in tensors.items()}, path)
+
+
+# ---- the original's checkpoint, ours, and back
+
+
+def expected_parameters(config: MMInterleavedConfig) -> dict[str, torch.Size]:
+    """Names and shapes of all parameters, without allocating them."""
+    with torch.device("meta"):
+        model = MMInterleavedModel(config)
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def upscale(config: MMInterleavedConfig, factor: float) -> MMInterleavedConfig:
+    """The configuration for pictures `factor` times as large (the original's `image_upscale`).
+
+    The patch grid grows to int(factor * grid); every map grows with it. Offsets keep their meaning, a share of the picture.
+    """
+    tree = config.to_dict()
+    grid = int(config.grid_size * factor)
+    tree["vision_config"]["image_size"] = grid * config.vision_config.patch_size
+    scaled = [4 * grid, 2 * grid, grid, grid // 2]
+    level = dict(zip(config.pyramid_sides, scaled, strict=True))
+    tree["mmfs"]["base_size"] = config.mmfs.base_size or config.grid_size
+    tree["mmfs"]["levels"] = [level[side] for side in config.mmfs.levels]
+    tree["image_decoder"]["mmfs"]["levels"] = scaled
+    return MMInterleavedConfig(**tree)
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """CLIP's position table [1 + n * n, width] for a patch grid of another side, bicubically; the class row is kept."""
+    side = int((len(table) - 1) ** 0.5)
+    cells = table[1:].float().T.reshape(1, -1, side, side)
+    cells = F.interpolate(cells, size=(grid, grid), mode="bicubic", align_corners=False).flatten(2)[0].T
+    return torch.cat([table[:1], cells.to(table.dtype)])
+
+
+def _check_original(
+    files: list[Path], config: MMInterleavedConfig, expected: dict[str, torch.Size]
+) -> tuple[Mismatch, dict[str, Tensor]]:
+    """How the files differ from the configuration, and their parameters on the meta device under our names."""
+    names, derived, found = NameTable(config), derived_tensors(config), {}
+    mismatch = Mismatch()
+    for path in files:
+        for name, tensor in read_weights(path).items():
+            if name in derived:
+                table = derived[name]()
+                tolerance = 4 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0
+                if table.shape != tensor.shape:
+                    mismatch.misshaped.append(_shapes(name, tensor.shape, table.shape))
+                elif (table.double() - tensor.double()).abs().max() > tolerance:
+                    mismatch.different.append(name)
+                continue
+            ours = names.ours(name)
+            if ours not in expected or ours in found:
+                mismatch.unexpected.append(name + (" (twice)" if ours in found else ""))
+                continue
+            if tensor.shape != expected[ours]:
+                mismatch.misshaped.append(_shapes(name, tensor.shape, expected[ours]))
+            found[ours] = torch.empty_like(tensor, device="meta")
+    mismatch.missing = [names.theirs(name) for name in expected if name not in found]
+    return mismatch, found
+
+
+def _shapes(name: str, found: torch.Size, wanted: torch.Size) -> str:
+    return f"{name} {list(found)} instead of {list(wanted)}"
+
+
+def convert_from_original(
+    source: Path,
+    target: Path,
+    config: MMInterleavedConfig,
+    dtype: torch.dtype | None = None,
+    image_upscale: float | None = None,
+    progress: Progress = lambda what, done, total: None,
+    finish: Callable[[Path, MMInterleavedConfig], None] = lambda folder, config: None,
+) -> MMInterleavedConfig:
+    """Write the original's checkpoint as ours.
+
+    Args:
+        source: its folder, or one file.
+        target: the folder to write.
+        config: what the checkpoint's model looks like.
+        dtype: type of the weights; None: as they are.
+        image_upscale: see `upscale`.
+        progress: called as work goes on.
+        finish: adds what else belongs into the folder, before it gets its name.
+
+    Returns:
+        The configuration of what was written.
+
+    Raises:
+        CheckpointError: a key is missing, unexpected or of another shape; nothing is written then.
+    """
+    expected = expected_parameters(config)
+    files = weight_files(source)
+    progress("checking", 0, len(files))
+    mismatch, found = _check_original(files, config, expected)
+    if mismatch:
+        raise CheckpointError(f"'{source}' does not fit the configuration. {mismatch}. Nothing was written")
+    names, ours = NameTable(config), config
+    if image_upscale is not None:
+        ours = upscale(config, image_upscale)
+    table = names.ours(POSITION_TABLE)
+    sizes = {n: expected[n].numel() * _element_size(t, dtype) for n, t in found.items()}
+    with written_aside(target) as folder:
+        writer = ShardWriter(folder, sizes, "model", ".safetensors", _save_safetensors)
+        for number, path in enumerate(files):
+            progress("converting", number, len(files))
+            for name, tensor in read_weights(path).items():
+                mine = names.ours(name)
+                if mine == table and ours is not config:
+                    tensor = resize_positions(tensor, ours.grid_size)
+                if mine in expected:
+                    writer.add(mine, _cast(tensor, dtype))
+        writer.finish()
+        ours.architectures = ["MMInterleaved"]
+        ours.dtype = dtype or next(iter(found.values())).dtype
+        ours.save_pretrained(folder)
+        finish(folder, ours)
+    progress("converting", len(files), len(files))
+    return ours
+
+
+def convert_to_original(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Write one of our checkpoints as the original's: `pytorch_model*.bin` with its names and its derivable tables.
+
+    Raises:
+        CheckpointError: the source is not one of ours, or incomplete.
+    """
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"'{source}' has no config.json; it is not a checkpoint of this project")
+    config = MMInterleavedConfig.from_pretrained(source)
+    expected, names, derived = expected_parameters(config), NameTable(config), derived_tensors(config)
+    files = weight_files(source)
+    shapes: dict[str, Tensor] = {}
+    for path in files:
+        shapes |= {name: torch.empty_like(t, device="meta") for name, t in read_weights(path).items()}
+    mismatch = Mismatch(
+        missing=[n for n in expected if n not in shapes],
+        unexpected=[n for n in shapes if n not in expected],
+        misshaped=[
+            _shapes(n, t.shape, expected[n]) for n, t in shapes.items() if n in expected and t.shape != expected[n]
+        ],
+    )
+    if mismatch:
+        raise CheckpointError(f"'{source}' does not fit its configuration. {mismatch}. Nothing was written")
+    kind = dtype or next(iter(shapes.values())).dtype
+    tables = {name: compute() for name, compute in derived.items()}
+    sizes = {names.theirs(n): t.numel() * _element_size(t, dtype) for n, t in shapes.items()}
+    sizes |= {name: t.numel() * _element_size(t, kind) for name, t in tables.items()}
+    with written_aside(target) as folder:
+        writer = ShardWriter(folder, sizes, "pytorch_model", ".bin", _save_pickle)
+        for number, path in enumerate(files):
+            progress("converting", number, len(files))
+            for name, tensor in read_weights(path).items():
+                writer.add(names.theirs(name), _cast(tensor, dtype))
+        for name, table in tables.items():
+            writer.add(name, _cast(table, kind))
+        writer.finish()
+    progress("converting", len(files), len(files))
+
+
+def _element_size(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    return dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -1,0 +1,144 @@
+"""What a model costs: parameters, memory and arithmetic, measured on the real modules without allocating them.
+
+Multiply-accumulates are counted by PyTorch's own counter while the modules run on the meta device, so the figures cannot
+drift from the code. Matrix products, convolutions and attention are counted; sampling and element-wise work are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .config import MMInterleavedConfig
+from .language_model import image_memory, synchronizers
+from .mm_interleaved import MMInterleavedModel
+from .mmfs import VisibleImages
+from .unet import EarlierImages
+
+
+@dataclass
+class Part:
+    """Parameters of one part of the model."""
+
+    name: str
+    total: int
+    trainable: int
+
+
+@dataclass
+class Cost:
+    """Multiply-accumulates and bytes of one model.
+
+    Attributes:
+        parts: parameters by part, nested parts indented.
+        token: MACs of one decoded token without pictures, text head included.
+        token_with_images: the same with `images` visible pictures, their values being cached.
+        images: how many pictures that counts.
+        encode_image: MACs to encode one picture and to project its values for all decoder layers.
+        draw_step: MACs of one denoising step with guidance and one earlier picture.
+        draw_image: MACs of a whole picture with `steps` steps: conditions, values, denoising, VAE.
+        steps: how many steps that counts.
+        cache_per_token: cached keys and values of a token, in elements.
+        cache_per_image: cached MMFS values of a picture, in elements.
+    """
+
+    parts: list[Part]
+    token: int
+    token_with_images: int
+    images: int
+    encode_image: int
+    draw_step: int
+    draw_image: int
+    steps: int
+    cache_per_token: int
+    cache_per_image: int
+
+
+def count_parts(model: MMInterleavedModel) -> list[Part]:
+    """Parameters of the model, its children, and the image decoder's children."""
+
+    def part(name: str, module: torch.nn.Module) -> Part:
+        parameters = list(module.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return Part(name, sum(p.numel() for p in parameters), trainable)
+
+    parts = [part("model", model)]
+    for name, child in model.named_children():
+        if any(True for _ in child.parameters()):
+            parts.append(part(f"  {name}", child))
+        if name == "image_decoder":
+            parts += [part(f"    {inner}", module) for inner, module in child.named_children()]
+    return parts
+
+
+def _macs(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work()
+    return counter.get_total_flops() // 2
+
+
+def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Cost:
+    """The cost of the model that `config` describes; takes seconds and no memory, whatever its size."""
+    with torch.device("meta"):
+        model = MMInterleavedModel(config).eval()
+        parts = count_parts(model)
+        model.requires_grad_(False)
+        decoder, width = model.image_decoder, config.text_config.hidden_size
+        pixels = torch.empty(1, 3, config.vision_config.image_size, config.vision_config.image_size)
+        pyramid = model.encode_images(pixels).pyramid
+        with torch.no_grad():
+            projection = _macs(lambda: [s.mmfs.project(image_memory(config, pyramid).features) for s in _layers(model)])
+        context = torch.empty(1, config.max_context_length, width)
+        conditions = torch.empty(
+            2, config.image_decoder.resampler.num_queries, config.image_decoder.resampler.hidden_size
+        )
+        features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], 1)
+        seen = VisibleImages(torch.empty(2, 1, dtype=torch.long), torch.empty(1, 2, dtype=torch.long))
+        earlier = EarlierImages(features, [(m.shape[-2], m.shape[-1]) for m in pyramid], seen)
+        latents, time = torch.empty(decoder.latent_shape(2)), torch.empty(2, dtype=torch.long)
+        with torch.no_grad():
+            prepared = decoder.unet.prepare(earlier)
+            values = _macs(lambda: [s.mmfs.project(s.feature_norm(features)) for s in decoder.unet.synchronizers])
+            step = _macs(lambda: decoder.unet(latents, time, conditions, prepared))
+        around = _macs(lambda: decoder.vae.decode(latents[:1])) + _macs(lambda: decoder.resampler(context))
+        encode = _macs(lambda: model.encode_images(pixels)) + projection
+        token, with_images = _token(model, pyramid, 0), _token(model, pyramid, images)
+    text = config.text_config
+    cells = sum(side * side for side in config.mmfs.levels)
+    return Cost(
+        parts=parts,
+        token=token,
+        token_with_images=with_images,
+        images=images,
+        encode_image=encode,
+        draw_step=step,
+        draw_image=around + values + steps * step,
+        steps=steps,
+        cache_per_token=2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim,
+        cache_per_image=len(_layers(model)) * cells * config.mmfs.hidden_size,
+    )
+
+
+def _layers(model: MMInterleavedModel) -> list:
+    return synchronizers(model.language_model)
+
+
+def _token(model: MMInterleavedModel, pyramid: list[Tensor], images: int) -> int:
+    """One token that sees `images` pictures, whose values are at hand."""
+    memory = image_memory(model.config, [m.expand(images, -1, -1, -1) for m in pyramid])
+    with torch.no_grad():
+        memory.prepared = [s.prepare(memory.features) for s in _layers(model)]
+    slots = torch.empty(1, images, dtype=torch.long)
+    visible = VisibleImages(slots, torch.empty(images, 1, dtype=torch.long))
+    embeds = torch.empty(1, 1, model.config.text_config.hidden_size)
+
+    def run() -> Tensor:
+        return model.lm_head(
+            model.language_model(inputs_embeds=embeds, memory=memory, visible=visible).last_hidden_state
+        )
+
+    return _macs(run)

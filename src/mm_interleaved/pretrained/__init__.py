@@ -1,0 +1,76 @@
+"""The models that come with the package, and one call that gives a working model and processor.
+
+loaded = load("small")            # or "debug", or the folder of a checkpoint
+loaded.model, loaded.processor
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..generation import MMInterleaved
+from ..model import MMInterleavedConfig
+from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
+
+FOLDER = Path(__file__).parent
+SHIPPED = ("small", "debug")
+
+
+@dataclass
+class Loaded:
+    """A model ready for use.
+
+    Attributes:
+        model: in evaluation mode.
+        processor: that fits it.
+        trained: False if the weights are random because none come with the package yet.
+        name: what it was loaded as.
+    """
+
+    model: MMInterleaved
+    processor: MMInterleavedProcessor
+    trained: bool
+    name: str
+
+
+def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Loaded:
+    """A model and its processor.
+
+    Args:
+        name: `small`, `debug`, or a folder that `save_pretrained` or `mmi convert` wrote.
+        dtype: type of the weights; None: float32 for the shipped models, for a folder as they are.
+        device: where to; None: the CPU.
+
+    Raises:
+        ValueError: there is no such model, or it is incomplete.
+    """
+    folder = FOLDER / str(name) if str(name) in SHIPPED else Path(name)
+    if (folder / "config.json").is_file():
+        kind = dtype or (torch.float32 if str(name) in SHIPPED else "auto")
+        model = MMInterleaved.from_pretrained(folder, dtype=kind)
+        processor = MMInterleavedProcessor.from_pretrained(folder)
+        trained = True
+    elif str(name) in SHIPPED:
+        model, processor = _untrained(str(name))
+        if dtype is not None:
+            model.to(dtype)
+            model.image_decoder.vae.float()  # as in `from_pretrained`
+        trained = False
+    else:
+        there = "is not a folder" if not folder.is_dir() else "has no config.json"
+        raise ValueError(f"model '{name}' {there}; give {', '.join(SHIPPED)} or the folder of a checkpoint")
+    if device is not None:
+        model.to(device)
+    return Loaded(model.eval(), processor, trained, str(name))
+
+
+def _untrained(preset: str) -> tuple[MMInterleaved, MMInterleavedProcessor]:
+    """A preset with random weights, the same ones every time."""
+    config = MMInterleavedConfig.preset(preset)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MMInterleaved(config)
+    return model, MMInterleavedProcessor.for_model(config, MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer"))
