@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; the download test brings its own hub
+
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; the download test brings its own hub
+from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
+from mm_interleaved.pretrained import FOLDER
+
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
 
 
@@ -35,3 +41,51 @@ def pytest_terminal_summary(terminalreporter) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def awaken(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter that starts at zero a value, so that gates, offsets and zero convolutions matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def debug_config() -> MMInterleavedConfig:
+    return MMInterleavedConfig.preset("debug")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> MMInterleavedTokenizer:
+    return MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def processor(debug_config: MMInterleavedConfig, tokenizer: MMInterleavedTokenizer) -> MMInterleavedProcessor:
+    return MMInterleavedProcessor.for_model(debug_config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model(debug_config: MMInterleavedConfig) -> MMInterleaved:
+    """A debug model, every part of it awake. Shared: leave its weights alone."""
+    torch.manual_seed(0)
+    return awaken(MMInterleaved(debug_config)).eval()
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (90, 60)) -> PIL.Image.Image:
+    """A picture with some structure in it."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(coarse).resize(size, PIL.Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Three picture files in a folder of their own."""
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        picture(i).save(path)
+    return paths

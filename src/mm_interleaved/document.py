@@ -169,16 +169,22 @@ class Document:
         return _from_messages({"messages": messages}, folder or Folder())
 
     def to_messages(self) -> list[dict[str, Any]]:
-        """Chat messages; segments without a role are the user's, and neighbours of one role make one message."""
+        """Chat messages; segments without a role are the user's, and neighbours of one role make one message.
+
+        A picture from a file is a part with a `path`, one in memory a part with an `image`.
+        """
         messages: list[dict[str, Any]] = []
-        for index, segment in enumerate(self.segments):
+        for segment in self.segments:
             role = segment.role or "user"
             if not messages or messages[-1]["role"] != role:
                 messages.append({"role": role, "content": []})
             if isinstance(segment, Text):
-                messages[-1]["content"].append({"type": "text", "text": segment.text})
+                part = {"type": "text", "text": segment.text}
+            elif isinstance(segment.source, PIL.Image.Image):
+                part = {"type": "image", "image": segment.source}
             else:
-                messages[-1]["content"].append({"type": "image", "path": _path_text(segment.source, index)})
+                part = {"type": "image", "path": None if segment.is_open else str(segment.source)}
+            messages[-1]["content"].append(part)
         return messages
 
     def to_record(self) -> dict[str, Any]:

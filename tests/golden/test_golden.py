@@ -467,7 +467,11 @@ def test_interleaved(golden: GoldenSet, case: str) -> None:
     given = from_original(**params["kwargs"])
     given.image.seed = golden.description["model"]["image_decoder_config"]["sd_base_seed"]
     settings = GenerationSettings(
-        given.text, given.image, max_turns=params["num_iter"], stop_at_eos=False, force_image=params["force_gen_image_next"]
+        given.text,
+        given.image,
+        max_turns=params["num_iter"],
+        stop_at_eos=False,
+        force_image=params["force_gen_image_next"],
     )
     processor = _PixelsOnly(golden)
     ids = x["in.text_ids"][0]

@@ -100,6 +100,7 @@ def generate(
     for document in documents:
         _check_pictures(document)
     loaded = _load(model, dtype, device)
+    InterleavedGenerator(loaded.model, loaded.processor, settings).start(documents)  # says now what cannot be used
     folder = ResultsFolder(output_folder, source, loaded.name, loaded.trained, settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")

@@ -29,6 +29,7 @@ from .settings import GenerationSettings
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
 
 Turn = Literal["text", "image"]
+CHAT_TURNS = 4  # most texts and pictures of an answer that does not end by itself
 
 
 @dataclass
@@ -99,6 +100,7 @@ class _Row:
     goes_on: bool  # whether it continues by itself after its last slot
     generator: torch.Generator
     ids: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
     next_turn: Turn = "text"
     turns: int = 0
     made: list[Segment] = field(default_factory=list)
@@ -143,6 +145,7 @@ class InterleavedGenerator:
         config = model.config
         self.limit = min(config.text_config.max_position_embeddings, config.max_context_length)
         self.most_images = config.mmfs.max_images - 1
+        self.banned = [config.image_token_id]  # an image slot in the text would have no picture
 
     def plan(self, document: Document) -> deque[TokenStream | Turn]:
         """A document as given stretches and open slots in turn; the first is always a stretch."""
@@ -161,36 +164,44 @@ class InterleavedGenerator:
         return queue
 
     def start(self, documents: Sequence[Document]) -> None:
-        """Take documents in.
+        """Take documents in, without reading their pictures.
 
         Raises:
-            DocumentError: a document cannot be used.
+            DocumentError: a document cannot be used, or what it gives is more than the model reads.
         """
         self.rows: list[_Row] = []
         for index, document in enumerate(documents):
             try:
                 queue = self.plan(document)
+                self._check_length(queue)
             except DocumentError as error:
                 raise error.at(document.place or f"document {index}") from None
             slots = sum(1 for item in queue if isinstance(item, str))
             asked = self.settings.max_turns or document.max_turns
+            usual = CHAT_TURNS if any(s.role for s in document.segments) else ORIGINAL_TURNS
             generator = torch.Generator().manual_seed(self.settings.seed)
-            self.rows.append(
-                _Row(
-                    document,
-                    queue,
-                    asked or slots or ORIGINAL_TURNS,
-                    goes_on=bool(asked) or not slots,
-                    generator=generator,
-                )
-            )
+            row = _Row(document, queue, asked or slots or usual, goes_on=bool(asked) or not slots, generator=generator)
+            self.rows.append(row)
         self.context = Context.empty(self.model, len(self.rows))
+
+    def _check_length(self, queue: deque[TokenStream | Turn]) -> None:
+        given = [item for item in queue if isinstance(item, TokenStream)]
+        tokens, images = sum(len(s) for s in given), sum(len(s.images) for s in given)
+        if tokens > self.limit:
+            raise DocumentError(
+                f"{tokens} tokens are more than the {self.limit} that the model reads", fix="Shorten it"
+            )
+        if images > self.most_images:
+            raise DocumentError(
+                f"{images} pictures are more than the {self.most_images} that the model tells apart",
+                fix="Leave some out",
+            )
 
     def run(self, documents: Sequence[Document]) -> Iterator[Event]:
         """Generate.
 
         Raises:
-            DocumentError: a document cannot be used, or is longer than the model's context.
+            DocumentError: a document cannot be used, or what it gives is more than the model reads.
         """
         self.start(documents)
         size = self.settings.image.batch_size
@@ -211,9 +222,13 @@ class InterleavedGenerator:
         streams = [TokenStream.empty()] * len(self.rows)
         for index, row in enumerate(self.rows):
             if row.reason is None and row.queue and isinstance(row.queue[0], TokenStream):
+                if not self._fits(row, len(row.queue[0]), len(row.queue[0].images)):
+                    row.reason = "context"
+                    yield DocumentFinished(index, row.result(), row.reason)
+                    continue
                 streams[index] = row.queue.popleft()
-                self._check_room(row, streams[index])
                 row.ids += streams[index].ids.tolist()
+                row.images += streams[index].images
         if any(len(stream) for stream in streams):
             batch = self.processor.collate(streams, padding_side="left")
             self.context.append(batch.input_ids, batch.attention_mask, batch.pixel_values)
@@ -224,18 +239,8 @@ class InterleavedGenerator:
                 if row.reason is not None:
                     yield DocumentFinished(index, row.result(), row.reason)
 
-    def _check_room(self, row: _Row, stream: TokenStream) -> None:
-        tokens, images = len(row.ids) + len(stream), self._count_images(row) + len(stream.images)
-        if tokens > self.limit:
-            raise DocumentError(
-                f"{tokens} tokens are more than the {self.limit} the model reads", row.document.name, "Shorten it"
-            )
-        if images > self.most_images:
-            raise DocumentError(f"{images} pictures are more than the {self.most_images} the model tells apart", row.document.name,
-                                "Leave some out")  # fmt: skip
-
-    def _count_images(self, row: _Row) -> int:
-        return row.ids.count(self.model.config.soi_token_id)
+    def _fits(self, row: _Row, tokens: int, images: int) -> bool:
+        return len(row.ids) + tokens <= self.limit and len(row.images) + images <= self.most_images
 
     def _why_done(self, row: _Row) -> str | None:
         """Why a row has nothing more to do; None if it has."""
@@ -252,9 +257,8 @@ class InterleavedGenerator:
             if most is not None and count >= most:
                 return name
         draws = row.next_turn == "image"
-        needed = 1 + self.model.config.num_image_tokens if draws else 1
-        full = len(row.ids) + needed > self.limit or (draws and self._count_images(row) >= self.most_images)
-        return "context" if full else None
+        fits = self._fits(row, 1 + self.model.config.num_image_tokens if draws else 1, int(draws))
+        return None if fits else "context"
 
     # ---- text
 
@@ -282,7 +286,7 @@ class InterleavedGenerator:
         shown = [""] * len(self.rows)
         active = torch.tensor([i in chosen for i in range(len(self.rows))], device=self.context.mask.device)
         generators = [row.generator for row in self.rows]
-        for step in write(self.context, self.settings.text, generators, active, torch.tensor(rooms)):
+        for step in write(self.context, self.settings.text, generators, active, torch.tensor(rooms), self.banned):
             add_tokens(step, texts, end_tokens(self.model))
             for index in chosen:
                 text = self.processor.decode_text(texts[index].ids)
@@ -294,7 +298,7 @@ class InterleavedGenerator:
     def _write_beams(self, chosen: list[int], room: int) -> dict[int, WrittenText]:
         rows = torch.tensor(chosen, device=self.context.mask.device)
         settings = replace(self.settings.text, max_new_tokens=room)
-        best = [texts[0] for texts in write_beams(self.context.select(rows), settings)]
+        best = [texts[0] for texts in write_beams(self.context.select(rows), settings, self.banned)]
         texts = dict(zip(chosen, best, strict=True))
         self._read_text({index: text.ids for index, text in texts.items()})
         return texts
@@ -307,8 +311,7 @@ class InterleavedGenerator:
             tokens[row, : len(text)] = torch.tensor(text, dtype=torch.long)
             mask[row, : len(text)] = 1
         if mask.any():
-            device = self.context.mask.device
-            self.context.defer(partial(self.context.append_text, tokens.to(device), mask.to(device)))
+            self.context.defer(partial(self.context.append, tokens, mask))
 
     def _after_text(self, index: int, text: WrittenText, start: int) -> Iterator[Event]:
         """What a finished text means for its row."""
@@ -319,6 +322,7 @@ class InterleavedGenerator:
         if forced is not None:
             ids = encode_text(self.processor.tokenizer, forced)
             end = ids.pop() if ids and ids[-1] in end_tokens(self.model) else None
+        if forced is not None or config.bos_token_id in ids:  # <s> starts a document: what follows sees no picture
             self.context.forget(index, start)
             self._read_text({index: ids})
         row.ids += ids
@@ -359,6 +363,7 @@ class InterleavedGenerator:
             row = self.rows[index]
             row.ids += [self.model.config.image_token_id] * self.model.config.num_image_tokens
             row.made.append(Image(pictures[0]))
+            row.images.append(row.made[-1])
             row.take_slot()
             yield SegmentFinished(index, row.turns, row.made[-1], candidates=pictures)
             row.turns += 1

@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -68,8 +69,12 @@ def end_tokens(model: MMInterleavedModel) -> list[int]:
     return [model.config.eos_token_id, model.config.soi_token_id]
 
 
-def _processors(model: MMInterleavedModel, settings: TextSettings, device: torch.device) -> LogitsProcessorList:
+def _processors(
+    model: MMInterleavedModel, settings: TextSettings, device: torch.device, banned: Sequence[int]
+) -> LogitsProcessorList:
     processors = LogitsProcessorList()
+    if banned:
+        processors.append(SuppressTokensLogitsProcessor(list(banned), device=device))
     if settings.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.min_new_tokens:  # the history that the processor counts begins with <s>
@@ -108,6 +113,7 @@ def write(
     generators: Sequence[torch.Generator],
     active: Tensor | None = None,
     limits: Tensor | None = None,
+    banned: Sequence[int] = (),
 ) -> Iterator[TextStep]:
     """Write by greedy search or sampling, a token for every active row at a time.
 
@@ -119,10 +125,11 @@ def write(
         generators: one for each row; used when sampling.
         active: [batch] bool, the rows to write in; None: all.
         limits: [batch] most tokens for each row; None: settings.max_new_tokens for all.
+        banned: tokens that are never written.
     """
     model, device = context.model, context.mask.device
     batch = len(context.mask)
-    processors = _processors(model, settings, device)
+    processors = _processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
     history = torch.full((batch, 1), model.config.bos_token_id, device=device)
     limits = torch.full((batch,), settings.max_new_tokens, device=device) if limits is None else limits.to(device)
@@ -193,12 +200,12 @@ class _Beams:
 
 
 @torch.no_grad()
-def write_beams(context: Context, settings: TextSettings) -> list[list[WrittenText]]:
+def write_beams(context: Context, settings: TextSettings, banned: Sequence[int] = ()) -> list[list[WrittenText]]:
     """Beam search in every row of `context`, which is left as it was; the best texts of each row, best first."""
     model, device, width = context.model, context.mask.device, settings.num_beams
     batch, ends, pad = len(context.mask), end_tokens(model), model.config.pad_token_id
     candidates = max(2, 1 + len(ends)) * width
-    processors = _processors(model, settings, device)
+    processors = _processors(model, settings, device, banned)
     start = torch.arange(batch, device=device).repeat_interleave(width)
     beams = context.select(start)
     rows = [_Beams(width, settings.length_penalty) for _ in range(batch)]

@@ -349,7 +349,7 @@ def _small() -> dict[str, Any]:
             "model_type": "llama",
             "vocab_size": 2050,
             "hidden_size": 192,
-            "intermediate_size": 512,
+            "intermediate_size": 480,
             "num_hidden_layers": 8,
             "num_attention_heads": 6,
             "max_position_embeddings": 2048,

@@ -1,0 +1,237 @@
+"""Documents to batches and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoProcessor
+
+from mm_interleaved import Document, DocumentError, Image, MMInterleavedConfig, MMInterleavedProcessor, Text
+from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedTokenizer
+from mm_interleaved.processor.images import center_crop
+
+from ..conftest import picture
+
+N = 4  # image tokens of the debug model
+
+
+def words(processor: MMInterleavedProcessor, ids: torch.Tensor) -> list[str]:
+    return processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def test_one_document(processor: MMInterleavedProcessor) -> None:
+    image = picture(size=(100, 60))
+    batch = processor(Document([Text("a cat "), Image(image), Text(" is red")]))
+    assert words(processor, batch.input_ids[0]) == ["<s>", "▁a", "▁cat", SOI_TOKEN, *[IMAGE_TOKEN] * N, "▁is", "▁red"]
+    assert batch.position_ids.tolist() == [list(range(10))]
+    assert batch.image_rows.tolist() == [0]
+    assert batch.document_starts.tolist() == [0]
+    expected = center_crop(image, 56).transpose(2, 0, 1) / np.float32(255)
+    assert np.array_equal(batch.pixel_values[0].numpy(), expected)
+    assert batch.labels is None
+    assert set(batch) == {
+        "input_ids", "attention_mask", "position_ids", "pixel_values", "image_rows", "document_starts",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(processor: MMInterleavedProcessor, side: str) -> None:
+    batch = processor([Document([Text("a")]), Document([Image(picture()), Text("b")])], padding_side=side)
+    assert batch.input_ids.shape == (2, 1 + 1 + N + 1)
+    real = batch.attention_mask[0].bool()
+    assert real.tolist() == ([False] * 5 + [True] * 2 if side == "left" else [True] * 2 + [False] * 5)
+    assert batch.position_ids[0][real].tolist() == [0, 1]
+    assert batch.image_rows.tolist() == [1]
+    assert batch.document_starts.tolist() == [0]
+
+
+def test_zero_pictures(processor: MMInterleavedProcessor) -> None:
+    batch = processor(Document([Text("just text")]), training=True)
+    assert batch.pixel_values.shape == (0, 3, 56, 56)
+    assert batch.target_pixel_values.shape == (0, 3, 32, 32)
+    assert batch.image_loss_mask.shape == (0,)
+
+
+def test_training_batch(processor: MMInterleavedProcessor) -> None:
+    given_image, shown = picture(1), picture(2)
+    document = Document([
+        Text("a cat", supervise=False), Image(given_image, supervise=False), Text("b"), Image(given_image, target=shown),
+    ])  # fmt: skip
+    batch = processor(document, training=True)
+    learned = [w for w, y in zip(words(processor, batch.input_ids[0]), batch.labels[0].tolist(), strict=True) if y >= 0]
+    assert learned == ["▁b", SOI_TOKEN, "</s>"]
+    assert batch.image_loss_mask.tolist() == [0.0, 1.0]
+    assert torch.equal(batch.target_pixel_values[0], processor.pixels([given_image], 32)[0])
+    assert torch.equal(batch.target_pixel_values[1], processor.pixels([shown], 32)[0])
+    assert torch.equal(batch.pixel_values[0], batch.pixel_values[1])
+
+
+def test_what_is_learned_in_neighbouring_texts(processor: MMInterleavedProcessor) -> None:
+    document = Document([Text("what is it?", supervise=False), Text("a red cat"), Text("or so", supervise=False)])
+    batch = processor(document, training=True)
+    learned = [w for w, y in zip(words(processor, batch.input_ids[0]), batch.labels[0].tolist(), strict=True) if y >= 0]
+    assert learned == ["▁a", "▁red", "▁cat"]
+    whole = processor(Document([Text("what is it? a red cat or so")]), training=True)
+    assert torch.equal(batch.input_ids, whole.input_ids)  # the split changes what is learned, not the tokens
+
+
+def test_attached_texts(processor: MMInterleavedProcessor) -> None:
+    joined = processor(Document([Text("the box"), Text("<box>", attached=True)])).input_ids
+    assert torch.equal(joined, processor(Document([Text("the box<box>")])).input_ids)
+
+
+def test_packing(processor: MMInterleavedProcessor) -> None:
+    documents = [Document([Text("a b"), Image(picture(k))]) for k in range(3)]
+    batch = processor(documents, training=True, packing=True, max_length=20)
+    assert batch.input_ids.shape[0] == 2
+    assert (batch.input_ids == processor.soi_token_id).sum() == len(batch.pixel_values) == 3
+    assert batch.image_rows.tolist() == [0, 0, 1]
+    assert batch.document_starts.tolist() == [0, 9, 0]
+    assert batch.input_ids[0, [0, 9]].tolist() == [1, 1]
+    assert int(batch.input_ids[1, 0]) != 1  # the second row goes on with the third document
+
+
+def test_text_alone_cannot_be_packed(processor: MMInterleavedProcessor) -> None:
+    with pytest.raises(ValueError, match="no document has one"):
+        processor(Document([Text("a")]), packing=True)
+
+
+def test_strings_with_placeholders(processor: MMInterleavedProcessor) -> None:
+    image = picture()
+    expected = processor(Document([Text("a"), Image(image), Text("b")]))
+    batch = processor(text=f"a{IMAGE_TOKEN}b", images=[image])
+    assert torch.equal(batch.input_ids, expected.input_ids)
+    two = processor(text=["x", f"{IMAGE_TOKEN}{IMAGE_TOKEN}"], images=[[], [image, image]])
+    assert two.image_rows.tolist() == [1, 1]
+
+
+def test_more_slots_than_pictures(processor: MMInterleavedProcessor) -> None:
+    with pytest.raises(DocumentError, match="2 image slots, but 1 pictures"):
+        processor(text=f"{IMAGE_TOKEN} {IMAGE_TOKEN}", images=[picture()])
+
+
+SEGMENTS = st.lists(
+    st.one_of(st.text("abc ", min_size=1).map(str.strip).filter(bool).map(Text), st.integers(0, 2)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(SEGMENTS)
+def test_documents_to_tensors_and_back(segments: list) -> None:
+    tokenizer = MMInterleavedTokenizer.from_vocab(Path(__file__).parents[2] / "src/mm_interleaved/pretrained/tokenizer")
+    processor = MMInterleavedProcessor.for_model(MMInterleavedConfig.preset("debug"), tokenizer)
+    document = Document([Image(picture(s)) if isinstance(s, int) else s for s in segments])
+    batch = processor(document)
+    again = processor.to_document(batch.input_ids[0].tolist(), [i.source for i in document.images])
+    assert torch.equal(processor(again).input_ids, batch.input_ids)
+    text = " ".join(s.text for s in document.segments if isinstance(s, Text))
+    assert " ".join(s.text for s in again.segments if isinstance(s, Text)).split() == text.split()
+    assert [i.source for i in again.images] == [i.source for i in document.images]
+
+
+# ---- conversations
+
+
+def chat() -> Document:
+    return Document.from_messages([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure?"},
+    ])  # fmt: skip
+
+
+def test_conversation_is_written_through_the_template(processor: MMInterleavedProcessor) -> None:
+    segments = processor.render(chat())
+    text = "".join(s.text if isinstance(s, Text) else "<picture>" for s in segments)
+    assert text == "Be brief. USER: <picture>Who? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
+    assert "".join(s.text for s in segments if isinstance(s, Text) and s.supervise) == " A cat.</s>"
+
+
+def test_conversation_agrees_with_apply_chat_template(processor: MMInterleavedProcessor) -> None:
+    messages = chat().to_messages()
+    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    assert torch.equal(batch["input_ids"], processor(chat()).input_ids)
+
+
+def test_only_the_assistant_is_learned(processor: MMInterleavedProcessor) -> None:
+    batch = processor(chat(), training=True)
+    learned = [w for w, y in zip(words(processor, batch.input_ids[0]), batch.labels[0].tolist(), strict=True) if y >= 0]
+    assert learned == ["▁A", "▁cat", ".", "</s>"]
+
+
+def test_open_slots_of_a_conversation(processor: MMInterleavedProcessor) -> None:
+    document = Document([Text("hi", role="user"), Text(role="assistant"), Image(role="assistant")])
+    segments = processor.render(document)
+    assert [s.is_open for s in segments[-2:]] == [True, True]
+    assert "".join(s.text for s in segments[:-2]) == "USER: hi ASSISTANT:"
+
+
+def test_a_segment_without_role_among_others(processor: MMInterleavedProcessor) -> None:
+    with pytest.raises(DocumentError, match=r"segments\[1\]: this segment has no role"):
+        processor.render(Document([Text("a", role="user"), Text("b")]))
+
+
+# ---- mistakes
+
+
+def test_reserved_tokens_in_text(processor: MMInterleavedProcessor) -> None:
+    with pytest.raises(DocumentError, match=r"document 1, segments\[1\].*reserved token '<\|image\|>'"):
+        processor([Document([Text("a")]), Document([Text("a"), Text(f"b{IMAGE_TOKEN}")])])
+
+
+def test_open_slots_cannot_be_encoded(processor: MMInterleavedProcessor) -> None:
+    with pytest.raises(DocumentError, match="open slot"):
+        processor(Document([Text("a"), Image()]))
+
+
+def test_too_long(processor: MMInterleavedProcessor) -> None:
+    document = Document([Text("a " * 600)], id="long one")
+    with pytest.raises(DocumentError, match=r"'long one': 60\d tokens are more than the 512"):
+        processor(document)
+    assert processor(document, truncation=True).input_ids.shape == (1, 512)
+
+
+def test_truncation_does_not_cut_a_picture(processor: MMInterleavedProcessor) -> None:
+    batch = processor(Document([Text("a b"), Image(picture())]), truncation=True, max_length=6)
+    assert batch.input_ids.shape == (1, 3)
+    assert len(batch.pixel_values) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "give either documents, or text"),
+        ({"documents": []}, "no documents"),
+        ({"text": "a", "images": [["x"], ["y"]]}, "one list for each text"),
+        ({"text": "a", "videos": ["v"]}, "no argument 'videos'"),
+    ],
+)
+def test_wrong_calls(processor: MMInterleavedProcessor, arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        processor(**arguments)
+
+
+def test_tokenizer_of_another_model() -> None:
+    config = MMInterleavedConfig.preset("release")
+    with pytest.raises(ValueError, match="the tokenizer's soi_token_id is 2048, but the model's is 32000"):
+        MMInterleavedProcessor.for_model(config, MMInterleavedTokenizer.from_vocab(
+            Path(__file__).parents[2] / "src/mm_interleaved/pretrained/tokenizer"))  # fmt: skip
+
+
+def test_save_and_load(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+    processor.save_pretrained(tmp_path)
+    again = MMInterleavedProcessor.from_pretrained(tmp_path)
+    document = Document([Text("a"), Image(picture())])
+    assert torch.equal(again(document).input_ids, processor(document).input_ids)
+    assert again.to_dict() == processor.to_dict()
+    assert again.chat_template == processor.chat_template
+    (tmp_path / "config.json").write_text('{"model_type": "mm_interleaved"}')
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path), MMInterleavedProcessor)

@@ -1,0 +1,236 @@
+"""Documents: the three JSON forms, both ways, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm_interleaved.document import Document, DocumentError, Image, Text, load_documents
+
+from .conftest import picture
+
+RECORD = {
+    "sentences": ["A cat.", "A dog."],
+    "images": ["0.png", "1.png"],
+    "sentence_ixs": [0, 1],
+    "image_first": [True, False],
+}
+
+
+def write(folder: Path, data: Any, name: str = "input.json") -> Path:
+    path = folder / name
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def load(folder: Path, data: Any, name: str = "input.json") -> list[Document]:
+    return load_documents(write(folder, data, name))
+
+
+# ---- forms
+
+
+def test_segments_form(tmp_path: Path, pictures: list[Path]) -> None:
+    data = {
+        "segments": [{"text": "A."}, {"image": "0.png", "supervise": False}, {"image": None}, {"text": None}],
+        "id": "x",
+    }
+    (document,) = load(tmp_path, data)
+    expected = [Text("A."), Image(pictures[0].resolve(), supervise=False), Image(), Text()]
+    assert document.segments == expected
+    assert document.id == "x"
+    assert [s.is_open for s in document.segments] == [False, False, True, True]
+
+
+def test_list_and_lines_give_the_same(tmp_path: Path, pictures: list[Path]) -> None:
+    items = [{"segments": [{"text": "A."}]}, {"segments": [{"image": "1.png"}]}]
+    as_list = load(tmp_path, items)
+    as_lines = load(tmp_path, "\n".join(map(json.dumps, items)) + "\n\n", "input.jsonl")
+    undeclared = load(tmp_path, "\n".join(map(json.dumps, items)))
+    assert [d.segments for d in as_list] == [d.segments for d in as_lines] == [d.segments for d in undeclared]
+
+
+def test_messages_form_and_back(tmp_path: Path, pictures: list[Path]) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "path": "0.png"}, {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    (document,) = load(tmp_path, {"messages": messages})
+    assert [s.role for s in document.segments] == ["system", "user", "user", "assistant"]
+    assert [s.supervise for s in document.segments] == [False, False, False, True]
+    again = Document.from_messages(document.to_messages())
+    assert [(type(s), s.role) for s in again.segments] == [(type(s), s.role) for s in document.segments]
+    assert again.to_messages() == document.to_messages()
+
+
+def test_picture_inside_a_data_url(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    part = {"type": "image_url", "image_url": {"url": url}}
+    (document,) = load(tmp_path, {"messages": [{"role": "user", "content": [part]}]})
+    assert document.segments[0].source.size == (90, 60)
+
+
+def test_record_places_pictures_around_sentences(tmp_path: Path, pictures: list[Path]) -> None:
+    (document,) = load(tmp_path, RECORD)
+    one, two = (p.resolve() for p in pictures[:2])
+    assert document.segments == [Image(one), Text("A cat."), Text("A dog."), Image(two)]
+    assert document.max_turns == 2
+    assert document.stop_at_eos is False
+
+
+def test_record_that_draws_opens_its_last_picture(tmp_path: Path, pictures: list[Path]) -> None:
+    data = RECORD | {"generate_mode": "generate_images", "num_iter": 5, "images": ["0.png", "not there yet.png"]}
+    (document,) = load(tmp_path, data | {"multiround_context": ["One.", ""]})
+    assert document.segments[-1] == Image()
+    assert document.max_turns == 5
+    assert document.forced_texts == ["One.", ""]
+
+
+def test_record_form_round_trip(tmp_path: Path, pictures: list[Path]) -> None:
+    data = RECORD | {"num_iter": 3, "multiround_context": ["x"], "generate_mode": "generate_texts", "id": "r"}
+    (document,) = load(tmp_path, data)
+    again = Document.from_dict(document.to_record())
+    assert [type(s) for s in again.segments] == [type(s) for s in document.segments]
+    assert again.to_record() == document.to_record()
+
+
+SEGMENTS = st.lists(
+    st.one_of(
+        st.builds(Text, st.text(min_size=1), st.booleans(), st.none(), st.booleans()),
+        st.builds(
+            Image, st.sampled_from(["a.png", "b/c.jpg"]), st.booleans(), st.none(), st.sampled_from([None, "t.png"])
+        ),
+        st.sampled_from([Text(), Image()]),
+    ),
+    min_size=1,
+)
+
+
+@given(SEGMENTS, st.one_of(st.none(), st.text(min_size=1)), st.one_of(st.none(), st.integers(1, 9)))
+def test_dict_form_round_trip(segments: list, name: str | None, turns: int | None) -> None:
+    document = Document(segments, name, turns)
+    again = Document.from_dict(json.loads(json.dumps(document.to_dict())))
+    as_text = [s if isinstance(s, Text) else (str(s.source), s.supervise, str(s.target)) for s in again.segments]
+    assert as_text == [s if isinstance(s, Text) else (str(s.source), s.supervise, str(s.target)) for s in segments]
+    assert (again.id, again.max_turns) == (name, turns)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_any_json_is_read_or_refused_with_words(data: Any) -> None:
+    try:
+        Document.from_dict(data)
+    except DocumentError as error:
+        assert str(error)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["empty"]),
+        ("   \n", ["empty"]),
+        ("{", ["not JSON", "line 1"]),
+        ("[]", ["list of documents is empty"]),
+        ("7", ["must be an object", "a whole number"]),
+        ('{"segmets": []}', ["'segments'", "'segmets'"]),
+        ('{"segments": []}', ["at least one segment"]),
+        ('{"segments": [{}]}', ["segments[0]", "either 'text' or 'image'"]),
+        ('{"segments": [{"text": 3}]}', ["segments[0].text", "must be a string"]),
+        ('{"segments": [{"txet": "a"}]}', ["segments[0]", "unknown field 'txet'", "Did you mean 'text'?"]),
+        ('{"segments": [{"text": "a", "role": "robot"}]}', ["role", "'robot'", "assistant"]),
+        ('{"segments": [{"image": "gone.png"}]}', ["segments[0].image", "'gone.png'", "does not exist"]),
+        ('{"segments": [{"image": "../secret.png"}]}', ["outside", "--image-root"]),
+        ('{"segments": [{"image": "/etc/hostname"}]}', ["outside"]),
+        ('{"segments": [{"image": "https://x.org/a.png"}]}', ["URL", "download it"]),
+        ('{"segments": [{"image": "data:image/png;base64,AAAA"}]}', ["data URL", "no picture"]),
+        ('{"segments": [{"text": "a"}], "max_turns": 0}', ["max_turns", "at least 1"]),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "video"}]}]}',
+            ["messages[0].content[0].type", "'video'"],
+        ),
+        ('{"messages": [{"content": "hi"}]}', ["messages[0].role"]),
+        ('{"messages": []}', ["at least one message"]),
+        ("[" * 100_000, ["nested too deeply"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, content: str, words: list[str]) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(DocumentError) as caught:
+        load_documents(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sentence_ixs": [0, 2]}, ["sentence_ixs[1]", "no sentence 2", "0 to 1"]),
+        ({"sentence_ixs": [0, -1]}, ["sentence_ixs[1]", "no sentence -1"]),
+        ({"images": ["0.png"]}, ["1, 2 and 2 entries"]),
+        ({"images": [], "sentence_ixs": [], "image_first": []}, ["at least one picture"]),
+        ({"sentence_ixs": [1, 0]}, ["images[1]", "stands before picture 0"]),
+        ({"sentence_ixs": [0, 0], "image_first": [False, True]}, ["stands before"]),
+        ({"image_first": [1, 0]}, ["image_first[0]", "true or false"]),
+        ({"sentence_ixs": [True, 1]}, ["sentence_ixs[0]", "whole number"]),
+        ({"generate_mode": "generate_song"}, ["'generate_song'"]),
+        ({"num_iter": 0}, ["num_iter", "at least 1"]),
+        ({"image_frist": []}, ["unknown field 'image_frist'", "Did you mean 'image_first'?"]),
+    ],
+)
+def test_mistakes_in_records_are_named(tmp_path: Path, pictures: list[Path], change: dict, words: list[str]) -> None:
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, [RECORD, RECORD | change])
+    for word in ["record 1", *words]:
+        assert word in str(caught.value)
+
+
+def test_line_number_of_a_bad_line(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="line 3"):
+        load(tmp_path, '{"segments": [{"text": "a"}]}\n\n{"segments": [{"text": "a"}}\n', "input.jsonl")
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="cannot be read"):
+        load_documents(tmp_path / "gone.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(DocumentError, match="not UTF-8"):
+        load_documents(tmp_path / "binary.json")
+
+
+def test_a_link_does_not_lead_outside(tmp_path: Path, pictures: list[Path]) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link.png").symlink_to(pictures[0])
+    path = write(inside, {"segments": [{"image": "link.png"}]})
+    with pytest.raises(DocumentError, match="outside"):
+        load_documents(path)
+    assert load_documents(path, image_root=tmp_path)[0].images[0].source == pictures[0].resolve()
+
+
+def test_pictures_in_memory_have_no_path() -> None:
+    with pytest.raises(DocumentError, match="only in memory"):
+        Document([Image(PIL.Image.new("RGB", (2, 2)))]).to_dict()
+
+
+def test_record_needs_a_picture_and_a_closed_middle() -> None:
+    with pytest.raises(DocumentError, match="at least one picture"):
+        Document([Text("a")]).to_record()
+    with pytest.raises(DocumentError, match="segments\\[0\\]"):
+        Document([Image(), Text("a")]).to_record()
