@@ -157,7 +157,7 @@ def test_every_truncation_is_refused_or_read(tmp_path: Path) -> None:
             read += 1
         except DocumentError as error:
             assert "b.png" in str(error)
-    assert read < 20  # only the closing mark of the file may be missing
+    assert read < 32  # only checksums and the closing mark, which follow the pixels, may be missing
 
 
 def test_too_many_pixels_are_not_even_decoded(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""The configuration tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from mm_interleaved.model import MMInterleavedConfig, MMInterleavedModel
+from mm_interleaved.model.config import PRESETS, _debug
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_saving(name: str, tmp_path: Path) -> None:
+    config = MMInterleavedConfig.preset(name)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, MMInterleavedConfig)
+    where_from = {"_name_or_path": ""}
+    assert again.to_dict() | where_from == config.to_dict() | where_from
+
+
+def test_small_is_small() -> None:
+    with torch.device("meta"):
+        model = MMInterleavedModel(MMInterleavedConfig.preset("small"))
+    count = sum(p.numel() for p in model.parameters())
+    assert 12e6 <= count <= 16e6
+    assert model.config.image_decoder.image_size == 128
+
+
+def change(path: str, value: object) -> dict:
+    tree = _debug()
+    *parents, last = path.split(".")
+    branch = tree
+    for key in parents:
+        branch = branch[key]
+    branch[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("text_config.model_type", "gpt2", "'gpt2' is not one of llama, mistral, qwen2, qwen3"),
+        ("vision_config.image_size", 60, "multiple of patch_size"),
+        ("vision_config.image_size", 42, "even side, not 3"),
+        ("vision_config.num_hidden_layers", 6, "multiple of 4"),
+        ("mmfs.levels", [8, 3], "[8, 3] are not among the picture's maps [16, 8, 4, 2]"),
+        ("mmfs.hidden_size", 18, "18 is not a multiple of num_heads 4"),
+        ("mmfs.num_hedas", 4, "'mmfs' has no key 'num_hedas'; did you mean 'num_heads'?"),
+        ("image_decoder.image_size", 24, "cannot halve evenly"),
+        ("image_decoder.resampler.hidden_size", 64, "must equal the UNet's cross_attention_dim 32"),
+        ("image_decoder.mmfs.levels", [16, 8], "must be all the picture's maps"),
+        ("image_decoder.previous_images", 10, "must be smaller than"),
+        ("mmfs_implementation", "magic", "'fast' or 'reference'"),
+        ("soi_token_id", 9999, "outside the vocabulary of 2050"),
+        ("adapter", 7, "'adapter' must be a mapping or AdapterConfig, not int"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_named(path: str, value: object, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        MMInterleavedConfig(**change(path, value))
+    assert words in str(caught.value)
+
+
+def test_missing_key_is_named() -> None:
+    tree = _debug()
+    del tree["visual_resampler"]["num_layers"]
+    with pytest.raises(ValueError, match="'visual_resampler' lacks the key 'num_layers'"):
+        MMInterleavedConfig(**tree)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match="no preset 'tiny'; there are release, small, debug"):
+        MMInterleavedConfig.preset("tiny")
