@@ -118,11 +118,11 @@ def assemble(
         if not folder.is_dir():
             raise UsageError(f"{name}: '{folder}' is not a folder")
     words = _component_tokenizer(tokenizer or llm)
-    vocab_size = add_image_tokens(words)[1] + 1
+    ids, vocab_size = _special_ids(words), add_image_tokens(words)[1] + 1
     with console.status("assembling"):
         chosen = read_config(config) if config else None
         try:
-            chosen = chosen or config_from_components(llm, clip, diffusion, vocab_size, **_special_ids(words))
+            chosen = chosen or config_from_components(llm, clip, diffusion, vocab_size, **ids)
             processor = MMInterleavedProcessor.for_model(chosen, words)
             model = from_components(chosen, llm, clip, diffusion, DTYPES[dtype], MMInterleaved)
         except (ValueError, OSError, KeyError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ from .original import NameTable, derived_tensors
 
 SHARD_BYTES = 800_000_000  # what an output shard holds; writing one takes twice as much memory
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt")
+# What the two formats' readers raise for files that are truncated, damaged, or something else.
+_UNREADABLE = (
+    SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, struct.error,
+)  # fmt: skip
 POSITION_TABLE = "visual_tokenizer.encoder.vision_model.embeddings.position_embedding.weight"
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -104,8 +109,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"'{path}' is refused, because it holds more than tensors: {reason}") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from None
+    except _UNREADABLE as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"'{path}' is damaged or no checkpoint: {reason}") from None
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError(f"'{path}' is not a dictionary of tensors")
