@@ -119,8 +119,8 @@ class Context:
         known = self.visible[:, None].masked_fill(restarted[..., None], -1)
         images = _newest_first(torch.cat([images, known], dim=-1))
         hidden = self._read(self.model.embed(input_ids, features.tokens if features else None), mask, images)
-        padding = images.new_full((len(mask), images.shape[-1] - self.visible.shape[1]), -1)
-        self.visible = _at_last(images, mask, torch.cat([self.visible, padding], dim=1))
+        slots = max(images.shape[-1], self.visible.shape[1])
+        self.visible = _at_last(_widen(images, slots), mask, _widen(self.visible, slots))
         return hidden
 
     @torch.no_grad()
@@ -232,6 +232,11 @@ def _newest_first(images: Tensor) -> Tensor:
     order = torch.argsort((images < 0).int(), dim=-1, stable=True)
     images = images.gather(-1, order)
     return images[..., : int((images >= 0).sum(-1).max()) if images.numel() else 0]
+
+
+def _widen(images: Tensor, slots: int) -> Tensor:
+    """Entries followed by -1 up to `slots`: [..., slots]."""
+    return torch.nn.functional.pad(images, (0, slots - images.shape[-1]), value=-1)
 
 
 def _at_last(values: Tensor, mask: Tensor, otherwise: Tensor) -> Tensor:

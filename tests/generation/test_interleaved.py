@@ -1,0 +1,428 @@
+"""The interleaved generator: caches against recomputation, slots, limits, flags (acceptance check 4)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from mm_interleaved import (
+    Document,
+    DocumentError,
+    DocumentFinished,
+    GenerationSettings,
+    Image,
+    ImageProgress,
+    ImageSettings,
+    MMInterleaved,
+    MMInterleavedProcessor,
+    SegmentFinished,
+    Text,
+    TextDelta,
+    TextSettings,
+)
+from mm_interleaved.generation import Context, InterleavedGenerator
+from mm_interleaved.generation.recompute import RecomputingGenerator
+from mm_interleaved.processor.packing import TokenStream
+
+from ..conftest import picture
+
+GREEDY = GenerationSettings(
+    TextSettings(max_new_tokens=7, min_new_tokens=2, num_beams=1, repetition_penalty=1.3),
+    ImageSettings(num_inference_steps=2, guidance_scale=2.0),
+)
+
+
+def one() -> list[Document]:
+    return [Document([Text("a red house"), Image(picture(1)), Text("and then")])]
+
+
+def ragged() -> list[Document]:
+    return [*one(), Document([Text("hello")]), Document([Image(picture(2)), Image(picture(3)), Text("b c d e f g h")])]
+
+
+def run(generator: InterleavedGenerator, documents: list[Document]) -> tuple[list[list], list[DocumentFinished]]:
+    """What was made, by document, and how the documents ended."""
+    made: list[list] = [[] for _ in documents]
+    ends = []
+    for event in generator.run(documents):
+        if isinstance(event, SegmentFinished):
+            made[event.document].append(event.ids if isinstance(event.segment, Text) else event.segment.source)
+        elif isinstance(event, DocumentFinished):
+            ends.append(event)
+    return made, sorted(ends, key=lambda e: e.document)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal ids, or pictures that differ by one rounding at most."""
+    if isinstance(a, list):
+        return a == b
+    return bool((np.abs(np.asarray(a).astype(int) - np.asarray(b)) <= 1).all())
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4, 7, 10])
+@pytest.mark.parametrize("documents", [one, ragged], ids=["one", "ragged batch of three"])
+def test_caches_equal_recomputation(
+    model: MMInterleaved, processor: MMInterleavedProcessor, rounds: int, documents
+) -> None:
+    """A round is a text and a picture. Ids are equal, hidden states within 1e-4; left padding is in the ragged batch."""
+    settings = replace(GREEDY, max_turns=2 * rounds, force_image=True, stop_at_eos=False)
+    cached, plain = (kind(model, processor, settings) for kind in (InterleavedGenerator, RecomputingGenerator))
+    made, _ = run(cached, documents())
+    expected, _ = run(plain, documents())
+    for a, b in zip(made, expected, strict=True):
+        assert len(a) == 2 * rounds
+        assert all(same(x, y) for x, y in zip(a, b, strict=True))
+    cached.context.flush()
+    hidden = torch.cat(cached.context.hidden, dim=1)
+    for row in cached.rows:
+        batch = processor.collate([TokenStream(np.array(row.ids), np.ones(len(row.ids), bool), row.images)])
+        with torch.no_grad():
+            whole = model(batch.input_ids, pixel_values=batch.pixel_values).last_hidden_state[0]
+        kept = hidden[cached.rows.index(row)][cached.context.mask[cached.rows.index(row)] == 1]
+        torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_cost_is_linear(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """Every token and every picture is read once; without caches the count grows with the square."""
+    counts = {}
+    for kind in (InterleavedGenerator, RecomputingGenerator):
+        for turns in (4, 8):
+            generator = kind(model, processor, replace(GREEDY, max_turns=turns, force_image=True, stop_at_eos=False))
+            run(generator, one())
+            source = generator if kind is RecomputingGenerator else generator.context
+            counts[kind, turns] = source.tokens_read, source.images_read, len(generator.rows[0].ids)
+    tokens, images, length = counts[InterleavedGenerator, 8]
+    assert tokens <= length
+    assert images <= 1 + 4
+    growth = counts[InterleavedGenerator, 8][0] / counts[InterleavedGenerator, 4][0]
+    assert counts[RecomputingGenerator, 8][0] / counts[RecomputingGenerator, 4][0] > 1.5 * growth
+
+
+def test_a_batch_equals_its_documents_one_by_one(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    settings = replace(GREEDY, text=replace(GREEDY.text, do_sample=True), max_turns=4, force_image=True, seed=3)
+    together, _ = run(InterleavedGenerator(model, processor, settings), ragged())
+    for document, expected in zip(ragged(), together, strict=True):
+        (alone,), _ = run(InterleavedGenerator(model, processor, settings), [document])
+        assert all(same(a, b) for a, b in zip(alone, expected, strict=True))
+
+
+def test_same_seed_same_document(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    def make(seed: int) -> list:
+        text, image = replace(GREEDY.text, do_sample=True), replace(GREEDY.image, seed=seed)
+        settings = replace(GREEDY, text=text, image=image, seed=seed, max_turns=2, force_image=True)
+        torch.manual_seed(99)  # nothing depends on the global generator
+        return run(InterleavedGenerator(model, processor, settings), one())[0][0]
+
+    first, second, other = make(1), make(1), make(2)
+    assert first[0] == second[0] != other[0]
+    assert first[1].tobytes() == second[1].tobytes() != other[1].tobytes()
+
+
+def test_beams_in_a_session(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    settings = replace(GREEDY, text=replace(GREEDY.text, num_beams=3), max_turns=5, force_image=True)
+    made, _ = run(InterleavedGenerator(model, processor, settings), ragged())
+    expected, _ = run(RecomputingGenerator(model, processor, settings), ragged())
+    for a, b in zip(made, expected, strict=True):
+        assert all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- slots
+
+
+def test_slots_are_filled_where_they_stand(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    document = Document([Text("one"), Image(), Text("two"), Text(), Image(picture(5)), Text("three"), Image()], id="d")
+    (made,), (end,) = run(InterleavedGenerator(model, processor, GREEDY), [document])
+    assert [type(m) for m in made] == [PIL.Image.Image, list, PIL.Image.Image]
+    kinds = [type(s) for s in end.result.segments]
+    assert kinds == [type(s) for s in document.segments]
+    assert not any(s.is_open for s in end.result.segments)
+    assert end.result.segments[0] is document.segments[0]
+    assert end.result.segments[1].source is made[0]
+    assert (end.reason, end.result.id) == ("slots", "d")
+
+
+def test_slots_see_what_stands_before_them_only(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """What follows a slot does not change what fills it."""
+    (short,), _ = run(InterleavedGenerator(model, processor, GREEDY), [Document([Text("one"), Image()])])
+    (long,), _ = run(
+        InterleavedGenerator(model, processor, GREEDY), [Document([Text("one"), Image(), Text("x"), Text()])]
+    )
+    assert same(short[0], long[0])
+    expected, _ = run(
+        RecomputingGenerator(model, processor, GREEDY), [Document([Text("one"), Image(), Text("x"), Text()])]
+    )
+    assert long[1] == expected[0][1]
+
+
+def test_a_document_of_slots_alone(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    (made,), (end,) = run(InterleavedGenerator(model, processor, GREEDY), [Document([Image(), Text()])])
+    assert [type(s) for s in end.result.segments] == [Image, Text]
+    assert len(made) == 2
+
+
+def test_picture_slot_equals_generate_images(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """The session draws what the batch call draws from the whole row with a grey picture in place."""
+    given = [Text("a house"), Image(picture(1)), Text("at night")]
+    (made,), _ = run(InterleavedGenerator(model, processor, GREEDY), [Document([*given, Image()])])
+    grey = PIL.Image.new("RGB", (56, 56), (128, 128, 128))
+    drawn = model.generate_images(processor(Document([*given, Image(grey)])), GREEDY.image, targets=[1])
+    expected = (drawn[0] * 255 + 0.5).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    assert same(made[0], expected)
+
+
+def test_the_drawn_picture_does_not_leak_into_itself(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    batches = [processor(Document([Text("a house"), Image(picture(k))])) for k in (1, 2)]
+    drawn = [model.generate_images(b, GREEDY.image) for b in batches]
+    assert torch.equal(*drawn)
+
+
+def test_conversation_gets_an_answer_with_its_role(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    document = Document.from_messages([{"role": "user", "content": "hello"}])
+    _, (end,) = run(InterleavedGenerator(model, processor, replace(GREEDY, max_turns=1)), [document])
+    assert [s.role for s in end.result.segments] == ["user", "assistant"]
+
+
+# ---- when it ends
+
+
+def forced_head(model: MMInterleaved, tokens: dict[int, int], otherwise: int = 10) -> MMInterleaved:
+    """A model that writes `tokens[k]` as its k-th token."""
+    changed = copy.deepcopy(model)
+    step = iter(range(10_000))
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((*hidden.shape[:-1], model.config.vocab_size), -30.0)
+        logits[..., tokens.get(next(step), otherwise)] = 5.0
+        return logits
+
+    changed.lm_head.forward = head
+    return changed
+
+
+def test_a_picture_comes_when_the_text_asks_for_one(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    soi, eos = model.config.soi_token_id, model.config.eos_token_id
+    scripted = forced_head(model, {3: soi, 6: eos})
+    (made,), (end,) = run(InterleavedGenerator(scripted, processor, replace(GREEDY, max_turns=9)), one())
+    assert made[0] == [10, 10, 10, soi]
+    assert isinstance(made[1], PIL.Image.Image)
+    assert made[2] == [10, 10, eos]
+    assert end.reason == "eos"
+    assert [type(s) for s in end.result.segments[-3:]] == [Text, Image, Text]
+
+
+def test_without_stopping_the_text_goes_on_after_the_end_token(
+    model: MMInterleaved, processor: MMInterleavedProcessor
+) -> None:
+    scripted = forced_head(model, {2: model.config.eos_token_id})
+    generator = InterleavedGenerator(scripted, processor, replace(GREEDY, max_turns=2, stop_at_eos=False))
+    (made,), (end,) = run(generator, one())
+    assert made[0] == [10, 10, model.config.eos_token_id]
+    assert len(made) == 2
+    assert end.reason == "turns"
+    assert model.config.eos_token_id not in generator.rows[0].ids  # it is dropped, and the text goes on
+
+
+def test_records_of_the_original_do_not_end_at_the_end_token(
+    model: MMInterleaved, processor: MMInterleavedProcessor
+) -> None:
+    scripted = forced_head(model, {2: model.config.eos_token_id})
+    document = replace(one()[0], stop_at_eos=False, max_turns=2)
+    (made,), (end,) = run(InterleavedGenerator(scripted, processor, GREEDY), [document])
+    assert (len(made), end.reason) == (2, "turns")
+
+
+def test_auto_end_wins_over_a_forced_picture(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """Spec/model 6.6: the loop is left right after the text, though a picture was due."""
+    scripted = forced_head(model, {2: model.config.eos_token_id})
+    settings = replace(GREEDY, max_turns=9, stop_at_eos=True, force_image=True)
+    (made,), (end,) = run(InterleavedGenerator(scripted, processor, settings), one())
+    assert (len(made), end.reason) == (1, "eos")
+
+
+@pytest.mark.parametrize(
+    ("limit", "count", "reason"),
+    [({"max_turns": 3}, 3, "turns"), ({"max_segments": 2}, 2, "segments"), ({"max_images": 1}, 2, "images"),
+     ({"max_tokens": 9}, 3, "tokens")],
+)  # fmt: skip
+def test_limits(model: MMInterleaved, processor: MMInterleavedProcessor, limit: dict, count: int, reason: str) -> None:
+    settings = replace(GREEDY, **{"max_turns": 20, "stop_at_eos": False, "force_image": True, **limit})
+    generator = InterleavedGenerator(forced_head(model, {}), processor, settings)
+    (made,), (end,) = run(generator, one())
+    assert len(made) == count
+    assert end.reason == reason
+    if reason == "tokens":
+        assert sum(len(m) for m in made if isinstance(m, list)) == 9
+
+
+def test_a_full_context_ends_the_document(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    generator = InterleavedGenerator(forced_head(model, {}), processor, replace(GREEDY, max_turns=50, force_image=True))
+    generator.limit = 40
+    (made,), (end,) = run(generator, one())
+    assert end.reason == "context"
+    assert len(generator.rows[0].ids) <= 40
+    assert made
+
+
+def test_forty_nine_pictures_are_the_most(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    assert InterleavedGenerator(model, processor, GREEDY).most_images == 49
+    few = [Image(picture(1))] * 49
+    InterleavedGenerator(model, processor, GREEDY).start([Document([*few, Text()])])
+    with pytest.raises(DocumentError, match="document 0: 50 pictures are more than the 49 that the model tells apart"):
+        InterleavedGenerator(model, processor, GREEDY).start([Document([*few, *few[:1], Text()])])
+
+
+def test_a_prompt_longer_than_the_context(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    with pytest.raises(DocumentError, match=r"60\d tokens are more than the 512 that the model reads"):
+        list(model.generate_interleaved(Document([Text("a " * 600)]), processor, GREEDY))
+
+
+# ---- flags of the original's loop
+
+
+def test_forced_texts_replace_what_was_written(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """Spec/model 6.6: the written text is reported, the forced one is what the session goes on from."""
+    document = replace(one()[0], forced_texts=["a cat sat", ""], max_turns=3)
+    settings = replace(GREEDY, replace_texts=True, force_image=True, stop_at_eos=False)
+    generator = InterleavedGenerator(model, processor, settings)
+    events = [e for e in generator.run([document]) if isinstance(e, (SegmentFinished, DocumentFinished))]
+    assert events[0].replaced_by == "a cat sat"
+    assert events[0].segment.text != "a cat sat"
+    assert events[2].replaced_by is None
+    assert events[3].result.segments[3] == Text("a cat sat")
+    _, soi = processor.tokenizer.convert_tokens_to_ids(["▁sat", "<|beginofimage|>"])
+    plain = Document([*one()[0].segments, Text("a cat sat"), Image(), Text()])
+    (made,), _ = run(InterleavedGenerator(model, processor, GREEDY), [plain])
+    assert same(made[0], events[1].segment.source)
+    assert generator.rows[0].ids.count(soi) == 2
+
+
+def test_a_forced_text_can_ask_for_a_picture(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    document = replace(one()[0], forced_texts=["a cat<|beginofimage|>"], max_turns=2)
+    (made,), _ = run(InterleavedGenerator(model, processor, replace(GREEDY, replace_texts=True)), [document])
+    assert isinstance(made[1], PIL.Image.Image)
+
+
+def test_a_new_document_inside_a_text_hides_earlier_pictures(
+    model: MMInterleaved, processor: MMInterleavedProcessor
+) -> None:
+    """If the text starts a document with <s>, what follows sees no picture, as when everything is read anew."""
+    scripted = forced_head(model, {2: 1})
+    settings = replace(GREEDY, max_turns=3, force_image=True, stop_at_eos=False)
+    hidden = []
+    for kind in (InterleavedGenerator, RecomputingGenerator):
+        generator = kind(copy.deepcopy(scripted), processor, settings)
+        generator.model.lm_head.forward = forced_head(model, {2: 1}).lm_head.forward
+        run(generator, one())
+        generator.context.flush()
+        hidden.append(generator.context.last)
+        assert 1 in generator.rows[0].ids[1:]
+    torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_repeats_unless_it_is_varied(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """O23."""
+    starts: list[torch.Tensor] = []
+    hook = model.image_decoder.unet.conv_in.register_forward_hook(lambda _m, a, _o: starts.append(a[0][-1]))
+    document = Document([Image(), Image()])
+    run(InterleavedGenerator(model, processor, GREEDY), [document])
+    run(InterleavedGenerator(model, processor, replace(GREEDY, vary_noise=True)), [document])
+    hook.remove()
+    first = starts[::2]  # two steps a picture
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[2], first[3])
+
+
+# ---- events
+
+
+def test_text_arrives_piece_by_piece(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    written, finished = "", None
+    for event in model.generate_interleaved(one(), processor, replace(GREEDY, max_turns=1)):
+        if isinstance(event, TextDelta):
+            assert finished is None
+            written += event.text
+        elif isinstance(event, SegmentFinished):
+            finished = event.segment.text
+    assert finished.startswith(written)
+    assert len(written) > 0
+
+
+def test_characters_of_several_bytes_arrive_whole(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    ids = processor.tokenizer.sp_model.encode("世界")
+    scripted = forced_head(model, dict(enumerate(ids)), otherwise=model.config.eos_token_id)
+    settings = replace(GREEDY, text=replace(GREEDY.text, min_new_tokens=0, max_new_tokens=20, repetition_penalty=1.0))
+    events = list(scripted.generate_interleaved(one(), processor, settings))
+    assert [e.text for e in events if isinstance(e, TextDelta)] == ["世", "界"]
+
+
+def test_candidates_and_previews(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    image = ImageSettings(num_inference_steps=4, num_candidates=2, preview_every=2)
+    events = list(model.generate_interleaved(Document([Text("a"), Image()]), processor, replace(GREEDY, image=image)))
+    steps = [e for e in events if isinstance(e, ImageProgress)]
+    assert [(e.candidate, e.step) for e in steps] == [(c, s) for c in (0, 1) for s in (1, 2, 3, 4)]
+    assert [e.preview is not None for e in steps] == [False, True, False, False] * 2
+    (segment,) = [e for e in events if isinstance(e, SegmentFinished)]
+    assert len(segment.candidates) == 2
+    assert segment.segment.source is segment.candidates[0]
+    assert segment.candidates[0].tobytes() != segment.candidates[1].tobytes()
+
+
+def test_a_closed_generator_stops_at_once(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """An interrupt in the middle of a picture: closing the stream is all it takes."""
+    ran: list[int] = []
+    hook = model.image_decoder.unet.register_forward_hook(lambda *_: ran.append(1))
+    events = model.generate_interleaved(Document([Image()]), processor, replace(GREEDY, image=ImageSettings()))
+    next(e for e in events if isinstance(e, ImageProgress))
+    events.close()
+    hook.remove()
+    assert len(ran) == 1
+
+
+# ---- one name for everything
+
+
+def test_generate(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    batch = processor(one(), padding_side="left")
+    ids = model.generate(
+        batch, settings=replace(GREEDY, text=replace(GREEDY.text, num_beams=2, num_return_sequences=2))
+    )
+    assert ids.shape[0] == 2
+    assert ids.dtype == torch.long
+    images = model.generate(batch, "image", settings=GREEDY, targets=[0])
+    assert images.shape == (1, 3, 32, 32)
+    assert 0 <= images.min() <= images.max() <= 1
+    (document,) = model.generate(one()[0], "interleaved", processor, replace(GREEDY, max_turns=1))
+    assert isinstance(document.segments[-1], Text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("song",), "must be 'text', 'image' or 'interleaved', not 'song'"), (("interleaved",), "needs the processor")],
+)
+def test_generate_wrongly(model: MMInterleaved, arguments: tuple, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        model.generate(one(), *arguments)
+
+
+@pytest.mark.parametrize("targets", [[], [1], [-1]])
+def test_targets_that_are_not_there(model: MMInterleaved, processor: MMInterleavedProcessor, targets: list) -> None:
+    with pytest.raises(ValueError, match="not among the 1 pictures"):
+        model.generate_images(processor(one()), GREEDY.image, targets=targets)
+
+
+def test_context_can_branch(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """Reading on in a branch leaves the trunk alone."""
+    context: Context = model.read(processor(one()))
+    before = context.last.clone()
+    branch = context.select(torch.tensor([0, 0]))
+    branch.append_text(torch.tensor([[5, 6], [7, 8]]), torch.ones(2, 2, dtype=torch.long))
+    assert torch.equal(context.last, before)
+    trunk = context.append_text(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.long))
+    torch.testing.assert_close(branch.last[1], trunk[0, -1], rtol=1e-5, atol=1e-5)
