@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
-from .document import Document, DocumentError, Image, Text
+from .document import Document, DocumentError, Image, Text, load_documents
 from .generation import (
     TEXT_PRESETS,
     DocumentFinished,
@@ -55,4 +55,5 @@ __all__ = [
     "Text",
     "TextDelta",
     "TextSettings",
+    "load_documents",
 ]

@@ -253,7 +253,8 @@ def load_documents(path: str | Path, image_root: str | Path | None = None) -> li
 
     Args:
         path: one document, a list of documents, or one document a line.
-        image_root: the folder that pictures must stay in; None: the folder of the file. Paths start there either way.
+        image_root: the folder that pictures must stay in; None: the folder of the file, where paths start
+            in any case.
 
     Raises:
         DocumentError: the file is missing, empty or not JSON, or a document in it cannot be used. It names the record

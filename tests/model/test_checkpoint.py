@@ -131,9 +131,14 @@ def test_a_key_in_two_files(original: dict[str, Tensor], model: MMInterleaved, t
 
 def test_a_missing_shard(original: dict[str, Tensor], model: MMInterleaved, tmp_path: Path) -> None:
     source = save_original(original, tmp_path / "original")
-    index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00003-of-00003.bin"}}
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": "extra.bin", "c": "other.safetensors"}}
     (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert "lacks pytorch_model-00003-of-00003.bin" in refused(source, model.config, tmp_path / "ours")
+    assert "lacks extra.bin;" in refused(source, model.config, tmp_path / "ours")
+    (source / "pytorch_model.bin.index.json").write_text("[]")
+    assert "not an index" in refused(source, model.config, tmp_path / "ours")
+    (source / "pytorch_model.bin.index.json").unlink()
+    (source / "pytorch_model-00001-of-00002.bin").unlink()
+    assert "lacks pytorch_model-00001-of-00002.bin;" in refused(source, model.config, tmp_path / "ours")
 
 
 class Trap:

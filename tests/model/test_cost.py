@@ -12,7 +12,9 @@ def test_release_costs() -> None:
     cost = measure(MMInterleavedConfig.preset("release"), images=5)
     head, output_proj, folded = 32002 * 5120 + 2 * 5120, 10 * 1024 * 5120, 10 * 5120 * 640
     assert cost.token == pytest.approx(12.69e9 + head + output_proj, rel=1e-3)
-    assert cost.token_with_images - cost.token == folded  # W1, W2: does not grow with the pictures
+    heads, levels, points, dim, macs = 16, 3, 8, 64, 5  # a sample weighs four neighbours, and is weighed
+    samples = 10 * heads * levels * points * dim * macs
+    assert cost.token_with_images - cost.token == folded + 5 * samples  # W1, W2: pictures add only their samples
     assert cost.cache_per_image * 2 == pytest.approx(26.25 * 2**20, rel=1e-3)
     assert cost.draw_step == pytest.approx(2 * (402e9 + 19.6e9), rel=0.03)
     assert cost.parts[0].trainable == 1_465_276_208

@@ -40,9 +40,6 @@ def main(arguments: list[str] | None = None) -> Any:
     except (DocumentError, CheckpointError, UsageError) as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted[/]")
-        sys.exit(130)
 
 
 def _escaped(error: Exception) -> str:

@@ -25,7 +25,7 @@ from ..generation.settings import override
 from ..pretrained import Loaded, load
 from ..processor.images import load_picture
 from .console import console, output
-from .results import ResultsFolder, UsageError
+from .results import ResultsFolder, UsageError, refuse_occupied
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,16 +96,21 @@ def generate(
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None
+    where = _device(device)
+    refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root)
     for document in documents:
         _check_pictures(document)
-    loaded = _load(model, dtype, device)
+    loaded = _load(model, dtype, where)
     InterleavedGenerator(loaded.model, loaded.processor, settings).start(documents)  # says now what cannot be used
     folder = ResultsFolder(output_folder, source, loaded.name, loaded.trained, settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")
     try:
         _run(loaded, documents, settings, folder, batch_size)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted:[/] the same command with --resume goes on from here")
+        raise
     finally:
         if folder.done:
             report = folder.finish()
@@ -124,11 +129,23 @@ def _check_pictures(document: Document) -> None:
                     raise error.at(document.name) from None
 
 
-def _load(model: str, dtype: str | None, device: str) -> Loaded:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    """The device of that name, which must be there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return load(model, DTYPES[dtype] if dtype else None, torch.device(device))
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device '{name}' is not the name of a device; write cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device '{name}' is not there: this machine has {count} CUDA devices that torch can use")
+    return device
+
+
+def _load(model: str, dtype: str | None, device: torch.device) -> Loaded:
+    try:
+        return load(model, DTYPES[dtype] if dtype else None, device)
     except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
         raise UsageError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 

@@ -41,6 +41,19 @@ def _png(picture: PIL.Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Do not write over results unless asked to.
+
+    Raises:
+        UsageError: the folder holds results and nothing was said about them, or two things were.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume keeps earlier results and --overwrite removes them; choose one")
+    if (folder / RESULTS).exists() and not (resume or overwrite):
+        raise UsageError(f"'{folder / RESULTS}' exists; continue it with --resume, replace it with --overwrite, "
+                         "or name another folder")  # fmt: skip
+
+
 class ResultsFolder:
     """Takes finished segments and documents and keeps the folder complete after each document.
 
@@ -77,7 +90,6 @@ class ResultsFolder:
             "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         }
         self.records: list[dict[str, Any]] = []
-        self.pictures: dict[tuple[int, int], list[str]] = {}
         self.turns: dict[int, list[tuple[str, Any]]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +103,9 @@ class ResultsFolder:
         path = self.folder / RESULTS
         if not path.exists():
             return
+        refuse_occupied(self.folder, resume, overwrite)
         if overwrite:
             self._remove_earlier(path)
-        elif not resume:
-            raise UsageError(
-                f"'{path}' exists; continue it with --resume, replace it with --overwrite, or name another folder"
-            )
         else:
             records = _read_results(path)
             if any(record.get("run") != self.run for record in records):

@@ -1,4 +1,4 @@
-"""Checkpoints: the original release's to ours and back, and a new model out of base components.
+"""Checkpoints: the original release's to ours and back.
 
 Conversion streams: names, shapes and derivable tables are checked against the configuration first, from the files' headers
 alone, and nothing is written unless everything fits. Then tensors go through memory one output shard at a time. What is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -86,14 +87,26 @@ def weight_files(source: Path) -> list[Path]:
         files = sorted(f for p in ("*.bin", "*.pt") for f in source.glob(p) if f.name not in NOT_WEIGHTS)
     if not files:
         raise CheckpointError(f"'{source}' holds no .safetensors, .bin or .pt file")
-    for index in source.glob("*.index.json"):
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        absent = sorted(named - {f.name for f in source.iterdir()})
-        if absent:
-            raise CheckpointError(
-                f"'{source}' lacks {', '.join(absent)}, named in {index.name}; fetch the whole checkpoint"
-            )
+    absent = sorted(_promised(source, files) - {f.name for f in files})
+    if absent:
+        raise CheckpointError(f"'{source}' lacks {', '.join(absent)}; fetch the whole checkpoint")
     return files
+
+
+def _promised(source: Path, files: list[Path]) -> set[str]:
+    """Names of files of the same kind that must be there: those an index lists, and all N of a "00001-of-0000N"."""
+    kinds = {f.suffix for f in files}
+    names: set[str] = set()
+    for index in source.glob("*.index.json"):
+        try:
+            names |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"'{index}' is not an index of weights") from None
+    for file in files:
+        if match := re.search(r"-(\d{5})-of-(\d{5})(?=\.)", file.name):
+            head, tail, count = file.name[: match.start()], file.name[match.end() :], match[2]
+            names |= {f"{head}-{n:05d}-of-{count}{tail}" for n in range(1, int(count) + 1)}
+    return {name for name in names if Path(name).suffix in kinds}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

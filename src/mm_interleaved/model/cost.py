@@ -1,7 +1,8 @@
 """What a model costs: parameters, memory and arithmetic, measured on the real modules without allocating them.
 
 Multiply-accumulates are counted by PyTorch's own counter while the modules run on the meta device, so the figures cannot
-drift from the code. Matrix products, convolutions and attention are counted; sampling and element-wise work are not.
+drift from the code. Matrix products, convolutions, attention and bilinear samples are counted; other element-wise work
+is not.
 """
 
 from __future__ import annotations
@@ -75,8 +76,14 @@ def count_parts(model: MMInterleavedModel) -> list[Part]:
     return parts
 
 
+def _sampling_flops(image: torch.Size, grid: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    """Each sample weighs four neighbours and is then weighed itself."""
+    return 2 * (4 + 1) * out_shape.numel()
+
+
 def _macs(work: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    counted = {torch.ops.aten.grid_sampler_2d: _sampling_flops}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.no_grad():
         work()
     return counter.get_total_flops() // 2
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from .checkpoint import CheckpointError
 
@@ -31,6 +31,7 @@ class Component:
     purpose: str
 
 
+_FAILURES = (HTTPError, OfflineModeIsEnabled, OSError)  # HTTPError: no connection, broken off, or refused by the hub
 _SMALL = ("*.json", "*.model", "*.txt", "LICENSE*", "README.md")
 RELEASE = [
     Component(
@@ -46,7 +47,10 @@ BASE = [
     Component(
         "stable-diffusion-2-1-base",
         "stabilityai/stable-diffusion-2-1-base",
-        tuple(f"{part}/*" for part in ("unet", "vae", "scheduler", "tokenizer", "text_encoder")) + _SMALL,
+        (
+            *(f"{part}/{name}" for part in ("unet", "vae") for name in ("*.json", "diffusion_pytorch_model.safetensors")),
+            *("text_encoder/*.json", "text_encoder/model.safetensors", "scheduler/*", "tokenizer/*", *_SMALL),
+        ),
         "the image decoder",
     ),
 ]
@@ -85,7 +89,7 @@ def ask(component: Component, revision: str = "main") -> Offer:
     """
     try:
         info = HfApi().model_info(component.repository, revision=revision, files_metadata=True)
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
+    except _FAILURES as error:
         raise CheckpointError(
             f"the hub does not answer for {component.repository}: {str(error).splitlines()[0]}"
         ) from None
@@ -101,7 +105,9 @@ def ask(component: Component, revision: str = "main") -> Offer:
 
 
 def _safe_twin(name: str) -> str:
-    return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+    """What the same weights are called as safetensors: transformers drops `pytorch_` then, diffusers does not."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
 
 
 def fetch(offer: Offer, folder: Path, progress: Callable[[RemoteFile], None] = lambda file: None) -> Path:
@@ -119,7 +125,7 @@ def fetch(offer: Offer, folder: Path, progress: Callable[[RemoteFile], None] = l
     for file in offer.files:
         try:
             path = hf_hub_download(offer.component.repository, file.name, revision=offer.revision, local_dir=target)
-        except (HfHubHTTPError, ConnectionError, OSError) as error:
+        except _FAILURES as error:
             raise CheckpointError(
                 f"fetching {file.name} of {offer.component.repository} failed: {str(error).splitlines()[0]}. "
                 "Run the same command again to go on"

@@ -1,0 +1,113 @@
+"""A model hub of one's own: the few requests that huggingface_hub makes, answered from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub:
+    """Serves `root/owner/name/...`. Use as a context manager.
+
+    Args:
+        root: folder of repositories.
+        licence: of all of them.
+
+    Attributes:
+        sent: for each file, the byte ranges (first, count) that were sent, in order.
+        break_after: for each file, after how many bytes its next transfer breaks off, once.
+        wrong: files that arrive with other bytes than the hub says they have.
+    """
+
+    def __init__(self, root: Path, licence: str = "apache-2.0") -> None:
+        self.root, self.licence = root, licence
+        self.sent: dict[str, list[tuple[int, int]]] = {}
+        self.break_after: dict[str, int] = {}
+        self.wrong: set[str] = set()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> FakeHub:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self._model(self.hub.root / parts[2] / parts[3], "/".join(parts[2:4]))
+        else:  # owner/name/resolve/revision/file
+            self._file(self.hub.root / parts[0] / parts[1] / "/".join(parts[4:]), body)
+
+    def _model(self, folder: Path, name: str) -> None:
+        if not folder.is_dir():
+            self._missing("RepoNotFound")
+            return
+        files = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            data = path.read_bytes()
+            entry = {"rfilename": str(path.relative_to(folder)), "size": len(data), "blobId": "0" * 40}
+            if path.suffix in (".bin", ".safetensors"):
+                entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
+            files.append(entry)
+        info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "cardData": {"license": self.hub.licence},
+                "tags": [], "downloads": 0, "likes": 0, "private": False, "createdAt": "2024-01-01T00:00:00.000Z"}  # fmt: skip
+        self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, path: Path, body: bool) -> None:
+        if not path.is_file():
+            self._missing("EntryNotFound")
+            return
+        data = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        first, status = 0, 200
+        if ranges := self.headers.get("Range"):
+            first = int(ranges.removeprefix("bytes=").split("-")[0])
+            status = 206
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        if path.name in self.hub.wrong:
+            data = bytes(len(data))
+        if not body:
+            self._send(status, b"", headers, len(data) - first)
+            return
+        cut = self.hub.break_after.pop(path.name, None)
+        rest = data[first:] if cut is None else data[first : first + cut]
+        self.hub.sent.setdefault(path.name, []).append((first, len(rest)))
+        self._send(status, rest, headers, len(data) - first)
+        if cut is not None:
+            self.close_connection = True
+
+    def _missing(self, code: str) -> None:
+        self._send(404, b"{}", {"X-Error-Code": code})
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str], length: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.end_headers()
+        self.wfile.write(data)

@@ -1,0 +1,134 @@
+"""`mmi download` against a hub of our own: sizes and licences first, resumable, checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mm_interleaved.model.hub import SETS
+
+from .conftest import spawn
+from .fake_hub import COMMIT, FakeHub
+
+WEIGHTS = os.urandom(22_000_000)  # huggingface_hub writes 10 MiB at a time
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub with everything that `mmi download` knows, small."""
+    root = tmp_path / "hub"
+    for component in SETS["all"]:
+        folder = root / component.repository
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "README.md").write_text("# About")
+        (folder / "demo.mp4").write_bytes(b"not asked for")
+        if any(pattern.startswith("unet") for pattern in component.patterns):
+            (folder / "unet").mkdir(exist_ok=True)
+            (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(WEIGHTS[:1000])
+            (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(WEIGHTS[:1000])
+        else:
+            (folder / "tokenizer.model").write_bytes(WEIGHTS[:500])
+            (folder / "pytorch_model.bin").write_bytes(WEIGHTS)
+    (root / "openai/clip-vit-large-patch14/model.safetensors").write_bytes(WEIGHTS[:2000])
+    with FakeHub(root) as hub:
+        yield hub
+
+
+def run(hub: FakeHub, folder: Path, *arguments: str) -> tuple[int, str, str]:
+    environment = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                   "HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+    process = spawn("download", *arguments, "-o", folder, **environment)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_the_release(hub: FakeHub, tmp_path: Path) -> None:
+    code, out, err = run(hub, tmp_path / "models", "release", "--yes")
+    assert code == 0, err
+    assert "apache-2.0" in out
+    assert "22.0 MB" in out
+    models = tmp_path / "models"
+    assert (models / "mm-interleaved" / "pytorch_model.bin").read_bytes() == WEIGHTS
+    assert (models / "vicuna-13b-v1.3-tokenizer" / "tokenizer.model").is_file()
+    assert not (models / "vicuna-13b-v1.3-tokenizer" / "pytorch_model.bin").exists()  # the release holds these weights
+    assert not list(models.rglob("*.mp4"))
+
+
+def test_base_components(hub: FakeHub, tmp_path: Path) -> None:
+    code, _, err = run(hub, tmp_path / "models", "base", "-y")
+    assert code == 0, err
+    unet = tmp_path / "models" / "stable-diffusion-2-1-base" / "unet"
+    assert [p.name for p in unet.iterdir()] == ["diffusion_pytorch_model.safetensors"]
+    assert not (tmp_path / "models" / "clip-vit-large-patch14" / "pytorch_model.bin").exists()
+    assert (tmp_path / "models" / "vicuna-13b-v1.3" / "pytorch_model.bin").read_bytes() == WEIGHTS
+
+
+def test_nothing_is_fetched_before_the_answer(hub: FakeHub, tmp_path: Path) -> None:
+    code, out, _ = run(hub, tmp_path / "models", "release")  # nobody there to say yes
+    assert code == 1
+    assert "licence" in out
+    assert not (tmp_path / "models").exists()
+    assert not hub.sent
+
+
+def test_a_broken_transfer_goes_on_where_it_broke(hub: FakeHub, tmp_path: Path) -> None:
+    hub.break_after["pytorch_model.bin"] = 15_000_000
+    code, _, err = run(hub, tmp_path / "models", "release", "--yes")
+    if code:  # then the next try must go on
+        assert "Run the same command again" in err
+        code, _, err = run(hub, tmp_path / "models", "release", "--yes")
+    assert code == 0, err
+    assert (tmp_path / "models" / "mm-interleaved" / "pytorch_model.bin").read_bytes() == WEIGHTS
+    first, second = hub.sent["pytorch_model.bin"]
+    assert first[0] == 0
+    assert second[0] > 0
+    assert second[1] == len(WEIGHTS) - second[0]
+
+
+def test_what_is_there_is_not_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run(hub, tmp_path / "models", "release", "--yes")[0] == 0
+    assert len(hub.sent["pytorch_model.bin"]) == 1
+
+
+def test_damage_is_noticed_and_removed(hub: FakeHub, tmp_path: Path) -> None:
+    hub.wrong.add("pytorch_model.bin")
+    code, _, err = run(hub, tmp_path / "models", "release", "--yes")
+    assert code == 1
+    assert "damaged" in err
+    assert not (tmp_path / "models" / "mm-interleaved" / "pytorch_model.bin").exists()
+    hub.wrong.clear()
+    assert run(hub, tmp_path / "models", "release", "--yes")[0] == 0
+
+
+def test_a_repository_by_name_without_the_same_weights_as_pickles(hub: FakeHub, tmp_path: Path) -> None:
+    folder = hub.root / "someone" / "theirs"
+    (folder / "unet").mkdir(parents=True)
+    names = ["config.json", "unet/diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors"]
+    for name in [*names, "unet/diffusion_pytorch_model.bin", "pytorch_model-00001-of-00002.bin"]:
+        (folder / name).write_text("{}")
+    assert run(hub, tmp_path / "models", "someone/theirs", "--yes", "--revision", COMMIT)[0] == 0
+    here = tmp_path / "models" / "theirs"
+    assert {str(p.relative_to(here)) for p in here.rglob("*") if p.is_file() and ".cache" not in p.parts} == set(names)
+
+
+def test_what_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
+    code, _, err = run(hub, tmp_path / "models", "someone/else", "--yes")
+    assert code == 1
+    assert "someone/else" in err
+    assert "Traceback" not in err
+    code, _, err = run(hub, tmp_path / "models", "everything")
+    assert code == 1
+    assert "release, base, all" in err
+
+
+def test_no_network(hub: FakeHub, tmp_path: Path) -> None:
+    hub.address = "http://127.0.0.1:9"  # nobody listens there
+    code, _, err = run(hub, tmp_path / "models", "release", "--yes")
+    assert code == 1
+    assert "does not answer" in err
+    assert "Traceback" not in err

@@ -1,0 +1,437 @@
+"""`mmi generate`: real files in, pictures, results.json and report.html out, and what is said when it cannot be done."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from mm_interleaved import Document, __version__
+from mm_interleaved.cli.results import write_atomic
+from mm_interleaved.document import Folder
+
+from ..conftest import picture
+from .conftest import EXAMPLES, Outcome, spawn
+
+Mmi = Callable[..., Outcome]
+QUICK = ("--model", "debug", "--steps", "2", "--max-new-tokens", "4")
+
+
+class Page(HTMLParser):
+    """What a report shows: visible texts, pictures, and everything it would fetch from elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.pictures: list[PIL.Image.Image] = []
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href"):
+                header, _, data = (value or "").partition(",")
+                if header.startswith("data:image/"):
+                    self.pictures.append(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
+                else:
+                    self.fetched.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(data.strip())
+
+
+def write(folder: Path, data: Any, name: str = "input.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(data))
+    return path
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")} if folder.exists() else set()
+
+
+def story(slots: int = 2, number: int = 0) -> dict[str, Any]:
+    return {"id": f"story {number}", "segments": [{"text": f"{number} A cat."}, *[{"image": None}] * slots]}
+
+
+# ---- what it writes
+
+
+def test_the_originals_own_examples_run_unchanged(mmi: Mmi, tmp_path: Path) -> None:
+    done = mmi("generate", EXAMPLES / "original.json", "-o", tmp_path / "out", *QUICK)
+    assert done.code == 0, done.err
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    given = json.loads((EXAMPLES / "original.json").read_text())
+    for record, source in zip(records, given, strict=True):
+        assert {k: record[k] for k in source} == source  # the original's fields as they were
+    texts, drawn = records
+    assert len(texts["generate_results"]) == 4  # num_iter turns, texts or pictures
+    assert drawn["generate_results"][0] == "1_0_0.png"  # named as the original names them: sample, turn, number
+    assert len(drawn["generate_results"]) == 3
+    for record in records:
+        for name in [r for r in record["generate_results"] if r.endswith(".png")]:
+            assert PIL.Image.open(tmp_path / "out" / name).size == (32, 32)
+        assert record["finish_reason"] == "turns"
+        assert record["run"]["version"] == __version__
+        assert record["run"]["seed"] == record["run"]["settings"]["seed"]
+
+
+def test_the_demo_documents(mmi: Mmi, tmp_path: Path) -> None:
+    done = mmi("generate", EXAMPLES / "demo.json", "-o", tmp_path / "out", "--seed", 7, *QUICK)
+    assert done.code == 0, done.err
+    assert "untrained" in done.err
+    assert "3 of 3 documents" in done.out
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    sailing, table, record = records
+    kinds = ["image" if "image" in s else "text" for s in sailing["segments"]]
+    assert kinds == ["text", "image", "text", "image", "text", "image", "text", "image"]
+    assert [s["generated"] for s in sailing["segments"]] == [False] * 5 + [True] * 3
+    assert sailing["finish_reason"] == "slots"
+    assert [s.get("role") for s in table["segments"]][:2] == ["user", "user"]
+    assert {s["role"] for s in table["segments"] if s["generated"]} == {"assistant"}
+    assert record["sentence_ixs"] == [0, 1]
+    for segment in (s for r in records for s in r["segments"] if "image" in s):
+        assert (tmp_path / "out" / segment["image"]).is_file()
+
+
+def test_results_can_be_read_again_as_documents(mmi: Mmi, tmp_path: Path) -> None:
+    write(tmp_path, story())
+    assert mmi("generate", tmp_path / "input.json", "-o", tmp_path / "out", *QUICK).code == 0
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    segments = [{k: v for k, v in s.items() if k != "generated"} for s in record["segments"]]
+    document = Document.from_dict({"segments": segments}, Folder(tmp_path / "out"))
+    assert [s.source.name for s in document.images] == ["0_0_0.png", "0_1_0.png"]
+
+
+def test_the_report_holds_everything_it_shows(mmi: Mmi, tmp_path: Path) -> None:
+    mmi("generate", EXAMPLES / "demo.json", "-o", tmp_path / "out", *QUICK)
+    page = Page(tmp_path / "out" / "report.html")
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    shown = [s for record in records for s in record["segments"]]
+    assert len(page.pictures) == sum("image" in s for s in shown)
+    assert not page.fetched
+    assert "script" not in page.tags
+    visible = "".join("".join(page.texts).split())
+    for segment in shown:
+        assert "".join(segment.get("text", "").split()) in visible
+    assert any("untrained" in text for text in page.texts)
+
+
+def test_text_in_the_report_is_only_text(mmi: Mmi, tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script> \x00\x1b[31m \u202e &amp; [bold]x[/bold]"
+    source = write(tmp_path, {"id": nasty, "segments": [{"text": nasty}, {"image": None}]})
+    done = mmi("generate", source, "-o", tmp_path / "out", *QUICK)
+    assert done.code == 0, done.err
+    page = Page(tmp_path / "out" / "report.html")
+    assert "script" not in page.tags
+    assert sum("<script>alert(1)</script>" in text for text in page.texts) == 2
+    assert any("[bold]x[/bold]" in text and "&amp;" in text for text in page.texts)
+    assert "\x1b" not in done.err
+
+
+def test_candidates_are_kept_and_shown(mmi: Mmi, tmp_path: Path) -> None:
+    source = write(tmp_path, story(1))
+    assert mmi("generate", source, "-o", tmp_path / "out", "--candidates", 3, *QUICK).code == 0
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["generate_results"] == ["0_0_0.png", "0_0_1.png", "0_0_2.png"]
+    assert record["segments"][1]["image"] == "0_0_0.png"
+    assert len({(tmp_path / "out" / n).read_bytes() for n in record["generate_results"]}) == 3
+    assert len(Page(tmp_path / "out" / "report.html").pictures) == 3
+
+
+def test_same_seed_same_files(mmi: Mmi, tmp_path: Path) -> None:
+    source = write(tmp_path, {"segments": [{"text": "A cat."}, {"image": None}, {"text": None}]})
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert mmi("generate", source, "-o", tmp_path / name, "--seed", seed, *QUICK).code == 0
+    a, b, c = ({n: (tmp_path / d / n).read_bytes() for n in files(tmp_path / d)} for d in "abc")
+    assert a == b
+    assert a["0_0_0.png"] != c["0_0_0.png"]
+    assert a["results.json"] != c["results.json"]
+
+
+def test_a_batch_gives_what_single_documents_give(mmi: Mmi, tmp_path: Path) -> None:
+    source = write(tmp_path, [story(1, 0), {"segments": [{"text": "Longer, this one is."}], "max_turns": 2}, story(2, 2)])
+    for name, size in (("one", 1), ("all", 3)):
+        assert mmi("generate", source, "-o", tmp_path / name, "--batch-size", size, *QUICK).code == 0
+    one, many = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "all"))
+    assert [r["generate_results"] for r in one] == [r["generate_results"] for r in many]
+
+
+def test_options_reach_the_generator(mmi: Mmi, tmp_path: Path) -> None:
+    source = write(tmp_path, {"segments": [{"text": "A cat."}]})
+    options = ["--max-turns", 5, "--max-images", 2, "--force-image", "--vary-noise", "--greedy", "--seed", 9]
+    options += ["--guidance", 2.5, "--scheduler", "DDIMScheduler", "--min-new-tokens", 1]
+    done = mmi("generate", source, "-o", tmp_path / "out", *options, *QUICK)
+    assert done.code == 0, done.err
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [("image" if "image" in s else "text") for s in record["segments"]][1:] == ["text", "image", "text", "image"]
+    assert record["finish_reason"] == "images"
+    settings = record["run"]["settings"]
+    assert settings["seed"] == 9
+    assert settings["vary_noise"]
+    assert settings["image"]["guidance_scale"] == 2.5
+    assert settings["image"]["scheduler"] == "DDIMScheduler"
+    assert settings["text"]["do_sample"] is False
+
+
+# ---- again, and on
+
+
+def test_results_are_not_written_over_by_accident(mmi: Mmi, tmp_path: Path) -> None:
+    source = write(tmp_path, story(1))
+    assert mmi("generate", source, "-o", tmp_path / "out", *QUICK).code == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    refused = mmi("generate", source, "-o", tmp_path / "out", *QUICK)
+    assert refused.code == 1
+    assert "--resume" in refused.err
+    assert "--overwrite" in refused.err
+    assert mmi("generate", source, "-o", tmp_path / "out", "--resume", "--overwrite", *QUICK).code == 1
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    (tmp_path / "out" / "mine.txt").write_text("not ours to remove")
+    other = write(tmp_path, {"segments": [{"text": "No picture."}], "max_turns": 1}, "other.json")
+    assert mmi("generate", other, "-o", tmp_path / "out", "--overwrite", *QUICK, "--seed", 1).code == 0
+    assert "mine.txt" in files(tmp_path / "out")
+    assert (tmp_path / "out" / "results.json").read_bytes() != before
+
+
+def test_overwriting_removes_only_what_it_made_itself(mmi: Mmi, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious.png").write_bytes(b"x")
+    write(tmp_path / "out", [{"files": ["../precious.png"]}], "results.json")
+    assert mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "out", "--overwrite", *QUICK).code == 0
+    assert (tmp_path / "precious.png").exists()
+
+
+def test_a_foreign_results_file_is_left_alone(mmi: Mmi, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    path = write(tmp_path / "out", {"accuracy": 1}, "results.json")
+    for flag in ("--resume", "--overwrite"):
+        done = mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "out", flag, *QUICK)
+        assert done.code == 1
+        assert "not a results file" in done.err
+    assert json.loads(path.read_text()) == {"accuracy": 1}
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(mmi: Mmi, tmp_path: Path) -> None:
+    source = write(tmp_path, [story(1, n) for n in range(3)])
+    assert mmi("generate", source, "-o", tmp_path / "whole", *QUICK).code == 0
+    assert mmi("generate", source, "-o", tmp_path / "out", *QUICK).code == 0
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    write(tmp_path / "out", records[:1], "results.json")  # as if the run had been stopped after the first document
+    (tmp_path / "out" / "1_0_0.png").unlink()
+    other = mmi("generate", source, "-o", tmp_path / "out", "--resume", *QUICK, "--seed", 5)
+    assert other.code == 1
+    assert "cannot be resumed" in other.err
+    done = mmi("generate", source, "-o", tmp_path / "out", "--resume", *QUICK)
+    assert done.code == 0, done.err
+    assert "1_0_0.png" in done.err
+    assert "0_0_0.png" not in done.err
+    for name in files(tmp_path / "whole"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_in_the_middle_of_a_picture(mmi: Mmi, tmp_path: Path, how: signal.Signals) -> None:
+    out = tmp_path / "out"
+    source = write(tmp_path, [story(1, 0), {**story(2, 1), "id": "long"}])
+    slow = ("--model", "debug", "--steps", "40")
+    process = spawn("generate", source, "-o", out, *slow)
+    try:
+        deadline = time.monotonic() + 200
+        while not (out / "1_0_0.png").exists():  # now it draws the second picture of the second document
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(how)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    expected = {"0_0_0.png", "1_0_0.png", "results.json"}
+    if how == signal.SIGINT:
+        assert "interrupted" in err
+        assert "Traceback" not in err
+        expected.add("report.html")
+    assert files(out) == expected
+    assert len(json.loads((out / "results.json").read_text())) == 1
+    for name in ("0_0_0.png", "1_0_0.png"):
+        PIL.Image.open(out / name).load()
+    if how == signal.SIGINT:
+        assert mmi("generate", source, "-o", out, "--resume", *slow).code == 0
+        assert files(out) == {"0_0_0.png", "1_0_0.png", "1_1_0.png", "results.json", "report.html"}
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    write_atomic(path, b"before")
+
+    def full_disk(self: Path, content: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(content[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"after")
+    assert path.read_bytes() == b"before"
+    assert files(tmp_path) == {"results.json"}
+
+
+# ---- what cannot be done
+
+BAD_INPUTS = {
+    "empty file": ("", "empty"),
+    "not JSON": ("{'a': 1}", "not JSON: .* line 1, column 2"),
+    "empty list": ("[]", "empty"),
+    "unknown field": ('[{"segments": [{"text": "A."}]}, {"segments": [{"txt": "A."}]}]', r"record 1, .*'txt'.*Did you mean 'text'"),
+    "no picture file": ('{"segments": [{"text": "A."}, {"image": "none.png"}]}', r"segments\[1\].*none.png"),
+    "outside": ('{"segments": [{"image": "../../etc/passwd"}]}', r"segments\[0\].*outside"),
+    "sentence out of range": (
+        '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [1], "image_first": [true]}',
+        r"sentence_ixs\[0\].*no sentence 1",
+    ),
+    "more places than pictures": (
+        '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0, 0], "image_first": [true, true]}',
+        "1, 2 and 2 entries",
+    ),
+    "nothing but a field": ('{"id": "x"}', "segments"),
+    "too long": (json.dumps({"segments": [{"text": "word " * 3000}]}), "tokens are more than the"),
+    "fifty pictures": (json.dumps({"segments": [{"image": "0.png"}] * 50}), "50 pictures are more than the 49"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input(mmi: Mmi, tmp_path: Path, content: str, words: str) -> None:
+    picture().save(tmp_path / "0.png")
+    source = tmp_path / "input.json"
+    source.write_text(content)
+    done = mmi("generate", source, "-o", tmp_path / "out", *QUICK)
+    assert done.code == 1
+    assert done.err.startswith("error:")
+    assert "input.json" in done.err
+    assert re.search(words, done.err), done.err
+    assert not files(tmp_path / "out")
+
+
+def save_truncated(path: Path) -> None:
+    picture(size=(300, 200)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def save_huge(path: Path) -> None:
+    PIL.Image.new("1", (20000, 20000)).save(path)
+
+
+BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "does not exist"),
+    "0 bytes": (lambda path: path.write_bytes(b""), "empty"),
+    "truncated": (save_truncated, "cannot be decoded|truncated|damaged"),
+    "not a picture": (lambda path: path.write_text("hello"), "not a picture"),
+    "20000x20000": (save_huge, "179 million pixels"),
+}
+
+
+@pytest.mark.parametrize(("save", "words"), BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_bad_pictures_are_known_before_the_work_begins(mmi: Mmi, tmp_path: Path, save: Callable, words: str) -> None:
+    picture().save(tmp_path / "good.png")
+    save(tmp_path / "bad.png")
+    good = {"segments": [{"image": "good.png"}, {"text": None}]}
+    bad = {"segments": [{"text": "A."}, {"image": "bad.png"}, {"text": None}]}
+    done = mmi("generate", write(tmp_path, [good, bad]), "-o", tmp_path / "out", *QUICK)
+    assert done.code == 1
+    assert "record 1, segments[1]" in done.err
+    assert "bad.png" in done.err
+    assert re.search(words, done.err), done.err
+    assert not files(tmp_path / "out")
+
+
+def save_animation(path: Path) -> None:
+    picture(0).save(path, "GIF", save_all=True, append_images=[picture(1)], duration=50)
+
+
+ODD_PICTURES: dict[str, Callable[[Path], object]] = {
+    "1x1": lambda path: picture(size=(1, 1)).save(path, "PNG"),
+    "CMYK": lambda path: picture().convert("CMYK").save(path, "JPEG"),
+    "palette": lambda path: picture().convert("P").save(path, "PNG"),
+    "16 bit": lambda path: PIL.Image.new("I;16", (9, 9), 40000).save(path, "PNG"),
+    "animated": save_animation,
+    "grey": lambda path: picture().convert("L").save(path, "PNG"),
+    "alpha": lambda path: picture().convert("RGBA").save(path, "PNG"),
+}
+
+
+def test_odd_pictures_are_read_and_shown(mmi: Mmi, tmp_path: Path) -> None:
+    for number, save in enumerate(ODD_PICTURES.values()):
+        save(tmp_path / f"{number}.png")
+    documents = [{"segments": [{"image": f"{n}.png"}, {"text": None}]} for n in range(len(ODD_PICTURES))]
+    done = mmi("generate", write(tmp_path, documents), "-o", tmp_path / "out", *QUICK)
+    assert done.code == 0, done.err
+    assert len(Page(tmp_path / "out" / "report.html").pictures) == len(ODD_PICTURES)
+
+
+BAD_OPTIONS = {
+    "a wrong flag": (["--bogus"], 2, "No such option"),
+    "no number": (["--steps", "many"], 2, "valid integer"),
+    "no steps": (["--steps", "0"], 1, "num_inference_steps must be at least 1"),
+    "no beams": (["--num-beams", "0"], 1, "num_beams"),
+    "cold": (["--sample", "--temperature", "0"], 1, "temperature"),
+    "no such preset": (["--preset", "poem"], 1, "'poem'.*caption"),
+    "no such scheduler": (["--scheduler", "Magic"], 1, "'Magic'.*DDPMScheduler"),
+    "no such type": (["--dtype", "float7"], 1, "bfloat16.*float7"),
+    "no such device": (["--device", "abacus"], 1, "abacus.*cuda:1"),
+    "a device that is not there": (["--device", "cuda:63"], 1, "cuda:63.*not there"),
+    "no documents at a time": (["--batch-size", "0"], 2, "batch-size"),
+}
+
+
+@pytest.mark.parametrize(("options", "code", "words"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options(mmi: Mmi, tmp_path: Path, options: list[str], code: int, words: str) -> None:
+    done = mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "out", *QUICK, *options)
+    assert done.code == code
+    assert re.search(words, done.err), done.err
+    assert not files(tmp_path / "out")
+
+
+def test_the_output_folder_cannot_be_written(mmi: Mmi, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "file" / "out", *QUICK)
+    assert done.code == 1
+    assert "cannot be written" in done.err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_models_that_are_not_there(mmi: Mmi, tmp_path: Path) -> None:
+    source = write(tmp_path, story(1))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    write(tmp_path / "odd", {"model_type": "bert"}, "config.json")
+    for folder, words in (("none", "is not a folder"), ("empty", "has no config.json"), ("odd", "cannot be loaded")):
+        done = mmi("generate", source, "-o", tmp_path / "out", "--model", tmp_path / folder)
+        assert done.code == 1
+        assert words in done.err, done.err
+        assert "Traceback" not in done.err
+    assert not files(tmp_path / "out")
+
+
+def test_pictures_may_come_from_a_folder_that_was_named(mmi: Mmi, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    picture().save(tmp_path / "a.png")
+    source = write(tmp_path / "texts", {"segments": [{"image": "../a.png"}, {"text": None}]})
+    refused = mmi("generate", source, "-o", tmp_path / "out", *QUICK)
+    assert refused.code == 1
+    assert "--image-root" in refused.err
+    done = mmi("generate", source, "-o", tmp_path / "out", "--image-root", tmp_path, *QUICK)
+    assert done.code == 0, done.err

@@ -1,0 +1,70 @@
+"""`mmi info`, and what `mmi` says about itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mm_interleaved import MMInterleaved, MMInterleavedConfig
+
+from .conftest import Outcome
+
+Mmi = Callable[..., Outcome]
+
+
+def test_the_release_needs_no_weights(mmi: Mmi) -> None:
+    shown = mmi("info", "release")
+    assert shown.code == 0, shown.err
+    for words in ("language_model", "image_decoder", "trainable", "bfloat16", "a token, 5 pictures visible", "30 steps"):
+        assert words in shown.out
+    numbers = json.loads(mmi("info", "release", "--json").out)
+    assert numbers["parts"][0]["total"] == 14_868_037_913  # what is stored; tables that follow from the sizes are not
+    assert numbers["token_with_images"] > numbers["token"] > 1e10
+
+
+def test_small_is_small(mmi: Mmi) -> None:
+    numbers = json.loads(mmi("info", "small", "--json").out)
+    assert 12e6 <= numbers["parts"][0]["total"] <= 16e6
+
+
+def test_a_checkpoint(mmi: Mmi, tmp_path: Path, model: MMInterleaved) -> None:
+    model.save_pretrained(tmp_path / "model")
+    numbers = json.loads(mmi("info", tmp_path / "model", "--json").out)
+    assert numbers["parts"][0]["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_more_pictures_and_steps_cost_more(mmi: Mmi) -> None:
+    few, many = (json.loads(mmi("info", "debug", "--json", *o).out) for o in ((), ("--images", 9, "--steps", 60)))
+    assert many["token_with_images"] > few["token_with_images"]
+    assert many["draw_image"] > few["draw_image"]
+    assert many["token"] == few["token"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], "neither a preset"),
+        (["debug", "--images", "500"], "--images must be at most"),
+        (["BROKEN"], "cannot be used"),
+    ],
+)
+def test_what_cannot_be_shown(mmi: Mmi, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MMInterleavedConfig.preset("debug").to_dict())[:-9])
+    shown = mmi("info", *[str(tmp_path) if a == "BROKEN" else a for a in arguments])
+    assert shown.code == 1
+    assert words in shown.err
+
+
+def test_help_names_the_commands(mmi: Mmi) -> None:
+    shown = mmi("--help")
+    assert shown.code == 0
+    for name in ("generate", "info", "convert", "download", "assemble"):
+        assert name in shown.out
+        assert mmi(name, "--help").code == 0
+
+
+def test_an_unknown_command(mmi: Mmi) -> None:
+    assert mmi("draw").code == 2
