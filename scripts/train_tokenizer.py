@@ -1,4 +1,4 @@
-"""Train the small model's SentencePiece tokenizer:  python scripts/train_tokenizer.py
+"""Train the small model's SentencePiece tokenizer (python scripts/train_tokenizer.py).
 
 Reads the word list below, makes sentences of it with a fixed seed, and writes `tokenizer.model` into the package. Byte
 fallback makes every text encodable; the words only decide what is encoded in few pieces.

@@ -74,8 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
             if path.suffix in (".bin", ".safetensors"):
                 entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
             files.append(entry)
-        info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "cardData": {"license": self.hub.licence},
-                "tags": [], "downloads": 0, "likes": 0, "private": False, "createdAt": "2024-01-01T00:00:00.000Z"}  # fmt: skip
+        card = {"license": self.hub.licence}
+        info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "cardData": card, "tags": [],
+                "downloads": 0, "likes": 0, "private": False, "createdAt": "2024-01-01T00:00:00.000Z"}  # fmt: skip
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _file(self, path: Path, body: bool) -> None:

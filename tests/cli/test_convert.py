@@ -58,7 +58,9 @@ def test_there_and_back(mmi: Mmi, tmp_path: Path, original: Path) -> None:
 
 def test_a_golden_set_by_its_settings(mmi: Mmi, tmp_path: Path) -> None:
     """The golden set's own configuration file says what is in its checkpoint."""
-    done = mmi("convert", GOLDEN_DATA / "state_dict.safetensors", tmp_path / "ours", "--config", GOLDEN_DATA / "config.json")
+    done = mmi(
+        "convert", GOLDEN_DATA / "state_dict.safetensors", tmp_path / "ours", "--config", GOLDEN_DATA / "config.json"
+    )
     assert done.code == 0, done.err
     assert "without --tokenizer" in done.err
     assert MMInterleaved.from_pretrained(tmp_path / "ours").config.text_config.hidden_size > 0
@@ -74,7 +76,9 @@ def test_larger_pictures(mmi: Mmi, tmp_path: Path, original: Path) -> None:
     done = mmi("convert", original, tmp_path / "ours", "--config", "debug", "--image-upscale", 2, "--tokenizer", WORDS)
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert config["vision_config"]["image_size"] == 2 * MMInterleaved.config_class.preset("debug").vision_config.image_size
+    assert (
+        config["vision_config"]["image_size"] == 2 * MMInterleaved.config_class.preset("debug").vision_config.image_size
+    )
     generated = mmi("generate", EXAMPLES / "demo.json", "-o", tmp_path / "out", "-m", tmp_path / "ours",
                     "--steps", 1, "--max-new-tokens", 2)  # fmt: skip
     assert generated.code == 0, generated.err

@@ -1,4 +1,4 @@
-"""`mmi generate`: real files in, pictures, results.json and report.html out, and what is said when it cannot be done."""
+"""`mmi generate`: real files in; pictures, results.json and report.html out; and what it says when that cannot be."""
 
 from __future__ import annotations
 
@@ -163,7 +163,9 @@ def test_same_seed_same_files(mmi: Mmi, tmp_path: Path) -> None:
 
 
 def test_a_batch_gives_what_single_documents_give(mmi: Mmi, tmp_path: Path) -> None:
-    source = write(tmp_path, [story(1, 0), {"segments": [{"text": "Longer, this one is."}], "max_turns": 2}, story(2, 2)])
+    source = write(
+        tmp_path, [story(1, 0), {"segments": [{"text": "Longer, this one is."}], "max_turns": 2}, story(2, 2)]
+    )
     for name, size in (("one", 1), ("all", 3)):
         assert mmi("generate", source, "-o", tmp_path / name, "--batch-size", size, *QUICK).code == 0
     one, many = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "all"))
@@ -296,7 +298,10 @@ BAD_INPUTS = {
     "empty file": ("", "empty"),
     "not JSON": ("{'a': 1}", "not JSON: .* line 1, column 2"),
     "empty list": ("[]", "empty"),
-    "unknown field": ('[{"segments": [{"text": "A."}]}, {"segments": [{"txt": "A."}]}]', r"record 1, .*'txt'.*Did you mean 'text'"),
+    "unknown field": (
+        '[{"segments": [{"text": "A."}]}, {"segments": [{"txt": "A."}]}]',
+        r"record 1, .*'txt'.*Did you mean 'text'",
+    ),
     "no picture file": ('{"segments": [{"text": "A."}, {"image": "none.png"}]}', r"segments\[1\].*none.png"),
     "outside": ('{"segments": [{"image": "../../etc/passwd"}]}', r"segments\[0\].*outside"),
     "sentence out of range": (

@@ -18,7 +18,14 @@ Mmi = Callable[..., Outcome]
 def test_the_release_needs_no_weights(mmi: Mmi) -> None:
     shown = mmi("info", "release")
     assert shown.code == 0, shown.err
-    for words in ("language_model", "image_decoder", "trainable", "bfloat16", "a token, 5 pictures visible", "30 steps"):
+    for words in (
+        "language_model",
+        "image_decoder",
+        "trainable",
+        "bfloat16",
+        "a token, 5 pictures visible",
+        "30 steps",
+    ):
         assert words in shown.out
     numbers = json.loads(mmi("info", "release", "--json").out)
     assert numbers["parts"][0]["total"] == 14_868_037_913  # what is stored; tables that follow from the sizes are not

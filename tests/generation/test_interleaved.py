@@ -70,7 +70,7 @@ def same(a: Any, b: Any) -> bool:
 def test_caches_equal_recomputation(
     model: MMInterleaved, processor: MMInterleavedProcessor, rounds: int, documents
 ) -> None:
-    """A round is a text and a picture. Ids are equal, hidden states within 1e-4; left padding is in the ragged batch."""
+    """A round is a text and a picture. Ids equal, hidden states within 1e-4; the ragged batch is padded on the left."""
     settings = replace(GREEDY, max_turns=2 * rounds, force_image=True, stop_at_eos=False)
     cached, plain = (kind(model, processor, settings) for kind in (InterleavedGenerator, RecomputingGenerator))
     made, _ = run(cached, documents())
@@ -395,6 +395,7 @@ def test_generate(model: MMInterleaved, processor: MMInterleavedProcessor) -> No
     )
     assert ids.shape[0] == 2
     assert ids.dtype == torch.long
+    assert torch.equal(ids, model.generate(batch, settings=GREEDY, num_beams=2, num_return_sequences=2))
     images = model.generate(batch, "image", settings=GREEDY, targets=[0])
     assert images.shape == (1, 3, 32, 32)
     assert 0 <= images.min() <= images.max() <= 1
@@ -409,6 +410,13 @@ def test_generate(model: MMInterleaved, processor: MMInterleavedProcessor) -> No
 def test_generate_wrongly(model: MMInterleaved, arguments: tuple, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         model.generate(one(), *arguments)
+
+
+def test_settings_that_are_not_there(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    with pytest.raises(ValueError, match="no setting 'max_length'"):
+        model.generate(processor(one()), max_length=3)
+    with pytest.raises(ValueError, match="no setting 'stepps'"):
+        model.generate_interleaved(one(), processor, stepps=3)
 
 
 @pytest.mark.parametrize("targets", [[], [1], [-1]])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .golden_set import golden  # noqa: F401
+from .golden_set import golden, golden_set  # noqa: F401
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from mm_interleaved.model.original import NameTable, config_from_original, deriv
 class GoldenSet:
     """Reads everything from the folder; nothing is tied to one set."""
 
-    def __init__(self, folder: Path, report: list) -> None:
-        self.folder, self.report = folder, report
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.report: list[tuple[str, str, float, float, float | None]] = []  # one row per tensor
         self.description = json.loads((folder / "config.json").read_text())
         self.cases = json.loads((folder / "cases.json").read_text())
         noise = folder / "cases" / "noise_levels.json"
@@ -66,7 +68,7 @@ class GoldenSet:
             assert torch.equal(measured.to(expected.dtype), expected), f"{name} differs"
             return
         tolerance = self.cases[case]["tolerance"]
-        error = (measured.double() - expected.double()).abs()
+        error = (measured.detach().double() - expected.double()).abs()
         allowed = tolerance["atol"] + tolerance["rtol"] * expected.double().abs()
         worst = int((error - allowed).argmax()) if error.numel() else 0
         self.report.append(
@@ -82,5 +84,13 @@ class GoldenSet:
 
 
 @pytest.fixture(scope="session")
-def golden(pytestconfig: pytest.Config) -> GoldenSet:
-    return GoldenSet(Path(pytestconfig.getoption("--golden-dir")), pytestconfig.golden_rows)
+def golden_set(pytestconfig: pytest.Config) -> GoldenSet:
+    return GoldenSet(Path(pytestconfig.getoption("--golden-dir")))
+
+
+@pytest.fixture
+def golden(golden_set: GoldenSet, record_property: Callable[[str, object], None]) -> Iterator[GoldenSet]:
+    """The set; what a test measures goes into the table at the end of the run, from whatever process it runs in."""
+    golden_set.report = []
+    yield golden_set
+    record_property("golden", golden_set.report)

@@ -190,9 +190,13 @@ def test_the_target_must_be_new(original: dict[str, Tensor], model: MMInterleave
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "target") as folder:
-        (folder / "half").touch()
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with written_aside(tmp_path / "target") as folder:
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,7 +24,7 @@ def module(seed: int = 0, dtype: torch.dtype = torch.float64) -> MMFS:
 
 
 def run(mmfs: MMFS, query: Tensor, features: Tensor, mask: Tensor, form: str, shapes: list = SHAPES) -> Tensor:
-    """`query` [batch, length, width], `features` [batch, n, positions, width], `mask` [batch, length or other, n] or [batch, n]."""
+    """`query` [batch, length, width], `features` [batch, n, positions, width], `mask` [batch, (length or other), n]."""
     batch, length, width = query.shape
     centre = CENTRE.to(query.dtype)
     if form == "reference":

@@ -143,26 +143,29 @@ def test_no_picture_at_all(tmp_path: Path) -> None:
 def test_truncated_file(tmp_path: Path, kind: str) -> None:
     path = save(tmp_path / f"a.{kind}", picture(size=(300, 200)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DocumentError, match="damaged|not a picture"):
+    with pytest.raises(DocumentError, match=r"damaged|not a picture"):
         load_picture(path)
 
 
 def test_every_truncation_is_refused_or_read(tmp_path: Path) -> None:
     whole = save(tmp_path / "a.png", picture(size=(30, 20))).read_bytes()
-    read = 0
+    read, told = 0, set()
     for length in range(len(whole)):
         (tmp_path / "b.png").write_bytes(whole[:length])
         try:
-            assert load_picture(tmp_path / "b.png").tobytes() == load_picture(tmp_path / "a.png").tobytes()
-            read += 1
+            found = load_picture(tmp_path / "b.png")
         except DocumentError as error:
-            assert "b.png" in str(error)
+            told.add("b.png" in str(error))
+        else:
+            assert found.tobytes() == load_picture(tmp_path / "a.png").tobytes()
+            read += 1
+    assert told == {True}
     assert read < 32  # only checksums and the closing mark, which follow the pixels, may be missing
 
 
 def test_too_many_pixels_are_not_even_decoded(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", PIL.Image.new("1", (20_000, 20_000)))
-    assert 20_000**2 > MAX_PIXELS
+    assert MAX_PIXELS < 20_000**2
     with pytest.raises(DocumentError, match="million pixels"):
         load_picture(path)
     side = math.isqrt(MAX_PIXELS) - 10  # large, but allowed; PIL's warning about it stays away

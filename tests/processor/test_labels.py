@@ -13,7 +13,7 @@ IDS = {"s": BOS, "/": EOS, "b": SOI, "i": IMG, ".": PAD}
 
 
 def labels(text: str, **options: object) -> str:
-    """One letter a token: s <s>, / </s>, b begin-of-image, i image token, . padding, others words; _ means not learned."""
+    """One letter a token: s <s>, / </s>, b begin-of-image, i image token, . padding, others words; _: not learned."""
     row = torch.tensor([[IDS.get(c, 10 + ord(c)) for c in text]])
     mask = torch.tensor([[int(c != ".") for c in text]])
     out = build_labels(row, mask, bos_token_id=BOS, soi_token_id=SOI, image_token_id=IMG, **options)[0]

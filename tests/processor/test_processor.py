@@ -60,7 +60,8 @@ def test_zero_pictures(processor: MMInterleavedProcessor) -> None:
 def test_training_batch(processor: MMInterleavedProcessor) -> None:
     given_image, shown = picture(1), picture(2)
     document = Document([
-        Text("a cat", supervise=False), Image(given_image, supervise=False), Text("b"), Image(given_image, target=shown),
+        Text("a cat", supervise=False), Image(given_image, supervise=False), Text("b"), Image(given_image,
+        target=shown),
     ])  # fmt: skip
     batch = processor(document, training=True)
     learned = [w for w, y in zip(words(processor, batch.input_ids[0]), batch.labels[0].tolist(), strict=True) if y >= 0]

@@ -134,7 +134,7 @@ def assemble(
 
 
 def _component_tokenizer(path: Path):
-    """The SentencePiece model if there is one, because the segment-wise rule was made for it; else what transformers reads."""
+    """The SentencePiece model if there is one (the segment-wise rule was made for it), else what transformers reads."""
     if path.is_file() or (path / "tokenizer.model").is_file():
         return _read_tokenizer(path)
     from transformers import AutoTokenizer

@@ -20,7 +20,7 @@ def download(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Fetch the release's weights and base components. Sizes and licences are shown first; a stopped download goes on."""
+    """Fetch the release's weights and base components; shows sizes and licences first, and resumes what was stopped."""
     if what in SETS:
         components = SETS[what]
     elif what.count("/") == 1:

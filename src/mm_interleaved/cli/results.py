@@ -1,4 +1,4 @@
-"""The results folder of `mmi generate`: pictures, `results.json` and `report.html`, each complete or not there at all."""
+"""The folder that `mmi generate` writes: pictures, `results.json`, `report.html`; each is there whole or not at all."""
 
 from __future__ import annotations
 

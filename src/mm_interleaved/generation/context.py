@@ -1,10 +1,11 @@
 """What the model remembers about some rows of text and pictures, and how it reads on from there.
 
 Reading is incremental and exact: attention is causal, positions never change, and a token sees only pictures before it,
-so keys, values, hidden states and the pictures' projected maps stay valid for as long as a row grows (spec/model W11, W12).
+so keys, values, hidden states and the pictures' projected maps stay valid for as long as a row grows (spec/model W11,
+W12).
 
-Rows of a batch grow unevenly. Each call of `append` adds as many columns as its longest row needs; where a row has nothing
-in a column, the column is masked out for it for good. A row's real tokens are always in order.
+Rows of a batch grow unevenly. Each call of `append` adds as many columns as its longest row needs; where a row has
+nothing in a column, the column is masked out for it for good. A row's real tokens are always in order.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ class Context:
         self.mask[row, since:] = 0
 
     def image_context(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Everything read of `rows`, last token first: [rows, longest, width] projected, and the mask [rows, longest]."""
+        """All that was read of `rows`, last token first: projected [rows, longest, width], mask [rows, longest]."""
         self.flush()
         self.hidden = [torch.cat(self.hidden, dim=1)]
         texts = [self.hidden[0][row, self.mask[row] == 1].flip(0) for row in rows]
@@ -240,7 +241,7 @@ def _widen(images: Tensor, slots: int) -> Tensor:
 
 
 def _at_last(values: Tensor, mask: Tensor, otherwise: Tensor) -> Tensor:
-    """`values` [batch, n, size] at the last column of each row that is not masked; `otherwise` [batch, size] without one."""
+    """`values` [batch, n, size] at the last column of each row that `mask` shows, else `otherwise` [batch, size]."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     found = values[torch.arange(len(mask), device=mask.device), last]
     return torch.where(mask.any(1)[:, None], found, otherwise)

@@ -1,9 +1,9 @@
 """The interleaved generator: documents with open slots go in, events come out while text is written and pictures drawn.
 
-A document is read up to its first open slot, once. A text slot is written until `</s>` or a begin-of-image token; a picture
-slot is drawn from everything read so far, shown to the model, and reading goes on. After the last slot a document may go
-on by itself: text, and a picture whenever the text asks for one. Documents of a batch take their turns together: first all
-that write, then all that draw.
+A document is read up to its first open slot, once. A text slot is written until `</s>` or a begin-of-image token; a
+picture slot is drawn from everything read so far, shown to the model, and reading goes on. After the last slot a
+document may go on by itself: text, and a picture whenever the text asks for one. Documents of a batch take their turns
+together: first all that write, then all that draw.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class InterleavedGenerator:
         return [i for i, row in enumerate(self.rows) if row.reason is None and row.next_turn == turn]
 
     def _advance(self) -> Iterator[Event]:
-        """Read what stands before the next slot of each row, decide what each does next, and end those that are done."""
+        """Read what stands before the next slot of each row; decide what each does next; end those that are done."""
         streams = [TokenStream.empty()] * len(self.rows)
         for index, row in enumerate(self.rows):
             if row.reason is None and row.queue and isinstance(row.queue[0], TokenStream):

@@ -15,7 +15,7 @@ from ..model.unet import EarlierImages
 from ..processor import Batch, MMInterleavedProcessor
 from .context import Context
 from .interleaved import DocumentFinished, Event, InterleavedGenerator
-from .settings import GenerationSettings, ImageSettings, TextSettings
+from .settings import GenerationSettings, ImageSettings, TextSettings, override
 from .text import WrittenText, score_options, write_beams, write_greedy
 
 
@@ -105,9 +105,8 @@ class MMInterleaved(MMInterleavedModel):
             for begin in range(0, len(targets), settings.batch_size):
                 part = slice(begin, begin + settings.batch_size)
                 seen = EarlierImages.build(features.pyramid, earlier[part])
-                for step in self.image_decoder.denoise(conditions[part], seen, settings, generator):
-                    pass
-                pictures.append(self.image_decoder.decode(step.latents))
+                *_, last = self.image_decoder.denoise(conditions[part], seen, settings, generator)
+                pictures.append(self.image_decoder.decode(last.latents))
         return torch.cat(pictures)
 
     @torch.no_grad()
@@ -130,6 +129,7 @@ class MMInterleaved(MMInterleavedModel):
         processor: MMInterleavedProcessor,
         settings: GenerationSettings | None = None,
         progress: bool = True,
+        **changes: Any,
     ) -> Iterator[Event]:
         """Fill the open slots of documents and let them go on, as a stream of events.
 
@@ -138,12 +138,15 @@ class MMInterleaved(MMInterleavedModel):
             processor: turns documents into tokens and pictures into pixels.
             settings: how; None: the original's defaults.
             progress: whether to give an event for every denoising step.
+            **changes: single settings, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
 
         Raises:
             DocumentError: a document cannot be used, or is longer than the model's context.
+            ValueError: there is no such setting.
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)
-        return InterleavedGenerator(self, processor, settings or GenerationSettings(), progress).run(documents)
+        settings = override(settings or GenerationSettings(), **changes)
+        return InterleavedGenerator(self, processor, settings, progress).run(documents)
 
     def generate(
         self,
@@ -151,7 +154,8 @@ class MMInterleaved(MMInterleavedModel):
         generation_mode: Literal["text", "image", "interleaved"] = "text",
         processor: MMInterleavedProcessor | None = None,
         settings: GenerationSettings | None = None,
-        **kwargs: Any,
+        targets: Sequence[int] | None = None,
+        **changes: Any,
     ) -> Tensor | list[Document]:
         """All kinds of generation behind one name.
 
@@ -161,18 +165,19 @@ class MMInterleaved(MMInterleavedModel):
                 gives pictures as `generate_images` does; "interleaved" gives finished documents.
             processor: needed for "interleaved".
             settings: how; None: the original's defaults.
-            **kwargs: `targets` for "image".
+            targets: for "image", which pictures of the batch to draw; None: all.
+            **changes: single settings, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
 
         Raises:
-            ValueError: an unknown mode, or no processor.
+            ValueError: an unknown mode or setting, or no processor.
         """
-        settings = settings or GenerationSettings()
+        settings = override(settings or GenerationSettings(), **changes)
         if generation_mode == "text":
             texts = self.generate_text(inputs, settings.text, torch.Generator().manual_seed(settings.seed))
             rows = [torch.tensor(text.all_ids, dtype=torch.long) for row in texts for text in row]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
         if generation_mode == "image":
-            return self.generate_images(inputs, settings.image, **kwargs)
+            return self.generate_images(inputs, settings.image, targets)
         if generation_mode != "interleaved":
             raise ValueError(f"generation_mode must be 'text', 'image' or 'interleaved', not '{generation_mode}'")
         if processor is None:

@@ -19,7 +19,8 @@ class TextSettings:
         do_sample: draw tokens instead of taking the likeliest; needs num_beams 1.
         temperature, top_k, top_p: as in transformers, in this order; top_k 0: off. Only with do_sample.
         repetition_penalty: as in transformers; counts what was written, not the prompt.
-        length_penalty: a finished beam scores log p / length^length_penalty, the length counting `<s>` but no end token.
+        length_penalty: a finished beam scores log p / length^length_penalty, the length counting `<s>` but no end
+            token.
         num_return_sequences: best beams, or samples, for each prompt.
     """
 

@@ -1,8 +1,8 @@
 """Writing text: greedy, sampling and beam search over a `Context`.
 
-The rules are those of the library version that the original was pinned to, because released settings depend on them: the
-processors see `<s>` and what was written, never the prompt; beams keep (1 + end tokens) * num_beams candidates a step, so
-that end tokens cannot starve them. One thing is mended: a beam keeps the end token that really closed it (spec/model 6.1).
+The rules are those of the library version that the original was pinned to, because released settings depend on them:
+the processors see `<s>` and what was written, never the prompt; beams keep (1 + end tokens) * num_beams candidates a
+step, so that end tokens cannot starve them. One thing is mended: a beam keeps the end token that really closed it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _logits(context: Context) -> Tensor:
 
 
 def _draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row from softmax(scores), each row with its own generator, by inverting the cumulative distribution."""
+    """One token a row from softmax(scores), by each row's own generator: the cumulative distribution is inverted."""
     uniform = torch.cat([torch.rand(1, generator=g, device=g.device).to(scores.device) for g in generators])
     cumulative = scores.softmax(-1).cumsum(-1)
     token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1].float())[:, None].to(cumulative), right=True)[

@@ -1,8 +1,9 @@
 """Checkpoints: the original release's to ours and back.
 
-Conversion streams: names, shapes and derivable tables are checked against the configuration first, from the files' headers
-alone, and nothing is written unless everything fits. Then tensors go through memory one output shard at a time. What is
-written stands in a folder beside the target, which takes the target's name only when it is complete.
+Conversion streams: names, shapes and derivable tables are checked against the configuration first, from the files'
+headers alone, and nothing is written unless everything fits. Then tensors go through memory one output shard at a
+time. What is written stands in a folder beside the target, which takes the target's name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -233,7 +234,8 @@ def expected_parameters(config: MMInterleavedConfig) -> dict[str, torch.Size]:
 def upscale(config: MMInterleavedConfig, factor: float) -> MMInterleavedConfig:
     """The configuration for pictures `factor` times as large (the original's `image_upscale`).
 
-    The patch grid grows to int(factor * grid); every map grows with it. Offsets keep their meaning, a share of the picture.
+    The patch grid grows to int(factor * grid); every map grows with it. Offsets keep their meaning, a share of the
+    picture.
     """
     tree = config.to_dict()
     grid = int(config.grid_size * factor)

@@ -1,8 +1,8 @@
 """What a model costs: parameters, memory and arithmetic, measured on the real modules without allocating them.
 
-Multiply-accumulates are counted by PyTorch's own counter while the modules run on the meta device, so the figures cannot
-drift from the code. Matrix products, convolutions, attention and bilinear samples are counted; other element-wise work
-is not.
+Multiply-accumulates are counted by PyTorch's own counter while the modules run on the meta device, so the figures
+cannot drift from the code. Matrix products, convolutions, attention and bilinear samples are counted; other
+element-wise work is not.
 """
 
 from __future__ import annotations

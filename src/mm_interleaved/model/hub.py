@@ -48,7 +48,11 @@ BASE = [
         "stable-diffusion-2-1-base",
         "stabilityai/stable-diffusion-2-1-base",
         (
-            *(f"{part}/{name}" for part in ("unet", "vae") for name in ("*.json", "diffusion_pytorch_model.safetensors")),
+            *(
+                f"{part}/{name}"
+                for part in ("unet", "vae")
+                for name in ("*.json", "diffusion_pytorch_model.safetensors")
+            ),
             *("text_encoder/*.json", "text_encoder/model.safetensors", "scheduler/*", "tokenizer/*", *_SMALL),
         ),
         "the image decoder",

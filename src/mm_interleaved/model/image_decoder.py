@@ -2,9 +2,9 @@
 
     context ──► resampler ──► conditions ──► UNet (with earlier pictures through MMFS) ──► latents ──► VAE ──► picture
 
-Training learns to predict the noise in the latents of the true picture (DDPM, arXiv 2006.11239, eq. 14); sampling runs the
-diffusion backwards with classifier-free guidance (arXiv 2207.12598), whose unconditional half swaps the conditions for a
-learned `negative_prompt` but sees the same earlier pictures.
+Training learns to predict the noise in the latents of the true picture (DDPM, arXiv 2006.11239, eq. 14); sampling
+runs the diffusion backwards with classifier-free guidance (arXiv 2207.12598), whose unconditional half swaps the
+conditions for a learned `negative_prompt` but sees the same earlier pictures.
 """
 
 from __future__ import annotations

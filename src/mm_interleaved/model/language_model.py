@@ -1,7 +1,7 @@
 """The language model: a transformers decoder in which every k-th layer also looks at the pictures through MMFS.
 
-The decoder is the library's own (Llama, Mistral, Qwen2 or Qwen3, as `text_config` says): its embeddings, attention, MLP,
-norms, rotary positions, masks and caches. Only the decoder layer is ours, for the one line that is new:
+The decoder is the library's own (Llama, Mistral, Qwen2 or Qwen3, as `text_config` says): its embeddings, attention,
+MLP, norms, rotary positions, masks and caches. Only the decoder layer is ours, for the one line that is new:
 
     x = x + self_attention(norm(x))
     x = x + tanh(gate) * MMFS(norm(x), norm(maps))        in layers 0, k, 2k, ...
@@ -103,7 +103,7 @@ class MMFSDecoderLayer(GradientCheckpointingLayer):
 
 
 def build_language_model(config: MMInterleavedConfig) -> PreTrainedModel:
-    """The decoder of `config.text_config` with synchronizers in layers 0, k, 2k, ... Its `forward` takes `memory` and `visible`."""
+    """The decoder of `config.text_config`, synchronizers in every k-th layer; `forward` takes `memory`, `visible`."""
     model = AutoModel.from_config(config.text_config)
     layers = []
     for index, layer in enumerate(model.layers):

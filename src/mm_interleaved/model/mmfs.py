@@ -3,15 +3,16 @@
 A query (a text token, a cell of a UNet map) samples the multi-scale maps of the pictures before it. Per query and head,
 for picture i, level l, point p:
 
-    z_i    = W_dyn q + b_dyn + R[r_i]                   r_i: 1 for the most recent visible picture, 2 for the one before...
-    a_ilp  = (W_att z_i + b_att)_lp                     logits;   o_ip = (W_off z_i + b_off)_p   offsets, level-independent
+    z_i    = W_dyn q + b_dyn + R[r_i]                   r_i: 1 for the most recent visible picture, 2 before it, ...
+    a_ilp  = (W_att z_i + b_att)_lp                     logits
+    o_ip   = (W_off z_i + b_off)_p                      offsets, the same for all levels
     w      = softmax over all visible (i, l, p) and one more slot, whose logit is 0 and whose value is `ignore_token`
     out    = W_out (sum_ilp w_ilp * bilinear(V_il, reference + o_ip / base) + w_ignore * ignore_token) + b_out
 
-The published form (`mmfs_reference`) writes that one slot as n * levels slots of logit -ln(n * levels) and hides pictures
-with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0. `MMFS.forward` is the
-fast form: the query is projected once and not once per picture, invisible pictures are skipped, values come in already
-projected, and for inference the two query projections are folded into one.
+The published form (`mmfs_reference`) writes that one slot as n * levels slots of logit -ln(n * levels) and hides
+pictures with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0.
+`MMFS.forward` is the fast form: the query is projected once and not once per picture, invisible pictures are skipped,
+values come in already projected, and for inference the two query projections are folded into one.
 """
 
 from __future__ import annotations

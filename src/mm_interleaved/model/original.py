@@ -226,5 +226,5 @@ def config_from_original(description: dict[str, Any]) -> MMInterleavedConfig:
         loss_text_weight=model.get("loss_txt_weight", 1.0),
         loss_image_weight=model.get("loss_img_weight", 10.0),
         num_new_tokens=model["txt_vocab_size"] - description["llama"]["vocab_size"],
-        **{key: tokens[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "soi_token_id", "image_token_id")},
+        **{f"{name}_token_id": tokens[f"{name}_token_id"] for name in ("bos", "eos", "pad", "soi", "image")},
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """A query transformer: learned queries that read any number of feature vectors (BLIP-2's Q-Former, arXiv 2301.12597).
 
-It stands at both ends of the language model: it turns the patches of a picture into visual tokens, and the context before
-a picture into the conditions of the image decoder. Post-norm BERT layers without a text branch. With `qk_norm`, queries
-and keys pass a LayerNorm over each head's channels, one set of weights for all heads.
+It stands at both ends of the language model: it turns the patches of a picture into visual tokens, and the context
+before a picture into the conditions of the image decoder. Post-norm BERT layers without a text branch. With
+`qk_norm`, queries and keys pass a LayerNorm over each head's channels, one set of weights for all heads.
 
 The queries have batch size 1 until the first cross-attention spreads them over the batch.
 """
@@ -34,7 +34,7 @@ class ResamplerAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`query` [batch or 1, queries, width], `context` [batch, length, size], additive `mask` [batch, 1, 1, length]."""
+        """`query` [batch or 1, queries, width], `context` [batch, length, size], `mask` [batch, 1, 1, length] added."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -1,7 +1,8 @@
 """Stable Diffusion's UNet, whose skip connections and middle look at earlier pictures through MMFS.
 
 The down path and the middle run as in diffusers; then every skip tensor and the middle's output pass a synchronizer,
-each a residual through a zero-initialised 1x1 convolution; then the up path runs. So the down path never sees a picture.
+each a residual through a zero-initialised 1x1 convolution; then the up path runs. So the down path never sees a
+picture.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A convolutional stem (the spatial prior) gives maps at 1/4, 1/8, 1/16 and 1/32 of the picture. Four times, the stem's
 features are injected into the patch tokens, a quarter of CLIP's layers run, and the tokens are extracted back into the
-stem's features. The result is a pyramid of four maps with sides 4g, 2g, g and g/2, where g is the side of the patch grid.
+stem's features. The result is a pyramid of four maps with sides 4g, 2g, g and g/2, where g is the side of the patch
+grid.
 
 What differs from the papers, and must, because the weights were trained so: CLIP's last LayerNorm is absent, and the
 pyramid is not normalised.

@@ -1,9 +1,11 @@
 """Multi-scale deformable attention: a weighted sum of bilinear samples from feature maps of several sizes.
 
-    out[b, q, h] = sum over levels l, points p of  weights[b, q, h, l, p] * bilinear(value_l[b, :, h], locations[b, q, h, l, p])
+    out[b, q, h] = sum over levels l and points p of
+                   weights[b, q, h, l, p] * bilinear(value_l[b, :, h], locations[b, q, h, l, p])
 
 Locations are (x, y) in units of the map's width and height; the centre of pixel (i, j) of an H x W map lies at
-((j + 0.5) / W, (i + 0.5) / H), and whatever lies outside a map counts as zero (Deformable DETR, arXiv 2010.04159, eq. 3).
+((j + 0.5) / W, (i + 0.5) / H), and whatever lies outside a map counts as zero (Deformable DETR, arXiv 2010.04159,
+eq. 3).
 
 Two forms: `deformable_attention` for use, and `deformable_attention_reference`, which spells the four neighbours out
 and is what the other is tested against.
@@ -73,5 +75,6 @@ def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Ten
                 neighbour = value[batch_index, index, head_index]  # [batch, queries, heads, points, dim]
                 total = total + ((weights[:, :, :, level] * share)[..., None] * neighbour).sum(-2)
         start += height * width
-    assert start == value.shape[1] and points == locations.shape[-2]
+    assert start == value.shape[1]
+    assert points == locations.shape[-2]
     return total.flatten(2)

@@ -1,0 +1,83 @@
+"""The examples of the README do what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from mm_interleaved.cli import app, main
+from mm_interleaved.document import load_documents
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+    return [line[1:] for line in lines if line and line[0] == "mmi"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own with the examples in it."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_python(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other, as a reader would type them."""
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "5 segments" in said
+    assert "[2, 3, 128, 128]" in said
+    assert (elsewhere / "night.png").stat().st_size > 1000
+
+
+def test_json(elsewhere: Path) -> None:
+    for number, block in enumerate(blocks("json")):
+        path = elsewhere / "examples" / f"readme{number}.json"
+        path.write_text(json.dumps(json.loads(block)))
+        assert load_documents(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [c for c in commands() if "models" not in " ".join(c)], ids=" ".join)
+def test_commands(elsewhere: Path, arguments: list[str]) -> None:
+    quick = ["--steps", "2", "--max-new-tokens", "8"] if arguments[0] == "generate" else []
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, *quick])
+    assert not stopped.value.code
+    if arguments[0] == "generate":
+        folder = Path(arguments[arguments.index("--output") + 1])
+        assert {"results.json", "report.html"} <= {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("arguments", [c for c in commands() if "models" in " ".join(c)], ids=" ".join)
+def test_commands_that_need_large_files_have_such_arguments(arguments: list[str]) -> None:
+    command = typer.main.get_command(app)
+    with command.make_context("mmi", list(arguments)) as context:
+        name, sub, rest = command.resolve_command(context, list(arguments))
+        assert name == arguments[0]
+        with contextlib.closing(sub.make_context(name, rest, parent=context)) as parsed:
+            assert parsed.params
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) - {"and"} <= targets
+    assert (ROOT / ".ci" / "run").read_text().strip().endswith("make test")
