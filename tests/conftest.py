@@ -27,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if processes > 1 else 2)  # the models are tiny; more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     reports = [r for kind in ("", "passed", "failed") for r in terminalreporter.stats.get(kind, [])]
     rows = sorted(

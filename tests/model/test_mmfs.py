@@ -75,6 +75,19 @@ def test_maps_of_other_sizes_than_the_nominal_ones() -> None:
     torch.testing.assert_close(run(mmfs, query, features, mask, "fast", shapes), plain, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+@pytest.mark.parametrize("form", ["reference", "fast", "folded"])
+def test_half_precision_of_every_form(form: str, dtype: torch.dtype, bound: float) -> None:
+    """Relative error against float64 with the same rounded weights and input: about four roundings."""
+    query, features = data(2, 3, 3, dtype=dtype)
+    mask = torch.tensor([[[1, 1, 0], [0, 1, 1], [1, 1, 1]], [[0, 0, 0], [1, 0, 1], [0, 0, 1]]])
+    mmfs = module(dtype=dtype)
+    out = run(mmfs, query, features, mask.to(dtype), form)
+    assert out.dtype == dtype
+    exact = run(mmfs.double(), query.double(), features.double(), mask.double(), "reference")
+    assert (out.double() - exact).norm() / exact.norm() < bound
+
+
 def test_gradients_of_both_forms_agree_and_dead_rows_get_none() -> None:
     """K1: the learned ignore logits and row 0 of the recency table never matter."""
     query, features = data(2, 3, 3)

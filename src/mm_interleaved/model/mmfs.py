@@ -312,8 +312,9 @@ def mmfs_reference(
     recency = (mask * (mask.sum(-1, keepdim=True) + 1 - mask.cumsum(-1))).long()
 
     z = mmfs.dynamic_offset_mask(query)[:, :, None] + mmfs.query_relpos(recency)  # [batch, queries, n, width]
-    offsets = mmfs.sampling_offsets(z).unflatten(-1, (heads, 1, points, 2))
-    logits = mmfs.attention_weights(z).unflatten(-1, (heads, levels, points + 1))
+    work = promote(query.dtype)
+    offsets = mmfs.sampling_offsets(z).to(work).unflatten(-1, (heads, 1, points, 2))
+    logits = mmfs.attention_weights(z).to(work).unflatten(-1, (heads, levels, points + 1))
     logits = logits - 10000.0 * (1 - mask)[..., None, None, None]
     ignore_slot = torch.full_like(logits[..., :1], -math.log(n * levels))
     logits = torch.cat([logits[..., :points], ignore_slot], dim=-1)  # [batch, queries, n, heads, levels, points + 1]
@@ -325,4 +326,5 @@ def mmfs_reference(
     locations = locations.transpose(2, 3).flatten(3, 4)  # [batch, queries, heads, n * levels, points, 2]
     sampled = deformable_attention_reference(values.flatten(1, 2), list(shapes) * n, locations, weights[..., :points])
     ignored = weights[..., points].sum(-1)[..., None] * mmfs.ignore_token.view(heads, -1)
-    return mmfs.output_proj(sampled + ignored.flatten(2)), locations, weights[..., :points]
+    out = mmfs.output_proj((sampled + ignored.flatten(2)).to(query.dtype))
+    return out, locations, weights[..., :points]

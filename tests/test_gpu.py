@@ -1,0 +1,177 @@
+"""On a CUDA device: the same results as on the CPU, half precision within its bounds, compiled code, offloading."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mm_interleaved import (
+    Document,
+    DocumentFinished,
+    GenerationSettings,
+    Image,
+    ImageSettings,
+    MMInterleaved,
+    MMInterleavedProcessor,
+    Text,
+    TextSettings,
+)
+from mm_interleaved.model.image_decoder import DiffusionDraws
+from mm_interleaved.pretrained import Loaded, load
+from mm_interleaved.processor import Batch
+
+from .conftest import awaken, picture
+
+pytestmark = pytest.mark.gpu
+BOUNDS = {torch.bfloat16: 0.06, torch.float16: 0.01}  # of the relative error; as in tests/model/test_model.py
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """Float32 products in full precision, so that the CPU is a fair judge."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def there(model: MMInterleaved) -> MMInterleaved:
+    """The debug model on the device."""
+    return copy.deepcopy(model).to("cuda")
+
+
+@pytest.fixture(scope="module")
+def small() -> Loaded:
+    """The small model on the CPU, every part of it awake."""
+    loaded = load("small")
+    awaken(loaded.model)
+    return loaded
+
+
+def documents() -> list[Document]:
+    return [
+        Document([Text("a red house"), Image(picture(1)), Text("and then"), Image(picture(2)), Text("the end")]),
+        Document([Image(picture(3)), Text("a boat on a lake")]),
+        Document([Text("no picture at all")]),
+    ]
+
+
+@pytest.fixture
+def batch(processor: MMInterleavedProcessor) -> Batch:
+    return processor(documents(), training=True)
+
+
+def draws(model: MMInterleaved, count: int = 3) -> DiffusionDraws:
+    return model.image_decoder.draw(count, torch.Generator().manual_seed(5))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm())
+
+
+def test_losses_and_gradients_are_the_cpus(model: MMInterleaved, there: MMInterleaved, batch: Batch) -> None:
+    outs = [m(**batch.to(d), draws=draws(m), return_logits=True) for m, d in ((model, "cpu"), (there, "cuda"))]
+    assert relative(outs[1].logits, outs[0].logits) < 1e-4
+    torch.testing.assert_close(outs[1].loss.cpu(), outs[0].loss, rtol=1e-5, atol=0)
+    for m, out in zip((model, there), outs, strict=True):
+        m.zero_grad()
+        out.loss.backward()
+    for (name, a), b in zip(there.named_parameters(), model.parameters(), strict=True):
+        if b.grad is not None and b.grad.norm() > 1e-6:
+            assert relative(a.grad, b.grad) < 1e-2, name
+    model.zero_grad()
+    there.zero_grad()
+
+
+def test_both_forms_of_mmfs_agree(there: MMInterleaved, batch: Batch) -> None:
+    plain = copy.deepcopy(there)
+    plain.set_mmfs_implementation("reference")
+    with torch.no_grad():
+        fast, slow = (m(**batch.to("cuda"), draws=draws(m), return_logits=True) for m in (there, plain))
+    assert relative(fast.logits, slow.logits) < 1e-5
+
+
+SETTINGS = GenerationSettings(
+    TextSettings(max_new_tokens=12, min_new_tokens=12, num_beams=1, repetition_penalty=1.3),
+    ImageSettings(num_inference_steps=4, guidance_scale=3.0),
+    max_turns=6,
+    force_image=True,
+    stop_at_eos=False,
+)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_session_is_the_cpus(model: MMInterleaved, there: MMInterleaved, processor, sample: bool) -> None:
+    """The same seed gives the same document on any device: the random numbers come from the CPU."""
+    settings = replace(SETTINGS, text=replace(SETTINGS.text, do_sample=sample), seed=3)
+    results = []
+    for m in (model, there):
+        ends = [e for e in m.generate_interleaved(documents(), processor, settings) if isinstance(e, DocumentFinished)]
+        results.append([e.result.segments for e in sorted(ends, key=lambda e: e.document)])
+    for expected, found in zip(*results, strict=True):
+        for a, b in zip(expected, found, strict=True):
+            if isinstance(a, Text):
+                assert a.text == b.text
+            elif a.source is not b.source:
+                assert np.abs(np.asarray(a.source).astype(int) - np.asarray(b.source)).max() <= 2
+
+
+def test_beams_and_scores_are_the_cpus(model: MMInterleaved, there: MMInterleaved, processor) -> None:
+    prompts = processor(documents(), padding_side="left")
+    settings = TextSettings(max_new_tokens=10, num_beams=3)
+    expected, found = (m.generate_text(prompts, settings) for m in (model, there))
+    assert [[t.all_ids for t in row] for row in expected] == [[t.all_ids for t in row] for row in found]
+    options = [[[5, 6, 7], [8]]] * 3
+    torch.testing.assert_close(
+        torch.tensor(there.score(prompts, options)), torch.tensor(model.score(prompts, options)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_half_precision(small: Loaded, dtype: torch.dtype) -> None:
+    """Small model: hidden states and a drawn picture against float32 with the same rounded weights."""
+    half = copy.deepcopy(small.model).to("cuda", dtype)
+    half.image_decoder.vae.float()
+    exact = copy.deepcopy(half).float()
+    batch = small.processor(documents(), training=True).to("cuda")
+    with torch.no_grad():
+        a, b = (m(**batch, draws=draws(m)) for m in (half, exact))
+    real = batch.attention_mask.bool()
+    assert relative(a.last_hidden_state.float()[real], b.last_hidden_state[real]) < BOUNDS[dtype]
+    torch.testing.assert_close(a.loss, b.loss, rtol=BOUNDS[dtype], atol=0)
+    drawn = [m.generate_images(batch, ImageSettings(num_inference_steps=4), targets=[2]) for m in (half, exact)]
+    assert drawn[0].isfinite().all()
+    assert (drawn[0] - drawn[1]).abs().mean() < BOUNDS[dtype]
+
+
+@pytest.mark.slow
+def test_compiled(small: Loaded) -> None:
+    """Through inductor, training step included."""
+    there = copy.deepcopy(small.model).to("cuda")
+    compiled = torch.compile(copy.deepcopy(there), dynamic=False)
+    batch = small.processor(documents(), training=True).to("cuda")
+    expected, found = (m(**batch, draws=draws(m), return_logits=True) for m in (there, compiled))
+    assert relative(found.logits, expected.logits) < 1e-3
+    found.loss.backward()
+    expected.loss.backward()
+    for (name, a), b in zip(there.named_parameters(), compiled.parameters(), strict=True):
+        if a.grad is not None and a.grad.norm() > 1e-6:
+            assert relative(b.grad, a.grad) < 2e-2, name
+
+
+def test_offloading(model: MMInterleaved, there: MMInterleaved, batch: Batch, tmp_path: Path) -> None:
+    """The language model's weights stay in the CPU's memory and visit the device."""
+    model.save_pretrained(tmp_path)
+    places = {name: 0 for name, _ in model.named_children()} | {"language_model": "cpu"}
+    offloaded = MMInterleaved.from_pretrained(tmp_path, device_map=places, dtype=torch.float32)
+    with torch.no_grad():
+        a, b = (m(**batch.to("cuda"), draws=draws(m)).loss for m in (offloaded, there))
+    torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-5)
