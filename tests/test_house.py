@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
-ROOMS = ["document", "ops", "model", "processor", "generation", "pretrained", "cli"]
+ROOMS = [
+    "document", "configuration", "toyworld", "ops", "model", "processor", "generation", "data", "training",
+    "pretrained", "cli",
+]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

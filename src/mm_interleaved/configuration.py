@@ -1,0 +1,1 @@
+"""YAML files and `key=value` overrides as typed dataclasses."""

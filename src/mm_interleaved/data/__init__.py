@@ -1,0 +1,1 @@
+"""Readers of training data and their mixture, down to batches."""

@@ -1,0 +1,1 @@
+"""Training: configuration, optimizer, the trainer, the autoencoder's own training."""
