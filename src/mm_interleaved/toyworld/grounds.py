@@ -26,19 +26,26 @@ _DECOR: dict[str, tuple[tuple[str, Color, float, int, float, float, float], ...]
     "snow": (("blot", (255, 255, 255), 0.9, 3, 0.4, 0.05, 0.3), ("blot", (206, 220, 238), 0.6, 6, 0.26, 0.45, 1.0)),
     "night": (("spark", (255, 246, 200), 0.9, 26, 0.03, 0.0, 0.6), ("blot", (70, 84, 110), 0.5, 4, 0.3, 0.72, 1.0)),
     "sea": (("wave", (225, 245, 252), 0.5, 9, 0.2, 0.1, 1.0), ("blot", (16, 80, 140), 0.35, 4, 0.3, 0.5, 1.0)),
-    "room": (("blot", (255, 242, 224), 0.6, 3, 0.4, 0.0, 0.5), ("blot", (150, 106, 74), 0.35, 5, 0.26, 0.76, 1.0)),
+    "room": (("wave", (132, 90, 60), 0.45, 12, 0.3, 0.72, 1.0),),
 }  # fmt: skip
 
 
-@lru_cache(maxsize=32)
-def _plane(ground: str, size: int) -> np.ndarray:
-    """What is the same in every picture of a ground, float32 [size, size, 3]."""
+_WAVY = {"meadow": 0.035, "snow": 0.03, "night": 0.025}  # how far the horizon rises and falls, in pictures
+
+
+@lru_cache(maxsize=64)
+def _plane(ground: str, size: int, phase: int) -> np.ndarray:
+    """The planes, float32 [size, size, 3]; `phase`, an eighth of a wave, moves the hills."""
     (top, above), (below, bottom), horizon = _PLANES[ground]
     y = (np.arange(size, dtype=np.float32)[:, None, None] + 0.5) / size
     sky = np.array(top) + (np.array(above) - np.array(top)) * (y / horizon)
     floor = np.array(below) + (np.array(bottom) - np.array(below)) * ((y - horizon) / (1 - horizon))
-    share = np.clip((y - horizon) * size / 1.5 + 0.5, 0, 1)
-    return np.broadcast_to((sky * (1 - share) + floor * share).astype(np.float32), (size, size, 3)).copy()
+    x = (np.arange(size, dtype=np.float32)[None, :, None] + 0.5) / size
+    hills = horizon + _WAVY.get(ground, 0.0) * np.sin(2 * np.pi * (x + phase / 8))
+    share = np.clip((y - hills) * size / 1.5 + 0.5, 0, 1)
+    if ground == "room":  # wallpaper
+        sky = sky - 5 * (np.sin(2 * np.pi * 9 * (x + phase / 72)) > 0)
+    return (sky * (1 - share) + floor * share).astype(np.float32)
 
 
 @lru_cache(maxsize=64)
@@ -68,7 +75,7 @@ def ground(name: str, seed: int, size: int) -> np.ndarray:
         seed: of where things are strewn.
         size: side of the picture in pixels.
     """
-    out = _plane(name, size).copy()
+    out = _plane(name, size, seed % 8).copy()
     rng = np.random.default_rng(seed)
     for shape, color, opacity, number, width, first, last in _DECOR[name]:
         places = rng.random((number, 3), dtype=np.float32)

@@ -35,9 +35,9 @@ _EMOJI = {
     "building": "house 🏠 castle 🏰 tent ⛺ tower 🗼",
     "vehicle": "car 🚗 bus 🚌 train 🚂 bicycle 🚲 boat ⛵ rocket 🚀 plane ✈ helicopter 🚁",
     "food": "apple 🍎 banana 🍌 cake 🎂 pizza 🍕 carrot 🥕 grape 🍇 coffee ☕ burger 🍔 pineapple 🍍",
-    "person": "girl 👧 robot 🤖 ghost 👻 wizard 🧙 snowman ⛄",
+    "person": "girl 👧 robot 🤖 ghost 👻 clown 🤡 alien 👽",
 }
-_PLURALS = {"butterfly": "butterflies", "fish": "fish", "snowman": "snowmen"}
+_PLURALS = {"butterfly": "butterflies", "fish": "fish"}
 
 
 def _plural(name: str) -> str:

@@ -17,9 +17,9 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 HELD_OUT = 5  # percent of all scenes in "val", and as many in "test"
 
 SMALL = 0.35  # share of things
-TEXTURED, WITH_PART, WITH_GLYPH = 0.45, 0.2, 0.25  # shares; glyphs: of big things
+TEXTURED, WITH_PART, WITH_GLYPH = 0.4, 0.2, 0.25  # shares; glyphs: of big things
 HOSTING = 0.3  # share of scenes of two or more things in which one is tried inside or behind another
-JITTER = 0.06  # of offsets, in cells
+JITTER = {"small": 0.15, "big": 0.02}  # of offsets, in cells
 LEAST_SEEN, MOST_SEEN = 0.45, 0.85  # share of a thing behind another that is seen
 _CHECKED = 96  # pixels at which that share is measured
 
@@ -144,7 +144,7 @@ def _any_scene(rng: np.random.Generator, things: tuple[int, int]) -> Scene:
     found: list[Thing] = []
     for cell in rng.permutation(GRID * GRID)[:number].tolist()[:alone]:
         size = "small" if rng.random() < SMALL else "big"
-        offset = tuple(round(float(v), 3) for v in rng.uniform(-JITTER, JITTER, 2))
+        offset = tuple(round(float(v), 3) for v in rng.uniform(-1, 1, 2) * JITTER[size])
         found.append(Thing(_fresh(rng, found, size), cell, size, offset))
     if hosting:
         added = _hosted(rng, found)

@@ -35,7 +35,7 @@ _KEPT = 0.12  # of the emoji's own colours
 _RIM = 0.03  # width of the pale rim, of the sprite
 _WORN = 0.80  # height of the body when something is worn on top of it
 _PART = 0.40  # size of a part
-_PLATE = 0.46  # size of a glyph's plate
+_PLATE = 0.42  # size of a glyph's plate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Body:
     alpha: np.ndarray
     rim: np.ndarray
     top: tuple[float, float]  # where a part sits, pixels
-    heart: tuple[float, float]  # where a plate sits, pixels
+    foot: tuple[float, float]  # where a plate stands, pixels
 
 
 @cache
@@ -111,8 +111,8 @@ def _body(kind: str, pixels: int, worn: bool) -> _Body:
     rows, columns = np.nonzero(solid)
     near_top = columns[rows <= rows.min() + 0.06 * pixels]
     top = (float(near_top.mean()), float(rows.min()))
-    heart = (float(columns.mean()), float(0.35 * rows.mean() + 0.65 * (rows.min() + 0.7 * np.ptp(rows))))
-    return _Body(own, light, alpha, halo, top, heart)
+    foot = (float(columns[rows >= rows.mean()].mean()), float(rows.max() + 1))
+    return _Body(own, light, alpha, halo, top, foot)
 
 
 @cache
@@ -132,7 +132,7 @@ def _painted(body: _Body, look: Look, pixels: int) -> np.ndarray:
     color = dark + (middle - dark) * low + (light - middle) * high
     color += _KEPT * (0.4 if look.color == "gray" else 1.0) * (body.own - color)
     if look.texture != "plain":
-        strength = 0.85 * figures.texture(look.texture, pixels)[..., None]
+        strength = 0.75 * figures.texture(look.texture, pixels)[..., None]
         color += strength * (pattern * (0.55 + 0.45 * low) - color)
     return color
 
@@ -177,7 +177,7 @@ def sprite(look: Look, pixels: int) -> Sprite:
         _lay(color, alpha, figures.part(look.part, side), body.top[0] - side / 2, body.top[1] - 0.72 * side)
     if look.glyph:
         side = round(_PLATE * pixels)
-        _lay(color, alpha, figures.plate(look.glyph, side), body.heart[0] - side / 2, body.heart[1] - side / 2)
+        _lay(color, alpha, figures.plate(look.glyph, side), body.foot[0] - side / 2, body.foot[1] - 0.92 * side)
     rows, columns = np.nonzero(alpha[..., 0] > 0.5)
     box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
     shadow, pad = _shadow(look.kind, look.part, pixels)
