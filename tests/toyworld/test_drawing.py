@@ -161,3 +161,22 @@ def test_a_host_that_cannot_be_is_named(host: int | None) -> None:
     things = (Thing(Look("fox", "red"), 4, "small", place="inside", host=host), Thing(Look("ring", "red"), 4))
     with pytest.raises(ValueError, match=r"thing 0 is inside|hosts of each other"):
         draw(Scene(things), 64)
+
+
+@pytest.mark.parametrize(
+    ("scene", "message"),
+    [
+        (one(Look("dragon", "red")), "unknown kind 'dragon'; there are: circle, "),
+        (one(Look("fox", "teal")), "unknown color 'teal'"),
+        (one(Look("fox", "red", "furry")), "unknown texture 'furry'"),
+        (one(Look("fox", "red", part="scarf")), "unknown part 'scarf'"),
+        (one(Look("fox", "red", glyph="O")), "unknown glyph 'O'"),
+        (one(Look("fox", "red"), "huge"), "unknown size 'huge'; there are: small, big"),
+        (one(Look("fox", "red"), ground="moon"), "unknown ground 'moon'"),
+    ],
+)
+def test_what_there_is_not_is_refused(scene: Scene, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(scene, 64)
+    with pytest.raises(ValueError, match="at least 44"):
+        draw(one(Look("fox", "red"), "small"), 40)
