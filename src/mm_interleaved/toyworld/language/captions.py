@@ -88,7 +88,7 @@ class _Teller:
         self.facts[Fact(name, thing, value, other)] = None
 
     def thing(self, index: int, stated: tuple[str, ...], same: tuple[int, ...] = ()) -> str:
-        """ "a red fox"; with others of the same look, "two red foxes"."""
+        """For instance "a red fox"; with others of the same look, "two red foxes"."""
         thing = self.scene.things[index]
         for member in (index, *same):
             self.state("thing", member, thing.look.kind)
@@ -100,7 +100,7 @@ class _Teller:
         return a(noun(thing, stated, self.rng))
 
     def reference(self, index: int, stated: tuple[str, ...]) -> str | None:
-        """ "the fox": what was said is enough to know which."""
+        """For instance "the fox": what was said is enough to know which."""
         return the(self.scene, index, self.rng, allowed=stated)
 
     def ground(self) -> str:

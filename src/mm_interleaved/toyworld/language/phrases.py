@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..kinds import KINDS
-from ..scene import COLORS, GROUNDS, RELATIONS, SIZES, TEXTURES, Scene, Thing
+from ..scene import COLORS, Scene, Thing
 from .words import a, chance, choose
 
 ATTRIBUTES = ("size", "color", "texture", "part", "glyph")
@@ -34,7 +34,7 @@ GROUND_WORDS = {
     "meadow": ("in a meadow", "in the meadow", "on the grass", "on a grassy meadow"),
     "beach": ("on the beach", "at the beach", "on a sandy beach", "on the sand"),
     "snow": ("in the snow", "on snowy ground", "on the snow"),
-    "night": ("in the night", "under the stars", "in the dark", "under the night sky"),
+    "night": ("under the stars", "in the dark", "under the night sky", "under a dark sky"),
     "sea": ("at sea", "on the sea", "on the water", "out at sea"),
     "room": ("in a room", "in the room", "indoors"),
 }
@@ -51,10 +51,6 @@ CELL_WORDS = {
     "bottom right": ("at the bottom right", "in the bottom right corner", "in the lower right corner"),
 }
 LIVING = ("animal", "person")
-
-# The lexicon covers the world; a new colour or ground without words is a mistake that shows at once.
-assert set(COLOR_WORDS) == set(COLORS) and set(SIZE_WORDS) == set(SIZES) and set(TEXTURE_WORDS) == set(TEXTURES)
-assert set(GROUND_WORDS) == set(GROUNDS) and set(RELATION_WORDS) == set(RELATIONS)
 
 
 class Fact(NamedTuple):
@@ -102,7 +98,7 @@ def living(thing: Thing) -> bool:
 
 
 def noun(thing: Thing, stated: Collection[str], rng: np.random.Generator, plural: bool = False) -> str:
-    """ "big striped red fox with a crown", without an article.
+    """For instance "big striped red fox with a crown", without an article.
 
     Args:
         thing: what to name.
@@ -127,7 +123,7 @@ def noun(thing: Thing, stated: Collection[str], rng: np.random.Generator, plural
 
 
 def _tail(after: list[str], glyph: str, thing: Thing, rng: np.random.Generator) -> str:
-    """ " with stripes, a crown and the letter K"."""
+    """For instance " with stripes, a crown and the letter K"."""
     if glyph and (not after or chance(rng, 0.5)):
         marked = choose(rng, (f"marked {glyph}", f"with {glyph_noun(glyph)}", f"with {a(glyph)} on it"))
         if not after:
@@ -149,17 +145,17 @@ def _tail(after: list[str], glyph: str, thing: Thing, rng: np.random.Generator) 
 
 
 def glyph_noun(glyph: str) -> str:
-    """ "the letter K", "the number 7"."""
+    """For instance "the letter K", "the number 7"."""
     return f"the {'number' if glyph.isdigit() else 'letter'} {glyph}"
 
 
 def cell_phrase(thing: Thing, rng: np.random.Generator) -> str:
-    """ "at the top left"."""
+    """For instance "at the top left"."""
     return choose(rng, CELL_WORDS[CELL_NAMES[thing.cell]])
 
 
 def ground_phrase(ground: str, rng: np.random.Generator) -> str:
-    """ "on the beach"."""
+    """For instance "on the beach"."""
     return choose(rng, GROUND_WORDS[ground])
 
 
@@ -199,6 +195,6 @@ def distinguishing(scene: Scene, index: int, allowed: Collection[str], rng: np.r
 
 def the(scene: Scene, index: int, rng: np.random.Generator, allowed: Collection[str] = ATTRIBUTES,
         start: Collection[str] = ()) -> str | None:  # fmt: skip
-    """ "the red fox": a phrase that can only mean thing number `index`; None if there is none."""
+    """For instance "the red fox": a phrase that can only mean thing number `index`; None if there is none."""
     chosen = distinguishing(scene, index, allowed, rng, start)
     return None if chosen is None else f"the {noun(scene.things[index], chosen, rng)}"

@@ -17,7 +17,7 @@ _SPELLED_WITH_VOWEL = frozenset("AEFHILMNORSX8")  # "an F", "an 8"
 
 
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of them, each as likely. (`rng.choice` costs thirty times as much.)"""
+    """One of them, each as likely. `rng.choice` costs thirty times as much."""
     return options[int(rng.random() * len(options))]
 
 
@@ -113,7 +113,7 @@ def a(phrase: str) -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-    """ "a cat, a dog and a tree"; with a comma before "and" where an item itself goes on after its noun."""
+    """For instance "a cat, a dog and a tree"; with a comma before "and" where an item itself goes on after its noun."""
     if len(items) < 2:
         return "".join(items)
     heavy = any(word in f" {item} " for item in items for word in (" with ", " and ", " marked ", " wearing "))
