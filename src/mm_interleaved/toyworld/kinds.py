@@ -33,7 +33,7 @@ _EMOJI = {
     "turtle 🐢 crab 🦀 butterfly 🦋 snail 🐌 duck 🦆 horse 🐎 octopus 🐙 giraffe 🦒",
     "plant": "tree 🌳 palm 🌴 pine 🌲 sunflower 🌻 tulip 🌷 cactus 🌵 mushroom 🍄",
     "building": "house 🏠 castle 🏰 tent ⛺ tower 🗼",
-    "vehicle": "car 🚗 bus 🚌 train 🚂 bicycle 🚲 boat ⛵ rocket 🚀 plane ✈ helicopter 🚁",
+    "vehicle": "car 🚗 bus 🚌 train 🚂 tractor 🚜 boat ⛵ rocket 🚀 plane ✈ helicopter 🚁",
     "food": "apple 🍎 banana 🍌 cake 🎂 pizza 🍕 carrot 🥕 grape 🍇 coffee ☕ burger 🍔 pineapple 🍍",
     "person": "girl 👧 robot 🤖 ghost 👻 clown 🤡 alien 👽",
 }

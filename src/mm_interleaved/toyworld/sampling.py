@@ -17,7 +17,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 HELD_OUT = 5  # percent of all scenes in "val", and as many in "test"
 
 SMALL = 0.35  # share of things
-TEXTURED, WITH_PART, WITH_GLYPH = 0.4, 0.2, 0.25  # shares; glyphs: of big things
+TEXTURED, WITH_PART, WITH_GLYPH = 0.4, 0.2, 0.3  # shares; glyphs: of big things
 HOSTING = 0.3  # share of scenes of two or more things in which one is tried inside or behind another
 JITTER = {"small": 0.15, "big": 0.02}  # of offsets, in cells
 LEAST_SEEN, MOST_SEEN = 0.45, 0.85  # share of a thing behind another that is seen
@@ -67,14 +67,16 @@ def random_look(
         kinds: names to choose from; all if not given.
         textured: how likely it is to have a texture.
         with_part: how likely it is to wear something.
-        with_glyph: how likely it is to have a glyph, if big.
+        with_glyph: how likely it is to have a glyph, if big; a quarter of that if it wears something.
     """
+    part = _pick(rng, PARTS[1:]) if rng.random() < with_part else "none"
+    lettered = size == "big" and rng.random() < with_glyph * (1.0 if part == "none" else 0.25)
     return Look(
         kind=_pick(rng, kinds or tuple(KINDS)),
         color=_pick(rng, COLORS),
         texture=_pick(rng, TEXTURES[1:]) if rng.random() < textured else "plain",
-        part=_pick(rng, PARTS[1:]) if rng.random() < with_part else "none",
-        glyph=_pick(rng, GLYPHS) if rng.random() < with_glyph and size == "big" else "",
+        part=part,
+        glyph=_pick(rng, GLYPHS) if lettered else "",
     )
 
 
@@ -97,8 +99,8 @@ def behind(rng: np.random.Generator, things: Sequence[Thing], host: int, look: L
     if KINDS[front.look.kind].hollow or front.size != "big":
         return None
     for _ in range(6):
-        side, lift = rng.choice((-1.0, 1.0)) * rng.uniform(0.3, 0.42), rng.uniform(-0.42, 0.15)
-        offset = (float(np.clip(front.offset[0] + side, -0.48, 0.48)), float(front.offset[1] + lift))
+        side, lift = rng.choice((-1.0, 1.0)) * rng.uniform(0.3, 0.4), rng.uniform(-0.4, 0.15)
+        offset = (float(np.clip(front.offset[0] + side, -0.42, 0.42)), float(front.offset[1] + lift))
         thing = Thing(look, front.cell, "small", offset, "behind", host)
         scene = Scene((*things, thing))
         *others, mine = boxes(scene, _CHECKED)
