@@ -130,7 +130,7 @@ def _presented(thing: Thing, said: tuple[str, ...], rng: np.random.Generator) ->
     phrase = noun(thing, attributes, rng)
     if chance(rng, 0.5):
         comma = "," if " with " in phrase or " wearing " in phrase or " marked " in phrase else ""
-        return f"{thing.name} the {phrase}{comma} {stands} {where}"
+        return f"{thing.name}{comma} the {phrase}{comma} {stands} {where}"
     return say(rng, "{name} is {phrase} and [stands|waits] {where}", name=thing.name, phrase=a(phrase), where=where)
 
 
