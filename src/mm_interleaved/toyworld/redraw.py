@@ -48,7 +48,9 @@ def _again(scene: Scene, index: int, who: str, rng: np.random.Generator) -> tupl
 def _recolor(scene: Scene, index: int, who: str, rng: np.random.Generator) -> tuple[str, Scene]:
     thing = scene.things[index]
     color = choose(rng, [c for c in COLORS if c != thing.look.color])
-    text = "[make {who} {color}|draw it again, but make {who} {color}|now paint {who} {color}|draw it again with {who} in {color}]"
+    text = (
+        "[make {who} {color}|draw it again, but make {who} {color}|paint {who} {color}|draw it with {who} in {color}]"
+    )
     return say(rng, text, who=who, color=color), _with(scene, index, thing.with_look(color=color))
 
 
