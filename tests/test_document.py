@@ -84,7 +84,7 @@ def test_picture_inside_a_data_url(tmp_path: Path) -> None:
 def test_record_places_pictures_around_sentences(tmp_path: Path, pictures: list[Path]) -> None:
     (document,) = load(tmp_path, RECORD)
     one, two = (p.resolve() for p in pictures[:2])
-    assert document.segments == [Image(one), Text("A cat."), Text("A dog."), Image(two)]
+    assert document.segments == [Image(one), Text("A cat. A dog."), Image(two)]
     assert document.max_turns == 2
     assert document.stop_at_eos is False
 

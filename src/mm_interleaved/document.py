@@ -472,11 +472,7 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Document:
         Image() if draws_last and i == len(paths) - 1 else Image(folder.picture(p, f"images[{i}]"))
         for i, p in enumerate(paths)
     ]
-    segments: list[Segment] = []
-    for number, sentence in enumerate(sentences):
-        segments += [p for p, spot in zip(pictures, order, strict=True) if spot == (number, False)]
-        segments += [Text(sentence)] if sentence else []
-        segments += [p for p, spot in zip(pictures, order, strict=True) if spot == (number, True)]
+    segments = _attach(sentences, list(zip(order, pictures, strict=True)))
     turns = data.get("num_iter")
     return Document(
         segments,
@@ -486,6 +482,27 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Document:
         stop_at_eos=False,
         record=data,
     )
+
+
+def _attach(sentences: list[str], placed: list[tuple[tuple[int, bool], Image]]) -> list[Segment]:
+    """Sentences joined by a space each, pictures (sentence, after it) among them; no white space next to a picture."""
+    segments: list[Segment] = []
+    run = ""
+
+    def close() -> None:
+        nonlocal run
+        if run.strip():
+            segments.append(Text(run.strip()))
+        run = ""
+
+    for number, sentence in enumerate(sentences):
+        for after, words in ((False, sentence + " "), (True, "")):
+            for image in (image for spot, image in placed if spot == (number, after)):
+                close()
+                segments.append(image)
+            run += words
+    close()
+    return segments
 
 
 def _path_text(source: str | Path | PIL.Image.Image | None, index: int) -> str | None:

@@ -267,7 +267,7 @@ class InterleavedGenerator:
         start = self.context.mask.shape[1]
         rooms = [self._room(row) for row in self.rows]
         if self.settings.text.num_beams > 1:
-            texts = self._write_beams(chosen, min(rooms[i] for i in chosen))
+            texts = self._write_beams(chosen, rooms)
         else:
             texts = yield from self._write_stream(chosen, rooms)
         for index in chosen:
@@ -295,11 +295,13 @@ class InterleavedGenerator:
                     shown[index] = text
         return {i: texts[i] for i in chosen}
 
-    def _write_beams(self, chosen: list[int], room: int) -> dict[int, WrittenText]:
-        rows = torch.tensor(chosen, device=self.context.mask.device)
-        settings = replace(self.settings.text, max_new_tokens=room)
-        best = [texts[0] for texts in write_beams(self.context.select(rows), settings, self.banned)]
-        texts = dict(zip(chosen, best, strict=True))
+    def _write_beams(self, chosen: list[int], rooms: list[int]) -> dict[int, WrittenText]:
+        texts: dict[int, WrittenText] = {}
+        for room in sorted({rooms[i] for i in chosen}):  # together, but none is cut short by another's lack of room
+            rows = [i for i in chosen if rooms[i] == room]
+            context = self.context.select(torch.tensor(rows, device=self.context.mask.device))
+            settings = replace(self.settings.text, max_new_tokens=room)
+            texts |= zip(rows, (found[0] for found in write_beams(context, settings, self.banned)), strict=True)
         self._read_text({index: text.ids for index, text in texts.items()})
         return texts
 
@@ -322,6 +324,10 @@ class InterleavedGenerator:
         if forced is not None:
             ids = encode_text(self.processor.tokenizer, forced)
             end = ids.pop() if ids and ids[-1] in end_tokens(self.model) else None
+            if not self._fits(row, len(ids), 0):
+                row.reason = "context"
+                yield DocumentFinished(index, row.result(), row.reason)
+                return
         if forced is not None or config.bos_token_id in ids:  # <s> starts a document: what follows sees no picture
             self.context.forget(index, start)
             self._read_text({index: ids})
