@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from mm_interleaved.toyworld.draw import GROUND_LABELS, KIND_LABELS, LABELS, box
 from mm_interleaved.toyworld.kinds import GROUPS, KINDS
 from mm_interleaved.toyworld.sampling import random_scene
 from mm_interleaved.toyworld.scene import COLORS, GLYPHS, GROUNDS, PARTS, SIZES, TEXTURES, Look, Scene, Thing
-from mm_interleaved.toyworld.sprites import sprite
+from mm_interleaved.toyworld.sprites import ATLAS, sprite
 
 SHADOW = 90  # no shadow changes a channel by more
 scenes = st.integers(0, 2**32).map(lambda seed: random_scene(np.random.default_rng(seed)))
@@ -161,3 +162,29 @@ def test_a_host_that_cannot_be_is_named(host: int | None) -> None:
     things = (Thing(Look("fox", "red"), 4, "small", place="inside", host=host), Thing(Look("ring", "red"), 4))
     with pytest.raises(ValueError, match=r"thing 0 is inside|hosts of each other"):
         draw(Scene(things), 64)
+
+
+@pytest.mark.parametrize(
+    ("scene", "message"),
+    [
+        (one(Look("dragon", "red")), "unknown kind 'dragon'; there are: circle, "),
+        (one(Look("fox", "teal")), "unknown color 'teal'"),
+        (one(Look("fox", "red", "furry")), "unknown texture 'furry'"),
+        (one(Look("fox", "red", part="scarf")), "unknown part 'scarf'"),
+        (one(Look("fox", "red", glyph="O")), "unknown glyph 'O'"),
+        (one(Look("fox", "red"), "huge"), "unknown size 'huge'; there are: small, big"),
+        (one(Look("fox", "red"), ground="moon"), "unknown ground 'moon'"),
+    ],
+)
+def test_what_there_is_not_is_refused(scene: Scene, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(scene, 64)
+    with pytest.raises(ValueError, match="at least 44"):
+        draw(one(Look("fox", "red"), "small"), 40)
+
+
+def test_the_atlas_holds_every_emoji_and_is_small() -> None:
+    with PIL.Image.open(ATLAS) as picture:
+        assert picture.text["kinds"].split() == [kind.name for kind in KINDS.values() if kind.emoji]
+    assert ATLAS.stat().st_size < 1.2e6
+    assert "SIL OPEN FONT LICENSE" in (ATLAS.parent / "OFL.txt").read_text()

@@ -127,6 +127,15 @@ class TestNet:
         for one in truth(scene):
             assert boxes_of[one.look] == pytest.approx(one.box, abs=1e-4)
 
+    def test_what_is_found_as_small_and_as_big_is_one_thing(self) -> None:
+        outputs = torch.full((1, len(SIZES), OUTPUTS, MAP, MAP), -9.0)
+        centers, _, _, traits = split(outputs)
+        centers[0, 0, 5, 5], centers[0, 1, 5, 5] = 2.0, 3.0
+        reader = Reader(ReaderNet())
+        assert [one.size for one in reader.things(outputs)[0]] == ["big"]
+        traits["color"][0, 0, 3, 5, 5] = 1.0
+        assert [one.size for one in reader.things(outputs)[0]] == ["big", "small"]
+
     def test_pictures_of_any_size_and_mode_are_read(self, tmp_path: Path) -> None:
         save(ReaderNet(), tmp_path / "reader.safetensors")
         reader = Reader.load(tmp_path / "reader.safetensors")

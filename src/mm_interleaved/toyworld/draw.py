@@ -8,7 +8,7 @@ from PIL import Image
 from .grounds import ground, to_picture
 from .kinds import KINDS
 from .scene import GRID, GROUNDS, Scene, Thing
-from .sprites import Sprite, sprite
+from .sprites import Sprite, known, sprite
 
 SCALES = {"small": 0.55, "big": 0.95}  # side of a thing's square, in cells
 GROUND_LABELS = {name: 1 + i for i, name in enumerate(GROUNDS)}
@@ -50,6 +50,7 @@ def drawing_order(scene: Scene) -> list[int]:
 
 def _placed(thing: Thing, size: int) -> tuple[Sprite, int, int]:
     """A thing's sprite, and where its square's left upper corner is."""
+    known("size", thing.size, SCALES)
     cell = size / GRID
     pixels = round(SCALES[thing.size] * cell)
     x = (thing.column + 0.5 + thing.offset[0]) * cell - pixels / 2
@@ -70,11 +71,15 @@ def draw(scene: Scene, size: int = 256) -> Image.Image:
 
     Args:
         scene: what to draw.
-        size: side in pixels.
+        size: side in pixels, at least 44.
 
     Returns:
         An RGB picture [size, size].
+
+    Raises:
+        ValueError: a trait, size or ground that there is not, a host that cannot be, or too small a picture.
     """
+    known("ground", scene.ground, GROUNDS)
     canvas = ground(scene.ground, scene.seed, size)
     for i in drawing_order(scene):
         one, x, y = _placed(scene.things[i], size)

@@ -25,6 +25,7 @@ from .sprites import ASSETS
 PIXELS = 128  # what the net reads
 STRIDE = 8
 MAP = PIXELS // STRIDE
+TWICE = 1 / 12  # pictures; two of the same kind and colour nearer than this are one
 WEIGHTS = ASSETS / "reader.safetensors"
 TRAITS: dict[str, tuple[str, ...]] = {
     "kind": tuple(KINDS),
@@ -85,7 +86,7 @@ class ReaderNet(nn.Module):
         width: channels at a quarter of the resolution; twice as many at an eighth.
     """
 
-    def __init__(self, width: int = 56) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.stem = nn.Sequential(_conv(3, 32, 2, 5), nn.ReLU(), _conv(32, width, 2), nn.ReLU())
         self.fine = nn.Sequential(_Block(width), _conv(width, 2 * width, 2), nn.ReLU())
@@ -180,7 +181,18 @@ class Reader:
             box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
             score = float(scores[picture, size, row, column])
             found[picture].append(Seen(Look(**look), cell, SIZES[size], box, score))
-        return [sorted(seen, key=lambda one: -one.score) for seen in found]
+        return [_once(sorted(seen, key=lambda one: -one.score)) for seen in found]
+
+
+def _once(seen: list[Seen]) -> list[Seen]:
+    """Without what was found twice, as small and as big: the same kind and colour at almost the same place."""
+    kept: list[Seen] = []
+    for one in seen:
+        (x, y), key = one.center, (one.look.kind, one.look.color)
+        near = (o for o in kept if max(abs(o.center[0] - x), abs(o.center[1] - y)) < TWICE)
+        if key not in [(o.look.kind, o.look.color) for o in near]:
+            kept.append(one)
+    return kept
 
 
 def train_command(output: Path = WEIGHTS) -> str:

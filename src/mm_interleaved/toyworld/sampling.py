@@ -20,7 +20,7 @@ SMALL = 0.35  # share of things
 TEXTURED, WITH_PART, WITH_GLYPH = 0.4, 0.2, 0.3  # shares; glyphs: of big things
 HOSTING = 0.3  # share of scenes of two or more things in which one is tried inside or behind another
 JITTER = {"small": 0.15, "big": 0.02}  # of offsets, in cells
-LEAST_SEEN, MOST_SEEN = 0.45, 0.85  # share of a thing behind another that is seen
+LEAST_SEEN, MOST_SEEN = 0.5, 0.85  # share of a thing behind another that is seen
 _CHECKED = 96  # pixels at which that share is measured
 
 
@@ -81,12 +81,13 @@ def random_look(
 
 
 def inside(rng: np.random.Generator, things: Sequence[Thing], host: int, look: Look) -> Thing | None:
-    """A small thing of this look inside thing number `host`; None if that is not hollow and big, has a glyph in the
-    middle, or holds something already.
+    """A small thing of this look inside thing number `host`; None if that is not hollow and big, wears something (which
+    leaves less room), has a glyph, or holds something already.
     """
     around = things[host]
     taken = any(thing.place == "inside" and thing.host == host for thing in things)
-    if not KINDS[around.look.kind].hollow or around.size != "big" or around.look.glyph or taken:
+    dressed = around.look.glyph or around.look.part != "none"
+    if not KINDS[around.look.kind].hollow or around.size != "big" or dressed or taken:
         return None
     return Thing(look, around.cell, "small", around.offset, "inside", host)
 
@@ -131,7 +132,7 @@ def _hosted(rng: np.random.Generator, things: list[Thing]) -> Thing | None:
     host = int(rng.integers(len(things)))
     if rng.random() < 0.5:  # hollow things are rare, so one is put there
         others = {(t.look.kind, t.look.color) for t in things[:host] + things[host + 1 :]}
-        look = random_look(rng, kinds=hollow, with_glyph=0.0)
+        look = random_look(rng, kinds=hollow, with_part=0.0, with_glyph=0.0)
         if (look.kind, look.color) in others:
             return None
         things[host] = Thing(look, things[host].cell, "big", things[host].offset)

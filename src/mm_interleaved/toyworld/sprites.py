@@ -5,6 +5,7 @@ A sprite fills a square of `pixels` a side. Half-made results are kept, since si
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from . import figures
 from .kinds import KINDS
-from .scene import Look
+from .scene import COLORS, GLYPHS, PARTS, TEXTURES, Look
 
 ASSETS = Path(__file__).parent / "assets"
 ATLAS = ASSETS / "emoji.png"
@@ -72,8 +73,8 @@ class _Body:
 @cache
 def _atlas() -> dict[str, Image.Image]:
     with Image.open(ATLAS) as picture:
+        names = picture.text["kinds"].split()  # which emoji are on it, in order
         whole = picture.convert("RGBA")
-    names = [kind.name for kind in KINDS.values() if kind.emoji]
     places = [(i % ATLAS_COLUMNS * TILE, i // ATLAS_COLUMNS * TILE) for i in range(len(names))]
     return {name: whole.crop((x, y, x + TILE, y + TILE)) for name, (x, y) in zip(names, places, strict=True)}
 
@@ -160,6 +161,12 @@ def _shadow(kind: str, part: str, pixels: int) -> tuple[np.ndarray, int]:
     ], pad
 
 
+def known(what: str, value: str, options: Iterable[str]) -> None:
+    """Raise ValueError unless there is such a value."""
+    if value not in options:
+        raise ValueError(f"unknown {what} {value!r}; there are: {', '.join(options)}")
+
+
 @lru_cache(maxsize=1024)
 def sprite(look: Look, pixels: int) -> Sprite:
     """Draw a look.
@@ -167,7 +174,15 @@ def sprite(look: Look, pixels: int) -> Sprite:
     Args:
         look: what it looks like.
         pixels: side of the square that it fills, at least 8.
+
+    Raises:
+        ValueError: the look has something that there is not, or it is too small to draw.
     """
+    for name, options in (("kind", KINDS), ("color", COLORS), ("texture", TEXTURES), ("part", PARTS)):
+        known(name, getattr(look, name), options)
+    known("glyph", look.glyph, ("", *GLYPHS))
+    if pixels < 8:
+        raise ValueError(f"a thing of {pixels} pixels is too small to draw; draw pictures of at least 44")
     body = _body(look.kind, pixels, look.part != "none")
     rim = np.float32(252.0)
     alpha = np.maximum(body.rim, body.alpha)
