@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from ..documents import SMALLEST
 from ..sampling import SPLITS
 from . import coco, documents, mmc4, pairs, webdataset
 from .base import VERSION, Format, Job
@@ -19,7 +21,7 @@ FORMATS: dict[str, Format] = {
     f.name: f for f in (mmc4.FORMAT, pairs.FORMAT, webdataset.FORMAT, coco.FORMAT, documents.FORMAT)
 }
 ABOUT = "toyworld.json"  # beside the data: what they are
-SMALLEST, LARGEST = 16, 4096  # pictures, in pixels
+LARGEST = 4096  # pixels of a picture's side
 
 
 class WriteError(ValueError):
@@ -75,12 +77,20 @@ def _results(form: Format, folder: Path, job: Job, batches: list[range], workers
     if min(workers, len(batches)) == 1:
         yield from (form.write(job, batch, folder) for batch in batches)
         return
-    # Fresh processes: forking one in which torch has started threads may hang.
-    pool = ProcessPoolExecutor(min(workers, len(batches)), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(workers, len(batches)), mp_context=_processes())
     try:
         yield from pool.map(_write_batch, [(form.name, job, batch, folder) for batch in batches])
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _processes() -> BaseContext:
+    """Where worker processes come from. Not from this one: forking it may hang if libraries have started threads."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once for all workers
+    return context
 
 
 def _write_batch(task: tuple[str, Job, range, Path]) -> Any:
