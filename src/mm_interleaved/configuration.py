@@ -145,14 +145,16 @@ def _override(config: DictConfig, schema: type, override: str) -> DictConfig:
         for part in parts:
             kind = _inner(kind, part)
         raise _type_error(where, ".".join(parts), kind, value, error) from None
-    except (IndexError, ValueError):
-        raise ConfigError(f"{where}: there is no list item with that number") from None
+    except IndexError as error:
+        raise ConfigError(f"{where}: {error}") from None
     return changed
 
 
 def _set(node: Any, parts: list[str], value: Any) -> None:
     head, rest = parts[0], parts[1:]
     if isinstance(node, ListConfig):
+        if not head.isdigit() or int(head) >= len(node):
+            raise IndexError(f"there is no list item {head}, only {len(node)}")
         if rest:
             _set(node[int(head)], rest, value)
         else:
