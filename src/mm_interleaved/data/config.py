@@ -58,7 +58,7 @@ class SourceConfig:
         few_shot_merge_sizes: how many pairs, drawn for each row.
         shuffle: documents among which the order is drawn; 0: as they stand in the files.
         shuffle_shards: whether the order of shards is drawn.
-        num_samples: rows of an epoch over all ranks and workers, repeating or leaving out as needed; None: what is there.
+        num_samples: rows of an epoch over all ranks and workers, repeated or cut as needed; None: what is there.
         floor: whether its share for each rank and worker is rounded down instead of up.
         ignore_text_before_image: whether text of a document before its first picture is not learned.
         loss_image_weight: of this source's batches; None: as the trainer says.
@@ -139,12 +139,12 @@ class DataConfig:
     Attributes:
         sources: what is read.
         probabilities: how often each source is drawn, in proportion; empty: all alike.
-        sampling: an epoch ends when every source has been read once and exhausted ones start again (`longest`), when all
+        sampling: an epoch ends when every source was read once and exhausted ones start again (`longest`), when all
             are exhausted (`sum`), when the first is (`shortest`), or never (`forever`; best with several ranks, whose
             epochs end at different times).
         mix: what is drawn: a source for each whole `batch`, or for each `row`.
         batch_size: rows of a batch with `mix: row`.
-        fix_sampling_ratio: all ranks and workers draw alike, and each rank takes the source that many places further on,
+        fix_sampling_ratio: all ranks and workers draw alike, and each rank takes the source that many places on,
             so that every step has the same mixture. Needs equal probabilities.
         seed: of every draw.
         num_workers: processes that load; 0: the training process itself.
