@@ -124,7 +124,7 @@ def decode(payload: bytes, where: str, note: Note | None = None) -> dict[str, An
         raise Rejected("line not UTF-8", f"{where}: byte {error.start}") from None
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers that are too long
         if note is None:
             raise Rejected("line not JSON", f"{where}: {error}") from None
         try:
