@@ -18,6 +18,7 @@ from .convert import assemble, convert
 from .download import download
 from .generate import UsageError, generate
 from .info import info
+from .toyworld import toyworld
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +31,7 @@ app.command()(info)
 app.command()(convert)
 app.command()(download)
 app.command()(assemble)
+app.add_typer(toyworld, name="toyworld")
 
 
 def main(arguments: list[str] | None = None) -> Any:
