@@ -1,0 +1,200 @@
+"""Recovers the things from a picture, drawn or generated, so that pictures can be scored without a human.
+
+A small convolutional net after CenterNet (Zhou et al., "Objects as Points", arXiv 1904.07850): a map of how likely a
+thing's centre lies in each 8 x 8 pixels, and at each of them what the thing would look like. Small and big things have
+maps of their own, since a thing inside another has the same centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from .kinds import KINDS
+from .scene import COLORS, GLYPHS, GRID, PARTS, SIZES, TEXTURES, Look
+from .sprites import ASSETS
+
+PIXELS = 128  # what the net reads
+STRIDE = 8
+MAP = PIXELS // STRIDE
+TWICE = 1 / 12  # pictures; two of the same kind and colour nearer than this are one
+WEIGHTS = ASSETS / "reader.safetensors"
+TRAITS: dict[str, tuple[str, ...]] = {
+    "kind": tuple(KINDS),
+    "color": COLORS,
+    "texture": TEXTURES,
+    "part": PARTS,
+    "glyph": ("", *GLYPHS),
+}
+"""What is told apart, in the order of the net's outputs."""
+_GEOMETRY = 1 + 4  # how likely a centre; its shift within the cell of the map, x and y; box, width and height
+OUTPUTS = _GEOMETRY + sum(len(values) for values in TRAITS.values())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A thing that was found in a picture.
+
+    Attributes:
+        look: what it looks like.
+        cell: row * GRID + column of the cell in which its centre lies.
+        size: "small" or "big".
+        box: x0, y0, x1, y1 in [0, 1] of the picture, as if nothing hid it.
+        score: how likely there is a thing, in [0, 1].
+    """
+
+    look: Look
+    cell: int
+    size: str
+    box: tuple[float, ...]
+    score: float
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """Middle of its box, (x, y)."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class _Block(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = _conv(width, width), _conv(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class ReaderNet(nn.Module):
+    """Pictures to maps.
+
+    Args:
+        width: channels at a quarter of the resolution; twice as many at an eighth.
+    """
+
+    def __init__(self, width: int = 56) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(3, 32, 2, 5), nn.ReLU(), _conv(32, width, 2), nn.ReLU())
+        self.fine = nn.Sequential(_Block(width), _conv(width, 2 * width, 2), nn.ReLU())
+        self.coarse = nn.Sequential(_Block(2 * width), _Block(2 * width))
+        self.head = nn.Sequential(_conv(2 * width, 2 * width), nn.ReLU())
+        self.out = nn.Conv2d(2 * width, len(SIZES) * OUTPUTS, 1)
+        with torch.no_grad():  # centres are rare; without this the first steps only learn that
+            self.out.bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Read pictures.
+
+        Args:
+            pictures: [B, 3, 128, 128], in [0, 1].
+
+        Returns:
+            [B, 2, OUTPUTS, 16, 16]: for small and big things the logit of a centre, its shift in [0, 1] in x and y, the
+            box's width and height in pictures, and the logits of each of `TRAITS`.
+        """
+        x = self.head(self.coarse(self.fine(self.stem(pictures * 2 - 1))))
+        return self.out(x).unflatten(1, (len(SIZES), OUTPUTS))
+
+
+def split(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Take the third last dimension of the net's outputs apart: centre logits, shifts, boxes, logits of each trait."""
+    parts = outputs.split([1, 2, 2, *(len(values) for values in TRAITS.values())], dim=-3)
+    return parts[0].squeeze(-3), parts[1], parts[2], dict(zip(TRAITS, parts[3:], strict=True))
+
+
+def to_tensor(pictures: Sequence[PIL.Image.Image]) -> torch.Tensor:
+    """Pictures of any size and mode as the net reads them: float32 [B, 3, 128, 128] in [0, 1]."""
+    ready = []
+    for picture in pictures:
+        one = picture.convert("RGB")
+        if one.size != (PIXELS, PIXELS):
+            one = one.resize((PIXELS, PIXELS), PIL.Image.Resampling.BICUBIC)
+        ready.append(np.asarray(one))
+    return torch.from_numpy(np.stack(ready)).permute(0, 3, 1, 2).float() / 255
+
+
+class Reader:
+    """The net with its weights, from pictures to things.
+
+    Args:
+        net: trained.
+        threshold: least score of a thing.
+    """
+
+    def __init__(self, net: ReaderNet, threshold: float = 0.4) -> None:
+        self.net, self.threshold = net.eval(), threshold
+
+    @classmethod
+    def load(cls, path: Path = WEIGHTS, device: torch.device | str = "cpu") -> Reader:
+        """Load trained weights; by default those that ship with the package.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no reader's weights; train them: {train_command(path)}")
+        net = ReaderNet()
+        net.load_state_dict(load_file(path))  # what was stored in half precision becomes float32
+        return cls(net.to(device))
+
+    @torch.inference_mode()
+    def read(self, pictures: Sequence[PIL.Image.Image], batch: int = 64) -> list[list[Seen]]:
+        """Find the things in each picture, the surest first.
+
+        Args:
+            pictures: of any size, mode RGB or convertible.
+            batch: how many are read at a time.
+        """
+        device = next(self.net.parameters()).device
+        found: list[list[Seen]] = []
+        for start in range(0, len(pictures), batch):
+            inputs = to_tensor(pictures[start : start + batch]).to(device)
+            found += self.things(self.net(inputs).float().cpu())
+        return found
+
+    def things(self, outputs: torch.Tensor) -> list[list[Seen]]:
+        """The things that the net's outputs [B, 2, OUTPUTS, 16, 16] stand for."""
+        centers, shifts, sides, traits = split(outputs)
+        scores = centers.sigmoid()
+        peaks = (F.max_pool2d(scores, 3, 1, 1) == scores) & (scores >= self.threshold)
+        best = {name: logits.argmax(2).tolist() for name, logits in traits.items()}
+        found: list[list[Seen]] = [[] for _ in outputs]
+        for picture, size, row, column in peaks.nonzero().tolist():
+            look = {name: TRAITS[name][best[name][picture][size][row][column]] for name in TRAITS}
+            x, y = ((torch.tensor([column, row]) + shifts[picture, size, :, row, column]) / MAP).clamp(0, 1).tolist()
+            width, height = sides[picture, size, :, row, column].clamp(0, 1).tolist()
+            cell = min(int(y * GRID), GRID - 1) * GRID + min(int(x * GRID), GRID - 1)
+            box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            score = float(scores[picture, size, row, column])
+            found[picture].append(Seen(Look(**look), cell, SIZES[size], box, score))
+        return [_once(sorted(seen, key=lambda one: -one.score)) for seen in found]
+
+
+def _once(seen: list[Seen]) -> list[Seen]:
+    """Without what was found twice, as small and as big: the same kind and colour at almost the same place."""
+    kept: list[Seen] = []
+    for one in seen:
+        (x, y), key = one.center, (one.look.kind, one.look.color)
+        near = (o for o in kept if max(abs(o.center[0] - x), abs(o.center[1] - y)) < TWICE)
+        if key not in [(o.look.kind, o.look.color) for o in near]:
+            kept.append(one)
+    return kept
+
+
+def train_command(output: Path = WEIGHTS) -> str:
+    """How weights are made."""
+    return f"python -m mm_interleaved.toyworld.train_reader --output {output}"

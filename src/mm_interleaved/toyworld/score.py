@@ -1,0 +1,179 @@
+"""How well what was seen in a picture agrees with the scene that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+from .kinds import KINDS
+from .reader import Seen
+from .scene import GRID, RELATIONS, Scene, Thing
+
+Relation = tuple[
+    int, str, int
+]  # number of a thing, of `RELATIONS`, number of another: "the first is <relation> the other"
+
+APART = 1 / 12  # by how much more of the picture one must be further left or up than the other: a quarter of a cell
+CENTERED = 1 / 12  # within how much of its host's middle a thing inside it lies
+HIDDEN = 0.1  # share of a thing's box, at least, that the box of a thing in front of it covers
+
+
+@dataclass(frozen=True)
+class SceneScore:
+    """Counts; add them up over pictures.
+
+    Attributes:
+        requested: things asked for.
+        found_kind: of those, seen with the right kind, each seen thing standing for one.
+        found_kind_color: of those asked for, seen with the right kind and colour.
+        right_texture: of those found by kind, with the right texture; "plain" counts as one.
+        right_part: the same for what is worn; "none" counts.
+        right_glyph: the same for glyphs; having none counts.
+        right_size: the same for sizes.
+        right_cell: of those found by kind, whose middle lies in the cell asked for.
+        glyphs: things asked for with a glyph, found or not.
+        glyphs_read: of those, found by kind and with that glyph.
+        relations: relations asked for.
+        relations_right: of those, that hold between the things found for them.
+        extras: things seen that nobody asked for, or not that often.
+        perfect: pictures in which every thing asked for has its kind and colour, every relation holds, and nothing else
+            is seen.
+        pictures: 1; the number of pictures after adding up.
+    """
+
+    requested: int = 0
+    found_kind: int = 0
+    found_kind_color: int = 0
+    right_texture: int = 0
+    right_part: int = 0
+    right_glyph: int = 0
+    right_size: int = 0
+    right_cell: int = 0
+    glyphs: int = 0
+    glyphs_read: int = 0
+    relations: int = 0
+    relations_right: int = 0
+    extras: int = 0
+    perfect: int = 0
+    pictures: int = 0
+
+    def __add__(self, other: SceneScore) -> SceneScore:
+        return SceneScore(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def rates(self) -> dict[str, float]:
+        """Shares in [0, 1] of what each count is out of; what was never asked for is left out. `extras` is per thing
+        asked for.
+        """
+        totals = {
+            "found_kind": self.requested,
+            "found_kind_color": self.requested,
+            **{field.name: self.found_kind for field in fields(self) if field.name.startswith("right_")},
+            "glyphs_read": self.glyphs,
+            "relations_right": self.relations,
+            "extras": self.requested,
+            "perfect": self.pictures,
+        }
+        return {name: getattr(self, name) / total for name, total in totals.items() if total}
+
+
+def stated(scene: Scene) -> list[Relation]:
+    """Every relation that holds in a scene, each pair one way round: what `match` takes as asked for by default."""
+    number = len(scene.things)
+    found = [(a, relation, b) for a in range(number) for b in range(a + 1, number) for relation in scene.relation(a, b)]
+    hosted = [(b, thing.place, thing.host) for b, thing in enumerate(scene.things) if thing.host is not None]
+    return found + [relation for relation in hosted if relation not in found]
+
+
+def holds(relation: str, a: Seen, b: Seen) -> bool:
+    """Whether "a is <relation> b" is seen.
+
+    Left of, right of, above, below: the middles of their boxes are at least `APART` apart in that direction.
+    Inside: a is small, b big and hollow, and a's middle within `CENTERED` of b's in both directions.
+    Behind: b's box covers at least `HIDDEN` of a's and a is not inside b. Boxes do not tell which of two is in front.
+
+    Raises:
+        ValueError: there is no such relation.
+    """
+    (ax, ay), (bx, by) = a.center, b.center
+    fits = a.size == "small" and b.size == "big" and KINDS[b.look.kind].hollow
+    inside = fits and max(abs(ax - bx), abs(ay - by)) <= CENTERED
+    if relation == "inside":
+        return inside
+    if relation == "behind":
+        return not inside and _covered(a.box, b.box) >= HIDDEN
+    shifts = {"left of": bx - ax, "right of": ax - bx, "above": by - ay, "below": ay - by}
+    if relation not in shifts:
+        raise ValueError(f"unknown relation {relation!r}; there are {', '.join(RELATIONS)}")
+    return shifts[relation] >= APART
+
+
+def _covered(inner: tuple[float, ...], outer: tuple[float, ...]) -> float:
+    """Share of the first box that lies in the second."""
+    width = min(inner[2], outer[2]) - max(inner[0], outer[0])
+    height = min(inner[3], outer[3]) - max(inner[1], outer[1])
+    area = (inner[2] - inner[0]) * (inner[3] - inner[1])
+    return max(width, 0.0) * max(height, 0.0) / area if area > 0 else 0.0
+
+
+def pair(scene: Scene, seen: Sequence[Seen]) -> dict[int, int]:
+    """Which of `seen` stands for which thing of a scene: number of the thing to number of the seen one.
+
+    Only pairs of the same kind. Greedy, the best pair first: the right colour, then the more of texture, part, glyph
+    and size right, then the nearer to the cell asked for, then the order in which they are listed. No other assignment
+    finds more things by kind, or more by kind and colour.
+    """
+    options = []
+    for i, thing in enumerate(scene.things):
+        for j, one in enumerate(seen):
+            if one.look.kind == thing.look.kind:
+                agreed = sum(_traits(thing, one).values())
+                options.append((one.look.color != thing.look.color, -agreed, _distance(thing, one), i, j))
+    found: dict[int, int] = {}
+    for *_, i, j in sorted(options):
+        if i not in found and j not in found.values():
+            found[i] = j
+    return found
+
+
+def _traits(thing: Thing, one: Seen) -> dict[str, bool]:
+    right = {name: getattr(thing.look, name) == getattr(one.look, name) for name in ("texture", "part", "glyph")}
+    return right | {"size": thing.size == one.size}
+
+
+def _distance(thing: Thing, one: Seen) -> float:
+    x, y = one.center
+    return (x - (thing.column + 0.5) / GRID) ** 2 + (y - (thing.row + 0.5) / GRID) ** 2
+
+
+def match(scene: Scene, seen: Sequence[Seen], relations: Sequence[Relation] | None = None) -> SceneScore:
+    """Compare what was asked for with what was seen.
+
+    Args:
+        scene: what was asked for.
+        seen: what a `Reader` found in the picture.
+        relations: those that were asked for; if not given, all that hold in the scene, each pair one way round.
+
+    Returns:
+        Counts for this picture; see `SceneScore` for what each means, `pair` for which is compared with which and
+        `holds` for when a relation is right. A relation of which either thing was not found by kind is wrong.
+    """
+    found = pair(scene, seen)
+    asked = stated(scene) if relations is None else list(relations)
+    right = [a in found and b in found and holds(relation, seen[found[a]], seen[found[b]]) for a, relation, b in asked]
+    pairs = [(scene.things[i], seen[j]) for i, j in found.items()]
+    colored = sum(thing.look.color == one.look.color for thing, one in pairs)
+    traits = [_traits(thing, one) for thing, one in pairs]
+    return SceneScore(
+        requested=len(scene.things),
+        found_kind=len(pairs),
+        found_kind_color=colored,
+        **{f"right_{name}": sum(one[name] for one in traits) for name in ("texture", "part", "glyph", "size")},
+        right_cell=sum(thing.cell == one.cell for thing, one in pairs),
+        glyphs=sum(bool(thing.look.glyph) for thing in scene.things),
+        glyphs_read=sum(thing.look.glyph == one.look.glyph != "" for thing, one in pairs),
+        relations=len(asked),
+        relations_right=sum(right),
+        extras=len(seen) - len(pairs),
+        perfect=int(colored == len(scene.things) == len(seen) and all(right)),
+        pictures=1,
+    )
