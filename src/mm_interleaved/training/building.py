@@ -46,14 +46,10 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:
     """float32 for what is trained, the computing type for what is frozen, `losses.vae_dtype` for the VAE."""
-    frozen = DTYPES[config.precision]
-    vae = {id(p) for p in model.image_decoder.vae.parameters()}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-        elif id(parameter) not in vae:
-            parameter.data = parameter.data.to(frozen)
-    model.image_decoder.vae.to(DTYPES[config.losses.vae_dtype])
+    frozen, vae = DTYPES[config.precision], DTYPES[config.losses.vae_dtype]
+    for name, parameter in model.named_parameters():
+        dtype = vae if name.startswith("image_decoder.vae.") else frozen
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizerBase:

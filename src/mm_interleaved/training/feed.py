@@ -90,23 +90,17 @@ class Feed:
         self.epoch, self.number = 0, 0
         self.counts = Served()
         self.recent: deque[tuple[int, Any]] = deque(maxlen=KEPT_BATCHES)
-        self._resumed = False
+        self._resumed = False  # the loader stands in the middle of an epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             if not self._resumed:
                 self.loader.set_epoch(self.epoch)
             self._resumed = False
-            before = self.number
             batches = iter(self.loader)
             while (batch := self._next(batches)) is not None:
                 yield self._serve(batch)
-            if self.number == before and not self._started_in_the_middle:
-                raise ValueError("the data gave no batch at all in an epoch; `mmi data check` shows why")
             self.epoch += 1
-            self._started_in_the_middle = False
-
-    _started_in_the_middle = False
 
     def _next(self, batches: Iterator[Any]) -> Any:
         begin = time.perf_counter()
@@ -138,7 +132,7 @@ class Feed:
         self.epoch, self.number = state["epoch"], state["number"]
         self.loader.set_epoch(self.epoch)
         self.loader.load_state_dict(state["loader"])
-        self._resumed = self._started_in_the_middle = True
+        self._resumed = True
 
 
 def prepare_documents(model: MMInterleavedModel, losses: LossConfig) -> Prepare:
