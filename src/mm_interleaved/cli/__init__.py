@@ -20,6 +20,7 @@ from .download import download
 from .generate import UsageError, generate
 from .info import info
 from .train import train
+from .toyworld import toyworld
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +34,7 @@ app.command()(convert)
 app.command()(download)
 app.command()(assemble)
 app.command()(train)
+app.add_typer(toyworld, name="toyworld")
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -1,0 +1,223 @@
+"""Documents of the toy world: scenes and stories as text and pictures, in every form that a model is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import PIL.Image
+
+from ..document import Document, Image, Segment, Text
+from .draw import boxes, draw, label_map
+from .language import caption, dialogue, paragraph, questions, referring
+from .language.words import chance
+from .redraw import redrawn
+from .sampling import Split, random_scene, scene_rng
+from .scene import Scene
+from .stories import story
+
+# The prompts of the tasks that models of this kind are evaluated with.
+CAPTION_PROMPT = "a photo of"
+PARAGRAPH_PROMPT = "Please describe the image in detail. The image depicts"
+VQA_BEFORE = "Based on the image, please answer the question."
+VQA_AFTER = "{question} Please provide an accurate answer within one word. The answer is:"
+VQA_SHORT = "Question: {question} Short answer:"
+REFER_PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}<box>"
+BOX_SCALE = 999  # coordinates are thousandths of the picture's side, cut to whole numbers
+
+
+@dataclass(frozen=True)
+class DocumentMix:
+    """How often each form of document comes, relative to the others; 0 for never.
+
+    Attributes:
+        caption: a picture and its caption.
+        draw: a caption and its picture.
+        paragraph: a picture and all there is to say about it.
+        draw_paragraph: the same, text first.
+        vqa: a picture and 1 to 6 questions with answers.
+        dialogue: a picture, a caption, and questions that refer to each other.
+        story: text and picture in turn; looks that no text tells must be taken from earlier pictures.
+        story_image_first: picture and text in turn.
+        refer: a picture, an expression, and the box of what it means.
+        segmentation: a coloured label map, a caption and the picture.
+        redraw: a picture and instructions that change it.
+    """
+
+    caption: float = 3.0
+    draw: float = 3.0
+    paragraph: float = 1.0
+    draw_paragraph: float = 1.0
+    vqa: float = 3.0
+    dialogue: float = 1.0
+    story: float = 4.0
+    story_image_first: float = 1.0
+    refer: float = 1.0
+    segmentation: float = 1.0
+    redraw: float = 2.0
+
+    def __post_init__(self) -> None:
+        weights = asdict(self)
+        bad = [name for name, weight in weights.items() if not weight >= 0]
+        if bad or not sum(weights.values()):
+            raise ValueError(
+                f"weights of documents must be at least 0 and not all 0; look at {', '.join(bad) or 'all'}"
+            )
+
+    def choose(self, rng: np.random.Generator) -> str:
+        """The name of a form, by the weights."""
+        weights = np.cumsum(list(asdict(self).values()))
+        return FORM_NAMES[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
+
+
+FORM_NAMES = tuple(f.name for f in fields(DocumentMix))
+
+
+def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: DocumentMix | None = None) -> Document:
+    """Document number `index` of a split; always the same for the same arguments.
+
+    Args:
+        seed: of the whole set.
+        split: of `sampling.SPLITS`; the scenes of different splits are disjoint.
+        index: at least 0.
+        size: side of the pictures in pixels.
+        mix: how often each form comes.
+    """
+    document = random_document(scene_rng(seed, split, index), split=split, size=size, mix=mix)
+    document.id = f"{split}-{seed}-{index}-{document.id}"
+    return document
+
+
+def random_document(rng: np.random.Generator, *, split: Split | None = None, size: int = 256,
+                    mix: DocumentMix | None = None) -> Document:  # fmt: skip
+    """A document by chance; its `id` is its form.
+
+    Raises:
+        ValueError: pictures of less than 16 pixels.
+    """
+    if size < 16:
+        raise ValueError(f"size={size}: pictures are at least 16 pixels wide")
+    form = (mix or DocumentMix()).choose(rng)
+    return Document(FORMS[form](rng, split, size), id=form)
+
+
+def box_text(box: tuple[float, float, float, float], size: int) -> str:
+    """For instance "(012,045)(678,999)": a box in pixels as grounding prompts write it."""
+    x0, y0, x1, y1 = (int(v / size * BOX_SCALE) for v in box)
+    return f"({x0:03d},{y0:03d})({x1:03d},{y1:03d})"
+
+
+def colored(labels: np.ndarray) -> PIL.Image.Image:
+    """A label map [H, W], ids up to 150, in the colours that ADE20K's preparation gives them; 0 is black."""
+    return PIL.Image.fromarray(_PALETTE[labels])
+
+
+def _palette() -> np.ndarray:
+    levels = np.arange(150)
+    digits = np.stack([levels // 36, levels % 36 // 6, levels % 6], 1)
+    return np.concatenate([np.zeros((1, 3)), 255 - 42 * digits]).astype(np.uint8)
+
+
+_PALETTE = _palette()
+
+
+def _given(scene: Scene, size: int) -> Image:
+    return Image(draw(scene, size), supervise=False)
+
+
+def _caption(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    if chance(rng, 0.5):
+        return [_given(scene, size), Text(CAPTION_PROMPT, supervise=False), Text(caption(scene, rng, bare=True).text)]
+    return [_given(scene, size), Text(caption(scene, rng).text)]
+
+
+def _draw(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    return [Text(caption(scene, rng, bare=chance(rng, 0.3)).text), Image(draw(scene, size))]
+
+
+def _paragraph(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    if chance(rng, 0.5):
+        text = paragraph(scene, rng, bare=True).text
+        return [_given(scene, size), Text(PARAGRAPH_PROMPT, supervise=False), Text(text)]
+    return [_given(scene, size), Text(paragraph(scene, rng).text)]
+
+
+def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    return [Text(paragraph(scene, rng).text), Image(draw(scene, size))]
+
+
+def _vqa(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
+    picture = _given(scene, size)
+    if chance(rng, 0.5):
+        segments: list[Segment] = [Text(VQA_BEFORE, supervise=False), picture]
+        prompts = [VQA_AFTER] + [VQA_SHORT] * len(others)
+    else:
+        segments, prompts = [picture], [VQA_SHORT] * (1 + len(others))
+    for asked, prompt in zip((first, *others), prompts, strict=True):
+        segments += [Text(prompt.format(question=asked.question), supervise=False), Text(asked.answer)]
+    return segments
+
+
+def _dialogue(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    told = dialogue(scene, rng, 2 + int(rng.random() * 7))
+    segments: list[Segment] = [_given(scene, size), Text(f"caption: {told.caption.text}", supervise=False)]
+    for turn in told.rounds:
+        segments += [Text(f"question: {turn.question} answer:", supervise=False), Text(f"{turn.answer}.")]
+    return segments
+
+
+def _story(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    """A first picture that its text does not determine is given, not learned."""
+    segments: list[Segment] = []
+    for frame in story(rng, split=split).frames:
+        learned = bool(segments) or not frame.unsaid
+        segments += [Text(frame.text), Image(draw(frame.scene, size), supervise=learned)]
+    return segments
+
+
+def _story_image_first(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    """No text tells what the next picture shows, so the pictures are given."""
+    segments: list[Segment] = []
+    for frame in story(rng, split=split).frames:
+        segments += [_given(frame.scene, size), Text(frame.text)]
+    return segments
+
+
+def _refer(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    meant = referring(scene, rng)
+    box = box_text(boxes(scene, size)[meant.index], size)
+    prompt = Text(REFER_PROMPT.format(text=meant.text), supervise=False)
+    return [_given(scene, size), prompt, Text(f"{box}</box>", attached=True)]
+
+
+def _segmentation(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, split=split)
+    shown = Image(colored(label_map(scene, size)), supervise=False)
+    return [shown, Text(caption(scene, rng).text), Image(draw(scene, size))]
+
+
+def _redraw(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+    scene = random_scene(rng, things=(1, 3), split=split)
+    while any(t.place != "cell" for t in scene.things):
+        scene = random_scene(rng, things=(1, 3), split=split)
+    segments: list[Segment] = [_given(scene, size)]
+    for _ in range(2 if chance(rng, 0.4) else 1):
+        text, scene = redrawn(scene, rng)
+        segments += [Text(text, supervise=False), Image(draw(scene, size))]
+    return segments
+
+
+FORMS: dict[str, Callable[[np.random.Generator, Split | None, int], list[Segment]]] = {
+    "caption": _caption, "draw": _draw, "paragraph": _paragraph, "draw_paragraph": _draw_paragraph, "vqa": _vqa,
+    "dialogue": _dialogue, "story": _story, "story_image_first": _story_image_first, "refer": _refer,
+    "segmentation": _segmentation, "redraw": _redraw,
+}  # fmt: skip

@@ -1,0 +1,66 @@
+"""Expressions that can only mean one thing of a scene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..scene import Scene
+from .phrases import ATTRIBUTES, NOTHING, RELATION_WORDS, attribute, cell_phrase, distinguishing, noun, the
+from .words import chance, choose
+
+
+@dataclass(frozen=True)
+class Referring:
+    """An expression and the index of the thing that it means; `draw.boxes` has its box."""
+
+    text: str
+    index: int
+
+
+def referring(scene: Scene, rng: np.random.Generator) -> Referring:
+    """An expression for a thing chosen by chance: by its looks, where it is, or how it stands to another.
+
+    Raises:
+        ValueError: the scene is empty, or two things in one place look the same.
+    """
+    if not scene.things:
+        raise ValueError("there is nothing in the scene to refer to")
+    index = int(rng.random() * len(scene.things))
+    thing = scene.things[index]
+    more = [n for n in ATTRIBUTES if attribute(thing, n) != NOTHING.get(n)]
+    start = tuple(choose(rng, more) for _ in range(int(rng.random() * 2)))
+    way = choose(rng, ("looks", "looks", "place", "relation"))
+    if way == "relation":
+        text = _by_relation(scene, index, rng)
+        if text is not None:
+            return Referring(text, index)
+    chosen = distinguishing(scene, index, ATTRIBUTES, rng, dict.fromkeys(start))
+    if chosen is not None and way != "place":
+        return Referring(f"the {noun(thing, chosen, rng)}", index)
+    stated = chosen if chosen is not None and chance(rng, 0.5) else tuple(dict.fromkeys(start))
+    rivals = [
+        t for i, t in enumerate(scene.things) if i != index and (t.look.kind, t.cell) == (thing.look.kind, thing.cell)
+    ]
+    if chosen is None and any(all(attribute(t, n) == attribute(thing, n) for n in more) for t in rivals):
+        raise ValueError(f"things that look the same share cell {thing.cell}")
+    if rivals:
+        stated = chosen or tuple(more)
+    return Referring(f"the {noun(thing, stated, rng)} {cell_phrase(thing, rng)}", index)
+
+
+def _by_relation(scene: Scene, index: int, rng: np.random.Generator) -> str | None:
+    """For instance "the fox left of the tree", where only one fox is."""
+    kind = scene.things[index].look.kind
+    for _ in range(2):
+        other = int(rng.random() * len(scene.things))
+        name = the(scene, other, rng)
+        found = scene.relation(index, other) if other != index else []
+        if name is None or not found:
+            continue
+        relation = choose(rng, found)
+        same = [i for i, t in enumerate(scene.things) if t.look.kind == kind and i != other]
+        if sum(relation in scene.relation(i, other) for i in same) == 1:
+            return f"the {kind} {choose(rng, RELATION_WORDS[relation])} {name}"
+    return None
