@@ -19,7 +19,7 @@ from .convert import assemble, convert
 from .download import download
 from .generate import UsageError, generate
 from .info import info
-from .train import train
+from .train import train, train_vae
 from .toyworld import toyworld
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command()(convert)
 app.command()(download)
 app.command()(assemble)
 app.command()(train)
+app.command()(train_vae)
 app.add_typer(toyworld, name="toyworld")
 
 

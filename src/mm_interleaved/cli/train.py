@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..configuration import ConfigError, load_config
-from ..training.config import TrainConfig
+from ..configuration import load_config
+from ..pretrained import FOLDER
+from ..training.config import AutoencoderRunConfig, TrainConfig, TrainingError
 from .results import UsageError
 
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
@@ -19,13 +22,25 @@ Device = Annotated[str | None, typer.Option(help="cpu, to stay there; else an ac
 def train(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train a model of documents, or go on where an interrupted run stopped."""
     loaded = load_config(config, TrainConfig, settings or [])
-    from ..pretrained import FOLDER
-    from ..training.run import train as run
-    from ..training.trainer import TrainingError
+    from ..training import run
 
+    with _errors():
+        run.train(loaded, FOLDER / "tokenizer", device)
+
+
+def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Train the picture autoencoder of a small model."""
+    loaded = load_config(config, AutoencoderRunConfig, settings or [])
+    from ..training import run
+
+    with _errors():
+        run.train_autoencoder(loaded, device)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a user can mend, as one message."""
     try:
-        run(loaded, FOLDER / "tokenizer", device)
-    except (TrainingError, ConfigError) as error:
-        raise UsageError(str(error)) from None
-    except ValueError as error:
+        yield
+    except (TrainingError, ValueError) as error:
         raise UsageError(str(error)) from error

@@ -120,7 +120,7 @@ class Reporter(TrainerCallback):
     def _line(self, step: int, values: dict[str, float]) -> str:
         width = len(str(self.config.steps))
         shown = [f"step {step:{width}}/{self.config.steps}"]
-        shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith(("loss", "eval_"))]
+        shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith(("loss", "psnr", "eval_"))]
         for key, name in (("grad_norm", "grad"), ("learning_rate", "lr")):
             if key in values:
                 shown.append(f"{name} {values[key]:.3g}")

@@ -13,6 +13,10 @@ COMPILES = ("none", "regional")
 RESUMES = ("auto", "never")
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; says why, and what was written about it."""
+
+
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"'{name}' must be one of {', '.join(choices)}, not '{value}'")
@@ -254,3 +258,72 @@ class TrainConfig(RunConfig):
     eval_batches: int = 20
     losses: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+
+
+@dataclass
+class AutoencoderConfig:
+    """Sizes of the autoencoder; the latents' side is the picture's, halved for every width after the first."""
+
+    image_size: int = 128
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 16
+    mid_block_attention: bool = True
+
+
+@dataclass
+class AutoencoderLossConfig:
+    """Weights of the losses; see `training.autoencoder`. `adversarial` 0: no discriminator at all."""
+
+    l1: float = 1.0
+    edges: float = 1.0
+    frequency: float = 0.0
+    kl: float = 1e-6
+    adversarial: float = 0.0
+    adversarial_start: int = 0  # step from which the discriminator's opinion counts
+    discriminator_width: int = 32
+
+
+@dataclass
+class PicturesConfig:
+    """What the autoencoder sees: a folder of pictures, or scenes of the toy world.
+
+    Attributes:
+        folder: every picture below it; None: the toy world.
+        split: of the toy world.
+        count: scenes of an epoch.
+        batch_size: pictures a batch and process.
+        seed: of scenes and order.
+        num_workers: processes that draw or read.
+    """
+
+    folder: str | None = None
+    split: str = "train"
+    count: int = 100_000
+    batch_size: int = 64
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("split", self.split, ("train", "val", "test"))
+        _positive(count=self.count, batch_size=self.batch_size)
+
+
+@dataclass(kw_only=True)
+class AutoencoderRunConfig(RunConfig):
+    """`mmi train-vae`: a picture autoencoder.
+
+    Attributes:
+        autoencoder: its sizes.
+        losses: their weights.
+        data: pictures to learn from.
+        eval_data: held-out pictures, for PSNR and SSIM and for the scale of the latents.
+        eval_batches: how many batches of them.
+    """
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    losses: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    data: PicturesConfig = field(default_factory=PicturesConfig)
+    eval_data: PicturesConfig = field(default_factory=lambda: PicturesConfig(split="val", count=2048))
+    eval_batches: int = 16

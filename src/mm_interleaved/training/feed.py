@@ -172,3 +172,17 @@ def choose_pictures(count: int, fraction: float, seed: int) -> torch.Tensor | No
         return None
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[: math.ceil(fraction * count)].sort().values
+
+
+def prepare_pictures(latents: tuple[int, int, int]) -> Prepare:
+    """The `Prepare` for batches of pictures, with noise of the latents' shape."""
+
+    def prepare(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
+        pixels = batch["pictures"].to(device, non_blocking=True).float() / 127.5 - 1
+        if device.type == "cuda":
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(len(pixels), *latents, generator=generator, device=device)
+        return {"pixels": pixels, "noise": noise, "counts": Served(0, len(pixels), len(pixels))}
+
+    return prepare

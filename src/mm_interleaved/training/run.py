@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +10,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import TrainerCallback, TrainerState
 
 from ..configuration import to_yaml
 from ..data import build_loader
 from ..generation import MMInterleaved
 from ..model.checkpoint import written_aside
 from ..processor import MMInterleavedProcessor
+from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build
 from .callbacks import Housekeeping, Reporter
 from .checkpoints import find_resume
-from .config import RunConfig, TrainConfig
-from .feed import Feed, prepare_documents
+from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig
+from .feed import Feed, prepare_documents, prepare_pictures
 from .flops import step_cost
+from .pictures import PictureLoader
 from .samples import Samples
 from .trainer import RunTrainer, training_arguments
 
@@ -66,6 +70,72 @@ def train(config: TrainConfig, default_tokenizer: Path | None = None, device: st
     if config.sample_every and config.samples.documents and args.process_index == 0:
         trainer.add_callback(Samples(trainer, config, model, processor))
     return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
+
+
+def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -> str | None:
+    """Train a picture autoencoder; arguments, result and errors as for `train`.
+
+    The `final` folder is a diffusers VAE, for `model.vae` of `train`.
+    """
+    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
+    resume = start_run(config)
+    args = training_arguments(config, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        task = AutoencoderTask(config.autoencoder, config.losses)
+    if args.device.type == "cuda":
+        task.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        task.vae.enable_gradient_checkpointing()
+    if config.compile == "regional":
+        task.vae.encoder.compile()
+        task.vae.decoder.compile()
+    ranks = {"rank": args.process_index, "world_size": args.world_size}
+    side = config.autoencoder.image_size
+    latents = (config.autoencoder.latent_channels, *[side // 2 ** (len(config.autoencoder.block_out_channels) - 1)] * 2)
+
+    def feed_of(data: PicturesConfig, seed: int) -> Feed:
+        return Feed(PictureLoader(data, side, **ranks), prepare_pictures(latents), seed, args.device, **ranks)
+
+    trainer = RunTrainer(
+        task,
+        args,
+        config,
+        feed_of(config.data, config.seed),
+        lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches),
+    )
+    trainer.add_callback(Adversary(task, config))
+    return run(trainer, config, resume, console, lambda folder: finish_autoencoder(trainer, task, folder))
+
+
+class Adversary(TrainerCallback):
+    """Lets the discriminator's opinion count from its step on."""
+
+    def __init__(self, task: AutoencoderTask, config: AutoencoderRunConfig) -> None:
+        self.task, self.start = task, config.losses.adversarial_start
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Before each step, so that a resumed run agrees."""
+        self.task.adversarial = state.global_step >= self.start
+
+
+def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path) -> None:
+    """Measure the scale of the latents on held-out pictures, and write the VAE with it and its quality."""
+    if folder.exists() or not trainer.args.should_save:
+        return
+    feed, count = trainer.eval_feed()
+    latents, quality = [], []
+    task.eval()
+    with trainer.averaged(), torch.no_grad():
+        for inputs, _ in zip(feed, range(min(count, STATISTICS_BATCHES)), strict=False):
+            outputs = task(**inputs)
+            latents.append(outputs.latents.float().cpu())
+            quality.append([float(outputs.psnr), float(outputs.ssim)])
+        found = {name: sum(v) / len(v) for name, v in zip(("psnr", "ssim"), zip(*quality, strict=True), strict=True)}
+        scale = latent_scale(torch.cat(latents))
+        with written_aside(folder) as aside:
+            save_autoencoder(task.vae, scale, aside)
+            (aside / "quality.json").write_text(json.dumps({**found, "scaling_factor": scale}, indent=2) + "\n")
 
 
 def start_run(config: RunConfig) -> Path | None:

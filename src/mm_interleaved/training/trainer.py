@@ -19,22 +19,18 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..configuration import to_yaml
 from . import checkpoints
-from .config import RunConfig, ScheduleConfig
+from .config import RunConfig, ScheduleConfig, TrainingError
 from .ema import EMA
 from .feed import Feed
 from .flops import StepCost, peak_flops
 from .meters import Window
 from .optimizer import build_optimizer
 
-PARTS = "loss_"  # outputs of the model that begin so are logged on their own
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; says why, and what was written about it."""
+PARTS = ("loss_", "psnr", "ssim")  # outputs of the model that begin so are logged on their own
 
 
 class RunTrainer(Trainer):
-    """Trains a model that returns `loss` and parts of it called `loss_*`.
+    """Trains a model that returns `loss` and perhaps parts of it (`loss_*`) and measures.
 
     Beyond the Trainer's public methods it overrides two that choose where a checkpoint goes (`_save_checkpoint`,
     `_get_output_dir`), for a checkpoint must not bear its name before it is whole.
@@ -153,7 +149,7 @@ class RunTrainer(Trainer):
                 window.add(outputs["loss"], {"loss": outputs["loss"], **parts})
         model.train()
         measured = window.close(feed.take_counts(), None, None)
-        logs = {f"eval_{n}": v for n, v in measured.items() if n.startswith("loss")}
+        logs = {f"eval_{n}": v for n, v in measured.items() if n.startswith(("loss", *PARTS))}
         self.control.should_evaluate = False  # the Trainer asks once more at the end of its epoch
         self.log(logs)
         return logs
@@ -290,7 +286,7 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         ignore_data_skip=True,  # the feed knows its place
         remove_unused_columns=False,
         seed=config.seed,
-        use_cpu=device == "cpu",
+        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
         ddp_find_unused_parameters=config.ddp.find_unused_parameters,
         ddp_bucket_cap_mb=config.ddp.bucket_cap_mb,
         ddp_broadcast_buffers=False,
