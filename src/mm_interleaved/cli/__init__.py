@@ -11,6 +11,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers 
 import typer
 from transformers.utils import logging as transformers_logging
 
+from ..configuration import ConfigError
 from ..document import DocumentError
 from ..model.checkpoint import CheckpointError
 from .console import console
@@ -18,6 +19,7 @@ from .convert import assemble, convert
 from .download import download
 from .generate import UsageError, generate
 from .info import info
+from .train import train, train_vae
 from .toyworld import toyworld
 
 app = typer.Typer(
@@ -31,6 +33,8 @@ app.command()(info)
 app.command()(convert)
 app.command()(download)
 app.command()(assemble)
+app.command()(train)
+app.command()(train_vae)
 app.add_typer(toyworld, name="toyworld")
 
 
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return app(arguments)
-    except (DocumentError, CheckpointError, UsageError) as error:
+    except (ConfigError, DocumentError, CheckpointError, UsageError) as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
 
