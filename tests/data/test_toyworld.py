@@ -11,6 +11,7 @@ import torch
 
 from mm_interleaved.data import DataError, SourceConfig
 from mm_interleaved.processor import MMInterleavedProcessor
+from mm_interleaved.toyworld.documents import FORM_NAMES
 
 from .world import loader, texts
 
@@ -50,8 +51,7 @@ def test_going_on(processor: MMInterleavedProcessor) -> None:
 
 
 def test_forms_are_chosen(processor: MMInterleavedProcessor) -> None:
-    mix = dict.fromkeys(["draw", "paragraph", "draw_paragraph", "vqa", "dialogue", "story", "story_image_first", "refer",
-                         "segmentation", "redraw"], 0)  # fmt: skip
+    mix = {form: float(form == "caption") for form in FORM_NAMES}
     batches = list(loader(processor, toyworld(options={"size": 64, "mix": mix})))
     rows = re.findall("<s>.*?</s>", "".join(text for b in batches for text in texts(processor, b)))
     assert len(rows) == 6
