@@ -72,20 +72,44 @@ class Text:
 
 
 @dataclass(frozen=True)
+class FileSlice:
+    """A picture that is a part of a larger file, such as a member of a tar archive.
+
+    Attributes:
+        path: the file.
+        offset: where it starts there, in bytes.
+        length: its bytes.
+    """
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """Its bytes; fewer if the file ends too soon."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.offset}"
+
+
+@dataclass(frozen=True)
 class Image:
     """A picture.
 
     Attributes:
-        source: path of a file, or a PIL image; None: an open slot.
+        source: path of a file, part of a file, or a PIL image; None: an open slot.
         supervise: whether training learns to draw it (and to announce it).
         role: who shows it, in a conversation.
         target: another picture for the image decoder to learn in its place; None: the picture itself.
     """
 
-    source: str | Path | PIL.Image.Image | None = None
+    source: str | Path | FileSlice | PIL.Image.Image | None = None
     supervise: bool = True
     role: str | None = None
-    target: str | Path | PIL.Image.Image | None = None
+    target: str | Path | FileSlice | PIL.Image.Image | None = None
 
     @property
     def is_open(self) -> bool:
@@ -505,9 +529,10 @@ def _attach(sentences: list[str], placed: list[tuple[tuple[int, bool], Image]]) 
     return segments
 
 
-def _path_text(source: str | Path | PIL.Image.Image | None, index: int) -> str | None:
-    if isinstance(source, PIL.Image.Image):
-        raise DocumentError("the picture exists only in memory", f"segments[{index}]", "Save it and use its path")
+def _path_text(source: str | Path | FileSlice | PIL.Image.Image | None, index: int) -> str | None:
+    if isinstance(source, (PIL.Image.Image, FileSlice)):
+        problem = "is only part of a file" if isinstance(source, FileSlice) else "exists only in memory"
+        raise DocumentError(f"the picture {problem}", f"segments[{index}]", "Save it and use its path")
     return None if source is None else str(source)
 
 

@@ -11,14 +11,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers 
 import typer
 from transformers.utils import logging as transformers_logging
 
+from ..configuration import ConfigError
+from ..data import DataError
 from ..document import DocumentError
 from ..model.checkpoint import CheckpointError
 from .console import console
 from .convert import assemble, convert
+from .data import data
 from .download import download
 from .generate import UsageError, generate
 from .info import info
 from .toyworld import toyworld
+from .train import train, train_vae
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +35,9 @@ app.command()(info)
 app.command()(convert)
 app.command()(download)
 app.command()(assemble)
+app.command()(train)
+app.command()(train_vae)
+app.add_typer(data, name="data")
 app.add_typer(toyworld, name="toyworld")
 
 
@@ -39,7 +46,7 @@ def main(arguments: list[str] | None = None) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return app(arguments)
-    except (DocumentError, CheckpointError, UsageError) as error:
+    except (ConfigError, DataError, DocumentError, CheckpointError, UsageError) as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
 

@@ -1,1 +1,7 @@
 """Readers of training data and their mixture, down to batches."""
+
+from .config import DataConfig, SourceConfig
+from .loader import DocumentLoader, build_loader
+from .report import DataError, DataReport
+
+__all__ = ["DataConfig", "DataError", "DataReport", "DocumentLoader", "SourceConfig", "build_loader"]

@@ -28,6 +28,7 @@ class MMFSConfig:
     base_size: int | None = None  # offsets count in 1/base_size of the picture's side; None: side of the query map
     max_images: int = 50  # rows of the relative-position table; row 0 is never used
     offset_init: float = 3.0  # offset biases start uniform in +-offset_init
+    enabled: bool = True  # False: the network is built without these synchronizers (an ablation)
 
 
 @dataclass
@@ -223,6 +224,10 @@ class MMInterleavedConfig(PreTrainedConfig):
              f"{sides}"),
             (decoder.mmfs.levels == sides, f"image_decoder.mmfs.levels must be all the picture's maps {sides}, not "
              f"{decoder.mmfs.levels}"),
+            (decoder.unet.get("in_channels", 4) == decoder.unet.get("out_channels", 4) == decoder.vae["latent_channels"],
+             f"image_decoder.unet.in_channels {decoder.unet.get('in_channels', 4)} and out_channels "
+             f"{decoder.unet.get('out_channels', 4)} must equal the VAE's latent_channels "
+             f"{decoder.vae['latent_channels']}"),
             (decoder.resampler.hidden_size == decoder.unet["cross_attention_dim"], "image_decoder.resampler."
              f"hidden_size {decoder.resampler.hidden_size} must equal the UNet's cross_attention_dim "
              f"{decoder.unet['cross_attention_dim']}"),

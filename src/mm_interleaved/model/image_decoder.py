@@ -176,15 +176,19 @@ class ImageDecoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents of `images` [pictures, 3, size, size] in [0, 1], sampled from the posterior with `noise`."""
-        dtype = self.vae.dtype
-        parts = []
-        for batch, draw in zip(
-            images.split(self.config.vae_batch_size), noise.split(self.config.vae_batch_size), strict=True
-        ):
-            posterior = self.vae.encode((2 * batch - 1).to(dtype)).latent_dist
-            parts.append(posterior.mean + posterior.std * draw.to(dtype))
-        return torch.cat(parts) * self.vae.config.scaling_factor
+        """Scaled latents of `images` [pictures, 3, size, size] in [0, 1], sampled from the posterior with `noise`.
+
+        With several times as many noises as pictures, all pictures are sampled once, then all again; the VAE runs once.
+        """
+        dtype, repeats = self.vae.dtype, len(noise) // max(len(images), 1)
+        means, deviations = [], []
+        with torch.autocast(images.device.type, enabled=False):  # the VAE computes in its own type
+            for batch in images.split(self.config.vae_batch_size):
+                posterior = self.vae.encode((2 * batch - 1).to(dtype)).latent_dist
+                means.append(posterior.mean)
+                deviations.append(posterior.std)
+            mean, deviation = (torch.cat(x).repeat(repeats, 1, 1, 1) for x in (means, deviations))
+            return (mean + deviation * noise.to(dtype)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -211,7 +215,7 @@ class ImageDecoder(nn.Module):
             context_mask: [pictures, length]; a picture with at most two context tokens (`<s>`, SOI) does not count.
             earlier: the earlier pictures of each.
             images: [pictures, 3, image_size, image_size] in [0, 1].
-            draws: the random numbers.
+            draws: the random numbers, for all pictures once or several times over; `earlier` likewise.
             image_loss_mask: [pictures] weights; None: all 1.
             normalize: divide by the pictures that count; else by all of them (spec/model 5.6).
 
@@ -220,7 +224,8 @@ class ImageDecoder(nn.Module):
         """
         latents = self.encode(images, draws.posterior).to(self.dtype)
         noise = draws.noise.to(latents)
-        conditions = self.resampler(context, context_mask)
+        repeats = len(noise) // len(images)
+        conditions = self.resampler(context, context_mask).repeat(repeats, 1, 1)
         dropped = draws.unconditional < self.config.unconditional_probability
         conditions = torch.where(dropped[:, None, None], self.negative_prompt(), conditions)
         noisy = self.scheduler.add_noise(latents, noise, draws.timesteps)
@@ -233,6 +238,7 @@ class ImageDecoder(nn.Module):
         weight = (context_mask.sum(1) > 2).to(work)
         if image_loss_mask is not None:
             weight = weight * image_loss_mask
+        weight = weight.repeat(repeats)
         return (error * weight).sum() / (weight.sum().clamp(min=1) if normalize else len(weight))
 
     @torch.no_grad()

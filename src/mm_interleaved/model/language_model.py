@@ -72,7 +72,7 @@ class Synchronizer(nn.Module):
         query = self.query_norm(hidden).flatten(0, 1)[:, None]
         centre = torch.full((1, 1, 2), 0.5, device=hidden.device)
         seen = self.mmfs(query, prepared, visible, memory.shapes, centre, self.base_size)
-        return self.gate.tanh() * seen.view_as(hidden)
+        return (self.gate.tanh() * seen.view_as(hidden)).to(hidden.dtype)
 
 
 class MMFSDecoderLayer(GradientCheckpointingLayer):
@@ -107,7 +107,7 @@ def build_language_model(config: MMInterleavedConfig) -> PreTrainedModel:
     model = AutoModel.from_config(config.text_config)
     layers = []
     for index, layer in enumerate(model.layers):
-        wanted = index % config.mmfs_every == 0
+        wanted = config.mmfs.enabled and index % config.mmfs_every == 0
         layers.append(MMFSDecoderLayer(layer, Synchronizer(config, index // config.mmfs_every) if wanted else None))
     model.layers = nn.ModuleList(layers)
     return model

@@ -6,10 +6,13 @@ visual tokens. Pictures are numbered through the batch in the order of their SOI
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .mmfs import VisibleImages
 
 
 @dataclass
@@ -25,6 +28,126 @@ class ImagePositions:
     rows: Tensor
     columns: Tensor
     starts: Tensor
+
+    def __getitem__(self, index: Tensor) -> ImagePositions:
+        """The positions of some of the pictures."""
+        return ImagePositions(self.rows[index], self.columns[index], self.starts[index])
+
+
+@dataclass
+class Layout:
+    """All that follows from the token ids of a batch: integers only.
+
+    Computed on the CPU beside the batch, it lets a training step run on an accelerator without waiting for it.
+
+    Attributes:
+        positions: where each picture stands.
+        visible: the pictures that each token sees; a group is one token.
+        drawn: [drawn pictures] numbers of the pictures that the image loss looks at.
+        earlier: the pictures that condition each drawing; a group is one drawing, all of `drawn` once, then again.
+        context_length: tokens of the longest context of a drawn picture.
+        labelled: [labelled] index into the flattened rows of each token that predicts a labelled one; None: no labels.
+        targets: [labelled] the tokens they predict; None: no labels.
+        padded: whether padding must be masked. Rows padded on the right need no mask: no real token comes after it.
+    """
+
+    positions: ImagePositions
+    visible: VisibleImages
+    drawn: Tensor
+    earlier: VisibleImages
+    context_length: int
+    labelled: Tensor | None
+    targets: Tensor | None
+    padded: bool
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Layout:
+        """The same layout on another device."""
+        return _to(self, device, non_blocking)
+
+
+def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=non_blocking)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
+    return value
+
+
+def plan(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    document_starts: Tensor | None,
+    *,
+    bos_token_id: int,
+    soi_token_id: int,
+    previous: int,
+    labels: Tensor | None = None,
+    drawn: Tensor | None = None,
+    repeats: int = 1,
+) -> Layout:
+    """The layout of a batch.
+
+    Args:
+        input_ids: [batch, length].
+        attention_mask: [batch, length], 0 at padding.
+        document_starts: [pictures]; see `find_images`.
+        bos_token_id, soi_token_id: ids of `<s>` and of the begin-of-image token.
+        previous: how many earlier pictures a drawing looks at.
+        labels: [batch, length], -100 where nothing is learned.
+        drawn: numbers of the pictures that the image loss looks at; None: all.
+        repeats: how often each of them is drawn.
+
+    Raises:
+        ValueError: `document_starts` is not one number a picture.
+    """
+    positions = find_images(input_ids, attention_mask, soi_token_id, document_starts)
+    if len(positions.starts) != len(positions.rows):
+        raise ValueError(f"document_starts has {len(positions.starts)} entries for {len(positions.rows)} pictures")
+    images = visible_images(input_ids, attention_mask, bos_token_id, soi_token_id)
+    routes = token_routes(input_ids, attention_mask, images, positions, bos_token_id)
+    if drawn is None:
+        drawn = torch.arange(len(positions.rows), device=input_ids.device)
+    lengths = (positions.columns - positions.starts + 1)[drawn]
+    earlier = previous_images(positions, previous)[drawn].repeat(repeats, 1)
+    labelled = targets = None
+    if labels is not None:
+        wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        labelled = (wanted != -100).nonzero()[:, 0]
+        targets = wanted[labelled]
+    return Layout(
+        positions,
+        VisibleImages(images.flatten(0, 1), routes),
+        drawn,
+        VisibleImages.build(earlier, len(positions.rows)),
+        int(lengths.max()) if len(lengths) else 0,
+        labelled,
+        targets,
+        padded=not bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()),
+    )
+
+
+def token_routes(
+    input_ids: Tensor, attention_mask: Tensor, images: Tensor, positions: ImagePositions, bos_token_id: int
+) -> Tensor:
+    """`VisibleImages.routes` of `images` [batch, length, slots] from `visible_images`, without sorting.
+
+    The tokens that see a picture are those from its SOI to the end of its document.
+    """
+    slots, length = images.shape[2], input_ids.shape[1]
+    rows, number = positions.rows, torch.arange(len(positions.rows), device=input_ids.device)
+    if slots == 0:
+        return input_ids.new_zeros(len(rows), 0)
+    place = torch.arange(length, device=input_ids.device)
+    starts = torch.where(input_ids == bos_token_id, place, length)
+    following = starts.flip(1).cummin(1).values.flip(1)  # the next `<s>` at or after each column
+    ends = following[rows, positions.columns]
+    longest = int((ends - positions.columns).max()) - 1
+    columns = positions.columns[:, None] + 1 + torch.arange(longest, device=input_ids.device)
+    inside = columns < ends[:, None]
+    columns = columns.clamp(max=length - 1)
+    inside &= attention_mask[rows[:, None], columns] != 0
+    slot = images[rows[:, None], columns, 0] - number[:, None]  # the most recent picture has slot 0
+    return torch.where(inside, (rows[:, None] * length + columns) * slots + slot, -1)
 
 
 def find_images(
@@ -83,18 +206,24 @@ def previous_images(positions: ImagePositions, width: int) -> Tensor:
     return images[:, :slots]
 
 
-def reversed_context(hidden: Tensor, positions: ImagePositions) -> tuple[Tensor, Tensor]:
+def reversed_context(
+    hidden: Tensor, positions: ImagePositions, longest: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The tokens of each picture's document up to its SOI, last one first.
 
     Args:
         hidden: [batch, length, width].
+        positions: the pictures.
+        longest: length of the longest context, if it is known.
 
     Returns:
         Context [pictures, longest, width], padded with whatever stands at the row's start, and its mask
         [pictures, longest], 1 on real entries.
     """
     lengths = positions.columns - positions.starts + 1
-    steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=hidden.device)
+    if longest is None:
+        longest = int(lengths.max()) if len(lengths) else 0
+    steps = torch.arange(longest, device=hidden.device)
     mask = (steps < lengths[:, None]).long()
     columns = (positions.columns[:, None] - steps).clamp(min=0)
     return hidden[positions.rows[:, None], columns], mask

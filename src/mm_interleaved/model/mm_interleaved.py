@@ -24,7 +24,7 @@ from ..ops import promote
 from .config import MMInterleavedConfig
 from .image_decoder import DiffusionDraws, ImageDecoder, LearnedTokens
 from .language_model import ImageMemory, build_language_model, image_memory, synchronizers
-from .layout import ImagePositions, document_mask, find_images, previous_images, reversed_context, visible_images
+from .layout import ImagePositions, Layout, document_mask, plan, reversed_context
 from .mmfs import VisibleImages
 from .positions import PositionTable
 from .unet import EarlierImages
@@ -154,12 +154,15 @@ class MMInterleavedModel(PreTrainedModel):
         memory.prepared = [s.prepare(memory.features) for s in synchronizers(self.language_model)]
         return memory
 
-    def embed(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, image_tokens: Tensor | None, positions: ImagePositions | None = None
+    ) -> Tensor:
         """Token embeddings [batch, length, width], with pictures in place and `soi_token` added to every SOI.
 
         Args:
             input_ids: [batch, length].
             image_tokens: [pictures, num_image_tokens, width] in the order of their slots; None: no picture.
+            positions: of their SOI tokens, if they are known, each followed by all its slots; None: looked for.
 
         Raises:
             ValueError: the number of image slots is not num_image_tokens times the number of pictures.
@@ -169,8 +172,12 @@ class MMInterleavedModel(PreTrainedModel):
         embeds = torch.where(is_soi, embeds + self.soi_token().to(embeds), embeds)
         if image_tokens is None:
             return embeds
-        slots = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)
         flat = image_tokens.flatten(0, 1).to(embeds)
+        if positions is not None:
+            steps = torch.arange(1, image_tokens.shape[1] + 1, device=embeds.device)
+            columns = positions.columns[:, None] + steps
+            return embeds.index_put((positions.rows[:, None].expand_as(columns).flatten(), columns.flatten()), flat)
+        slots = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)
         if len(slots[0]) != len(flat):
             raise ValueError(
                 f"input_ids holds {len(slots[0])} image tokens, but {len(image_tokens)} pictures need {len(flat)} "
@@ -182,8 +189,8 @@ class MMInterleavedModel(PreTrainedModel):
         self,
         embeds: Tensor,
         memory: ImageMemory,
-        images: Tensor,
-        attention_mask: Tensor,
+        images: Tensor | VisibleImages,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
@@ -193,13 +200,14 @@ class MMInterleavedModel(PreTrainedModel):
             embeds: [batch, length, width].
             memory: the pictures.
             images: [batch, length, slots] pictures each token sees, most recent first, -1 = none.
-            attention_mask: [batch, past + length] 1 = real, or an additive mask [batch, 1, length, length].
+            attention_mask: [batch, past + length] 1 = real, or an additive mask [batch, 1, length, length]; None: causal.
             position_ids: [batch, length]; None: counted from 0.
             past_key_values: a cache to read and extend; None: none.
 
         Returns:
             Hidden states after the last norm, [batch, length, width].
         """
+        visible = images if isinstance(images, VisibleImages) else VisibleImages.build(images.flatten(0, 1), len(memory))
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -207,17 +215,19 @@ class MMInterleavedModel(PreTrainedModel):
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             memory=memory,
-            visible=VisibleImages.build(images.flatten(0, 1), len(memory)),
+            visible=visible,
         ).last_hidden_state
 
-    def image_context(self, hidden: Tensor, positions: ImagePositions) -> tuple[Tensor, Tensor]:
+    def image_context(
+        self, hidden: Tensor, positions: ImagePositions, longest: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the image decoder reads for each picture: its document up to the SOI, reversed (spec/model 5.1).
 
         Returns:
             [pictures, longest, width] projected and with positions counted back from the SOI, and the mask
             [pictures, longest].
         """
-        context, mask = reversed_context(hidden, positions)
+        context, mask = reversed_context(hidden, positions, longest)
         return self.project_context(context, mask), mask
 
     def project_context(self, context: Tensor, mask: Tensor) -> Tensor:
@@ -250,6 +260,7 @@ class MMInterleavedModel(PreTrainedModel):
         loss_image_weight: float | None = None,
         draws: DiffusionDraws | None = None,
         generator: torch.Generator | None = None,
+        layout: Layout | None = None,
         return_logits: bool | None = None,
         **kwargs: object,
     ) -> MMInterleavedOutput:
@@ -265,7 +276,9 @@ class MMInterleavedModel(PreTrainedModel):
             target_pixel_values: [pictures, 3, decoder size, decoder size] in [0, 1], what the image decoder shall draw.
             image_loss_mask: [pictures] weight of each picture in the image loss; None: all 1.
             loss_text_weight, loss_image_weight: override the configuration's.
-            draws: the random numbers of the image loss; None: drawn from `generator`, or else from PyTorch's own.
+            draws: the random numbers of the image loss, for every picture of `layout.drawn` once or several times; None:
+                once, drawn from `generator`, or else from PyTorch's own.
+            layout: what `plan` made of this batch, if that was done beforehand.
             return_logits: None: only when there is no loss to compute.
 
         Raises:
@@ -273,23 +286,27 @@ class MMInterleavedModel(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        features, memory = self._look(pixel_values)
-        positions = self._positions(input_ids, attention_mask, len(memory), document_starts)
         config = self.config
-        images = visible_images(input_ids, attention_mask, config.bos_token_id, config.soi_token_id)
-        embeds = self.embed(input_ids, features.tokens if features else None)
-        mask = attention_mask
+        features, memory = self._look(pixel_values)
+        known = layout is not None
+        layout = layout or self.plan(input_ids, attention_mask, document_starts, labels)
+        if len(layout.positions.rows) != len(memory):
+            raise ValueError(
+                f"input_ids holds {len(layout.positions.rows)} begin-of-image tokens, but there are {len(memory)} pictures"
+            )
+        embeds = self.embed(input_ids, features.tokens if features else None, layout.positions if known else None)
+        mask = attention_mask if layout.padded else None
         if config.isolate_documents:
             mask = document_mask(input_ids, attention_mask, config.bos_token_id, embeds.dtype)
-        hidden = self.decode(embeds, memory, images, mask, position_ids)
+        hidden = self.decode(embeds, memory, layout.visible, mask, position_ids)
 
         text_weight = config.loss_text_weight if loss_text_weight is None else loss_text_weight
         image_weight = config.loss_image_weight if loss_image_weight is None else loss_image_weight
-        loss_txt = self._text_loss(hidden, labels) if labels is not None and text_weight else None
+        loss_txt = self._text_loss(hidden, layout) if labels is not None and text_weight else None
         loss_img = None
-        if target_pixel_values is not None and len(memory) and image_weight:
-            draws = draws or self.image_decoder.draw(len(memory), generator)
-            loss_img = self._image_loss(hidden, positions, features, target_pixel_values, image_loss_mask, draws)
+        if target_pixel_values is not None and len(layout.drawn) and image_weight:
+            draws = draws or self.image_decoder.draw(len(layout.drawn), generator)
+            loss_img = self._image_loss(hidden, layout, features, target_pixel_values, image_loss_mask, draws)
         parts = [w * x for w, x in ((text_weight, loss_txt), (image_weight, loss_img)) if x is not None]
         wants_logits = not parts if return_logits is None else return_logits
         logits = self.lm_head(hidden) if wants_logits else None
@@ -314,43 +331,51 @@ class MMInterleavedModel(PreTrainedModel):
         shapes = [(0, width, side, side) for side in self.config.pyramid_sides]
         return [torch.zeros(shape, dtype=self.dtype, device=self.compute_device) for shape in shapes]
 
-    def _positions(
-        self, input_ids: Tensor, attention_mask: Tensor, num_images: int, document_starts: Tensor | None
-    ) -> ImagePositions:
-        """Where the pictures stand, checked against how many there are."""
-        positions = find_images(input_ids, attention_mask, self.config.soi_token_id, document_starts)
-        found = len(positions.rows)
-        if found != num_images:
-            raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {num_images} pictures")
-        if len(positions.starts) != found:
-            raise ValueError(f"document_starts has {len(positions.starts)} entries for {found} pictures")
-        return positions
+    def plan(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        document_starts: Tensor | None = None,
+        labels: Tensor | None = None,
+        drawn: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Layout:
+        """The layout of a batch, for `forward`; see `layout.plan`. Done on the CPU, it spares the device all waiting."""
+        return plan(
+            input_ids,
+            attention_mask,
+            document_starts,
+            bos_token_id=self.config.bos_token_id,
+            soi_token_id=self.config.soi_token_id,
+            previous=self.config.image_decoder.previous_images,
+            labels=labels,
+            drawn=drawn,
+            repeats=repeats,
+        )
 
-    def _text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _text_loss(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Cross-entropy over the labelled positions; 0, with a gradient of 0, if there are none."""
-        targets = labels[:, 1:]
-        labelled = targets != -100
-        logits = self.lm_head(hidden[:, :-1][labelled])  # logits only where something is to be learned
-        total = F.cross_entropy(logits.to(promote(logits.dtype)), targets[labelled], reduction="sum")
-        return total / labelled.sum().clamp(min=1)
+        logits = self.lm_head(hidden.flatten(0, 1)[layout.labelled])  # only where something is to be learned
+        total = F.cross_entropy(logits.to(promote(logits.dtype)), layout.targets, reduction="sum")
+        return total / max(len(layout.targets), 1)
 
     def _image_loss(
         self,
         hidden: Tensor,
-        positions: ImagePositions,
+        layout: Layout,
         features: VisualFeatures,
         targets: Tensor,
         image_loss_mask: Tensor | None,
         draws: DiffusionDraws,
     ) -> Tensor:
-        context, mask = self.image_context(hidden, positions)
-        images = previous_images(positions, self.config.image_decoder.previous_images)
+        drawn = layout.drawn
+        context, mask = self.image_context(hidden, layout.positions[drawn], layout.context_length)
         return self.image_decoder.loss(
             context,
             mask,
-            EarlierImages.build(features.pyramid, images),
-            targets.to(self.compute_device),
+            EarlierImages.of(features.pyramid, layout.earlier),
+            targets.to(self.compute_device)[drawn],
             draws.to(self.compute_device),
-            image_loss_mask,
+            None if image_loss_mask is None else image_loss_mask[drawn],
             self.config.normalize_image_loss,
         )

@@ -40,9 +40,13 @@ class EarlierImages:
     @classmethod
     def build(cls, pyramid: list[Tensor], images: Tensor) -> EarlierImages:
         """From maps [pictures, width, side, side] and the pictures each drawing sees [drawings, slots], -1 = none."""
+        return cls.of(pyramid, VisibleImages.build(images, len(pyramid[0])))
+
+    @classmethod
+    def of(cls, pyramid: list[Tensor], visible: VisibleImages) -> EarlierImages:
+        """The same, with the pictures of each drawing sorted already."""
         features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], dim=1)
-        shapes = [(m.shape[-2], m.shape[-1]) for m in pyramid]
-        return cls(features, shapes, VisibleImages.build(images, len(features)))
+        return cls(features, [(m.shape[-2], m.shape[-1]) for m in pyramid], visible)
 
     def for_guidance(self, unconditional_sees: bool) -> EarlierImages:
         """For a batch with the unconditional copy of every drawing first; nothing large is copied."""
@@ -108,6 +112,8 @@ class MMFSUNet(UNet2DConditionModel):
                 )
         self.synchronizers = nn.ModuleList(
             [UNetSynchronizer(config, channels, side, feature_size) for channels, side in config.skip_shapes()]
+            if config.mmfs.enabled
+            else []
         )
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
@@ -136,7 +142,7 @@ class MMFSUNet(UNet2DConditionModel):
             skips += outputs
         sample = self.mid_block(sample, time, encoder_hidden_states=conditions)
 
-        if earlier is not None:
+        if earlier is not None and len(self.synchronizers):
             prepared = earlier.prepared or [None] * len(self.synchronizers)
             tensors = zip(self.synchronizers, [*skips, sample], prepared, strict=True)
             *skips, sample = (synchronizer(x, earlier, p) for synchronizer, x, p in tensors)

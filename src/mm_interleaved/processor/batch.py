@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_NOT_TENSORS = ("source", "loss_text_weight", "loss_image_weight")
+
 
 @dataclass
 class Batch(Mapping[str, Tensor]):
@@ -26,6 +28,10 @@ class Batch(Mapping[str, Tensor]):
         labels: [batch, length] int64, the token to learn at each position or -100; None for generation.
         target_pixel_values: [pictures, 3, target_size, target_size] float32 in [0, 1], what to draw; None likewise.
         image_loss_mask: [pictures] float32, 1 where the picture is to be learned; None likewise.
+        source: name of the data source that the rows come from, if it is known. This and the weights are not tensors,
+            and not part of the mapping.
+        loss_text_weight: of this batch, instead of the trainer's; None: as the trainer says.
+        loss_image_weight: likewise.
     """
 
     input_ids: Tensor
@@ -37,6 +43,9 @@ class Batch(Mapping[str, Tensor]):
     labels: Tensor | None = None
     target_pixel_values: Tensor | None = None
     image_loss_mask: Tensor | None = None
+    source: str | None = None
+    loss_text_weight: float | None = None
+    loss_image_weight: float | None = None
 
     def __getitem__(self, key: str) -> Tensor:
         value = getattr(self, key, None) if key in self._names() else None
@@ -52,11 +61,15 @@ class Batch(Mapping[str, Tensor]):
 
     @classmethod
     def _names(cls) -> list[str]:
-        return [f.name for f in dataclasses.fields(cls)]
+        return [f.name for f in dataclasses.fields(cls) if f.name not in _NOT_TENSORS]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(**{name: self[name].to(device) for name in self})
+        return dataclasses.replace(self, **{name: self[name].to(device, non_blocking=True) for name in self})
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU are fast."""
+        return dataclasses.replace(self, **{name: self[name].pin_memory() for name in self})
 
 
 def build_labels(

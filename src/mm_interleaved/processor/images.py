@@ -3,35 +3,67 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from ..document import DocumentError
+from ..document import DocumentError, FileSlice
 
 MAX_PIXELS = 178_956_970  # where PIL itself suspects a decompression bomb (about 13400 x 13400)
 
 
-def load_picture(source: str | Path | PIL.Image.Image, where: str = "") -> PIL.Image.Image:
+def open_picture(source: str | Path | FileSlice | PIL.Image.Image, where: str = "") -> PIL.Image.Image:
+    """A picture whose header has been read, but not yet its pixels.
+
+    Raises:
+        DocumentError: missing, empty, too large, or in no format that PIL reads.
+    """
+    with _explained(source, where), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        image = source
+        if not isinstance(source, PIL.Image.Image):
+            image = PIL.Image.open(BytesIO(source.read()) if isinstance(source, FileSlice) else source)
+        if image.width * image.height > MAX_PIXELS:
+            raise PIL.Image.DecompressionBombError
+        return image
+
+
+def load_picture(
+    source: str | Path | FileSlice | PIL.Image.Image, where: str = "", draft: int | None = None
+) -> PIL.Image.Image:
     """An RGB picture from a file or a PIL image: the first frame, upright, at 8 bits a channel.
+
+    Args:
+        source: where it is.
+        where: the place to name in errors.
+        draft: decode a JPEG at a fraction of its size, as long as both sides keep this many pixels. Faster for large
+            pictures; the pixels differ a little.
 
     Raises:
         DocumentError: missing, empty, truncated, too large, or in no format that PIL reads.
     """
+    image = open_picture(source, where)
+    with _explained(source, where):
+        if draft:
+            image.draft(None, (draft, draft))
+        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _explained(source: str | Path | FileSlice | PIL.Image.Image, where: str) -> Iterator[None]:
+    """What PIL raises as errors for people."""
     name = "the picture" if isinstance(source, PIL.Image.Image) else f"'{source}'"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
-            if image.width * image.height > MAX_PIXELS:
-                raise PIL.Image.DecompressionBombError
-            return _to_rgb(PIL.ImageOps.exif_transpose(image))
+        yield
     except FileNotFoundError:
         raise DocumentError(f"{name} does not exist", where, "Check the path") from None
     except PIL.UnidentifiedImageError:
-        empty = not isinstance(source, PIL.Image.Image) and Path(source).stat().st_size == 0
+        empty = _size(source) == 0
         problem = "is empty (0 bytes)" if empty else "is not a picture that can be read"
         raise DocumentError(f"{name} {problem}", where, "Save it as PNG or JPEG") from None
     except PIL.Image.DecompressionBombError:
@@ -40,6 +72,12 @@ def load_picture(source: str | Path | PIL.Image.Image, where: str = "") -> PIL.I
         ) from None
     except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for damaged data
         raise DocumentError(f"{name} is damaged: {error}", where, "Restore it from its source") from None
+
+
+def _size(source: str | Path | FileSlice | PIL.Image.Image) -> int | None:
+    if isinstance(source, FileSlice):
+        return source.length
+    return None if isinstance(source, PIL.Image.Image) else Path(source).stat().st_size
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

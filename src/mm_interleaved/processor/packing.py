@@ -74,7 +74,7 @@ def pack(
             that holds it ("document"; a document that fills the whole row is cut before the picture all the same).
         keep_last: whether what remains at the end makes a row, however short.
     """
-    rules = _Rules(length, num_image_tokens, bos_token_id, soi_token_id, max_images, cut)
+    rules = PackingRules(length, num_image_tokens, bos_token_id, soi_token_id, max_images, cut)
     buffer = TokenStream.empty()
     for document in documents:
         buffer = buffer + document
@@ -89,7 +89,9 @@ def pack(
 
 
 @dataclass(frozen=True)
-class _Rules:
+class PackingRules:
+    """Where rows end; for the meaning of the fields see `pack`."""
+
     length: int
     num_image_tokens: int
     bos_token_id: int

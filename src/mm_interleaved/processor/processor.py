@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..document import Document, DocumentError, Image, Segment, Text
 from ..model.config import MMInterleavedConfig
 from .batch import Batch, build_labels
-from .images import CROPS, load_picture, to_array
+from .images import CROPS, load_picture
 from .packing import Cut, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
 
@@ -31,6 +31,18 @@ CHAT_TEMPLATE = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
 """
+
+
+class Views(NamedTuple):
+    """One picture in both sizes.
+
+    Attributes:
+        seen: uint8 [image_size, image_size, 3].
+        drawn: uint8 [target_size, target_size, 3]; None: not needed.
+    """
+
+    seen: np.ndarray
+    drawn: np.ndarray | None
 
 
 class MMInterleavedProcessor(ProcessorMixin):
@@ -289,9 +301,23 @@ class MMInterleavedProcessor(ProcessorMixin):
         training: bool = False,
         padding_side: Literal["left", "right"] = "right",
         ignore_text_before_image: bool | Sequence[bool] = False,
+        views: Sequence[Views] | None = None,
+        pad_to: int = 0,
     ) -> Batch:
-        """Rows of tokens as a batch; reads the pictures."""
-        longest = max(len(s) for s in streams)
+        """Rows of tokens as a batch.
+
+        Args:
+            streams: the rows.
+            training: add labels, targets and the image-loss mask.
+            padding_side: where shorter rows are filled up.
+            ignore_text_before_image: as in `__call__`.
+            views: the pictures as `views` returns them; None: they are read here.
+            pad_to: shortest length of the rows.
+
+        Raises:
+            DocumentError: a picture cannot be read.
+        """
+        longest = max(pad_to, *(len(s) for s in streams))
         ids = np.full((len(streams), longest), self.tokenizer.pad_token_id, np.int64)
         mask, learned = np.zeros_like(ids), np.zeros(ids.shape, bool)
         starts: list[int] = []
@@ -306,12 +332,12 @@ class MMInterleavedProcessor(ProcessorMixin):
         input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
         images = [image for stream in streams for image in stream.images]
         rows = [row for row, stream in enumerate(streams) for _ in stream.images]
-        pictures = [load_picture(image.source) for image in images]
+        views = [self.views(image, training) for image in images] if views is None else views
         batch = Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            pixel_values=self.pixels(pictures, self.image_size),
+            pixel_values=_stack([v.seen for v in views], self.image_size),
             image_rows=torch.tensor(rows, dtype=torch.long),
             document_starts=torch.tensor(starts, dtype=torch.long),
         )
@@ -325,16 +351,35 @@ class MMInterleavedProcessor(ProcessorMixin):
                 learned=torch.from_numpy(learned),
                 ignore_text_before_image=torch.as_tensor(ignore_text_before_image),
             )
-            targets = [p if i.target is None else load_picture(i.target) for p, i in zip(pictures, images, strict=True)]
-            batch.target_pixel_values = self.pixels(targets, self.target_size)
+            batch.target_pixel_values = _stack([v.drawn for v in views], self.target_size)
             batch.image_loss_mask = torch.tensor([float(i.supervise) for i in images])
         return batch
 
     def pixels(self, pictures: Sequence[PIL.Image.Image], size: int | None = None) -> torch.Tensor:
         """RGB pictures as float32 [pictures, 3, size, size] in [0, 1]; size None: the encoder's."""
         size = size or self.image_size
-        arrays = [to_array(CROPS[self.crop](picture, size)) for picture in pictures]
-        return torch.from_numpy(np.stack(arrays)) if arrays else torch.zeros(0, 3, size, size)
+        return _stack([CROPS[self.crop](picture, size) for picture in pictures], size)
+
+    def views(self, image: Image, training: bool, draft: bool = False) -> Views:
+        """A picture as the model sees it and, for training, as it is to draw it; both from one decoding.
+
+        Args:
+            image: the segment.
+            training: whether the view to draw is needed.
+            draft: decode large JPEGs at a fraction of their size; see `load_picture`.
+
+        Raises:
+            DocumentError: it cannot be read.
+        """
+        crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
+        picture = load_picture(image.source, draft=least)
+        seen = crop(picture, self.image_size)
+        if not training:
+            return Views(seen, None)
+        target = picture if image.target is None else load_picture(image.target, draft=least)
+        if image.target is None and self.target_size == self.image_size:
+            return Views(seen, seen)
+        return Views(seen, crop(target, self.target_size))
 
     # ---- and back
 
@@ -364,6 +409,14 @@ class MMInterleavedProcessor(ProcessorMixin):
             elif token != self.image_token_id:
                 run.append(token)
         return Document(segments)
+
+
+def _stack(pictures: Sequence[np.ndarray], size: int) -> torch.Tensor:
+    """uint8 pictures [size, size, 3] as float32 [pictures, 3, size, size] in [0, 1]."""
+    if not pictures:
+        return torch.zeros(0, 3, size, size)
+    channels_first = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _name(index: int, document: Document) -> str:

@@ -1,1 +1,1 @@
-"""Training: configuration, optimizer, the trainer, the autoencoder's own training."""
+"""Training: runs from YAML settings, with exact resumption, on one process or many."""

@@ -1,0 +1,5 @@
+"""`python -m mm_interleaved.cli`, for torchrun."""
+
+from . import main
+
+main()

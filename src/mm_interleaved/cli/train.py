@@ -1,0 +1,46 @@
+"""`mmi train`: train a model from a YAML file; works under torchrun as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..configuration import load_config
+from ..pretrained import FOLDER
+from ..training.config import AutoencoderRunConfig, TrainConfig, TrainingError
+from .results import UsageError
+
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of a run; see configs/.", metavar="CONFIG")]
+Device = Annotated[str | None, typer.Option(help="cpu, to stay there; else an accelerator if there is one.")]
+
+
+def train(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Train a model of documents, or go on where an interrupted run stopped."""
+    loaded = load_config(config, TrainConfig, settings or [])
+    from ..training import run
+
+    with _errors():
+        run.train(loaded, FOLDER / "tokenizer", device)
+
+
+def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Train the picture autoencoder of a small model."""
+    loaded = load_config(config, AutoencoderRunConfig, settings or [])
+    from ..training import run
+
+    with _errors():
+        run.train_autoencoder(loaded, device)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a user can mend, as one message."""
+    try:
+        yield
+    except (TrainingError, ValueError) as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,326 @@
+"""From settings to batches: worker processes, exact resume, and a report of what was read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from ..document import DocumentError
+from ..processor import Batch, MMInterleavedProcessor
+from ..processor.packing import TokenStream
+from ..processor.processor import Views
+from .config import DataConfig
+from .mixture import Drawn, Mixture
+from .readers import LITERAL, make_reader
+from .report import DataError, DataReport
+from .stream import Place, SourceStream
+
+Parcel = tuple[Batch | None, dict[str, Any]]  # a batch, and what a worker has to say with it
+
+
+def build_loader(
+    config: DataConfig,
+    processor: MMInterleavedProcessor,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    folder: str | Path = ".",
+) -> DocumentLoader:
+    """A loader of batches.
+
+    Args:
+        config: sources and their mixture.
+        processor: of the model.
+        rank: number of this process among those that train together; each reads its own part.
+        world_size: how many they are.
+        folder: where relative paths of the sources start.
+
+    Raises:
+        DataError: a folder does not exist, or no file matches a pattern.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of {world_size}")
+    for source in config.sources:
+        make_reader(source, Path(folder))  # complains now, and not in a worker
+    return DocumentLoader(config, processor, rank, world_size, Path(folder))
+
+
+class DocumentLoader:
+    """Batches for one process of a run. Iterating over it reads one epoch; afterwards comes the next.
+
+    Args: see `build_loader`.
+    """
+
+    def __init__(
+        self, config: DataConfig, processor: MMInterleavedProcessor, rank: int, world_size: int, folder: Path
+    ) -> None:
+        self.config = config
+        self._dataset = _PackedRows(config, processor, rank, world_size, folder)
+        self._report = DataReport()
+        self._batches = 0  # of this epoch
+        self._barren: dict[str, set[int]] = {}
+        self._warned: set[str] = set()
+        self._given_up: set[str] = set()
+        self._pending: dict[str, Any] | None = None  # a state that iteration is to begin from
+        self._loader: StatefulDataLoader | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is being read or comes next."""
+        return self._dataset.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch iteration begins; another one than that of a loaded state drops the state."""
+        if epoch != self._dataset.epoch:
+            self._pending = self._loader = None
+        self._dataset.epoch = epoch
+
+    def report(self) -> DataReport:
+        """What was read and left out so far, in the batches that were handed out."""
+        return DataReport(self._report.to_dict())
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._loader = self._make_loader()
+        self._barren, self._given_up = {}, set()
+        if self._pending is not None:
+            self._loader.load_state_dict(self._pending)
+            self._pending = None
+        else:
+            self._batches = 0
+        for batch, message in self._loader:
+            self._hear(message)
+            if batch is not None:
+                self._batches += 1
+                yield batch
+        self._loader = None
+        self._dataset.epoch += 1
+        if not self._batches:
+            counts = "\n".join(f"{s}: {'; '.join(self._report.lines(s))}" for s in self._report.sources)
+            raise DataError(f"an epoch of the data has no batch:\n{counts}")
+
+    def _make_loader(self) -> StatefulDataLoader:
+        workers = self.config.num_workers
+        pin = torch.cuda.is_available() if self.config.pin_memory is None else self.config.pin_memory
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata with a newer torch
+            return StatefulDataLoader(
+                self._dataset,
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                prefetch_factor=self.config.prefetch_factor if workers else None,
+                multiprocessing_context=self.config.start_method if workers else None,
+                pin_memory=pin,
+                generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone
+            )
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """Add up the report of a worker; complain of sources that give nothing."""
+        self._report.merge(message["report"])
+        for source in self._report.sources:
+            if source not in self._warned and self._report.rejected(source).get(LITERAL):
+                self._warned.add(source)
+                example = self._report.examples(source)[LITERAL]
+                warnings.warn(
+                    f"source '{source}' has Python literals instead of JSON (first: {example}); they are read, slowly",
+                    stacklevel=3,
+                )
+        for source in message["barren"]:
+            workers = self._barren.setdefault(source, set())
+            workers.add(message["worker"])
+            if len(workers) == max(self.config.num_workers, 1) and source not in self._given_up:
+                self._given_up.add(source)
+                problem = f"source '{source}' gave no batch in a whole pass: {'; '.join(self._report.lines(source))}"
+                if self._dataset.world_size == 1:
+                    raise DataError(problem)
+                warnings.warn(f"rank {self._dataset.rank}: {problem}", stacklevel=3)  # others may have more of it
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where reading stands after the batch handed out last; small, plain data."""
+        loader = self._pending if self._loader is None else self._loader.state_dict()
+        return {"epoch": self.epoch, "batches": self._batches, "loader": loader, "report": self._report.to_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called, with the next iteration.
+
+        Raises:
+            DataError: the state belongs to other settings (when iteration begins, also: to other data).
+        """
+        if state["loader"] is not None:
+            workers = len(state["loader"].get("_snapshot", {}).get("_worker_snapshots", {}))
+            if workers != self.config.num_workers:
+                raise DataError(
+                    f"the state was saved with {workers} workers, but 'num_workers' is {self.config.num_workers}"
+                )
+        self._dataset.epoch = state["epoch"]
+        self._pending, self._loader = state["loader"], None
+        self._batches, self._report = state["batches"], DataReport(state["report"])
+
+
+def _as_it_is(parcel: Parcel) -> Parcel:
+    """Instead of torch's conversion, which would make a dictionary of a batch."""
+    return parcel
+
+
+class _PackedRows(IterableDataset):
+    """What a worker process runs: sources, mixture, pictures, tensors."""
+
+    def __init__(
+        self, config: DataConfig, processor: MMInterleavedProcessor, rank: int, world_size: int, folder: Path
+    ) -> None:
+        self.config, self.processor, self.rank, self.world_size = config, processor, rank, world_size
+        self.folder, self.epoch = folder, 0
+        self._current: _Parcels | None = None
+        self._resume: dict[str, Any] | None = None
+
+    def __iter__(self) -> _Parcels:
+        worker = get_worker_info()
+        place = Place(self.rank, self.world_size, *((worker.id, worker.num_workers) if worker else (0, 1)))
+        self._current = _Parcels(self.config, self.processor, self.epoch, place, self.folder, self._resume)
+        self._resume = None
+        return self._current
+
+    def state_dict(self) -> dict[str, Any]:
+        """For StatefulDataLoader, after each parcel."""
+        return {} if self._current is None else self._current.position()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For StatefulDataLoader, before iteration."""
+        self._resume = state or None
+
+
+class _Parcels:
+    """The parcels of one epoch for one process."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: MMInterleavedProcessor,
+        epoch: int,
+        place: Place,
+        folder: Path,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self._config, self._processor, self._place = config, processor, place
+        self._report = DataReport()
+        self._done = False
+        readers = [make_reader(source, folder) for source in config.sources]
+        streams = [
+            SourceStream(
+                source,
+                reader,
+                processor,
+                index=index,
+                seed=config.seed,
+                epoch=0 if "BUG-6" in config.compat else epoch,
+                place=place,
+                forever=config.sampling == "forever",
+                report=self._report,
+            )
+            for index, (source, reader) in enumerate(zip(config.sources, readers, strict=True))
+        ]
+        self._mixture = Mixture(config, streams, epoch, place)
+        sources = [[s.name, len(r.shards.names)] for s, r in zip(config.sources, readers, strict=True)]
+        self._identity = [config.seed, epoch, place.consumer, place.consumers, sources]
+        if state is not None:
+            if state["identity"] != self._identity:
+                raise DataError(
+                    "the saved state belongs to other data settings: seed, epoch, process, processes and sources were "
+                    f"{state['identity']}, but are {self._identity}"
+                )
+            self._mixture.load_state_dict(state["mixture"])
+            self._done = state["done"]
+
+    def __iter__(self) -> _Parcels:
+        return self
+
+    def __next__(self) -> Parcel:
+        batch = None
+        while not self._done and batch is None:
+            drawn = self._mixture.next_batch()
+            if drawn is None:
+                self._done = True
+                return None, self._message()  # what was left out at the end
+            batch = self._collate(drawn)
+        if batch is None:
+            raise StopIteration
+        return batch, self._message()
+
+    def _message(self) -> dict[str, Any]:
+        return {"worker": self._place.worker, "report": self._report.drain(), "barren": self._mixture.barren}
+
+    def position(self) -> dict[str, Any]:
+        """The state after the last parcel."""
+        return {"identity": self._identity, "mixture": self._mixture.state_dict(), "done": self._done}
+
+    # ---- pictures and tensors
+
+    def _collate(self, drawn: Drawn) -> Batch | None:
+        """The batch; None: no row is left, because pictures could not be read."""
+        rows, views, sources = [], [], []
+        for index, row in zip(drawn.sources, drawn.rows, strict=True):
+            found = self._look(row, index)
+            if found is not None:
+                rows.append(found[0])
+                views += found[1]
+                sources.append(self._config.sources[index])
+        if not rows:
+            return None
+        limit = max(min(s.max_length or self._processor.max_length, self._processor.max_length) for s in sources)
+        batch = self._processor.collate(
+            rows,
+            training=True,
+            ignore_text_before_image=[s.ignore_text_before_image for s in sources],
+            views=views,
+            pad_to=limit if self._config.pad_to_max_length else 0,
+        )
+        batch.source = drawn.name
+        batch.loss_text_weight, batch.loss_image_weight = sources[0].loss_text_weight, sources[0].loss_image_weight
+        return batch
+
+    def _look(self, row: TokenStream, index: int) -> tuple[TokenStream, list[Views]] | None:
+        """A row with its pictures, without those that cannot be read; None: nothing worth learning is left."""
+        source = self._config.sources[index]
+        views: list[Views | None] = []
+        for image in row.images:
+            try:
+                views.append(self._processor.views(image, training=True, draft=source.draft_jpeg))
+            except DocumentError as error:
+                self._report.reject(source.name, "picture damaged", str(error))
+                views.append(None)
+        if None in views:
+            row, views = self._without(row, views, whole_documents=source.is_pairs)
+            if not row.images and not (source.keep_text_only and len(row)):
+                self._report.reject(source.name, "row without a picture")
+                return None
+        self._report.count(source.name, "rows")
+        self._report.count(source.name, "tokens", len(row))
+        self._report.count(source.name, "pictures", len(row.images))
+        return row, views
+
+    def _without(
+        self, row: TokenStream, views: list[Views | None], whole_documents: bool
+    ) -> tuple[TokenStream, list[Views]]:
+        """A row without the pictures that have no view, or without the documents that they stand in."""
+        starts = np.flatnonzero(row.ids == self._processor.soi_token_id)
+        borders = np.flatnonzero(row.ids == self._processor.tokenizer.bos_token_id)
+        kept = np.ones(len(row), bool)
+        for start, view in zip(starts.tolist(), views, strict=True):
+            if view is not None:
+                continue
+            first, last = start, start + self._processor.num_image_tokens + 1
+            if whole_documents:
+                number = int(np.searchsorted(borders, start, side="right"))
+                first = int(borders[number - 1]) if number else 0
+                last = int(borders[number]) if number < len(borders) else len(row)
+            kept[first:last] = False
+        stay = [i for i, start in enumerate(starts.tolist()) if kept[start]]
+        images = [row.images[i] for i in stay]
+        return TokenStream(row.ids[kept], row.learned[kept], images), [views[i] for i in stay]

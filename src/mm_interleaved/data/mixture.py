@@ -1,0 +1,136 @@
+"""Which source the next batch (or row) comes from (spec/data_eval 2.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..processor.packing import TokenStream
+from .config import DataConfig
+from .stream import Place, Purpose, SourceStream, generator
+
+
+class Drawn(NamedTuple):
+    """Rows of one batch.
+
+    Attributes:
+        name: of the source; with `mix: row` of all of them, joined by "+".
+        sources: for each row, the number of its source.
+        rows: the rows.
+    """
+
+    name: str
+    sources: list[int]
+    rows: list[TokenStream]
+
+
+class Mixture:
+    """Draws sources by probability until the epoch is over.
+
+    Args:
+        config: sources and how they are mixed.
+        streams: one for each source.
+        epoch: of the run; part of the seed.
+        place: this process; part of the seed.
+    """
+
+    def __init__(self, config: DataConfig, streams: Sequence[SourceStream], epoch: int, place: Place) -> None:
+        self.config, self.streams = config, streams
+        self._place, self._epoch = place, epoch
+        self._weights = config.probabilities or [1.0] * len(streams)
+        self._active = [i for i, weight in enumerate(self._weights) if weight > 0]
+        self._names = [s.name for s in config.sources]
+        self._finished: set[int] = set()  # read at least once
+        self._barren: set[int] = set()  # gave nothing in a whole pass
+        self._gave = [False] * len(streams)  # whether something was used of its current pass
+        self._draws = 0
+
+    @property
+    def barren(self) -> list[str]:
+        """Sources that gave no row here in a whole pass, and are not drawn any more."""
+        return [self.config.sources[i].name for i in sorted(self._barren)]
+
+    def next_batch(self) -> Drawn | None:
+        """The rows of the next batch; None: the epoch is over. Incomplete batches are dropped."""
+        if self.config.mix == "batch":
+            return self._rows(None)
+        sources: list[int] = []
+        rows: list[TokenStream] = []
+        while len(rows) < self.config.batch_size:
+            found = self._rows(1)
+            if found is None:
+                return None
+            sources, rows = [*sources, found.sources[0]], [*rows, *found.rows]
+        return Drawn("+".join(self._names[i] for i in sorted(set(sources))), sources, rows)
+
+    def _rows(self, number: int | None) -> Drawn | None:
+        """That many rows of a source that is drawn; None: as many as its batches have."""
+        while self._active and not self._is_over():
+            source = self._draw()
+            stream, wanted = self.streams[source], number or self.config.sources[source].batch_size
+            rows: list[TokenStream] = []
+            while len(rows) < wanted and (row := stream.next_row()) is not None:
+                rows.append(row)
+            if len(rows) == wanted or (rows and self.config.sources[source].keep_remainder):
+                self._gave[source] = True
+                return Drawn(self._name(source), [source] * len(rows), rows)
+            if rows:
+                stream.report.reject(stream.config.name, "row of an incomplete batch", number=len(rows))
+            self._exhausted(source)
+        return None
+
+    def _is_over(self) -> bool:
+        if self.config.sampling == "longest":
+            return self._finished >= set(self._active)
+        return self.config.sampling == "shortest" and bool(self._finished)
+
+    def _draw(self) -> int:
+        """The first active source whose cumulative probability reaches a uniform number."""
+        same = self.config.fix_sampling_ratio
+        where = (0, 0) if same else (self._place.rank, self._place.worker)
+        rng = generator(Purpose.MIXTURE, self.config.seed, self._epoch, *where, self._draws)
+        self._draws += 1
+        shares = np.cumsum([self._weights[i] for i in self._active])
+        index = int(np.searchsorted(shares, rng.random() * shares[-1]))
+        return self._active[(index + self._place.rank) % len(self._active) if same else index]
+
+    def _name(self, source: int) -> str:
+        if "BUG-4" in self.config.compat:
+            return self._names[self._active.index(source)]
+        return self._names[source]
+
+    def _exhausted(self, source: int) -> None:
+        gave, self._gave[source] = self._gave[source], False
+        if gave:
+            self._finished.add(source)
+        else:
+            self._barren.add(source)
+        if not gave or self.config.sampling == "sum":
+            self._active.remove(source)
+        elif self.config.sampling != "shortest":
+            self.streams[source].restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the mixture and its streams stand."""
+        return {
+            "draws": self._draws,
+            "active": list(self._active),
+            "finished": sorted(self._finished),
+            "barren": sorted(self._barren),
+            "gave": list(self._gave),
+            "streams": [stream.state_dict() for stream in self.streams],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            DataError: the data have changed since.
+        """
+        self._draws, self._active = state["draws"], list(state["active"])
+        self._finished, self._barren = set(state["finished"]), set(state["barren"])
+        self._gave = list(state["gave"])
+        for stream, stream_state in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(stream_state)

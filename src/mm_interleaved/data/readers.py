@@ -1,0 +1,401 @@
+"""Records become documents: the rules of each type of source (spec/data_eval 2.1, 2.2). No picture is decoded here."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..document import Document, DocumentError, FileSlice, Folder, Image, Segment, Text
+from ..processor.images import open_picture
+from .config import SourceConfig
+from .report import DataError, Rejected
+from .shards import LineShards, Record, Shards, TarShards, expand
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")  # extensions in tar shards
+LITERAL = "Python literal instead of JSON"  # read all the same, but counted
+
+Note = Callable[[str, str], None]  # (reason, example): something was left out, or is odd
+
+
+class Reader(Protocol):
+    """Where records are and what they mean."""
+
+    shards: Shards
+
+    def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
+        """The document of a record.
+
+        Args:
+            record: from `shards`.
+            rng: for every draw that it needs.
+            note: called for each part that is left out.
+
+        Raises:
+            Rejected: it is left out.
+        """
+
+
+def make_reader(config: SourceConfig, folder: Path) -> Reader:
+    """The reader of a source; its relative paths start at `folder`.
+
+    Raises:
+        DataError: the folder of the shards or pictures does not exist, or no shard matches.
+    """
+    if config.type == "toyworld":
+        return ToyWorld(config)
+    root = folder / config.root
+    image_root = root if config.image_root is None else folder / config.image_root
+    for path in (root, image_root):
+        if not path.is_dir():
+            raise DataError(f"source '{config.name}': there is no folder {path}")
+    names = [name for pattern in config.shards for name in expand(pattern, root)]
+    pictures = Pictures(image_root.resolve(), config.probe_pictures)
+    shards = (TarShards if config.type == "webdataset" else LineShards)(root, names)
+    readers = {"mmc4": MMC4, "pairs": Pairs, "webdataset": WebDataset, "documents": Documents}
+    return readers[config.type](config, shards, pictures)
+
+
+# ---- pieces
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a source.
+
+    Attributes:
+        root: the folder that they lie in, resolved.
+        probe: whether headers are read.
+    """
+
+    root: Path
+    probe: bool
+
+    def find(self, name: Any, where: str) -> Path:
+        """The path of the picture that a record names.
+
+        Raises:
+            Rejected: it is no name, leads out of the folder, does not exist, or is no picture.
+        """
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise Rejected("picture without a name", f"{where}: {name!r}")
+        if "://" in name:
+            raise Rejected("picture is a URL", f"{where}: {name}")
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root):
+            raise Rejected("picture outside its folder", f"{where}: {name}")
+        self.check(path, f"{where}: {name}")
+        return path
+
+    def check(self, source: Path | FileSlice, example: str) -> None:
+        """Refuse what is no picture, as far as its header tells."""
+        if isinstance(source, FileSlice):
+            size = source.length
+        else:
+            try:
+                size = source.stat().st_size
+            except OSError:
+                raise Rejected("picture missing", example) from None
+        if size == 0:
+            raise Rejected("picture empty", example)
+        if self.probe:
+            try:
+                open_picture(source).close()
+            except DocumentError as error:
+                reason = "picture too large" if "million pixels" in error.problem else "picture unreadable"
+                raise Rejected(reason, f"{example}: {error.problem}") from None
+
+
+def decode(payload: bytes, where: str, note: Note | None = None) -> dict[str, Any]:
+    """A line of JSON, or with `note` of a Python literal, which must be an object.
+
+    Raises:
+        Rejected: it is neither.
+    """
+    try:
+        text = payload.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Rejected("line not UTF-8", f"{where}: byte {error.start}") from None
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also for numbers that are too long
+        if note is None:
+            raise Rejected("line not JSON", f"{where}: {error}") from None
+        try:
+            data = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise Rejected("line neither JSON nor a Python literal", f"{where}: {text.strip()[:80]}") from None
+        note(LITERAL, where)
+    if not isinstance(data, dict):
+        raise Rejected("line not an object", f"{where}: {text.strip()[:80]}")
+    return data
+
+
+def list_of(data: dict[str, Any], key: str, kind: type, where: str) -> list[Any]:
+    """A list under `key`, whose items are of `kind`."""
+    value = data.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        problem = "missing" if value is None else "malformed"
+        raise Rejected(f"'{key}' {problem}", where)
+    return value
+
+
+# ---- readers
+
+
+@dataclass(frozen=True)
+class MMC4:
+    """Sentences with pictures matched to them (spec/data_eval 2.1)."""
+
+    config: SourceConfig
+    shards: Shards
+    pictures: Pictures
+
+    def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
+        """Steps 1 to 8; what needs no picture is decided before pictures are looked at."""
+        where = self.shards.place(record)
+        data = decode(record.payload, where)
+        sentences = list_of(data, "text_list", str, where)
+        kept = self._kept(data, len(sentences), where, note)
+        if not kept:
+            raise Rejected("no picture left", where)
+        chosen = [kept[i] for i in rng.permutation(len(kept))[: self.config.max_images or 6]]
+        chosen.sort(key=lambda item: item[0])
+        first = rng.random(len(chosen)) < self.config.image_first_prob
+        if len(chosen) < self.config.min_images:
+            raise Rejected("too few pictures", where)
+        drop = 0.5 if self.config.single_image_prob is None else self.config.single_image_prob
+        if len(chosen) == 1 and rng.random() < drop:
+            raise Rejected("only one picture", where)
+        spots = [(place, not before) for (place, _), before in zip(chosen, first.tolist(), strict=True)]
+        paths = [path for _, path in chosen]
+        if "BUG-3" not in self.config.compat:
+            order = sorted(range(len(spots)), key=spots.__getitem__)  # stable
+            paths = [paths[i] for i in order]
+        return Document(_interleave(sentences, sorted(spots), paths), place=where)
+
+    def _kept(self, data: dict[str, Any], sentences: int, where: str, note: Note) -> list[tuple[int, Path]]:
+        """(sentence, path) of every picture that may be used, in the order of the file."""
+        infos = list_of(data, "image_info", dict, where)
+        matrix = data.get("similarity_matrix")
+        if not isinstance(matrix, list):
+            raise Rejected("'similarity_matrix' missing", where)
+        kept = []
+        for info in infos[: len(matrix)]:
+            similarity, place = info.get("matched_sim"), info.get("matched_text_index")
+            example = f"{where}: {info.get('image_name')}"
+            try:
+                if not _is_number(similarity):
+                    raise Rejected("'matched_sim' missing", example)
+                if not similarity >= self.config.sim_threshold:  # also drops NaN
+                    raise Rejected("similarity too low", example)
+                if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < sentences:
+                    raise Rejected("sentence index out of range", f"{example}: {place} of {sentences}")
+                kept.append((place, self.pictures.find(info.get("image_name"), where)))
+            except Rejected as rejected:
+                note(rejected.reason, rejected.example)
+        return kept
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _interleave(sentences: Sequence[str], spots: Sequence[tuple[int, bool]], paths: Sequence[Path]) -> list[Segment]:
+    """Sentences joined by one space, with the pictures at (sentence, after it) in reading order."""
+    segments: list[Segment] = []
+    run: list[str] = []
+    pictures = list(zip(spots, paths, strict=True))
+    for number, sentence in enumerate(sentences):
+        for after in (False, True):
+            for _, path in (p for p in pictures if p[0] == (number, after)):
+                # Ready-made runs: texts of a document would be joined with no space where there is one already.
+                segments += [Text(" ".join(run))] if run else []
+                segments.append(Image(path))
+                run = []
+            if not after:
+                run.append(sentence)
+    return segments + ([Text(" ".join(run))] if run else [])
+
+
+def pair(
+    config: SourceConfig, caption: str, picture: Path | FileSlice, rng: np.random.Generator, where: str
+) -> Document:
+    """A picture with its caption, in an order that is drawn (spec/data_eval 2.2)."""
+    caption = caption.lower() if config.lowercase else caption
+    if len(caption.strip()) < max(config.min_caption_length, 1):
+        raise Rejected("caption too short", f"{where}: {caption!r}")
+    segments: list[Segment] = [Image(picture), Text(caption)]
+    return Document(segments if rng.random() < config.image_first_prob else segments[::-1], place=where)
+
+
+def caption_of(value: Any, where: str) -> str:
+    """A string, or a list of strings joined by spaces."""
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return " ".join(value)
+    if not isinstance(value, str):
+        raise Rejected("'caption' missing" if value is None else "'caption' malformed", where)
+    return value
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Lines with `image` and `caption`."""
+
+    config: SourceConfig
+    shards: Shards
+    pictures: Pictures
+
+    def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
+        """One picture, one caption."""
+        where = self.shards.place(record)
+        data = decode(record.payload, where, None if "BUG-1" in self.config.compat else note)
+        caption = caption_of(data.get("caption"), where)
+        return pair(self.config, caption, self.pictures.find(data.get("image"), where), rng, where)
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """Tar archives of pictures with `.txt`, or `.json` with a `caption`."""
+
+    config: SourceConfig
+    shards: Shards
+    pictures: Pictures
+
+    def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
+        """One picture, one caption."""
+        where = self.shards.place(record)
+        picture = next((record.payload[e] for e in PICTURES if e in record.payload), None)
+        if picture is None:
+            raise Rejected("sample without a picture", f"{where}: {', '.join(record.payload)}")
+        self.pictures.check(picture, where)
+        if "txt" in record.payload:
+            try:
+                caption = record.payload["txt"].read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise Rejected("caption not UTF-8", f"{where}: byte {error.start}") from None
+        elif "json" in record.payload:
+            caption = caption_of(decode(record.payload["json"].read(), where).get("caption"), where)
+        else:
+            raise Rejected("'caption' missing", where)
+        return pair(self.config, caption.strip(), picture, rng, where)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Any of the project's own forms a line, or lists `texts` and `images` of one length (OBELICS, CoMM)."""
+
+    config: SourceConfig
+    shards: Shards
+    pictures: Pictures
+
+    def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
+        """The document, with at most `max_images` of its pictures."""
+        where = self.shards.place(record)
+        data = decode(record.payload, where)
+        if "texts" in data and "images" in data:
+            document = Document(self._parallel(data, where, note), place=where)
+        else:
+            document = self._own(data, where)
+        self._choose(document, rng)
+        count = len(document.images)
+        if count < self.config.min_images:
+            raise Rejected("too few pictures", where)
+        if count == 1 and rng.random() < (self.config.single_image_prob or 0):
+            raise Rejected("only one picture", where)
+        return document
+
+    def _own(self, data: dict[str, Any], where: str) -> Document:
+        try:
+            document = Document.from_dict(data, Folder(self.pictures.root))
+        except DocumentError as error:
+            raise Rejected(_kind(error.problem), f"{where}: {error}") from None
+        document.place = where
+        for image in document.images:
+            for source in (image.source, image.target):
+                if isinstance(source, Path):
+                    self.pictures.check(source, f"{where}: {source}")
+        return document
+
+    def _parallel(self, data: dict[str, Any], where: str, note: Note) -> list[Segment]:
+        texts, images = data["texts"], data["images"]
+        if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+            raise Rejected("'texts' and 'images' must be lists of one length", where)
+        segments: list[Segment] = []
+        for text, image in zip(texts, images, strict=True):
+            if image is not None:
+                try:
+                    segments.append(Image(self.pictures.find(image, where)))
+                except Rejected as rejected:
+                    note(rejected.reason, rejected.example)
+            if isinstance(text, str):
+                segments += [Text(text)] if text else []
+            elif text is not None:
+                note("text malformed", f"{where}: {text!r}"[:200])
+        if not segments:
+            raise Rejected("nothing left", where)
+        return segments
+
+    def _choose(self, document: Document, rng: np.random.Generator) -> None:
+        places = [i for i, s in enumerate(document.segments) if isinstance(s, Image)]
+        limit = self.config.max_images
+        if limit is not None and len(places) > limit:
+            dropped = {places[i] for i in rng.permutation(len(places))[limit:]}
+            document.segments = [s for i, s in enumerate(document.segments) if i not in dropped]
+
+
+def _kind(problem: str) -> str:
+    """A message without what differs from record to record."""
+    return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'…'", problem))
+
+
+class _Numbers:
+    """The toy world's one shard: its documents by number."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self.names, self.count = [name], count
+
+    def place(self, record: Record) -> str:
+        """Name and number."""
+        return f"{self.names[0]}, document {record.line}"
+
+    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterable[Record]:
+        """Numbers from `offset` on."""
+        return (Record(shard, n, n, n + 1, n) for n in range(offset, self.count))
+
+
+class ToyWorld:
+    """Documents drawn as they are needed.
+
+    Raises:
+        DataError: an option or split that the toy world does not know.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        # Drawing needs libraries and pictures that other sources do without.
+        from ..toyworld.documents import DocumentMix, toy_document
+        from ..toyworld.sampling import SPLITS
+
+        self.config, self.shards = config, _Numbers(f"toyworld {config.split}", config.documents)
+        self._draw, options = toy_document, dict(config.options)
+        try:
+            if config.split not in SPLITS:
+                raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, not '{config.split}'")
+            if options.get("mix") is not None:
+                options["mix"] = DocumentMix(**options["mix"])
+            self._options = options
+            toy_document(0, config.split, 0, **options)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"source '{config.name}': the toy world refuses its options: {error}") from None
+
+    def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
+        """A new one for every draw of `rng`."""
+        document = self._draw(int(rng.integers(2**31)), self.config.split, record.payload, **self._options)
+        document.place = self.shards.place(record)
+        return document

@@ -1,0 +1,189 @@
+"""Files of records: lines of JSON (plain, gzip or zip) and tar archives, read from any place in them."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import itertools
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from ..document import FileSlice
+from .report import DataError, Rejected
+
+MAX_LINE = 1 << 26  # bytes; a longer line is no record
+DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+class Record(NamedTuple):
+    """One record as it stands in its shard.
+
+    Attributes:
+        shard: number of the shard.
+        offset: where it starts in the (unpacked) shard.
+        line: its number there, from 0.
+        end: where the next one starts.
+        payload: a line in bytes, or for tar shards the pieces of a sample by extension.
+    """
+
+    shard: int
+    offset: int
+    line: int
+    end: int
+    payload: Any
+
+
+class Shards(Protocol):
+    """A sequence of files of records."""
+
+    names: Sequence[str]
+
+    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """Its records from `offset` on.
+
+        Raises:
+            Rejected: the shard is missing, or damaged from here on.
+        """
+
+    def place(self, record: Record) -> str:
+        """Where it is, for messages."""
+
+
+def expand(pattern: str, root: Path) -> list[str]:
+    """The names that a pattern stands for: `{0..12}`, `{007..120}`, `{a,b}`, and `*`, `?` for files that exist.
+
+    Raises:
+        DataError: wild cards that no file matches.
+    """
+    parts = _BRACES.split(pattern)
+    choices = [_choices(part) if index % 2 else [part] for index, part in enumerate(parts)]
+    names = ["".join(combination) for combination in itertools.product(*choices)]
+    if not any(c in pattern for c in "*?"):
+        return names
+    found = sorted({f for name in names for f in glob.glob(name, root_dir=root)})
+    if not found:
+        raise DataError(f"no file in {root} matches '{pattern}'")
+    return found
+
+
+def _choices(text: str) -> list[str]:
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        first, last = match.groups()
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        return [str(n).zfill(width) for n in range(int(first), int(last) + 1)]
+    return text.split(",") if "," in text else ["{" + text + "}"]
+
+
+class LineShards:
+    """JSON lines, one record a line. `NAME` may lie there as `NAME`, `NAME.gz` or `NAME.zip`.
+
+    Args:
+        root: folder of the shards.
+        names: their names.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root, self.names = root, names
+
+    def place(self, record: Record) -> str:
+        """File and line."""
+        return f"{self.names[record.shard]}, line {record.line + 1}"
+
+    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """Non-empty lines from `offset` on; raises `Rejected` at a missing file or where damage begins."""
+        with _guard(self.names[shard]), _open(self._path(shard)) as file:
+            file.seek(offset)
+            while text := file.readline(MAX_LINE):
+                start, offset = offset, offset + len(text)
+                while text and not text.endswith(b"\n") and len(text) == MAX_LINE:
+                    text = file.readline(MAX_LINE)  # only its end matters: it will not be JSON
+                    offset += len(text)
+                if text.strip():
+                    yield Record(shard, start, line, offset, text)
+                line += 1
+
+    def _path(self, shard: int) -> Path:
+        name = self.names[shard]
+        for suffix in ("", ".zip", ".gz"):
+            path = self.root / (name + suffix)
+            if path.is_file():
+                return path
+        raise Rejected("shard missing", str(self.root / name))
+
+
+class TarShards:
+    """Tar archives as webdataset writes them: neighbouring files with one stem are a sample.
+
+    The payload maps lower-case extensions (`jpg`, `txt`, `json`) to the slices of the archive that hold the files.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root, self.names = root, names
+
+    def place(self, record: Record) -> str:
+        """File and number of the sample."""
+        return f"{self.names[record.shard]}, sample {record.line}"
+
+    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """Samples from `offset` on; raises `Rejected` at a missing file or where damage begins."""
+        path = self.root / self.names[shard]
+        if not path.is_file():
+            raise Rejected("shard missing", str(path))
+        start, stem, pieces = offset, None, {}
+        if offset >= path.stat().st_size > 0:
+            return
+        with _guard(self.names[shard]), _open_tar(path, offset) as archive:
+            for member in archive:
+                if not member.isreg():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                key, _, extension = base.partition(".")
+                if stem is not None and (folder, key) != stem:
+                    yield Record(shard, start, line, member.offset, pieces)
+                    start, line, pieces = member.offset, line + 1, {}
+                stem = (folder, key)
+                pieces[extension.lower()] = FileSlice(path, member.offset_data, member.size)
+            if pieces:
+                yield Record(shard, start, line, path.stat().st_size, pieces)
+
+
+@contextmanager
+def _guard(name: str) -> Iterator[None]:
+    """Damage of a file as `Rejected`."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise Rejected("shard damaged", f"{name}: {str(error) or type(error).__name__}") from None
+
+
+@contextmanager
+def _open_tar(path: Path, offset: int) -> Iterator[tarfile.TarFile]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            yield archive
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            yield file
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir()]
+            named = [m for m in members if m.filename == path.name.removesuffix(".zip")]
+            if not named and len(members) != 1:
+                raise zipfile.BadZipFile(f"holds {len(members)} files, none of them '{path.name.removesuffix('.zip')}'")
+            with archive.open((named or members)[0]) as file:
+                yield file
+    else:
+        with path.open("rb") as file:
+            yield file

@@ -1,0 +1,152 @@
+"""The model and the processor that a run trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..generation import MMInterleaved
+from ..model import MMInterleavedConfig
+from ..model.components import config_from_components, from_components
+from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
+from ..processor.tokenizer import add_image_tokens
+from .config import ModelConfig, TrainConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
+    """Model and processor.
+
+    Trainable weights are float32; frozen ones have the type that the run computes in, the VAE its own.
+
+    Raises:
+        ValueError: the settings do not fit together, or a folder holds something else.
+    """
+    source = config.model
+    tokenizer = _tokenizer(source, default_tokenizer)
+    model_config = _model_config(source, tokenizer)
+    model_config.loss_text_weight, model_config.loss_image_weight = config.losses.text, config.losses.image
+    model_config.normalize_image_loss = config.losses.normalize_image_loss
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = _model(source, model_config)
+    if source.vae is not None:
+        load_vae(model.image_decoder.vae, Path(source.vae))
+    set_types(model, config)
+    return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
+
+
+def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedProcessor:
+    """The processor alone, without weights; a VAE need not be there yet.
+
+    Raises:
+        ValueError: the settings do not fit together, or a folder holds something else.
+    """
+    tokenizer = _tokenizer(source, default_tokenizer)
+    return MMInterleavedProcessor.for_model(_model_config(replace(source, vae=None), tokenizer), tokenizer)
+
+
+def set_types(model: MMInterleaved, config: TrainConfig) -> None:
+    """float32 for what is trained, the computing type for what is frozen, `losses.vae_dtype` for the VAE."""
+    frozen, vae = DTYPES[config.precision], DTYPES[config.losses.vae_dtype]
+    for name, parameter in model.named_parameters():
+        dtype = vae if name.startswith("image_decoder.vae.") else frozen
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizerBase:
+    if source.tokenizer is not None:
+        folder = Path(source.tokenizer)
+    elif source.checkpoint is not None:
+        folder = Path(source.checkpoint)
+    elif source.components is not None:
+        folder = Path(source.components.llm)
+    elif default is not None and source.preset != "release":
+        folder = default
+    else:
+        raise ValueError("model.tokenizer must name the folder of a tokenizer")
+    if not folder.is_dir():
+        raise ValueError(f"the tokenizer's folder '{folder}' does not exist")
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder)
+        return MMInterleavedTokenizer.from_vocab(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{folder}' holds no tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def _model_config(source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> MMInterleavedConfig:
+    """The configuration, with everything that the tokenizer, the VAE and the overrides change."""
+    soi, image = add_image_tokens(tokenizer)
+    if source.components is not None:
+        parts = source.components
+        base = config_from_components(Path(parts.llm), Path(parts.clip), Path(parts.diffusion), len(tokenizer))
+    elif source.checkpoint is not None:
+        base = MMInterleavedConfig.from_pretrained(source.checkpoint)
+    else:
+        base = MMInterleavedConfig.preset(str(source.preset))
+    tree = base.to_dict()
+    if source.preset is not None:
+        tree["text_config"]["vocab_size"] = len(tokenizer)
+        tree |= {"soi_token_id": soi, "image_token_id": image}
+        tree |= {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    _merge(tree, source.overrides, "model.overrides")
+    if source.vae is not None:
+        tree["image_decoder"]["vae"] = _vae_config(Path(source.vae))
+    if not source.mmfs.llm:
+        tree["mmfs"]["enabled"] = False
+    if not source.mmfs.unet:
+        tree["image_decoder"]["mmfs"]["enabled"] = False
+    _follow_vae(tree["image_decoder"])
+    return MMInterleavedConfig(**tree)
+
+
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value, f"{where}.{key}")
+        elif key not in tree and where == "model.overrides":
+            raise ValueError(f"{where}: the model's configuration has no key '{key}'; it has {', '.join(sorted(tree))}")
+        else:
+            tree[key] = value
+
+
+def _vae_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.vae: '{folder}' has no config.json; give a folder that `mmi train-vae` wrote")
+    return {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+
+
+def _follow_vae(decoder: dict[str, Any]) -> None:
+    """The UNet's channels and size follow the VAE's."""
+    vae = decoder["vae"]
+    decoder["unet"] |= {
+        "in_channels": vae["latent_channels"],
+        "out_channels": vae["latent_channels"],
+        "sample_size": decoder["image_size"] // 2 ** (len(vae["block_out_channels"]) - 1),
+    }
+
+
+def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
+    if source.components is not None:
+        parts = source.components
+        folders = (Path(parts.llm), Path(parts.clip), Path(parts.diffusion))
+        return from_components(config, *folders, torch.float32, MMInterleaved)
+    if source.checkpoint is not None:
+        return MMInterleaved.from_pretrained(source.checkpoint, config=config, dtype=torch.float32)
+    return MMInterleaved(config)
+
+
+def load_vae(vae: nn.Module, folder: Path) -> None:
+    """Copy the weights of a diffusers VAE folder."""
+    vae.load_state_dict(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict())

@@ -1,0 +1,160 @@
+"""What happens beside training: log lines, TensorBoard, averages, evaluation, samples, and stopping in good order."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import RunConfig
+from .trainer import RunTrainer
+
+LOG = "log.jsonl"
+_AGREE_EVERY = 10  # steps between two looks at the other ranks' wish to stop
+
+
+class Housekeeping(TrainerCallback):
+    """Begin measuring, average the weights, ask for evaluation, and stop when a signal says so."""
+
+    def __init__(self, trainer: RunTrainer, config: RunConfig, console: Console) -> None:
+        self.trainer, self.config, self.console = trainer, config, console
+        self.stopped_by: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen for signals from now on."""
+        self.trainer.start_window()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After each optimizer step."""
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(state.global_step)
+        due = self.config.eval_every and state.global_step % self.config.eval_every == 0
+        control.should_evaluate = bool(due and self.trainer.eval_feed is not None)
+        if self._agreed(state.global_step):
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Signals mean again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped_by is not None:  # a second signal does not wait
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+            return
+        self.stopped_by = signal.Signals(number).name
+        self.console.print(f"{self.stopped_by}: saving after this step; send it again to stop at once")
+
+    def _agreed(self, step: int) -> bool:
+        """Whether any rank was told to stop; all ranks learn it at the same step."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.stopped_by is not None
+        if step % _AGREE_EVERY and step != self.config.steps:
+            return False
+        wish = torch.tensor(float(self.stopped_by is not None), device=self.trainer.args.device)
+        dist.all_reduce(wish)
+        if wish.item() and self.stopped_by is None:
+            self.stopped_by = "another process"
+        return bool(wish.item())
+
+
+class Reporter(TrainerCallback):
+    """`log.jsonl`, TensorBoard and one line on the console for every log entry. On the first process only."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.folder = Path(config.output)
+        self.writer: SummaryWriter | None = None
+        self._began: tuple[float, int] = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the files; what an interrupted run logged after its last checkpoint is dropped."""
+        self._began = (time.time(), state.global_step)
+        path = self.folder / LOG
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(f"{line}\n" for line in lines))
+            aside.replace(path)
+        if self.config.tensorboard:
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.global_step + 1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """One entry."""
+        values = {k: v for k, v in (logs or {}).items() if k not in ("epoch", "total_flos")}
+        if not values or "train_runtime" in values:
+            return
+        with (self.folder / LOG).open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, state.global_step)
+        self.console.print(self._line(state.global_step, values), highlight=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the files."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _line(self, step: int, values: dict[str, float]) -> str:
+        width = len(str(self.config.steps))
+        shown = [f"step {step:{width}}/{self.config.steps}"]
+        shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith(("loss", "psnr", "eval_"))]
+        for key, name in (("grad_norm", "grad"), ("learning_rate", "lr")):
+            if key in values:
+                shown.append(f"{name} {values[key]:.3g}")
+        if "steps_per_second" in values:
+            shown.append(f"{values['steps_per_second']:.2f} steps/s")
+            shown.append(f"{_count(values.get('tokens_per_second', 0))} tok/s")
+            shown.append(f"{_count(values.get('images_per_second', 0))} img/s")
+            shown.append(f"wait {values.get('data_wait_share', 0):.0%}")
+        if "mfu" in values:
+            shown.append(f"MFU {values['mfu']:.1%}")
+        if "peak_memory_gib" in values:
+            shown.append(f"{values['peak_memory_gib']:.1f} GiB")
+        if "steps_per_second" in values:
+            shown.append(f"left {self._left(step)}")
+        return "  ".join(shown)
+
+    def _left(self, step: int) -> str:
+        begin, first = self._began
+        if step <= first:
+            return "?"
+        seconds = math.ceil((time.time() - begin) / (step - first) * (self.config.steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the line at which a process was killed
+        return 2**62
+
+
+def _count(value: float) -> str:
+    for unit in ("", "k", "M"):
+        if value < 1000 or unit == "M":
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return ""

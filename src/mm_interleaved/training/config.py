@@ -1,0 +1,329 @@
+"""What a training run is: one tree of typed settings, read from YAML by `load_config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.config import DataConfig
+
+SCHEDULES = ("cosine", "constant", "linear")
+PRECISIONS = ("float32", "bfloat16", "float16")
+COMPILES = ("none", "regional")
+RESUMES = ("auto", "never")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says why, and what was written about it."""
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"'{name}' must be one of {', '.join(choices)}, not '{value}'")
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"'{name}' must be positive, not {value}")
+
+
+def _share(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"'{name}' must lie in (0, 1], not {value}")
+
+
+@dataclass
+class GroupConfig:
+    """Parameters whose name contains `pattern` (a regular expression); None: the optimizer's own value."""
+
+    pattern: str
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Biases and LayerNorms do not decay, nor does what `no_decay` (regular expressions) names."""
+
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.995])
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0  # 0: no clipping
+    groups: list[GroupConfig] = field(default_factory=list)  # the first that fits decides
+    no_decay: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _positive(lr=self.lr, eps=self.eps)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"'optimizer.betas' must be two numbers in [0, 1), not {self.betas}")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over time, as a share of each group's rate."""
+
+    kind: str = "cosine"  # cosine, constant or linear, after the warm-up
+    warmup_steps: int = 0  # rises linearly from 0
+    min_share: float = 0.0  # cosine ends here
+
+    def __post_init__(self) -> None:
+        _choice("schedule.kind", self.kind, SCHEDULES)
+
+
+@dataclass
+class EMAConfig:
+    """An exponential moving average of the weights; what a run hands over at its end, and what it evaluates."""
+
+    decay: float = 0.0  # 0: off
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"'ema.decay' must lie in [0, 1), not {self.decay}")
+
+
+@dataclass
+class DDPConfig:
+    """Data-parallel training under torchrun."""
+
+    find_unused_parameters: bool = True
+    static_graph: bool = False  # every step uses the same parameters; faster, and then nothing has to be found
+    bucket_cap_mb: int = 25
+    gradient_as_bucket_view: bool = True
+
+
+@dataclass
+class RunConfig:
+    """What every training run has, whatever it trains.
+
+    Attributes:
+        output: folder of the run: `config.yaml`, `log.jsonl`, TensorBoard files, `checkpoint-N`, `final`.
+        steps: optimizer steps.
+        seed: seed of the initialisation and of every draw.
+        accumulation: batches for each step.
+        precision: type in which matrices are multiplied. Trainable weights are always kept in float32.
+        compile: "regional" compiles the parts of the model whose shapes hardly change.
+        log_every, save_every, eval_every, sample_every: steps between two of each; 0: never.
+        keep_checkpoints: how many of the newest stay.
+        resume: "auto" (go on from the newest whole checkpoint, if there is one), "never", or a checkpoint folder.
+        deepspeed: path of a DeepSpeed configuration, which then rules data parallelism; needs torchrun.
+        fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`); needs torchrun.
+        peak_tflops: of one device, for the MFU; None: known for common devices, else not shown.
+        tensorboard: write TensorBoard files.
+    """
+
+    output: str
+    steps: int
+    seed: int = 0
+    accumulation: int = 1
+    precision: str = "bfloat16"
+    compile: str = "none"
+    log_every: int = 10
+    save_every: int = 1000
+    eval_every: int = 0
+    sample_every: int = 0
+    keep_checkpoints: int = 5
+    resume: str = "auto"
+    tf32: bool = True
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    ddp: DDPConfig = field(default_factory=DDPConfig)
+    deepspeed: str | None = None
+    fsdp: dict[str, Any] = field(default_factory=dict)
+    peak_tflops: float | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("compile", self.compile, COMPILES)
+        _positive(steps=self.steps, accumulation=self.accumulation, log_every=self.log_every)
+        _positive(keep_checkpoints=self.keep_checkpoints)
+        if self.deepspeed and self.fsdp:
+            raise ValueError("give 'deepspeed' or 'fsdp', not both")
+
+
+@dataclass
+class ComponentsConfig:
+    """Folders of base models; see `mmi assemble`."""
+
+    llm: str
+    clip: str
+    diffusion: str
+
+
+@dataclass
+class MMFSSwitches:
+    """Which parts of the model look at pictures through synchronizers."""
+
+    llm: bool = True
+    unet: bool = True
+
+
+@dataclass
+class ModelConfig:
+    """Where the model comes from: exactly one of `preset`, `checkpoint` and `components`.
+
+    Attributes:
+        preset: `release`, `small` or `debug`, with fresh weights.
+        checkpoint: folder of a model to go on from (weights only; to go on with a run, see `resume`).
+        components: base models to build on.
+        tokenizer: folder of a tokenizer; None: the checkpoint's or language model's own, or the one that ships.
+        vae: folder of a diffusers VAE that replaces the image decoder's; the UNet's channels and size follow.
+        mmfs: which synchronizers there are.
+        overrides: values of the model's configuration, nested as there.
+    """
+
+    preset: str | None = None
+    checkpoint: str | None = None
+    components: ComponentsConfig | None = None
+    tokenizer: str | None = None
+    vae: str | None = None
+    mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("preset", "checkpoint", "components") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"'model' needs exactly one of 'preset', 'checkpoint' and 'components', not {' and '.join(given) or 'none'}"
+            )
+
+
+@dataclass
+class LossConfig:
+    """Weights of the two losses and how pictures enter.
+
+    Attributes:
+        text, image: weights (release: 1 and 10).
+        image_fraction: share of a batch's pictures that the image decoder learns to draw, chosen at random.
+        draws_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
+        normalize_image_loss: divide by the pictures that count instead of by all.
+        vae_dtype: type in which targets are encoded.
+    """
+
+    text: float = 1.0
+    image: float = 10.0
+    image_fraction: float = 1.0
+    draws_per_image: int = 1
+    normalize_image_loss: bool = False
+    vae_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _share(image_fraction=self.image_fraction)
+        _positive(draws_per_image=self.draws_per_image)
+        _choice("losses.vae_dtype", self.vae_dtype, PRECISIONS)
+        if self.text < 0 or self.image < 0 or self.text + self.image == 0:
+            raise ValueError("'losses.text' and 'losses.image' must not be negative, nor both 0")
+
+
+@dataclass
+class SampleConfig:
+    """What is generated from time to time, to be looked at.
+
+    Attributes:
+        documents: a file of documents with open slots, as `mmi generate` takes it.
+        count: how many of its documents.
+        num_inference_steps: denoising steps of a picture.
+        max_new_tokens: longest text.
+    """
+
+    documents: str | None = None
+    count: int = 4
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    max_new_tokens: int = 60
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """`mmi train`: a model of documents.
+
+    Attributes:
+        model: where it comes from.
+        data: what it learns from.
+        eval_data: held-out data for the loss shown as `eval_loss`.
+        eval_batches: how many batches of it.
+        losses: their weights.
+        samples: what is generated on the way.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    eval_batches: int = 20
+    losses: LossConfig = field(default_factory=LossConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+
+@dataclass
+class AutoencoderConfig:
+    """Sizes of the autoencoder; the latents' side is the picture's, halved for every width after the first."""
+
+    image_size: int = 128
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 16
+    mid_block_attention: bool = True
+
+
+@dataclass
+class AutoencoderLossConfig:
+    """Weights of the losses; see `training.autoencoder`. `adversarial` 0: no discriminator at all."""
+
+    l1: float = 1.0
+    edges: float = 1.0
+    frequency: float = 0.0
+    kl: float = 1e-6
+    adversarial: float = 0.0
+    adversarial_start: int = 0  # step from which the discriminator's opinion counts
+    discriminator_width: int = 32
+
+
+@dataclass
+class PicturesConfig:
+    """What the autoencoder sees: a folder of pictures, or scenes of the toy world.
+
+    Attributes:
+        folder: every picture below it; None: the toy world.
+        split: of the toy world.
+        count: scenes of an epoch.
+        batch_size: pictures a batch and process.
+        seed: of scenes and order.
+        num_workers: processes that draw or read.
+    """
+
+    folder: str | None = None
+    split: str = "train"
+    count: int = 100_000
+    batch_size: int = 64
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("split", self.split, ("train", "val", "test"))
+        _positive(count=self.count, batch_size=self.batch_size)
+
+
+@dataclass(kw_only=True)
+class AutoencoderRunConfig(RunConfig):
+    """`mmi train-vae`: a picture autoencoder.
+
+    Attributes:
+        autoencoder: its sizes.
+        losses: their weights.
+        data: pictures to learn from.
+        eval_data: held-out pictures, for PSNR and SSIM and for the scale of the latents.
+        eval_batches: how many batches of them.
+    """
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    losses: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    data: PicturesConfig = field(default_factory=PicturesConfig)
+    eval_data: PicturesConfig = field(default_factory=lambda: PicturesConfig(split="val", count=2048))
+    eval_batches: int = 16

@@ -1,0 +1,56 @@
+"""How much arithmetic a training step is, for the share of the device's peak that it reaches (MFU).
+
+The estimate: multiply-accumulates of `model.cost.measure`, times 2, for every token, picture seen and noise drawn;
+once forward, once backward for activations, once more for weights where they are trained. Attention between tokens,
+looks through MMFS, the VAE and recomputation are left out, so the figure is a lower bound of the work done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..model import MMInterleavedConfig
+from ..model.cost import Part, measure
+
+# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first name that occurs decides.
+PEAKS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+
+
+@dataclass
+class StepCost:
+    """FLOPs of training on one token, on one picture seen and on one noise drawn."""
+
+    token: float
+    picture: float
+    drawn: float
+
+    def of(self, tokens: float, pictures: float, drawn: float) -> float:
+        """FLOPs of so many of each."""
+        return tokens * self.token + pictures * self.picture + drawn * self.drawn
+
+
+def step_cost(config: MMInterleavedConfig) -> StepCost:
+    """The cost of training the model that `config` describes."""
+    cost = measure(config, images=1)
+    parts = {part.name.strip(): part for part in cost.parts}
+    return StepCost(
+        token=2 * cost.token * _passes(parts["language_model"]),
+        picture=2 * cost.encode_image * _passes(parts["visual_tokenizer"]),
+        drawn=2 * cost.draw_step / 2 * _passes(parts["unet"]),  # `draw_step` counts both halves of guidance
+    )
+
+
+def _passes(part: Part) -> float:
+    return 2 + part.trainable / max(part.total, 1)
+
+
+def peak_flops(device: torch.device, tflops: float | None = None) -> float | None:
+    """Peak FLOP/s of a device; None if it is not known."""
+    if tflops is not None:
+        return tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for key, peak in PEAKS.items() if key in name), None)

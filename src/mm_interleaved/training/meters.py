@@ -1,0 +1,79 @@
+"""What a training run measures between two log lines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .feed import Served
+from .flops import StepCost
+
+
+@dataclass
+class Window:
+    """Sums since the last log line. Losses stay on the device until then, so that no step has to wait.
+
+    Attributes:
+        device: of the losses.
+        sums: for every named loss its sum.
+        counts: how many were added.
+        losses: the loss of every batch, to find one that is no number.
+        begin: when the window began.
+    """
+
+    device: torch.device
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    begin: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: Tensor, parts: dict[str, Tensor | None]) -> None:
+        """The loss of one batch and its parts, those that it has."""
+        self.losses.append(loss.detach())
+        for name, value in parts.items():
+            if value is None:
+                value, count = torch.zeros((), device=self.device), 0
+            else:
+                value, count = value.detach().float(), 1
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def first_bad(self) -> int | None:
+        """How many batches back from the newest the first loss lies that is NaN or infinite; None: there is none."""
+        if not self.losses:
+            return None
+        bad = (~torch.isfinite(torch.stack(self.losses))).nonzero()[:, 0].tolist()
+        return len(self.losses) - bad[0] if bad else None
+
+    def close(self, served: Served, cost: StepCost | None, peak: float | None) -> dict[str, float]:
+        """Means over the window and all ranks, and speeds of all ranks together."""
+        seconds = time.perf_counter() - self.begin
+        names = sorted(self.sums)
+        host = [float(self.counts[n]) for n in names]
+        host += [served.tokens, served.pictures, served.drawn, served.wait]
+        sums = [self.sums[n].double() for n in names]
+        row = torch.cat([torch.stack(sums), torch.tensor(host, device=self.device).double()]) if sums else None
+        if row is None:
+            return {}
+        ranks = 1
+        if dist.is_available() and dist.is_initialized():
+            ranks = dist.get_world_size()
+            dist.all_reduce(row)
+        values = row.tolist()
+        n = len(names)
+        found = {name: values[i] / values[n + i] for i, name in enumerate(names) if values[n + i]}
+        tokens, pictures, drawn, wait = values[2 * n :]
+        found |= {
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": pictures / seconds,
+            "data_wait_share": wait / ranks / seconds,
+        }
+        if cost is not None and peak is not None:
+            found["mfu"] = cost.of(tokens, pictures, drawn) / seconds / (peak * ranks)
+        if self.device.type == "cuda":
+            found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return found

@@ -1,0 +1,119 @@
+"""Parameter groups by name, and the optimizer over them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import OptimizerConfig
+
+
+@dataclass
+class Group:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        name: the pattern that chose them, or "rest".
+        lr: learning rate.
+        weight_decay: for all but biases, LayerNorms and what `no_decay` names.
+        parameters: by name.
+    """
+
+    name: str
+    lr: float
+    weight_decay: float
+    parameters: dict[str, nn.Parameter]
+
+    def count(self) -> int:
+        """Numbers in it."""
+        return sum(p.numel() for p in self.parameters.values())
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
+    """The trainable parameters, each in the first group whose pattern is found in its name, else in "rest".
+
+    Patterns are regular expressions, searched anywhere in the name.
+
+    Raises:
+        ValueError: a pattern is no regular expression, or fits no parameter of the model at all.
+    """
+    groups = [
+        Group(
+            g.pattern,
+            config.lr if g.lr is None else g.lr,
+            config.weight_decay if g.weight_decay is None else g.weight_decay,
+            {},
+        )
+        for g in config.groups
+    ]
+    patterns = [_pattern(g.pattern, "optimizer.groups") for g in config.groups]
+    rest = Group("rest", config.lr, config.weight_decay, {})
+    names = []
+    for name, parameter in model.named_parameters():
+        names.append(name)
+        if parameter.requires_grad:
+            chosen = next((g for g, p in zip(groups, patterns, strict=True) if p.search(name)), rest)
+            chosen.parameters[name] = parameter
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in names):
+            raise ValueError(
+                f"optimizer.groups: the pattern '{pattern.pattern}' fits no parameter; `mmi info` lists the model's "
+                f"parts, and its parameters are called, for instance, {', '.join(names[:: max(1, len(names) // 3)])}"
+            )
+    return [group for group in [*groups, rest] if group.parameters]
+
+
+def _pattern(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: '{pattern}' is not a regular expression: {error}") from None
+
+
+def undecayed(model: nn.Module, no_decay: list[str]) -> set[str]:
+    """Names of parameters without weight decay: biases, those of LayerNorm modules, and what a pattern names.
+
+    RMSNorm and GroupNorm gains do decay, as in the release (spec/model 7.2); `no_decay` can name them.
+    """
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    patterns = [_pattern(p, "optimizer.no_decay") for p in no_decay]
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if "bias" in name or name in norms or any(p.search(name) for p in patterns)
+    }
+
+
+def torch_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The groups as a torch optimizer takes them, each split into decayed and undecayed parameters."""
+    plain = undecayed(model, config.no_decay)
+    found = []
+    for group in parameter_groups(model, config):
+        for decays in (True, False):
+            chosen = [p for name, p in group.parameters.items() if (name not in plain) == decays]
+            if chosen:
+                decay = group.weight_decay if decays else 0.0
+                found.append({"params": chosen, "lr": group.lr, "weight_decay": decay, "name": group.name})
+    return found
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the groups; fused where all parameters lie on a CUDA device.
+
+    Raises:
+        ValueError: nothing is trainable, or a group's pattern does not fit.
+    """
+    groups = torch_groups(model, config)
+    if not groups:
+        raise ValueError("no parameter of the model is trainable; see model.overrides.frozen")
+    fused = all(p.device.type == "cuda" for g in groups for p in g["params"])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)

@@ -1,0 +1,211 @@
+"""A training run from its settings to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback, TrainerState
+
+from ..configuration import to_yaml
+from ..data import build_loader
+from ..generation import MMInterleaved
+from ..model.checkpoint import written_aside
+from ..processor import MMInterleavedProcessor
+from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
+from .building import build
+from .callbacks import Housekeeping, Reporter
+from .checkpoints import find_resume
+from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig
+from .feed import Feed, prepare_documents, prepare_pictures
+from .flops import step_cost
+from .pictures import PictureLoader
+from .samples import Samples
+from .trainer import RunTrainer, training_arguments
+
+FINAL = "final"
+
+
+def train(config: TrainConfig, default_tokenizer: Path | None = None, device: str | None = None) -> str | None:
+    """Train a model of documents.
+
+    Args:
+        config: the run.
+        default_tokenizer: folder of the tokenizer for presets that name none.
+        device: "cpu" to stay there; None: an accelerator if there is one.
+
+    Returns:
+        None when it ran to its end; otherwise the name of the signal that stopped it (a checkpoint was saved).
+
+    Raises:
+        ValueError: settings do not fit, or nothing can be resumed.
+        TrainingError: a loss was not finite.
+    """
+    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
+    resume = start_run(config)
+    args = training_arguments(config, device)
+    model, processor = build(config, default_tokenizer)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    if config.compile == "regional":
+        compile_regions(model)
+    cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
+    ranks = {"rank": args.process_index, "world_size": args.world_size}
+    prepare = prepare_documents(model, config.losses)
+
+    def feed_of(data: Any, seed: int) -> Feed:
+        return Feed(build_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
+
+    evaluation = None
+    if config.eval_data is not None:
+        evaluation = lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
+    trainer = RunTrainer(
+        model, args, config, feed_of(config.data, config.seed), evaluation, processor.save_pretrained, cost
+    )
+    if config.sample_every and config.samples.documents and args.process_index == 0:
+        trainer.add_callback(Samples(trainer, config, model, processor))
+    return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
+
+
+def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -> str | None:
+    """Train a picture autoencoder; arguments, result and errors as for `train`.
+
+    The `final` folder is a diffusers VAE, for `model.vae` of `train`.
+    """
+    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
+    resume = start_run(config)
+    args = training_arguments(config, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        task = AutoencoderTask(config.autoencoder, config.losses)
+    if args.device.type == "cuda":
+        task.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        task.vae.enable_gradient_checkpointing()
+    if config.compile == "regional":
+        task.vae.encoder.compile()
+        task.vae.decoder.compile()
+    ranks = {"rank": args.process_index, "world_size": args.world_size}
+    side = config.autoencoder.image_size
+    latents = (config.autoencoder.latent_channels, *[side // 2 ** (len(config.autoencoder.block_out_channels) - 1)] * 2)
+
+    def feed_of(data: PicturesConfig, seed: int) -> Feed:
+        return Feed(PictureLoader(data, side, **ranks), prepare_pictures(latents), seed, args.device, **ranks)
+
+    trainer = RunTrainer(
+        task,
+        args,
+        config,
+        feed_of(config.data, config.seed),
+        lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches),
+    )
+    trainer.add_callback(Adversary(task, config))
+    return run(trainer, config, resume, console, lambda folder: finish_autoencoder(trainer, task, folder))
+
+
+class Adversary(TrainerCallback):
+    """Lets the discriminator's opinion count from its step on."""
+
+    def __init__(self, task: AutoencoderTask, config: AutoencoderRunConfig) -> None:
+        self.task, self.start = task, config.losses.adversarial_start
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Before each step, so that a resumed run agrees."""
+        self.task.adversarial = state.global_step >= self.start
+
+
+def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path) -> None:
+    """Measure the scale of the latents on held-out pictures, and write the VAE with it and its quality."""
+    if folder.exists() or not trainer.args.should_save:
+        return
+    feed, count = trainer.eval_feed()
+    latents, quality = [], []
+    task.eval()
+    with trainer.averaged(), torch.no_grad():
+        for inputs, _ in zip(feed, range(min(count, STATISTICS_BATCHES)), strict=False):
+            outputs = task(**inputs)
+            latents.append(outputs.latents.float().cpu())
+            quality.append([float(outputs.psnr), float(outputs.ssim)])
+        found = {name: sum(v) / len(v) for name, v in zip(("psnr", "ssim"), zip(*quality, strict=True), strict=True)}
+        scale = latent_scale(torch.cat(latents))
+        with written_aside(folder) as aside:
+            save_autoencoder(task.vae, scale, aside)
+            (aside / "quality.json").write_text(json.dumps({**found, "scaling_factor": scale}, indent=2) + "\n")
+
+
+def start_run(config: RunConfig) -> Path | None:
+    """Make the run's folder with its settings in it; the checkpoint to go on from."""
+    folder = Path(config.output)
+    resume = find_resume(folder, config.resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / "config.yaml.tmp"
+        aside.write_text(to_yaml(config))
+        aside.replace(folder / "config.yaml")
+    if config.tf32 and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    return resume
+
+
+def run(
+    trainer: RunTrainer, config: RunConfig, resume: Path | None, console: Console, finish: Callable[[Path], None]
+) -> str | None:
+    """Train, and write the `final` folder when the end is reached; see `train`."""
+    keeping = Housekeeping(trainer, config, console)
+    trainer.add_callback(keeping)
+    if trainer.args.process_index == 0:
+        trainer.add_callback(Reporter(config, console))
+        count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        where = f"{trainer.args.world_size} x {trainer.args.device.type}"
+        console.print(f"{count:,} trainable parameters on {where}, {config.precision}; run in {config.output}")
+    if resume is not None:
+        trainer.load_run_state(resume)
+        console.print(f"going on from {resume}")
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if keeping.stopped_by is not None and trainer.state.global_step < config.steps:
+        console.print(
+            f"stopped by {keeping.stopped_by} at step {trainer.state.global_step} of {config.steps}; a checkpoint is "
+            f"saved, and the same command goes on from there"
+        )
+        return keeping.stopped_by
+    folder = Path(config.output) / FINAL
+    finish(folder)
+    console.print(f"done: {folder}")
+    return None
+
+
+def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleavedProcessor, folder: Path) -> None:
+    """The trained model, averaged if an average was kept, as a folder that everything else loads."""
+    if folder.exists():
+        return
+    with trainer.averaged():
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            trainer.save_model(str(folder))  # gathers from all processes
+        elif trainer.args.should_save:
+            with written_aside(folder) as aside:
+                model.save_pretrained(aside)
+                processor.save_pretrained(aside)
+
+
+def enable_checkpointing(model: MMInterleaved) -> None:
+    """Compute activations anew in the backward pass, in every part that can."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def compile_regions(model: MMInterleaved) -> None:
+    """Compile the parts that repeat, whose code does not depend on the data: fewer and larger kernels."""
+    for layer in model.language_model.layers:
+        layer.compile()
+    model.visual_tokenizer.compile()
+    model.image_decoder.resampler.compile()
+    model.image_decoder.unet.compile()
+    model.image_decoder.vae.encoder.compile()

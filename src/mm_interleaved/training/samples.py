@@ -1,0 +1,85 @@
+"""Pictures and texts made from a few fixed documents while training goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..document import Document, Image, Text, load_documents
+from ..generation import MMInterleaved
+from ..generation.interleaved import DocumentFinished
+from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
+from ..processor import MMInterleavedProcessor
+from ..processor.images import load_picture
+from .config import TrainConfig
+from .trainer import RunTrainer
+
+
+class Samples(TrainerCallback):
+    """Fills the open slots of documents every `sample_every` steps: a strip of pictures (PNG) and a text file."""
+
+    def __init__(
+        self, trainer: RunTrainer, config: TrainConfig, model: MMInterleaved, processor: MMInterleavedProcessor
+    ) -> None:
+        self.trainer, self.config, self.model, self.processor = trainer, config, model, processor
+        settings = config.samples
+        self.documents = load_documents(str(settings.documents))[: settings.count]
+        self.settings = GenerationSettings(
+            text=TextSettings(max_new_tokens=settings.max_new_tokens, min_new_tokens=0, num_beams=1),
+            image=ImageSettings(
+                num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale
+            ),
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """When it is time."""
+        if state.global_step % self.config.sample_every == 0:
+            self.draw(state.global_step)
+
+    def draw(self, step: int) -> None:
+        """Make the samples of a step. Training is as it was before, its random numbers included."""
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        self.model.eval()
+        with torch.random.fork_rng(devices=devices), self.trainer.averaged(), self.trainer.accelerator.autocast():
+            events = self.model.generate_interleaved(self.documents, self.processor, self.settings, progress=False)
+            done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
+        self.model.train()
+        folder = Path(self.config.output) / "samples"
+        folder.mkdir(exist_ok=True)
+        rows = [_pictures(e.result, self.config.samples.count) for e in done]
+        texts = [_text(e.result) for e in done]
+        (folder / f"{step:07}.txt").write_text("\n\n".join(texts) + "\n")
+        sheet = _sheet(rows, self.processor.target_size)
+        if sheet is not None:
+            sheet.save(folder / f"{step:07}.png")
+        if self.config.tensorboard:
+            with SummaryWriter(str(Path(self.config.output) / "tensorboard")) as writer:
+                writer.add_text("samples", "\n\n".join(texts), step)
+                if sheet is not None:
+                    writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+
+def _pictures(document: Document, limit: int) -> list[PIL.Image.Image]:
+    return [load_picture(s.source) for s in document.segments if isinstance(s, Image) and s.source is not None]
+
+
+def _text(document: Document) -> str:
+    return " ".join(s.text if isinstance(s, Text) else "[picture]" for s in document.segments if not s.is_open)
+
+
+def _sheet(rows: list[list[PIL.Image.Image]], side: int) -> PIL.Image.Image | None:
+    """One row of squares for each document."""
+    width = max((len(row) for row in rows), default=0)
+    if width == 0:
+        return None
+    sheet = PIL.Image.new("RGB", (width * side, len(rows) * side), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture.convert("RGB").resize((side, side)), (x * side, y * side))
+    return sheet

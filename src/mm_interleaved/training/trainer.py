@@ -1,0 +1,297 @@
+"""transformers' Trainer on planned batches: losses by part, whole checkpoints, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from ..configuration import to_yaml
+from . import checkpoints
+from .config import RunConfig, ScheduleConfig, TrainingError
+from .ema import EMA
+from .feed import Feed
+from .flops import StepCost, peak_flops
+from .meters import Window
+from .optimizer import build_optimizer
+
+PARTS = ("loss_", "psnr", "ssim")  # outputs of the model that begin so are logged on their own
+
+
+class RunTrainer(Trainer):
+    """Trains a model that returns `loss` and perhaps parts of it (`loss_*`) and measures.
+
+    Beyond the Trainer's public methods it overrides two that choose where a checkpoint goes (`_save_checkpoint`,
+    `_get_output_dir`), for a checkpoint must not bear its name before it is whole.
+
+    Args:
+        model: to be trained; what is frozen stays frozen.
+        args: see `training_arguments`.
+        config: the run.
+        feed: gives batches.
+        eval_feed: makes a fresh feed of held-out batches; None: no evaluation.
+        save_extras: writes what else belongs into a folder with weights (processor).
+        cost: for the MFU; None: not shown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        config: RunConfig,
+        feed: Feed,
+        eval_feed: Callable[[], tuple[Feed, int]] | None = None,
+        save_extras: Callable[[Path], None] = lambda folder: None,
+        cost: StepCost | None = None,
+    ) -> None:
+        self.config, self.feed, self.eval_feed, self.save_extras = config, feed, eval_feed, save_extras
+        self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
+        self.ema = EMA(model, config.ema) if config.ema.decay else None
+        self._aside: Path | None = None
+        super().__init__(model=model, args=args)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # losses are means over a batch
+        self.window = Window(args.device)
+
+    # ---- what the Trainer asks for
+
+    def get_train_dataloader(self) -> Feed:
+        """The feed; it takes care of devices and ranks itself."""
+        return self.feed
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the configured groups."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Warm-up and decay."""
+        if self.lr_scheduler is None:
+            share = learning_rate_share(self.config.schedule, num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing here: arithmetic is counted from what the feed served."""
+        return 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss; its parts are remembered for the log."""
+        outputs = model(**inputs)
+        parts = {name: value for name, value in outputs.items() if name.startswith(PARTS)}
+        if model.training:
+            self.window.add(outputs["loss"], {**dict.fromkeys(self._part_names(outputs)), **parts})
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    @staticmethod
+    def _part_names(outputs: Mapping[str, Any]) -> list[str]:
+        """All parts that such an output can have, so that every rank sums the same ones."""
+        return [n for n in getattr(type(outputs), "__dataclass_fields__", {}) if n.startswith(PARTS)]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the window measured.
+
+        Raises:
+            TrainingError: a loss of the window was NaN or infinite; the batch has been written down.
+        """
+        if "loss" in logs:
+            self._check_losses()
+            served = self.feed.take_counts()
+            steps = self.state.global_step - self._window_step
+            seconds_begin = self.window.begin
+            logs |= self.window.close(served, self.cost, self.peak)
+            self.window = Window(self.args.device)
+            logs["steps_per_second"] = steps / (self.window.begin - seconds_begin)
+            self._window_step = self.state.global_step
+            for group in self.optimizer.param_groups:
+                logs[f"lr/{group.get('name', 'all')}"] = group["lr"]
+        super().log(logs, start_time)
+
+    _window_step = 0
+
+    def start_window(self) -> None:
+        """Begin measuring now."""
+        self.feed.take_counts()
+        self.window = Window(self.args.device)
+        self._window_step = self.state.global_step
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean losses over the held-out batches, with the averaged weights if there are any."""
+        if self.eval_feed is None:
+            return {}
+        feed, count = self.eval_feed()
+        window = Window(self.args.device)
+        model = self.model_wrapped
+        model.eval()
+        with self.averaged(), torch.no_grad(), self.accelerator.autocast():
+            for inputs, _ in zip(feed, range(count), strict=False):
+                outputs = model(**inputs)
+                parts = {n: outputs.get(n) for n in self._part_names(outputs)}
+                window.add(outputs["loss"], {"loss": outputs["loss"], **parts})
+        model.train()
+        measured = window.close(feed.take_counts(), None, None)
+        logs = {f"eval_{n}": v for n, v in measured.items() if n.startswith(("loss", *PARTS))}
+        self.control.should_evaluate = False  # the Trainer asks once more at the end of its epoch
+        self.log(logs)
+        return logs
+
+    def averaged(self) -> Any:
+        """The model with its averaged weights, or as it is if no average is kept."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    # ---- checkpoints
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._aside or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write everything aside, then give it its name, then remove the oldest."""
+        run = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        if (run / name).exists():
+            return
+        self._aside = run / checkpoints.ASIDE
+        if self.args.should_save:
+            shutil.rmtree(self._aside, ignore_errors=True)
+        self._barrier()
+        try:
+            super()._save_checkpoint(model, trial)
+            folder = self._aside / name
+            torch.save(self.feed.state_dict(), folder / self._feed_file())
+            if self.args.should_save and self.ema is not None:
+                self.ema.save(folder)
+            self._barrier()
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                (folder / "config.yaml").write_text(to_yaml(self.config))
+                os.replace(folder, run / name)
+                self._aside.rmdir()
+                checkpoints.prune(run, self.config.keep_checkpoints)
+        finally:
+            self._aside = None
+        self._barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights and all that makes the folder loadable."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.save_extras(Path(output_dir or self.args.output_dir))
+
+    def load_run_state(self, folder: Path) -> None:
+        """What the Trainer does not know of: the feed's place and the average.
+
+        Raises:
+            ValueError: the checkpoint was written with another number of processes.
+        """
+        path = folder / self._feed_file()
+        if not path.is_file():
+            count = len(list(folder.glob("feed_*.pt")))
+            raise ValueError(
+                f"'{folder}' was written by {count} processes, now there are {self.args.world_size}; start as many, or "
+                "start a new run from its weights with model.checkpoint"
+            )
+        self.feed.load_state_dict(torch.load(path, weights_only=True))
+        if self.ema is not None:
+            self.ema.load(folder)
+
+    def _feed_file(self) -> str:
+        return f"feed_{self.args.process_index}.pt"
+
+    @staticmethod
+    def _barrier() -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    # ---- losses that are no numbers
+
+    def _check_losses(self) -> None:
+        back = self.window.first_bad()
+        if back is None:
+            return
+        folder = Path(self.args.output_dir) / f"bad-batch-rank{self.args.process_index}"
+        numbers = {number: batch for number, batch in self.feed.recent}
+        number = self.feed.number - back
+        step = self.state.global_step - (back - 1) // self.config.accumulation
+        if number not in numbers:
+            raise TrainingError(f"the loss of step {step} is not finite; its batch is no longer at hand (log more often)")
+        dump_batch(numbers[number], folder, {"step": step, "batch": number, "rank": self.args.process_index})
+        raise TrainingError(
+            f"the loss of step {step} is not finite. The batch is in '{folder}'. A lower learning rate, more warm-up or "
+            "precision=float32 may help; the last checkpoint is from before"
+        )
+
+
+def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
+    """A batch as `batch.safetensors` and `batch.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
+    save_file(tensors, folder / "batch.safetensors")
+    shapes = {k: list(v.shape) for k, v in tensors.items()}
+    about = {**about, "source": getattr(batch, "source", None), "shapes": shapes}
+    (folder / "batch.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def learning_rate_share(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
+    """Step number to the share of the learning rate: linear warm-up, then cosine, linear or constant."""
+
+    def share(step: int) -> float:
+        if step < config.warmup_steps:
+            return step / config.warmup_steps
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        progress = min(1.0, progress)
+        if config.kind == "constant":
+            return 1.0
+        falling = 1 - progress if config.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return config.min_share + (1 - config.min_share) * falling
+
+    return share
+
+
+def training_arguments(config: RunConfig, device: str | None = None) -> TrainingArguments:
+    """The Trainer's own settings for a run."""
+    return TrainingArguments(
+        output_dir=config.output,
+        max_steps=config.steps,
+        gradient_accumulation_steps=config.accumulation,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        learning_rate=config.optimizer.lr,
+        bf16=config.precision == "bfloat16",
+        fp16=config.precision == "float16",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # it waits for the device in every step
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 1,
+        eval_strategy="no",  # a callback asks for it
+        report_to=[],
+        disable_tqdm=True,
+        ignore_data_skip=True,  # the feed knows its place
+        remove_unused_columns=False,
+        seed=config.seed,
+        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=config.ddp.find_unused_parameters,
+        ddp_bucket_cap_mb=config.ddp.bucket_cap_mb,
+        ddp_broadcast_buffers=False,
+        deepspeed=config.deepspeed,
+        fsdp="full_shard" if config.fsdp else None,
+        fsdp_config=config.fsdp or None,
+        accelerator_config={"even_batches": False, "dispatch_batches": False},
+    )

@@ -1,0 +1,196 @@
+"""Configuration files: reading, overriding, extending, refusing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm_interleaved.configuration import ConfigError, load_config, to_yaml
+
+
+@dataclass
+class Source:
+    type: str = "documents"
+    weight: float = 1.0
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Optimizer:
+    lr: float = 1e-3
+    steps: int = 10
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"optimizer.steps must be at least 1, not {self.steps}")
+
+
+@dataclass
+class Schema:
+    name: str
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    sources: list[Source] = field(default_factory=list)
+    extra: Optimizer | None = None
+    fast: bool = False
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write(
+        tmp_path / "a.yaml",
+        "name: run\noptimizer: {lr: 1e-4}\nsources:\n- {type: mmc4, files: [a, b]}\n- {weight: 2}\nweights: {x: 1}\n",
+    )
+
+
+def test_a_file_becomes_the_dataclass(file: Path) -> None:
+    config = load_config(file, Schema)
+    assert config == Schema(
+        "run", Optimizer(lr=1e-4), [Source("mmc4", files=["a", "b"]), Source(weight=2.0)], weights={"x": 1.0}
+    )
+    assert isinstance(config.sources[0], Source)
+
+
+def test_overrides_win_in_order(file: Path) -> None:
+    overrides = ["optimizer.lr=0.5", "optimizer.lr=1e-2", "sources.0.type=pairs", "sources[1].weight=3",
+                 "extra.steps=4", "fast=true", "sources.0.files=[c]", "optimizer.clip=1.0", "weights.y=2"]  # fmt: skip
+    config = load_config(file, Schema, overrides)
+    assert config.optimizer == Optimizer(lr=0.01, clip=1.0)
+    assert (config.sources[0].type, config.sources[0].files, config.sources[1].weight) == ("pairs", ["c"], 3.0)
+    assert config.extra == Optimizer(steps=4)
+    assert config.fast is True
+    assert config.weights == {"x": 1.0, "y": 2.0}
+    assert load_config(file, Schema, ["optimizer.clip=1", "optimizer.clip="]).optimizer.clip is None
+
+
+TEXTS = st.text(st.characters(codec="ascii", exclude_characters="$\\", categories=("L", "N", "P", "Zs")), max_size=20)
+OPTIMIZERS = st.builds(Optimizer, st.floats(1e-9, 1e9), st.integers(1, 99), st.none() | st.floats(0, 1))
+SOURCES = st.builds(Source, files=st.lists(st.sampled_from(["null", "1", "é", "a: b"]), max_size=2))
+
+
+@given(
+    st.builds(
+        Schema,
+        name=TEXTS.filter(lambda s: s != "???"),
+        optimizer=OPTIMIZERS,
+        sources=st.lists(SOURCES, max_size=2),
+        extra=st.none() | OPTIMIZERS,
+        fast=st.booleans(),
+        weights=st.dictionaries(st.sampled_from(["a", "b.c"]), st.floats(0, 1)),
+    )
+)
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, config: Schema) -> None:
+    path = tmp_path_factory.mktemp("yaml") / "b.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path, Schema) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nsorces: []", "unknown key 'sorces'; did you mean 'sources'?"),
+        ("name: a\noptimizer: {ler: 1}", "unknown key 'optimizer.ler'; did you mean 'optimizer.lr'?"),
+        ("name: a\nsources: [{}, {typ: x}]", "unknown key 'sources.1.typ'; did you mean 'sources.1.type'?"),
+        ("name: a\nextra: {qqqqq: 1}", "unknown key 'extra.qqqqq'; known: lr, steps, clip"),
+        ("name: a\noptimizer: {steps: soon}", "'optimizer.steps' must be a whole number, not 'soon' (str)"),
+        ("name: a\noptimizer: 3", "'optimizer' must be a mapping, not 3 (int)"),
+        ("name: a\nsources: [{weight: heavy}]", "'sources.0.weight' must be a number, not 'heavy' (str)"),
+        ("name: a\nsources: {type: a}", "'sources' must be a list, not {'type': 'a'} (dict)"),
+        ("name: a\nfast: 7.5", "'fast' must be true or false, not 7.5 (float)"),
+        ("name: a\noptimizer: {steps: 0}", "optimizer.steps must be at least 1, not 0"),
+        ("fast: true", "'name' must be given"),
+        ("", "the file is empty"),
+        ("# nothing\n", "the file is empty"),
+        ("- a\n- b\n", "must be a mapping of keys to values"),
+        ("hello", "unknown key 'hello'"),
+        ("name: a\nfast: [1, 2\nx: 3", "not YAML"),
+        ("name: a\nname: b", "line 2, column 1: not YAML: found duplicate key name"),
+        ("name: ${nowhere}", "nowhere"),
+        ("name: ${oc.shell:ls}", "oc.shell"),
+        ("name: !!python/object/apply:os.system [ls]", "not YAML"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        load_config(path, Schema)
+    assert str(path) in str(raised.value)
+
+
+def test_invalid_yaml_names_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.yaml", "name: a\noptimizer:\n  lr: 1\n steps: 2\n")
+    with pytest.raises(ConfigError, match="line 4"):
+        load_config(path, Schema)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'none.yaml'}: No such file")):
+        load_config(tmp_path / "none.yaml", Schema)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fast", "write key=value"),
+        ("=3", "write key=value"),
+        ("a b=3", "write key=value"),
+        ("optimizer.lr=[1", "not YAML"),
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ("sources.0.wieght=1", "did you mean 'sources.0.weight'?"),
+        ("sources.7.weight=1", "no list item"),
+        ("optimizer.lr=fast", "'optimizer.lr' must be a number, not 'fast' (str)"),
+        ("optimizer={lr: 1, stops: 2}", "unknown key 'optimizer.stops'; did you mean 'optimizer.steps'?"),
+    ],
+)
+def test_bad_overrides_are_explained(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        load_config(file, Schema, [override])
+    assert f"override '{override}'" in str(raised.value)
+
+
+def test_extends_merges_mappings_and_replaces_lists(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    child = write(
+        tmp_path / "sub" / "b.yaml", "extends: ../a.yaml\noptimizer: {steps: 5}\nsources: [{type: toyworld}]\n"
+    )
+    config = load_config(child, Schema)
+    assert config.optimizer == Optimizer(1e-4, 5)
+    assert [s.type for s in config.sources] == ["toyworld"]
+    assert config.name == "run"
+    several = write(tmp_path / "c.yaml", "extends: [a.yaml, sub/b.yaml]\nname: c\n")
+    assert load_config(several, Schema) == Schema("c", config.optimizer, config.sources, weights={"x": 1.0})
+
+
+def test_a_part_of_a_larger_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "name: a\nother: {x: 1}\n")
+    assert load_config(path, Schema, ["other.x=2", "another[0]=3", "fast=true"], partial=True) == Schema("a", fast=True)
+    with pytest.raises(ConfigError, match="unknown key 'optimizer"):
+        load_config(path, Schema, ["optimizer.rl=2"], partial=True)
+
+
+def test_extending_oneself_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "extends: b.yaml\nname: a\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(tmp_path / "a.yaml", Schema)
+
+
+def test_the_environment_is_read_but_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN_NAME", "$(touch pwned) ${oc.env:HOME}")
+    path = write(
+        tmp_path / "a.yaml", "name: ${oc.env:RUN_NAME}\noptimizer: {lr: 2.0}\nextra: {lr: '${optimizer.lr}'}\n"
+    )
+    config = load_config(path, Schema)
+    assert config.name == "$(touch pwned) ${oc.env:HOME}"
+    assert config.extra == Optimizer(lr=2.0)

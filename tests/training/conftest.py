@@ -1,0 +1,61 @@
+"""A debug run on small documents, and how to start one in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mm_interleaved.configuration import load_config
+from mm_interleaved.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["tensorboard=false", "eval_every=0", "sample_every=0", f"data.sources.0.root={ROOT / 'examples'}"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path):
+    """Settings of a debug run in a folder of its own; further ones as `key=value`."""
+
+    def make(*changes: str, run: str = "run") -> TrainConfig:
+        return load_config(ROOT / "configs/debug.yaml", TrainConfig, arguments(tmp_path / run, *changes))
+
+    return make
+
+
+def arguments(run: Path, *changes: str) -> list[str]:
+    return [f"output={run}", *QUICK, "eval_data=null", *changes]
+
+
+def start(run: Path, *changes: str, processes: int = 1) -> subprocess.Popen[str]:
+    """`mmi train` on the CPU as a user starts it, with torchrun for several processes."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command += ["mm_interleaved.cli", "train", "--device", "cpu", str(ROOT / "configs/debug.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *arguments(run, *changes)],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def logged(run: Path, key: str = "loss") -> dict[int, float]:
+    """Step to value."""
+    entries: list[dict[str, Any]] = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {e["step"]: e[key] for e in entries if key in e}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums in float32 depend on how many threads share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
