@@ -102,7 +102,12 @@ def generate(
     for document in documents:
         _check_pictures(document)
     loaded = _load(model, dtype, where)
-    InterleavedGenerator(loaded.model, loaded.processor, settings).start(documents)  # says now what cannot be used
+    try:
+        InterleavedGenerator(loaded.model, loaded.processor, settings).start(documents)  # says now what cannot be used
+    except DocumentError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     folder = ResultsFolder(output_folder, source, loaded.name, loaded.trained, settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")

@@ -168,7 +168,9 @@ class InterleavedGenerator:
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            ValueError: pictures cannot be drawn with these settings.
         """
+        self.model.image_decoder.sampler(self.settings.image)
         self.rows: list[_Row] = []
         for index, document in enumerate(documents):
             try:
@@ -202,6 +204,7 @@ class InterleavedGenerator:
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            ValueError: pictures cannot be drawn with these settings.
         """
         self.start(documents)
         size = self.settings.image.batch_size
