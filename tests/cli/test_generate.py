@@ -314,6 +314,27 @@ BAD_INPUTS = {
     ),
     "nothing but a field": ('{"id": "x"}', "segments"),
     "too long": (json.dumps({"segments": [{"text": "word " * 3000}]}), "tokens are more than the"),
+    "a mode that is a list": (
+        '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0], "image_first": [true], "generate_mode": []}',
+        "generate_mode: must be a string, not a list",
+    ),
+    "a null character in a path": (r'[{"segments": [{"image": "a\u0000"}]}]', r"record 0, segments\[0\].*null char"),
+    "a path without end": (json.dumps({"segments": [{"image": "a" * 300}]}), r"segments\[0\].*File name too long"),
+    "a number without end": ('{"segments": [{"text": "A."}], "max_turns": ' + "9" * 5000 + "}", "number is too long"),
+    "not even base64": (
+        json.dumps({"segments": [{"image": "data:image/png;base64,\u00e9\u00e9"}]}), r"segments\[0\].image.*data URL",
+    ),
+    "half a character": (r'[{"segments": [{"text": "A \ud800."}]}]', r"record 0, segments\[0\].*ud800.*position 2"),
+    "a name with half a character": (r'{"segments": [{"text": "A."}], "id": "\udfff"}', r"id: half a character"),
+    "a field with half a character": (r'{"segments": [{"\udfff": "A."}]}', r"segments\[0\], a field's name: half a"),
+    "a forced text with a picture": (
+        json.dumps({"segments": [{"text": "A."}], "forced_texts": ["B.", "See <|image|>"]}),
+        r"forced_texts\[1\].*<\|image\|>.*very end",
+    ),
+    "a forced text that goes on after asking": (
+        '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0], "image_first": [true], '
+        '"multiround_context": ["B<|beginofimage|>C"]}', r"multiround_context\[0\].*beginofimage",
+    ),
     "fifty pictures": (json.dumps({"segments": [{"image": "0.png"}] * 50}), "50 pictures are more than the 49"),
 }  # fmt: skip
 
