@@ -121,6 +121,9 @@ class MMInterleaved(MMInterleavedModel):
 
         Returns:
             For each row the sum of log p over each option's tokens.
+
+        Raises:
+            ValueError: an option has no tokens.
         """
         return score_options(self.read(batch), options, batch_size)
 
