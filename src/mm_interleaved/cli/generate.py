@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..document import Document, DocumentError, load_documents
@@ -150,7 +151,8 @@ def _device(name: str) -> torch.device:
 
 def _load(model: str, dtype: str | None, device: torch.device) -> Loaded:
     try:
-        return load(model, DTYPES[dtype] if dtype else None, device)
+        with console.status(f"loading {escape(model)}"):
+            return load(model, DTYPES[dtype] if dtype else None, device)
     except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
         raise UsageError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 

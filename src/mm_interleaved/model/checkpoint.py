@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -130,6 +130,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError(f"'{path}' is not a dictionary of tensors")
     return tensors
+
+
+def check_safetensors(source: Path) -> None:
+    """Read the headers of a folder's `.safetensors` files, which also tell whether the files are whole.
+
+    Raises:
+        CheckpointError: there are no weights, or a file is missing, damaged or cut short.
+    """
+    for path in weight_files(source):
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"'{path}' is damaged or cut short: {error}; fetch or convert the checkpoint "
+                                      "again") from None  # fmt: skip
 
 
 # ---- writing
