@@ -23,7 +23,7 @@ from ..model.image_decoder import DenoisingStep
 from ..processor import MMInterleavedProcessor
 from ..processor.images import to_picture
 from ..processor.packing import TokenStream
-from ..processor.tokenizer import encode_text
+from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .context import Context
 from .settings import GenerationSettings
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
@@ -168,10 +168,13 @@ class InterleavedGenerator:
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            ValueError: pictures cannot be drawn with these settings.
         """
+        self.model.image_decoder.sampler(self.settings.image)
         self.rows: list[_Row] = []
         for index, document in enumerate(documents):
             try:
+                _check_forced(document)
                 queue = self.plan(document)
                 self._check_length(queue)
             except DocumentError as error:
@@ -202,6 +205,7 @@ class InterleavedGenerator:
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            ValueError: pictures cannot be drawn with these settings.
         """
         self.start(documents)
         size = self.settings.image.batch_size
@@ -383,6 +387,17 @@ class InterleavedGenerator:
         self.context.append(ids, mask)
         for index in chosen:
             self.rows[index].ids.append(self.model.config.soi_token_id)
+
+
+def _check_forced(document: Document) -> None:
+    """A forced text may ask for a picture by ending in a begin-of-image token; it cannot show one."""
+    field_name = "forced_texts" if document.record is None else "multiround_context"
+    for index, text in enumerate(document.forced_texts):
+        before = text.rstrip().removesuffix(SOI_TOKEN)
+        for token in (SOI_TOKEN, IMAGE_TOKEN):
+            if token in before:
+                raise DocumentError(f"the text contains the reserved token '{token}'", f"{field_name}[{index}]",
+                                    f"Only '{SOI_TOKEN}' may stand there, at the very end, for a picture")  # fmt: skip
 
 
 def _progress(chosen: list[int], candidate: int, step: DenoisingStep) -> Iterator[Event]:
