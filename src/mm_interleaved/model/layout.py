@@ -206,9 +206,7 @@ def previous_images(positions: ImagePositions, width: int) -> Tensor:
     return images[:, :slots]
 
 
-def reversed_context(
-    hidden: Tensor, positions: ImagePositions, longest: int | None = None
-) -> tuple[Tensor, Tensor]:
+def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | None = None) -> tuple[Tensor, Tensor]:
     """The tokens of each picture's document up to its SOI, last one first.
 
     Args:

@@ -154,9 +154,7 @@ class MMInterleavedModel(PreTrainedModel):
         memory.prepared = [s.prepare(memory.features) for s in synchronizers(self.language_model)]
         return memory
 
-    def embed(
-        self, input_ids: Tensor, image_tokens: Tensor | None, positions: ImagePositions | None = None
-    ) -> Tensor:
+    def embed(self, input_ids: Tensor, image_tokens: Tensor | None, positions: ImagePositions | None = None) -> Tensor:
         """Token embeddings [batch, length, width], with pictures in place and `soi_token` added to every SOI.
 
         Args:
@@ -207,7 +205,9 @@ class MMInterleavedModel(PreTrainedModel):
         Returns:
             Hidden states after the last norm, [batch, length, width].
         """
-        visible = images if isinstance(images, VisibleImages) else VisibleImages.build(images.flatten(0, 1), len(memory))
+        visible = (
+            images if isinstance(images, VisibleImages) else VisibleImages.build(images.flatten(0, 1), len(memory))
+        )
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,

@@ -232,7 +232,9 @@ class RunTrainer(Trainer):
         number = self.feed.number - back
         step = self.state.global_step - (back - 1) // self.config.accumulation
         if number not in numbers:
-            raise TrainingError(f"the loss of step {step} is not finite; its batch is no longer at hand (log more often)")
+            raise TrainingError(
+                f"the loss of step {step} is not finite; its batch is no longer at hand (log more often)"
+            )
         dump_batch(numbers[number], folder, {"step": step, "batch": number, "rank": self.args.process_index})
         raise TrainingError(
             f"the loss of step {step} is not finite. The batch is in '{folder}'. A lower learning rate, more warm-up or "
