@@ -19,8 +19,8 @@ from .convert import assemble, convert
 from .download import download
 from .generate import UsageError, generate
 from .info import info
-from .train import train, train_vae
 from .toyworld import toyworld
+from .train import train, train_log, train_vae
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +35,7 @@ app.command()(download)
 app.command()(assemble)
 app.command()(train)
 app.command()(train_vae)
+app.command()(train_log)
 app.add_typer(toyworld, name="toyworld")
 
 

@@ -228,7 +228,7 @@ class RunTrainer(Trainer):
         if back is None:
             return
         folder = Path(self.args.output_dir) / f"bad-batch-rank{self.args.process_index}"
-        numbers = {number: batch for number, batch in self.feed.recent}
+        numbers = dict(self.feed.recent)
         number = self.feed.number - back
         step = self.state.global_step - (back - 1) // self.config.accumulation
         if number not in numbers:
@@ -237,8 +237,8 @@ class RunTrainer(Trainer):
             )
         dump_batch(numbers[number], folder, {"step": step, "batch": number, "rank": self.args.process_index})
         raise TrainingError(
-            f"the loss of step {step} is not finite. The batch is in '{folder}'. A lower learning rate, more warm-up or "
-            "precision=float32 may help; the last checkpoint is from before"
+            f"the loss of step {step} is not finite. The batch is in '{folder}'. A lower learning rate, more warm-up "
+            "or precision=float32 may help; the last checkpoint is from before"
         )
 
 
