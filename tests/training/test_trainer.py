@@ -48,10 +48,9 @@ def test_a_debug_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
 
 
 def main_ok(words: list[str]) -> None:
-    try:
+    with pytest.raises(SystemExit) as ended:
         main(words)
-    except SystemExit as error:
-        assert not error.code, words
+    assert not ended.value.code, words
 
 
 class Poisoned(Colors):
@@ -120,7 +119,7 @@ def test_only_one_part_is_trained_where_the_other_is_frozen(settings, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimizer.learning_rate=1", "did you mean"),
+        ("optimizer.weight_decai=1", "did you mean"),
         ("precision=fp8", "must be one of float32, bfloat16, float16"),
         ("model.checkpoint=x", "exactly one of 'preset', 'checkpoint' and 'components'"),
         ("losses.image_fraction=0", r"must lie in \(0, 1\]"),

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,17 @@ def learning_rate_share(config: ScheduleConfig, steps: int) -> Callable[[int], f
 
 
 def training_arguments(config: RunConfig, device: str | None = None) -> TrainingArguments:
-    """The Trainer's own settings for a run."""
+    """The Trainer's own settings for a run.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP is asked for, and is not installed or was not started with torchrun.
+    """
+    if config.deepspeed and find_spec("deepspeed") is None:
+        raise ValueError("'deepspeed' is set, but DeepSpeed is not installed: pip install 'mm-interleaved[deepspeed]'")
+    if config.deepspeed and not Path(config.deepspeed).is_file():
+        raise ValueError(f"deepspeed: '{config.deepspeed}' does not exist")
+    if config.fsdp and "RANK" not in os.environ:
+        raise ValueError("'fsdp' needs several processes: torchrun --nproc-per-node=N -m mm_interleaved.cli train ...")
     return TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps,
