@@ -42,7 +42,7 @@ def main() -> None:
     for what, rate in found.items():
         print(f"{what:20} {rate:6} scenes/s")
     if options.output:
-        report = {"machine": describe(torch.device("cpu")), "scenes": options.scenes, "scenes per second": found}
+        report = {"machine": describe(), "scenes": options.scenes, "scenes per second": found}
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 

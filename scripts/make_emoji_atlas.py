@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from mm_interleaved.toyworld.kinds import KINDS
 from mm_interleaved.toyworld.sprites import ATLAS, ATLAS_COLUMNS, TILE
@@ -40,13 +41,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ATLAS)
     options = parser.parse_args()
     font = ImageFont.truetype(str(options.font), STRIKE)
-    emoji = [kind.emoji for kind in KINDS.values() if kind.emoji]
-    rows = -(-len(emoji) // ATLAS_COLUMNS)
+    drawn = {kind.name: kind.emoji for kind in KINDS.values() if kind.emoji}
+    rows = -(-len(drawn) // ATLAS_COLUMNS)
     atlas = Image.new("RGBA", (ATLAS_COLUMNS * TILE, rows * TILE))
-    for i, character in enumerate(emoji):
+    for i, character in enumerate(drawn.values()):
         atlas.paste(tile(character, font), (i % ATLAS_COLUMNS * TILE, i // ATLAS_COLUMNS * TILE))
-    atlas.save(options.output, optimize=True)
-    print(f"{options.output}: {len(emoji)} emoji, {options.output.stat().st_size / 1024:.0f} KiB")
+    names = PngInfo()
+    names.add_text("kinds", " ".join(drawn))
+    atlas.save(options.output, optimize=True, pnginfo=names)
+    print(f"{options.output}: {len(drawn)} emoji, {options.output.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,13 @@ def test_extends_merges_mappings_and_replaces_lists(file: Path, tmp_path: Path) 
     assert load_config(several, Schema) == Schema("c", config.optimizer, config.sources, weights={"x": 1.0})
 
 
+def test_a_part_of_a_larger_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "name: a\nother: {x: 1}\n")
+    assert load_config(path, Schema, ["other.x=2", "another[0]=3", "fast=true"], partial=True) == Schema("a", fast=True)
+    with pytest.raises(ConfigError, match="unknown key 'optimizer"):
+        load_config(path, Schema, ["optimizer.rl=2"], partial=True)
+
+
 def test_extending_oneself_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "extends: b.yaml\nname: a\n")
     write(tmp_path / "b.yaml", "extends: a.yaml\n")

@@ -32,7 +32,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used: what is wrong, where, and what to do about it."""
 
 
-def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
+def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = (), partial: bool = False) -> T:
     """A YAML file with overrides, as an instance of a dataclass.
 
     Args:
@@ -41,11 +41,17 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
             with `omegaconf.MISSING` must be given. A `ValueError` from its `__post_init__` is reported with the file.
         overrides: `key.sub=value`; list items are named by number (`sources.0.type` or `sources[0].type`), values are
             YAML.
+        partial: leave alone what the schema's top level lacks; the file belongs to a larger schema.
 
     Raises:
         ConfigError: the file or an override cannot be read, or a key is unknown, missing or of the wrong type.
     """
-    config = _merge(OmegaConf.structured(schema), _load(Path(path), ()), schema, str(path))
+    data = _load(Path(path), ())
+    if partial:
+        known = {field.name for field in dataclasses.fields(schema)}
+        data = OmegaConf.masked_copy(data, [key for key in data if key in known])
+        overrides = [o for o in overrides if re.split(r"[.=\[]", o.strip())[0] in known]
+    config = _merge(OmegaConf.structured(schema), data, schema, str(path))
     for override in overrides:
         config = _override(config, schema, override)
     try:

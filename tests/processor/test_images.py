@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.document import DocumentError
-from mm_interleaved.processor.images import MAX_PIXELS, center_crop, load_picture, squash, to_array, to_picture
+from mm_interleaved import MMInterleavedProcessor, MMInterleavedTokenizer
+from mm_interleaved.document import DocumentError, Image
+from mm_interleaved.processor.images import CROPS, MAX_PIXELS, center_crop, load_picture, squash, to_array, to_picture
 
 from ..conftest import picture
 
@@ -170,3 +171,19 @@ def test_too_many_pixels_are_not_even_decoded(tmp_path: Path) -> None:
         load_picture(path)
     side = math.isqrt(MAX_PIXELS) - 10  # large, but allowed; PIL's warning about it stays away
     assert load_picture(save(tmp_path / "b.png", PIL.Image.new("1", (side, 4)))).size == (side, 4)
+
+
+@pytest.mark.parametrize("size", [(1000, 700), (90, 60), (57, 2000), (224, 224)])
+@pytest.mark.parametrize("crop", ["center", "squash"])
+def test_both_views_are_what_each_alone_would_be(
+    tokenizer: MMInterleavedTokenizer, size: tuple[int, int], crop: str
+) -> None:
+    image = picture(3, size)
+    for sizes in ((56, 32), (32, 56), (48, 48)):
+        processor = MMInterleavedProcessor(tokenizer, image_size=sizes[0], target_size=sizes[1], crop=crop)
+        views = processor.views(Image(image), training=True)
+        assert np.array_equal(views.seen, CROPS[crop](image, sizes[0]))
+        assert np.array_equal(views.drawn, CROPS[crop](image, sizes[1]))
+        assert processor.views(Image(image), training=False).drawn is None
+        other = processor.views(Image(image, target=picture(4)), training=True)
+        assert np.array_equal(other.drawn, CROPS[crop](picture(4), sizes[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from mm_interleaved.toyworld.draw import GROUND_LABELS, KIND_LABELS, LABELS, box
 from mm_interleaved.toyworld.kinds import GROUPS, KINDS
 from mm_interleaved.toyworld.sampling import random_scene
 from mm_interleaved.toyworld.scene import COLORS, GLYPHS, GROUNDS, PARTS, SIZES, TEXTURES, Look, Scene, Thing
-from mm_interleaved.toyworld.sprites import sprite
+from mm_interleaved.toyworld.sprites import ATLAS, sprite
 
 SHADOW = 90  # no shadow changes a channel by more
 scenes = st.integers(0, 2**32).map(lambda seed: random_scene(np.random.default_rng(seed)))
@@ -180,3 +181,10 @@ def test_what_there_is_not_is_refused(scene: Scene, message: str) -> None:
         draw(scene, 64)
     with pytest.raises(ValueError, match="at least 44"):
         draw(one(Look("fox", "red"), "small"), 40)
+
+
+def test_the_atlas_holds_every_emoji_and_is_small() -> None:
+    with PIL.Image.open(ATLAS) as picture:
+        assert picture.text["kinds"].split() == [kind.name for kind in KINDS.values() if kind.emoji]
+    assert ATLAS.stat().st_size < 1.2e6
+    assert "SIL OPEN FONT LICENSE" in (ATLAS.parent / "OFL.txt").read_text()

@@ -12,10 +12,12 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from ..configuration import ConfigError
+from ..data import DataError
 from ..document import DocumentError
 from ..model.checkpoint import CheckpointError
 from .console import console
 from .convert import assemble, convert
+from .data import data
 from .download import download
 from .generate import UsageError, generate
 from .info import info
@@ -36,6 +38,7 @@ app.command()(assemble)
 app.command()(train)
 app.command()(train_vae)
 app.command()(train_log)
+app.add_typer(data, name="data")
 app.add_typer(toyworld, name="toyworld")
 
 
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return app(arguments)
-    except (ConfigError, DocumentError, CheckpointError, UsageError) as error:
+    except (ConfigError, DataError, DocumentError, CheckpointError, UsageError) as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..toyworld.documents import FORM_NAMES, DocumentMix, toy_document
+from ..toyworld.documents import FORM_NAMES, SMALLEST, DocumentMix, toy_document
 from ..toyworld.sampling import SPLITS
 from ..toyworld.sheet import contact_sheet
 from ..toyworld.writers import FORMATS, WriteError, write_dataset
@@ -54,7 +54,7 @@ def show(
     count: Annotated[int, typer.Option("-n", "--count", help="Number of documents.", min=1, max=200)] = 12,
     split: Split = "train",
     seed: Seed = 0,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.", min=32, max=1024)] = 192,
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.", min=SMALLEST, max=1024)] = 192,
     form: Annotated[str, typer.Option(help=f"Only of this form: {', '.join(FORM_NAMES)}.")] = "",
 ) -> None:
     """Draw a sheet of documents with their texts. Gray text is given, pictures in green frames are learned."""

@@ -67,6 +67,7 @@ class DocumentLoader:
         self._batches = 0  # of this epoch
         self._barren: dict[str, set[int]] = {}
         self._warned: set[str] = set()
+        self._given_up: set[str] = set()
         self._pending: dict[str, Any] | None = None  # a state that iteration is to begin from
         self._loader: StatefulDataLoader | None = None
 
@@ -87,7 +88,7 @@ class DocumentLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._loader = self._make_loader()
-        self._barren = {}
+        self._barren, self._given_up = {}, set()
         if self._pending is not None:
             self._loader.load_state_dict(self._pending)
             self._pending = None
@@ -134,10 +135,12 @@ class DocumentLoader:
         for source in message["barren"]:
             workers = self._barren.setdefault(source, set())
             workers.add(message["worker"])
-            if len(workers) == max(self.config.num_workers, 1):
-                raise DataError(
-                    f"source '{source}' gave no row in a whole pass: " + "; ".join(self._report.lines(source))
-                )
+            if len(workers) == max(self.config.num_workers, 1) and source not in self._given_up:
+                self._given_up.add(source)
+                problem = f"source '{source}' gave no batch in a whole pass: {'; '.join(self._report.lines(source))}"
+                if self._dataset.world_size == 1:
+                    raise DataError(problem)
+                warnings.warn(f"rank {self._dataset.rank}: {problem}", stacklevel=3)  # others may have more of it
 
     def state_dict(self) -> dict[str, Any]:
         """Where reading stands after the batch handed out last; small, plain data."""
@@ -150,11 +153,12 @@ class DocumentLoader:
         Raises:
             DataError: the state belongs to other settings (when iteration begins, also: to other data).
         """
-        workers = (state["loader"] or {}).get("_snapshot", {}).get("_worker_snapshots")
-        if workers is not None and len(workers) != self.config.num_workers:
-            raise DataError(
-                f"the state was saved with {len(workers)} workers, but 'num_workers' is {self.config.num_workers}"
-            )
+        if state["loader"] is not None:
+            workers = len(state["loader"].get("_snapshot", {}).get("_worker_snapshots", {}))
+            if workers != self.config.num_workers:
+                raise DataError(
+                    f"the state was saved with {workers} workers, but 'num_workers' is {self.config.num_workers}"
+                )
         self._dataset.epoch = state["epoch"]
         self._pending, self._loader = state["loader"], None
         self._batches, self._report = state["batches"], DataReport(state["report"])

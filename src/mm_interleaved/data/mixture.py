@@ -103,8 +103,9 @@ class Mixture:
 
     def _exhausted(self, source: int) -> None:
         gave, self._gave[source] = self._gave[source], False
-        self._finished.add(source)
-        if not gave:
+        if gave:
+            self._finished.add(source)
+        else:
             self._barren.add(source)
         if not gave or self.config.sampling == "sum":
             self._active.remove(source)

@@ -124,7 +124,7 @@ def decode(payload: bytes, where: str, note: Note | None = None) -> dict[str, An
         raise Rejected("line not UTF-8", f"{where}: byte {error.start}") from None
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers that are too long
         if note is None:
             raise Rejected("line not JSON", f"{where}: {error}") from None
         try:
@@ -371,15 +371,31 @@ class _Numbers:
 
 
 class ToyWorld:
-    """Documents drawn as they are needed."""
+    """Documents drawn as they are needed.
+
+    Raises:
+        DataError: an option or split that the toy world does not know.
+    """
 
     def __init__(self, config: SourceConfig) -> None:
+        # Drawing needs libraries and pictures that other sources do without.
+        from ..toyworld.documents import DocumentMix, toy_document
+        from ..toyworld.sampling import SPLITS
+
         self.config, self.shards = config, _Numbers(f"toyworld {config.split}", config.documents)
+        self._draw, options = toy_document, dict(config.options)
+        try:
+            if config.split not in SPLITS:
+                raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, not '{config.split}'")
+            if options.get("mix") is not None:
+                options["mix"] = DocumentMix(**options["mix"])
+            self._options = options
+            toy_document(0, config.split, 0, **options)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"source '{config.name}': the toy world refuses its options: {error}") from None
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """A new one for every draw of `rng`."""
-        from ..toyworld.documents import toy_document  # drawing needs libraries that other sources do without
-
-        document = toy_document(int(rng.integers(2**31)), self.config.split, record.payload, **self.config.options)
+        document = self._draw(int(rng.integers(2**31)), self.config.split, record.payload, **self._options)
         document.place = self.shards.place(record)
         return document

@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
@@ -51,7 +52,9 @@ def load_picture(
     with _explained(source, where):
         if draft:
             image.draft(None, (draft, draft))
-        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+        if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:  # else transposing would only copy
+            image = PIL.ImageOps.exif_transpose(image)
+        return _to_rgb(image)
 
 
 @contextmanager
@@ -85,7 +88,17 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.float64)
         return PIL.Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image
     return image.convert("RGB")
+
+
+def halved(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """The picture, halved with a box filter while its shorter side is at least twice `size`."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
+    return image
 
 
 def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
@@ -97,8 +110,7 @@ def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
     Returns:
         uint8 [size, size, 3].
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
+    image = halved(image, size)
     scale = size / min(image.size)
     width, height = (max(round(side * scale), size) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..document import Document, DocumentError, Image, Segment, Text
 from ..model.config import MMInterleavedConfig
 from .batch import Batch, build_labels
-from .images import CROPS, load_picture
+from .images import CROPS, halved, load_picture
 from .packing import Cut, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
 
@@ -373,6 +373,8 @@ class MMInterleavedProcessor(ProcessorMixin):
         """
         crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
         picture = load_picture(image.source, draft=least)
+        if self.crop == "center" and training:
+            picture = halved(picture, max(self.image_size, self.target_size))  # the first halvings serve both views
         seen = crop(picture, self.image_size)
         if not training:
             return Views(seen, None)

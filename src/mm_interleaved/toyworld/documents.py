@@ -24,6 +24,7 @@ VQA_BEFORE = "Based on the image, please answer the question."
 VQA_AFTER = "{question} Please provide an accurate answer within one word. The answer is:"
 VQA_SHORT = "Question: {question} Short answer:"
 REFER_PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}<box>"
+SMALLEST = 48  # pixels; below, small things vanish
 BOX_SCALE = 999  # coordinates are thousandths of the picture's side, cut to whole numbers
 
 
@@ -94,10 +95,10 @@ def random_document(rng: np.random.Generator, *, split: Split | None = None, siz
     """A document by chance; its `id` is its form.
 
     Raises:
-        ValueError: pictures of less than 16 pixels.
+        ValueError: pictures of less than `SMALLEST` pixels.
     """
-    if size < 16:
-        raise ValueError(f"size={size}: pictures are at least 16 pixels wide")
+    if size < SMALLEST:
+        raise ValueError(f"size={size}: pictures are at least {SMALLEST} pixels wide")
     form = (mix or DocumentMix()).choose(rng)
     return Document(FORMS[form](rng, split, size), id=form)
 

@@ -86,7 +86,7 @@ class ReaderNet(nn.Module):
         width: channels at a quarter of the resolution; twice as many at an eighth.
     """
 
-    def __init__(self, width: int = 56) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.stem = nn.Sequential(_conv(3, 32, 2, 5), nn.ReLU(), _conv(32, width, 2), nn.ReLU())
         self.fine = nn.Sequential(_Block(width), _conv(width, 2 * width, 2), nn.ReLU())

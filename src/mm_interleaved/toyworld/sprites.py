@@ -73,8 +73,8 @@ class _Body:
 @cache
 def _atlas() -> dict[str, Image.Image]:
     with Image.open(ATLAS) as picture:
+        names = picture.text["kinds"].split()  # which emoji are on it, in order
         whole = picture.convert("RGBA")
-    names = [kind.name for kind in KINDS.values() if kind.emoji]
     places = [(i % ATLAS_COLUMNS * TILE, i // ATLAS_COLUMNS * TILE) for i in range(len(names))]
     return {name: whole.crop((x, y, x + TILE, y + TILE)) for name, (x, y) in zip(names, places, strict=True)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
         load_vae(model.image_decoder.vae, Path(source.vae))
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
+
+
+def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedProcessor:
+    """The processor alone, without weights; a VAE need not be there yet.
+
+    Raises:
+        ValueError: the settings do not fit together, or a folder holds something else.
+    """
+    tokenizer = _tokenizer(source, default_tokenizer)
+    return MMInterleavedProcessor.for_model(_model_config(replace(source, vae=None), tokenizer), tokenizer)
 
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:

@@ -240,7 +240,7 @@ def _lexicon() -> tuple[re.Pattern[str], dict[str, tuple[str, str]]]:
         meanings |= {kind.plural: ("kind", kind.name), kind.name: ("kind", kind.name)}
     glyph = f"[{GLYPHS}{GLYPHS.lower()}]"
     expressions = [
-        rf"(?:letter|number|marked) (?P<glyph>{glyph})(?: on it)?",
+        rf"(?:the )?(?:letter|number|marked) (?P<glyph>{glyph})(?: on it)?",
         rf"an? (?P<glyph_on>{glyph}) on it",
         rf"(?P<count>{_either(NUMBERS[1:])}) things?",
         rf"(?:(?:an?|the) )?(?P<part>{_either(PARTS[1:])})s?",

@@ -12,6 +12,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from ..documents import SMALLEST
 from ..sampling import SPLITS
 from . import coco, documents, mmc4, pairs, webdataset
 from .base import VERSION, Format, Job
@@ -20,7 +21,7 @@ FORMATS: dict[str, Format] = {
     f.name: f for f in (mmc4.FORMAT, pairs.FORMAT, webdataset.FORMAT, coco.FORMAT, documents.FORMAT)
 }
 ABOUT = "toyworld.json"  # beside the data: what they are
-SMALLEST, LARGEST = 16, 4096  # pictures, in pixels
+LARGEST = 4096  # pixels of a picture's side
 
 
 class WriteError(ValueError):

@@ -1,0 +1,91 @@
+"""`mmi data check`, on the examples of the documentation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from ..data.world import write_lines, write_pictures
+from .conftest import Outcome
+
+Mmi = Callable[..., Outcome]
+
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that docs/data.md shows, with pictures; the place where commands run."""
+    examples = dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", DOCS.read_text(), re.DOTALL))
+    assert len(examples) == 4
+    for name, text in examples.items():
+        path = tmp_path / ("config.yaml" if name == "config" else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for pictures in ("pairs/images", "mmc4/images", "documents"):
+        write_pictures(tmp_path / pictures, 2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def table(output: str, source: str) -> dict[str, str]:
+    """The first two columns of what is printed of a source."""
+    text = output.split(f"{source}: a sample")[1].split(": a sample")[0]
+    return {m[0].strip(): m[1].strip() for m in re.findall(r"│([^│]*)│([^│]*)│[^│]*│", text)}
+
+
+def test_every_source_is_shown(mmi: Mmi, folder: Path) -> None:
+    shown = mmi("data", "check", "config.yaml", "--seconds", "0.2", "--sheet", "look.png")
+    assert shown.code == 0, shown.err
+    captions, mmc4, documents = (table(shown.out, name) for name in ("captions", "mmc4", "documents"))
+    assert (captions["documents"], captions["pictures"], captions["shard missing"]) == ("2", "2", "1")
+    assert (mmc4["documents"], mmc4["pictures"]) == ("1", "2")
+    assert (documents["documents"], documents["pictures"], documents["pictures learned"]) == ("3", "3", "66.7%")
+    assert re.search(r"the main process: [\d,]+ tokens/s, [\d,.]+ pictures/s", shown.out)
+    sheet = np.asarray(PIL.Image.open(folder / "look.png"))
+    for number in (0, 1):  # the pictures that `write_pictures` drew stand on it
+        assert (np.abs(sheet.astype(int) - (number, 0, 128)).max(-1) <= 1).sum() > 3 * 100 * 100
+
+
+def test_overrides_count(mmi: Mmi, folder: Path) -> None:
+    arguments = ("data", "check", "config.yaml", "--seconds", "0")
+    assert "similarity too low" not in mmi(*arguments).out
+    shown = mmi(*arguments, "data.sources.1.sim_threshold=0.3", "steps=7")
+    assert table(shown.out, "mmc4")["similarity too low"] == "1"
+    assert "tokens/s" not in shown.out
+    assert (folder / "data.png").is_file()
+
+
+def test_a_source_that_gives_nothing_is_an_error(mmi: Mmi, folder: Path) -> None:
+    (folder / "mmc4/images/0.png").write_bytes(b"")
+    (folder / "mmc4/images/1.png").unlink()
+    shown = mmi("data", "check", "config.yaml")
+    assert shown.code == 1
+    assert "these sources cannot be used: mmc4" in shown.err
+    mmc4 = table(shown.out, "mmc4")
+    assert (mmc4["picture empty"], mmc4["picture missing"], mmc4["no picture left"]) == ("1", "1", "1")
+    assert table(shown.out, "documents")["documents"] == "3"
+
+
+def test_reasons_show_their_examples(mmi: Mmi, folder: Path) -> None:
+    write_lines(folder / "documents" / "bad.jsonl", ["junk [/] text"])
+    assert "bad.jsonl, line 1" in mmi("data", "check", "config.yaml", "--seconds", "0").out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.sources.0.rot=x", "unknown key 'data.sources.0.rot'; did you mean 'data.sources.0.root'?"),
+        ("data.sources.0.type=parquet", "'type' must be one of mmc4"),
+        ("model.preset=tiny", "no preset 'tiny'"),
+    ],
+)
+def test_mistakes_are_explained(mmi: Mmi, folder: Path, change: str, message: str) -> None:
+    shown = mmi("data", "check", "config.yaml", change)
+    assert shown.code == 1
+    assert message in shown.err
