@@ -37,6 +37,17 @@ def train_vae(config: ConfigFile, settings: Settings = None, device: Device = No
         run.train_autoencoder(loaded, device)
 
 
+def train_log(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    output: Annotated[Path, typer.Option(help="PNG, SVG or PDF file to write.")] = Path("curves.png"),
+) -> None:
+    """Plot the curves of a run."""
+    from ..training.curves import plot
+
+    with _errors():
+        plot(run, output)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """What a user can mend, as one message."""

@@ -250,9 +250,8 @@ class MMInterleavedConfig(PreTrainedConfig):
              f"{sides}"),
             (decoder.mmfs.levels == sides, f"image_decoder.mmfs.levels must be all the picture's maps {sides}, not "
              f"{decoder.mmfs.levels}"),
-            (decoder.unet.get("in_channels", 4) == decoder.unet.get("out_channels", 4) == decoder.vae["latent_channels"],
-             f"image_decoder.unet.in_channels {decoder.unet.get('in_channels', 4)} and out_channels "
-             f"{decoder.unet.get('out_channels', 4)} must equal the VAE's latent_channels "
+            ({decoder.unet.get(f"{way}_channels", 4) for way in ("in", "out")} == {decoder.vae["latent_channels"]},
+             "image_decoder.unet.in_channels and out_channels must equal the VAE's latent_channels "
              f"{decoder.vae['latent_channels']}"),
             (decoder.resampler.hidden_size == decoder.unet["cross_attention_dim"], "image_decoder.resampler."
              f"hidden_size {decoder.resampler.hidden_size} must equal the UNet's cross_attention_dim "

@@ -67,6 +67,8 @@ class Layout:
 
 def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
     if isinstance(value, Tensor):
+        if non_blocking and device.type == "cuda":
+            value = value.pin_memory()
         return value.to(device, non_blocking=non_blocking)
     if is_dataclass(value):
         return replace(value, **{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
@@ -206,9 +208,7 @@ def previous_images(positions: ImagePositions, width: int) -> Tensor:
     return images[:, :slots]
 
 
-def reversed_context(
-    hidden: Tensor, positions: ImagePositions, longest: int | None = None
-) -> tuple[Tensor, Tensor]:
+def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | None = None) -> tuple[Tensor, Tensor]:
     """The tokens of each picture's document up to its SOI, last one first.
 
     Args:

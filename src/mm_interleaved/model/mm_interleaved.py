@@ -154,9 +154,7 @@ class MMInterleavedModel(PreTrainedModel):
         memory.prepared = [s.prepare(memory.features) for s in synchronizers(self.language_model)]
         return memory
 
-    def embed(
-        self, input_ids: Tensor, image_tokens: Tensor | None, positions: ImagePositions | None = None
-    ) -> Tensor:
+    def embed(self, input_ids: Tensor, image_tokens: Tensor | None, positions: ImagePositions | None = None) -> Tensor:
         """Token embeddings [batch, length, width], with pictures in place and `soi_token` added to every SOI.
 
         Args:
@@ -200,14 +198,17 @@ class MMInterleavedModel(PreTrainedModel):
             embeds: [batch, length, width].
             memory: the pictures.
             images: [batch, length, slots] pictures each token sees, most recent first, -1 = none.
-            attention_mask: [batch, past + length] 1 = real, or an additive mask [batch, 1, length, length]; None: causal.
+            attention_mask: [batch, past + length] 1 = real, or an additive mask [batch, 1, length, length]; None: all
+                real.
             position_ids: [batch, length]; None: counted from 0.
             past_key_values: a cache to read and extend; None: none.
 
         Returns:
             Hidden states after the last norm, [batch, length, width].
         """
-        visible = images if isinstance(images, VisibleImages) else VisibleImages.build(images.flatten(0, 1), len(memory))
+        visible = (
+            images if isinstance(images, VisibleImages) else VisibleImages.build(images.flatten(0, 1), len(memory))
+        )
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -276,8 +277,8 @@ class MMInterleavedModel(PreTrainedModel):
             target_pixel_values: [pictures, 3, decoder size, decoder size] in [0, 1], what the image decoder shall draw.
             image_loss_mask: [pictures] weight of each picture in the image loss; None: all 1.
             loss_text_weight, loss_image_weight: override the configuration's.
-            draws: the random numbers of the image loss, for every picture of `layout.drawn` once or several times; None:
-                once, drawn from `generator`, or else from PyTorch's own.
+            draws: the random numbers of the image loss, for every picture of `layout.drawn` once or several times;
+                None: once, drawn from `generator`, or else from PyTorch's own.
             layout: what `plan` made of this batch, if that was done beforehand.
             return_logits: None: only when there is no loss to compute.
 
@@ -290,10 +291,9 @@ class MMInterleavedModel(PreTrainedModel):
         features, memory = self._look(pixel_values)
         known = layout is not None
         layout = layout or self.plan(input_ids, attention_mask, document_starts, labels)
-        if len(layout.positions.rows) != len(memory):
-            raise ValueError(
-                f"input_ids holds {len(layout.positions.rows)} begin-of-image tokens, but there are {len(memory)} pictures"
-            )
+        found = len(layout.positions.rows)
+        if found != len(memory):
+            raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {len(memory)} pictures")
         embeds = self.embed(input_ids, features.tokens if features else None, layout.positions if known else None)
         mask = attention_mask if layout.padded else None
         if config.isolate_documents:
@@ -340,7 +340,7 @@ class MMInterleavedModel(PreTrainedModel):
         drawn: Tensor | None = None,
         repeats: int = 1,
     ) -> Layout:
-        """The layout of a batch, for `forward`; see `layout.plan`. Done on the CPU, it spares the device all waiting."""
+        """The layout of a batch, for `forward`; see `layout.plan`. Done on the CPU, it spares a device all waiting."""
         return plan(
             input_ids,
             attention_mask,

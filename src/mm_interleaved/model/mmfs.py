@@ -185,12 +185,12 @@ class MMFS(nn.Module):
 
     def _locations(self, offsets: Tensor, reference: Tensor, shapes: Shapes, base: int) -> Tensor:
         """[groups, queries, heads, slots, levels or 1, points, 2] in units of the map's size."""
+        reference = reference.to(offsets.dtype)[:, :, None, None, None, None, :]
+        if all(h == w == side for (h, w), side in zip(shapes, self.config.levels, strict=True)):
+            return reference + offsets[..., None, :, :] * (1 / base)  # the maps have their nominal size
         sizes = offsets.new_tensor([[w, h] for h, w in shapes])
         sides = offsets.new_tensor(self.config.levels)[:, None]
-        scale = sides / base / sizes  # [levels, 2]; the same for all levels when the maps have their nominal size
-        if all(h == w == side for (h, w), side in zip(shapes, self.config.levels, strict=True)):
-            scale = scale.new_full((1, 2), 1 / base)
-        reference = reference.to(offsets.dtype)[:, :, None, None, None, None, :]
+        scale = sides / base / sizes  # [levels, 2]
         return reference + offsets[..., None, :, :] * scale[:, None, :]
 
     def forward(

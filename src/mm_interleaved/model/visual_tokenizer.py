@@ -57,8 +57,10 @@ class VisualTokenizer(nn.Module):
     def forward(self, pixels: Tensor) -> VisualFeatures:
         """Encode `pixels` [pictures, 3, image_size, image_size] with values in [0, 1]."""
         dtype = self.proj.weight.dtype
-        mean, std = (torch.tensor(c, device=pixels.device).view(1, 3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
-        hidden, maps = self.encoder(((pixels - mean) / std).to(dtype))
+        # Channel by channel, because a tensor of constants would make an accelerator wait for its copy.
+        channels = zip(pixels.unbind(1), CLIP_MEAN, CLIP_STD, strict=True)
+        normal = torch.stack([(channel - mean) / deviation for channel, mean, deviation in channels], dim=1)
+        hidden, maps = self.encoder(normal.to(dtype))
         pyramid = [
             m + table().to(dtype).T.unflatten(1, m.shape[-2:])
             for m, table in zip(maps, self.pyramid_positions, strict=True)

@@ -196,7 +196,9 @@ def latent_scale(latents: Tensor) -> float:
     """
     deviation = float(latents.float().std())
     if not deviation > 0 or not math.isfinite(deviation):
-        raise ValueError(f"the latents have a standard deviation of {deviation}; the autoencoder has not learned anything")
+        raise ValueError(
+            f"the latents have a standard deviation of {deviation}; the autoencoder has not learned anything"
+        )
     return 1 / deviation
 
 

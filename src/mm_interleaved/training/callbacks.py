@@ -49,7 +49,9 @@ class Housekeeping(TrainerCallback):
         if self._agreed(state.global_step):
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Signals mean again what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -112,7 +114,9 @@ class Reporter(TrainerCallback):
                 self.writer.add_scalar(name, value, state.global_step)
         self.console.print(self._line(state.global_step, values), highlight=False)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the files."""
         if self.writer is not None:
             self.writer.close()

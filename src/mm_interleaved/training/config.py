@@ -189,9 +189,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         given = [n for n in ("preset", "checkpoint", "components") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"'model' needs exactly one of 'preset', 'checkpoint' and 'components', not {' and '.join(given) or 'none'}"
-            )
+            found = " and ".join(given) or "none"
+            raise ValueError(f"'model' needs exactly one of 'preset', 'checkpoint' and 'components', not {found}")
 
 
 @dataclass

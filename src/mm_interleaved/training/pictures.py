@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ class ToyPictures(Dataset[Tensor]):
         from ..toyworld.sampling import random_scene, scene_rng
 
         rng = scene_rng(self.config.seed, self.config.split, index)
-        return _tensor(draw(random_scene(rng, split=self.config.split), self.side))
+        return _tensor(np.array(draw(random_scene(rng, split=self.config.split), self.side)))
 
 
 class FolderPictures(Dataset[Tensor]):
@@ -50,8 +49,8 @@ class FolderPictures(Dataset[Tensor]):
         return _tensor(CROPS["center"](load_picture(self.files[index]), self.side))
 
 
-def _tensor(picture: Any) -> Tensor:
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+def _tensor(picture: np.ndarray) -> Tensor:
+    return torch.tensor(picture).permute(2, 0, 1).contiguous()
 
 
 class PictureLoader:

@@ -22,7 +22,7 @@ from .building import build
 from .callbacks import Housekeeping, Reporter
 from .checkpoints import find_resume
 from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig
-from .feed import Feed, prepare_documents, prepare_pictures
+from .feed import Feed, Loader, prepare_documents, prepare_pictures
 from .flops import step_cost
 from .pictures import PictureLoader
 from .samples import Samples
@@ -31,13 +31,19 @@ from .trainer import RunTrainer, training_arguments
 FINAL = "final"
 
 
-def train(config: TrainConfig, default_tokenizer: Path | None = None, device: str | None = None) -> str | None:
+def train(
+    config: TrainConfig,
+    default_tokenizer: Path | None = None,
+    device: str | None = None,
+    make_loader: Callable[..., Loader] = build_loader,
+) -> str | None:
     """Train a model of documents.
 
     Args:
         config: the run.
         default_tokenizer: folder of the tokenizer for presets that name none.
         device: "cpu" to stay there; None: an accelerator if there is one.
+        make_loader: makes the loader of `data` and of `eval_data`, called as `data.build_loader` is.
 
     Returns:
         None when it ran to its end; otherwise the name of the signal that stopped it (a checkpoint was saved).
@@ -59,7 +65,7 @@ def train(config: TrainConfig, default_tokenizer: Path | None = None, device: st
     prepare = prepare_documents(model, config.losses)
 
     def feed_of(data: Any, seed: int) -> Feed:
-        return Feed(build_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
+        return Feed(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
 
     evaluation = None
     if config.eval_data is not None:

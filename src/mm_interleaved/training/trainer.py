@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -228,15 +229,17 @@ class RunTrainer(Trainer):
         if back is None:
             return
         folder = Path(self.args.output_dir) / f"bad-batch-rank{self.args.process_index}"
-        numbers = {number: batch for number, batch in self.feed.recent}
+        numbers = dict(self.feed.recent)
         number = self.feed.number - back
         step = self.state.global_step - (back - 1) // self.config.accumulation
         if number not in numbers:
-            raise TrainingError(f"the loss of step {step} is not finite; its batch is no longer at hand (log more often)")
+            raise TrainingError(
+                f"the loss of step {step} is not finite; its batch is no longer at hand (log more often)"
+            )
         dump_batch(numbers[number], folder, {"step": step, "batch": number, "rank": self.args.process_index})
         raise TrainingError(
-            f"the loss of step {step} is not finite. The batch is in '{folder}'. A lower learning rate, more warm-up or "
-            "precision=float32 may help; the last checkpoint is from before"
+            f"the loss of step {step} is not finite. The batch is in '{folder}'. A lower learning rate, more warm-up "
+            "or precision=float32 may help; the last checkpoint is from before"
         )
 
 
@@ -267,7 +270,17 @@ def learning_rate_share(config: ScheduleConfig, steps: int) -> Callable[[int], f
 
 
 def training_arguments(config: RunConfig, device: str | None = None) -> TrainingArguments:
-    """The Trainer's own settings for a run."""
+    """The Trainer's own settings for a run.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP is asked for, and is not installed or was not started with torchrun.
+    """
+    if config.deepspeed and find_spec("deepspeed") is None:
+        raise ValueError("'deepspeed' is set, but DeepSpeed is not installed: pip install 'mm-interleaved[deepspeed]'")
+    if config.deepspeed and not Path(config.deepspeed).is_file():
+        raise ValueError(f"deepspeed: '{config.deepspeed}' does not exist")
+    if config.fsdp and "RANK" not in os.environ:
+        raise ValueError("'fsdp' needs several processes: torchrun --nproc-per-node=N -m mm_interleaved.cli train ...")
     return TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps,

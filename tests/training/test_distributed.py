@@ -1,0 +1,52 @@
+"""Several processes do what one does with more accumulation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .conftest import ROOT, arguments, logged
+from .stand_in import COLORS
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def run_stand_in(run: Path, *changes: str, processes: int = 1) -> None:
+    launch = LAUNCH if processes > 1 else [sys.executable]
+    launch = [*launch, "-m", "tests.training.stand_in"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *arguments(run, "log_every=1", "save_every=0", *changes)],
+        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_like_one_that_accumulates(tmp_path: Path) -> None:
+    run_stand_in(tmp_path / "one", "steps=4", "accumulation=2")
+    run_stand_in(tmp_path / "two", "steps=4", processes=2)
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert list(one) == list(two) == [1, 2, 3, 4]
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    a, b = (load_file(tmp_path / run / "final/model.safetensors") for run in ("one", "two"))
+    # Adam turns rounding into steps where gradients are nearly 0, so hardly any weight may differ, and by little.
+    apart = [float((a[n] - b[n]).abs().max()) for n in a]
+    assert max(apart) < 4 * 1e-3
+    assert sum(x > 1e-4 for x in apart) < 0.2 * len(apart)
+    assert len(COLORS) == 8
+
+
+@pytest.mark.slow
+def test_sharded_parameters_learn_the_same(tmp_path: Path) -> None:
+    run_stand_in(tmp_path / "ddp", "steps=3", processes=2)
+    run_stand_in(tmp_path / "fsdp", "steps=3", "fsdp={fsdp_version: 2}", processes=2)
+    ddp, fsdp = logged(tmp_path / "ddp"), logged(tmp_path / "fsdp")
+    assert list(fsdp.values()) == pytest.approx(list(ddp.values()), rel=1e-3)
+    assert torch.isfinite(load_file(tmp_path / "fsdp/final/model.safetensors")["context_proj.weight"]).all()

@@ -1,0 +1,151 @@
+"""What a run reports, keeps and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mm_interleaved.cli import main
+from mm_interleaved.configuration import ConfigError, load_config
+from mm_interleaved.pretrained import FOLDER, load
+from mm_interleaved.training.config import EMAConfig, TrainConfig, TrainingError
+from mm_interleaved.training.ema import EMA
+from mm_interleaved.training.feed import choose_pictures, seed_of
+from mm_interleaved.training.run import train
+
+from .conftest import ROOT, arguments, logged
+from .stand_in import Colors
+
+TOKENIZER = FOLDER / "tokenizer"
+
+
+def test_a_debug_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Everything at once: the loss falls, and log, curves, samples, checkpoints and a model that loads are there."""
+    monkeypatch.chdir(ROOT)
+    run = tmp_path / "run"
+    main_ok(["train", "--device", "cpu", "configs/debug.yaml", f"output={run}", "log_every=5"])
+    losses = logged(run)
+    assert list(losses) == [5, 10, 15, 20]
+    assert losses[20] < losses[5] - 0.5
+    entry = json.loads((run / "log.jsonl").read_text().splitlines()[0])
+    wanted = {"loss_txt", "loss_img", "grad_norm", "lr/rest", "tokens_per_second", "images_per_second"}
+    assert wanted | {"data_wait_share", "steps_per_second"} <= set(entry)
+    assert entry["loss"] == pytest.approx(entry["loss_txt"] + 10 * entry["loss_img"], rel=1e-4)
+    assert set(logged(run, "eval_loss")) == {10, 20}
+    assert (run / "samples/0000020.png").is_file()
+    assert (run / "samples/0000020.txt").read_text().strip()
+    assert list((run / "tensorboard").iterdir())
+    assert not list(run.rglob("*.bin"))
+    loaded = load(run / "final")
+    assert loaded.trained
+    assert load_config(run / "config.yaml", TrainConfig).steps == 20
+    main_ok(["train-log", str(run), "--output", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def main_ok(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert not ended.value.code, words
+
+
+class Poisoned(Colors):
+    """The third batch has a picture that is no number."""
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == 2:
+                batch.pixel_values[0, 0, 0, 0] = float("nan")
+            yield batch
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_its_batch(settings, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss of step 3 is not finite"):
+        train(settings("log_every=5"), TOKENIZER, "cpu", Poisoned)
+    folder = tmp_path / "run/bad-batch-rank0"
+    assert json.loads((folder / "batch.json").read_text())["step"] == 3
+    assert torch.isnan(load_file(folder / "batch.safetensors")["pixel_values"]).sum() == 1
+
+
+def test_an_average_follows_its_formula() -> None:
+    layer = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(layer, EMAConfig(decay=0.9, start_step=1))
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        layer.weight.data.fill_(value)
+        ema.update(step)
+    with ema.applied():
+        assert layer.weight.item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
+    assert layer.weight.item() == 3.0
+
+
+def test_an_average_is_what_the_run_hands_over(settings, tmp_path: Path) -> None:
+    train(settings("steps=3", "save_every=3", "ema.decay=0.5"), TOKENIZER, "cpu", Colors)
+    run = tmp_path / "run"
+    average = load_file(run / "checkpoint-3/ema.safetensors")
+    final, last = (load_file(run / name / "model.safetensors") for name in ("final", "checkpoint-3"))
+    assert all(torch.equal(final[n], t) for n, t in average.items())
+    assert not torch.equal(final["context_proj.weight"], last["context_proj.weight"])
+
+
+def test_bfloat16_keeps_float32_weights_where_it_learns(settings, tmp_path: Path) -> None:
+    changes = [
+        "precision=bfloat16",
+        "losses.vae_dtype=bfloat16",
+        "losses.image_fraction=0.5",
+        "losses.draws_per_image=2",
+    ]
+    train(settings("steps=2", "save_every=2", "gradient_checkpointing=true", *changes), TOKENIZER, "cpu", Colors)
+    weights = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
+    kinds = {name: t.dtype for name, t in weights.items()}
+    assert kinds["context_proj.weight"] == torch.float32
+    assert kinds["image_decoder.vae.encoder.conv_in.weight"] == torch.bfloat16
+    assert load(tmp_path / "run/final").model.image_decoder.vae.dtype == torch.float32
+
+
+def test_only_one_part_is_trained_where_the_other_is_frozen(settings, tmp_path: Path) -> None:
+    frozen = r'model.overrides={frozen: ["language_model\\.", "image_decoder\\.vae\\."]}'
+    train(settings("steps=2", "save_every=0", frozen), TOKENIZER, "cpu", Colors)
+    train(settings("steps=1", "save_every=0", "optimizer.lr=1e-30", run="before"), TOKENIZER, "cpu", Colors)
+    after, before = (load_file(tmp_path / r / "final/model.safetensors") for r in ("run", "before"))
+    changed = {n.split(".")[0] for n in after if not torch.equal(after[n], before[n])}
+    assert "language_model" not in changed
+    assert {"visual_tokenizer", "lm_head", "image_decoder"} <= changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.weight_decai=1", "did you mean"),
+        ("precision=fp8", "must be one of float32, bfloat16, float16"),
+        ("model.checkpoint=x", "exactly one of 'preset', 'checkpoint' and 'components'"),
+        ("losses.image_fraction=0", r"must lie in \(0, 1\]"),
+        ("steps=0", "must be positive"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(ROOT / "configs/debug.yaml", TrainConfig, arguments(tmp_path, change))
+
+
+def test_every_configuration_of_the_repository_can_be_read() -> None:
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        if path.name != "vae.yaml":
+            load_config(path, TrainConfig)
+
+
+def test_seeds_differ_and_do_not_depend_on_the_process() -> None:
+    seeds = {seed_of(seed, number) for seed in range(20) for number in range(500)}
+    assert len(seeds) == 10_000
+    assert seed_of(0, 1) == seed_of(0, 1)
+
+
+def test_some_pictures_are_chosen() -> None:
+    assert choose_pictures(7, 1.0, 3) is None
+    chosen = choose_pictures(7, 0.5, 3)
+    assert chosen is not None
+    assert len(chosen) == len(set(chosen.tolist())) == 4
+    assert {tuple(choose_pictures(7, 0.5, s).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
