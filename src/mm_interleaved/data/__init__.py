@@ -1,7 +1,10 @@
 """Readers of training data and their mixture, down to batches."""
 
 from .config import DataConfig, SourceConfig
-from .loader import DocumentLoader, build_loader
+from .loader import DocumentLoader, build_loader, leave_process_group
 from .report import DataError, DataReport
 
-__all__ = ["DataConfig", "DataError", "DataReport", "DocumentLoader", "SourceConfig", "build_loader"]
+__all__ = [
+    "DataConfig", "DataError", "DataReport", "DocumentLoader", "SourceConfig", "build_loader",
+    "leave_process_group",
+]  # fmt: skip

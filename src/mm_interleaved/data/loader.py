@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,15 @@ from .mixture import Drawn, Mixture
 from .readers import LITERAL, make_reader
 from .report import DataError, DataReport
 from .stream import Place, SourceStream
+
+
+def leave_process_group(worker: int) -> None:
+    """In a worker process: signals to the whole group, a terminal's or a scheduler's, are for the main process alone.
+
+    It still needs batches until it has saved; workers end when it does.
+    """
+    os.setpgrp()
+
 
 Parcel = tuple[Batch | None, dict[str, Any]]  # a batch, and what a worker has to say with it
 
@@ -116,6 +126,7 @@ class DocumentLoader:
                 collate_fn=_as_it_is,
                 num_workers=workers,
                 prefetch_factor=self.config.prefetch_factor if workers else None,
+                worker_init_fn=leave_process_group if workers else None,
                 multiprocessing_context=self.config.start_method if workers else None,
                 pin_memory=pin,
                 generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..data import leave_process_group
 from ..processor.images import CROPS, load_picture
 from .config import PicturesConfig
 
@@ -78,6 +79,7 @@ class PictureLoader:
             drop_last=True,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=leave_process_group if workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone
         )

@@ -89,8 +89,6 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         task = AutoencoderTask(config.autoencoder, config.losses)
-    if args.device.type == "cuda":
-        task.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         task.vae.enable_gradient_checkpointing()
     if config.compile == "regional":
