@@ -168,7 +168,7 @@ class RunTrainer(Trainer):
         """Write everything aside, then give it its name, then remove the oldest."""
         run = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        if (run / name).exists():
+        if run / name in checkpoints.list_checkpoints(run):
             return
         self._aside = run / checkpoints.ASIDE
         if self.args.should_save:
@@ -184,6 +184,7 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                 (folder / "config.yaml").write_text(to_yaml(self.config))
+                shutil.rmtree(run / name, ignore_errors=True)  # a broken one, or it would be in the list
                 os.replace(folder, run / name)
                 self._aside.rmdir()
                 checkpoints.prune(run, self.config.keep_checkpoints)
