@@ -143,7 +143,7 @@ class RunTrainer(Trainer):
         window = Window(self.args.device)
         model = self.model_wrapped
         model.eval()
-        with self.averaged(), torch.no_grad(), self.accelerator.autocast():
+        with self.uncompiled(), self.averaged(), torch.no_grad(), self.accelerator.autocast():
             for inputs, _ in zip(feed, range(count), strict=False):
                 outputs = model(**inputs)
                 parts = {n: outputs.get(n) for n in self._part_names(outputs)}
@@ -158,6 +158,11 @@ class RunTrainer(Trainer):
     def averaged(self) -> Any:
         """The model with its averaged weights, or as it is if no average is kept."""
         return self.ema.applied() if self.ema is not None else nullcontext()
+
+    @staticmethod
+    def uncompiled() -> Any:
+        """Run as written what is compiled for training: other shapes would have everything compiled anew."""
+        return torch.compiler.set_stance("force_eager")
 
     # ---- checkpoints
 
@@ -282,7 +287,12 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         raise ValueError(f"deepspeed: '{config.deepspeed}' does not exist")
     if config.fsdp and "RANK" not in os.environ:
         raise ValueError("'fsdp' needs several processes: torchrun --nproc-per-node=N -m mm_interleaved.cli train ...")
-    return TrainingArguments(
+    options: dict[str, Any] = {}
+    if config.ddp.static_graph:
+        if "ddp_static_graph" not in TrainingArguments.__dataclass_fields__:
+            raise ValueError("'ddp.static_graph' needs a newer transformers")
+        options["ddp_static_graph"] = True
+    args = TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps,
         gradient_accumulation_steps=config.accumulation,
@@ -308,4 +318,8 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         fsdp="full_shard" if config.fsdp else None,
         fsdp_config=config.fsdp or None,
         accelerator_config={"even_batches": False, "dispatch_batches": False},
+        **options,
     )
+    if args.n_gpu > 1:  # without torchrun the Trainer would split batches over all devices
+        args._n_gpu = 1
+    return args
