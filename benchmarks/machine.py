@@ -27,7 +27,11 @@ def describe() -> dict[str, object]:
     """For the head of a results file."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {m.__name__: m.__version__ for m in (mm_interleaved, torch, transformers, diffusers)}
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = sys.argv[1:]
+    if "--output" in words:  # where a result was put says nothing about it
+        at = words.index("--output")
+        words = words[:at] + words[at + 2 :]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     return {
         "date": datetime.date.today().isoformat(),
         "command": command,

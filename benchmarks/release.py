@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -153,7 +153,7 @@ def drawing(loaded: Loaded, clock: Clock, counts: list[int], steps: int) -> list
     return rows
 
 
-def sessions(loaded: Loaded, rounds: int, tokens: int, steps: int) -> list[dict[str, object]]:
+def sessions(loaded: Loaded, rounds: int, tokens: int, steps: int) -> Iterator[dict[str, object]]:
     """Sessions of that many rounds, three ways, round by round in turn."""
     text = TextSettings(num_beams=1, max_new_tokens=tokens, min_new_tokens=tokens)
     settings = GenerationSettings(text, ImageSettings(num_inference_steps=steps), max_turns=2 * rounds,
@@ -163,8 +163,10 @@ def sessions(loaded: Loaded, rounds: int, tokens: int, steps: int) -> list[dict[
         "recomputing": RecomputingGenerator,
         "recomputing, published": RecomputingGenerator,
     }
-    meter, running = Meter(loaded), {way: Session(kind, loaded, settings) for way, kind in ways.items()}
-    rows: list[dict[str, object]] = []
+    meter = Meter(loaded)
+    for kind in ways.values():  # kernels are loaded when they are first used
+        Session(kind, loaded, settings).round(meter)
+    running = {way: Session(kind, loaded, settings) for way, kind in ways.items()}
     for number in range(1, rounds + 1):
         row: dict[str, object] = {"rounds": number}
         for way, session in running.items():
@@ -173,9 +175,8 @@ def sessions(loaded: Loaded, rounds: int, tokens: int, steps: int) -> list[dict[
             row[way] = vars(session.rounds[-1])
         say(number, "rounds, s reading and in all:",
             {way: (round(s.count.reading, 2), round(s.count.total, 1)) for way, s in running.items()})  # fmt: skip
-        rows.append(row)
+        yield row
     loaded.model.set_mmfs_implementation("fast")
-    return rows
 
 
 def main() -> None:
@@ -219,8 +220,10 @@ def main() -> None:
         most = loaded.model.config.image_decoder.previous_images
         result["picture_s"] = drawing(loaded, clock, sorted({0, 1, most}), options.steps)
         keep()
-        result["session"] = sessions(loaded, options.rounds, options.tokens, options.session_steps)
-        keep()
+        result["session"] = []
+        for row in sessions(loaded, options.rounds, options.tokens, options.session_steps):
+            result["session"].append(row)
+            keep()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """Train the small model's SentencePiece tokenizer (python scripts/train_tokenizer.py).
 
-Reads the word list below, makes sentences of it with a fixed seed, and writes `tokenizer.model` into the package. Byte
-fallback makes every text encodable; the words only decide what is encoded in few pieces.
+Reads documents of the toy world and sentences of the word list below, both made with a fixed seed, and writes
+`tokenizer.model` into the package. Byte fallback makes every text encodable; what is read here only decides what is encoded
+in few pieces.
 """
 
 from __future__ import annotations
 
 import io
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+
+from mm_interleaved.document import Text
+from mm_interleaved.toyworld.documents import toy_document
 
 TARGET = Path(__file__).parents[1] / "src/mm_interleaved/pretrained/tokenizer/tokenizer.model"
 VOCAB_SIZE = 2048
@@ -63,11 +68,18 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     return made
 
 
+def toy_texts(documents: int, seed: int = 0) -> Iterator[str]:
+    """What documents of the toy world say."""
+    for index in range(documents):
+        document = toy_document(seed, "train", index, size=48)  # nobody looks at the pictures
+        yield from (s.text for s in document.segments if isinstance(s, Text))
+
+
 def main() -> None:
     """Train and write."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(40_000)),
+        sentence_iterator=iter([*toy_texts(12_000), *sentences(20_000)]),
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,

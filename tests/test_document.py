@@ -10,10 +10,10 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.document import Document, DocumentError, Image, Text, load_documents
+from mm_interleaved.document import ROLES, SEGMENT_FIELDS, Document, DocumentError, Image, Text, load_documents
 
 from .conftest import picture
 
@@ -84,7 +84,7 @@ def test_picture_inside_a_data_url(tmp_path: Path) -> None:
 def test_record_places_pictures_around_sentences(tmp_path: Path, pictures: list[Path]) -> None:
     (document,) = load(tmp_path, RECORD)
     one, two = (p.resolve() for p in pictures[:2])
-    assert document.segments == [Image(one), Text("A cat."), Text("A dog."), Image(two)]
+    assert document.segments == [Image(one), Text("A cat. A dog."), Image(two)]
     assert document.max_turns == 2
     assert document.stop_at_eos is False
 
@@ -126,18 +126,67 @@ def test_dict_form_round_trip(segments: list, name: str | None, turns: int | Non
     assert (again.id, again.max_turns) == (name, turns)
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+# Documents as people get them wrong: the fields are there, and what stands in them may be anything.
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(codec=None, categories=None))  # half characters included
+    | st.sampled_from(
+        ["", "0.png", "a\0", "a" * 300, "..", "loop", "data:;base64,", "data:image/png;base64,\u00e9", "://"]
     )
+    | st.sampled_from(["user", "assistant", "text", "image", "image_url", "generate_images", "generate_vqa"])
 )
-def test_any_json_is_read_or_refused_with_words(data: Any) -> None:
-    said = "a document"
+ANYTHING = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3))
+
+
+def objects(*names: str, **right: st.SearchStrategy) -> st.SearchStrategy:
+    """Objects with some of the fields, each as it should be or anything."""
+    known = dict.fromkeys(names, ANYTHING) | {name: value | ANYTHING for name, value in right.items()}
+    return st.fixed_dictionaries({}, optional=known)
+
+
+FEW = {"min_size": 1, "max_size": 3}
+PART = objects("path", "url", type=st.sampled_from(["text", "image", "image_url"]), text=st.text(),
+               image=st.just("0.png"), image_url=objects(url=st.just("0.png")))  # fmt: skip
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLES) | ANYTHING, "content": st.lists(PART, **FEW) | ANYTHING}
+)
+SEGMENT = objects(*SEGMENT_FIELDS) | st.fixed_dictionaries({"text": LEAVES}) | st.fixed_dictionaries({"image": LEAVES})
+PAIRS = {"images": st.just(["0.png"]), "sentence_ixs": st.just([0]), "image_first": st.just([True])}
+WRONG_DOCUMENT = st.one_of(
+    ANYTHING,
+    objects("id", "max_turns", "forced_texts", "stop_at_eos", segments=st.lists(SEGMENT, **FEW)),
+    objects("id", messages=st.lists(MESSAGE, **FEW)),
+    objects("num_iter", "multiround_context", "id", "generate_mode", sentences=st.lists(st.text(), **FEW), **PAIRS),
+    st.tuples(
+        st.fixed_dictionaries({"sentences": st.lists(st.text(), **FEW), **PAIRS}),
+        objects("num_iter", "multiround_context", "id", "generate_mode"),
+    ).map(lambda pair: pair[0] | pair[1]),
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(data=WRONG_DOCUMENT, name=st.sampled_from(["input.json", "input.jsonl"]))
+def test_any_json_is_read_or_refused_with_words(tmp_path: Path, data: Any, name: str) -> None:
+    """Whatever a file holds, it is read (and can then be written again), or it is said what is wrong with it."""
+    picture().save(tmp_path / "0.png")
+    if not (tmp_path / "loop").is_symlink():
+        (tmp_path / "loop").symlink_to("loop")
     try:
-        Document.from_dict(data)
+        (document,) = load(tmp_path, [data] if name == "input.json" else json.dumps(data), name)
     except DocumentError as error:
-        said = str(error)
-    assert said
+        said = error
+    else:
+        json.dumps(
+            [document.to_messages(), document.id, document.forced_texts], default=repr, ensure_ascii=False
+        ).encode()
+        return
+    assert said.problem
+    str(said).encode()
+    assert str(tmp_path / name) in str(said)
 
 
 # ---- mistakes

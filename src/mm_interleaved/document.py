@@ -15,10 +15,10 @@ Paths are relative to the file and may not lead out of its folder; `data:image/.
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +164,7 @@ class Document:
             DocumentError: something is missing, unknown or of the wrong type, or a path leads nowhere or outside.
         """
         data = _check(data, dict, "document", 'Write {"segments": [{"text": ...}, {"image": "path"}]}')
+        _check_characters(data)
         for key, reader in (("segments", _from_segments), ("messages", _from_messages), ("sentences", _from_record)):
             if key in data:
                 return reader(data, folder or Folder())
@@ -190,7 +191,7 @@ class Document:
     @classmethod
     def from_messages(cls, messages: Sequence[dict[str, Any]], folder: Folder | None = None) -> Document:
         """A document from chat messages with content parts (`text`, `image`, `image_url`)."""
-        return _from_messages({"messages": messages}, folder or Folder())
+        return cls.from_dict({"messages": messages}, folder)
 
     def to_messages(self) -> list[dict[str, Any]]:
         """Chat messages; segments without a role are the user's, and neighbours of one role make one message.
@@ -259,15 +260,22 @@ class Folder:
             return _inline_picture(text, where)
         if "://" in text:
             raise DocumentError(f"'{text}' is a URL", where, "Pictures are not fetched; download it and give its path")
+        if "\0" in text:
+            raise DocumentError("the path holds a null character", where, "Remove it")
         if self.base is None:
             return Path(text)
-        path, limit = (self.base / text).resolve(), (self.limit or self.base).resolve()
+        try:
+            path, limit = (self.base / text).resolve(), (self.limit or self.base).resolve()
+            there = path.is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long; links that go round in circles
+            reason = getattr(error, "strerror", None) or "its links go round in circles"
+            raise DocumentError(f"'{text[:60]}...' is no path: {reason}", where, "Check the path") from None
         if not path.is_relative_to(limit):
             raise DocumentError(
                 f"'{text}' lies outside the folder {limit}", where,
                 "Move the picture there, or allow a wider folder with --image-root",
             )  # fmt: skip
-        if not path.is_file():
+        if not there:
             raise DocumentError(f"the file '{text}' does not exist", where, f"Paths are relative to {self.base}")
         return path
 
@@ -337,6 +345,8 @@ def _decode(text: str, where: str) -> Any:
         raise DocumentError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}", where) from None
     except RecursionError:
         raise DocumentError("the JSON is nested too deeply", where) from None
+    except ValueError:  # Python reads no whole number of thousands of digits
+        raise DocumentError("a number is too long to be read", where, "Shorten it, or put it in quotes") from None
 
 
 # The original's names of what to generate first.
@@ -353,6 +363,28 @@ def _check(value: Any, kind: type, where: str, fix: str = "") -> Any:
         found = "null" if value is None else _KINDS.get(type(value), type(value).__name__)
         raise DocumentError(f"must be {_KINDS[kind]}, not {found}", where, fix)
     return value
+
+
+def _check_characters(data: dict[str, Any]) -> None:
+    """Refuse half characters (surrogates): JSON can spell them as escapes, but nothing can write them."""
+    rest: list[tuple[str, Any]] = [("", data)]
+    while rest:
+        where, value = rest.pop()
+        if isinstance(value, str):
+            if half := re.search("[\ud800-\udfff]", value):
+                raise DocumentError(f"half a character, \\u{ord(half[0]):04x}, at position {half.start()}", where,
+                                    "Write the whole character, or remove it")  # fmt: skip
+        elif isinstance(value, list):
+            rest += [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+        elif isinstance(value, dict):
+            rest += [(f"{where}, a field's name" if where else "a field's name", key) for key in value]
+            rest += [(f"{where}.{key}" if where else str(key), item) for key, item in value.items()]
+
+
+def _name(data: dict[str, Any]) -> str | None:
+    """The `id` of a document; a number will do."""
+    name = data.get("id")
+    return str(name) if isinstance(name, int | float) else None if name is None else _check(name, str, "id")
 
 
 def _check_list(value: Any, kind: type, where: str) -> list:
@@ -377,8 +409,9 @@ def _inline_picture(url: str, where: str) -> PIL.Image.Image:
         raise DocumentError("the data URL is not base64", where, "Write data:image/png;base64,...")
     try:
         return PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
-    except (binascii.Error, PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError):
-        raise DocumentError("the data URL holds no picture that can be read", where) from None
+    except (ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError):  # what base64 and PIL's readers raise
+        raise DocumentError("the data URL holds no picture that can be read", where,
+                            "Write data:image/png;base64,... with all of a PNG or JPEG") from None  # fmt: skip
 
 
 def _from_segments(data: dict[str, Any], folder: Folder) -> Document:
@@ -405,7 +438,7 @@ def _from_segments(data: dict[str, Any], folder: Folder) -> Document:
     turns, stop = data.get("max_turns"), data.get("stop_at_eos")
     return Document(
         segments,
-        None if data.get("id") is None else str(data["id"]),
+        _name(data),
         None if turns is None else _positive(turns, "max_turns"),
         _check_list(data.get("forced_texts", []), str, "forced_texts"),
         None if stop is None else _check(stop, bool, "stop_at_eos"),
@@ -419,7 +452,7 @@ def _positive(value: Any, where: str) -> int:
 
 
 def _check_role(role: Any, where: str) -> str | None:
-    if role is not None and role not in ROLES:
+    if role is not None and _check(role, str, where) not in ROLES:
         raise DocumentError(f"unknown role {role!r}", where, f"Roles are {', '.join(ROLES)}")
     return role
 
@@ -430,7 +463,7 @@ def _from_messages(data: dict[str, Any], folder: Folder) -> Document:
     for index, message in enumerate(_check(data["messages"], list, "messages")):
         where = f"messages[{index}]"
         _check_fields(_check(message, dict, where), ("role", "content"), where)
-        role = _check_role(message.get("role") or "", f"{where}.role")
+        role = _check_role(_check(message.get("role"), str, f"{where}.role"), f"{where}.role")
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part_index, part in enumerate(_check(parts, list, f"{where}.content")):
@@ -438,12 +471,12 @@ def _from_messages(data: dict[str, Any], folder: Folder) -> Document:
             segments.append(_from_part(_check(part, dict, place), role, folder, place))
     if not segments:
         raise DocumentError("a conversation needs at least one message", "messages")
-    return Document(segments, None if data.get("id") is None else str(data["id"]))
+    return Document(segments, _name(data))
 
 
 def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: str) -> Segment:
     supervise = role == "assistant"
-    kind = part.get("type")
+    kind = _check(part.get("type"), str, f"{where}.type", "Kinds are text, image and image_url")
     if kind == "text":
         return Text(_check(part.get("text"), str, f"{where}.text"), supervise, role)
     if kind == "image_url":
@@ -489,27 +522,44 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Document:
                                 "List the pictures in the order in which they stand in the text")  # fmt: skip
 
     mode = data.get("generate_mode", "generate_texts")
-    if mode not in _MODES:
+    if _check(mode, str, "generate_mode") not in _MODES:
         raise DocumentError(f"unknown mode '{mode}'", "generate_mode", f"Modes are {', '.join(_MODES)}")
     draws_last = _MODES[mode] == "image"
     pictures = [
         Image() if draws_last and i == len(paths) - 1 else Image(folder.picture(p, f"images[{i}]"))
         for i, p in enumerate(paths)
     ]
-    segments: list[Segment] = []
-    for number, sentence in enumerate(sentences):
-        segments += [p for p, spot in zip(pictures, order, strict=True) if spot == (number, False)]
-        segments += [Text(sentence)] if sentence else []
-        segments += [p for p, spot in zip(pictures, order, strict=True) if spot == (number, True)]
+    segments = _attach(sentences, list(zip(order, pictures, strict=True)))
     turns = data.get("num_iter")
     return Document(
         segments,
-        None if data.get("id") is None else str(data["id"]),
+        _name(data),
         ORIGINAL_TURNS if turns is None else _positive(turns, "num_iter"),
         _check_list(data.get("multiround_context", []), str, "multiround_context"),
         stop_at_eos=False,
         record=data,
     )
+
+
+def _attach(sentences: list[str], placed: list[tuple[tuple[int, bool], Image]]) -> list[Segment]:
+    """Sentences joined by a space each, pictures (sentence, after it) among them; no white space next to a picture."""
+    segments: list[Segment] = []
+    run = ""
+
+    def close() -> None:
+        nonlocal run
+        if run.strip():
+            segments.append(Text(run.strip()))
+        run = ""
+
+    for number, sentence in enumerate(sentences):
+        for after, words in ((False, sentence + " "), (True, "")):
+            for image in (image for spot, image in placed if spot == (number, after)):
+                close()
+                segments.append(image)
+            run += words
+    close()
+    return segments
 
 
 def _path_text(source: str | Path | FileSlice | PIL.Image.Image | None, index: int) -> str | None:

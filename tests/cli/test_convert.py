@@ -70,6 +70,11 @@ def test_types(mmi: Mmi, tmp_path: Path, original: Path) -> None:
     done = mmi("convert", original, tmp_path / "ours", "--config", "debug", "--dtype", "bfloat16")
     assert done.code == 0, done.err
     assert MMInterleaved.from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
+    state = read_weights(tmp_path / "ours" / "model.safetensors")
+    kinds = {
+        vae: {t.dtype for n, t in state.items() if n.startswith("image_decoder.vae.") is vae} for vae in (True, False)
+    }
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}  # the VAE computes in float32: nothing is rounded
 
 
 def test_larger_pictures(mmi: Mmi, tmp_path: Path, original: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,10 +17,12 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from rich.console import Console
 
 from mm_interleaved import Document, __version__
 from mm_interleaved.cli.results import write_atomic
 from mm_interleaved.document import Folder
+from mm_interleaved.pretrained import load
 
 from ..conftest import picture
 from .conftest import EXAMPLES, Outcome, spawn
@@ -314,6 +318,27 @@ BAD_INPUTS = {
     ),
     "nothing but a field": ('{"id": "x"}', "segments"),
     "too long": (json.dumps({"segments": [{"text": "word " * 3000}]}), "tokens are more than the"),
+    "a mode that is a list": (
+        '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0], "image_first": [true], "generate_mode": []}',
+        "generate_mode: must be a string, not a list",
+    ),
+    "a null character in a path": (r'[{"segments": [{"image": "a\u0000"}]}]', r"record 0, segments\[0\].*null char"),
+    "a path without end": (json.dumps({"segments": [{"image": "a" * 300}]}), r"segments\[0\].*File name too long"),
+    "a number without end": ('{"segments": [{"text": "A."}], "max_turns": ' + "9" * 5000 + "}", "number is too long"),
+    "not even base64": (
+        json.dumps({"segments": [{"image": "data:image/png;base64,\u00e9\u00e9"}]}), r"segments\[0\].image.*data URL",
+    ),
+    "half a character": (r'[{"segments": [{"text": "A \ud800."}]}]', r"record 0, segments\[0\].*ud800.*position 2"),
+    "a name with half a character": (r'{"segments": [{"text": "A."}], "id": "\udfff"}', r"id: half a character"),
+    "a field with half a character": (r'{"segments": [{"\udfff": "A."}]}', r"segments\[0\], a field's name: half a"),
+    "a forced text with a picture": (
+        json.dumps({"segments": [{"text": "A."}], "forced_texts": ["B.", "See <|image|>"]}),
+        r"forced_texts\[1\].*<\|image\|>.*very end",
+    ),
+    "a forced text that goes on after asking": (
+        '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0], "image_first": [true], '
+        '"multiround_context": ["B<|beginofimage|>C"]}', r"multiround_context\[0\].*beginofimage",
+    ),
     "fifty pictures": (json.dumps({"segments": [{"image": "0.png"}] * 50}), "50 pictures are more than the 49"),
 }  # fmt: skip
 
@@ -395,6 +420,12 @@ BAD_OPTIONS = {
     "cold": (["--sample", "--temperature", "0"], 1, "temperature"),
     "no such preset": (["--preset", "poem"], 1, "'poem'.*caption"),
     "no such scheduler": (["--scheduler", "Magic"], 1, "'Magic'.*DDPMScheduler"),
+    "a scheduler for flows": (["--scheduler", "FlowMatchEulerDiscreteScheduler"], 1, "another kind of diffusion"),
+    "more steps than there are": (["--steps", "2000"], 1, "num_inference_steps.*1000"),
+    "too few steps for the scheduler": (["--steps", "1", "--scheduler", "PNDMScheduler"], 1, "PNDMScheduler.*=1"),
+    "an enormous seed": (["--seed", str(10**30)], 1, "seed.*less than 2"),
+    "a negative seed": (["--seed", "-1"], 1, "seed must be at least 0"),
+    "no guidance at all": (["--guidance", "nan"], 1, "guidance_scale.*nan"),
     "no such type": (["--dtype", "float7"], 1, "bfloat16.*float7"),
     "no such device": (["--device", "abacus"], 1, "abacus.*cuda:1"),
     "a device that is not there": (["--device", "cuda:63"], 1, "cuda:63.*not there"),
@@ -429,6 +460,75 @@ def test_models_that_are_not_there(mmi: Mmi, tmp_path: Path) -> None:
         assert words in done.err, done.err
         assert "Traceback" not in done.err
     assert not files(tmp_path / "out")
+
+
+def change_config(*keys: str, value: Any = None) -> Callable[[Path], object]:
+    """Something that sets a value in a model's config.json, or takes it out."""
+
+    def change(folder: Path) -> None:
+        tree = inner = json.loads((folder / "config.json").read_text())
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        if value is None:
+            del inner[keys[-1]]
+        write(folder, tree, "config.json")
+
+    return change
+
+
+def cut(name: str, size: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weights cut in the header": (cut("model.safetensors", 5000), "model.safetensors' is damaged or cut short"),
+    "weights cut in the data": (cut("model.safetensors", 500_000), "model.safetensors' is damaged or cut short"),
+    "weights of 0 bytes": (cut("model.safetensors", 0), "model.safetensors' is damaged or cut short"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors"),
+    "config of 0 bytes": (cut("config.json", 0), "config.json' is not JSON"),
+    "config is a list": (lambda folder: write(folder, [], "config.json"), "config.json' must hold an object"),
+    "no text_config": (change_config("text_config"), "config.json'.*it lacks 'text_config'"),
+    "text_config is a list": (change_config("text_config", value=[]), "config.json'.*'text_config' must be an object"),
+    "a size is text": (change_config("vision_config", "image_size", value="56"), "config.json'.*'image_size'"),
+    "a size of zero": (change_config("vision_config", "patch_size", value=0), "config.json' cannot be used"),
+    "an empty UNet": (change_config("image_decoder", "unet", value={}), "config.json'.*lacks 'cross_attention_dim'"),
+    "a wrong pattern": (change_config("frozen", value=["("]), "config.json'.*frozen.*regular expression"),
+    "no layer sees pictures": (change_config("mmfs_every", value=0), "config.json'.*mmfs_every"),
+    "tokenizer cut": (cut("tokenizer.model", 20), "processor of .*tokenizer.model"),
+    "processor is a list": (lambda folder: write(folder, [], "processor_config.json"), "the processor of"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, loaded = tmp_path_factory.mktemp("checkpoint"), load("debug")
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_models(mmi: Mmi, tmp_path: Path, checkpoint: Path, damage: Callable, words: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    done = mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "out", *QUICK[2:], "--model", folder)
+    assert done.code == 1
+    assert re.search(words, done.err), done.err
+    assert not files(tmp_path / "out")
+    if "config.json" in words:
+        shown = mmi("info", folder)
+        assert shown.code == 1
+        assert re.search(words, shown.err), shown.err
+
+
+def test_loading_shows_that_it_goes_on(mmi: Mmi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    command = importlib.import_module("mm_interleaved.cli.generate")
+    monkeypatch.setattr(command, "console", Console(file=screen, force_terminal=True))
+    assert mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "out", *QUICK).code == 0
+    assert "loading debug" in screen.getvalue()
 
 
 def test_pictures_may_come_from_a_folder_that_was_named(mmi: Mmi, tmp_path: Path) -> None:

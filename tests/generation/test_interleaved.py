@@ -132,6 +132,15 @@ def test_beams_in_a_session(model: MMInterleaved, processor: MMInterleavedProces
         assert all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_a_long_neighbour_does_not_cut_beams_short(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    settings = replace(GREEDY, text=replace(GREEDY.text, num_beams=2, min_new_tokens=7), max_turns=1)
+    long = Document([Text("a " * (processor.max_length - 4))])
+    (alone,), _ = run(InterleavedGenerator(model, processor, settings), one())
+    (together, other), _ = run(InterleavedGenerator(model, processor, settings), [*one(), long])
+    assert together == alone
+    assert len(other[0]) < len(alone[0])
+
+
 # ---- slots
 
 
@@ -306,6 +315,26 @@ def test_a_forced_text_can_ask_for_a_picture(model: MMInterleaved, processor: MM
     document = replace(one()[0], forced_texts=["a cat<|beginofimage|>"], max_turns=2)
     (made,), _ = run(InterleavedGenerator(model, processor, replace(GREEDY, replace_texts=True)), [document])
     assert isinstance(made[1], PIL.Image.Image)
+
+
+def test_a_forced_text_without_words(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """What was written is taken back and nothing takes its place."""
+    document = replace(one()[0], forced_texts=["</s>", ""], max_turns=2)
+    settings = replace(GREEDY, replace_texts=True, stop_at_eos=False)
+    (cached,), _ = run(InterleavedGenerator(model, processor, settings), [document])
+    (plain,), _ = run(RecomputingGenerator(model, processor, settings), [document])
+    assert cached == plain
+    assert cached[1] == cached[0]
+
+
+def test_a_forced_text_that_does_not_fit_ends_the_document(
+    model: MMInterleaved, processor: MMInterleavedProcessor
+) -> None:
+    document = replace(one()[0], forced_texts=["a " * processor.max_length], max_turns=3)
+    generator = InterleavedGenerator(model, processor, replace(GREEDY, replace_texts=True))
+    _, (end,) = run(generator, [document])
+    assert end.reason == "context"
+    assert len(generator.rows[0].ids) <= processor.max_length
 
 
 def test_a_new_document_inside_a_text_hides_earlier_pictures(

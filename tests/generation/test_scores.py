@@ -33,6 +33,12 @@ def test_scores_are_sums_of_log_probabilities(model: MMInterleaved, batch: Batch
             assert score == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("options", [[[[]], [[4]]], [[[4]], [[5], []]]])
+def test_an_option_without_tokens_is_refused(model: MMInterleaved, batch: Batch, options: list) -> None:
+    with pytest.raises(ValueError, match=r"option \d of row \d has no tokens"):
+        model.score(batch, options)
+
+
 def test_the_prompt_and_its_picture_are_read_once(model: MMInterleaved, batch: Batch) -> None:
     pictures, tokens = [], []
     hooks = [

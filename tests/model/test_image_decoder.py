@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -114,16 +115,16 @@ def test_one_generator_each_makes_pictures_independent_of_the_batch(
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DDIMScheduler",
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-        "EulerDiscreteScheduler",
-        "PNDMScheduler",
-    ],
-)
+SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+WORKING = [
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+    "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORKING)
 def test_other_schedulers(decoder: ImageDecoder, model: MMInterleaved, name: str) -> None:
     steps = steps_of(decoder, earlier(model, [[0]]), scheduler=name, num_inference_steps=5, preview_every=2)
     picture = decoder.decode(steps[-1].latents)
@@ -132,13 +133,48 @@ def test_other_schedulers(decoder: ImageDecoder, model: MMInterleaved, name: str
     assert steps[1].preview.shape == picture.shape
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_works_or_is_refused_before_it_starts(decoder: ImageDecoder, name: str) -> None:
+    refused = []
+    for count in (1, 5, 1000, 2000):
+        try:
+            scheduler = decoder.sampler(ImageSettings(scheduler=name, num_inference_steps=count))
+        except ValueError as error:
+            refused.append((count, str(error)))
+            continue
+        latents = torch.zeros(1, 1, 1, 1)
+        for timestep in scheduler.timesteps[:6]:
+            scheduler.scale_model_input(latents, timestep)
+            latents = scheduler.step(torch.ones_like(latents), timestep, latents).prev_sample
+        assert latents.isfinite().all()
+    counts = [count for count, _ in refused]
+    assert 2000 in counts
+    assert 5 not in counts or name not in WORKING
+    assert all(name in words for _, words in refused)
+
+
+def test_the_largest_seed_leaves_room() -> None:
+    settings = ImageSettings(seed=2**63 - 1, num_candidates=2)
+    assert torch.Generator().manual_seed(settings.seed + settings.num_candidates)
+
+
 @pytest.mark.parametrize("name", ["SchedulerMixin ", "torch", "MagicScheduler", "DDPMPipeline"])
 def test_unknown_schedulers(name: str) -> None:
     with pytest.raises(ValueError, match="is not a diffusers scheduler"):
         ImageSettings(scheduler=name)
 
 
-@pytest.mark.parametrize("change", [{"num_inference_steps": 0}, {"num_candidates": 0}, {"preview_every": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_inference_steps": 0},
+        {"num_candidates": 0},
+        {"preview_every": -1},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"guidance_scale": float("inf")},
+    ],
+)
 def test_impossible_settings(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         ImageSettings(**change)

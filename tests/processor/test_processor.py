@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from mm_interleaved import Document, DocumentError, Image, MMInterleavedConfig, MMInterleavedProcessor, Text
+from mm_interleaved.pretrained import FOLDER
 from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedTokenizer
 from mm_interleaved.processor.images import center_crop
+from mm_interleaved.processor.tokenizer import encode_text
 
 from ..conftest import picture
 
@@ -236,3 +238,34 @@ def test_save_and_load(tmp_path: Path, processor: MMInterleavedProcessor) -> Non
     assert again.chat_template == processor.chat_template
     (tmp_path / "config.json").write_text('{"model_type": "mm_interleaved"}')
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), MMInterleavedProcessor)
+
+
+SENTENCES = st.lists(
+    st.sampled_from(["A cat.", "A dog. ", " A red house.", "", "  ", "Two  words"]), min_size=1, max_size=5
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SENTENCES, st.data())
+def test_a_record_has_the_ids_of_its_assembled_string(
+    tmp_path_factory: pytest.TempPathFactory, sentences: list[str], data: st.DataObject
+) -> None:
+    """Placeholders go to their sentences, sentences are joined by a space, the whole is trimmed (spec/data_eval 7)."""
+    spots = sorted(data.draw(st.sets(st.tuples(st.integers(0, len(sentences) - 1), st.booleans()), min_size=1)))
+    image = SOI_TOKEN + IMAGE_TOKEN * 4
+    marked = list(sentences)
+    for number, after in spots:
+        marked[number] = marked[number] + image if after else image + marked[number]
+    path = tmp_path_factory.mktemp("record") / "a.png"
+    picture().save(path)
+    record = {
+        "sentences": sentences,
+        "images": [str(path) for _ in spots],
+        "sentence_ixs": [number for number, _ in spots],
+        "image_first": [not after for _, after in spots],
+    }
+    processor = MMInterleavedProcessor.for_model(
+        MMInterleavedConfig.preset("debug"), MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    )
+    found = processor.encode(Document.from_dict(record).segments).ids.tolist()
+    assert found == [processor.tokenizer.bos_token_id, *encode_text(processor.tokenizer, " ".join(marked).strip())]

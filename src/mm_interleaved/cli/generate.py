@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..document import Document, DocumentError, load_documents
@@ -102,7 +103,12 @@ def generate(
     for document in documents:
         _check_pictures(document)
     loaded = _load(model, dtype, where)
-    InterleavedGenerator(loaded.model, loaded.processor, settings).start(documents)  # says now what cannot be used
+    try:
+        InterleavedGenerator(loaded.model, loaded.processor, settings).start(documents)  # says now what cannot be used
+    except DocumentError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     folder = ResultsFolder(output_folder, source, loaded.name, loaded.trained, settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")
@@ -145,7 +151,8 @@ def _device(name: str) -> torch.device:
 
 def _load(model: str, dtype: str | None, device: torch.device) -> Loaded:
     try:
-        return load(model, DTYPES[dtype] if dtype else None, device)
+        with console.status(f"loading {escape(model)}"):
+            return load(model, DTYPES[dtype] if dtype else None, device)
     except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
         raise UsageError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 

@@ -47,8 +47,8 @@ def _config(model: str) -> MMInterleavedConfig:
         raise UsageError(f"'{model}' is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
     try:
         return MMInterleavedConfig.from_pretrained(model)
-    except (ValueError, OSError, TypeError) as error:
-        raise UsageError(f"'{model}/config.json' cannot be used: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"the model '{model}' cannot be used: {error}") from None
 
 
 def _parts_table(model: str, cost: Cost) -> Table:

@@ -200,9 +200,11 @@ class Context:
         self.mask, self.last, self.visible = self.mask[rows], self.last[rows], self.visible[rows]
 
     def forget(self, row: int, since: int) -> None:
-        """Take back the text of a row from column `since` on. Something must be read before anything is predicted."""
+        """Take back the text of a row from column `since` on; `<s>` at least must stand before it."""
         self.flush()
         self.mask[row, since:] = 0
+        self.hidden = [torch.cat(self.hidden, dim=1)]
+        self.last[row] = self.hidden[0][row, self.mask[row].nonzero()[-1, 0]]
 
     def image_context(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """All that was read of `rows`, last token first: projected [rows, longest, width], mask [rows, longest]."""

@@ -23,7 +23,7 @@ from ..model.image_decoder import DenoisingStep
 from ..processor import MMInterleavedProcessor
 from ..processor.images import to_picture
 from ..processor.packing import TokenStream
-from ..processor.tokenizer import encode_text
+from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .context import Context
 from .settings import GenerationSettings
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
@@ -168,10 +168,13 @@ class InterleavedGenerator:
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            ValueError: pictures cannot be drawn with these settings.
         """
+        self.model.image_decoder.sampler(self.settings.image)
         self.rows: list[_Row] = []
         for index, document in enumerate(documents):
             try:
+                _check_forced(document)
                 queue = self.plan(document)
                 self._check_length(queue)
             except DocumentError as error:
@@ -202,6 +205,7 @@ class InterleavedGenerator:
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            ValueError: pictures cannot be drawn with these settings.
         """
         self.start(documents)
         size = self.settings.image.batch_size
@@ -267,7 +271,7 @@ class InterleavedGenerator:
         start = self.context.mask.shape[1]
         rooms = [self._room(row) for row in self.rows]
         if self.settings.text.num_beams > 1:
-            texts = self._write_beams(chosen, min(rooms[i] for i in chosen))
+            texts = self._write_beams(chosen, rooms)
         else:
             texts = yield from self._write_stream(chosen, rooms)
         for index in chosen:
@@ -295,11 +299,13 @@ class InterleavedGenerator:
                     shown[index] = text
         return {i: texts[i] for i in chosen}
 
-    def _write_beams(self, chosen: list[int], room: int) -> dict[int, WrittenText]:
-        rows = torch.tensor(chosen, device=self.context.mask.device)
-        settings = replace(self.settings.text, max_new_tokens=room)
-        best = [texts[0] for texts in write_beams(self.context.select(rows), settings, self.banned)]
-        texts = dict(zip(chosen, best, strict=True))
+    def _write_beams(self, chosen: list[int], rooms: list[int]) -> dict[int, WrittenText]:
+        texts: dict[int, WrittenText] = {}
+        for room in sorted({rooms[i] for i in chosen}):  # together, but none is cut short by another's lack of room
+            rows = [i for i in chosen if rooms[i] == room]
+            context = self.context.select(torch.tensor(rows, device=self.context.mask.device))
+            settings = replace(self.settings.text, max_new_tokens=room)
+            texts |= zip(rows, (found[0] for found in write_beams(context, settings, self.banned)), strict=True)
         self._read_text({index: text.ids for index, text in texts.items()})
         return texts
 
@@ -322,6 +328,10 @@ class InterleavedGenerator:
         if forced is not None:
             ids = encode_text(self.processor.tokenizer, forced)
             end = ids.pop() if ids and ids[-1] in end_tokens(self.model) else None
+            if not self._fits(row, len(ids), 0):
+                row.reason = "context"
+                yield DocumentFinished(index, row.result(), row.reason)
+                return
         if forced is not None or config.bos_token_id in ids:  # <s> starts a document: what follows sees no picture
             self.context.forget(index, start)
             self._read_text({index: ids})
@@ -377,6 +387,17 @@ class InterleavedGenerator:
         self.context.append(ids, mask)
         for index in chosen:
             self.rows[index].ids.append(self.model.config.soi_token_id)
+
+
+def _check_forced(document: Document) -> None:
+    """A forced text may ask for a picture by ending in a begin-of-image token; it cannot show one."""
+    field_name = "forced_texts" if document.record is None else "multiround_context"
+    for index, text in enumerate(document.forced_texts):
+        before = text.rstrip().removesuffix(SOI_TOKEN)
+        for token in (SOI_TOKEN, IMAGE_TOKEN):
+            if token in before:
+                raise DocumentError(f"the text contains the reserved token '{token}'", f"{field_name}[{index}]",
+                                    f"Only '{SOI_TOKEN}' may stand there, at the very end, for a picture")  # fmt: skip
 
 
 def _progress(chosen: list[int], candidate: int, step: DenoisingStep) -> Iterator[Event]:

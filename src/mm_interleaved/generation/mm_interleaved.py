@@ -78,9 +78,10 @@ class MMInterleaved(MMInterleavedModel):
             [candidates * pictures, 3, image_size, image_size] in [0, 1], all pictures of the first candidate first.
 
         Raises:
-            ValueError: the batch has no picture, or there is no such target.
+            ValueError: the batch has no picture, there is no such target, or the settings do not fit the model.
         """
         settings = settings or ImageSettings()
+        self.image_decoder.sampler(settings)
         device = self.compute_device
         input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         positions = find_images(input_ids, mask, self.config.soi_token_id, None)
@@ -120,6 +121,9 @@ class MMInterleaved(MMInterleavedModel):
 
         Returns:
             For each row the sum of log p over each option's tokens.
+
+        Raises:
+            ValueError: an option has no tokens.
         """
         return score_options(self.read(batch), options, batch_size)
 
@@ -142,7 +146,7 @@ class MMInterleaved(MMInterleavedModel):
 
         Raises:
             DocumentError: a document cannot be used, or is longer than the model's context.
-            ValueError: there is no such setting.
+            ValueError: there is no such setting, or pictures cannot be drawn with these settings.
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)
         settings = override(settings or GenerationSettings(), **changes)

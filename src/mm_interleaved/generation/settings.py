@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..model.image_decoder import ImageSettings
+from ..model.image_decoder import ImageSettings, check_seed
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        check_seed(self.seed)
 
 
 # spec/model 6.1. The original counts `<s>` in its min_length; here tokens are counted, so its 8 is 7.

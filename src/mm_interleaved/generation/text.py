@@ -276,7 +276,14 @@ def score_options(
 
     Returns:
         For each row the sum of log p over each option's tokens.
+
+    Raises:
+        ValueError: an option has no tokens.
     """
+    for row, row_options in enumerate(options):
+        for number, ids in enumerate(row_options):
+            if not len(ids):
+                raise ValueError(f"option {number} of row {row} has no tokens, and so no probability")
     device, pad = context.mask.device, context.model.config.pad_token_id
     jobs = [(row, ids) for row, row_options in enumerate(options) for ids in row_options]
     totals: list[float] = []

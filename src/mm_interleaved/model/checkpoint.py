@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -130,6 +130,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError(f"'{path}' is not a dictionary of tensors")
     return tensors
+
+
+def check_safetensors(source: Path) -> None:
+    """Read the headers of a folder's `.safetensors` files, which also tell whether the files are whole.
+
+    Raises:
+        CheckpointError: there are no weights, or a file is missing, damaged or cut short.
+    """
+    for path in weight_files(source):
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"'{path}' is damaged or cut short: {error}; fetch or convert the checkpoint "
+                                      "again") from None  # fmt: skip
 
 
 # ---- writing
@@ -302,7 +318,7 @@ def convert_from_original(
         source: its folder, or one file.
         target: the folder to write.
         config: what the checkpoint's model looks like.
-        dtype: type of the weights; None: as they are.
+        dtype: type of the weights; None: as they are. The VAE's stay as they are: it always computes in float32.
         image_upscale: see `upscale`.
         progress: called as work goes on.
         finish: adds what else belongs into the folder, before it gets its name.
@@ -323,7 +339,7 @@ def convert_from_original(
     if image_upscale is not None:
         ours = upscale(config, image_upscale)
     table = names.ours(POSITION_TABLE)
-    sizes = {n: expected[n].numel() * _element_size(t, dtype) for n, t in found.items()}
+    sizes = {n: expected[n].numel() * _kind(n, t, dtype).itemsize for n, t in found.items()}
     with written_aside(target) as folder:
         writer = ShardWriter(folder, sizes, "model", ".safetensors", _save_safetensors)
         for number, path in enumerate(files):
@@ -333,7 +349,7 @@ def convert_from_original(
                 if mine == table and ours is not config:
                     tensor = resize_positions(tensor, ours.grid_size)
                 if mine in expected:
-                    writer.add(mine, _cast(tensor, dtype))
+                    writer.add(mine, tensor.to(_kind(mine, tensor, dtype)))
         writer.finish()
         ours.architectures = ["MMInterleaved"]
         ours.dtype = dtype or next(iter(found.values())).dtype
@@ -373,23 +389,21 @@ def convert_to_original(
         raise CheckpointError(f"'{source}' does not fit its configuration. {mismatch}. Nothing was written")
     kind = dtype or next(iter(shapes.values())).dtype
     tables = {name: compute() for name, compute in derived.items()}
-    sizes = {names.theirs(n): t.numel() * _element_size(t, dtype) for n, t in shapes.items()}
-    sizes |= {name: t.numel() * _element_size(t, kind) for name, t in tables.items()}
+    sizes = {names.theirs(n): t.numel() * _kind(n, t, dtype).itemsize for n, t in shapes.items()}
+    sizes |= {name: t.numel() * _kind(name, t, kind).itemsize for name, t in tables.items()}
     with written_aside(target) as folder:
         writer = ShardWriter(folder, sizes, "pytorch_model", ".bin", _save_pickle)
         for number, path in enumerate(files):
             progress("converting", number, len(files))
             for name, tensor in read_weights(path).items():
-                writer.add(names.theirs(name), _cast(tensor, dtype))
+                writer.add(names.theirs(name), tensor.to(_kind(name, tensor, dtype)))
         for name, table in tables.items():
-            writer.add(name, _cast(table, kind))
+            writer.add(name, table.to(_kind(name, table, kind)))
         writer.finish()
     progress("converting", len(files), len(files))
 
 
-def _element_size(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    return dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def _kind(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type in which a tensor, by our name, is written; the VAE's are not rounded."""
+    cast = dtype is not None and tensor.is_floating_point() and not name.startswith("image_decoder.vae.")
+    return dtype if cast else tensor.dtype

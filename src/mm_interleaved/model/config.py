@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -97,6 +101,7 @@ _PARTS: dict[str, type] = {
     "mmfs": MMFSConfig,
     "image_decoder": ImageDecoderConfig,
 }
+_RESTORE = "restore it from its source, or convert the checkpoint again"
 _NESTED: dict[type, dict[str, type]] = {ImageDecoderConfig: {"resampler": ResamplerConfig, "mmfs": MMFSConfig}}
 
 
@@ -118,6 +123,20 @@ def _build(cls: type, value: Any, name: str) -> Any:
             raise ValueError(f"config: '{name}' lacks the key '{key}'")
     inner = _NESTED.get(cls, {})
     return cls(**{k: _build(inner[k], v, f"{name}.{k}") if k in inner else v for k, v in value.items()})
+
+
+def _check_parts(path: Path) -> None:
+    """Whether the file holds an object with every part of the tree."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is not JSON: {error}; {_RESTORE}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"'{path}' must hold an object, not a {type(data).__name__}; {_RESTORE}")
+    for name in ("text_config", "vision_config", *_PARTS):
+        if not isinstance(data.get(name), dict):
+            problem = f"'{name}' must be an object" if name in data else f"it lacks '{name}'"
+            raise ValueError(f"'{path}' is not the configuration of a model of this project: {problem}; {_RESTORE}")
 
 
 # Which parameters stay as they are in training: regular expressions, matched at the start of a parameter's name.
@@ -184,6 +203,11 @@ class MMInterleavedConfig(PreTrainedConfig):
         for name, cls in _PARTS.items():
             setattr(self, name, _build(cls, getattr(self, name), name))
         self.frozen = list(RELEASE_FROZEN if self.frozen is None else self.frozen)
+        for pattern in self.frozen:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"config: frozen holds '{pattern}', which is no regular expression: {error}") from None
         super().__post_init__(**kwargs)
         self._check_sizes()
         return None
@@ -214,6 +238,8 @@ class MMInterleavedConfig(PreTrainedConfig):
         sides = self.pyramid_sides
         heads = {"mmfs": self.mmfs, "image_decoder.mmfs": decoder.mmfs}
         checks = [
+            (self.mmfs_every >= 1, f"mmfs_every must be at least 1, not {self.mmfs_every}"),
+            (self.max_context_length >= 1, f"max_context_length must be at least 1, not {self.max_context_length}"),
             (text.model_type in SUPPORTED_DECODERS, f"text_config.model_type '{text.model_type}' is not one of "
              f"{', '.join(SUPPORTED_DECODERS)}"),
             (vision.image_size % vision.patch_size == 0, "vision_config.image_size must be a multiple of patch_size"),
@@ -246,6 +272,23 @@ class MMInterleavedConfig(PreTrainedConfig):
         for holds, message in checks:
             if not holds:
                 raise ValueError(f"config: {message}")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Any:
+        """As everywhere in transformers, but with words about what is wrong in the file.
+
+        Raises:
+            ValueError: a part is missing, or a value is of the wrong type or size; names the file.
+        """
+        path = Path(source) / "config.json"
+        if path.is_file():
+            _check_parts(path)
+        try:
+            return super().from_pretrained(source, **kwargs)
+        except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            words = " ".join(str(error).split())  # what values of a wrong type lead to, here and in the libraries
+            reason = f"it lacks {words}" if isinstance(error, LookupError) else words
+            raise ValueError(f"'{path}' cannot be used: {reason}; {_RESTORE}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain data."""

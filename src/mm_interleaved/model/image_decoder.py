@@ -10,6 +10,7 @@ conditions for a learned `negative_prompt` but sees the same earlier pictures.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -28,6 +29,12 @@ from .unet import EarlierImages, MMFSUNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timestep) to the predicted noise
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all pictures of a call, or one per picture
+
+SEED_LIMIT = 2**63  # torch takes seeds below 2**64; the rest is room for `seed + candidate + turn`
+_TRY = "try DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
+# What a scheduler must understand: the noise that the model was trained with, and how `denoise` calls it.
+_NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+_STEP = ["model_output", "timestep", "sample"]
 
 
 @dataclass
@@ -59,7 +66,7 @@ class ImageSettings:
         num_inference_steps: denoising steps.
         guidance_scale: strength of classifier-free guidance; at most 1: off, and half the work.
         num_candidates: pictures drawn for each request, with seeds `seed`, `seed + 1`, ...
-        seed: seed of the first candidate's noise.
+        seed: seed of the first candidate's noise, at least 0 and below `SEED_LIMIT`.
         scheduler: name of a diffusers scheduler class; the release samples with ancestral DDPM.
         unconditional_sees_images: whether the unconditional half of guidance sees earlier pictures (release: yes).
         preview_every: give a preview of the picture every so many steps; 0: never.
@@ -81,19 +88,36 @@ class ImageSettings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.preview_every < 0:
             raise ValueError(f"preview_every must not be negative, but is {self.preview_every}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}")
+        check_seed(self.seed)
         find_scheduler(self.scheduler)
 
 
-def find_scheduler(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler class of that name.
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
 
     Raises:
-        ValueError: diffusers has no such scheduler.
+        ValueError: it is negative, or not below `SEED_LIMIT`.
+    """
+    if not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"seed must be at least 0 and less than 2**63, not {str(seed)[:40]}")
+
+
+def find_scheduler(name: str) -> type[SchedulerMixin]:
+    """The diffusers scheduler class of that name, if it can run this diffusion backwards.
+
+    Raises:
+        ValueError: diffusers has no such scheduler, or it is made for another kind of diffusion.
     """
     cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        raise ValueError(f"scheduler '{name}' is not a diffusers scheduler; try DDPMScheduler, DDIMScheduler, "
-                         "DPMSolverMultistepScheduler or UniPCMultistepScheduler")  # fmt: skip
+        raise ValueError(f"scheduler '{name}' is not a diffusers scheduler; {_TRY}")
+    takes = inspect.signature(cls.__init__).parameters
+    step = list(inspect.signature(getattr(cls, "step", cls)).parameters.values())[1:]
+    called = [p.name for p in step if p.name in _STEP or p.default is p.empty]
+    if not (set(_NOISE_SCHEDULE) <= takes.keys() and called == _STEP):
+        raise ValueError(f"scheduler '{name}' is made for another kind of diffusion; {_TRY}")
     return cls
 
 
@@ -148,6 +172,28 @@ class ImageDecoder(nn.Module):
     def scheduler(self) -> DDPMScheduler:
         """The noise schedule. Made on first use, because a model may be constructed without real memory."""
         return DDPMScheduler(**self.config.scheduler)
+
+    def sampler(self, settings: ImageSettings, device: torch.device | None = None) -> SchedulerMixin:
+        """The scheduler of `settings` for this model's noise, with its timesteps set.
+
+        Raises:
+            ValueError: it does not take that many steps, or not this noise.
+        """
+        trained = self.scheduler.config.num_train_timesteps
+        try:
+            scheduler = find_scheduler(settings.scheduler).from_config(self.scheduler.config)
+            scheduler.set_timesteps(settings.num_inference_steps, device=device)
+        except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"scheduler '{settings.scheduler}' cannot be used with num_inference_steps="
+                             f"{settings.num_inference_steps}: {error}") from None  # fmt: skip
+        if not (hasattr(scheduler, "init_noise_sigma") and hasattr(scheduler, "scale_model_input")):
+            raise ValueError(f"scheduler '{settings.scheduler}' is made for another kind of diffusion; {_TRY}")
+        times = scheduler.timesteps
+        falls = len(times) == 1 or times[0] > times[-1]
+        if settings.num_inference_steps > trained or times.max() >= trained or not falls:
+            raise ValueError(f"{settings.scheduler} finds no way back in num_inference_steps="
+                             f"{settings.num_inference_steps}; the model has {trained}, take fewer")  # fmt: skip
+        return scheduler
 
     @property
     def dtype(self) -> torch.dtype:
@@ -252,9 +298,11 @@ class ImageDecoder(nn.Module):
             earlier: the earlier pictures, one group for each picture drawn.
             settings: steps, guidance, scheduler.
             generators: source of the initial and the step noise; one generator draws for all pictures together.
+
+        Raises:
+            ValueError: the scheduler cannot be used like that; see `sampler`.
         """
-        scheduler = find_scheduler(settings.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(settings.num_inference_steps, device=conditions.device)
+        scheduler = self.sampler(settings, conditions.device)
         generators = list(generators) if isinstance(generators, Sequence) else generators
         extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         guided = settings.guidance_scale > 1

@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ..generation import MMInterleaved
 from ..model import MMInterleavedConfig
+from ..model.checkpoint import check_safetensors
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 
 FOLDER = Path(__file__).parent
 SHIPPED = ("small", "debug")
+# What the libraries raise for files that are missing, damaged, or something else.
+_UNUSABLE = (
+    SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ArithmeticError,
+)  # fmt: skip
 
 
 @dataclass
@@ -45,13 +51,12 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
         device: where to; None: the CPU.
 
     Raises:
-        ValueError: there is no such model, or it is incomplete.
+        ValueError: there is no such model, or a file of it is missing or damaged; names the file.
     """
     folder = FOLDER / str(name) if str(name) in SHIPPED else Path(name)
     if (folder / "config.json").is_file():
         kind = dtype or (torch.float32 if str(name) in SHIPPED else "auto")
-        model = MMInterleaved.from_pretrained(folder, dtype=kind)
-        processor = MMInterleavedProcessor.from_pretrained(folder)
+        model, processor = _read(folder, kind)
         trained = True
     elif str(name) in SHIPPED:
         model, processor = _untrained(str(name))
@@ -65,6 +70,20 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     if device is not None:
         model.to(device)
     return Loaded(model.eval(), processor, trained, str(name))
+
+
+def _read(folder: Path, dtype: torch.dtype | str) -> tuple[MMInterleaved, MMInterleavedProcessor]:
+    MMInterleavedConfig.from_pretrained(folder)  # says what is wrong with it, before any weights are looked at
+    check_safetensors(folder)
+    what = "weights"
+    try:
+        model = MMInterleaved.from_pretrained(folder, dtype=dtype)
+        what = "processor"
+        return model, MMInterleavedProcessor.from_pretrained(folder)
+    except _UNUSABLE as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the {what} of '{folder}' cannot be used: {words}; fetch or convert the checkpoint again"
+                         ) from None  # fmt: skip
 
 
 def _untrained(preset: str) -> tuple[MMInterleaved, MMInterleavedProcessor]:

@@ -10,7 +10,7 @@ from .kinds import KINDS
 from .scene import GRID, GROUNDS, Scene, Thing
 from .sprites import Sprite, known, sprite
 
-SCALES = {"small": 0.55, "big": 0.95}  # side of a thing's square, in cells
+SCALES = {"small": 0.64, "big": 0.95}  # side of a thing's square, in cells
 GROUND_LABELS = {name: 1 + i for i, name in enumerate(GROUNDS)}
 KIND_LABELS = {name: 1 + len(GROUNDS) + i for i, name in enumerate(KINDS)}
 LABELS = {**GROUND_LABELS, **KIND_LABELS}

@@ -58,9 +58,9 @@ class RunTrainer(Trainer):
     ) -> None:
         self.config, self.feed, self.eval_feed, self.save_extras = config, feed, eval_feed, save_extras
         self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
-        self.ema = EMA(model, config.ema) if config.ema.decay else None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
+        self.ema = EMA(model, config.ema) if config.ema.decay else None  # now that the weights are where they stay
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # losses are means over a batch
         self.window = Window(args.device)
