@@ -92,7 +92,6 @@ class DDPConfig:
     find_unused_parameters: bool = True
     static_graph: bool = False  # every step uses the same parameters; faster, and then nothing has to be found
     bucket_cap_mb: int = 25
-    gradient_as_bucket_view: bool = True
 
 
 @dataclass
@@ -145,6 +144,10 @@ class RunConfig:
         _positive(keep_checkpoints=self.keep_checkpoints)
         if self.deepspeed and self.fsdp:
             raise ValueError("give 'deepspeed' or 'fsdp', not both")
+        if self.ema.decay and (self.deepspeed or self.fsdp):
+            raise ValueError("'ema.decay' keeps whole weights, which 'deepspeed' and 'fsdp' do not; set it to 0")
+        if self.sample_every and self.fsdp:
+            raise ValueError("'sample_every' draws on one process, which has only a part of the weights with 'fsdp'")
 
 
 @dataclass

@@ -46,7 +46,13 @@ class Samples(TrainerCallback):
         """Make the samples of a step. Training is as it was before, its random numbers included."""
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         self.model.eval()
-        with torch.random.fork_rng(devices=devices), self.trainer.averaged(), self.trainer.accelerator.autocast():
+        trainer = self.trainer
+        with (
+            torch.random.fork_rng(devices=devices),
+            trainer.uncompiled(),
+            trainer.averaged(),
+            trainer.accelerator.autocast(),
+        ):
             events = self.model.generate_interleaved(self.documents, self.processor, self.settings, progress=False)
             done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
         self.model.train()

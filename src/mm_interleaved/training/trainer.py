@@ -143,7 +143,7 @@ class RunTrainer(Trainer):
         window = Window(self.args.device)
         model = self.model_wrapped
         model.eval()
-        with self.averaged(), torch.no_grad(), self.accelerator.autocast():
+        with self.uncompiled(), self.averaged(), torch.no_grad(), self.accelerator.autocast():
             for inputs, _ in zip(feed, range(count), strict=False):
                 outputs = model(**inputs)
                 parts = {n: outputs.get(n) for n in self._part_names(outputs)}
@@ -159,6 +159,11 @@ class RunTrainer(Trainer):
         """The model with its averaged weights, or as it is if no average is kept."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
+    @staticmethod
+    def uncompiled() -> Any:
+        """Run as written what is compiled for training: other shapes would have everything compiled anew."""
+        return torch.compiler.set_stance("force_eager")
+
     # ---- checkpoints
 
     def _get_output_dir(self, trial: Any = None) -> str:
@@ -168,7 +173,7 @@ class RunTrainer(Trainer):
         """Write everything aside, then give it its name, then remove the oldest."""
         run = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        if (run / name).exists():
+        if run / name in checkpoints.list_checkpoints(run):
             return
         self._aside = run / checkpoints.ASIDE
         if self.args.should_save:
@@ -184,6 +189,7 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                 (folder / "config.yaml").write_text(to_yaml(self.config))
+                shutil.rmtree(run / name, ignore_errors=True)  # a broken one, or it would be in the list
                 os.replace(folder, run / name)
                 self._aside.rmdir()
                 checkpoints.prune(run, self.config.keep_checkpoints)
@@ -281,7 +287,12 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         raise ValueError(f"deepspeed: '{config.deepspeed}' does not exist")
     if config.fsdp and "RANK" not in os.environ:
         raise ValueError("'fsdp' needs several processes: torchrun --nproc-per-node=N -m mm_interleaved.cli train ...")
-    return TrainingArguments(
+    options: dict[str, Any] = {}
+    if config.ddp.static_graph:
+        if "ddp_static_graph" not in TrainingArguments.__dataclass_fields__:
+            raise ValueError("'ddp.static_graph' needs a newer transformers")
+        options["ddp_static_graph"] = True
+    args = TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps,
         gradient_accumulation_steps=config.accumulation,
@@ -307,4 +318,8 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         fsdp="full_shard" if config.fsdp else None,
         fsdp_config=config.fsdp or None,
         accelerator_config={"even_batches": False, "dispatch_batches": False},
+        **options,
     )
+    if args.n_gpu > 1:  # without torchrun the Trainer would split batches over all devices
+        args._n_gpu = 1
+    return args

@@ -1,0 +1,41 @@
+"""What docs/training.md shows is true: commands exist, files are there, and its YAML is accepted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mm_interleaved.cli import app
+from mm_interleaved.configuration import load_config
+from mm_interleaved.training.config import AutoencoderRunConfig, TrainConfig
+
+from .conftest import ROOT
+
+TEXT = (ROOT / "docs/training.md").read_text()
+_COMMAND = r"^    (?:torchrun .* -m mm_interleaved\.cli|mmi) (train\S*) (\S+)(.*?)(?:\s+#.*)?$"
+COMMANDS = re.findall(_COMMAND, TEXT, re.MULTILINE)
+YAML = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_name_files_that_can_be_read(command: tuple[str, str, str]) -> None:
+    name, path, rest = command
+    assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+    if name != "train-log":
+        load_config(ROOT / path, AutoencoderRunConfig if name == "train-vae" else TrainConfig, rest.split())
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_yaml_is_accepted(text: str, tmp_path: Path) -> None:
+    debug = yaml.safe_load((ROOT / "configs/debug.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**debug, **yaml.safe_load(text)}))
+    load_config(tmp_path / "run.yaml", TrainConfig)
+
+
+def test_the_page_shows_something() -> None:
+    assert len(COMMANDS) >= 8
+    assert len(YAML) == 3
