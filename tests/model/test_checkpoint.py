@@ -256,3 +256,11 @@ def test_image_upscale(original: dict[str, Tensor], model: MMInterleaved, tmp_pa
 
 def test_upscaling_by_one_changes_nothing(model: MMInterleaved) -> None:
     assert upscale(model.config, 1.0).to_dict() == model.config.to_dict()
+
+
+def test_frozen_parts_stay_frozen_after_loading(model: MMInterleaved, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = MMInterleaved.from_pretrained(tmp_path)
+    expected = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == expected
+    assert any(name.startswith("image_decoder.vae.") for name in expected)

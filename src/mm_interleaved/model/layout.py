@@ -217,7 +217,7 @@ def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | N
         longest: length of the longest context, if it is known.
 
     Returns:
-        Context [pictures, longest, width], padded with whatever stands at the row's start, and its mask
+        Context [pictures, longest, width], padded with whatever, and its mask
         [pictures, longest], 1 on real entries.
     """
     lengths = positions.columns - positions.starts + 1
@@ -225,7 +225,8 @@ def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | N
         longest = int(lengths.max()) if len(lengths) else 0
     steps = torch.arange(longest, device=hidden.device)
     mask = (steps < lengths[:, None]).long()
-    columns = (positions.columns[:, None] - steps).clamp(min=0)
+    # Padding wraps around instead of gathering in column 0, where adding up its (zero) gradients would take long.
+    columns = (positions.columns[:, None] - steps) % hidden.shape[1]
     return hidden[positions.rows[:, None], columns], mask
 
 

@@ -102,7 +102,11 @@ class MMInterleavedModel(PreTrainedModel):
         self.post_init()
         for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
             synchronizer.mmfs.reset_parameters()
-        frozen = [re.compile(pattern) for pattern in config.frozen]
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Let gradients flow to everything but what `config.frozen` names."""
+        frozen = [re.compile(pattern) for pattern in self.config.frozen]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not any(pattern.match(name) for pattern in frozen))
 
@@ -136,6 +140,7 @@ class MMInterleavedModel(PreTrainedModel):
             keys = sorted(info[f"{kind}_keys"])
             if keys:
                 raise ValueError(f"the checkpoint has {len(keys)} {kind} weights, among them {', '.join(keys[:3])}")
+        model.freeze()  # loading makes new parameters
         return (model, info) if wants_info else model
 
     def set_mmfs_implementation(self, implementation: str) -> None:

@@ -259,11 +259,16 @@ class MMFS(nn.Module):
         total = weights.new_zeros((groups, weights.shape[1], values.shape[2] * values.shape[3]))
         if routes.numel() == 0:
             return total
-        entry, used = routes.clamp(min=0), routes >= 0
+        used = routes >= 0
+        # Padding weighs nothing and could read any entry. It is spread over all of them: in the backward pass, adding
+        # hundreds of thousands of zeros to a single one would take seconds.
+        spread = torch.arange(routes.numel(), device=routes.device).view_as(routes) % (groups * slots)
+        entry = torch.where(used, routes, spread)
 
         def by_picture(x: Tensor) -> Tensor:
             """[groups, queries, heads, slots, ...] to [pictures, longest * queries, heads, ...]."""
-            return x.movedim(3, 1).flatten(0, 1)[entry].flatten(1, 2)
+            rows = x.movedim(3, 1).flatten(0, 1).index_select(0, entry.flatten())
+            return rows.unflatten(0, entry.shape).flatten(1, 2)
 
         shares = by_picture(weights) * used.repeat_interleave(weights.shape[1], dim=1)[:, :, None, None, None]
         taken = deformable_attention(values, shapes, by_picture(locations), shares)
