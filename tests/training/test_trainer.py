@@ -9,14 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mm_interleaved import Document, Image, Text
 from mm_interleaved.cli import main
 from mm_interleaved.configuration import ConfigError, load_config
 from mm_interleaved.pretrained import FOLDER, load
-from mm_interleaved.training.config import EMAConfig, TrainConfig, TrainingError
+from mm_interleaved.training.config import EMAConfig, LossConfig, TrainConfig, TrainingError
 from mm_interleaved.training.ema import EMA
-from mm_interleaved.training.feed import choose_pictures, seed_of
+from mm_interleaved.training.feed import choose_pictures, prepare_documents, seed_of
 from mm_interleaved.training.run import train
 
+from ..conftest import picture
 from .conftest import ROOT, arguments, logged
 from .stand_in import Colors
 
@@ -149,3 +151,29 @@ def test_some_pictures_are_chosen() -> None:
     assert chosen is not None
     assert len(chosen) == len(set(chosen.tolist())) == 4
     assert {tuple(choose_pictures(7, 0.5, s).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
+
+
+def test_padded_shapes_change_no_loss() -> None:
+    """Blank pictures behind the real ones are seen by nothing, longer contexts are masked."""
+    small = load("debug")
+    pictures = [Image(picture(number)) for number in range(3)]
+    documents = [Document([Text("a red house"), pictures[0], pictures[1]]), Document([pictures[2], Text("a cat")])]
+    batch = small.processor(documents, training=True)
+    found = []
+    for multiple in (1, 8):
+        inputs = prepare_documents(small.model, LossConfig(), multiple)(batch, 5, torch.device("cpu"))
+        inputs.pop("counts")
+        found.append((inputs, small.model(**inputs)))
+    (_, expected), (padded, outputs) = found
+    assert len(padded["pixel_values"]) == 8
+    assert padded["layout"].context_length % 8 == 0
+    torch.testing.assert_close(outputs.loss_txt, expected.loss_txt, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs.loss_img, expected.loss_img, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "multiple", "drawn"), [(10, 0.5, 1, 5), (70, 0.5, 32, 32), (9, 1, 4, 8), (3, 1, 4, 3)]
+)
+def test_how_many_pictures_are_drawn(count: int, fraction: float, multiple: int, drawn: int) -> None:
+    chosen = choose_pictures(count, fraction, 0, multiple)
+    assert (count if chosen is None else len(set(chosen.tolist()))) == drawn

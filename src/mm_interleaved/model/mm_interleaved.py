@@ -276,7 +276,8 @@ class MMInterleavedModel(PreTrainedModel):
             input_ids: [batch, length].
             attention_mask: [batch, length], 0 at padding; None: no padding.
             position_ids: [batch, length]; None: 0, 1, 2, ...
-            pixel_values: [pictures, 3, image_size, image_size] in [0, 1], in the order of their SOI tokens.
+            pixel_values: [pictures, 3, image_size, image_size] in [0, 1], in the order of their SOI tokens; with a
+                `layout`, more may follow, which nothing sees (see `TrainConfig.shape_multiple`).
             document_starts: [pictures] column of the `<s>` that opens each picture's document; None: its row's start.
             labels: [batch, length], the token expected at each position, -100 where none is (the shift is done here).
             target_pixel_values: [pictures, 3, decoder size, decoder size] in [0, 1], what the image decoder shall draw.
@@ -293,10 +294,10 @@ class MMInterleavedModel(PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         config = self.config
-        features, memory = self._look(pixel_values)
         known = layout is not None
         layout = layout or self.plan(input_ids, attention_mask, document_starts, labels)
         found = len(layout.positions.rows)
+        features, memory = self._look(pixel_values, found if known else None)
         if found != len(memory):
             raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {len(memory)} pictures")
         embeds = self.embed(input_ids, features.tokens if features else None, layout.positions if known else None)
@@ -323,10 +324,10 @@ class MMInterleavedModel(PreTrainedModel):
             last_hidden_state=hidden,
         )
 
-    def _look(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageMemory]:
-        """Features of the pictures, and an (empty, if there are none) memory for the decoder."""
+    def _look(self, pixel_values: Tensor | None, count: int | None = None) -> tuple[VisualFeatures | None, ImageMemory]:
+        """Features of the first `count` (None: all) pictures, and an (empty, if there are none) memory of them."""
         if pixel_values is not None and len(pixel_values):
-            features = self.encode_images(pixel_values)
+            features = self.encode_images(pixel_values).first(count)
             return features, image_memory(self.config, features.pyramid)
         return None, image_memory(self.config, self.empty_pyramid())
 

@@ -101,10 +101,11 @@ class AutoencoderTask(nn.Module):
                 loss_kl=0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
                 psnr=psnr(made.detach().float(), pixels),
             )
+            if not self.training:
+                outputs.ssim = ssim(made.float(), pixels)  # differences of squares; half precision loses them
         if self.discriminator is not None and self.training:
             outputs.loss_adversarial, outputs.loss_discriminator = self._judge(made, pixels)
         if not self.training:
-            outputs.ssim = ssim(made.float(), pixels)
             outputs.reconstruction, outputs.latents = made, posterior.mode()
         outputs.loss = self._sum(outputs)
         return outputs

@@ -252,14 +252,22 @@ class TrainConfig(RunConfig):
         eval_batches: how many batches of it.
         losses: their weights.
         samples: what is generated on the way.
+        shape_multiple: the pictures that are seen are filled up, those that are drawn cut down, and the contexts of
+            drawings filled up to a multiple of this. A GPU plans its convolutions anew for every number of pictures,
+            which takes longer than a small model's whole step.
     """
 
     model: ModelConfig
     data: DataConfig
+    shape_multiple: int = 1
     eval_data: DataConfig | None = None
     eval_batches: int = 20
     losses: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(shape_multiple=self.shape_multiple)
 
 
 @dataclass

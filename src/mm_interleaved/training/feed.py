@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -135,12 +135,18 @@ class Feed:
         self._resumed = True
 
 
-def prepare_documents(model: MMInterleavedModel, losses: LossConfig) -> Prepare:
-    """The `Prepare` for batches of documents: index arithmetic and choices on the CPU, noise on the device."""
+def prepare_documents(model: MMInterleavedModel, losses: LossConfig, multiple: int = 1) -> Prepare:
+    """The `Prepare` for batches of documents: index arithmetic and choices on the CPU, noise on the device.
+
+    Args:
+        model: that they are for.
+        losses: their weights, and how many pictures are drawn.
+        multiple: of which the numbers of pictures and the length of contexts are; see `TrainConfig.shape_multiple`.
+    """
 
     def prepare(batch: Batch, seed: int, device: torch.device) -> dict[str, Any]:
         pictures = len(batch.pixel_values)
-        drawn = choose_pictures(pictures, losses.image_fraction, seed)
+        drawn = choose_pictures(pictures, losses.image_fraction, seed, multiple)
         layout = model.plan(
             batch.input_ids,
             batch.attention_mask,
@@ -149,14 +155,20 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig) -> Prepare:
             drawn,
             losses.draws_per_image,
         )
+        longest = min(_up(layout.context_length, multiple), model.config.max_context_length)
+        layout = replace(layout, context_length=longest)
         count = losses.draws_per_image * (pictures if drawn is None else len(drawn))
         generator = torch.Generator(device).manual_seed(seed)
         weights = {"loss_text_weight": losses.text, "loss_image_weight": losses.image}
         for name in weights:
             if getattr(batch, name) is not None:
                 weights[name] = getattr(batch, name)
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        if fill := _up(pictures, multiple) - pictures:
+            seen = tensors["pixel_values"]
+            tensors["pixel_values"] = torch.cat([seen, seen.new_zeros(fill, *seen.shape[1:])])
         return {
-            **{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()},
+            **tensors,
             **weights,
             "layout": layout.to(device, non_blocking=True),
             "draws": model.image_decoder.draw(count, generator) if count else None,
@@ -166,12 +178,18 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig) -> Prepare:
     return prepare
 
 
-def choose_pictures(count: int, fraction: float, seed: int) -> torch.Tensor | None:
-    """Which of `count` pictures are drawn, in order; None: all."""
-    if fraction == 1 or count == 0:
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def choose_pictures(count: int, fraction: float, seed: int, multiple: int = 1) -> torch.Tensor | None:
+    """Which of `count` pictures are drawn, in order: a multiple of `multiple` if there are that many; None: all."""
+    wanted = math.ceil(fraction * count)
+    wanted = wanted // multiple * multiple or wanted
+    if wanted == count:
         return None
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[: math.ceil(fraction * count)].sort().values
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
 def prepare_pictures(latents: tuple[int, int, int]) -> Prepare:

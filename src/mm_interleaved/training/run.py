@@ -62,7 +62,7 @@ def train(
         compile_regions(model)
     cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
     ranks = {"rank": args.process_index, "world_size": args.world_size}
-    prepare = prepare_documents(model, config.losses)
+    prepare = prepare_documents(model, config.losses, config.shape_multiple)
 
     def feed_of(data: Any, seed: int) -> Feed:
         return Feed(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
