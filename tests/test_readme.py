@@ -31,7 +31,8 @@ def commands() -> list[list[str]]:
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of one's own with the examples in it."""
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for folder in ("configs", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

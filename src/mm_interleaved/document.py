@@ -529,7 +529,7 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Document:
         Image() if draws_last and i == len(paths) - 1 else Image(folder.picture(p, f"images[{i}]"))
         for i, p in enumerate(paths)
     ]
-    segments = _attach(sentences, list(zip(order, pictures, strict=True)))
+    segments = _trimmed(interleave(sentences, list(zip(order, pictures, strict=True))))
     turns = data.get("num_iter")
     return Document(
         segments,
@@ -541,25 +541,33 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Document:
     )
 
 
-def _attach(sentences: list[str], placed: list[tuple[tuple[int, bool], Image]]) -> list[Segment]:
-    """Sentences joined by a space each, pictures (sentence, after it) among them; no white space next to a picture."""
+def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool], Image]]) -> list[Segment]:
+    """Sentences joined by one space, with pictures at (sentence, whether after it), as MMC4 and records have them.
+
+    White space next to a picture does not count, so runs of nothing else are left out.
+    """
     segments: list[Segment] = []
-    run = ""
+    run: list[str] = []
 
     def close() -> None:
-        nonlocal run
-        if run.strip():
-            segments.append(Text(run.strip()))
-        run = ""
+        if (text := " ".join(run)).strip():
+            segments.append(Text(text))
+        run.clear()
 
     for number, sentence in enumerate(sentences):
-        for after, words in ((False, sentence + " "), (True, "")):
+        for after in (False, True):
             for image in (image for spot, image in placed if spot == (number, after)):
                 close()
                 segments.append(image)
-            run += words
+            if not after:
+                run.append(sentence)
     close()
     return segments
+
+
+def _trimmed(segments: list[Segment]) -> list[Segment]:
+    """Texts without white space around them: next to pictures it does not count, at both ends a record has none."""
+    return [Text(s.text.strip()) if isinstance(s, Text) else s for s in segments]
 
 
 def _path_text(source: str | Path | FileSlice | PIL.Image.Image | None, index: int) -> str | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..document import Document, DocumentError, FileSlice, Folder, Image, Segment, Text
+from ..document import Document, DocumentError, FileSlice, Folder, Image, Segment, Text, interleave
 from ..processor.images import open_picture
 from .config import SourceConfig
 from .report import DataError, Rejected
@@ -178,7 +178,8 @@ class MMC4:
         if "BUG-3" not in self.config.compat:
             order = sorted(range(len(spots)), key=spots.__getitem__)  # stable
             paths = [paths[i] for i in order]
-        return Document(_interleave(sentences, sorted(spots), paths), place=where)
+        placed = [(spot, Image(path)) for spot, path in zip(sorted(spots), paths, strict=True)]
+        return Document(interleave(sentences, placed), place=where)
 
     def _kept(self, data: dict[str, Any], sentences: int, where: str, note: Note) -> list[tuple[int, Path]]:
         """(sentence, path) of every picture that may be used, in the order of the file."""
@@ -205,23 +206,6 @@ class MMC4:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _interleave(sentences: Sequence[str], spots: Sequence[tuple[int, bool]], paths: Sequence[Path]) -> list[Segment]:
-    """Sentences joined by one space, with the pictures at (sentence, after it) in reading order."""
-    segments: list[Segment] = []
-    run: list[str] = []
-    pictures = list(zip(spots, paths, strict=True))
-    for number, sentence in enumerate(sentences):
-        for after in (False, True):
-            for _, path in (p for p in pictures if p[0] == (number, after)):
-                # Ready-made runs: texts of a document would be joined with no space where there is one already.
-                segments += [Text(" ".join(run))] if run else []
-                segments.append(Image(path))
-                run = []
-            if not after:
-                run.append(sentence)
-    return segments + ([Text(" ".join(run))] if run else [])
 
 
 def pair(
