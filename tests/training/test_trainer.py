@@ -41,6 +41,8 @@ def test_a_debug_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     assert (run / "samples/0000020.png").is_file()
     assert (run / "samples/0000020.txt").read_text().strip()
     assert list((run / "tensorboard").iterdir())
+    (given,) = (v for k, v in json.loads((run / "data-rank0.json").read_text()).items() if k != "step")
+    assert given["counts"]["documents"] > 0
     assert not list(run.rglob("*.bin"))
     loaded = load(run / "final")
     assert loaded.trained

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data import DocumentLoader
 from .config import RunConfig
 from .trainer import RunTrainer
 
@@ -75,6 +76,36 @@ class Housekeeping(TrainerCallback):
         if wish.item() and self.stopped_by is None:
             self.stopped_by = "another process"
         return bool(wish.item())
+
+
+class DataKeeper(TrainerCallback):
+    """Writes down with every checkpoint what each source gave and what was left out of it, and says so at the end.
+
+    Args:
+        loader: of the training data.
+        folder: of the run.
+        rank: of this process; each writes a file of its own.
+        console: for the end.
+    """
+
+    def __init__(self, loader: DocumentLoader, folder: Path, rank: int, console: Console) -> None:
+        self.loader, self.path, self.console = loader, folder / f"data-rank{rank}.json", console
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Beside the checkpoint, not in it: it grows with the run."""
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps({"step": state.global_step, **self.loader.report().to_dict()}, indent=2) + "\n")
+        aside.replace(self.path)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One line a source, and one a reason."""
+        self.on_save(args, state, control)
+        report = self.loader.report()
+        for source in report.sources:
+            first, *others = report.lines(source)
+            self.console.print("\n  ".join([f"{source}: {first}", *others]), highlight=False, markup=False)
 
 
 class Reporter(TrainerCallback):

@@ -13,13 +13,13 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerState
 
 from ..configuration import to_yaml
-from ..data import build_loader
+from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
 from ..model.checkpoint import written_aside
 from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build
-from .callbacks import Housekeeping, Reporter
+from .callbacks import DataKeeper, Housekeeping, Reporter
 from .checkpoints import find_resume
 from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig
 from .feed import Feed, Loader, prepare_documents, prepare_pictures
@@ -73,6 +73,9 @@ def train(
     trainer = RunTrainer(
         model, args, config, feed_of(config.data, config.seed), evaluation, processor.save_pretrained, cost
     )
+    loader = trainer.feed.loader
+    if isinstance(loader, DocumentLoader):
+        trainer.add_callback(DataKeeper(loader, Path(config.output), args.process_index, console))
     if config.sample_every and config.samples.documents and args.process_index == 0:
         trainer.add_callback(Samples(trainer, config, model, processor))
     return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
