@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from mm_interleaved.data import DataConfig, DataError, SourceConfig, build_loader
@@ -110,7 +110,11 @@ def test_going_on_equals_an_unbroken_run(
         return made
 
     unbroken = make()
-    expected = list(itertools.islice(unbroken, LONGEST))
+    try:
+        expected = list(itertools.islice(unbroken, LONGEST))
+    except DataError:  # this rank's part of the shortest source is damaged
+        assert options["sampling"] == "shortest"
+        reject()
     current, done = make(), 0
     for stop in stops:
         got = list(itertools.islice(current, stop)) if stop else []
