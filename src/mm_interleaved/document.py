@@ -127,7 +127,8 @@ class Document:
     Attributes:
         segments: what stands in it.
         id: a name for messages and results.
-        max_turns: how many texts and pictures to generate, if the document itself says so (the original's `num_iter`).
+        max_turns: how many texts and pictures to generate, if the document itself says so (the original's `num_iter`,
+            2 where a record gives none).
         forced_texts: by turn, text that replaces the generated one (the original's `multiround_context`).
         stop_at_eos: whether `</s>` ends it; None: as the settings say. Records of the original do not end there.
         record: the original's record that it was read from, as it stood in the file.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from mm_interleaved import (
     TextDelta,
     TextSettings,
 )
+from mm_interleaved.document import load_documents
 from mm_interleaved.generation import Context, InterleavedGenerator
 from mm_interleaved.generation.recompute import RecomputingGenerator
 from mm_interleaved.processor.packing import TokenStream
@@ -244,6 +247,36 @@ def test_records_of_the_original_do_not_end_at_the_end_token(
     document = replace(one()[0], stop_at_eos=False, max_turns=2)
     (made,), (end,) = run(InterleavedGenerator(scripted, processor, GREEDY), [document])
     assert (len(made), end.reason) == (2, "turns")
+
+
+@pytest.mark.parametrize(
+    ("num_iter", "settings", "turns"),
+    [(None, {}, 2), (3, {}, 3), (None, {"max_turns": 4}, 4), (3, {"max_turns": 4}, 3), (3, {"max_turns": 1}, 3),
+     (3, {"stop_at_eos": True}, 2), (3, {"stop_at_eos": True, "max_turns": 4}, 4), (None, {"stop_at_eos": True}, 2),
+     (3, {"max_segments": 1}, 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["generate_texts", "generate_images"])
+def test_turns_of_records_of_the_original(
+    model: MMInterleaved, processor: MMInterleavedProcessor, pictures: list[Path],
+    num_iter: int | None, settings: dict, turns: int, mode: str,
+) -> None:  # fmt: skip
+    """Spec/model 6.6: the limit is the settings' with auto_end; without it the record's, if it gives one."""
+    record: dict[str, Any] = {"sentences": ["a red house"], "images": ["0.png"], "sentence_ixs": [0],
+                              "image_first": [False], "generate_mode": mode}  # fmt: skip
+    if num_iter is not None:
+        record["num_iter"] = num_iter
+    path = pictures[0].parent / "records.json"
+    path.write_text(json.dumps([record]))
+    (made,), (end,) = run(
+        InterleavedGenerator(forced_head(model, {}), processor, replace(GREEDY, **settings)), load_documents(path)
+    )
+    assert (len(made), end.reason) == (turns, "segments" if "max_segments" in settings else "turns")
+
+
+def test_settings_win_over_other_documents(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    document = replace(one()[0], max_turns=3)
+    (made,), _ = run(InterleavedGenerator(forced_head(model, {}), processor, replace(GREEDY, max_turns=1)), [document])
+    assert len(made) == 1
 
 
 def test_auto_end_wins_over_a_forced_picture(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = json.loads((folder / "cases.json").read_text())
     kind = metafunc.function.kind
     metafunc.parametrize("case", [name for name, case in cases.items() if case["kind"] == kind])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    result = yield
+    if (used := pyfuncitem.funcargs.get("golden")) is not None:  # a tensor that no test knows must not pass unseen
+        used.check_nothing_was_left_out()
+    return result

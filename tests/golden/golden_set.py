@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,37 @@ from torch import Tensor
 from mm_interleaved.generation import MMInterleaved
 from mm_interleaved.model import MMInterleavedConfig
 from mm_interleaved.model.original import NameTable, config_from_original, derived_tensors
+from mm_interleaved.processor import Batch
+
+
+def kind(name: str) -> Callable:
+    """Marks the test that runs the cases of a kind."""
+
+    def mark(function: Callable) -> Callable:
+        function.kind = name
+        return function
+
+    return mark
+
+
+class CaseTensors(dict[str, Tensor]):
+    """The tensors of a case; remembers which were read by name, so that none is left out of the comparison."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def leave(self, pattern: str) -> None:
+        """Expected tensors that another form of the same test compares."""
+        self.read |= {name for name in self if re.fullmatch(f"out\\.({pattern})", name)}
+
+    def unread(self) -> list[str]:
+        """Expected tensors that nothing asked for."""
+        return sorted(name for name in self if name.startswith("out.") and name not in self.read)
 
 
 class GoldenSet:
@@ -22,6 +54,7 @@ class GoldenSet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.opened: dict[str, CaseTensors] = {}
         self.report: list[tuple[str, str, float, float, float | None]] = []  # one row per tensor
         self.description = json.loads((folder / "config.json").read_text())
         self.cases = json.loads((folder / "cases.json").read_text())
@@ -53,11 +86,29 @@ class GoldenSet:
     def pool(self) -> dict[str, Tensor]:
         return load_file(self.folder / "cases" / "image_pool.safetensors")
 
-    def tensors(self, case: str) -> dict[str, Tensor]:
-        return load_file(self.folder / "cases" / self.cases[case]["file"])
+    def tensors(self, case: str) -> CaseTensors:
+        self.opened[case] = CaseTensors(load_file(self.folder / "cases" / self.cases[case]["file"]))
+        return self.opened[case]
+
+    def check_nothing_was_left_out(self) -> None:
+        """Assert that every expected tensor of the cases opened so far was read."""
+        for case, tensors in self.opened.items():
+            assert not tensors.unread(), f"{case}: nothing compares {', '.join(tensors.unread())}"
 
     def pixels(self, index: Tensor, pool: str = "pool224") -> Tensor:
         return self.pool[pool][index].float() / 255
+
+    def batch(self, x: dict[str, Tensor]) -> Batch:
+        """A case's prompts."""
+        counts, mask = x["in.num_image_per_seq"], x["in.attention_mask"]
+        return Batch(
+            input_ids=x["in.text_ids"],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            pixel_values=self.pixels(x["in.image_idx"]),
+            image_rows=torch.arange(len(counts)).repeat_interleave(counts),
+            document_starts=torch.zeros(int(counts.sum()), dtype=torch.long),
+        )
 
     def close(self, case: str, name: str, measured: Tensor, expected: Tensor, where: Tensor | None = None) -> None:
         """Assert that `measured` is within the case's tolerance; integers must be equal."""
@@ -83,6 +134,12 @@ class GoldenSet:
         self.close(case, name, torch.stack([x.mean(), x.std(), x.abs().max(), x.norm()]), expected)
 
 
+def strided(full: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """A map at the stride of a stored sub-sample, and that sub-sample."""
+    stride = full.shape[-1] // expected.shape[-1]
+    return full[..., ::stride, ::stride], expected
+
+
 @pytest.fixture(scope="session")
 def golden_set(pytestconfig: pytest.Config) -> GoldenSet:
     return GoldenSet(Path(pytestconfig.getoption("--golden-dir")))
@@ -91,6 +148,6 @@ def golden_set(pytestconfig: pytest.Config) -> GoldenSet:
 @pytest.fixture
 def golden(golden_set: GoldenSet, record_property: Callable[[str, object], None]) -> Iterator[GoldenSet]:
     """The set; what a test measures goes into the table at the end of the run, from whatever process it runs in."""
-    golden_set.report = []
+    golden_set.report, golden_set.opened = [], {}
     yield golden_set
     record_property("golden", golden_set.report)

@@ -1,4 +1,8 @@
-"""Packing: no picture is ever cut, nothing is lost, and every rule of spec/model 1.3."""
+"""Packing by spec/model 1.3: no picture is ever cut, nothing is lost.
+
+Its rule for a single pair longer than a row is kept before packing, where it is known what a pair is: see
+`test_long_pairs_lose_words_but_not_their_picture` in tests/data/test_sources.py.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,12 @@ def generate(
         int | None, typer.Option(help="Seed of texts and pictures; the original's pictures have 42.")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"How text is written: {', '.join(TEXT_PRESETS)}.")] = "interleaved",
-    max_turns: Annotated[int | None, typer.Option(help="Most texts and pictures for each document.")] = None,
+    max_turns: Annotated[
+        int | None,
+        typer.Option(
+            help="Most texts and pictures for each document; a record's own num_iter wins, unless --stop-at-eos."
+        ),
+    ] = None,
     max_images: Annotated[int | None, typer.Option(help="Most pictures for each document.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens for each document.")] = None,
     max_segments: Annotated[int | None, typer.Option(help="Most segments for each document.")] = None,

@@ -270,7 +270,7 @@ class SourceStream:
         return self._shortened(stream) if self.config.is_pairs else stream
 
     def _shortened(self, stream: TokenStream) -> TokenStream:
-        """A pair that fits into a row: the caption is cut, never the picture (spec/data_eval 2.2)."""
+        """A pair that fits into a row: the caption is cut, never the picture (spec/model 1.3, data_eval 2.2)."""
         length, tail = self._rules.length, self._rules.num_image_tokens + 2
         if len(stream) <= length:
             return stream

@@ -180,12 +180,21 @@ class InterleavedGenerator:
             except DocumentError as error:
                 raise error.at(document.place or f"document {index}") from None
             slots = sum(1 for item in queue if isinstance(item, str))
-            asked = self.settings.max_turns or document.max_turns
+            asked = self._asked_turns(document)
             usual = CHAT_TURNS if any(s.role for s in document.segments) else ORIGINAL_TURNS
             generator = torch.Generator().manual_seed(self.settings.seed)
             row = _Row(document, queue, asked or slots or usual, goes_on=bool(asked) or not slots, generator=generator)
             self.rows.append(row)
         self.context = Context.empty(self.model, len(self.rows))
+
+    def _asked_turns(self, document: Document) -> int | None:
+        """Most turns, if the settings or the document say; see `GenerationSettings.max_turns`."""
+        asked, own, record = self.settings.max_turns, document.max_turns, document.record
+        if record is not None and self._stops_at_eos(document):
+            return asked or ORIGINAL_TURNS
+        if record is not None and record.get("num_iter") is not None:
+            return own
+        return asked or own
 
     def _check_length(self, queue: deque[TokenStream | Turn]) -> None:
         given = [item for item in queue if isinstance(item, TokenStream)]
@@ -342,12 +351,12 @@ class InterleavedGenerator:
         yield SegmentFinished(index, row.turns, segment, text.all_ids, replaced_by=forced)
         row.turns += 1
         row.next_turn = "image" if end == config.soi_token_id or self.settings.force_image else "text"
-        if end == config.eos_token_id and self._stops_at_eos(row) and row.goes_on and not row.queue:
+        if end == config.eos_token_id and self._stops_at_eos(row.document) and row.goes_on and not row.queue:
             row.reason = "eos"
             yield DocumentFinished(index, row.result(), row.reason)
 
-    def _stops_at_eos(self, row: _Row) -> bool:
-        choices = (self.settings.stop_at_eos, row.document.stop_at_eos, True)
+    def _stops_at_eos(self, document: Document) -> bool:
+        choices = (self.settings.stop_at_eos, document.stop_at_eos, True)
         return next(choice for choice in choices if choice is not None)
 
     # ---- pictures

@@ -64,6 +64,9 @@ class GenerationSettings:
         text, image: how texts are written and pictures drawn.
         seed: for sampled text; pictures have their own in `image.seed`.
         max_turns: most texts and pictures to make; None: the document says, else as many as it has open slots, else 2.
+            Records of the original follow its rule (spec/model 6.6): a `num_iter` of their own wins over this, unless
+            stop_at_eos is True; then theirs does not count, and the limit is this, else 2. To make more turns than a
+            record asks for, change its `num_iter` or set stop_at_eos; to make fewer, set max_segments.
         stop_at_eos: whether `</s>` ends a document (the original's `auto_end`); None: the document says, else yes.
         max_segments, max_tokens, max_images: further limits on what is made; None: no limit.
         force_image: let a picture follow every text, asked for or not (`force_gen_image_next`).
