@@ -27,8 +27,8 @@ class CaptionMetrics:
     """Scores of captions (text by id) against reference captions (a sequence of texts by id).
 
     Values: `bleu_4`, `cider` and, if asked for, `meteor`, times 100. Without Java or pycocoevalcap `skipped` says
-    what is missing, and there are `bleu_4_approximate` and `cider_approximate`, from a simpler tokenizer. The samples' scores
-    are CIDEr.
+    what is missing, and there are `bleu_4_approximate` and `cider_approximate`, from a simpler tokenizer. The
+    samples' scores are CIDEr.
 
     Attributes:
         first_sentence_only: cut captions at the first full stop.

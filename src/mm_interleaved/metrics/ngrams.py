@@ -14,13 +14,22 @@ ORDERS = 4  # of n-grams
 SIGMA = 6.0  # of CIDEr-D's length penalty, in words
 _SMALL, _TINY = 1e-9, 1e-15  # pycocoevalcap's, so that a BLEU without matches is about zero and never a division by it
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
-_TOKEN = re.compile(r"n't|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-./,'’&]\w+)*|[^\w\s]")
-_DROPPED = frozenset("'\"`()[]{}.?!,:-;")
+_TOKEN = re.compile(
+    r"n't|'(?:s|re|ve|ll|d|m)\b|-[lr][rsc]b-|(?:[^\W\d_]\.){2,}|\d+[:.,]\d+|\w+(?:[-./,'’&]\w+)*|[^\w\s]"
+)
+_BRACKETS = str.maketrans(
+    {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- "}
+)
+_DROPPED = frozenset("'\"`.?!,:-;")
 
 
 def simple_tokens(text: str) -> list[str]:
-    """Words in lower case without punctuation, "don't" as "do n't": nearly what the Penn Treebank tokenizer gives."""
-    return [token for token in _TOKEN.findall(_CLITIC.sub(r" \1", text.lower())) if token not in _DROPPED]
+    """Words in lower case without punctuation, "don't" as "do n't": nearly what the Penn Treebank tokenizer gives.
+
+    Brackets become "-lrb-" and the like and stay, as they do there, where only "-LRB-" is taken out.
+    """
+    split = _CLITIC.sub(r" \1", text.lower()).translate(_BRACKETS)
+    return [token for token in _TOKEN.findall(split) if token not in _DROPPED]
 
 
 def _counts(tokens: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
