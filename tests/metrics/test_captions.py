@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,18 @@ samples = st.lists(st.tuples(sentence, st.lists(sentence.filter(bool), min_size=
 
 
 @pytest.fixture
-def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pycocoevalcap")
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for pycocoevalcap, which is not always installed."""
+    folder = tmp_path / "pycocoevalcap"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "pycocoevalcap", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+@pytest.fixture
+def no_java(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
 
 
@@ -88,6 +99,7 @@ class TestStoredResults:
         tokens = [text for sample in SAMPLES for text in (sample["tokens"], *sample["reference_tokens"])]
         assert [" ".join(simple_tokens(text)) for text in raw] == tokens
 
+    @pytest.mark.slow
     def test_the_whole_with_java(self, java: None) -> None:
         result = CaptionMetrics(meteor=True)(PREDICTIONS, REFERENCES)
         assert result.skipped is None
@@ -125,6 +137,13 @@ def test_ranges_and_orders(rows: list, random) -> None:
     assert bleu(hypotheses, doubled) == pytest.approx(bleu(hypotheses, references))
 
 
+def executable(folder: Path, script: str) -> Path:
+    """A folder with a `java` that only does what the script says."""
+    (folder / "java").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "java").chmod(0o755)
+    return folder
+
+
 class TestWithoutJava:
     def test_it_is_said_and_approximated_under_other_names(self, no_java: None) -> None:
         assert shutil.which("java") is None
@@ -136,23 +155,28 @@ class TestWithoutJava:
         assert len(result.per_sample) == len(SAMPLES)
 
     def test_a_missing_package_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name, package=None: None)
         result = CaptionMetrics()(PREDICTIONS, REFERENCES)
         assert result.skipped == "bleu_4 and cider: the package pycocoevalcap is not installed"
         assert result.fix == "pip install 'mm-interleaved[eval]'"
 
+    def test_a_folder_that_cannot_be_written_is_said(
+        self, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", str(executable(tmp_path, "exit 0")))
+        (package / "tokenizer").rmdir()
+        result = CaptionMetrics()(PREDICTIONS, REFERENCES)
+        assert f"{package / 'tokenizer'} cannot be written to" in result.skipped
+
     def test_a_java_that_fails_is_said(self, java: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        broken = tmp_path / "java"
-        broken.write_text("#!/bin/sh\nexit 1\n")
-        broken.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setenv("PATH", f"{executable(tmp_path, 'exit 1')}:/usr/bin:/bin")
         result = CaptionMetrics()(PREDICTIONS, REFERENCES)
         assert "java does not run" in result.skipped
         assert "cider_approximate" in result.values
 
 
 def test_cut_at_the_first_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name, package=None: None)
     references = {1: ["a cat sleeps"], 2: ["a dog runs"]}
     predictions = {1: "A cat sleeps. It is red and small.", 2: "a dog runs"}
     cut = CaptionMetrics(first_sentence_only=True)(predictions, references)

@@ -68,7 +68,7 @@ class CLIP:
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
     def rerank(self, candidates: Sequence[PIL.Image.Image], text: str) -> tuple[int, list[float]]:
-        """Which candidate fits a text best, and the cosine of each; of equals the first.
+        """Which candidate fits a text best, and the cosine of each.
 
         Raises:
             MissingRequirement: no model in the folder.

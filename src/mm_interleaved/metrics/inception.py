@@ -8,9 +8,11 @@ it all require torchvision. Names are those of the weight file `pt_inception-201
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -160,13 +162,15 @@ class FIDInception(nn.Module):
             raise MissingRequirement("no weight file of the Inception network was given", fix)
         if not path.is_file():
             raise MissingRequirement(f"{path}: no such weight file", fix)
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        net = cls()
-        missing, odd = net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-        if missing or odd:
-            raise ValueError(
-                f"{path}: not the Inception weights that FID needs; {len(missing)} tensors are missing, {len(odd)} "
-                f"unknown, the first is {(missing + odd)[0]}; {fix}"
-            )
-        return net.eval().requires_grad_(False)
+        with torch.device("meta"):
+            net = cls()
+        try:
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+            for name in net.state_dict():
+                if name.endswith("num_batches_tracked"):  # older files lack these counters, which are for training
+                    state.setdefault(name, torch.tensor(0))
+            net.load_state_dict(state, assign=True)
+        except (RuntimeError, SafetensorError, UnpicklingError, EOFError, AttributeError) as error:
+            raise ValueError(f"{path}: not the Inception weights that FID needs ({error}); {fix}") from error
+        return net.float().eval().requires_grad_(False)
