@@ -79,6 +79,7 @@ class TestByHand:
             ("He doesn't see the dog's bone.", "he does n't see the dog 's bone"),
             ("A well-known (old) man, 3:45 p.m.!", "a well-known -lrb- old -rrb- man 3:45 p.m."),
             ('$3.50; "red" & blue', "$ 3.50 red & blue"),
+            ("the letter G. A U.S. man", "the letter g. a u.s. man"),
             (" \n ", ""),
         ],
     )

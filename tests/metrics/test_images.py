@@ -79,6 +79,14 @@ class TestPreparation:
             assert ready.shape == (3, 64, 64)
             assert 0 <= ready.min() <= ready.max() <= 1
 
+    def test_files_are_read_and_bad_ones_named(self, tmp_path: Path) -> None:
+        picture().save(tmp_path / "a.png")
+        assert (prepared(tmp_path / "a.png", 64) == prepared(picture(), 64)).all()
+        (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+        for name in ("b.png", "none.png"):
+            with pytest.raises(ValueError, match=f"{name}: cannot be read as a picture"):
+                prepared(tmp_path / name, 64)
+
 
 class TestMetric:
     @pytest.fixture

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from .pictures import Picture, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
 FIX = "fetch openai/clip-vit-large-patch14 (the release's) and give the path of its folder"
@@ -42,12 +42,12 @@ class CLIP:
         return model.to(self.device).eval(), images, tokenizer
 
     @torch.inference_mode()
-    def embed_images(self, pictures: Sequence[PIL.Image.Image]) -> torch.Tensor:
+    def embed_images(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Unit vectors [N, D] of pictures."""
         model, images, _ = self._parts
         found = []
         for start in range(0, len(pictures), self.batch):
-            chosen = [picture.convert("RGB") for picture in pictures[start : start + self.batch]]
+            chosen = [rgb(picture) for picture in pictures[start : start + self.batch]]
             pixels = images(chosen, return_tensors="pt")["pixel_values"].to(self.device)
             found.append(model.get_image_features(pixel_values=pixels).pooler_output)
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
@@ -67,7 +67,7 @@ class CLIP:
             found.append(model.get_text_features(**inputs).pooler_output)
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
-    def rerank(self, candidates: Sequence[PIL.Image.Image], text: str) -> tuple[int, list[float]]:
+    def rerank(self, candidates: Sequence[Picture], text: str) -> tuple[int, list[float]]:
         """Which candidate fits a text best, and the cosine of each.
 
         Raises:
@@ -87,9 +87,7 @@ class ImageSimilarity:
     clip: CLIP
 
     @reports_missing
-    def __call__(
-        self, predictions: Mapping[Hashable, PIL.Image.Image], references: Mapping[Hashable, PIL.Image.Image]
-    ) -> MetricResult:
+    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, Picture]) -> MetricResult:
         """Score pictures.
 
         Raises:
@@ -107,9 +105,7 @@ class TextSimilarity:
     clip: CLIP
 
     @reports_missing
-    def __call__(
-        self, predictions: Mapping[Hashable, PIL.Image.Image], references: Mapping[Hashable, str]
-    ) -> MetricResult:
+    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, str]) -> MetricResult:
         """Score pictures.
 
         Raises:

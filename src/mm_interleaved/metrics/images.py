@@ -14,10 +14,10 @@ import PIL.Image
 import torch
 
 from .inception import FIDInception
+from .pictures import Picture, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
 COMPATIBLE = 64  # pixels to which the release shrinks all pictures; its FIDs are not comparable with others
-Picture = PIL.Image.Image | Path
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 """Pictures, float32 [B, 3, H, W] in [0, 1], to features [B, D]. An `nn.Module` runs on the metric's device."""
 
@@ -95,8 +95,7 @@ def prepared(picture: Picture, resolution: int | None) -> torch.Tensor:
         picture: of any size and mode, or a file of one.
         resolution: S; the short side is first resized to it, bicubically. None leaves the pixels as they are.
     """
-    opened = picture if isinstance(picture, PIL.Image.Image) else PIL.Image.open(picture)
-    image = opened.convert("RGB")
+    image = rgb(picture)
     if resolution is not None:
         short = min(image.size)
         width, height = (max(resolution, int(resolution * side / short)) for side in image.size)

@@ -15,7 +15,9 @@ SIGMA = 6.0  # of CIDEr-D's length penalty, in words
 _SMALL, _TINY = 1e-9, 1e-15  # pycocoevalcap's, so that a BLEU without matches is about zero and never a division by it
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b")
 _TOKEN = re.compile(
-    r"n't|'(?:s|re|ve|ll|d|m)\b|-[lr][rsc]b-|(?:[^\W\d_]\.){2,}|\d+[:.,]\d+|\w+(?:[-./,'’&]\w+)*|[^\w\s]"
+    r"n't|'(?:s|re|ve|ll|d|m)\b|-[lr][rsc]b-"
+    r"|(?<!\w)(?:(?:[^\W\d_]\.){2,}|[^\W\d_]\.(?=\s*\S))"  # "u.s.", an initial that does not end the text
+    r"|\d+[:.,]\d+|\w+(?:[-./,'’&]\w+)*|[^\w\s]"
 )
 _BRACKETS = str.maketrans(
     {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- "}

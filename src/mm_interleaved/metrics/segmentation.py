@@ -19,6 +19,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .pictures import Picture, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
 CLASSES = 150  # of ADE20K; labels 1 to 150, 0 is unlabelled
@@ -118,7 +119,7 @@ class Segmenter:
         return model.to(self.device).eval(), processor, asked
 
     @torch.inference_mode()
-    def __call__(self, picture: PIL.Image.Image, size: tuple[int, int]) -> np.ndarray:
+    def __call__(self, picture: Picture, size: tuple[int, int]) -> np.ndarray:
         """Label a picture: 1 and up, int64 [height, width] of the size asked for.
 
         Args:
@@ -126,7 +127,7 @@ class Segmenter:
             size: width and height of the label map it will be compared with.
         """
         model, processor, asked = self._parts
-        stretched = picture.convert("RGB").resize(size, PIL.Image.Resampling.BICUBIC)
+        stretched = rgb(picture).resize(size, PIL.Image.Resampling.BICUBIC)
         inputs = processor(images=[stretched], return_tensors="pt", **asked).to(self.device)
         (found,) = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[size[::-1]])
         return found.cpu().numpy().astype(np.int64) + 1
@@ -141,7 +142,7 @@ class SegmentedMeanIoU:
 
     @reports_missing
     def __call__(
-        self, predictions: Mapping[Hashable, PIL.Image.Image], references: Mapping[Hashable, np.ndarray]
+        self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, np.ndarray]
     ) -> MetricResult:
         """Segment the pictures and score the maps.
 

@@ -6,14 +6,16 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
 import torch
 
 from ..toyworld.language import score_caption
 from ..toyworld.reader import WEIGHTS, Reader, train_command
 from ..toyworld.scene import Scene
 from ..toyworld.score import SceneScore, match
+from .pictures import Picture, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
+
+BATCH = 64  # pictures read at a time
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,7 @@ class ScenePictures:
     device: torch.device | str = "cpu"
 
     @reports_missing
-    def __call__(
-        self, predictions: Mapping[Hashable, PIL.Image.Image], references: Mapping[Hashable, Scene]
-    ) -> MetricResult:
+    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, Scene]) -> MetricResult:
         """Read the pictures and compare with the scenes.
 
         Raises:
@@ -42,7 +42,10 @@ class ScenePictures:
         rows = aligned(predictions, references)
         if not self.weights.is_file():
             raise MissingRequirement(f"{self.weights}: no reader's weights", f"run: {train_command(self.weights)}")
-        seen = Reader.load(self.weights, self.device).read([picture for _, picture, _ in rows])
+        reader = Reader.load(self.weights, self.device)
+        seen = []
+        for start in range(0, len(rows), BATCH):
+            seen += reader.read([rgb(picture) for _, picture, _ in rows[start : start + BATCH]])
         scores = [match(scene, found) for (_, _, scene), found in zip(rows, seen, strict=True)]
         values = {name: 100 * rate for name, rate in sum(scores, SceneScore()).rates().items()}
         return MetricResult(values, [100 * score.found_kind_color / max(score.requested, 1) for score in scores])

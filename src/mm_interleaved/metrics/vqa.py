@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .result import MetricResult, aligned, percent, reports_missing
 
@@ -88,15 +89,22 @@ def process_punctuation(text: str) -> str:
     return _PERIOD.sub("", out, count=_MOST_PERIODS)
 
 
-def process_digit_article(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
-    """The official rule: lower case, number words up to ten as digits, no articles, contractions with apostrophes."""
+def process_digit_article(text: str, *, typographic: bool = False) -> str:
+    """The official rule: lower case, number words up to ten as digits, no articles, contractions with apostrophes.
+
+    Args:
+        text: an answer.
+        typographic: apostrophes as VizWiz has them.
+    """
+    contractions = TYPOGRAPHIC if typographic else CONTRACTIONS
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
-def normalize(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
+@lru_cache(maxsize=2**16)  # the same few thousand answers come again and again
+def normalize(text: str, *, typographic: bool = False) -> str:
     """Both official rules, in their order."""
-    return process_digit_article(process_punctuation(text), contractions)
+    return process_digit_article(process_punctuation(text), typographic=typographic)
 
 
 def extract_answer(text: str, *, compat: bool = False) -> str:
@@ -149,7 +157,7 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> float:
 
 def vizwiz_score(prediction: str, answers: Sequence[str]) -> float:
     """VizWiz's accuracy of one extracted answer, in [0, 1]: only the prediction is normalised, and always."""
-    return _leave_one_out(normalize(_one_line(prediction), TYPOGRAPHIC), answers)
+    return _leave_one_out(normalize(_one_line(prediction), typographic=True), answers)
 
 
 def _one_line(text: str) -> str:
