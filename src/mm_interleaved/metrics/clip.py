@@ -1,0 +1,121 @@
+"""Likeness of pictures to pictures and to text by CLIP, and the best of several candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from .pictures import Picture, rgb
+from .result import MetricResult, MissingRequirement, aligned, reports_missing
+
+FIX = "fetch openai/clip-vit-large-patch14 (the release's) and give the path of its folder"
+
+
+@dataclass(frozen=True)
+class CLIP:
+    """A CLIP model from a local folder; nothing is downloaded.
+
+    Attributes:
+        folder: model, tokenizer and image processor, as transformers saves them.
+        device: where it runs.
+        batch: how many pictures or texts at a time.
+    """
+
+    folder: Path | None
+    device: torch.device | str = "cpu"
+    batch: int = 32
+
+    @cached_property
+    def _parts(self) -> tuple[CLIPModel, Any, Any]:
+        if self.folder is None or not (self.folder / "config.json").is_file():
+            where = "no folder was given" if self.folder is None else f"{self.folder} has no config.json"
+            raise MissingRequirement(f"no CLIP model: {where}", FIX)
+        model = CLIPModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
+        images = AutoImageProcessor.from_pretrained(self.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        return model.to(self.device).eval(), images, tokenizer
+
+    @torch.inference_mode()
+    def embed_images(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """Unit vectors [N, D] of pictures."""
+        model, images, _ = self._parts
+        found = []
+        for start in range(0, len(pictures), self.batch):
+            chosen = [rgb(picture) for picture in pictures[start : start + self.batch]]
+            pixels = images(chosen, return_tensors="pt")["pixel_values"].to(self.device)
+            found.append(model.get_image_features(pixel_values=pixels).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors [N, D] of texts; what exceeds the model's 77 tokens is cut off."""
+        model, _, tokenizer = self._parts
+        length = model.config.text_config.max_position_embeddings
+        found = []
+        for start in range(0, len(texts), self.batch):
+            batch = tokenizer(
+                list(texts[start : start + self.batch]), padding="max_length", truncation=True, max_length=length,
+                return_tensors="pt",
+            ).to(self.device)  # fmt: skip
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            found.append(model.get_text_features(**inputs).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
+
+    def rerank(self, candidates: Sequence[Picture], text: str) -> tuple[int, list[float]]:
+        """Which candidate fits a text best, and the cosine of each.
+
+        Raises:
+            MissingRequirement: no model in the folder.
+            ValueError: no candidates.
+        """
+        if not candidates:
+            raise ValueError("re-ranking needs at least one candidate picture")
+        cosines = (self.embed_images(candidates) @ self.embed_texts([text])[0]).tolist()
+        return cosines.index(max(cosines)), cosines
+
+
+@dataclass(frozen=True)
+class ImageSimilarity:
+    """Mean cosine of generated pictures (by id) and reference pictures: `clip_image_image`, the stories' measure."""
+
+    clip: CLIP
+
+    @reports_missing
+    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, Picture]) -> MetricResult:
+        """Score pictures.
+
+        Raises:
+            ValueError: the ids differ.
+        """
+        rows = aligned(predictions, references)
+        made = self.clip.embed_images([picture for _, picture, _ in rows])
+        return _cosines("clip_image_image", made, self.clip.embed_images([picture for _, _, picture in rows]))
+
+
+@dataclass(frozen=True)
+class TextSimilarity:
+    """Mean cosine of generated pictures (by id) and the texts they were asked for with: `clip_text_image`."""
+
+    clip: CLIP
+
+    @reports_missing
+    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, str]) -> MetricResult:
+        """Score pictures.
+
+        Raises:
+            ValueError: the ids differ.
+        """
+        rows = aligned(predictions, references)
+        made = self.clip.embed_images([picture for _, picture, _ in rows])
+        return _cosines("clip_text_image", made, self.clip.embed_texts([text for _, _, text in rows]))
+
+
+def _cosines(name: str, a: torch.Tensor, b: torch.Tensor) -> MetricResult:
+    scores = (a * b).sum(-1).tolist()
+    return MetricResult({name: sum(scores) / len(scores)}, scores)

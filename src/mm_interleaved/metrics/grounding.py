@@ -1,0 +1,59 @@
+"""Boxes in text and how well they fit: accuracy at an IoU of one half, as for RefCOCO."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable, Mapping
+
+from .result import MetricResult, aligned, percent, reports_missing
+
+SCALE = 999  # a box in text counts in 1/999 of the picture's width and height
+THRESHOLD = 0.5
+Box = tuple[float, float, float, float]
+NOWHERE: Box = (0.0, 0.0, 0.0, 0.0)
+_BOX = re.compile(r"\(([^(),]*),([^(),]*)\)\(([^(),]*),([^(),]*)\)")
+
+
+def parse_box(text: str) -> Box:
+    """The first "(x1,y1)(x2,y2)" in a text, in 1/999 of the picture; (0, 0, 0, 0) if there is none that is numbers."""
+    found = _BOX.search(text)
+    if found is None:
+        return NOWHERE
+    try:
+        x1, y1, x2, y2 = (float(part) for part in found.groups())
+    except ValueError:
+        return NOWHERE
+    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else NOWHERE
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2), in [0, 1]; 0 if either has no area.
+
+    It does not change when both boxes are scaled along an axis, so boxes in 1/999 of a picture need no pixels.
+    """
+    areas = [max(x2 - x1, 0.0) * max(y2 - y1, 0.0) for x1, y1, x2, y2 in (a, b)]
+    shared = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
+    return shared / (sum(areas) - shared) if all(areas) else 0.0
+
+
+@reports_missing
+def grounding_accuracy(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Box]) -> MetricResult:
+    """Score generated boxes (text by id) against boxes in 1/999 of the picture, as they stand in training text.
+
+    Values: `accuracy`, percent of samples with an IoU of at least 0.5, `mean_iou` in percent, and `unparsed`, percent
+    of texts without a box. The samples' scores are 100 for a right box and 0 for a wrong one.
+
+    Raises:
+        ValueError: the ids differ, or a reference has no area.
+    """
+    overlaps, unparsed = [], []
+    for key, text, box in aligned(predictions, references):
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"sample {key!r}: the reference's box {box} has no area; it must be x1, y1, x2, y2")
+        predicted = parse_box(text)
+        overlaps.append(iou(predicted, box))
+        unparsed.append(predicted == NOWHERE)
+    hits = [100.0 * (overlap >= THRESHOLD) for overlap in overlaps]
+    values = {"accuracy": sum(hits) / len(hits), "mean_iou": percent(overlaps), "unparsed": percent(unparsed)}
+    return MetricResult(values, hits)

@@ -1,0 +1,195 @@
+"""Fréchet distance between sets of pictures (FID), at the release's 64 pixels and at native resolution."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .inception import FIDInception
+from .pictures import Picture, rgb
+from .result import MetricResult, MissingRequirement, aligned, reports_missing
+
+COMPATIBLE = 64  # pixels to which the release shrinks all pictures; its FIDs are not comparable with others
+Extractor = Callable[[torch.Tensor], torch.Tensor]
+"""Pictures, float32 [B, 3, H, W] in [0, 1], to features [B, D]. An `nn.Module` runs on the metric's device."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean [D] and unbiased covariance [D, D] of features, float64, and of how many pictures."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    count: int
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Statistics:
+        """From features [N, D] of two pictures or more.
+
+        Raises:
+            MissingRequirement: fewer than two pictures; they have no covariance.
+        """
+        if len(features) < 2:
+            raise MissingRequirement(f"FID needs two pictures or more, got {len(features)}", "score more samples")
+        exact = features.astype(np.float64)
+        return cls(exact.mean(0), np.atleast_2d(np.cov(exact, rowvar=False)), len(exact))
+
+    def save(self, path: Path, key: str) -> None:
+        """Write an .npz with `mu`, `sigma`, `count` and what they were made from; the file appears whole or not."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        np.savez(aside, mu=self.mu, sigma=self.sigma, count=self.count, key=key)
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, key: str) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not one of ours, or was made from other pictures, features or pixels.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                found = {name: stored[name] for name in ("mu", "sigma", "count", "key")}
+        except (KeyError, EOFError, ValueError, OSError) as error:
+            raise ValueError(f"{path}: not a file of FID statistics ({error}); delete it or name another") from error
+        if str(found["key"]) != key:
+            raise ValueError(f"{path}: made from other pictures, weights or pixels; delete it or name another")
+        return cls(found["mu"], found["sigma"], int(found["count"]))
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """Squared Fréchet distance of two Gaussians (Heusel et al., arXiv 1706.08500).
+
+    |mu1 - mu2|² + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)). The trace of that root is the sum of the singular values
+    of sqrt(sigma1) sqrt(sigma2), which needs no root of a product that is not symmetric, and no regularisation.
+
+    Args:
+        mu1: mean [D].
+        sigma1: covariance [D, D], symmetric, no eigenvalue below 0.
+        mu2: the same of the other.
+        sigma2: the same of the other.
+    """
+    shared = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * shared
+    return max(float(distance), 0.0)  # rounding may leave it just below
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(np.asarray(matrix, dtype=np.float64))
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def prepared(picture: Picture, resolution: int | None) -> torch.Tensor:
+    """A picture as float32 [3, S, S] in [0, 1], the middle square of it.
+
+    Args:
+        picture: of any size and mode, or a file of one.
+        resolution: S; the short side is first resized to it, bicubically. None leaves the pixels as they are.
+    """
+    image = rgb(picture)
+    if resolution is not None:
+        short = min(image.size)
+        width, height = (max(resolution, int(resolution * side / short)) for side in image.size)
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    side = min(image.size)
+    left, top = (round((length - side) / 2) for length in image.size)
+    cropped = np.array(image.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(cropped).permute(2, 0, 1).float() / 255
+
+
+@dataclass(frozen=True)
+class FID:
+    """Fréchet distance of generated pictures (by id) from reference pictures.
+
+    Values: `fid_64`, the release's, and `fid_native`, of the middle squares at their own size, which the network
+    resizes to 299 pixels. No score belongs to one sample.
+
+    Attributes:
+        weights: of the Inception network; see `FIDInception.load`.
+        extractor: other features instead; `name` must then say which, as cached statistics depend on it.
+        name: of the features.
+        cache: folder in which statistics of the references are kept.
+        device: where the network runs.
+        batch: how many pictures at a time.
+        resolutions: short sides to which pictures are shrunk; None for native.
+    """
+
+    weights: Path | None = None
+    extractor: Extractor | None = None
+    name: str = "inception-2015-12-05"
+    cache: Path | None = None
+    device: torch.device | str = "cpu"
+    batch: int = 50
+    resolutions: tuple[int | None, ...] = (COMPATIBLE, None)
+
+    @cached_property
+    def _network(self) -> Extractor:
+        network = FIDInception.load(self.weights) if self.extractor is None else self.extractor
+        return network.to(self.device).eval() if isinstance(network, torch.nn.Module) else network
+
+    @reports_missing
+    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, Picture]) -> MetricResult:
+        """Compare the sets.
+
+        Raises:
+            ValueError: the ids differ, or a file of cached statistics belongs to something else.
+        """
+        rows = aligned(predictions, references)
+        values = {}
+        for resolution in self.resolutions:
+            fake = Statistics.of(self.features((picture for _, picture, _ in rows), resolution))
+            real = self._reference([picture for _, _, picture in rows], resolution)
+            label = "fid_native" if resolution is None else f"fid_{resolution}"
+            values[label] = frechet_distance(fake.mu, fake.sigma, real.mu, real.sigma)
+        return MetricResult(values)
+
+    @torch.inference_mode()
+    def features(self, pictures: Iterable[Picture], resolution: int | None) -> np.ndarray:
+        """Features [N, D] of pictures. Those of equal size in a row go through the network together."""
+        found, waiting = [], []
+
+        def run() -> None:
+            if waiting:
+                found.append(self._network(torch.stack(waiting).to(self.device)).float().cpu().numpy())
+                waiting.clear()
+
+        for picture in pictures:
+            ready = prepared(picture, resolution)
+            if len(waiting) == self.batch or (waiting and waiting[0].shape != ready.shape):
+                run()
+            waiting.append(ready)
+        run()
+        return np.concatenate(found) if found else np.zeros((0, 0))
+
+    def _reference(self, pictures: list[Picture], resolution: int | None) -> Statistics:
+        """Statistics of the references, from the cache if it has them."""
+        if self.cache is None:
+            return Statistics.of(self.features(pictures, resolution))
+        key = f"{self.name} {resolution or 'native'} {fingerprint(pictures)}"
+        path = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        if path.is_file():
+            return Statistics.load(path, key)
+        made = Statistics.of(self.features(pictures, resolution))
+        made.save(path, key)
+        return made
+
+
+def fingerprint(pictures: Iterable[Picture]) -> str:
+    """Of the pictures' content, in order: of files their name, size and time of change, of others their pixels."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        if isinstance(picture, PIL.Image.Image):
+            digest.update(f"{picture.size} {picture.mode}".encode() + picture.tobytes())
+        else:
+            about = picture.stat()
+            digest.update(f"{picture.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""The protocol: pairing by id, skipped results, bootstrap intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mm_interleaved.metrics import MetricResult, MissingRequirement, aligned, confidence_interval, reports_missing
+from mm_interleaved.metrics.captions import CaptionMetrics
+from mm_interleaved.metrics.clip import CLIP, ImageSimilarity, TextSimilarity
+from mm_interleaved.metrics.dialogue import dialogue_ranking
+from mm_interleaved.metrics.grounding import grounding_accuracy
+from mm_interleaved.metrics.images import FID
+from mm_interleaved.metrics.segmentation import MeanIoU, SegmentedMeanIoU, Segmenter
+from mm_interleaved.metrics.toyworld import ScenePictures, scene_captions
+from mm_interleaved.metrics.vqa import VQAAccuracy, gqa_accuracy
+
+METRICS = [
+    CaptionMetrics(), VQAAccuracy(), gqa_accuracy, dialogue_ranking, grounding_accuracy, MeanIoU(), FID(),
+    SegmentedMeanIoU(Segmenter(None)), ImageSimilarity(CLIP(None)), TextSimilarity(CLIP(None)), ScenePictures(),
+    scene_captions,
+]  # fmt: skip
+
+
+def test_pairs_come_in_the_order_of_the_references() -> None:
+    assert aligned({"b": 2, "a": 1}, {"a": "x", "b": "y"}) == [("a", 1, "x"), ("b", 2, "y")]
+
+
+def test_a_sample_without_its_other_half_is_named() -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 samples have no prediction: 'b'"):
+        aligned({"a": 1}, {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match=r"4 of 5 samples have a prediction but no reference: 1, 2, 3, \.\.\."):
+        aligned(dict.fromkeys(range(5)), {0: 1})
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: getattr(metric, "__name__", type(metric).__name__))
+def test_nothing_to_score_is_said_by_every_metric(metric) -> None:
+    result = metric({}, {})
+    assert result.skipped == "there are no samples to score"
+    assert (result.values, result.per_sample) == ({}, None)
+    assert result.fix
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: getattr(metric, "__name__", type(metric).__name__))
+def test_every_metric_names_a_missing_prediction(metric) -> None:
+    with pytest.raises(ValueError, match="'lost'"):
+        metric({}, {"lost": None})
+
+
+def test_what_is_missing_becomes_a_result_and_other_errors_stay_errors() -> None:
+    @reports_missing
+    def metric(error: Exception) -> MetricResult:
+        raise error
+
+    assert metric(MissingRequirement("no weights", "fetch them")) == MetricResult(
+        skipped="no weights", fix="fetch them"
+    )
+    with pytest.raises(KeyError):
+        metric(KeyError("a"))
+
+
+class TestConfidenceInterval:
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.floats(0, 100), min_size=1, max_size=30), st.integers(0, 1000))
+    def test_it_lies_within_the_scores_and_repeats_with_its_seed(self, scores: list[float], seed: int) -> None:
+        low, high = confidence_interval(scores, seed=seed, resamples=50)
+        slack = 1e-9 * max(scores)
+        assert min(scores) - slack <= low <= high <= max(scores) + slack
+        assert (low, high) == confidence_interval(scores, seed=seed, resamples=50)
+
+    def test_it_has_the_width_of_the_normal_one(self) -> None:
+        scores = np.random.default_rng(3).normal(50, 10, 400)
+        low, high = confidence_interval(scores)
+        error = scores.std() / 20
+        assert low == pytest.approx(scores.mean() - 1.96 * error, abs=0.2)
+        assert high == pytest.approx(scores.mean() + 1.96 * error, abs=0.2)
+        narrow = confidence_interval(scores, level=0.5)
+        assert low < narrow[0] < narrow[1] < high
+
+    def test_it_leaves_the_global_generator_alone(self) -> None:
+        before = np.random.get_state()[1].copy()
+        confidence_interval([1.0, 2.0])
+        assert (np.random.get_state()[1] == before).all()
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match="at least one score"):
+            confidence_interval([])
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            confidence_interval([1.0], level=95)

@@ -1,0 +1,50 @@
+"""The toy world's own scores behind the protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mm_interleaved.metrics.toyworld import ScenePictures, scene_captions
+from mm_interleaved.toyworld.draw import draw
+from mm_interleaved.toyworld.language import caption
+from mm_interleaved.toyworld.sampling import random_scene
+from mm_interleaved.toyworld.scene import Look, Scene, Thing
+
+SCENES = {seed: random_scene(np.random.default_rng(seed)) for seed in range(6)}
+
+
+def test_drawn_scenes_are_read_well_and_blank_ones_not_at_all() -> None:
+    drawn = ScenePictures()({key: draw(scene, 128) for key, scene in SCENES.items()}, SCENES)
+    assert drawn.values["found_kind_color"] > 80
+    assert len(drawn.per_sample) == len(SCENES)
+    blank = ScenePictures()(dict.fromkeys(SCENES, PIL.Image.new("RGB", (128, 128))), SCENES)
+    assert blank.values["found_kind"] == 0
+    assert blank.per_sample == [0] * len(SCENES)
+
+
+def test_missing_weights_are_said(tmp_path: Path) -> None:
+    result = ScenePictures(tmp_path / "none.safetensors")({1: PIL.Image.new("RGB", (8, 8))}, {1: SCENES[1]})
+    assert "no reader's weights" in result.skipped
+    assert "train_reader" in result.fix
+
+
+def test_captions_of_their_own_scenes_are_right() -> None:
+    rng = np.random.default_rng(0)
+    texts = {key: caption(scene, rng).text for key, scene in SCENES.items()}
+    result = scene_captions(texts, SCENES)
+    assert result.values["facts_right"] == 100
+    assert result.values["things_mentioned"] > 0
+    assert result.values["facts_per_caption"] >= 1
+    assert result.per_sample == [100] * len(SCENES)
+
+
+def test_facts_are_counted_over_all_captions() -> None:
+    scene = Scene((Thing(Look("fox", "red"), 4),))
+    result = scene_captions({1: "a red fox", 2: "a blue fox", 3: "nothing of note"}, dict.fromkeys((1, 2, 3), scene))
+    assert result.per_sample == [100, pytest.approx(50), 0]
+    assert result.values["facts_right"] == pytest.approx(75)
+    assert result.values["things_mentioned"] == pytest.approx(200 / 3)
