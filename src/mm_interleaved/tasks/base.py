@@ -206,14 +206,16 @@ class Task:
 
     def _items(self) -> Iterator[Item]:
         places: dict[str, str] = {}
-        for item in islice(self.kind.read(self._source()), self.config.limit):
+        source = self._source()
+        for item in islice(self.kind.read(source), self.config.limit):
             if item.id in places:
                 raise TaskError(f"id {item.id} stands in {places[item.id] or 'it'} as well", item.place or self.name,
                                 "Remove one of the two")  # fmt: skip
             places[item.id] = item.place
             yield item
         if not places:
-            raise TaskError("there are no samples", f"task '{self.name}'", "Check the files and the phase")
+            raise TaskError(f"task '{self.name}' has no samples here", str(source.annotations),
+                            "Check the files and the phase")  # fmt: skip
 
     def _source(self) -> Source:
         config, kind = self.config, self.kind

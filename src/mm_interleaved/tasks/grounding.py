@@ -105,8 +105,8 @@ def read_region_questions(source: Source) -> Iterator[Item]:
         answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
         picture, problem, _, sides = _region(source, record, where)
         fields = {"image": given(picture), "box": box_text(sides), "question": get(record, "question", str, where)}
-        yield Item(str(index), fields, answer[0], [Text(answer[0])], meta={"question": fields["question"]},
-                   problem=problem, place=where)  # fmt: skip
+        meta = {"question": fields["question"], "box": sides}
+        yield Item(str(index), fields, answer[0], [Text(answer[0])], meta=meta, problem=problem, place=where)
 
 
 def read_grounded_captions(source: Source) -> Iterator[Item]:

@@ -1,6 +1,6 @@
 """Instruction data in LLaVA's form, for training (spec/data_eval 4.14).
 
-A conversation becomes samples of one round each, as in the original; with `rounds=all` it stays one document.
+`llava_instruct` makes a sample of every round, as the original does; `llava_conversations` keeps conversations whole.
 """
 
 from __future__ import annotations
@@ -17,23 +17,37 @@ from .vqa import PROMPT
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
 
 
-def read(source: Source) -> Iterator[Item]:
-    """{id, image, conversations: [{from, value}, ...]}, listed or a line each; those without a picture are left out."""
+def _with_pictures(source: Source) -> Iterator[tuple[str, str, Any, str, list[tuple[str, str]]]]:
+    """(where, id, picture, its problem, rounds) of every record that has a picture; others are left out.
+
+    The file holds {id, image, conversations: [{from, value}, ...]}, listed or a line each.
+    """
     path = source.file("llava_instruct.json")
     listed = read_lines(path) if path.suffix == ".jsonl" else records(read_json(path), str(path))
     for index, (where, record) in enumerate(listed):
-        if record.get("image") is None:
-            continue
-        picture, problem = source.images.find(get(record, "image", str, where))
-        name = f"{record.get('id', index)}"
-        rounds = _rounds(record, where)
-        meta = {"rounds": len(rounds)}
-        if source.options["rounds"] == "all":
-            yield _whole(f"{index}-{name}", given(picture), rounds, meta, problem, where)
-            continue
+        if record.get("image") is not None:
+            picture, problem = source.images.find(get(record, "image", str, where))
+            yield where, f"{index}-{record.get('id', '')}".rstrip("-"), picture, problem, _rounds(record, where)
+
+
+def read_rounds(source: Source) -> Iterator[Item]:
+    """Every round on its own, without what was said before."""
+    for where, name, picture, problem, rounds in _with_pictures(source):
         for number, (question, answer) in enumerate(rounds):
-            yield Item(f"{index}-{name}-{number}", {"image": given(picture), "question": question}, [answer],
-                       [Text(answer)], meta=meta, problem=problem, place=where)  # fmt: skip
+            fields = {"image": given(picture), "question": question}
+            yield Item(f"{name}-{number}", fields, [answer], [Text(answer)], meta={"question": question},
+                       problem=problem, place=where)  # fmt: skip
+
+
+def read_conversations(source: Source) -> Iterator[Item]:
+    """All rounds, with roles; what the assistant says is learned."""
+    for where, name, picture, problem, rounds in _with_pictures(source):
+        segments: list[Segment] = [Image(picture, supervise=False, role="user")]
+        for question, _ in rounds:
+            segments += [Text(question, supervise=False, role="user"), Text(role="assistant")]
+        answers = [answer for _, answer in rounds]
+        yield Item(name, {"conversation": segments}, answers, [Text(a, role="assistant") for a in answers],
+                   problem=problem, place=where)  # fmt: skip
 
 
 def _rounds(record: dict[str, Any], where: str) -> list[tuple[str, str]]:
@@ -53,20 +67,12 @@ def _rounds(record: dict[str, Any], where: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _whole(number: str, picture: Image, rounds: list[tuple[str, str]], meta: dict[str, Any], problem: str,
-           where: str) -> Item:  # fmt: skip
-    """All rounds as a conversation with roles, the answers being learned."""
-    segments: list[Segment] = [Image(picture.source, supervise=False, role="user")]
-    for question, _ in rounds:
-        segments += [Text(question, supervise=False, role="user"), Text(role="assistant")]
-    answers = [Text(answer, role="assistant") for _, answer in rounds]
-    fields = {"image": picture, "question": segments}
-    return Item(number, {**fields, "conversation": segments}, [a for _, a in rounds], answers, meta=meta,
-                problem=problem, place=where)  # fmt: skip
-
-
+_SHARED: dict[str, Any] = {"makes": "text", "metrics": (), "phases": ("train",), "images": "llava/images",
+                           "annotations": "llava",
+                           "obtain": "Get a file of LLaVA's form, and the pictures that it names"}  # fmt: skip
 TASKS = (
-    TaskType("llava_instruct", "instructions about pictures, for training", read, makes="text", prompt=PROMPT,
-             metrics=(), phases=("train",), options={"rounds": ("single", "all")}, images="llava/images",
-             annotations="llava", obtain="Get a file of LLaVA's form, and the pictures that it names"),
+    TaskType("llava_instruct", "single rounds of instructions about pictures, for training", read_rounds,
+             prompt=PROMPT, **_SHARED),
+    TaskType("llava_conversations", "conversations about pictures, for training", read_conversations,
+             prompt="{conversation}", **_SHARED),
 )  # fmt: skip

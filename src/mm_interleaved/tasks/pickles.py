@@ -130,6 +130,7 @@ class _Unpickler(pickle.Unpickler):
             ("numpy", "dtype"): self._dtype,
             ("numpy", "ndarray"): "ndarray",
             ("_codecs", "encode"): self._encode,
+            ("__builtin__", "bytes"): self._empty,
         }
         if (module, name) not in known:
             raise _Refused(f"{module}.{name}")
@@ -143,6 +144,9 @@ class _Unpickler(pickle.Unpickler):
 
     def _scalar(self, dtype: Any, data: Any) -> Any:
         return dtype.decoded([data] if "O" in str(dtype.name) else data, 1)[0]
+
+    def _empty(self) -> bytes:
+        return b""  # the old protocols' way to write it
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
         if not isinstance(text, str) or encoding != "latin1":
