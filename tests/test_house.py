@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
-    "document", "configuration", "toyworld", "ops", "model", "processor", "generation", "data", "metrics",
+    "document", "configuration", "toyworld", "ops", "model", "processor", "generation", "data", "metrics", "tasks",
     "training", "pretrained", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))

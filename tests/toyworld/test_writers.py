@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import io
 import json
 import tarfile
@@ -204,5 +203,6 @@ def test_bad_requests_say_what_is_possible(tmp_path: Path, name: str, job: Job, 
 def test_a_format_is_one_small_file() -> None:
     package = Path(write_dataset.__code__.co_filename).parent
     modules = [p for p in package.glob("*.py") if p.stem not in ("__init__", "base")]
-    assert {p.stem for p in modules} == set(FORMATS)
-    assert all(len(ast.parse(p.read_text()).body) < 20 for p in modules)
+    written_by = {getattr(form.write, "func", form.write).__module__.rsplit(".", 1)[1] for form in FORMATS.values()}
+    assert {p.stem for p in modules} == written_by
+    assert all(len(p.read_text().splitlines()) < 150 for p in modules)

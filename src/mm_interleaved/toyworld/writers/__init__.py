@@ -14,12 +14,32 @@ from typing import Any
 
 from ..documents import SMALLEST
 from ..sampling import SPLITS
-from . import coco, documents, mmc4, pairs, webdataset
+from . import (
+    ade20k,
+    captions,
+    coco,
+    documents,
+    llava,
+    lncoco,
+    mmc4,
+    pairs,
+    paragraphs,
+    regions,
+    stories,
+    visdial,
+    vqa,
+    webdataset,
+)
 from .base import VERSION, Format, Job
 
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (mmc4.FORMAT, pairs.FORMAT, webdataset.FORMAT, coco.FORMAT, documents.FORMAT)
-}
+    f.name: f
+    for f in (
+        mmc4.FORMAT, pairs.FORMAT, webdataset.FORMAT, coco.FORMAT, documents.FORMAT, *captions.FORMATS,
+        *paragraphs.FORMATS, *vqa.FORMATS, *visdial.FORMATS, *regions.FORMATS, *lncoco.FORMATS, *ade20k.FORMATS,
+        *stories.FORMATS, *llava.FORMATS,
+    )
+}  # fmt: skip
 ABOUT = "toyworld.json"  # beside the data: what they are
 LARGEST = 4096  # pixels of a picture's side
 

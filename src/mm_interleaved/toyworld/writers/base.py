@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from ..draw import draw
-from ..sampling import Split, random_scene, scene_rng
+from ..sampling import SPLITS, Split, random_scene, scene_rng
 from ..scene import Scene
 
 VERSION = 1  # of the toy world's contents: another version writes other data for the same seed
@@ -39,6 +39,10 @@ class Job:
         """The source of chance of sample number `index`, whoever writes it."""
         return scene_rng(self.seed, self.split, index)
 
+    def number(self, index: int) -> int:
+        """The id of sample number `index`: from 1000001 on, another one for another seed or split."""
+        return 1_000_000 * (1 + 3 * self.seed + SPLITS.index(self.split)) + index + 1
+
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """The scene of sample number `index`, and what to make further choices with."""
         rng = self.rng(index)
@@ -47,7 +51,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of files. To add one, write a module with a `Format` and list it in `writers.FORMATS`.
+    """A layout of files.
+
+    To add one, write a module with a `Format` (or several related ones in `FORMATS`) and list it in `writers.FORMATS`.
 
     Attributes:
         name: how the command line calls it.

@@ -1,0 +1,82 @@
+"""ADE20K: a photo from a coloured label map and a caption (spec/data_eval 4.12)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from ..document import Image, Segment, Text
+from ..toyworld.documents import colored
+from .base import Item, TaskType, given
+from .files import Source, TaskError, get, read_json, records
+
+COLORED = "annotations_with_color"
+CLASSES = 150
+_OBTAIN = (
+    "Get ADEChallengeData2016, write captions as [{image_id, caption}], and colour the label maps with "
+    "mm_interleaved.tasks.ade20k.color_maps"
+)
+
+
+def color_maps(folder: Path, phase: str) -> int:
+    """Write the coloured maps of `annotations/<phase>/` to `annotations_with_color/<phase>/`; how many there are.
+
+    Maps that are there already are left alone.
+
+    Raises:
+        TaskError: a label map cannot be read, or has labels that ADE20K has not.
+    """
+    maps = sorted((folder / "annotations" / phase).glob("*.png"))
+    if not maps:
+        raise TaskError("there are no label maps", str(folder / "annotations" / phase), _OBTAIN)
+    out = folder / COLORED / phase
+    out.mkdir(parents=True, exist_ok=True)
+    for path in maps:
+        if (out / path.name).exists():
+            continue
+        try:
+            labels = np.asarray(PIL.Image.open(path))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise TaskError(f"the label map cannot be read: {error}", str(path), "Fetch it again") from None
+        if labels.ndim != 2 or labels.max() > CLASSES:
+            raise TaskError(f"labels must be 0 to {CLASSES} in one channel", str(path), "Fetch it again")
+        aside = out / f".{path.name}.{os.getpid()}"
+        colored(labels).save(aside, "PNG")
+        aside.replace(out / path.name)
+    return len(maps)
+
+
+def read(source: Source) -> Iterator[Item]:
+    """A coloured map, a caption, and the photo as an open slot.
+
+    The reference names the label map and how the photo is to be laid over it: both are cut to their middle, or (in the
+    original, `compat`) the square picture is stretched to the map's sides.
+    """
+    path = source.file(f"{source.phase}.json")
+    for where, record in records(read_json(path), str(path)):
+        name, caption = get(record, "image_id", str, where), get(record, "caption", str, where).strip()
+        files = (f"{COLORED}/{source.phase}/{name}.png", f"images/{source.phase}/{name}.jpg",
+                 f"annotations/{source.phase}/{name}.png")  # fmt: skip
+        found = [source.images.find(file) for file in files]
+        (shown_map, unmade), (photo, _), (labels, _) = found
+        problem = next((p for _, p in found if p), "")
+        if unmade and problem == unmade:
+            problem += f" ({_OBTAIN})"
+        # Learned, the map would be drawn from nothing: its context is empty, and its caption still to come.
+        shown: list[Segment] = [given(shown_map)]
+        text: list[Segment] = [Text(f"{caption}.", supervise=source.phase == "training")]
+        layout = text + shown if source.options["layout"] == "text_first" else shown + text
+        reference = {"labels": str(labels), "photo": str(photo), "fit": "stretch" if source.compat else "center"}
+        yield Item(name, {"scene": layout, "image": shown, "caption": caption}, reference, [Image(photo)],
+                   meta={"caption": caption}, problem=problem, place=where)  # fmt: skip
+
+
+TASKS = (
+    TaskType("ade20k", "photos from label maps", read, makes="image", prompt="{scene}", metrics=("miou",),
+             phases=("validation", "training"), options={"layout": ("map_first", "text_first")},
+             images="ade20k/ADEChallengeData2016", annotations="ade20k/ADEChallengeData2016", obtain=_OBTAIN),
+)  # fmt: skip

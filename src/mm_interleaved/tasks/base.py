@@ -1,0 +1,364 @@
+"""What a task is made of: a reader of the official files, a prompt, settings, what to do with the output, metrics."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..document import Document, Image, Segment, Text
+from ..generation.settings import GenerationSettings, override
+from .files import Pictures, Source, TaskError, checked, read_json
+
+Makes = Literal["text", "image", "scores"]
+Value = str | Segment | Sequence[Segment]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a reader finds: the parts of a prompt and what belongs to them.
+
+    Attributes:
+        id: unique in its task.
+        fields: what may stand in a prompt template, by name: text, a picture, or several segments.
+        reference: what metrics compare with; plain data.
+        answer: what training learns in the place of the open slots, in order.
+        options: for tasks that rank them, the texts to score.
+        meta: what else metrics and galleries want to know.
+        problem: why it cannot be evaluated (its picture is missing), "" if it can.
+        place: where it stands in the files.
+    """
+
+    id: str
+    fields: Mapping[str, Value]
+    reference: Any = None
+    answer: Sequence[Segment] = ()
+    options: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An item with its prompt written out.
+
+    Attributes:
+        document: the prompt, with an open slot for each text or picture that is to be made.
+        id, reference, answer, options, meta, problem: as in `Item`.
+    """
+
+    id: str
+    document: Document
+    reference: Any = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    answer: Sequence[Segment] = ()
+    options: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TaskType:
+    """A task as one file of this folder describes it.
+
+    Attributes:
+        name: how configurations call it.
+        description: what it is, in a line.
+        read: yields the items of a phase in a fixed order.
+        makes: what is generated: a text, pictures, or scores of options.
+        prompt: template with `{field}`s of the items; an open slot is added to its end if it has none.
+        metrics: names of what is measured.
+        settings: how texts are written or pictures drawn.
+        post: what is done to a generated text before it is measured.
+        phases: parts of the data set, the default first.
+        options: the task's own settings and their values, the default first; no values: any text.
+        example: template of a few-shot example; "": the task takes none.
+        crop: how pictures become square: boxes need "squash".
+        select: which of several pictures for a prompt counts: the first, or the one that CLIP finds closest.
+        images, annotations: where the files lie in the documented tree.
+        obtain: where to get the files, for messages.
+    """
+
+    name: str
+    description: str
+    read: Callable[[Source], Iterator[Item]]
+    makes: Makes
+    prompt: str
+    metrics: tuple[str, ...]
+    settings: GenerationSettings = field(default_factory=GenerationSettings)
+    post: Callable[[str], str] = str.strip
+    phases: tuple[str, ...] = ("val",)
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    example: str = ""
+    crop: Literal["center", "squash"] = "center"
+    select: Literal["first", "clip"] = "first"
+    images: str = ""
+    annotations: str = ""
+    obtain: str = ""
+
+
+@dataclass
+class TaskConfig:
+    """Settings of a task, for configurations.
+
+    Attributes:
+        task: name of a task type.
+        name: how results call it; "": the type's name.
+        root: folder of the documented tree; the type knows where its files lie there.
+        images: folder of the pictures; None: where it lies in the tree.
+        annotations: folder of the annotation files, or the one such file; None: where it lies in the tree.
+        phase: part of the data set; "": the type's default.
+        limit: take so many samples, from the start.
+        prompt: template in place of the type's own.
+        generation: settings that differ, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
+        options: the type's own settings.
+        shots: examples before the question (`{examples}` in the prompt; else they stand in front).
+        shot_template: how one is written; None: the type's way. Pictures come along if it has `{image}`.
+        shot_phase: part of the data set that examples come from.
+        shot_images, shot_annotations: where that part lies; None: as above.
+        neighbours: JSON file {sample's id: [examples' ids, the most similar first]}; None: examples are drawn.
+        seed: of everything that is drawn.
+        compat: do as the original where that is thought wrong (spec/data_eval 12).
+    """
+
+    task: str
+    name: str = ""
+    root: str = "."
+    images: str | None = None
+    annotations: str | None = None
+    phase: str = ""
+    limit: int | None = None
+    prompt: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+    shots: int = 0
+    shot_template: str | None = None
+    shot_phase: str = "train"
+    shot_images: str | None = None
+    shot_annotations: str | None = None
+    neighbours: str | None = None
+    seed: int = 0
+    compat: bool = False
+
+
+class Task:
+    """A task that is ready to be read.
+
+    Args:
+        kind: what it is.
+        config: its settings.
+
+    Raises:
+        TaskError: a setting is unknown or not possible.
+    """
+
+    def __init__(self, kind: TaskType, config: TaskConfig) -> None:
+        _check(kind, config)
+        self.kind, self.config = kind, config
+        self.name = config.name or kind.name
+        self.prompt = config.prompt or kind.prompt
+        self.makes, self.metrics, self.crop, self.select = kind.makes, kind.metrics, kind.crop, kind.select
+        try:
+            self.settings = override(kind.settings, **config.generation)
+        except (ValueError, TypeError) as error:
+            raise TaskError(str(error), f"task '{self.name}', 'generation'", "Correct the setting") from None
+
+    def post(self, text: str) -> str:
+        """A generated text as it is measured."""
+        return self.kind.post(text)
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples, in a fixed order. Those that cannot be evaluated say so in `problem`.
+
+        Raises:
+            TaskError: a file is missing or not as it should be, or two samples have one id.
+        """
+        shots = None
+        if self.config.shots:
+            items = self.kind.read(self._shot_source())
+            shots = Shots(self.config, self.kind, [item for item in items if not item.problem])
+        for index, item in enumerate(self._items()):
+            fields = dict(item.fields)
+            template = self.prompt
+            if shots is not None:
+                fields["examples"] = shots.before(item, index)
+                template = template if "{examples}" in template else "{examples} " + template
+            segments = render(template, fields, item.place or self.name)
+            if not any(segment.is_open for segment in segments):
+                segments.append(Image() if self.makes == "image" else Text())
+            document = Document(segments, id=item.id, place=item.place or None)
+            yield Sample(item.id, document, item.reference, item.meta, item.answer, item.options, item.problem)
+
+    def documents(self) -> Iterator[Document]:
+        """The samples as training documents: what fills the slots is learned. Those with a problem are left out.
+
+        Raises:
+            TaskError: as `samples`, or a sample has no answer to learn.
+        """
+        for sample in self.samples():
+            if not sample.problem:
+                yield _answered(sample)
+
+    def _items(self) -> Iterator[Item]:
+        places: dict[str, str] = {}
+        source = self._source()
+        for item in islice(self.kind.read(source), self.config.limit):
+            if item.id in places:
+                raise TaskError(f"id {item.id} stands in {places[item.id] or 'it'} as well", item.place or self.name,
+                                "Remove one of the two")  # fmt: skip
+            places[item.id] = item.place
+            yield item
+        if not places:
+            raise TaskError(f"task '{self.name}' has no samples here", str(source.annotations),
+                            "Check the files and the phase")  # fmt: skip
+
+    def _source(self) -> Source:
+        config, kind = self.config, self.kind
+        root = Path(config.root)
+        images = Path(config.images) if config.images is not None else root / kind.images
+        annotations = Path(config.annotations) if config.annotations is not None else root / kind.annotations
+        if not images.is_dir():
+            raise TaskError(f"task '{self.name}' has its pictures in this folder, which does not exist", str(images),
+                            kind.obtain)  # fmt: skip
+        options = {name: values[0] if values else "" for name, values in kind.options.items()} | config.options
+        phase = config.phase or kind.phases[0]
+        return Source(self.name, Pictures(images), annotations, phase, kind.obtain, options, config.limit,
+                      config.seed, config.compat)  # fmt: skip
+
+    def _shot_source(self) -> Source:
+        config, source = self.config, self._source()
+        images = source.images if config.shot_images is None else Pictures(Path(config.shot_images))
+        annotations = source.annotations if config.shot_annotations is None else Path(config.shot_annotations)
+        return replace(source, images=images, annotations=annotations, phase=config.shot_phase, limit=None)
+
+
+class Shots:
+    """Examples before the question: drawn by chance, or the nearest of a list, the most similar last.
+
+    Args:
+        config, kind: of the task.
+        items: what examples are taken from.
+
+    Raises:
+        TaskError: there are too few, or the list cannot be used.
+    """
+
+    def __init__(self, config: TaskConfig, kind: TaskType, items: Sequence[Item]) -> None:
+        self.config, self.items = config, items
+        self.template = config.shot_template or kind.example
+        self.by_id = {item.id: item for item in items}
+        if len(items) <= config.shots:
+            raise TaskError(f"{config.shots} examples are wanted, but there are only {len(items)} to choose from",
+                            f"task '{kind.name}', phase '{config.shot_phase}'", "Use fewer")  # fmt: skip
+        self.neighbours = None
+        if config.neighbours is not None:
+            self.neighbours = checked(read_json(Path(config.neighbours)), dict, config.neighbours)
+
+    def before(self, item: Item, index: int) -> list[Segment]:
+        """The examples for an item, as segments."""
+        separator = "" if self.config.compat else " "
+        chosen = self._chosen(item, index)
+        template = separator.join(f"{{{i}}}" for i in range(len(chosen)))
+        parts = {str(i): render(self.template, _with_answer(one), one.place) for i, one in enumerate(chosen)}
+        return render(template, parts, item.place)
+
+    def _chosen(self, item: Item, index: int) -> list[Item]:
+        if self.neighbours is None:
+            rng = np.random.default_rng([self.config.seed, index])
+            drawn = rng.permutation(len(self.items))[: self.config.shots + 1].tolist()
+            others = [self.items[i] for i in drawn if self.items[i].id != item.id or self.config.shot_phase == "train"]
+            return others[: self.config.shots]
+        where = f"{self.config.neighbours}, '{item.id}'"
+        names = checked(self.neighbours.get(item.id), list, where)[: self.config.shots]
+        unknown = [name for name in names if str(name) not in self.by_id]
+        if unknown or len(names) < self.config.shots:
+            problem = f"there is no example '{unknown[0]}'" if unknown else f"only {len(names)} neighbours are listed"
+            raise TaskError(problem, where, "Make the list for the same examples, with at least as many as are used")
+        return [self.by_id[str(name)] for name in reversed(names)]
+
+
+def render(template: str, fields: Mapping[str, Value], where: str = "") -> list[Segment]:
+    """A prompt as segments: the template with its `{field}`s filled in; white space next to pictures is dropped.
+
+    Raises:
+        TaskError: the template has a field that there is not, or is no template.
+    """
+    segments: list[Segment] = []
+    run = ""
+
+    def close() -> None:
+        nonlocal run
+        run = run.lstrip() if not segments or isinstance(segments[-1], Image) else run
+        if run:
+            joined = bool(segments) and isinstance(segments[-1], Text)
+            segments.append(Text(run, supervise=False, attached=joined))
+        run = ""
+
+    for literal, name in _parts(template, where):
+        run += literal
+        if name is None:
+            continue
+        if name not in fields:
+            raise TaskError(f"the prompt '{template}' has a field {{{name}}}; there is {', '.join(fields)}", where,
+                            "Correct the prompt")  # fmt: skip
+        value = fields[name]
+        if isinstance(value, str):
+            run += value
+            continue
+        for segment in [value] if isinstance(value, (Text, Image)) else value:
+            run = run.rstrip() if isinstance(segment, Image) else run
+            close()
+            segments.append(segment)
+    run = run.rstrip()
+    close()
+    return segments
+
+
+def _parts(template: str, where: str) -> list[tuple[str, str | None]]:
+    try:
+        return [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise TaskError(f"the prompt '{template}' is no template: {error}", where, "Write {{ for a brace") from None
+
+
+def _with_answer(item: Item) -> dict[str, Value]:
+    answer = " ".join(s.text or "" for s in item.answer if isinstance(s, Text))
+    return {"answer": answer, "caption": answer, **item.fields}
+
+
+def _answered(sample: Sample) -> Document:
+    """The document with its slots filled by the answer."""
+    slots = [segment.is_open for segment in sample.document.segments]
+    if sum(slots) != len(sample.answer):
+        raise TaskError(f"{sum(slots)} slots, but {len(sample.answer)} answers to learn", sample.document.name,
+                        "Use a phase that has answers, or a prompt without slots of its own")  # fmt: skip
+    answers = iter(sample.answer)
+    segments = [next(answers) if segment.is_open else segment for segment in sample.document.segments]
+    return replace(sample.document, segments=segments)
+
+
+def _check(kind: TaskType, config: TaskConfig) -> None:
+    where = f"task '{config.name or kind.name}'"
+    if config.phase and config.phase not in kind.phases:
+        raise TaskError(f"there is no phase '{config.phase}'", where, f"Phases are {', '.join(kind.phases)}")
+    for name, value in config.options.items():
+        if name not in kind.options:
+            raise TaskError(f"there is no option '{name}'", where, f"Options are {', '.join(kind.options) or 'none'}")
+        if kind.options[name] and value not in kind.options[name]:
+            values = ", ".join(kind.options[name])
+            raise TaskError(f"option '{name}' cannot be '{value}'", where, f"Values are {values}")
+    if config.limit is not None and config.limit < 1:
+        raise TaskError(f"'limit' must be at least 1, not {config.limit}", where)
+    if config.shots < 0 or (config.shots and not (config.shot_template or kind.example)):
+        problem = f"'shots' must not be {config.shots}" if config.shots < 0 else "the task has no few-shot examples"
+        raise TaskError(problem, where, "Remove 'shots', or give a 'shot_template'")
+
+
+def given(path: Path | str) -> Image:
+    """A picture of a prompt."""
+    return Image(path, supervise=False)

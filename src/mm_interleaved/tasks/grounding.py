@@ -1,0 +1,157 @@
+"""Boxes and regions: RefCOCO, RefCOCO+, RefCOCOg, and data sets of regions (spec/data_eval 3.3, 4.13).
+
+Boxes are text: whole thousandths of the picture's sides, `(012,045)(678,999)`. Pictures are squashed, never cropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..document import DocumentError, Text
+from ..processor.images import open_picture
+from .base import Item, TaskType, given
+from .files import Source, TaskError, box, checked, get, read_json, read_lines, records, strings
+
+GROUNDING = "{image}Provide the bounding box coordinate of the region this sentence describes. {caption}<box>"
+REFERRING = "{image}Provide a short description for this <ref>region</ref><box>{box}</box>."
+REGION_VQA = "{image}Answer this question according to the <ref>region</ref><box>{box}</box>. {question}"
+GROUNDED_CAPTION = "{image}Generate the caption with grounding."
+SCALE = 999
+_TAGGED = re.compile(r"<box>\((-?[\d.]+),(-?[\d.]+)\)\((-?[\d.]+),(-?[\d.]+)\)</box>")
+
+
+def thousandths(pixels: tuple[float, float, float, float], size: tuple[int, int]) -> list[int]:
+    """A box in pixels of a picture (width, height) as whole numbers from 0 to 999, cut down."""
+    return [int(side / size[i % 2] * SCALE) for i, side in enumerate(pixels)]
+
+
+def box_text(sides: list[int]) -> str:
+    """For instance "(012,045)(678,999)"."""
+    x1, y1, x2, y2 = sides
+    return f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
+
+
+@lru_cache(maxsize=100_000)
+def _size(path: Path) -> tuple[int, int]:
+    return open_picture(path).size
+
+
+def _region(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int], list[int]]:
+    """The picture, why it cannot be used, its size, and the region of a record."""
+    pixels = box(record.get("bbox"), f"{where}, 'bbox'")
+    picture, problem, size = _picture(source, record, where)
+    return picture, problem, size, thousandths(pixels, size)
+
+
+def _picture(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int]]:
+    picture, problem = source.images.find(get(record, "image", str, where))
+    size = (1, 1)
+    if not problem:
+        try:
+            size = _size(picture)
+        except DocumentError as error:
+            problem = str(error)
+    return picture, problem, size
+
+
+def read_expressions(source: Source, name: str) -> Iterator[Item]:
+    """JSON lines of {image, bbox in pixels, sent}, and perhaps a confidence, below which they are skipped."""
+    threshold = _threshold(source)
+    path = source.file(name.format(phase=source.phase))
+    for index, (where, record) in enumerate(read_lines(path)):
+        if "confidence" in record and get(record, "confidence", float, where) < threshold:
+            continue
+        caption = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
+        picture, problem, size, sides = _region(source, record, where)
+        yield Item(
+            str(index),
+            {"image": given(picture), "caption": caption},
+            sides,
+            [Text(f"{box_text(sides)}</box>", attached=True)],
+            meta={"caption": caption, "width": size[0], "height": size[1]},
+            problem=problem,
+            place=where,
+        )
+
+
+def _threshold(source: Source) -> float:
+    text = source.options.get("confidence") or "0"
+    try:
+        return float(text)
+    except ValueError:
+        raise TaskError(f"option 'confidence' must be a number, not '{text}'", f"task '{source.task}'") from None
+
+
+def read_regions(source: Source) -> Iterator[Item]:
+    """{annotations: [{image_id, image, caption, bbox}]}; an id for each region."""
+    path = source.file(f"{source.phase}.json")
+    data = checked(read_json(path), dict, str(path))
+    for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
+        caption = strings([get(record, "caption", str, where)], f"{where}, 'caption'")
+        picture, problem, _, sides = _region(source, record, where)
+        number = str(record.get("image_id", where))
+        yield Item(number, {"image": given(picture), "box": box_text(sides)}, caption, [Text(caption[0])],
+                   meta={"image_id": number, "box": sides}, problem=problem, place=where)  # fmt: skip
+
+
+def read_region_questions(source: Source) -> Iterator[Item]:
+    """JSON lines of {image, bbox, question, answer}."""
+    path = source.file(f"vgvqa_{source.phase}.jsonl")
+    for index, (where, record) in enumerate(read_lines(path)):
+        answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
+        picture, problem, _, sides = _region(source, record, where)
+        fields = {"image": given(picture), "box": box_text(sides), "question": get(record, "question", str, where)}
+        meta = {"question": fields["question"], "box": sides}
+        yield Item(str(index), fields, answer[0], [Text(answer[0])], meta=meta, problem=problem, place=where)
+
+
+def read_grounded_captions(source: Source) -> Iterator[Item]:
+    """JSON lines of {image, sent}, where phrases carry boxes in pixels: `<ref>a dog</ref><box>(1,2)(3,4)</box>`."""
+    path = source.file(f"{source.phase}.jsonl")
+    for index, (where, record) in enumerate(read_lines(path)):
+        sent = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
+        picture, problem, size = _picture(source, record, where)
+
+        def scaled(found: re.Match[str], size: tuple[int, int] = size, where: str = where) -> str:
+            pixels = box([float(side) for side in found.groups()], where)
+            return f"<box>{box_text(thousandths(pixels, size))}</box>"
+
+        text = _TAGGED.sub(scaled, sent)
+        yield Item(str(index), {"image": given(picture)}, [text], [Text(text)], problem=problem, place=where)
+
+
+_OBTAIN = "Write the annotations of RefCOCO as JSON lines {image, bbox: [x1, y1, x2, y2], sent}"
+_REFCOCO: dict[str, Any] = {"makes": "text", "prompt": GROUNDING, "metrics": ("grounding_accuracy",), "crop": "squash",
+                            "images": "coco/train2014", "annotations": "refcoco", "obtain": _OBTAIN}  # fmt: skip
+_REGIONS: dict[str, Any] = {"makes": "text", "metrics": ("captions",), "crop": "squash"}
+
+
+def _expressions(name: str, phases: tuple[str, ...]) -> TaskType:
+    return TaskType(name, f"boxes of what expressions of {name} mean",
+                    partial(read_expressions, name=f"{name}_{{phase}}.jsonl"), phases=phases, **_REFCOCO)  # fmt: skip
+
+
+TASKS = (
+    _expressions("refcoco", ("val", "testA", "testB", "train")),
+    _expressions("refcoco+", ("val", "testA", "testB", "train")),
+    _expressions("refcocog", ("val", "test", "train")),
+    TaskType("grit_grounding", "boxes of noun phrases in web pictures",
+             partial(read_expressions, name="train_grounding.jsonl"), makes="text", prompt=GROUNDING,
+             metrics=("grounding_accuracy",), crop="squash", phases=("train",), options={"confidence": ()},
+             images="grit/images", annotations="grit", obtain="Make JSON lines {image, sent, bbox, confidence}"),
+    TaskType("region_caption", "descriptions of regions (Visual Genome, RefCOCOg)", read_regions, prompt=REFERRING,
+             phases=("test", "val", "train"), images="vg/images", annotations="vg",
+             obtain="Make a file {annotations: [{image_id, image, caption, bbox}]} with an id for every region",
+             **_REGIONS),
+    TaskType("region_vqa", "questions about regions (Visual Genome)", read_region_questions, makes="text",
+             prompt=REGION_VQA, metrics=("gqa_accuracy",), crop="squash", phases=("train", "val", "test"),
+             images="vg/images", annotations="vg", obtain="Make JSON lines {image, bbox, question, answer}"),
+    TaskType("grounded_caption", "captions with boxes (GRIT, Flickr30k Entities)", read_grounded_captions,
+             prompt=GROUNDED_CAPTION, phases=("train", "val", "test"), images="grit/images", annotations="grit",
+             obtain="Make JSON lines {image, sent} with <ref>phrase</ref><box>(x1,y1)(x2,y2)</box> in pixels",
+             **_REGIONS),
+)  # fmt: skip

@@ -1,0 +1,242 @@
+"""Illustrated stories: VIST, PororoSV and FlintstonesSV (spec/data_eval 4.9-4.11).
+
+Protocols: only the last picture is drawn, or all after the first, each seeing those drawn before it (their slots are
+open one after the other). The context may be cut down to its texts, its pictures, or nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ..document import DocumentError, Image, Segment, Text
+from ..processor.images import load_picture
+from .base import Item, TaskType
+from .files import Source, TaskError, checked, get, read_json, records, strings
+from .pickles import read_npy, read_pickle
+
+CONTEXTS = ("multi_modal", "image_only", "text_only", "current")
+FRAME = 128  # pixels of a frame's side in a strip
+PORORO_SPLITS = {"train": 0, "val": 1, "test": 2}
+PORORO = ("Pororo", "Loopy", "Eddy", "Harry", "Poby", "Tongtong", "Crong", "Rody", "Petty")
+FLINTSTONES = ("Fred", "Barney", "Wilma", "Betty", "Pebbles", "Dino", "Slate")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A caption and its picture (or why there is none), and which frame of a clip it is."""
+
+    caption: str
+    picture: Any
+    problem: str = ""
+    frame: int | None = None
+
+
+def lay_out(turns: Sequence[Turn], context: str, drawn: int, learn: bool) -> list[Segment]:
+    """Captions and pictures in turn; the last `drawn` pictures are open slots.
+
+    Args:
+        turns: the story.
+        context: of `CONTEXTS`, what is kept of the turns before the first slot.
+        drawn: slots at the end.
+        learn: whether training learns captions and given pictures too.
+    """
+    segments: list[Segment] = []
+    for index, turn in enumerate(turns):
+        last = index >= len(turns) - drawn
+        if context != "image_only" and (last or context != "current"):
+            segments.append(Text(turn.caption, supervise=learn))
+        if last:
+            segments.append(Image())
+        elif context in ("multi_modal", "image_only"):
+            segments.append(Image(turn.picture, supervise=learn))
+    return segments
+
+
+def _item(source: Source, number: str, turns: list[Turn], drawn: int, where: str) -> Item:
+    context, learn = source.options["context"], source.phase == "train"
+    segments = lay_out(turns, "multi_modal" if learn else context, drawn, learn)
+    targets = [turn.picture for turn in turns[len(turns) - drawn :]]
+    meta = {"captions": [t.caption for t in turns], "drawn": drawn}
+    if turns[0].frame is not None:
+        meta["frames"] = [t.frame for t in turns]
+    problem = next((t.problem for t in turns if t.problem), "")
+    reference = [p if isinstance(p, PIL.Image.Image) else str(p) for p in targets]
+    return Item(number, {"story": segments}, reference, [Image(p) for p in targets], meta=meta, problem=problem,
+                place=where)  # fmt: skip
+
+
+# ---- VIST
+
+
+def _vist_stories(source: Source) -> Iterator[tuple[str, str, list[Turn]]]:
+    path = source.file(f"annotations/{source.phase}_formatted_filtered.json")
+    stories = get(checked(read_json(path), dict, str(path)), "annotations", dict, str(path))
+    for name in sorted(stories):
+        where = f"{path}, story {name}"
+        found = [(get(r, "sequence_index", int, w), w, r) for w, r in records(stories[name], where)]
+        turns = []
+        for _, place, record in sorted(found, key=lambda item: item[0]):
+            caption = strings([get(record, "caption", str, place)], f"{place}, 'caption'")[0].strip()
+            picture = f"{source.phase}_images/{get(record, 'image_id', str, place)}.png"
+            turns.append(Turn(caption, *source.images.find(picture)))
+        yield name, where, turns
+
+
+def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
+    """How many turns each sample of a story has. The original never comes to the whole story (BUG-12)."""
+    if source.options["rounds"] == "last" or source.phase == "train":
+        return [len(turns)]
+    if source.compat:
+        return list(range(1, len(turns)))
+    return list(range(1 if source.options["context"] == "current" else 2, len(turns) + 1))
+
+
+def read_vist(source: Source) -> Iterator[Item]:
+    """Stories of which the last picture is drawn; with `rounds=all`, the beginnings of each as well."""
+    for name, where, turns in _vist_stories(source):
+        for length in _prefixes(source, turns):
+            number = name if source.options["rounds"] == "last" else f"{name}-{length}"
+            if source.options["protocol"] == "autoregressive" and length > 1:
+                yield _item(source, number, turns[:length], length - 1, where)
+            else:
+                yield _item(source, number, turns[:length], 1, where)
+
+
+def read_vist_text(source: Source) -> Iterator[Item]:
+    """Stories of which the last text is written."""
+    context = source.options["context"]
+    for name, where, turns in _vist_stories(source):
+        for length in _prefixes(source, turns):
+            *before, last = turns[:length]
+            segments = [] if context == "current" else lay_out(before, context, 0, False)
+            if context != "text_only":
+                segments.append(Image(last.picture, supervise=False))
+            problem = next((t.problem for t in turns[:length] if t.problem), "")
+            number = name if source.options["rounds"] == "last" else f"{name}-{length}"
+            meta = {"captions": [t.caption for t in turns[:length]]}
+            yield Item(number, {"story": segments}, [last.caption], [Text(last.caption)], meta=meta, problem=problem,
+                       place=where)  # fmt: skip
+
+
+# ---- clips: one frame of each is drawn by chance, always the same for the same seed
+
+
+def tidy(caption: str, characters: Sequence[str]) -> str:
+    """Lower case, but for the characters' names; no line breaks and tabs."""
+    text = caption.lower()
+    for name in characters:
+        text = text.replace(name.lower(), name)
+    return re.sub(r"[\n\t\r]", "", text).strip()
+
+
+def _clip(source: Source, name: str, caption: str, rng: np.random.Generator) -> Turn:
+    """One frame of a vertical strip."""
+    path, problem = source.images.find(name)
+    if problem:
+        return Turn(caption, path, problem, 0)
+    try:
+        strip = load_picture(path)
+    except DocumentError as error:
+        return Turn(caption, path, str(error), 0)
+    if strip.width != FRAME or strip.height < FRAME:
+        return Turn(caption, path, f"'{path}' is no strip of frames of {FRAME} x {FRAME} pixels; convert the clip", 0)
+    frame = int(rng.integers(strip.height // FRAME))
+    picture: PIL.Image.Image = strip.crop((0, frame * FRAME, FRAME, (frame + 1) * FRAME))
+    return Turn(caption, picture, "", frame)
+
+
+def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]], where: str) -> Item:
+    """A story of (picture, caption)."""
+    rng = np.random.default_rng([source.seed, index])
+    turns = [_clip(source, name, caption, rng) for name, caption in clips]
+    drawn = len(turns) - 1 if source.options["protocol"] == "autoregressive" else 1
+    return _item(source, number, turns, drawn, where)
+
+
+def _name(value: Any, where: str) -> str:
+    """A file's name; some are written as they are printed, `b'...'`."""
+    text = value.decode("latin1") if isinstance(value, bytes) else checked(value, str, where)
+    wrapped = re.fullmatch(r"""b(['"])(.*)\1""", text)
+    return wrapped[2] if wrapped else text
+
+
+def read_pororo(source: Source) -> Iterator[Item]:
+    """`descriptions.npy`, `img_cache4.npy`, `following_cache4.npy` and `train_seen_unseen_ids.npy`."""
+    paths = {name: source.file(f"{name}.npy") for name in
+             ("descriptions", "img_cache4", "following_cache4", "train_seen_unseen_ids")}  # fmt: skip
+    files = {name: str(path) for name, path in paths.items()}
+    captions = checked(read_npy(paths["descriptions"]), dict, files["descriptions"])
+    first = checked(read_npy(paths["img_cache4"]), list, files["img_cache4"])
+    following = checked(read_npy(paths["following_cache4"]), list, files["following_cache4"])
+    splits = checked(read_npy(paths["train_seen_unseen_ids"]), list, files["train_seen_unseen_ids"])
+    if len(splits) != len(PORORO_SPLITS) or len(first) != len(following):
+        problem = f"{len(splits)} splits, {len(first)} first and {len(following)} following clips"
+        raise TaskError(f"{problem}; there should be 3, and as many of one as of the other",
+                        files["train_seen_unseen_ids"], "Take all files from one release")  # fmt: skip
+    chosen = checked(splits[PORORO_SPLITS[source.phase]], list, files["train_seen_unseen_ids"])
+    for index, number in enumerate(sorted(chosen)):
+        where = f"{files['img_cache4']}, story {number}"
+        if not isinstance(number, int) or not 0 <= number < len(first):
+            raise TaskError(f"there is no story {number}, only {len(first)}", files["train_seen_unseen_ids"],
+                            "Take all files from one release")  # fmt: skip
+        names = [_name(v, where) for v in [first[number], *checked(following[number], list, where)]]
+        clips = [(name, tidy(_pororo_caption(captions, name, where), PORORO)) for name in names]
+        yield _clips(source, str(number), index, clips, where)
+
+
+def _pororo_caption(captions: dict[str, Any], name: str, where: str) -> str:
+    key = name.removesuffix(".png")
+    value = captions.get(key)
+    if value is None:
+        raise TaskError(f"clip '{key}' has no description", where, "Take all files from one release")
+    return strings(value if isinstance(value, list) else [value], f"{where}, description of '{key}'")[0]
+
+
+def read_flintstones(source: Source) -> Iterator[Item]:
+    """`following_cache4.pkl`, `train-val-test_split.json` and `flintstones_annotations_v1-0.json`."""
+    cache = source.file("following_cache4.pkl")
+    split = source.file("train-val-test_split.json")
+    told = source.file("flintstones_annotations_v1-0.json")
+    following = checked(read_pickle(cache), dict, str(cache))
+    captions: dict[str, str] = {}
+    for where, record in records(read_json(told), str(told)):
+        captions[get(record, "globalID", str, where)] = get(record, "description", str, where)
+    names = get(checked(read_json(split), dict, str(split)), source.phase, list, str(split))
+    chosen = [n for n in sorted(checked(n, str, str(split)) for n in names) if len(following.get(n, ())) == 4]
+    for index, number in enumerate(chosen):
+        where = f"{cache}, story {number}"
+        clips = []
+        for name in [number, *(_name(v, where) for v in following[number])]:
+            if name not in captions:
+                raise TaskError(f"clip '{name}' has no description in {told}", where, "Take all files of one release")
+            text = strings([captions[name]], f"{told}, clip '{name}'")[0]
+            clips.append((f"video_frames_sampled_png/{name}.png", tidy(text, FLINTSTONES)))
+        yield _clips(source, number, index, clips, where)
+
+
+_SHARED: dict[str, Any] = {"makes": "image", "prompt": "{story}", "metrics": ("fid", "image_similarity")}
+_CLIPS: dict[str, Any] = {
+    "options": {"context": CONTEXTS, "protocol": ("autoregressive", "last")}, "phases": ("test", "val", "train"),
+    **_SHARED,
+}  # fmt: skip
+_VIST = {"images": "vist/images", "annotations": "vist", "phases": ("val", "test", "train"),
+         "obtain": "Get VIST's stories and pictures; group them as {annotations: {story: [{sequence_index, image_id, "
+                   "caption}]}} without stories that lack pictures"}  # fmt: skip
+TASKS = (
+    TaskType("vist", "the last picture of photo stories", read_vist,
+             options={"context": CONTEXTS, "rounds": ("last", "all"), "protocol": ("last", "autoregressive")},
+             **_SHARED, **_VIST),
+    TaskType("vist_text", "the last sentence of photo stories", read_vist_text, makes="text", prompt="{story}",
+             metrics=("captions",), options={"context": CONTEXTS, "rounds": ("last", "all")}, **_VIST),
+    TaskType("pororo", "cartoon stories of Pororo, continued", read_pororo, images="pororo", annotations="pororo",
+             obtain="Get PororoSV as StoryGAN or StoryDALL-E publish it", **_CLIPS),
+    TaskType("flintstones", "cartoon stories of the Flintstones, continued", read_flintstones, images="flintstones",
+             annotations="flintstones", obtain="Get FlintstonesSV as StoryDALL-E publishes it; write each video as a "
+             "vertical PNG strip of 128 x 128 frames", **_CLIPS),
+)  # fmt: skip

@@ -1,0 +1,80 @@
+"""Visual Dialog 1.0: which of 100 answers fits, in the rounds with dense annotations (spec/data_eval 4.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..document import Text
+from .base import Item, TaskType, given
+from .files import Source, TaskError, by_key, checked, get, read_json, records
+
+PROMPT = "{image} caption: {caption}. {history}question: {question}? answer:"
+
+
+def read(source: Source) -> Iterator[Item]:
+    """A sample for each dialogue: its annotated round, with what was said before.
+
+    The original leaves out the round right before the one in question (BUG-10); `compat` does too.
+    """
+    path = source.file(f"visdial_1.0_{source.phase}.json")
+    dense = source.file(f"visdial_1.0_{source.phase}_dense_annotations.json")
+    whole = checked(read_json(path), dict, str(path))
+    data = get(whole, "data", dict, str(path))
+    questions, answers = (get(data, key, list, f"{path}, 'data'") for key in ("questions", "answers"))
+    dialogs = list(records(data.get("dialogs"), f"{path}, 'dialogs'"))
+    annotated = by_key(list(records(read_json(dense), str(dense))), "image_id", int)
+    for where, dialog in dialogs:
+        number = get(dialog, "image_id", int, where)
+        if number not in annotated:
+            raise TaskError(f"the dialogue about picture {number} is not in {dense}", where,
+                            "Take both files from one release")  # fmt: skip
+        place, annotation = annotated[number]
+        yield _item(source, dialog, annotation, questions, answers, where, place)
+
+
+def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], questions: list[Any],
+          answers: list[Any], where: str, place: str) -> Item:  # fmt: skip
+    number = get(dialog, "image_id", int, where)
+    rounds = [r for _, r in records(dialog.get("dialog"), f"{where}, 'dialog'")]
+    target = get(annotation, "round_id", int, place) - 1
+    if not 0 <= target < len(rounds):
+        raise TaskError(f"there is no round {target + 1} in the dialogue about picture {number}", place,
+                        f"Rounds are numbered 1 to {len(rounds)}")  # fmt: skip
+    here = f"{where}, round {target + 1}"
+    history = "".join(
+        f"question: {_text(r, 'question', questions, where)}? answer: {_text(r, 'answer', answers, where)}. "
+        for r in rounds[: max(target - 1, 0) if source.compat else target]
+    )
+    numbers = get(rounds[target], "answer_options", list, here)
+    options = tuple(_text({"option": n}, "option", answers, here) for n in numbers)
+    relevance = [
+        float(checked(v, float, f"{place}, 'gt_relevance'[{i}]"))
+        for i, v in enumerate(get(annotation, "gt_relevance", list, place))
+    ]
+    right = get(rounds[target], "gt_index", int, here)
+    if len(relevance) != len(options) or not any(relevance) or not 0 <= right < len(options):
+        raise TaskError(f"{len(options)} options, the right one being number {right}, but {len(relevance)} relevances "
+                        f"of which {sum(map(bool, relevance))} are not 0", place, "Fetch both files again")  # fmt: skip
+    picture, problem = source.images.find(
+        f"VisualDialog_{source.phase}2018/VisualDialog_{source.phase}2018_{number:012d}.jpg"
+    )
+    fields = {"image": given(picture), "caption": get(dialog, "caption", str, where), "history": history,
+              "question": _text(rounds[target], "question", questions, here)}  # fmt: skip
+    return Item(str(number), fields, {"relevance": relevance, "index": right}, [Text(options[right])], options,
+                {"round": target + 1, "question": fields["question"]}, problem, where)  # fmt: skip
+
+
+def _text(record: dict[str, Any], key: str, texts: list[Any], where: str) -> str:
+    """The text whose number stands under `key`."""
+    number = get(record, key, int, where)
+    if not 0 <= number < len(texts):
+        raise TaskError(f"there is no {key} {number}, only {len(texts)}", where, "Fetch the file again")
+    return checked(texts[number], str, f"{where}, {key} {number}")
+
+
+TASKS = (
+    TaskType("visdial", "which answer fits in a dialogue about a picture", read, makes="scores", prompt=PROMPT,
+             metrics=("dialogue_ranking",), images="visdial", annotations="visdial",
+             obtain="Get dialogues, dense annotations and pictures of VisDial 1.0 from visualdialog.org"),
+)  # fmt: skip

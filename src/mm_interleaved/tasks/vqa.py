@@ -1,0 +1,131 @@
+"""Questions about pictures: VQAv2, OK-VQA, TextVQA, VizWiz and GQA (spec/data_eval 4.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..document import Text
+from ..generation.settings import TEXT_PRESETS, GenerationSettings
+from .base import Item, TaskType, given
+from .files import Source, TaskError, by_key, checked, get, read_json, records, strings, trailing_number
+
+PROMPT = (
+    "Based on the image, please answer the question. {image}{question} Please provide an accurate answer within one "
+    "word. The answer is:"
+)
+VIZWIZ_PROMPT = (
+    "Based on the image, please answer the question. {image}{question} When the provided information is insufficient, "
+    "respond with 'Unanswerable'. Please provide an accurate answer within one word. The answer is:"
+)
+EXAMPLE = "Question: {question} Short answer: {answer}"
+SETTINGS = GenerationSettings(text=TEXT_PRESETS["vqa"])
+
+
+def coco_picture(phase: str, question: dict[str, Any], where: str) -> str:
+    """Where COCO's pictures lie, by number."""
+    return f"{phase}2014/COCO_{phase}2014_{get(question, 'image_id', int, where):012d}.jpg"
+
+
+def named_picture(phase: str, question: dict[str, Any], where: str) -> str:
+    """The name that TextVQA's questions carry."""
+    return get(question, "image", str, where)
+
+
+def read_vqa(questions: str, annotations: str, picture: Callable[[str, dict[str, Any], str], str]) -> Any:
+    """A reader of VQA's two files: questions, and annotations with ten answers each."""
+
+    def read(source: Source) -> Iterator[Item]:
+        asked = source.file(questions.format(phase=source.phase))
+        told = source.file(annotations.format(phase=source.phase))
+        answers = by_key(_listed(told, "annotations"), "question_id", int)
+        for where, question in _listed(asked, "questions"):
+            number = get(question, "question_id", int, where)
+            if number not in answers:
+                raise TaskError(f"question {number} has no annotation in {told}", where,
+                                "Take both files from one release")  # fmt: skip
+            place, annotation = answers[number]
+            people = _people(annotation, place)
+            path, problem = source.images.find(picture(source.phase, question, where))
+            meta = {key: annotation[key] for key in ("question_type", "answer_type") if key in annotation}
+            asks = get(question, "question", str, where)
+            yield Item(str(number), {"image": given(path), "question": asks}, people, [Text(_best(annotation, people))],
+                       meta={"question": asks, **meta}, problem=problem, place=where)  # fmt: skip
+
+    return read
+
+
+def _listed(path: Path, key: str) -> list[tuple[str, dict[str, Any]]]:
+    data = checked(read_json(path), dict, str(path))
+    return list(records(get(data, key, list, str(path)), f"{path}, '{key}'"))
+
+
+def _people(annotation: dict[str, Any], where: str) -> list[str]:
+    """What each person answered."""
+    given_answers = get(annotation, "answers", list, where)
+    texts = [
+        get(checked(answer, dict, f"{where}, 'answers'[{i}]"), "answer", str, f"{where}, 'answers'[{i}]")
+        for i, answer in enumerate(given_answers)
+    ]
+    return strings(texts, f"{where}, 'answers'")
+
+
+def _best(annotation: dict[str, Any], people: list[str]) -> str:
+    """What training learns."""
+    chosen = annotation.get("multiple_choice_answer")
+    return chosen if isinstance(chosen, str) and chosen else people[0]
+
+
+def read_vizwiz(source: Source) -> Iterator[Item]:
+    """VizWiz's own list; the id is the number in the picture's name."""
+    path = source.file(f"{source.phase}.json")
+    for where, record in records(read_json(path), str(path)):
+        name, asks = get(record, "image", str, where), get(record, "question", str, where)
+        people = _people(record, where)
+        picture, problem = source.images.find(f"{source.phase}/{name}")
+        meta = {"question": asks, "image": name, "answer_type": record.get("answer_type"),
+                "answerable": record.get("answerable")}  # fmt: skip
+        common = max(people, key=people.count)
+        yield Item(str(trailing_number(name, where)), {"image": given(picture), "question": asks}, people,
+                   [Text(common)], meta=meta, problem=problem, place=where)  # fmt: skip
+
+
+def read_gqa(source: Source) -> Iterator[Item]:
+    """GQA's balanced questions: {id: {imageId, question, answer, types}}; one right answer each."""
+    path = source.file(f"{source.phase}_balanced_questions.json")
+    for number, value in checked(read_json(path), dict, str(path)).items():
+        where = f"{path}, question {number}"
+        record = checked(value, dict, where)
+        asks = get(record, "question", str, where)
+        answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
+        picture, problem = source.images.find(f"{get(record, 'imageId', str, where)}.jpg")
+        types = record["types"] if isinstance(record.get("types"), dict) else {}
+        meta = {"question": asks, "question_type": types.get("structural"), "answer_type": types.get("semantic")}
+        yield Item(number, {"image": given(picture), "question": asks}, answer[0], [Text(answer[0])], meta=meta,
+                   problem=problem, place=where)  # fmt: skip
+
+
+_SHARED: dict[str, Any] = {"makes": "text", "settings": SETTINGS, "example": EXAMPLE, "phases": ("val", "train")}
+_VQA: dict[str, Any] = {"prompt": PROMPT, "metrics": ("vqa_accuracy",), **_SHARED}
+TASKS = (
+    TaskType("vqav2", "questions about COCO pictures",
+             read_vqa("v2_OpenEnded_mscoco_{phase}2014_questions.json", "v2_mscoco_{phase}2014_annotations.json",
+                      coco_picture),
+             images="coco", annotations="VQAv2", obtain="Get questions and annotations from visualqa.org", **_VQA),
+    TaskType("okvqa", "questions about COCO pictures that need knowledge",
+             read_vqa("OpenEnded_mscoco_{phase}2014_questions.json", "mscoco_{phase}2014_annotations.json",
+                      coco_picture),
+             images="coco", annotations="OK-VQA", obtain="Get questions and annotations from okvqa.allenai.org",
+             **_VQA),
+    TaskType("textvqa", "questions about text in pictures",
+             read_vqa("textvqa_{phase}_questions.json", "textvqa_{phase}_annotations.json", named_picture),
+             images="textvqa/train_images", annotations="textvqa",
+             obtain="Get TextVQA 0.5.1 from textvqa.org and convert it to VQA's two files", **_VQA),
+    TaskType("vizwiz_vqa", "questions that blind people asked", read_vizwiz, prompt=VIZWIZ_PROMPT,
+             metrics=("vizwiz_accuracy",), images="VizWiz", annotations="VizWiz",
+             obtain="Get annotations and pictures from vizwiz.org", **_SHARED),
+    TaskType("gqa", "questions made from scene graphs", read_gqa, prompt=PROMPT, metrics=("gqa_accuracy",),
+             makes="text", settings=SETTINGS, example=EXAMPLE, phases=("testdev", "val", "train"),
+             images="gqa/images", annotations="gqa", obtain="Get the balanced questions and pictures of GQA 1.2"),
+)  # fmt: skip

@@ -1,0 +1,266 @@
+"""Bad files: what is wrong, where, and what to do; a missing picture spoils its own sample only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from mm_interleaved.document import Document, DocumentError, Image, Text
+from mm_interleaved.processor.processor import _join
+from mm_interleaved.tasks import TASKS, Task, TaskConfig, TaskError, make_task, register, render
+
+from .conftest import FILES, PHASES, Written, first
+
+ToyTask = Callable[..., Task]
+# The files of each task, most of which are JSON.
+ANNOTATIONS = {
+    "coco_karpathy": ["annotations/coco_karpathy_val.json"], "flickr30k": ["test1k.token.coco_format"],
+    "nocaps": ["nocaps_val_4500_captions.json"],
+    "image2paragraph": ["annotations/paragraphs_coco.json", "annotations/val_split.json"],
+    "vqav2": ["v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"],
+    "okvqa": ["OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json"],
+    "textvqa": ["textvqa_val_questions.json", "textvqa_val_annotations.json"], "vizwiz_vqa": ["val.json"],
+    "gqa": ["val_balanced_questions.json"],
+    "visdial": ["visdial_1.0_val.json", "visdial_1.0_val_dense_annotations.json"], "refcoco": ["refcoco_val.jsonl"],
+    "refcoco+": ["refcoco+_val.jsonl"], "refcocog": ["refcocog_val.jsonl"],
+    "grit_grounding": ["train_grounding.jsonl"], "region_caption": ["val.json"], "region_vqa": ["vgvqa_val.jsonl"],
+    "grounded_caption": ["val.jsonl"], "coco": ["annotations/captions_val2014.json"],
+    "lncoco": ["coco_val_captions.jsonl"], "ade20k": ["validation.json"],
+    "vist": ["annotations/val_formatted_filtered.json"], "vist_text": ["annotations/val_formatted_filtered.json"],
+    "pororo": ["descriptions.npy", "img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy"],
+    "flintstones": ["following_cache4.pkl", "train-val-test_split.json", "flintstones_annotations_v1-0.json"],
+    "llava_instruct": ["llava_instruct.json"], "llava_conversations": ["llava_instruct.json"],
+}  # fmt: skip
+CASES = [(name, file) for name, files in ANNOTATIONS.items() for file in files]
+
+
+@pytest.fixture
+def own(written: Written, tmp_path: Path) -> Callable[..., tuple[Task, Path]]:
+    """A task on a copy of its files that a test may spoil."""
+
+    def copy(name: str, **options: Any) -> tuple[Task, Path]:
+        form, pictures = FILES[name]
+        phase = PHASES.get(name, "val")
+        folder = tmp_path / form
+        shutil.copytree(written(form, "train" if phase == "train" else "val"), folder)
+        config = TaskConfig(name, images=str(folder / pictures), annotations=str(folder), phase=phase, **options)
+        return make_task(config), folder
+
+    return copy
+
+
+def test_every_task_is_spoilt() -> None:
+    assert set(ANNOTATIONS) == set(TASKS)
+
+
+@pytest.mark.parametrize(("name", "file"), CASES)
+def test_a_missing_file(name: str, file: str, own: Callable) -> None:
+    task, folder = own(name)
+    (folder / file).unlink()
+    with pytest.raises(TaskError) as raised:
+        list(task.samples())
+    assert str(folder / file) in str(raised.value)
+    assert "does not exist" in raised.value.problem
+    assert raised.value.fix == TASKS[name].obtain != ""
+
+
+@pytest.mark.parametrize("content", [b"", b'{"annotations": [', b"[]", b"{}", b"3", b"[1]", b"\xff\xfe", b"[" * 9999])
+@pytest.mark.parametrize(("name", "file"), CASES)
+def test_a_file_of_another_layout(name: str, file: str, content: bytes, own: Callable) -> None:
+    """Names the file, whatever is in it."""
+    task, folder = own(name)
+    (folder / file).write_bytes(content)
+    with pytest.raises(TaskError) as raised:
+        list(task.samples())
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n not in ("pororo", "flintstones")])
+def test_a_missing_picture_spoils_its_sample_only(name: str, own: Callable) -> None:
+    task, folder = own(name, **({"limit": 9} if name == "lncoco" else {}))
+    gone = sorted(p for p in folder.rglob("*") if p.suffix in (".jpg", ".png"))[-1]
+    gone.unlink()
+    found = list(task.samples())
+    bad = [s for s in found if s.problem]
+    assert 0 < len(bad) < len(found)
+    assert all(gone.name in s.problem for s in bad)
+    assert len(list(task.documents())) == len(found) - len(bad)
+
+
+@pytest.mark.parametrize("name", ["pororo", "flintstones"])
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_a_clip_that_cannot_be_read(name: str, content: bytes | None, own: Callable) -> None:
+    """BUG-24."""
+    task, folder = own(name)
+    clip = sorted(folder.rglob("*.png"))[-1]
+    clip.unlink()
+    if content:
+        clip.write_bytes(content)
+    assert [clip.name in s.problem for s in task.samples()].count(True) == 1
+
+
+def test_a_strip_of_another_width(own: Callable) -> None:
+    task, folder = own("pororo")
+    PIL.Image.new("RGB", (64, 64)).save(sorted(folder.rglob("*.png"))[0])
+    assert "strip of frames of 128 x 128" in first(task).problem
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "", "a\0b", "x" * 5000, "loop"])
+def test_a_picture_elsewhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (tmp_path / "images" / "loop").symlink_to("loop")
+    (tmp_path / "captions").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}],
+    }))  # fmt: skip
+    config = TaskConfig("nocaps", images=str(tmp_path / "images"), annotations=str(tmp_path / "captions"))
+    sample = first(make_task(config))
+    assert sample.problem
+    assert "secret" not in str(sample.document.images[0].source)
+
+
+def change(path: Path, edit: Callable[[Any], Any]) -> None:
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def blank_answers(data: dict) -> None:
+    for answer in data["annotations"][1]["answers"]:
+        answer["answer"] = " "
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "words"),
+    [
+        ("coco_karpathy", lambda d: d.append(d[0]), ["id 1 stands in", "record 0", "record 4"]),
+        ("coco_karpathy", lambda d: d[2].update(caption=[]), ["record 2, 'caption'", "no reference"]),
+        ("coco_karpathy", lambda d: d[2].update(caption=["", " "]), ["record 2, 'caption'", "blank"]),
+        ("coco_karpathy", lambda d: d[1].pop("image"), ["record 1", "'image' is missing; there is caption"]),
+        ("coco_karpathy", lambda d: d[1].update(image="a/b.jpg"), ["record 1", "does not end in a number"]),
+        ("nocaps", lambda d: d["annotations"].pop(0) and d["annotations"].clear(), ["'annotations'", "empty"]),
+        ("nocaps", lambda d: d["images"].append(d["images"][0]), ["'id' 2000001 stands in", "Remove one of the two"]),
+        ("nocaps", lambda d: d["images"].pop(), ["there is no image 2000004"]),
+        ("vizwiz_vqa", lambda d: d[0].pop("answers"), ["record 0", "'answers' is missing"]),
+        ("vizwiz_vqa", lambda d: d[0].update(answers=[{"answer": 3}]), ["must be a string, not a whole number"]),
+        ("gqa", lambda d: d["20000010"].update(answer=""), ["question 20000010, 'answer'", "blank"]),
+        ("visdial", lambda d: d["data"]["answers"].clear(), ["there is no answer ", "only 0"]),
+        ("visdial", lambda d: d["data"]["dialogs"][0].update(dialog=[]), ["'dialog'", "empty"]),
+        ("visdial", lambda d: d["data"]["dialogs"][0].update(image_id=5), ["picture 5 is not in"]),
+        ("coco", lambda d: d["images"].append({"id": 9, "file_name": "x.jpg"}), ["image 9", "no reference"]),
+        ("ade20k", lambda d: d[0].update(caption=None), ["'caption'", "must be a string, not null"]),
+        ("region_caption", lambda d: d["annotations"][0].update(bbox=[5, 5, 1, 9]), ["[5, 5, 1, 9] is no box"]),
+        ("region_caption", lambda d: d["annotations"][0].update(bbox=[5, True, 1, 9]), ["'bbox'[1]", "a number"]),
+        ("vist", lambda d: next(iter(d["annotations"].values())).clear(), ["story 2000001", "empty"]),
+        ("llava_instruct", lambda d: d[0]["conversations"].pop(), ["record 0", "no answer"]),
+        ("llava_instruct", lambda d: d[0]["conversations"].reverse(), ["turn of 'human'"]),
+    ],
+)  # fmt: skip
+def test_records_that_are_wrong(name: str, edit: Callable[[Any], Any], words: list[str], own: Callable) -> None:
+    task, folder = own(name)
+    change(folder / ANNOTATIONS[name][0], edit)
+    with pytest.raises(TaskError) as raised:
+        list(task.samples())
+    for word in (*words, str(folder)):
+        assert word in str(raised.value)
+    assert raised.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "words"),
+    [
+        ("vqav2", lambda d: d["annotations"].pop(), ["has no annotation in", "Take both files from one release"]),
+        ("vqav2", lambda d: d["annotations"].append(d["annotations"][0]), ["'question_id' 20000010 stands in"]),
+        ("vqav2", blank_answers, ["record 1, 'answers'", "only blank ones"]),
+        ("visdial", lambda d: d[0].update(round_id=11), ["there is no round 11", "numbered 1 to 10"]),
+        ("visdial", lambda d: d[0].update(gt_relevance=[0] * 100), ["0 are not 0"]),
+        ("visdial", lambda d: d[0].update(gt_relevance=[1]), ["100 options"]),
+        ("image2paragraph", lambda d: d.insert(0, 7), ["image 7 has no paragraph"]),
+        ("flintstones", lambda d: d["val"].append(3), ["must be a string"]),
+    ],
+)
+def test_second_files_that_do_not_fit(name: str, edit: Callable[[Any], Any], words: list[str], own: Callable) -> None:
+    task, folder = own(name)
+    change(folder / ANNOTATIONS[name][1], edit)
+    with pytest.raises(TaskError) as raised:
+        list(task.samples())
+    for word in (*words, str(folder)):
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "vqa2"}, "Did you mean 'vqav2'"),
+        ({"task": "xyz"}, "Tasks are coco_karpathy"),
+        ({"task": "vqav2", "phase": "test"}, "there is no phase 'test'. Phases are val, train"),
+        ({"task": "vist", "options": {"contxt": "current"}}, "Options are context, rounds, protocol"),
+        ({"task": "vist", "options": {"context": "all"}}, "cannot be 'all'. Values are multi_modal"),
+        ({"task": "vist", "limit": 0}, "'limit' must be at least 1"),
+        ({"task": "vist", "generation": {"beams": 2}}, "there is no setting 'beams'"),
+        ({"task": "vist", "generation": {"num_beams": 0}}, "num_beams must be at least 1"),
+        ({"task": "vqav2", "shots": -1}, "'shots' must not be -1"),
+    ],
+)
+def test_settings_that_are_not_possible(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        make_task(TaskConfig(**settings))
+
+
+def test_no_folder_of_pictures(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"datasets/coco: task 'vqav2' has its pictures in this folder, which does not"):
+        next(make_task(TaskConfig("vqav2", root=str(tmp_path / "datasets"))).samples())
+
+
+def test_a_confidence_that_is_no_number(toy_task: ToyTask) -> None:
+    with pytest.raises(TaskError, match="'confidence' must be a number, not 'high'"):
+        first(toy_task("grit_grounding", options={"confidence": "high"}))
+
+
+def test_task_errors_are_document_errors() -> None:
+    """So the command line prints them as it prints those."""
+    assert issubclass(TaskError, DocumentError)
+
+
+def test_names_are_given_once() -> None:
+    with pytest.raises(TaskError, match="a task 'vqav2' already"):
+        register(TASKS["vqav2"])
+
+
+# ---- templates
+
+WORDS = st.text("ab{}<> .?\n", max_size=8)
+
+
+@for_all(st.lists(st.one_of(WORDS, st.just(None)), max_size=6), st.text("xy {}", max_size=6))
+@settings(max_examples=200)
+def test_templates_lose_nothing(parts: list[str | None], value: str) -> None:
+    """The segments read as the template with its fields filled in, but for white space next to pictures and ends."""
+    escaped = "".join("{image}" if p is None else p.replace("{", "{{").replace("}", "}}") + "{word}" for p in parts)
+    segments = render(escaped, {"image": Image("x"), "word": value})
+    wanted = "".join("\0" if p is None else p + value for p in parts)
+    wanted = "\0".join(piece.strip() for piece in wanted.split("\0"))
+    found, run = "", []
+    for segment in segments:
+        if isinstance(segment, Image):
+            found, run = found + _join(run) + "\0", []
+        else:
+            run.append(segment)
+    assert found + _join(run) == wanted
+
+
+def test_segments_keep_their_spaces() -> None:
+    segments = render("say {shots} now", {"shots": [Text("a"), Image("x"), Text("b")]})
+    texts = [s for s in segments if isinstance(s, Text)]
+    assert _join(texts[:2]) == "say a"
+    assert _join(texts[2:]) == "b now"
+    assert Document(segments).images == [Image("x")]
