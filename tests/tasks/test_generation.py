@@ -12,7 +12,6 @@ from mm_interleaved.document import Image
 from mm_interleaved.generation import DocumentFinished
 from mm_interleaved.tasks import Task
 
-
 BEGINNINGS = {"rounds": "all", "protocol": "autoregressive"}  # the second sample of each story has three turns
 
 
