@@ -179,8 +179,8 @@ def test_a_host_that_cannot_be_is_named(host: int | None) -> None:
 def test_what_there_is_not_is_refused(scene: Scene, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(scene, 64)
-    with pytest.raises(ValueError, match="at least 44"):
-        draw(one(Look("fox", "red"), "small"), 40)
+    with pytest.raises(ValueError, match="at least 36"):
+        draw(one(Look("fox", "red"), "small"), 32)
 
 
 def test_the_atlas_holds_every_emoji_and_is_small() -> None:

@@ -71,7 +71,7 @@ def draw(scene: Scene, size: int = 256) -> Image.Image:
 
     Args:
         scene: what to draw.
-        size: side in pixels, at least 44.
+        size: side in pixels, at least 36.
 
     Returns:
         An RGB picture [size, size].

@@ -182,7 +182,7 @@ def sprite(look: Look, pixels: int) -> Sprite:
         known(name, getattr(look, name), options)
     known("glyph", look.glyph, ("", *GLYPHS))
     if pixels < 8:
-        raise ValueError(f"a thing of {pixels} pixels is too small to draw; draw pictures of at least 44")
+        raise ValueError(f"a thing of {pixels} pixels is too small to draw; draw pictures of at least 36")
     body = _body(look.kind, pixels, look.part != "none")
     rim = np.float32(252.0)
     alpha = np.maximum(body.rim, body.alpha)
