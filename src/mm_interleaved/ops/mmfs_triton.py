@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANE_CHANNELS = 4096  # lanes * dim of a program with many queries; 32 a thread
+TILES = {"forward": (4096, 16), "backward": (2048, 8)}  # numbers in a tile [lanes, dim] with many queries, and a thread
 FEW_PROGRAMS = 1024  # below this many (query, head) pairs, a program takes one query and many slots
 FIXED_POINT = 2.0**38  # the largest gradient in the deterministic mode; the sum over 2^24 queries fits into an int64
 
@@ -72,7 +72,20 @@ def _reference(reference, row, real, queries, reference_group, reference_query):
 
 
 @triton.jit
-def _pixel(reference, offset, scale: tl.constexpr, size: tl.constexpr):
+def _level(level, LEVELS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr,
+           SCALES: tl.constexpr):  # fmt: skip
+    """Height, width, first position and scale of a level. Its number is no constant: unrolled, levels spill."""
+    height, width, start, scale = HEIGHTS[0], WIDTHS[0], STARTS[0], SCALES[0]
+    for other in tl.static_range(1, LEVELS):
+        height = tl.where(level == other, HEIGHTS[other], height)
+        width = tl.where(level == other, WIDTHS[other], width)
+        start = tl.where(level == other, STARTS[other], start)
+        scale = tl.where(level == other, SCALES[other], scale)
+    return height, width, start, scale
+
+
+@triton.jit
+def _pixel(reference, offset, scale, size):
     """Pixel to the left (above) and the share of the one after it. Whatever lies outside stays just outside."""
     x = reference * size + offset * scale - 0.5
     x = tl.minimum(tl.maximum(x, -2.0), size + 1.0)
@@ -96,7 +109,8 @@ def _forward_kernel(
 
     top = tl.zeros([LANES], tl.float32)
     total = tl.zeros([LANES], tl.float32)
-    for first in range(0, last, BLOCK_S):
+    first = tl.zeros([], tl.int32)
+    while first < last:
         slot = first + slot_in_block
         seen = _pictures(images, row, slot, point, rows, queries, slots, POINTS) >= 0
         for level in tl.static_range(LEVELS):
@@ -105,6 +119,7 @@ def _forward_kernel(
             higher = tl.maximum(top, logit)
             total = total * tl.exp(top - higher) + tl.exp(logit - higher)
             top = higher
+        first += BLOCK_S
     by_query = tl.reshape(top, (BLOCK_Q, BLOCK_S * BLOCK_P))
     highest = tl.max(by_query, axis=1)
     parts = tl.reshape(total, (BLOCK_Q, BLOCK_S * BLOCK_P)) * tl.exp(by_query - highest[:, None])
@@ -118,27 +133,30 @@ def _forward_kernel(
     centre_x, centre_y = _reference(reference, row, real, queries, reference_group, reference_query)
     channel = tl.arange(0, BLOCK_D)
     acc = tl.zeros([LANES, BLOCK_D], tl.float32)
-    for first in range(0, last, BLOCK_S):
+    first = tl.zeros([], tl.int32)
+    while first < last:
         slot = first + slot_in_block
         picture = _pictures(images, row, slot, point, rows, queries, slots, POINTS)
         seen = picture >= 0
         more_x, more_y = _own_offset(offset_table, slot, (head * POINTS + point) * 2, seen, offset_table_row)
         origin = values + tl.where(seen, picture, 0).to(tl.int64) * positions * (HEADS * DIM) + head * DIM
-        for level in tl.static_range(LEVELS):
+        for level in range(LEVELS):
+            height, width, start, scale = _level(level, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
             column = (head * LEVELS + level) * POINTS + point
             logit = _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row)
             weight = tl.exp(logit - top) * share
-            left, right_share = _pixel(centre_x, own_x + more_x, SCALES[level], WIDTHS[level])
-            above, below_share = _pixel(centre_y, own_y + more_y, SCALES[level], HEIGHTS[level])
+            left, right_share = _pixel(centre_x, own_x + more_x, scale, width)
+            above, below_share = _pixel(centre_y, own_y + more_y, scale, height)
             for corner in tl.static_range(4):
                 x, y = left + corner % 2, above + corner // 2
-                inside = seen & (x >= 0) & (x < WIDTHS[level]) & (y >= 0) & (y < HEIGHTS[level])
+                inside = seen & (x >= 0) & (x < width) & (y >= 0) & (y < height)
                 part_x = right_share if corner % 2 == 1 else 1 - right_share
                 part_y = below_share if corner // 2 == 1 else 1 - below_share
-                place = origin + (STARTS[level] + y * WIDTHS[level] + x) * (HEADS * DIM)
+                place = origin + (start + y * width + x) * (HEADS * DIM)
                 wanted = inside[:, None] & (channel < DIM)[None, :]
                 tile = tl.load(place[:, None] + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
                 acc += (weight * part_x * part_y)[:, None] * tile
+        first += BLOCK_S
 
     own = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     result = tl.sum(tl.reshape(acc, (BLOCK_Q, BLOCK_S * BLOCK_P, BLOCK_D)), axis=1)
@@ -191,7 +209,8 @@ def _backward_kernel(
     slot_of_column = tl.arange(0, BLOCK_S * BLOCK_P) // BLOCK_P
     point_of_column = tl.arange(0, BLOCK_S * BLOCK_P) % BLOCK_P
 
-    for first in range(0, last, BLOCK_S):
+    first = tl.zeros([], tl.int32)
+    while first < last:
         slot = first + slot_in_block
         picture = _pictures(images, row, slot, point, rows, queries, slots, POINTS)
         seen = picture >= 0
@@ -201,21 +220,22 @@ def _backward_kernel(
         in_table = (first + slot_of_column < slots) & (point_of_column < POINTS)
         slot_x = tl.zeros([LANES], tl.float32)
         slot_y = tl.zeros([LANES], tl.float32)
-        for level in tl.static_range(LEVELS):
+        for level in range(LEVELS):
+            height, width, start, scale = _level(level, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
             column = (head * LEVELS + level) * POINTS + point
             logit = _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row)
             weight = tl.exp(logit - top)
-            left, right_share = _pixel(centre_x, own_x + more_x, SCALES[level], WIDTHS[level])
-            above, below_share = _pixel(centre_y, own_y + more_y, SCALES[level], HEIGHTS[level])
+            left, right_share = _pixel(centre_x, own_x + more_x, scale, width)
+            above, below_share = _pixel(centre_y, own_y + more_y, scale, height)
             sampled = tl.zeros([LANES], tl.float32)
             along_x = tl.zeros([LANES], tl.float32)
             along_y = tl.zeros([LANES], tl.float32)
             for corner in tl.static_range(4):
                 x, y = left + corner % 2, above + corner // 2
-                inside = seen & (x >= 0) & (x < WIDTHS[level]) & (y >= 0) & (y < HEIGHTS[level])
+                inside = seen & (x >= 0) & (x < width) & (y >= 0) & (y < height)
                 part_x = right_share if corner % 2 == 1 else 1 - right_share
                 part_y = below_share if corner // 2 == 1 else 1 - below_share
-                place = origin + (STARTS[level] + y * WIDTHS[level] + x) * (HEADS * DIM)
+                place = origin + (start + y * width + x) * (HEADS * DIM)
                 place = place[:, None] + channel[None, :]
                 wanted = inside[:, None] & (channel < DIM)[None, :]
                 tile = tl.load(values + place, mask=wanted, other=0.0).to(tl.float32)
@@ -231,8 +251,8 @@ def _backward_kernel(
             by_column = tl.sum(tl.reshape(grad_logit, (BLOCK_Q, BLOCK_S * BLOCK_P)), axis=0)
             table_column = (head * LEVELS + level) * POINTS + point_of_column
             tl.store(logit_table_parts + table_row * (HEADS * LEVELS * POINTS) + table_column, by_column, mask=in_table)
-            slot_x += weight * along_x * SCALES[level]
-            slot_y += weight * along_y * SCALES[level]
+            slot_x += weight * along_x * scale
+            slot_y += weight * along_y * scale
         all_x += slot_x
         all_y += slot_y
         table_place = offset_table_parts + table_row * (HEADS * POINTS * 2) + (head * POINTS + point_of_column) * 2
@@ -240,6 +260,7 @@ def _backward_kernel(
         by_y = tl.sum(tl.reshape(slot_y, (BLOCK_Q, BLOCK_S * BLOCK_P)), axis=0)
         tl.store(table_place, by_x, mask=in_table)
         tl.store(table_place + 1, by_y, mask=in_table)
+        first += BLOCK_S
     _store_query_gradients(
         grad_offsets, grad_logits, all_x, all_y, all_logits, head, rows,
         HEADS, POINTS, LEVELS, BLOCK_Q, BLOCK_S, BLOCK_P, BLOCK_L,
@@ -282,15 +303,16 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tiles(rows: int, slots: int, heads: int, points: int, dim: int) -> dict[str, int]:
-    """Block sizes of a launch, powers of two."""
+def tiles(rows: int, slots: int, heads: int, points: int, dim: int, direction: str) -> dict[str, int]:
+    """Block sizes of a launch in a `direction`, powers of two, and its warps."""
+    numbers, a_thread = TILES[direction]
     block_p, block_d = triton.next_power_of_2(points), triton.next_power_of_2(dim)
-    lanes = max(min(LANE_CHANNELS // block_d, 128), block_p)
+    lanes = max(min(numbers // block_d, 128), block_p)
     if rows * heads >= FEW_PROGRAMS:
         block_q, block_s = lanes // block_p, 1
     else:
         block_q, block_s = 1, min(triton.next_power_of_2(slots), max(2 * lanes // block_p, 1))
-    warps = max(1, min(8, block_q * block_s * block_p * block_d // 1024))
+    warps = max(1, min(8, block_q * block_s * block_p * block_d // (32 * a_thread)))
     return {"BLOCK_Q": block_q, "BLOCK_S": block_s, "BLOCK_P": block_p, "BLOCK_D": block_d, "num_warps": warps}
 
 
@@ -304,12 +326,13 @@ def _launch(
     images: Tensor,
     shapes: list[int],
     scales: list[float],
+    direction: str,
 ) -> _Launch:
     groups, queries, _ = offsets.shape
     _, positions, heads, dim = values.shape
     rows, slots, points = groups * queries, images.shape[1], offsets.shape[-1] // (2 * heads)
     maps = list(zip(shapes[::2], shapes[1::2], strict=True))
-    blocks = tiles(rows, slots, heads, points, dim)
+    blocks = tiles(rows, slots, heads, points, dim, direction)
     tables = [_rows(x) for x in (offsets, logits, offset_table, logit_table)]
     reference = reference if reference.stride(-1) == 1 else reference.contiguous()
     reference_strides = [reference.stride(i) if reference.shape[i] > 1 else 0 for i in (0, 1)]
@@ -338,7 +361,7 @@ def forward(values: Tensor, offsets: Tensor, *others: Any) -> tuple[Tensor, Tens
     heads, dim = values.shape[2:]
     mixed = values.new_empty((groups, queries, heads, dim), dtype=torch.float32)
     lse = values.new_empty((groups, queries, heads), dtype=torch.float32)
-    launch = _launch(values, offsets, *others)
+    launch = _launch(values, offsets, *others, direction="forward")
     with torch.cuda.device_of(values):
         _forward_kernel[launch.grid](*launch.inputs, mixed, lse, *launch.sizes, **launch.options)
     return mixed, lse
@@ -355,7 +378,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to values, offsets, logits and the two tables; see `mmfs_attention_backward`."""
     values, offsets, logits, offset_table, logit_table = inputs[:5]
-    launch = _launch(*inputs)
+    launch = _launch(*inputs, direction="backward")
     grad_mixed = grad_mixed.contiguous()
     kind = torch.int64 if deterministic else torch.float32
     grad_values = torch.zeros(values.shape if for_values else (0,), dtype=kind, device=values.device)
