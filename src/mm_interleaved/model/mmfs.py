@@ -12,7 +12,8 @@ for picture i, level l, point p:
 The published form (`mmfs_reference`) writes that one slot as n * levels slots of logit -ln(n * levels) and hides
 pictures with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0.
 `MMFS.forward` is the fast form: the query is projected once and not once per picture, invisible pictures are skipped,
-values come in already projected, and for inference the two query projections are folded into one.
+values come in already projected, and for inference the two query projections are folded into one. From there on it is
+one operator, `ops.mmfs_attention`, with Triton kernels on CUDA devices.
 """
 
 from __future__ import annotations
