@@ -1,7 +1,7 @@
 """The fused MMFS attention against its plain composition, in one run, with the bounds of the machine beside both.
 
-python benchmarks/mmfs_kernels.py --output benchmarks/results/mmfs_kernels.json                            # one GPU
-python benchmarks/mmfs_kernels.py --preset debug --device cpu --dtype float32 --length 64             # to see that it runs
+python benchmarks/mmfs_kernels.py --output benchmarks/results/mmfs_kernels.json                   # one GPU
+python benchmarks/mmfs_kernels.py --preset debug --device cpu --dtype float32 --length 64    # to see that it runs
 
 `operator` is the attention alone. `layer` is the whole synchronizer: for inference with values kept and the query side
 folded; with gradients as in training, the values projected from the maps. Tokens see the pictures before them, `n`

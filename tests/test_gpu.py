@@ -179,6 +179,9 @@ def test_offloading(model: MMInterleaved, there: MMInterleaved, batch: Batch, tm
     torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-5)
 
 
+# The slope of a bilinear sample jumps at a pixel's border. Of N samples N / 10^6 or so lie so near to one that rounding
+# decides on the side, each wrong by its own size: sqrt(10^-6) of the norm, and a few times that for wide maps.
+AT_BORDERS = 5e-3
 LANGUAGE = {"shapes": [(32, 32), (16, 16), (8, 8)], "heads": 16, "points": 8, "dim": 64}
 REAL = {  # release size
     "tokens": {**LANGUAGE, "groups": 2048, "pictures": 15, "slots": 15},
@@ -196,7 +199,7 @@ def test_mmfs_kernels_at_real_sizes(case: str) -> None:
     given = arguments(**REAL[case], device="cuda")
     found, expected = run(given, "triton"), run(cast(given, torch.float64), "plain")
     for name, x in expected.items():
-        assert relative(found[name], x) < 2e-5, name
+        assert relative(found[name], x) < (AT_BORDERS if "offset" in name else 2e-5), name
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -206,7 +209,8 @@ def test_mmfs_kernels_in_half_precision(case: str, dtype: torch.dtype) -> None:
     given = arguments(**REAL[case], dtype=dtype, device="cuda")
     found, expected = run(given, "triton"), run(cast(given, torch.float32), "plain")
     for name, x in expected.items():
-        assert relative(found[name], x) < (torch.finfo(dtype).eps if name in LEAVES else 2e-5), name
+        rounding = torch.finfo(dtype).eps if name in LEAVES else 2e-5
+        assert relative(found[name], x) < max(rounding, AT_BORDERS if "offset" in name else 0), name
 
 
 def test_mmfs_kernels_are_the_choice_and_run_in_a_graph() -> None:
