@@ -304,6 +304,7 @@ def test_reasons(change, points: int, message: str) -> None:
         ({"logits": torch.zeros(3, 1, 7)}, r"logits \(3, 1, 7\)"),
         ({"images": torch.zeros(4, 3, dtype=torch.long)}, "4 rows of images for 3 groups"),
         ({"images": torch.zeros(3, 2, dtype=torch.long)}, "for 2 slots"),
+        ({"reference": torch.zeros(1, 2, 2)}, r"reference \(1, 2, 2\)"),
     ],
 )
 def test_shapes_that_do_not_fit(changes: dict, message: str) -> None:

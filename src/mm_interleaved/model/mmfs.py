@@ -37,16 +37,17 @@ class VisibleImages:
 
     Attributes:
         images: [groups, slots] indices into the list of pictures, most recent first; -1 where there is none.
-        routes: [pictures, longest] for every picture the positions in `images.view(-1)` that name it, padded with -1.
+        routes: [pictures, longest] for every picture the positions in `images.view(-1)` that name it, padded with -1;
+            None: sorted where the plain form needs them. The kernels need none.
     """
 
     images: Tensor
-    routes: Tensor
+    routes: Tensor | None = None
 
     @classmethod
     def build(cls, images: Tensor, num_images: int) -> VisibleImages:
-        """Sort the entries of `images` [groups, slots] by picture."""
-        return cls(images, picture_routes(images, num_images))
+        """Sort the entries of `images` [groups, slots] by picture; not on accelerators, which would have to wait."""
+        return cls(images, picture_routes(images, num_images) if images.device.type == "cpu" else None)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> VisibleImages:

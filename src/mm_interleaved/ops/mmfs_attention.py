@@ -93,7 +93,7 @@ def mmfs_attention(
         ValueError: backend="triton", but the kernels cannot run; shapes that do not fit together.
     """
     points = offsets.shape[-1] // (2 * values.shape[2])
-    _check(values, offsets, logits, offset_table, logit_table, images, shapes, scales)
+    _check(values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales)
     reason = why_not_triton(values, points) if backend != "plain" else None
     if backend == "triton" and reason is not None:
         raise ValueError(f"MMFS attention cannot run through Triton: {reason}")
@@ -117,6 +117,7 @@ def _check(
     logits: Tensor,
     offset_table: Tensor,
     logit_table: Tensor,
+    reference: Tensor,
     images: Tensor,
     shapes: Shapes,
     scales: Sequence[float],
@@ -124,26 +125,23 @@ def _check(
     """Shapes that do not fit together would make a kernel read foreign memory."""
     _, positions, heads, _ = values.shape
     points, slots = offsets.shape[-1] // (2 * heads), images.shape[1]
-    facts = (
-        (
-            positions == sum(h * w for h, w in shapes),
-            f"values have {positions} positions, shapes {list(shapes)} others",
-        ),
-        (len(scales) == len(shapes), f"{len(scales)} scales for {len(shapes)} levels"),
-        (offsets.shape[-1] == heads * points * 2, f"offsets of width {offsets.shape[-1]} for {heads} heads"),
-        (
-            logits.shape == (*offsets.shape[:2], heads * len(shapes) * points),
-            f"logits {tuple(logits.shape)} for offsets {tuple(offsets.shape)}, {heads} heads, {len(shapes)} levels",
-        ),
-        (images.shape[0] == offsets.shape[0], f"{images.shape[0]} rows of images for {offsets.shape[0]} groups"),
-        (
-            offset_table.shape == (slots, offsets.shape[-1]) and logit_table.shape == (slots, logits.shape[-1]),
-            f"tables {tuple(offset_table.shape)} and {tuple(logit_table.shape)} for {slots} slots",
-        ),
-    )
-    for holds, message in facts:
-        if not holds:
-            raise ValueError(f"MMFS attention: {message}")
+    wrong = None
+    if positions != sum(h * w for h, w in shapes):
+        wrong = f"values have {positions} positions, shapes {list(shapes)} others"
+    elif len(scales) != len(shapes):
+        wrong = f"{len(scales)} scales for {len(shapes)} levels"
+    elif offsets.shape[-1] != heads * points * 2:
+        wrong = f"offsets of width {offsets.shape[-1]} for {heads} heads"
+    elif logits.shape != (*offsets.shape[:2], heads * len(shapes) * points):
+        wrong = f"logits {tuple(logits.shape)} for offsets {tuple(offsets.shape)}, {heads} heads, {len(shapes)} levels"
+    elif images.shape[0] != offsets.shape[0]:
+        wrong = f"{images.shape[0]} rows of images for {offsets.shape[0]} groups"
+    elif offset_table.shape != (slots, offsets.shape[-1]) or logit_table.shape != (slots, logits.shape[-1]):
+        wrong = f"tables {tuple(offset_table.shape)} and {tuple(logit_table.shape)} for {slots} slots"
+    elif reference.shape[0] not in (1, offsets.shape[0]) or reference.shape[1] != offsets.shape[1]:
+        wrong = f"reference {tuple(reference.shape)} for offsets {tuple(offsets.shape)}"
+    if wrong is not None:
+        raise ValueError(f"MMFS attention: {wrong}")
 
 
 def _nothing(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
