@@ -12,6 +12,9 @@ import PIL.Image
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; only tests of kernels choose Triton
+
 from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.pretrained import FOLDER
 

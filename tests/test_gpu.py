@@ -23,10 +23,12 @@ from mm_interleaved import (
     TextSettings,
 )
 from mm_interleaved.model.image_decoder import DiffusionDraws
+from mm_interleaved.ops import mmfs_attention
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.processor import Batch
 
 from .conftest import awaken, picture
+from .ops.mmfs_inputs import LEAVES, arguments, cast, run
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {torch.bfloat16: 0.06, torch.float16: 0.01}  # of the relative error; as in tests/model/test_model.py
@@ -175,3 +177,64 @@ def test_offloading(model: MMInterleaved, there: MMInterleaved, batch: Batch, tm
     with torch.no_grad():
         a, b = (m(**batch.to("cuda"), draws=draws(m)).loss for m in (offloaded, there))
     torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-5)
+
+
+# The slope of a bilinear sample jumps at a pixel's border. Of N samples N / 10^6 or so lie so near to one that rounding
+# decides on the side, each wrong by its own size: sqrt(10^-6) of the norm, and a few times that for wide maps.
+AT_BORDERS = 5e-3
+LANGUAGE = {"shapes": [(32, 32), (16, 16), (8, 8)], "heads": 16, "points": 8, "dim": 64}
+REAL = {  # release size
+    "tokens": {**LANGUAGE, "groups": 2048, "pictures": 15, "slots": 15},
+    "one token": {**LANGUAGE, "groups": 1, "pictures": 15, "slots": 15},
+    "a map": {**LANGUAGE, "shapes": [(64, 64), *LANGUAGE["shapes"]], "groups": 2, "queries": 4096, "pictures": 2,
+              "slots": 1},
+    "small model": {"shapes": [(16, 16), (8, 8), (4, 4)], "heads": 8, "points": 4, "dim": 16, "groups": 1500,
+                    "pictures": 20, "slots": 7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_mmfs_kernels_at_real_sizes(case: str) -> None:
+    """Float32 as the twin in float64, but for the two roundings that pixels of a wide map cost."""
+    given = arguments(**REAL[case], device="cuda")
+    found, expected = run(given, "triton"), run(cast(given, torch.float64), "plain")
+    for name, x in expected.items():
+        assert relative(found[name], x) < (AT_BORDERS if "offset" in name else 2e-5), name
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("case", REAL)
+def test_mmfs_kernels_in_half_precision(case: str, dtype: torch.dtype) -> None:
+    """Exact for the rounded inputs, gradients rounded once."""
+    given = arguments(**REAL[case], dtype=dtype, device="cuda")
+    found, expected = run(given, "triton"), run(cast(given, torch.float32), "plain")
+    for name, x in expected.items():
+        rounding = torch.finfo(dtype).eps if name in LEAVES else 2e-5
+        assert relative(found[name], x) < max(rounding, AT_BORDERS if "offset" in name else 0), name
+
+
+def test_mmfs_kernels_are_the_choice_and_run_in_a_graph() -> None:
+    """One token, recorded once: no host takes part in a replay, whatever pictures it sees then."""
+    given = arguments(**REAL["one token"], dtype=torch.bfloat16, device="cuda")
+    assert torch.equal(mmfs_attention(**given)[0], mmfs_attention(**given, backend="triton")[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mixed, ignored = mmfs_attention(**given)
+    given["images"].copy_(torch.where(torch.arange(15, device="cuda") < 4, given["images"], -1))
+    given["values"].normal_()
+    graph.replay()
+    expected = mmfs_attention(**given)
+    torch.testing.assert_close((mixed, ignored), expected, rtol=0, atol=0)
+
+
+def test_deterministic_mmfs_kernels_at_real_size() -> None:
+    given = arguments(**REAL["tokens"], device="cuda")
+    before = run(given, "triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(given, "triton"), run(given, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, x in before.items():
+        assert torch.equal(first[name], second[name]), name
+        assert relative(first[name], x) < 1e-5, name

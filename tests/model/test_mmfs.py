@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mm_interleaved.model.config import MMFSConfig
-from mm_interleaved.model.mmfs import MMFS, PreparedMMFS, VisibleImages, mmfs_reference, softmax_plus_one
+from mm_interleaved.model.mmfs import MMFS, PreparedMMFS, VisibleImages, mmfs_reference
+from mm_interleaved.ops import softmax_plus_one
 
 from ..conftest import awaken
 

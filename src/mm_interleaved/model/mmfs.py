@@ -12,7 +12,8 @@ for picture i, level l, point p:
 The published form (`mmfs_reference`) writes that one slot as n * levels slots of logit -ln(n * levels) and hides
 pictures with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0.
 `MMFS.forward` is the fast form: the query is projected once and not once per picture, invisible pictures are skipped,
-values come in already projected, and for inference the two query projections are folded into one.
+values come in already projected, and for inference the two query projections are folded into one. From there on it is
+one operator, `ops.mmfs_attention`, with Triton kernels on CUDA devices.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import deformable_attention, deformable_attention_reference, promote
+from ..ops import deformable_attention_reference, mmfs_attention, picture_routes, promote
 from ..ops.deformable import Shapes
+from ..ops.mmfs_attention import Backend
 from .config import MMFSConfig
 
 
@@ -35,25 +37,17 @@ class VisibleImages:
 
     Attributes:
         images: [groups, slots] indices into the list of pictures, most recent first; -1 where there is none.
-        routes: [pictures, longest] for every picture the positions in `images.view(-1)` that name it, padded with -1.
+        routes: [pictures, longest] for every picture the positions in `images.view(-1)` that name it, padded with -1;
+            None: sorted where the plain form needs them. The kernels need none.
     """
 
     images: Tensor
-    routes: Tensor
+    routes: Tensor | None = None
 
     @classmethod
     def build(cls, images: Tensor, num_images: int) -> VisibleImages:
-        """Sort the entries of `images` [groups, slots] by picture."""
-        flat = images.reshape(-1)
-        entries = (flat >= 0).nonzero()[:, 0]
-        order = torch.argsort(flat[entries], stable=True)
-        entries, picture = entries[order], flat[entries][order]
-        counts = torch.bincount(picture, minlength=num_images)
-        rank = torch.arange(len(entries), device=flat.device) - (counts.cumsum(0) - counts)[picture]
-        longest = int(counts.max()) if len(entries) else 0
-        routes = flat.new_full((num_images, longest), -1)
-        routes[picture, rank] = entries
-        return cls(images, routes)
+        """Sort the entries of `images` [groups, slots] by picture; not on accelerators, which would have to wait."""
+        return cls(images, picture_routes(images, num_images) if images.device.type == "cpu" else None)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> VisibleImages:
@@ -104,6 +98,7 @@ class MMFS(nn.Module):
         super().__init__()
         self.config = config
         self.implementation = "fast"
+        self.backend: Backend = "plain"  # of the fast form; the Triton kernels have run in the interpreter only
         heads, points, levels = config.num_heads, config.num_points, len(config.levels)
         self.dynamic_offset_mask = nn.Linear(query_size, query_size)
         self.query_relpos = nn.Embedding(config.max_images, query_size)
@@ -163,35 +158,18 @@ class MMFS(nn.Module):
             tables.append(rows[:-1] - rows[-1:])
         return self.sampling_offsets(z), self.attention_weights(z), tables[0], tables[1]
 
-    def _query_side(self, query: Tensor, slots: int, folded: FoldedQuery | None) -> tuple[Tensor, Tensor]:
-        """Offsets [groups, queries, heads, slots, points, 2] and logits [..., slots, levels, points], in float32."""
-        config = self.config
-        heads, points, levels = config.num_heads, config.num_points, len(config.levels)
-        split = heads * points * 2
+    def _query_side(self, query: Tensor, slots: int, folded: FoldedQuery | None) -> tuple[Tensor, ...]:
+        """Offsets and logits of the queries, and the table of what each slot adds to either."""
+        points = self.config.num_points
         if folded is None:
             offsets, logits, offset_table, logit_table = self._separated(query, slots)
-            per_level = points + 1
-        else:
-            both, table = F.linear(query, folded.weight, folded.bias), folded.table[:slots]
-            offsets, logits = both[..., :split], both[..., split:]
-            offset_table, logit_table = table[:, :split], table[:, split:]
-            per_level = points
-        work = promote(query.dtype)
-        offsets = offsets.to(work)[..., None, :] + offset_table.to(work)
-        logits = logits.to(work)[..., None, :] + logit_table.to(work)
-        offsets = offsets.unflatten(-1, (heads, points, 2)).transpose(2, 3)
-        logits = logits.unflatten(-1, (heads, levels, per_level)).transpose(2, 3)[..., :points]
-        return offsets, logits
-
-    def _locations(self, offsets: Tensor, reference: Tensor, shapes: Shapes, base: int) -> Tensor:
-        """[groups, queries, heads, slots, levels or 1, points, 2] in units of the map's size."""
-        reference = reference.to(offsets.dtype)[:, :, None, None, None, None, :]
-        if all(h == w == side for (h, w), side in zip(shapes, self.config.levels, strict=True)):
-            return reference + offsets[..., None, :, :] * (1 / base)  # the maps have their nominal size
-        sizes = offsets.new_tensor([[w, h] for h, w in shapes])
-        sides = offsets.new_tensor(self.config.levels)[:, None]
-        scale = sides / base / sizes  # [levels, 2]
-        return reference + offsets[..., None, :, :] * scale[:, None, :]
+            logits, logit_table = (
+                x.unflatten(-1, (-1, points + 1))[..., :points].flatten(-2) for x in (logits, logit_table)
+            )
+            return offsets, logits, offset_table, logit_table
+        split = self.config.num_heads * points * 2
+        both, table = F.linear(query, folded.weight, folded.bias), folded.table[:slots]
+        return both[..., :split], both[..., split:], table[:, :split], table[:, split:]
 
     def forward(
         self,
@@ -230,12 +208,17 @@ class MMFS(nn.Module):
             return constant.expand(*query.shape[:-1], -1)
         if self.implementation == "reference":
             return self._forward_reference(query, prepared.values, visible, shapes, reference, base)
-        offsets, logits = self._query_side(query, slots, prepared.folded)
-        hidden = (visible.images < 0)[:, None, None, :, None, None]
-        weights, ignored = softmax_plus_one(logits.masked_fill(hidden, -math.inf))
-        locations = self._locations(offsets, reference, shapes, base)
-        sampled = self._sample(prepared.values, visible, shapes, locations, weights)
-        mixed = sampled.unflatten(-1, ignore.shape) + ignored[..., None] * ignore
+        mixed, ignored = mmfs_attention(
+            prepared.values,
+            *self._query_side(query, slots, prepared.folded),
+            reference,
+            visible.images,
+            shapes,
+            [side / base for side in self.config.levels],
+            routes=visible.routes,
+            backend=self.backend,
+        )
+        mixed = mixed + ignored[..., None] * ignore
         return self.output_proj(mixed.flatten(2).to(query.dtype))
 
     def _forward_reference(
@@ -249,45 +232,6 @@ class MMFS(nn.Module):
             self, query.flatten(0, 1)[None], values[None], mask[None], shapes, reference[None], base
         )
         return out.view(groups, queries, -1)
-
-    def _sample(
-        self, values: Tensor, visible: VisibleImages, shapes: Shapes, locations: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Sum of weighted samples [groups, queries, heads * head dim], picture by picture."""
-        groups, slots = visible.images.shape
-        routes = visible.routes  # [pictures, longest]
-        total = weights.new_zeros((groups, weights.shape[1], values.shape[2] * values.shape[3]))
-        if routes.numel() == 0:
-            return total
-        used = routes >= 0
-        # Padding weighs nothing and could read any entry. It is spread over all of them: in the backward pass, adding
-        # hundreds of thousands of zeros to a single one would take seconds.
-        spread = torch.arange(routes.numel(), device=routes.device).view_as(routes) % (groups * slots)
-        entry = torch.where(used, routes, spread)
-
-        def by_picture(x: Tensor) -> Tensor:
-            """[groups, queries, heads, slots, ...] to [pictures, longest * queries, heads, ...]."""
-            rows = x.movedim(3, 1).flatten(0, 1).index_select(0, entry.flatten())
-            return rows.unflatten(0, entry.shape).flatten(1, 2)
-
-        shares = by_picture(weights) * used.repeat_interleave(weights.shape[1], dim=1)[:, :, None, None, None]
-        taken = deformable_attention(values, shapes, by_picture(locations), shares)
-        taken = taken.to(weights.dtype).reshape(routes.numel(), weights.shape[1], -1)
-        return total.index_add(0, (entry // slots).reshape(-1), taken)
-
-
-def softmax_plus_one(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last three axes together with one more slot of logit 0.
-
-    Args:
-        logits: [groups, queries, heads, slots, levels, points]; -inf where there is no picture.
-
-    Returns:
-        Weights of the same shape, and the weight of the extra slot [groups, queries, heads].
-    """
-    flat = logits.flatten(-3)
-    both = torch.cat([torch.zeros_like(flat[..., :1]), flat], dim=-1).softmax(-1)
-    return both[..., 1:].view_as(logits), both[..., 0]
 
 
 def mmfs_reference(

@@ -1,0 +1,312 @@
+"""The Triton kernels of MMFS attention against their plain twin, at tiny sizes.
+
+Without a CUDA device they run in Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET), which executes the
+same source in NumPy: it finds wrong arithmetic and wrong addresses, not races between programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mm_interleaved.model.config import MMFSConfig
+from mm_interleaved.model.mmfs import MMFS, VisibleImages
+from mm_interleaved.ops import mmfs_attention, mmfs_attention_plain, why_not_triton
+from mm_interleaved.ops.mmfs_attention import HAS_TRITON, mmfs_attention_kernel
+
+from ..conftest import awaken
+from .mmfs_inputs import LEAVES, arguments, cast, relative, run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture(params=["one query and many slots", "many queries"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both shapes of a block of work, whatever the size of the problem."""
+    from mm_interleaved.ops import mmfs_triton
+
+    monkeypatch.setattr(mmfs_triton, "FEW_PROGRAMS", 10**9 if request.param.startswith("one") else 0)
+
+
+def compare(given: dict, bound: float = 1e-5) -> dict[str, torch.Tensor]:
+    expected, found = run(given, "plain"), run(given, "triton")
+    for name, x in expected.items():
+        assert found[name].shape == x.shape
+        assert found[name].dtype == x.dtype, name
+        assert relative(found[name], x) < bound, name
+    return found
+
+
+CASES = {
+    "tokens": {"groups": 5},
+    "maps of queries": {"groups": 2, "queries": 5},
+    "one query": {"groups": 1, "slots": 6, "pictures": 6},
+    "one map": {"shapes": [(3, 3)], "heads": 1, "points": 1},
+    "oblong maps": {"shapes": [(5, 3), (2, 4)], "queries": 2},
+    "numbers that are no powers of two": {"points": 3, "dim": 12, "heads": 3, "slots": 5},
+    "four levels": {"shapes": [(8, 8), (4, 4), (2, 2), (1, 1)], "points": 2, "dim": 32},
+}
+
+
+@with_triton
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_the_twins(case: str, tile: None) -> None:
+    compare(arguments(**CASES[case], device=DEVICE))
+
+
+@with_triton
+@pytest.mark.parametrize("seed", range(3))
+def test_ragged_counts(seed: int, tile: None) -> None:
+    given = arguments(groups=6, slots=4, pictures=5, seed=seed, points=2, heads=1, device=DEVICE)
+    assert len({int(n) for n in (given["images"] >= 0).sum(1)}) > 2
+    compare(given)
+
+
+@with_triton
+def test_reference_points_of_every_group(tile: None) -> None:
+    given = arguments(groups=3, queries=2, device=DEVICE)
+    given["reference"] = torch.rand(3, 2, 2, device=DEVICE)
+    compare(given)
+
+
+@with_triton
+def test_nobody_sees_anything(tile: None) -> None:
+    given = arguments(device=DEVICE)
+    given["images"] = torch.full_like(given["images"], -1)
+    found = run(given, "triton")
+    assert (found.pop("ignored") == 1).all()
+    assert not any(x.any() for x in found.values())
+
+
+@with_triton
+@pytest.mark.parametrize("none", ["slots", "groups", "pictures"])
+def test_nothing_at_all(none: str) -> None:
+    given = arguments(slots=0 if none == "slots" else 2, device=DEVICE)
+    if none == "groups":
+        given |= {k: given[k][:0] for k in ("offsets", "logits", "images")}
+    if none == "pictures":
+        given |= {"values": given["values"][:0], "images": torch.full_like(given["images"], -1)}
+    mixed, ignored = mmfs_attention(**given, backend="triton")
+    assert mixed.shape == (*given["offsets"].shape[:2], *given["values"].shape[2:])
+    assert not mixed.any()
+    assert (ignored == 1).all()
+
+
+@with_triton
+@pytest.mark.parametrize("far", [30.0, 1e6, 1e30])
+def test_far_outside(far: float, tile: None) -> None:
+    """Some samples lie far outside; all of them, then everything is zero but the softmax."""
+    given = arguments(device=DEVICE)
+    given["offsets"] = given["offsets"] * far
+    compare(given)
+    given["offsets"] = torch.full_like(given["offsets"], far)
+    found = run(given, "triton")
+    assert not found["mixed"].any()
+    assert not found["values"].any()
+    assert not found["offsets"].any()
+
+
+@with_triton
+@pytest.mark.parametrize("size", [100.0, 1e4])
+def test_extreme_logits(size: float, tile: None) -> None:
+    """At 1e4 neighbouring float32 numbers are 1e-3 apart, and so are the weights of equal logits."""
+    given = arguments(device=DEVICE)
+    given["logits"] = torch.where(given["logits"] > 1, size, -size)
+    found = compare(given, bound=1e-5 if size < 1e3 else 2e-3)
+    assert all(x.isfinite().all() for x in found.values())
+    given["logits"] = torch.full_like(given["logits"], -size)
+    assert (run(given, "triton")["ignored"] == 1).all()
+
+
+@with_triton
+def test_non_contiguous_inputs(tile: None) -> None:
+    """Columns of a wider product, as the folded query side gives them; values, images and points with odd strides."""
+    given = arguments(groups=3, queries=2, device=DEVICE)
+    expected = run(given, "triton")
+    width = given["offsets"].shape[-1]
+    both = torch.cat([given["offsets"], given["logits"]], -1)
+    strided = given | {
+        "offsets": both[..., :width],
+        "logits": both[..., width:],
+        "values": given["values"].transpose(1, 2).contiguous().transpose(1, 2),
+        "images": given["images"].T.contiguous().T,
+        "reference": given["reference"].transpose(1, 2).contiguous().transpose(1, 2),
+        "offset_table": given["offset_table"].T.contiguous().T,
+    }
+    assert not any(strided[k].is_contiguous() for k in ("offsets", "logits", "values", "images", "reference"))
+    mixed, ignored = mmfs_attention(**strided, backend="triton")
+    torch.testing.assert_close(mixed, expected["mixed"])
+    torch.testing.assert_close(ignored, expected["ignored"])
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, tile: None) -> None:
+    """Sums run in float32: results are exact for the rounded inputs, gradients are rounded once."""
+    given = arguments(dtype=dtype, device=DEVICE)
+    exact, found = run(cast(given, torch.float64), "plain"), run(given, "triton")
+    for name, x in exact.items():
+        rounded = name in LEAVES
+        assert found[name].dtype == (dtype if rounded else torch.float32)
+        assert relative(found[name], x) < (torch.finfo(dtype).eps / 2 if rounded else 2e-6), name
+
+
+@with_triton
+def test_deterministic_gradients(tile: None) -> None:
+    given = arguments(groups=5, device=DEVICE)
+    before = run(given, "triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        found, again = run(given, "triton"), run(given, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, x in before.items():
+        assert torch.equal(found[name], again[name])
+        assert relative(found[name], x) < 1e-6, name
+
+
+@with_triton
+def test_a_gradient_that_is_no_number_is_seen() -> None:
+    """In the deterministic mode too, where sums are integers."""
+    given = arguments(device=DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        values = given["values"].requires_grad_()
+        mixed, _ = mmfs_attention(**(given | {"values": values}), backend="triton")
+        (mixed * float("nan")).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert values.grad.isnan().any()
+
+
+@with_triton
+def test_values_that_need_no_gradient() -> None:
+    given = arguments(device=DEVICE)
+    offsets = given["offsets"].requires_grad_()
+    mmfs_attention(**given, backend="triton")[0].square().sum().backward()
+    found, offsets.grad = offsets.grad, None
+    mmfs_attention(**given, backend="plain")[0].square().sum().backward()
+    assert relative(found, offsets.grad) < 1e-5
+
+
+def positional(given: dict, *, deterministic: bool = False) -> tuple:
+    shapes = [size for shape in given["shapes"] for size in shape]
+    tensors = [given[k] for k in (*LEAVES, "reference", "images")]
+    return (*tensors, shapes, given["scales"], deterministic)
+
+
+@with_triton
+def test_registration() -> None:
+    """Schema, fake kernel, autograd and tracing, by PyTorch's own checks."""
+    given = arguments(groups=2, points=2, heads=1, device=DEVICE)
+    for name in LEAVES:
+        given[name].requires_grad_()
+    torch.library.opcheck(mmfs_attention_kernel, positional(given))
+
+
+@with_triton
+@pytest.mark.parametrize("way", ["compiled", "checkpointed"])
+def test_compiled_and_checkpointed(way: str) -> None:
+    given = arguments(groups=2, points=2, device=DEVICE)
+    expected = run(given, "triton")
+    values = given["values"].clone().requires_grad_()
+
+    def call(values: torch.Tensor) -> torch.Tensor:
+        mixed, ignored = mmfs_attention(**(given | {"values": values}), backend="triton")
+        return mixed + ignored[..., None]
+
+    if way == "compiled":
+        out = torch.compile(call, backend="aot_eager", fullgraph=True)(values)
+    else:
+        out = checkpoint(call, values, use_reentrant=False)
+    torch.testing.assert_close(out.detach(), expected["mixed"] + expected["ignored"][..., None])
+    out.square().sum().backward()
+    found, values.grad = values.grad, None
+    call(values).square().sum().backward()
+    torch.testing.assert_close(found, values.grad)
+
+
+CONFIG = MMFSConfig(hidden_size=8, levels=[4, 2], num_heads=2, num_points=3, max_images=6, base_size=2)
+
+
+@with_triton
+@pytest.mark.parametrize("folded", [True, False])
+def test_the_layer(folded: bool) -> None:
+    """MMFS with the kernels inside: output, and gradients of all its parameters."""
+    results = []
+    for backend in ("plain", "triton"):
+        torch.manual_seed(0)
+        mmfs = awaken(MMFS(CONFIG, query_size=10, feature_size=6))
+        mmfs.backend = backend
+        query, features = torch.randn(4, 1, 10), torch.randn(3, 20, 6)
+        mmfs, query, features = mmfs.to(DEVICE), query.to(DEVICE), features.to(DEVICE)
+        visible = VisibleImages.build(torch.tensor([[-1, -1], [0, -1], [1, 0], [2, -1]], device=DEVICE), 3)
+        prepared = mmfs.prepare(features)
+        if not folded:
+            prepared = dataclasses.replace(prepared, folded=None)
+        centre = torch.full((1, 1, 2), 0.5, device=DEVICE)
+        out = mmfs(query, prepared, visible, [(4, 4), (2, 2)], centre, 2)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in mmfs.parameters())])
+    for plain, found in zip(*results, strict=True):
+        assert relative(found, plain) < 1e-5
+
+
+def test_gradcheck_of_the_twin() -> None:
+    given = arguments(groups=2, queries=1, pictures=2, slots=2, shapes=[(3, 4), (2, 2)], heads=1, points=2, dim=2,
+                      dtype=torch.float64)  # fmt: skip
+    leaves = [given[k].requires_grad_() for k in LEAVES]
+
+    def call(*leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return mmfs_attention_plain(**(given | dict(zip(LEAVES, leaves, strict=True))))
+
+    assert torch.autograd.gradcheck(call, leaves, eps=1e-7, atol=1e-5)
+
+
+def test_the_plain_form_is_the_choice_on_a_cpu() -> None:
+    given = arguments()
+    chosen, plain = mmfs_attention(**given), mmfs_attention_plain(**given)
+    assert all(torch.equal(a, b) for a, b in zip(chosen, plain, strict=True))
+
+
+def test_what_the_kernels_do_not_know() -> None:
+    """The reason is given, and an explicit wish is never answered with something else."""
+    given = arguments(dtype=torch.float64)
+    reason = why_not_triton(given["values"], 4)
+    assert reason
+    with pytest.raises(ValueError, match="MMFS attention cannot run through Triton: "):
+        mmfs_attention(**given, backend="triton")
+
+
+@with_triton
+@pytest.mark.parametrize(
+    ("change", "points", "message"),
+    [
+        (lambda v: v.double(), 4, "not torch.float64"),
+        (lambda v: v.expand(-1, -1, -1, 16).repeat(1, 1, 1, 16), 4, "heads of 256 channels"),
+        (lambda v: v, 17, "17 points"),
+        (lambda v: v.to("meta"), 4, "for CUDA devices, and the values are on meta"),
+    ],
+)
+def test_reasons(change, points: int, message: str) -> None:
+    assert message in why_not_triton(change(arguments(device=DEVICE)["values"]), points)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shapes": [(8, 8), (4, 4)]}, "84 positions"),
+        ({"scales": [1.0]}, "1 scales for 3 levels"),
+        ({"logits": torch.zeros(3, 1, 7)}, r"logits \(3, 1, 7\)"),
+        ({"images": torch.zeros(4, 3, dtype=torch.long)}, "4 rows of images for 3 groups"),
+        ({"images": torch.zeros(3, 2, dtype=torch.long)}, "for 2 slots"),
+        ({"reference": torch.zeros(1, 2, 2)}, r"reference \(1, 2, 2\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mmfs_attention(**(arguments() | changes))
