@@ -46,8 +46,8 @@ class VisibleImages:
 
     @classmethod
     def build(cls, images: Tensor, num_images: int) -> VisibleImages:
-        """Sort the entries of `images` [groups, slots] by picture; not on accelerators, which would have to wait."""
-        return cls(images, picture_routes(images, num_images) if images.device.type == "cpu" else None)
+        """Sort the entries of `images` [groups, slots] by picture, once for all layers."""
+        return cls(images, picture_routes(images, num_images))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> VisibleImages:
