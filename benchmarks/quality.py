@@ -16,7 +16,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -177,7 +177,7 @@ def frame_score(scene: Scene, unsaid: Sequence[int], seen: Sequence[Seen]) -> di
     """Counts for one picture of a story."""
     found = pair(scene, seen)
     right = {i for i, j in found.items() if seen[j].look.color == scene.things[i].look.color}
-    exact = {i for i in right if replace(seen[found[i]].look) == scene.things[i].look}
+    exact = {i for i in right if seen[found[i]].look == scene.things[i].look}
     return {
         "things": len(scene.things),
         "found": len(right),
