@@ -44,7 +44,7 @@ def plot(run: Path, output: Path) -> None:
         raise ValueError(f"'{run}' has logged nothing yet")
     figure = Figure(figsize=(16, 3.4 * -(-len(panels) // 4)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 4), 4, squeeze=False).flat
-    for axis, panel in zip(axes, panels, strict=False):
+    for panel, axis in zip(panels, axes, strict=False):  # in this order no axis is lost
         wanted = [n for n in sorted(names) if n in (panel, f"eval_{panel}") or (panel == "lr" and n.startswith("lr/"))]
         for name in wanted:
             points = [(e["step"], e[name]) for e in entries if name in e]
@@ -52,6 +52,7 @@ def plot(run: Path, output: Path) -> None:
                 *zip(*points, strict=True), label=name.removeprefix("lr/"), marker="." if len(points) < 30 else ""
             )
         axis.set(title=panel, xlabel="step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(wanted) > 1:
             axis.legend(fontsize="small")
