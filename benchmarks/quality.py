@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 import PIL.Image
+import torch
 from machine import describe
 from rich.console import Console
 
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for sheets of what was drawn")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    exam = Exam(load(options.model, device=options.device), Reader.load(device=options.device), options)
+    exam = Exam(load(options.model, torch.float32, options.device), Reader.load(device=options.device), options)
     result: dict[str, object] = describe()
     for task in options.tasks:
         begin = time.perf_counter()

@@ -242,7 +242,7 @@ def test_odd_pictures_are_read(tmp_path: Path, processor: MMInterleavedProcessor
     animated(tmp_path / "pictures" / "1.png")
     made = loader(processor, pairs_source(tmp_path, names, shuffle=0, max_length=100))
     (batch,) = made
-    assert [round(v, 1) for v in batch.pixel_values[0, :, 9, 9].tolist()] == [0.0, 0.0, 1.0]
+    assert [round(v / 255, 1) for v in batch.pixel_values[0, :, 9, 9].tolist()] == [0.0, 0.0, 1.0]
     assert numbers([batch])[1:] == [200, 2]
     assert made.report().rejected("pairs") == {}
 
@@ -255,7 +255,7 @@ def test_large_jpegs_can_be_decoded_at_a_fraction(tmp_path: Path, processor: MMI
     plain, draft = (
         next(iter(loader(processor, pairs_source(tmp_path, names, draft_jpeg=on)))).pixel_values for on in (False, True)
     )
-    assert 0 < (plain - draft).abs().max() < 0.05
+    assert 0 < (plain.int() - draft.int()).abs().max() < 12
 
 
 # ---- a source without anything

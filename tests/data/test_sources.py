@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mm_interleaved.data import DataError, SourceConfig
 from mm_interleaved.data.readers import make_reader
@@ -436,8 +437,7 @@ def test_both_views_show_the_same_picture(tmp_path: Path, processor: MMInterleav
     source = pairs_source(tmp_path, write_pairs(tmp_path, 9))
     for batch in loader(processor, source):
         assert numbers([batch]) == [world.number_of(p) for p in batch.target_pixel_values.numpy()]
-        assert batch.pixel_values.dtype == batch.target_pixel_values.dtype
-        assert 0 <= batch.pixel_values.min() <= batch.pixel_values.max() <= 1
+        assert batch.pixel_values.dtype == batch.target_pixel_values.dtype == torch.uint8
 
 
 def test_documents_are_tokenized_as_by_the_processor(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
@@ -449,7 +449,8 @@ def test_documents_are_tokenized_as_by_the_processor(tmp_path: Path, processor: 
     (batch,) = loader(processor, source)
     expected = processor(document, training=True)
     for key in expected:
-        assert np.array_equal(batch[key], expected[key]), key
+        found = batch[key] / 255 if batch[key].dtype == torch.uint8 else batch[key]
+        assert np.array_equal(found, expected[key]), key
 
 
 # ---- names of shards

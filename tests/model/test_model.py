@@ -107,6 +107,14 @@ def test_the_caller_keeps_its_pictures(model: MMInterleaved, batch: Batch) -> No
     assert torch.equal(batch.target_pixel_values, before[1])
 
 
+def test_eight_bit_pictures_are_the_same_pictures(model: MMInterleaved, batch: Batch) -> None:
+    """Loaders leave them so, to move a quarter of the bytes."""
+    raw = {n: (batch[n] * 255).round().to(torch.uint8) for n in ("pixel_values", "target_pixel_values")}
+    expected = model(**batch, draws=draws(model))
+    found = model(**{**batch, **raw}, draws=draws(model))
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=1e-6)
+
+
 def test_explicit_generator_decides(model: MMInterleaved, batch: Batch) -> None:
     losses = [model(**batch, generator=torch.Generator().manual_seed(s)).loss_img.item() for s in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]

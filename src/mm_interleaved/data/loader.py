@@ -291,6 +291,7 @@ class _Parcels:
             ignore_text_before_image=[s.ignore_text_before_image for s in sources],
             views=views,
             pad_to=limit if self._config.pad_to_max_length else 0,
+            eight_bit=True,
         )
         batch.source = drawn.name
         batch.loss_text_weight, batch.loss_image_weight = sources[0].loss_text_weight, sources[0].loss_image_weight

@@ -11,7 +11,6 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from ..processor import Batch, MMInterleavedProcessor
-from ..processor.images import to_picture
 
 WIDTH, MARGIN, FONT, THUMBNAIL, GAP = 1200, 16, 15, 112, 6
 MAX_HEIGHT = 520  # of one row of tokens; what is longer ends in "..."
@@ -66,7 +65,7 @@ def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterat
         elif token == processor.soi_token_id:
             index = next(pictures)
             drawn = batch.image_loss_mask is None or bool(batch.image_loss_mask[index])
-            yield _Piece(to_picture(batch.pixel_values[index].numpy()), drawn)
+            yield _Piece(PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy()), drawn)
         elif token is not None and token != processor.image_token_id:
             run.append(token)
             flag = is_learned

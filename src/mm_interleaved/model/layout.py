@@ -44,7 +44,9 @@ class Layout:
         positions: where each picture stands.
         visible: the pictures that each token sees; a group is one token.
         drawn: [drawn pictures] numbers of the pictures that the image loss looks at.
-        earlier: the pictures that condition each drawing; a group is one drawing, all of `drawn` once, then again.
+        conditioning: numbers of the pictures that condition some drawing; some may stand there again behind them.
+        earlier: those that condition each drawing, as places in `conditioning`; a group is one drawing, all of `drawn`
+            once, then again.
         context_length: tokens of the longest context of a drawn picture.
         labelled: [labelled] index into the flattened rows of each token that predicts a labelled one; None: no labels.
         targets: [labelled] the tokens they predict; None: no labels.
@@ -54,6 +56,7 @@ class Layout:
     positions: ImagePositions
     visible: VisibleImages
     drawn: Tensor
+    conditioning: Tensor
     earlier: VisibleImages
     context_length: int
     labelled: Tensor | None
@@ -110,7 +113,9 @@ def plan(
     if drawn is None:
         drawn = torch.arange(len(positions.rows), device=input_ids.device)
     lengths = (positions.columns - positions.starts + 1)[drawn]
-    earlier = previous_images(positions, previous)[drawn].repeat(repeats, 1)
+    earlier = previous_images(positions, previous)[drawn]
+    conditioning = earlier[earlier >= 0].unique()
+    places = torch.where(earlier >= 0, torch.searchsorted(conditioning, earlier), -1).repeat(repeats, 1)
     labelled = targets = None
     if labels is not None:
         wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
@@ -120,7 +125,8 @@ def plan(
         positions,
         VisibleImages(images.flatten(0, 1), routes),
         drawn,
-        VisibleImages.build(earlier, len(positions.rows)),
+        conditioning,
+        VisibleImages.build(places, len(conditioning)),
         int(lengths.max()) if len(lengths) else 0,
         labelled,
         targets,

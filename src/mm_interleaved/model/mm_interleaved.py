@@ -50,6 +50,11 @@ class MMInterleavedOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
+def unit_range(pixels: Tensor) -> Tensor:
+    """Pictures in [0, 1]: uint8 ones divided by 255, others as they are."""
+    return pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
+
+
 class TextHead(nn.Module):
     """Text logits: a head over the whole vocabulary, plus trainable rows for the new tokens at its end."""
 
@@ -150,8 +155,8 @@ class MMInterleavedModel(PreTrainedModel):
             mmfs.implementation = implementation
 
     def encode_images(self, pixel_values: Tensor) -> VisualFeatures:
-        """Visual tokens and maps of `pixel_values` [pictures, 3, image_size, image_size] in [0, 1]."""
-        return self.visual_tokenizer(pixel_values.to(self.compute_device))
+        """Visual tokens and maps of `pixel_values` [pictures, 3, image_size, image_size] in [0, 1], or uint8."""
+        return self.visual_tokenizer(unit_range(pixel_values.to(self.compute_device)))
 
     def remember(self, pyramid: list[Tensor]) -> ImageMemory:
         """The pictures as the decoder sees them, with every layer's values projected once (for inference)."""
@@ -276,11 +281,11 @@ class MMInterleavedModel(PreTrainedModel):
             input_ids: [batch, length].
             attention_mask: [batch, length], 0 at padding; None: no padding.
             position_ids: [batch, length]; None: 0, 1, 2, ...
-            pixel_values: [pictures, 3, image_size, image_size] in [0, 1], in the order of their SOI tokens; with a
-                `layout`, more may follow, which nothing sees (see `TrainConfig.shape_multiple`).
+            pixel_values: [pictures, 3, image_size, image_size] in [0, 1], or uint8 in [0, 255], in the order of their
+                SOI tokens; with a `layout`, more may follow, which nothing sees (see `TrainConfig.shape_multiple`).
             document_starts: [pictures] column of the `<s>` that opens each picture's document; None: its row's start.
             labels: [batch, length], the token expected at each position, -100 where none is (the shift is done here).
-            target_pixel_values: [pictures, 3, decoder size, decoder size] in [0, 1], what the image decoder shall draw.
+            target_pixel_values: [pictures, 3, decoder size, decoder size] likewise, what the image decoder shall draw.
             image_loss_mask: [pictures] weight of each picture in the image loss; None: all 1.
             loss_text_weight, loss_image_weight: override the configuration's.
             draws: the random numbers of the image loss, for every picture of `layout.drawn` once or several times;
@@ -379,8 +384,8 @@ class MMInterleavedModel(PreTrainedModel):
         return self.image_decoder.loss(
             context,
             mask,
-            EarlierImages.of(features.pyramid, layout.earlier),
-            targets.to(self.compute_device)[drawn],
+            EarlierImages.of([m[layout.conditioning] for m in features.pyramid], layout.earlier),
+            unit_range(targets.to(self.compute_device)[drawn]),
             draws.to(self.compute_device),
             None if image_loss_mask is None else image_loss_mask[drawn],
             self.config.normalize_image_loss,

@@ -98,7 +98,7 @@ class MMFS(nn.Module):
         super().__init__()
         self.config = config
         self.implementation = "fast"
-        self.backend: Backend = "plain"  # of the fast form; the Triton kernels have run in the interpreter only
+        self.backend: Backend = "auto"  # of the fast form
         heads, points, levels = config.num_heads, config.num_points, len(config.levels)
         self.dynamic_offset_mask = nn.Linear(query_size, query_size)
         self.query_relpos = nn.Embedding(config.max_images, query_size)

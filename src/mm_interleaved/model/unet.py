@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops.deformable import Shapes
@@ -20,13 +21,16 @@ from .mmfs import MMFS, PreparedMMFS, VisibleImages
 from .positions import PositionTable
 from .vit_adapter import cell_centres
 
+_EPS = 1e-6  # of all LayerNorms here
+
 
 @dataclass
 class EarlierImages:
     """The pictures that the UNet looks at.
 
     Attributes:
-        features: [pictures, positions, vision width], all four levels one after the other.
+        features: [pictures, positions, vision width], all four levels one after the other, each vector with mean 0
+            and variance 1: all synchronizers begin with a LayerNorm, of which they share this part.
         shapes: (height, width) of every level.
         visible: which of them each drawn picture sees; a group is one drawn picture.
         prepared: for every synchronizer what it derived from the features; None: derived anew in each call (training).
@@ -46,6 +50,7 @@ class EarlierImages:
     def of(cls, pyramid: list[Tensor], visible: VisibleImages) -> EarlierImages:
         """The same, with the pictures of each drawing sorted already."""
         features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], dim=1)
+        features = F.layer_norm(features, features.shape[-1:], eps=_EPS)
         return cls(features, [(m.shape[-2], m.shape[-1]) for m in pyramid], visible)
 
     def for_guidance(self, unconditional_sees: bool) -> EarlierImages:
@@ -56,14 +61,22 @@ class EarlierImages:
         return EarlierImages(self.features, self.shapes, visible, self.prepared)
 
 
+class LearnedNorm(nn.LayerNorm):
+    """A LayerNorm for vectors that are normalised already: gain and bias alone."""
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """[..., width]."""
+        return normed * self.weight + self.bias
+
+
 class UNetSynchronizer(GradientCheckpointingLayer):
     """x + conv(MMFS(norm(x) + positions, norm(maps)))."""
 
     def __init__(self, config: ImageDecoderConfig, channels: int, side: int, feature_size: int) -> None:
         super().__init__()
         self.side = side
-        self.query_norm = nn.LayerNorm(channels, eps=1e-6)
-        self.feature_norm = nn.LayerNorm(feature_size, eps=1e-6)
+        self.query_norm = nn.LayerNorm(channels, eps=_EPS)
+        self.feature_norm = LearnedNorm(feature_size, eps=_EPS)
         self.positions = PositionTable.grid(config.latent_size, channels, resize_to=side)
         self.mmfs = MMFS(config.mmfs, channels, feature_size)
         self.conv = nn.Conv2d(channels, channels, 1)

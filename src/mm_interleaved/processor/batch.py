@@ -22,12 +22,12 @@ class Batch(Mapping[str, Tensor]):
         input_ids: [batch, length] int64.
         attention_mask: [batch, length] int64, 1 = real, 0 = padding.
         position_ids: [batch, length] int64, real tokens before this one.
-        pixel_values: [pictures, 3, image_size, image_size] float32 in [0, 1].
+        pixel_values: [pictures, 3, image_size, image_size] float32 in [0, 1], or uint8 in [0, 255] from loaders.
         image_rows: [pictures] int64, the row of each picture.
         document_starts: [pictures] int64, column of the `<s>` that opens each picture's document.
         labels: [batch, length] int64, the token to learn at each position or -100; None for generation.
-        target_pixel_values: [pictures, 3, target_size, target_size] float32 in [0, 1], what to draw; None likewise.
-        image_loss_mask: [pictures] float32, 1 where the picture is to be learned; None likewise.
+        target_pixel_values: [pictures, 3, target_size, target_size] likewise, what to draw; None as for labels.
+        image_loss_mask: [pictures] float32, 1 where the picture is to be learned; None as for labels.
         source: name of the data source that the rows come from, if it is known. This and the weights are not tensors,
             and not part of the mapping.
         loss_text_weight: of this batch, instead of the trainer's; None: as the trainer says.
