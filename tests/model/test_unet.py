@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_the_down_path_and_the_middle_see_no_picture(unet: MMFSUNet, debug_confi
         sample,
         time,
         conditions,
-        EarlierImages(earlier.features, earlier.shapes, earlier.visible.build(torch.tensor(other), 2)),
+        replace(earlier, visible=earlier.visible.build(torch.tensor(other), 2)),
     )
     for hook in hooks:
         hook.remove()
@@ -117,7 +118,7 @@ def test_each_drawing_sees_its_own_picture(unet: MMFSUNet, debug_config: MMInter
     sample, time, conditions, earlier = inputs(debug_config, [[1], [-1], [0]])
     together = unet(sample, time, conditions, earlier)
     for i, images in enumerate([[1], [-1], [0]]):
-        alone = EarlierImages(earlier.features, earlier.shapes, earlier.visible.build(torch.tensor([images]), 2))
+        alone = replace(earlier, visible=earlier.visible.build(torch.tensor([images]), 2))
         part = unet(sample[i : i + 1], time[i : i + 1], conditions[i : i + 1], alone)
         torch.testing.assert_close(together[i : i + 1], part, rtol=0, atol=2e-6)
 

@@ -103,13 +103,12 @@ def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Co
         conditions = torch.empty(
             2, config.image_decoder.resampler.num_queries, config.image_decoder.resampler.hidden_size
         )
-        features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], 1)
         seen = VisibleImages(torch.empty(2, 1, dtype=torch.long), torch.empty(1, 2, dtype=torch.long))
-        earlier = EarlierImages(features, [(m.shape[-2], m.shape[-1]) for m in pyramid], seen)
+        earlier = EarlierImages.of(pyramid, seen)
         latents, time = torch.empty(decoder.latent_shape(2)), torch.empty(2, dtype=torch.long)
         with torch.no_grad():
             prepared = decoder.unet.prepare(earlier)
-            values = _macs(lambda: [s.mmfs.project(s.feature_norm(features)) for s in decoder.unet.synchronizers])
+            values = _macs(lambda: [s.mmfs.project(s.feature_norm(earlier.normed)) for s in decoder.unet.synchronizers])
             step = _macs(lambda: decoder.unet(latents, time, conditions, prepared))
         around = _macs(lambda: decoder.vae.decode(latents[:1])) + _macs(lambda: decoder.resampler(context))
         encode = _macs(lambda: model.encode_images(pixels)) + projection

@@ -44,7 +44,7 @@ class Layout:
         positions: where each picture stands.
         visible: the pictures that each token sees; a group is one token.
         drawn: [drawn pictures] numbers of the pictures that the image loss looks at.
-        conditioning: numbers of the pictures that condition some drawing; some may stand there again behind them.
+        conditioning: numbers of the pictures that condition some drawing; see `filled`.
         earlier: those that condition each drawing, as places in `conditioning`; a group is one drawing, all of `drawn`
             once, then again.
         context_length: tokens of the longest context of a drawn picture.
@@ -62,6 +62,17 @@ class Layout:
     labelled: Tensor | None
     targets: Tensor | None
     padded: bool
+
+    def filled(self, multiple: int) -> Layout:
+        """With a multiple of that many `conditioning` pictures: some stand there again, and nothing looks at them."""
+        count = len(self.conditioning)
+        more = -count % multiple if count else 0
+        routes = self.earlier.routes
+        if routes is not None:
+            routes = torch.cat([routes, routes.new_full((more, routes.shape[1]), -1)])
+        place = torch.arange(count + more, device=self.conditioning.device) % max(count, 1)
+        earlier = VisibleImages(self.earlier.images, routes)
+        return replace(self, conditioning=self.conditioning[place], earlier=earlier)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Layout:
         """The same layout on another device."""

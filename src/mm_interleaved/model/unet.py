@@ -7,7 +7,7 @@ picture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -29,14 +29,16 @@ class EarlierImages:
     """The pictures that the UNet looks at.
 
     Attributes:
-        features: [pictures, positions, vision width], all four levels one after the other, each vector with mean 0
-            and variance 1: all synchronizers begin with a LayerNorm, of which they share this part.
+        features: [pictures, positions, vision width], all four levels one after the other.
+        normed: the same, each vector with mean 0 and variance 1. Every synchronizer begins with a LayerNorm; this part
+            of it they share.
         shapes: (height, width) of every level.
         visible: which of them each drawn picture sees; a group is one drawn picture.
         prepared: for every synchronizer what it derived from the features; None: derived anew in each call (training).
     """
 
     features: Tensor
+    normed: Tensor
     shapes: Shapes
     visible: VisibleImages
     prepared: list[PreparedMMFS] | None = None
@@ -50,15 +52,15 @@ class EarlierImages:
     def of(cls, pyramid: list[Tensor], visible: VisibleImages) -> EarlierImages:
         """The same, with the pictures of each drawing sorted already."""
         features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], dim=1)
-        features = F.layer_norm(features, features.shape[-1:], eps=_EPS)
-        return cls(features, [(m.shape[-2], m.shape[-1]) for m in pyramid], visible)
+        normed = F.layer_norm(features, features.shape[-1:], eps=_EPS)
+        return cls(features, normed, [(m.shape[-2], m.shape[-1]) for m in pyramid], visible)
 
     def for_guidance(self, unconditional_sees: bool) -> EarlierImages:
         """For a batch with the unconditional copy of every drawing first; nothing large is copied."""
         images = self.visible.images
         unconditional = images if unconditional_sees else torch.full_like(images, -1)
         visible = VisibleImages.build(torch.cat([unconditional, images]), len(self.features))
-        return EarlierImages(self.features, self.shapes, visible, self.prepared)
+        return replace(self, visible=visible)
 
 
 class LearnedNorm(nn.LayerNorm):
@@ -90,9 +92,9 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
-    def prepare(self, features: Tensor) -> PreparedMMFS:
-        """What this synchronizer keeps of `features` [pictures, positions, width]."""
-        return self.mmfs.prepare(self.feature_norm(features))
+    def prepare(self, normed: Tensor) -> PreparedMMFS:
+        """What this synchronizer keeps of `EarlierImages.normed` [pictures, positions, width]."""
+        return self.mmfs.prepare(self.feature_norm(normed))
 
     def forward(self, x: Tensor, earlier: EarlierImages, prepared: PreparedMMFS | None) -> Tensor:
         """`x` [drawings, channels, side, side], a group of `earlier.visible` being one drawing."""
@@ -101,7 +103,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         else:
             query = self.query_norm(x.flatten(2).transpose(1, 2)) + self.positions().to(x.dtype)
         if prepared is None:
-            prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.features)))
+            prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.normed)))
         centres = cell_centres([self.side], x.device)[None]
         seen = self.mmfs(
             query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side
@@ -131,8 +133,7 @@ class MMFSUNet(UNet2DConditionModel):
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
         """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
-        prepared = [synchronizer.prepare(earlier.features) for synchronizer in self.synchronizers]
-        return EarlierImages(earlier.features, earlier.shapes, earlier.visible, prepared)
+        return replace(earlier, prepared=[synchronizer.prepare(earlier.normed) for synchronizer in self.synchronizers])
 
     def forward(self, sample: Tensor, timestep: Tensor, conditions: Tensor, earlier: EarlierImages | None) -> Tensor:
         """Predict the noise.

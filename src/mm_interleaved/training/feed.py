@@ -156,8 +156,7 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, multiple: i
             losses.draws_per_image,
         )
         longest = min(_up(layout.context_length, multiple), model.config.max_context_length)
-        conditioning = _filled(layout.conditioning, multiple)
-        layout = replace(layout, context_length=longest, conditioning=conditioning)
+        layout = replace(layout, context_length=longest).filled(multiple)
         count = losses.draws_per_image * (pictures if drawn is None else len(drawn))
         generator = torch.Generator(device).manual_seed(seed)
         weights = {"loss_text_weight": losses.text, "loss_image_weight": losses.image}
@@ -181,13 +180,6 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, multiple: i
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _filled(numbers: torch.Tensor, multiple: int) -> torch.Tensor:
-    """The numbers, again from the first on, until there is a multiple of `multiple`."""
-    if not len(numbers):
-        return numbers
-    return numbers[torch.arange(_up(len(numbers), multiple)) % len(numbers)]
 
 
 def choose_pictures(count: int, fraction: float, seed: int, multiple: int = 1) -> torch.Tensor | None:
