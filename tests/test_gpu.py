@@ -26,6 +26,9 @@ from mm_interleaved.model.image_decoder import DiffusionDraws
 from mm_interleaved.ops import mmfs_attention
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.processor import Batch
+from mm_interleaved.training.config import LossConfig, ShapesConfig
+from mm_interleaved.training.feed import prepare_documents
+from mm_interleaved.training.graphs import RecordedForward
 
 from .conftest import awaken, picture
 from .ops.mmfs_inputs import LEAVES, arguments, cast, run
@@ -238,3 +241,49 @@ def test_deterministic_mmfs_kernels_at_real_size() -> None:
     for name, x in before.items():
         assert torch.equal(first[name], second[name]), name
         assert relative(first[name], x) < 1e-5, name
+
+
+class Halved(torch.nn.Module):
+    """A model under autocast, as `accelerate` prepares it."""
+
+    def __init__(self, model: MMInterleaved) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        with torch.autocast("cuda", torch.bfloat16):
+            return self.model(**inputs)
+
+
+@pytest.mark.parametrize(("halved", "bounds"), [(False, (1e-5, 1e-5, 1e-3)), (True, (1e-3, 1e-3, 2e-2))])
+def test_a_recorded_step_computes_the_same(small: Loaded, halved: bool, bounds: tuple[float, ...]) -> None:
+    """Losses and gradients through CUDA graphs, for batches of the recorded sizes and for one of others."""
+    model = copy.deepcopy(small.model).to("cuda").train()
+    called = Halved(model) if halved else model
+    shapes = ShapesConfig(1, pictures=5, drawn=3, conditioning=2, context=96, labelled=150, visible=3, graph=True)
+    step = RecordedForward(shapes)
+    prepare = prepare_documents(model, LossConfig(), shapes)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for seed, count in enumerate([3, 3, 3, 2]):
+        pictures = [Image(picture(10 * seed + n)) for n in range(count)]
+        batch = small.processor(Document([Text("a red house"), *pictures, Text("the end" * seed)]), training=True)
+        fill = {"input_ids": small.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        for name, value in fill.items():
+            row = batch[name]
+            setattr(batch, name, torch.nn.functional.pad(row, (0, 128 - row.shape[1]), value=value))
+        inputs = prepare(batch, seed, torch.device("cuda"))
+        inputs.pop("counts")
+        found = []
+        for call in (lambda m, x: m(**x), step):
+            model.zero_grad()
+            outputs = call(called, inputs)
+            outputs.loss.backward()
+            losses = outputs.loss.detach(), outputs.loss_img.detach()
+            del outputs  # what its graph keeps alive cannot be recorded
+            found.append((*losses, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])))
+        for a, b, bound in zip(*found, bounds, strict=True):
+            assert relative(b, a) < bound
+        with torch.no_grad():
+            for parameter in parameters:  # a recording reads the weights as they are now
+                parameter.mul_(0.99)
+    assert (step.replayed, step.unrecorded) == (3, 1)

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_interleaved import Document, Image, Text
 from mm_interleaved.cli import main
 from mm_interleaved.configuration import ConfigError, load_config
 from mm_interleaved.pretrained import FOLDER, load
-from mm_interleaved.training.config import EMAConfig, LossConfig, TrainConfig, TrainingError
+from mm_interleaved.training.config import EMAConfig, LossConfig, ShapesConfig, TrainConfig, TrainingError
 from mm_interleaved.training.ema import EMA
 from mm_interleaved.training.feed import choose_pictures, prepare_documents, seed_of
+from mm_interleaved.training.graphs import RecordedForward
 from mm_interleaved.training.run import train
 
 from ..conftest import picture
@@ -148,11 +150,11 @@ def test_seeds_differ_and_do_not_depend_on_the_process() -> None:
 
 
 def test_some_pictures_are_chosen() -> None:
-    assert choose_pictures(7, 1.0, 3) is None
-    chosen = choose_pictures(7, 0.5, 3)
+    assert choose_pictures(7, 1.0, 3, ShapesConfig()) is None
+    chosen = choose_pictures(7, 0.5, 3, ShapesConfig())
     assert chosen is not None
     assert len(chosen) == len(set(chosen.tolist())) == 4
-    assert {tuple(choose_pictures(7, 0.5, s).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
+    assert {tuple(choose_pictures(7, 0.5, s, ShapesConfig()).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
 
 
 def test_padded_shapes_change_no_loss() -> None:
@@ -162,20 +164,76 @@ def test_padded_shapes_change_no_loss() -> None:
     documents = [Document([Text("a red house"), pictures[0], pictures[1]]), Document([pictures[2], Text("a cat")])]
     batch = small.processor(documents, training=True)
     found = []
-    for multiple in (1, 8):
-        inputs = prepare_documents(small.model, LossConfig(), multiple)(batch, 5, torch.device("cpu"))
+    fixed = ShapesConfig(1, pictures=7, drawn=3, conditioning=3, context=50, labelled=99, visible=4)
+    for shapes in (ShapesConfig(), ShapesConfig(8), fixed):
+        inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
         inputs.pop("counts")
-        found.append((inputs, small.model(**inputs)))
-    (_, expected), (padded, outputs) = found
+        small.model.zero_grad()
+        outputs = small.model(**inputs)
+        outputs.loss.backward()
+        found.append((inputs, outputs, small.model.visual_tokenizer.proj.weight.grad.clone()))
+    (_, expected, gradient), (padded, *_), (fixed, *_) = found
     assert len(padded["pixel_values"]) == 8
     assert padded["layout"].context_length % 8 == 0
-    torch.testing.assert_close(outputs.loss_txt, expected.loss_txt, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(outputs.loss_img, expected.loss_img, rtol=1e-4, atol=1e-5)
+    layout = fixed["layout"]
+    assert (len(fixed["pixel_values"]), len(layout.conditioning), layout.context_length) == (7, 3, 50)
+    assert (len(layout.labelled), layout.visible.images.shape[1]) == (99, 4)
+    for _, outputs, also in found[1:]:
+        torch.testing.assert_close(outputs.loss_txt, expected.loss_txt, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outputs.loss_img, expected.loss_img, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(also, gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("count", "fraction", "multiple", "drawn"), [(10, 0.5, 1, 5), (70, 0.5, 32, 32), (9, 1, 4, 8), (3, 1, 4, 3)]
 )
 def test_how_many_pictures_are_drawn(count: int, fraction: float, multiple: int, drawn: int) -> None:
-    chosen = choose_pictures(count, fraction, 0, multiple)
+    chosen = choose_pictures(count, fraction, 0, ShapesConfig(multiple))
     assert (count if chosen is None else len(set(chosen.tolist()))) == drawn
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what makes a GPU's host wait for it."""
+
+    refused = ("_local_scalar_dense", "nonzero", "_unique", "bincount", "masked_select", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.refused), f"{name} needs the result at once"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_planned_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it can be recorded; as when recording, transformers is told not to look at values."""
+    small = load("debug")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    documents = [Document([Text("a red house"), Image(picture(0)), Image(picture(1))]), Document([Text("no picture")])]
+    shapes = ShapesConfig(1, pictures=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3)
+    batch = small.processor(documents, training=True)
+    inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
+    inputs.pop("counts")
+    with Waits():
+        small.model(**inputs).loss.backward()
+
+
+def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with the recording replaced by what would be recorded."""
+    small = load("debug")
+    recorded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda f, x, **_: recorded.append(len(x)) or f)
+    shapes = ShapesConfig(1, pictures=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
+    step = RecordedForward(shapes)
+    prepare = prepare_documents(small.model, LossConfig(), shapes)
+    for seed, count in enumerate([2, 1, 2]):
+        pictures = [Image(picture(seed + n)) for n in range(count)]
+        batch = small.processor(Document([Text("a red house"), *pictures]), training=True)
+        fill = {"input_ids": small.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        for name, value in fill.items():
+            row = batch[name]
+            setattr(batch, name, torch.nn.functional.pad(row, (0, 60 - row.shape[1]), value=value))
+        inputs = prepare(batch, seed, torch.device("cpu"))
+        inputs.pop("counts")
+        outputs, expected = step(small.model, inputs), small.model(**inputs)
+        assert torch.equal(outputs.loss, expected.loss)
+        assert torch.equal(outputs.loss_txt, expected.loss_txt)
+    assert (len(recorded), step.replayed, step.unrecorded) == (1, 2, 1)

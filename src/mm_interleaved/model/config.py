@@ -58,6 +58,7 @@ class ResamplerConfig:
     intermediate_size: int = 3072
     cross_attention_every: int = 1
     qk_norm: bool = False
+    initializer_range: float = 0.02  # deviation of weights and queries; 0.02 was made for widths near 768
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     layer_norm_eps: float = 1e-12
@@ -419,6 +420,7 @@ def _small() -> dict[str, Any]:
             "intermediate_size": 384,
             "cross_attention_every": 2,
             "qk_norm": True,
+            "initializer_range": 0.09,
         },
         "mmfs": {"hidden_size": 128, "levels": [16, 8, 4], "num_heads": 8, "num_points": 4, "base_size": 8},
         "image_decoder": {
@@ -436,6 +438,7 @@ def _small() -> dict[str, Any]:
             "scheduler": dict(SD_SCHEDULER),
             "resampler": {
                 "num_queries": 24, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
+                "initializer_range": 0.09,
             },
             "mmfs": {
                 "hidden_size": 128, "levels": [32, 16, 8, 4], "num_heads": 8, "num_points": 4, "max_images": 10,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import picture_routes
 from .mmfs import VisibleImages
 
 
@@ -41,21 +42,21 @@ class Layout:
     Computed on the CPU beside the batch, it lets a training step run on an accelerator without waiting for it.
 
     Attributes:
-        positions: where each picture stands.
         visible: the pictures that each token sees; a group is one token.
         drawn: [drawn pictures] numbers of the pictures that the image loss looks at.
-        conditioning: numbers of the pictures that condition some drawing; see `filled`.
+        contexts: where they stand.
+        conditioning: numbers of the pictures that condition some drawing; more may follow, see `filled`.
         earlier: those that condition each drawing, as places in `conditioning`; a group is one drawing, all of `drawn`
             once, then again.
         context_length: tokens of the longest context of a drawn picture.
         labelled: [labelled] index into the flattened rows of each token that predicts a labelled one; None: no labels.
-        targets: [labelled] the tokens they predict; None: no labels.
+        targets: [labelled] the tokens they predict, -100 where nothing is learned after all; None: no labels.
         padded: whether padding must be masked. Rows padded on the right need no mask: no real token comes after it.
     """
 
-    positions: ImagePositions
     visible: VisibleImages
     drawn: Tensor
+    contexts: ImagePositions
     conditioning: Tensor
     earlier: VisibleImages
     context_length: int
@@ -63,16 +64,35 @@ class Layout:
     targets: Tensor | None
     padded: bool
 
-    def filled(self, multiple: int) -> Layout:
-        """With a multiple of that many `conditioning` pictures: some stand there again, and nothing looks at them."""
-        count = len(self.conditioning)
-        more = -count % multiple if count else 0
-        routes = self.earlier.routes
-        if routes is not None:
-            routes = torch.cat([routes, routes.new_full((more, routes.shape[1]), -1)])
-        place = torch.arange(count + more, device=self.conditioning.device) % max(count, 1)
-        earlier = VisibleImages(self.earlier.images, routes)
-        return replace(self, conditioning=self.conditioning[place], earlier=earlier)
+    def filled(
+        self, pictures: int = 0, visible: int = 0, conditioning: int = 0, context: int = 0, labelled: int = 0
+    ) -> Layout:
+        """At least of these sizes, for the same results: what is added is seen by nothing and weighs nothing.
+
+        Args:
+            pictures: how many pictures there will be, in the routes of `visible`.
+            visible: slots for the pictures that a token sees.
+            conditioning: pictures in `conditioning`; some stand there again. (Where there are none, none are added.)
+            context: `context_length`.
+            labelled: entries of `labelled`.
+        """
+        used = len(self.conditioning)
+        count = max(conditioning, used) if used else 0
+        places = torch.arange(count, device=self.conditioning.device) % max(used, 1)
+        learned = self.labelled, self.targets
+        if self.labelled is not None and self.targets is not None:
+            more = torch.arange(max(0, labelled - len(self.labelled)), device=self.labelled.device)
+            more = more % len(self.visible.images)  # spread: gradients of one and the same entry would queue up
+            learned = torch.cat([self.labelled, more]), torch.cat([self.targets, torch.full_like(more, -100)])
+        return replace(
+            self,
+            visible=_widened(self.visible, visible, pictures),
+            conditioning=self.conditioning[places],
+            earlier=_widened(self.earlier, 0, count),
+            context_length=max(context, self.context_length),
+            labelled=learned[0],
+            targets=learned[1],
+        )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Layout:
         """The same layout on another device."""
@@ -89,6 +109,18 @@ def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
     return value
 
 
+def _widened(visible: VisibleImages, slots: int, pictures: int) -> VisibleImages:
+    """With at least so many slots, and routes of at least so many pictures."""
+    images, routes = visible.images, visible.routes
+    wider = max(slots, images.shape[1])
+    if routes is not None:
+        if images.shape[1]:  # a place in the flattened slots is group * slots + slot
+            routes = torch.where(routes < 0, -1, routes // images.shape[1] * wider + routes % images.shape[1])
+        routes = torch.nn.functional.pad(routes, (0, 0, 0, max(0, pictures - len(routes))), value=-1)
+    images = torch.nn.functional.pad(images, (0, wider - images.shape[1]), value=-1)
+    return VisibleImages(images, routes)
+
+
 def plan(
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -100,6 +132,7 @@ def plan(
     labels: Tensor | None = None,
     drawn: Tensor | None = None,
     repeats: int = 1,
+    routes: bool = True,
 ) -> Layout:
     """The layout of a batch.
 
@@ -112,6 +145,7 @@ def plan(
         labels: [batch, length], -100 where nothing is learned.
         drawn: numbers of the pictures that the image loss looks at; None: all.
         repeats: how often each of them is drawn.
+        routes: whether to sort tokens and drawings by the pictures they see; see `VisibleImages.routes`.
 
     Raises:
         ValueError: `document_starts` is not one number a picture.
@@ -120,7 +154,6 @@ def plan(
     if len(positions.starts) != len(positions.rows):
         raise ValueError(f"document_starts has {len(positions.starts)} entries for {len(positions.rows)} pictures")
     images = visible_images(input_ids, attention_mask, bos_token_id, soi_token_id)
-    routes = token_routes(input_ids, attention_mask, images, positions, bos_token_id)
     if drawn is None:
         drawn = torch.arange(len(positions.rows), device=input_ids.device)
     lengths = (positions.columns - positions.starts + 1)[drawn]
@@ -133,11 +166,14 @@ def plan(
         labelled = (wanted != -100).nonzero()[:, 0]
         targets = wanted[labelled]
     return Layout(
-        positions,
-        VisibleImages(images.flatten(0, 1), routes),
+        VisibleImages(
+            images.flatten(0, 1),
+            token_routes(input_ids, attention_mask, images, positions, bos_token_id) if routes else None,
+        ),
         drawn,
+        positions[drawn],
         conditioning,
-        VisibleImages.build(places, len(conditioning)),
+        VisibleImages(places, picture_routes(places, len(conditioning)) if routes else None),
         int(lengths.max()) if len(lengths) else 0,
         labelled,
         targets,

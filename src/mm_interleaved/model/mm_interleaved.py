@@ -164,13 +164,13 @@ class MMInterleavedModel(PreTrainedModel):
         memory.prepared = [s.prepare(memory.features) for s in synchronizers(self.language_model)]
         return memory
 
-    def embed(self, input_ids: Tensor, image_tokens: Tensor | None, positions: ImagePositions | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, image_tokens: Tensor | None, checked: bool = False) -> Tensor:
         """Token embeddings [batch, length, width], with pictures in place and `soi_token` added to every SOI.
 
         Args:
             input_ids: [batch, length].
             image_tokens: [pictures, num_image_tokens, width] in the order of their slots; None: no picture.
-            positions: of their SOI tokens, if they are known, each followed by all its slots; None: looked for.
+            checked: whether their slots are known to be there; more pictures may then follow, for which there are none.
 
         Raises:
             ValueError: the number of image slots is not num_image_tokens times the number of pictures.
@@ -181,17 +181,18 @@ class MMInterleavedModel(PreTrainedModel):
         if image_tokens is None:
             return embeds
         flat = image_tokens.flatten(0, 1).to(embeds)
-        if positions is not None:
-            steps = torch.arange(1, image_tokens.shape[1] + 1, device=embeds.device)
-            columns = positions.columns[:, None] + steps
-            return embeds.index_put((positions.rows[:, None].expand_as(columns).flatten(), columns.flatten()), flat)
-        slots = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)
-        if len(slots[0]) != len(flat):
+        is_slot = input_ids == self.config.image_token_id
+        if not checked and int(is_slot.sum()) != len(flat):
             raise ValueError(
-                f"input_ids holds {len(slots[0])} image tokens, but {len(image_tokens)} pictures need {len(flat)} "
+                f"input_ids holds {int(is_slot.sum())} image tokens, but {len(image_tokens)} pictures need {len(flat)} "
                 f"({self.config.num_image_tokens} each)"
             )
-        return embeds.index_put(slots, flat)
+        if not len(flat):
+            return embeds
+        # Text reads a token as well, which is then not taken; each another one, or their gradients would queue up.
+        number = is_slot.flatten().cumsum(0).view_as(input_ids) - 1
+        anything = torch.arange(input_ids.numel(), device=embeds.device).view_as(input_ids) % len(flat)
+        return torch.where(is_slot[..., None], flat[torch.where(is_slot, number, anything)], embeds)
 
     def decode(
         self,
@@ -282,7 +283,7 @@ class MMInterleavedModel(PreTrainedModel):
             attention_mask: [batch, length], 0 at padding; None: no padding.
             position_ids: [batch, length]; None: 0, 1, 2, ...
             pixel_values: [pictures, 3, image_size, image_size] in [0, 1], or uint8 in [0, 255], in the order of their
-                SOI tokens; with a `layout`, more may follow, which nothing sees (see `TrainConfig.shape_multiple`).
+                SOI tokens; with a `layout`, more may follow, which nothing sees (see `Layout.filled`).
             document_starts: [pictures] column of the `<s>` that opens each picture's document; None: its row's start.
             labels: [batch, length], the token expected at each position, -100 where none is (the shift is done here).
             target_pixel_values: [pictures, 3, decoder size, decoder size] likewise, what the image decoder shall draw.
@@ -300,12 +301,16 @@ class MMInterleavedModel(PreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         config = self.config
         known = layout is not None
-        layout = layout or self.plan(input_ids, attention_mask, document_starts, labels)
-        found = len(layout.positions.rows)
-        features, memory = self._look(pixel_values, found if known else None)
-        if found != len(memory):
-            raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {len(memory)} pictures")
-        embeds = self.embed(input_ids, features.tokens if features else None, layout.positions if known else None)
+        if layout is None:
+            found, given = (
+                int((input_ids == config.soi_token_id).sum()),
+                0 if pixel_values is None else len(pixel_values),
+            )
+            if found != given:
+                raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {given} pictures")
+            layout = self.plan(input_ids, attention_mask, document_starts, labels)
+        features, memory = self._look(pixel_values)
+        embeds = self.embed(input_ids, features.tokens if features else None, checked=known)
         mask = attention_mask if layout.padded else None
         if config.isolate_documents:
             mask = document_mask(input_ids, attention_mask, config.bos_token_id, embeds.dtype)
@@ -329,10 +334,10 @@ class MMInterleavedModel(PreTrainedModel):
             last_hidden_state=hidden,
         )
 
-    def _look(self, pixel_values: Tensor | None, count: int | None = None) -> tuple[VisualFeatures | None, ImageMemory]:
-        """Features of the first `count` (None: all) pictures, and an (empty, if there are none) memory of them."""
+    def _look(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageMemory]:
+        """Features of the pictures, and an (empty, if there are none) memory of them."""
         if pixel_values is not None and len(pixel_values):
-            features = self.encode_images(pixel_values).first(count)
+            features = self.encode_images(pixel_values)
             return features, image_memory(self.config, features.pyramid)
         return None, image_memory(self.config, self.empty_pyramid())
 
@@ -350,6 +355,7 @@ class MMInterleavedModel(PreTrainedModel):
         labels: Tensor | None = None,
         drawn: Tensor | None = None,
         repeats: int = 1,
+        routes: bool = True,
     ) -> Layout:
         """The layout of a batch, for `forward`; see `layout.plan`. Done on the CPU, it spares a device all waiting."""
         return plan(
@@ -362,13 +368,14 @@ class MMInterleavedModel(PreTrainedModel):
             labels=labels,
             drawn=drawn,
             repeats=repeats,
+            routes=routes,
         )
 
     def _text_loss(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Cross-entropy over the labelled positions; 0, with a gradient of 0, if there are none."""
         logits = self.lm_head(hidden.flatten(0, 1)[layout.labelled])  # only where something is to be learned
         total = F.cross_entropy(logits.to(promote(logits.dtype)), layout.targets, reduction="sum")
-        return total / max(len(layout.targets), 1)
+        return total / (layout.targets != -100).sum().clamp(min=1)
 
     def _image_loss(
         self,
@@ -380,7 +387,7 @@ class MMInterleavedModel(PreTrainedModel):
         draws: DiffusionDraws,
     ) -> Tensor:
         drawn = layout.drawn
-        context, mask = self.image_context(hidden, layout.positions[drawn], layout.context_length)
+        context, mask = self.image_context(hidden, layout.contexts, layout.context_length)
         return self.image_decoder.loss(
             context,
             mask,

@@ -76,14 +76,15 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([ResamplerLayer(config, encoder_size, i) for i in range(config.num_layers)])
+        self.deviation = config.initializer_range
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """BERT's initialisation: normal(0, 0.02) weights, zero biases."""
-        nn.init.normal_(self.queries, std=0.02)
+        """BERT's initialisation: normal weights, zero biases."""
+        nn.init.normal_(self.queries, std=self.deviation)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=self.deviation)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)

@@ -30,10 +30,6 @@ class VisualFeatures:
     pyramid: list[Tensor]
     last_hidden_state: Tensor
 
-    def first(self, count: int | None) -> VisualFeatures:
-        """Of the first `count` pictures; None: of all."""
-        return VisualFeatures(self.tokens[:count], [m[:count] for m in self.pyramid], self.last_hidden_state[:count])
-
 
 class VisualTokenizer(nn.Module):
     """CLIP with adapter, then the resampler and a projection to the language model's width."""

@@ -110,15 +110,15 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, reference: Tensor, features: Tensor, shapes: Shapes) -> Tensor:
-        """`query` [batch, q, width] around `reference` [q, 2] into `features` [batch, positions, width]."""
+        """`query` [batch, q, width] around `reference` [q, 2] into square maps `features` [batch, positions, width]."""
         work = promote(query.dtype)
         value = self.value_proj(features).unflatten(-1, (self.heads, -1))
         layout = (self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).to(work).unflatten(-1, (*layout, 2))
         logits = self.attention_weights(query).to(work).unflatten(-1, layout)
         weights = logits.flatten(-2).softmax(-1).view_as(logits)
-        sizes = offsets.new_tensor([[w, h] for h, w in shapes])[:, None]
-        locations = reference.to(work)[:, None, None, None] + offsets / sizes
+        steps = [o / side for o, (side, _) in zip(offsets.unbind(-3), shapes, strict=True)]
+        locations = reference.to(work)[:, None, None, None] + torch.stack(steps, dim=-3)
         return self.output_proj(deformable_attention(value, shapes, locations, weights))
 
 

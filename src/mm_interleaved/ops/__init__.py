@@ -1,9 +1,17 @@
 """Numerical operators of the project, each with a plain twin it is tested against."""
 
 from .deformable import deformable_attention, deformable_attention_reference, promote
-from .mmfs_attention import mmfs_attention, mmfs_attention_plain, picture_routes, softmax_plus_one, why_not_triton
+from .mmfs_attention import (
+    HAS_TRITON,
+    mmfs_attention,
+    mmfs_attention_plain,
+    picture_routes,
+    softmax_plus_one,
+    why_not_triton,
+)
 
 __all__ = [
+    "HAS_TRITON",
     "deformable_attention",
     "deformable_attention_reference",
     "mmfs_attention",

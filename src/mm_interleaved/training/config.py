@@ -241,6 +241,49 @@ class SampleConfig:
     max_new_tokens: int = 60
 
 
+@dataclass
+class ShapesConfig:
+    """Sizes that batches of documents are brought to, so that a device meets few of them, or always the same.
+
+    A GPU plans its convolutions anew for every number of pictures, which takes longer than a small model's whole step;
+    and starting some ten thousand kernels one by one takes longer than running them.
+
+    Attributes:
+        multiple: the pictures that are seen, those that condition drawings and the contexts of drawings are filled up,
+            those that are drawn cut down to a multiple of this.
+        pictures: fill up to so many pictures; 0: as `multiple` says. What is added is seen by nothing.
+        drawn: draw so many of them, if there are as many; 0: as `losses.image_fraction` says.
+        conditioning: pictures that condition drawings, likewise.
+        context: tokens of the contexts of drawings, likewise.
+        labelled: tokens to learn, likewise.
+        visible: pictures that a token sees, likewise.
+        graph: record the step as CUDA graphs at its first batch of just these sizes, and replay it from then on; other
+            batches run as always. Needs one process, `accumulation: 1`, `data.pad_to_max_length` and all sizes.
+    """
+
+    multiple: int = 1
+    pictures: int = 0
+    drawn: int = 0
+    conditioning: int = 0
+    context: int = 0
+    labelled: int = 0
+    visible: int = 0
+    graph: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(multiple=self.multiple)
+        sizes = {name: getattr(self, name) for name in SIZES}
+        wrong = [name for name, size in sizes.items() if size < 0 or (self.graph and size == 0)]
+        if wrong:
+            raise ValueError(
+                f"shapes.{wrong[0]} is {sizes[wrong[0]]}; "
+                + ("shapes.graph needs every size" if self.graph else "at least 0")
+            )
+
+
+SIZES = ("pictures", "drawn", "conditioning", "context", "labelled", "visible")
+
+
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
     """`mmi train`: a model of documents.
@@ -252,14 +295,12 @@ class TrainConfig(RunConfig):
         eval_batches: how many batches of it.
         losses: their weights.
         samples: what is generated on the way.
-        shape_multiple: the pictures that are seen are filled up, those that are drawn cut down, and the contexts of
-            drawings filled up to a multiple of this. A GPU plans its convolutions anew for every number of pictures,
-            which takes longer than a small model's whole step.
+        shapes: sizes that batches are brought to.
     """
 
     model: ModelConfig
     data: DataConfig
-    shape_multiple: int = 1
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
     eval_data: DataConfig | None = None
     eval_batches: int = 20
     losses: LossConfig = field(default_factory=LossConfig)
@@ -267,7 +308,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(shape_multiple=self.shape_multiple)
+        if self.shapes.graph and not (self.accumulation == 1 and self.data.pad_to_max_length):
+            raise ValueError("shapes.graph needs accumulation: 1 and data.pad_to_max_length: true")
 
 
 @dataclass

@@ -6,15 +6,17 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from ..model import MMInterleavedModel
+from ..ops import HAS_TRITON
 from ..processor import Batch
-from .config import LossConfig
+from .config import LossConfig, ShapesConfig
 
+_OF_PICTURES = {"pixel_values", "target_pixel_values", "image_rows", "document_starts", "image_loss_mask"}
 KEPT_BATCHES = 16  # newest batches that are held for a dump, should their loss be no number
 _STRIDE = 0x9E3779B97F4A7C15  # spreads neighbouring numbers over all seeds
 
@@ -135,18 +137,19 @@ class Feed:
         self._resumed = True
 
 
-def prepare_documents(model: MMInterleavedModel, losses: LossConfig, multiple: int = 1) -> Prepare:
+def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: ShapesConfig | None = None) -> Prepare:
     """The `Prepare` for batches of documents: index arithmetic and choices on the CPU, noise on the device.
 
     Args:
         model: that they are for.
         losses: their weights, and how many pictures are drawn.
-        multiple: of which the numbers of pictures and the length of contexts are; see `TrainConfig.shape_multiple`.
+        shapes: sizes that batches are brought to; None: as they are.
     """
+    shapes = shapes or ShapesConfig()
 
     def prepare(batch: Batch, seed: int, device: torch.device) -> dict[str, Any]:
         pictures = len(batch.pixel_values)
-        drawn = choose_pictures(pictures, losses.image_fraction, seed, multiple)
+        drawn = choose_pictures(pictures, losses.image_fraction, seed, shapes)
         layout = model.plan(
             batch.input_ids,
             batch.attention_mask,
@@ -154,9 +157,17 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, multiple: i
             batch.labels,
             drawn,
             losses.draws_per_image,
+            routes=device.type != "cuda" or not HAS_TRITON,
         )
-        longest = min(_up(layout.context_length, multiple), model.config.max_context_length)
-        layout = replace(layout, context_length=longest).filled(multiple)
+        seen = _size(pictures, shapes.pictures, shapes)
+        longest = _size(layout.context_length, shapes.context, shapes)
+        layout = layout.filled(
+            seen,
+            shapes.visible,
+            _size(len(layout.conditioning), shapes.conditioning, shapes),
+            min(longest, model.config.max_context_length),
+            shapes.labelled,
+        )
         count = losses.draws_per_image * (pictures if drawn is None else len(drawn))
         generator = torch.Generator(device).manual_seed(seed)
         weights = {"loss_text_weight": losses.text, "loss_image_weight": losses.image}
@@ -164,9 +175,11 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, multiple: i
             if getattr(batch, name) is not None:
                 weights[name] = getattr(batch, name)
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        if fill := _up(pictures, multiple) - pictures:
-            seen = tensors["pixel_values"]
-            tensors["pixel_values"] = torch.cat([seen, seen.new_zeros(fill, *seen.shape[1:])])
+        for name in _OF_PICTURES & tensors.keys():
+            fill = tensors[name].new_zeros(seen - pictures, *tensors[name].shape[1:])
+            tensors[name] = torch.cat([tensors[name], fill])
+        if not layout.padded:
+            tensors.pop("position_ids", None)  # counted from 0 in each row, as without them
         return {
             **tensors,
             **weights,
@@ -178,14 +191,17 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, multiple: i
     return prepare
 
 
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _size(own: int, wanted: int, shapes: ShapesConfig) -> int:
+    """What `own` is filled up to."""
+    return wanted if own <= wanted else -(-own // shapes.multiple) * shapes.multiple
 
 
-def choose_pictures(count: int, fraction: float, seed: int, multiple: int = 1) -> torch.Tensor | None:
-    """Which of `count` pictures are drawn, in order: a multiple of `multiple` if there are that many; None: all."""
+def choose_pictures(count: int, fraction: float, seed: int, shapes: ShapesConfig) -> torch.Tensor | None:
+    """Which of `count` pictures are drawn, in order; None: all."""
     wanted = math.ceil(fraction * count)
-    wanted = wanted // multiple * multiple or wanted
+    wanted = wanted // shapes.multiple * shapes.multiple or wanted
+    if 0 < shapes.drawn <= count:
+        wanted = shapes.drawn
     if wanted == count:
         return None
     generator = torch.Generator().manual_seed(seed)

@@ -24,6 +24,7 @@ from .checkpoints import find_resume
 from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig
 from .feed import Feed, Loader, prepare_documents, prepare_pictures
 from .flops import step_cost
+from .graphs import RecordedForward
 from .pictures import PictureLoader
 from .samples import Samples
 from .trainer import RunTrainer, training_arguments
@@ -62,7 +63,7 @@ def train(
         compile_regions(model)
     cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
     ranks = {"rank": args.process_index, "world_size": args.world_size}
-    prepare = prepare_documents(model, config.losses, config.shape_multiple)
+    prepare = prepare_documents(model, config.losses, config.shapes)
 
     def feed_of(data: Any, seed: int) -> Feed:
         return Feed(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
@@ -73,6 +74,12 @@ def train(
     trainer = RunTrainer(
         model, args, config, feed_of(config.data, config.seed), evaluation, processor.save_pretrained, cost
     )
+    if config.shapes.graph:
+        if args.device.type != "cuda" or args.world_size > 1:
+            raise ValueError(
+                f"shapes.graph needs one process on a CUDA device, not {args.world_size} on {args.device.type}"
+            )
+        trainer.recorded = RecordedForward(config.shapes)
     loader = trainer.feed.loader
     if isinstance(loader, DocumentLoader):
         trainer.add_callback(DataKeeper(loader, Path(config.output), args.process_index, console))

@@ -24,6 +24,7 @@ from .config import RunConfig, ScheduleConfig, TrainingError
 from .ema import EMA
 from .feed import Feed
 from .flops import StepCost, peak_flops
+from .graphs import RecordedForward
 from .meters import Window
 from .optimizer import build_optimizer
 
@@ -44,6 +45,9 @@ class RunTrainer(Trainer):
         eval_feed: makes a fresh feed of held-out batches; None: no evaluation.
         save_extras: writes what else belongs into a folder with weights (processor).
         cost: for the MFU; None: not shown.
+
+    Attributes:
+        recorded: runs the model in training, if not it itself.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class RunTrainer(Trainer):
     ) -> None:
         self.config, self.feed, self.eval_feed, self.save_extras = config, feed, eval_feed, save_extras
         self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
+        self.recorded: RecordedForward | None = None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
         self.ema = EMA(model, config.ema) if config.ema.decay else None  # now that the weights are where they stay
@@ -97,7 +102,7 @@ class RunTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss; its parts are remembered for the log."""
-        outputs = model(**inputs)
+        outputs = self.recorded(model, inputs) if self.recorded is not None and model.training else model(**inputs)
         parts = {name: value for name, value in outputs.items() if name.startswith(PARTS)}
         if model.training:
             self.window.add(outputs["loss"], {**dict.fromkeys(self._part_names(outputs)), **parts})
