@@ -60,7 +60,9 @@ def test_adapter_starts_as_plain_clip(fresh: MMInterleaved) -> None:
 
 def test_pictures_enter_quietly(fresh: MMInterleaved) -> None:
     assert deviation(fresh.visual_tokenizer.proj.weight) == pytest.approx(1e-3, rel=0.1)
-    assert deviation(fresh.visual_tokenizer.resampler.queries) == pytest.approx(0.02, rel=0.1)
+    wanted = fresh.config.visual_resampler.initializer_range
+    assert deviation(fresh.visual_tokenizer.resampler.queries) == pytest.approx(wanted, rel=0.1)
+    assert MMInterleavedConfig.preset("release").visual_resampler.initializer_range == 0.02
 
 
 def test_library_parts_keep_the_library_initialisation(fresh: MMInterleaved) -> None:

@@ -25,7 +25,7 @@ from mm_interleaved.training.config import (
     AutoencoderRunConfig,
     PicturesConfig,
 )
-from mm_interleaved.training.pictures import PictureLoader
+from mm_interleaved.training.pictures import PictureLoader, pictures_of
 from mm_interleaved.training.run import train, train_autoencoder
 
 from ..conftest import picture
@@ -133,17 +133,20 @@ def test_the_generators_side_leaves_the_discriminator_alone_and_the_other_way_ro
 
 def test_pictures_come_once_an_epoch_and_go_on_anywhere() -> None:
     config = PicturesConfig(count=10, batch_size=2, seed=3)
-    loader = PictureLoader(config, 44)
+    loader = PictureLoader(config, pictures_of(config, 44))
     first = [b["pictures"] for b in loader]
     assert len(first) == 5
     assert len({p.numpy().tobytes() for b in first for p in b}) == 10
-    half = PictureLoader(config, 44)
+    half = PictureLoader(config, pictures_of(config, 44))
     stream = iter(half)
     next(stream), next(stream)
-    resumed = PictureLoader(config, 44)
+    resumed = PictureLoader(config, pictures_of(config, 44))
     resumed.load_state_dict(half.state_dict())
     assert all(torch.equal(b["pictures"], w) for b, w in zip(resumed, first[2:], strict=True))
-    ranks = [[p.numpy().tobytes() for b in PictureLoader(config, 44, r, 2) for p in b["pictures"]] for r in range(2)]
+    ranks = [
+        [p.numpy().tobytes() for b in PictureLoader(config, pictures_of(config, 44), r, 2) for p in b["pictures"]]
+        for r in range(2)
+    ]
     assert len(set(ranks[0]) & set(ranks[1])) == 0
     with pytest.raises(ValueError, match="10 pictures are fewer than a batch of 20"):
-        PictureLoader(PicturesConfig(count=10, batch_size=20), 44)
+        PictureLoader(few := PicturesConfig(count=10, batch_size=20), pictures_of(few, 44))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mm_interleaved.cli import app
 from mm_interleaved.configuration import load_config
-from mm_interleaved.training.config import AutoencoderRunConfig, TrainConfig
+from mm_interleaved.training.config import AutoencoderRunConfig, TrainConfig, VisionRunConfig
 
 from .conftest import ROOT
 
@@ -26,7 +26,11 @@ def test_commands_name_files_that_can_be_read(command: tuple[str, str, str]) -> 
     name, path, rest = command
     assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
     if name != "train-log":
-        load_config(ROOT / path, AutoencoderRunConfig if name == "train-vae" else TrainConfig, rest.split())
+        load_config(
+            ROOT / path,
+            {"train-vae": AutoencoderRunConfig, "train-vision": VisionRunConfig}.get(name, TrainConfig),
+            rest.split(),
+        )
 
 
 @pytest.mark.parametrize("text", YAML)

@@ -22,7 +22,7 @@ from .download import download
 from .generate import UsageError, generate
 from .info import info
 from .toyworld import toyworld
-from .train import train, train_log, train_vae
+from .train import train, train_log, train_vae, train_vision
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +37,7 @@ app.command()(download)
 app.command()(assemble)
 app.command()(train)
 app.command()(train_vae)
+app.command()(train_vision)
 app.command()(train_log)
 app.add_typer(data, name="data")
 app.add_typer(toyworld, name="toyworld")

@@ -11,7 +11,7 @@ import typer
 
 from ..configuration import load_config
 from ..pretrained import FOLDER
-from ..training.config import AutoencoderRunConfig, TrainConfig, TrainingError
+from ..training.config import AutoencoderRunConfig, TrainConfig, TrainingError, VisionRunConfig
 from .results import UsageError
 
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
@@ -35,6 +35,15 @@ def train_vae(config: ConfigFile, settings: Settings = None, device: Device = No
 
     with _errors():
         run.train_autoencoder(loaded, device)
+
+
+def train_vision(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Train the visual tokenizer of a small model, before the model itself."""
+    loaded = load_config(config, VisionRunConfig, settings or [])
+    from ..training import run
+
+    with _errors():
+        run.train_vision(loaded, FOLDER / "tokenizer", device)
 
 
 def train_log(

@@ -57,10 +57,23 @@ class SceneBatches(Dataset[Batch]):
             scene = random_scene(rng, things=(5, MOST) if rng.random() < _CROWDED else (1, 5), split="train")
             picture = draw(scene, PIXELS)
             pictures[i] = np.asarray(_jpeg(picture, int(rng.integers(35, 95))) if rng.random() < _JPEG else picture)
-            for j, (thing, box) in enumerate(zip(scene.things, boxes(scene, PIXELS), strict=True)):
-                geometry[i, j] = middle(box)
-                traits[i, j] = described(thing)
+            geometry[i], traits[i] = labels(scene)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(geometry), torch.from_numpy(traits)
+
+
+def labels(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a scene shows, as in `SceneBatches`: geometry [9, 4] and traits [9, 6].
+
+    Raises:
+        ValueError: it has more things.
+    """
+    if len(scene.things) > MOST:
+        raise ValueError(f"a scene of {len(scene.things)} things; labels have room for {MOST}")
+    geometry, traits = torch.zeros(MOST, 4), torch.full((MOST, 1 + len(TRAITS)), -1)
+    for number, (thing, box) in enumerate(zip(scene.things, boxes(scene, PIXELS), strict=True)):
+        geometry[number] = torch.tensor(middle(box))
+        traits[number] = torch.tensor(described(thing))
+    return geometry, traits
 
 
 def _jpeg(picture: PIL.Image.Image, quality: int) -> PIL.Image.Image:

@@ -19,6 +19,7 @@ from ..model.components import config_from_components, from_components
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from .config import ModelConfig, TrainConfig
+from .vision import load_vision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,8 +42,19 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
         model = _model(source, model_config)
     if source.vae is not None:
         load_vae(model.image_decoder.vae, Path(source.vae))
+    if source.vision is not None:
+        load_vision(model.visual_tokenizer, Path(source.vision))
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
+
+
+def build_config(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedConfig:
+    """The configuration alone.
+
+    Raises:
+        ValueError: the settings do not fit together, or a folder holds something else.
+    """
+    return _model_config(source, _tokenizer(source, default_tokenizer))
 
 
 def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedProcessor:

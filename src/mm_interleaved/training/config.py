@@ -177,6 +177,7 @@ class ModelConfig:
         components: base models to build on.
         tokenizer: folder of a tokenizer; None: the checkpoint's or language model's own, or the one that ships.
         vae: folder of a diffusers VAE that replaces the image decoder's; the UNet's channels and size follow.
+        vision: folder of a visual tokenizer that `mmi train-vision` wrote, to start from.
         mmfs: which synchronizers there are.
         overrides: values of the model's configuration, nested as there.
     """
@@ -186,6 +187,7 @@ class ModelConfig:
     components: ComponentsConfig | None = None
     tokenizer: str | None = None
     vae: str | None = None
+    vision: str | None = None
     mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -339,7 +341,7 @@ class AutoencoderLossConfig:
 
 @dataclass
 class PicturesConfig:
-    """What the autoencoder sees: a folder of pictures, or scenes of the toy world.
+    """What an autoencoder or a visual tokenizer sees: a folder of pictures, or scenes of the toy world.
 
     Attributes:
         folder: every picture below it; None: the toy world.
@@ -379,3 +381,27 @@ class AutoencoderRunConfig(RunConfig):
     data: PicturesConfig = field(default_factory=PicturesConfig)
     eval_data: PicturesConfig = field(default_factory=lambda: PicturesConfig(split="val", count=2048))
     eval_batches: int = 16
+
+
+@dataclass(kw_only=True)
+class VisionRunConfig(RunConfig):
+    """`mmi train-vision`: the visual tokenizer of a small model, on scenes of the toy world.
+
+    Attributes:
+        model: whose visual tokenizer; its weights are fresh.
+        data: scenes to learn from.
+        eval_data: held-out scenes.
+        eval_batches: how many batches of them.
+    """
+
+    model: ModelConfig
+    data: PicturesConfig = field(default_factory=PicturesConfig)
+    eval_data: PicturesConfig = field(default_factory=lambda: PicturesConfig(split="val", count=2048))
+    eval_batches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.folder is not None or self.eval_data.folder is not None:
+            raise ValueError(
+                "a visual tokenizer learns from the toy world, whose scenes have labels; leave data.folder out"
+            )

@@ -208,6 +208,12 @@ def choose_pictures(count: int, fraction: float, seed: int, shapes: ShapesConfig
     return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
+def prepare_scenes(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
+    """The `Prepare` for batches of labelled scenes."""
+    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {**tensors, "counts": Served(0, len(batch["pictures"]), 0)}
+
+
 def prepare_pictures(latents: tuple[int, int, int]) -> Prepare:
     """The `Prepare` for batches of pictures, with noise of the latents' shape."""
 

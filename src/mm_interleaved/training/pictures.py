@@ -12,13 +12,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import leave_process_group
 from ..processor.images import CROPS, load_picture
+from ..toyworld.draw import draw
+from ..toyworld.reader import PIXELS
+from ..toyworld.sampling import random_scene, scene_rng
+from ..toyworld.train_reader import labels
 from .config import PicturesConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class ToyPictures(Dataset[Tensor]):
-    """Scenes of the toy world, drawn when asked for: uint8 [3, side, side]."""
+Item = dict[str, Tensor]
+
+
+class ToyPictures(Dataset[Item]):
+    """Scenes of the toy world, drawn when asked for: `pictures`, uint8 [3, side, side]."""
 
     def __init__(self, config: PicturesConfig, side: int) -> None:
         self.config, self.side = config, side
@@ -26,16 +33,35 @@ class ToyPictures(Dataset[Tensor]):
     def __len__(self) -> int:
         return self.config.count
 
-    def __getitem__(self, index: int) -> Tensor:
-        from ..toyworld.draw import draw  # drawing needs libraries that training on files does without
-        from ..toyworld.sampling import random_scene, scene_rng
-
+    def __getitem__(self, index: int) -> Item:
         rng = scene_rng(self.config.seed, self.config.split, index)
-        return _tensor(np.array(draw(random_scene(rng, split=self.config.split), self.side)))
+        return {"pictures": _tensor(np.array(draw(random_scene(rng, split=self.config.split), self.side)))}
 
 
-class FolderPictures(Dataset[Tensor]):
-    """Every picture below a folder, cut square and resized: uint8 [3, side, side]."""
+class ToyScenes(Dataset[Item]):
+    """The same as a model sees them, with what they show: `geometry` and `traits`, see `train_reader.SceneBatches`.
+
+    Args:
+        config: which scenes.
+        side: at which they are seen; they are drawn at the labels' 128 pixels.
+    """
+
+    def __init__(self, config: PicturesConfig, side: int) -> None:
+        self.config, self.side = config, side
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def __getitem__(self, index: int) -> Item:
+        rng = scene_rng(self.config.seed, self.config.split, index)
+        scene = random_scene(rng, split=self.config.split)
+        geometry, traits = labels(scene)
+        picture = CROPS["center"](draw(scene, PIXELS), self.side)
+        return {"pictures": _tensor(picture), "geometry": geometry, "traits": traits}
+
+
+class FolderPictures(Dataset[Item]):
+    """Every picture below a folder, cut square and resized: `pictures`, uint8 [3, side, side]."""
 
     def __init__(self, folder: Path, side: int) -> None:
         self.side = side
@@ -46,21 +72,24 @@ class FolderPictures(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return _tensor(CROPS["center"](load_picture(self.files[index]), self.side))
+    def __getitem__(self, index: int) -> Item:
+        return {"pictures": _tensor(CROPS["center"](load_picture(self.files[index]), self.side))}
 
 
 def _tensor(picture: np.ndarray) -> Tensor:
     return torch.tensor(picture).permute(2, 0, 1).contiguous()
 
 
-class PictureLoader:
-    """Batches uint8 [batch, 3, side, side], in an order that follows from seed and epoch; see `feed.Loader`."""
+def pictures_of(config: PicturesConfig, side: int) -> Dataset[Item]:
+    """The pictures that `config` names."""
+    return ToyPictures(config, side) if config.folder is None else FolderPictures(Path(config.folder), side)
 
-    def __init__(self, config: PicturesConfig, side: int, rank: int = 0, world_size: int = 1) -> None:
-        self.config, self.rank, self.world_size = config, rank, world_size
-        source = config.folder
-        self.dataset = ToyPictures(config, side) if source is None else FolderPictures(Path(source), side)
+
+class PictureLoader:
+    """Batches of pictures, in an order that follows from seed and epoch; see `feed.Loader`."""
+
+    def __init__(self, config: PicturesConfig, dataset: Dataset[Item], rank: int = 0, world_size: int = 1) -> None:
+        self.config, self.dataset, self.rank, self.world_size = config, dataset, rank, world_size
         self.epoch, self.served = 0, 0
         if len(self.dataset) < config.batch_size * world_size:
             raise ValueError(
@@ -83,9 +112,9 @@ class PictureLoader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone
         )
-        for pictures in loader:
+        for batch in loader:
             self.served += 1
-            yield {"pictures": pictures}
+            yield batch
         self.epoch, self.served = self.epoch + 1, 0
 
     def set_epoch(self, epoch: int) -> None:

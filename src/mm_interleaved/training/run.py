@@ -18,16 +18,17 @@ from ..generation import MMInterleaved
 from ..model.checkpoint import written_aside
 from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
-from .building import build
+from .building import build, build_config
 from .callbacks import DataKeeper, Housekeeping, Reporter
 from .checkpoints import find_resume
-from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig
-from .feed import Feed, Loader, prepare_documents, prepare_pictures
+from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig, VisionRunConfig
+from .feed import Feed, Loader, prepare_documents, prepare_pictures, prepare_scenes
 from .flops import step_cost
 from .graphs import RecordedForward
-from .pictures import PictureLoader
+from .pictures import PictureLoader, ToyScenes, pictures_of
 from .samples import Samples
 from .trainer import RunTrainer, training_arguments
+from .vision import VisionTask, save_vision
 
 FINAL = "final"
 
@@ -109,7 +110,8 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
     latents = (config.autoencoder.latent_channels, *[side // 2 ** (len(config.autoencoder.block_out_channels) - 1)] * 2)
 
     def feed_of(data: PicturesConfig, seed: int) -> Feed:
-        return Feed(PictureLoader(data, side, **ranks), prepare_pictures(latents), seed, args.device, **ranks)
+        loader = PictureLoader(data, pictures_of(data, side), **ranks)
+        return Feed(loader, prepare_pictures(latents), seed, args.device, **ranks)
 
     trainer = RunTrainer(
         task,
@@ -120,6 +122,43 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
     )
     trainer.add_callback(Adversary(task, config))
     return run(trainer, config, resume, console, lambda folder: finish_autoencoder(trainer, task, folder))
+
+
+def train_vision(
+    config: VisionRunConfig, default_tokenizer: Path | None = None, device: str | None = None
+) -> str | None:
+    """Train a visual tokenizer; arguments, result and errors as for `train`.
+
+    The `final` folder is for `model.vision` of `train`.
+    """
+    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
+    resume = start_run(config)
+    args = training_arguments(config, device)
+    model = build_config(config.model, default_tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        task = VisionTask(model)
+    ranks = {"rank": args.process_index, "world_size": args.world_size}
+
+    def feed_of(data: PicturesConfig, seed: int) -> Feed:
+        scenes = ToyScenes(data, model.vision_config.image_size)
+        return Feed(PictureLoader(data, scenes, **ranks), prepare_scenes, seed, args.device, **ranks)
+
+    trainer = RunTrainer(
+        task,
+        args,
+        config,
+        feed_of(config.data, config.seed),
+        lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches),
+    )
+
+    def finish(folder: Path) -> None:
+        if not folder.exists() and trainer.args.should_save:
+            quality = trainer.evaluate()
+            with trainer.averaged(), written_aside(folder) as aside:
+                save_vision(task.visual_tokenizer, quality, aside)
+
+    return run(trainer, config, resume, console, finish)
 
 
 class Adversary(TrainerCallback):

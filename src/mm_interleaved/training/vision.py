@@ -1,0 +1,167 @@
+"""Pre-training of a small model's visual tokenizer: it learns to name what scenes hold before it learns to talk.
+
+The release starts from CLIP; a small model has nothing to start from, and the loss of the next word alone teaches it to
+see very slowly. Here every part that others read has to tell what is where:
+
+    loss = mean over the pyramid's maps of `toyworld.train_reader.loss` + loss of the visual tokens
+
+Each map is brought to the labels' 16 x 16 and read by a 1 x 1 convolution. The visual tokens together are read by one
+linear layer, which has to name the thing in each of the scene's 3 x 3 cells. Both readers are thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from ..model import MMInterleavedConfig
+from ..model.mm_interleaved import unit_range
+from ..model.visual_tokenizer import VisualTokenizer
+from ..toyworld.reader import MAP, OUTPUTS, TRAITS
+from ..toyworld.scene import GRID, SIZES
+from ..toyworld.train_reader import loss as scene_loss
+
+WEIGHTS = "visual_tokenizer.safetensors"
+
+
+@dataclass
+class VisionOutput(ModelOutput):
+    """Losses of a batch and how often the tokens' reader is right.
+
+    Attributes:
+        loss: their sum.
+        loss_maps: mean over the maps.
+        loss_tokens: over the cells.
+        accuracy_kind, accuracy_color, accuracy_texture, accuracy_glyph: of the things, as told from the tokens.
+        accuracy_maps: share of the things whose kind and colour the finest map tells.
+    """
+
+    loss: Tensor | None = None
+    loss_maps: Tensor | None = None
+    loss_tokens: Tensor | None = None
+    accuracy_kind: Tensor | None = None
+    accuracy_color: Tensor | None = None
+    accuracy_texture: Tensor | None = None
+    accuracy_glyph: Tensor | None = None
+    accuracy_maps: Tensor | None = None
+
+
+class VisionTask(nn.Module):
+    """A visual tokenizer with its readers.
+
+    Args:
+        config: of the model that it is for.
+    """
+
+    def __init__(self, config: MMInterleavedConfig) -> None:
+        super().__init__()
+        width, levels = config.vision_config.hidden_size, len(config.pyramid_sides)
+        self.visual_tokenizer = VisualTokenizer(config)
+        self.map_readers = nn.ModuleList([nn.Conv2d(width, len(SIZES) * OUTPUTS, 1) for _ in range(levels)])
+        self.token_norm = nn.LayerNorm(config.text_config.hidden_size)
+        self.counts = [2, *(len(values) for values in TRAITS.values())]  # whether there is a thing, and its traits
+        tokens = config.visual_resampler.num_queries * config.text_config.hidden_size
+        self.token_reader = nn.Linear(tokens, GRID * GRID * sum(self.counts))
+        with torch.no_grad():  # centres are rare; without this the first steps only learn that
+            for reader in self.map_readers:
+                reader.bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
+
+    def forward(self, pictures: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
+        """Losses of telling what is where.
+
+        Args:
+            pictures: uint8 [batch, 3, image_size, image_size].
+            geometry, traits: as `toyworld.train_reader.SceneBatches` has them.
+        """
+        seen = self.visual_tokenizer(unit_range(pictures))
+        maps = [
+            reader(_resized(m)).unflatten(1, (len(SIZES), OUTPUTS))
+            for reader, m in zip(self.map_readers, seen.pyramid, strict=True)
+        ]
+        told = self.token_reader(self.token_norm(seen.tokens).flatten(1)).unflatten(1, (GRID * GRID, -1))
+        with torch.autocast(pictures.device.type, enabled=False):
+            of_maps = [torch.stack(list(scene_loss(m, geometry, traits).values())).sum() for m in maps]
+            outputs = self._cells(told.float(), geometry, traits)
+            outputs.accuracy_maps = _named(maps[0], geometry, traits)
+            outputs.loss_maps = torch.stack(of_maps).mean()
+            outputs.loss = outputs.loss_maps + outputs.loss_tokens
+        return outputs
+
+    def _cells(self, told: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
+        """Cross-entropies [batch, cells] of `told` [batch, cells, sum of counts], and what is told rightly."""
+        wanted = cell_traits(geometry, traits)  # [batch, cells, 1 + traits]
+        parts = told.split(self.counts, dim=-1)
+        there = wanted[..., 0] > 0
+        total = F.cross_entropy(parts[0].flatten(0, 1), wanted[..., 0].flatten())
+        outputs = VisionOutput()
+        for index, name in enumerate(TRAITS, 1):
+            answers, truth = parts[index][there], wanted[..., index][there]
+            total = total + F.cross_entropy(answers, truth)
+            if f"accuracy_{name}" in VisionOutput.__dataclass_fields__:
+                outputs[f"accuracy_{name}"] = (answers.argmax(-1) == truth).float().mean()
+        outputs.loss_tokens = total
+        return outputs
+
+
+def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:
+    """What stands in each cell: int64 [batch, cells, 1 + traits], first whether there is a thing (1) or not (0).
+
+    Of several things in one cell the last counts.
+    """
+    real = traits[..., 0] >= 0
+    column, row = (geometry[..., :2] * GRID).long().clamp(0, GRID - 1).unbind(-1)
+    found = traits.new_zeros(len(traits), GRID * GRID + 1, traits.shape[-1])
+    cell = torch.where(real, row * GRID + column, GRID * GRID)  # one more cell for what is not there
+    batch = torch.arange(len(traits), device=traits.device)
+    for number in range(traits.shape[1]):  # one after the other, so that "the last" means something
+        entry = torch.cat([torch.ones_like(traits[:, number, :1]), traits[:, number, 1:]], -1)
+        found[batch, cell[:, number]] = entry
+    return found[:, :-1]
+
+
+def _resized(m: Tensor) -> Tensor:
+    """A map at the side of the labels' map."""
+    if m.shape[-1] > MAP:
+        return F.adaptive_avg_pool2d(m, MAP)
+    return F.interpolate(m, size=MAP, mode="bilinear", align_corners=False)
+
+
+def _named(outputs: Tensor, geometry: Tensor, traits: Tensor) -> Tensor:
+    """Share of the things whose kind and colour a map [batch, sizes, OUTPUTS, side, side] tells at their centres."""
+    picture, number = (traits[..., 0] >= 0).nonzero(as_tuple=True)
+    column, row = (geometry[picture, number, :2] * MAP).long().clamp(0, MAP - 1).unbind(-1)
+    parts = outputs[picture, traits[picture, number, 0], :, row, column].split(
+        [OUTPUTS - sum(len(v) for v in TRAITS.values()), *(len(v) for v in TRAITS.values())], dim=-1
+    )
+    right = [parts[1 + i].argmax(-1) == traits[picture, number, 1 + i] for i in range(2)]
+    return (right[0] & right[1]).float().mean()
+
+
+def save_vision(tokenizer: VisualTokenizer, quality: dict[str, float], folder: Path) -> None:
+    """A folder for `model.vision` of `mmi train`."""
+    state = {name: value.detach().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+
+
+def load_vision(tokenizer: nn.Module, folder: Path) -> None:
+    """Copy the weights that `save_vision` wrote.
+
+    Raises:
+        ValueError: there are none, or they are of another size.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"model.vision: '{folder}' has no {WEIGHTS}; give a folder that `mmi train-vision` wrote")
+    try:
+        tokenizer.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"model.vision: '{folder / WEIGHTS}' is damaged or of another model: {reason}") from None

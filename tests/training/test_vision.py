@@ -1,0 +1,104 @@
+"""Pre-training of the visual tokenizer: its labels, its run, and what it hands over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_interleaved.configuration import load_config
+from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.toyworld.reader import TRAITS
+from mm_interleaved.toyworld.sampling import random_scene, scene_rng
+from mm_interleaved.toyworld.scene import SIZES
+from mm_interleaved.toyworld.train_reader import labels
+from mm_interleaved.training.building import build
+from mm_interleaved.training.config import ModelConfig, TrainConfig, VisionRunConfig
+from mm_interleaved.training.pictures import PictureLoader, ToyScenes
+from mm_interleaved.training.run import train_vision
+from mm_interleaved.training.vision import VisionTask, cell_traits
+
+from .conftest import ROOT, logged
+
+TOKENIZER = FOLDER / "tokenizer"
+TINY = [
+    "model.preset=debug", "precision=float32", "tensorboard=false", "steps=6", "save_every=3", "log_every=1",
+    "eval_every=0", "eval_batches=1", "schedule.warmup_steps=0", "schedule.kind=constant", "optimizer.lr=3e-3",
+    "data={batch_size: 4, num_workers: 0, count: 64}", "eval_data={batch_size: 4, num_workers: 0, count: 8}",
+]  # fmt: skip
+
+
+def settings(output: Path, *changes: str) -> VisionRunConfig:
+    return load_config(ROOT / "configs/small/vision.yaml", VisionRunConfig, [*TINY, f"output={output}", *changes])
+
+
+def test_cells_say_what_stands_in_them() -> None:
+    """Against the scenes themselves, whose things know their cells."""
+    for index in range(40):
+        scene = random_scene(scene_rng(3, "val", index), split="val")
+        things = [t for t in scene.things if t.place == "cell" and max(abs(o) for o in t.offset) < 0.3]
+        geometry, traits = labels(scene)
+        found = cell_traits(geometry[None], traits[None])[0]
+        alone = [t for t in things if sum(o.cell == t.cell for o in scene.things) == 1]
+        for thing in alone:
+            row = found[thing.cell]
+            assert row[0] == 1
+            assert [values[i] for values, i in zip(TRAITS.values(), row[1:].tolist(), strict=True)] == [
+                getattr(thing.look, name) for name in TRAITS
+            ]
+        empty = set(range(9)) - {t.cell for t in scene.things}
+        assert not found[sorted(empty), 0].any()
+
+
+def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", "steps=30")
+    assert train_vision(config, TOKENIZER, "cpu") is None
+    losses = logged(tmp_path / "run")
+    assert losses[30] < losses[1] - 1
+    quality = json.loads((tmp_path / "run/final/quality.json").read_text())
+    assert 0 <= quality["eval_accuracy_color"] <= 1
+    source = ModelConfig(preset="debug", vision=str(tmp_path / "run/final"))
+    run = TrainConfig(output="", steps=1, model=source, data=None)
+    model, _ = build(run, TOKENIZER)
+    plain, _ = build(TrainConfig(output="", steps=1, model=ModelConfig(preset="debug"), data=None), TOKENIZER)
+    name = "visual_tokenizer.proj.weight"
+    assert not torch.equal(model.state_dict()[name], plain.state_dict()[name])
+    assert model.config.to_dict() == plain.config.to_dict()
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    assert train_vision(settings(tmp_path / "whole"), TOKENIZER, "cpu") is None
+    assert train_vision(settings(tmp_path / "parts", "steps=3"), TOKENIZER, "cpu") is None
+    (tmp_path / "parts/final/visual_tokenizer.safetensors").unlink()
+    (tmp_path / "parts/final/quality.json").unlink()
+    (tmp_path / "parts/final").rmdir()
+    assert train_vision(settings(tmp_path / "parts"), TOKENIZER, "cpu") is None
+    assert logged(tmp_path / "parts")[6] == logged(tmp_path / "whole")[6]
+
+
+def test_every_reader_is_used() -> None:
+    """Each map and the tokens have a gradient from their own loss."""
+    config = settings(Path("x"))
+    task = VisionTask(build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)[0].config)
+    batch = next(iter(PictureLoader(config.data, ToyScenes(config.data, 56))))
+    task(**batch).loss.backward()
+    heads = [*task.map_readers.parameters(), *task.token_reader.parameters()]
+    assert all(p.grad.abs().sum() > 0 for p in heads)
+    assert task.visual_tokenizer.proj.weight.grad.abs().sum() > 0
+    assert len(SIZES) == 2
+
+
+@pytest.mark.parametrize("content", [None, "small"])
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "visual_tokenizer.safetensors").write_bytes(b"")
+    source = ModelConfig(preset="debug", vision=str(tmp_path))
+    with pytest.raises(ValueError, match=r"model\.vision"):
+        build(TrainConfig(output="", steps=1, model=source, data=None), TOKENIZER)
+
+
+def test_folders_have_no_labels() -> None:
+    with pytest.raises(ValueError, match="labels"):
+        settings(Path("x"), "data.folder=pictures")
