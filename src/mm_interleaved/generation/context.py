@@ -155,10 +155,23 @@ class Context:
         if self.memory is None:
             self.memory = self.model.remember(self.model.empty_pyramid())
         hidden = self.model.decode(embeds, self.memory, images, self.mask, positions, self.cache)
+        self._keep(hidden, mask)
+        return hidden
+
+    def _keep(self, hidden: Tensor, mask: Tensor) -> None:
         self.hidden.append(hidden)
         self.last = _at_last(hidden, mask, self.last)
-        self.tokens_read += embeds.shape[0] * embeds.shape[1]
-        return hidden
+        self.tokens_read += mask.numel()
+
+    def extend(self, hidden: Tensor, mask: Tensor) -> None:
+        """Take over columns of plain text that were read elsewhere, their keys and values being in `cache` already.
+
+        Args:
+            hidden: [batch, n, width] last hidden states.
+            mask: [batch, n], 0 where a row has nothing.
+        """
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        self._keep(hidden, mask)
 
     def _add_images(self, features: VisualFeatures, rows: list[int]) -> int:
         """Remember new pictures of `rows`; the number of the first."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..model.image_decoder import ImageSettings, check_seed
+
+CacheImplementation = Literal["auto", "static", "dynamic"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class TextSettings:
         length_penalty: a finished beam scores log p / length^length_penalty, the length counting `<s>` but no end
             token.
         num_return_sequences: best beams, or samples, for each prompt.
+        cache_implementation: "static" keeps everything in tensors of fixed size, so that a CUDA device replays one
+            captured step for every token and the host waits for it every few tokens only; "dynamic" grows its caches.
+            "auto": static on a CUDA device, if the model can, else dynamic. The texts are the same.
     """
 
     max_new_tokens: int = 30
@@ -34,6 +39,7 @@ class TextSettings:
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     num_return_sequences: int = 1
+    cache_implementation: CacheImplementation = "auto"
 
     def __post_init__(self) -> None:
         checks = [
@@ -49,6 +55,11 @@ class TextSettings:
             (
                 self.do_sample or self.num_return_sequences <= self.num_beams,
                 f"num_return_sequences={self.num_return_sequences} needs as many beams, or do_sample",
+            ),
+            (
+                self.cache_implementation in get_args(CacheImplementation),
+                f"cache_implementation must be one of {', '.join(get_args(CacheImplementation))}, "
+                f"not '{self.cache_implementation}'",
             ),
         ]
         for holds, message in checks:

@@ -167,9 +167,12 @@ class MMFS(nn.Module):
                 x.unflatten(-1, (-1, points + 1))[..., :points].flatten(-2) for x in (logits, logit_table)
             )
             return offsets, logits, offset_table, logit_table
-        split = self.config.num_heads * points * 2
-        both, table = F.linear(query, folded.weight, folded.bias), folded.table[:slots]
-        return both[..., :split], both[..., split:], table[:, :split], table[:, split:]
+        return self.split(F.linear(query, folded.weight, folded.bias), folded.table[:slots])
+
+    def split(self, both: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """Offsets and logits apart, as `mix` takes them, out of a folded projection and its table."""
+        at = self.config.num_heads * self.config.num_points * 2
+        return both[..., :at], both[..., at:], table[:, :at], table[:, at:]
 
     def forward(
         self,
@@ -208,18 +211,34 @@ class MMFS(nn.Module):
             return constant.expand(*query.shape[:-1], -1)
         if self.implementation == "reference":
             return self._forward_reference(query, prepared.values, visible, shapes, reference, base)
+        sides = self._query_side(query, slots, prepared.folded)
+        return self.output_proj(self.mix(sides, prepared.values, visible, shapes, reference, base).to(query.dtype))
+
+    def mix(
+        self,
+        sides: tuple[Tensor, ...],
+        values: Tensor,
+        visible: VisibleImages,
+        shapes: Shapes,
+        reference: Tensor,
+        base: int,
+    ) -> Tensor:
+        """What the queries see, before the output projection.
+
+        Args:
+            sides: offsets and logits of the queries, and the tables of what each slot adds to them.
+            values: [pictures, positions, heads, head dim].
+            visible, shapes, reference, base: as in `forward`.
+
+        Returns:
+            [groups, queries, hidden size] in float32 or better.
+        """
+        scales = [side / base for side in self.config.levels]
         mixed, ignored = mmfs_attention(
-            prepared.values,
-            *self._query_side(query, slots, prepared.folded),
-            reference,
-            visible.images,
-            shapes,
-            [side / base for side in self.config.levels],
-            routes=visible.routes,
-            backend=self.backend,
+            values, *sides, reference, visible.images, shapes, scales, routes=visible.routes, backend=self.backend
         )
-        mixed = mixed + ignored[..., None] * ignore
-        return self.output_proj(mixed.flatten(2).to(query.dtype))
+        ignore = self.ignore_token.view(self.config.num_heads, -1)
+        return (mixed + ignored[..., None] * ignore).flatten(2)
 
     def _forward_reference(
         self, query: Tensor, values: Tensor, visible: VisibleImages, shapes: Shapes, reference: Tensor, base: int

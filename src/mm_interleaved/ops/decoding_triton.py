@@ -24,7 +24,8 @@ COLUMNS = 64  # of keys in a tile of attention
 
 @triton.jit
 def _row_sums(x, weight, gain, own, outputs, rows, x_row, eps,
-              INPUTS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+              INPUTS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_K: tl.constexpr):  # fmt: skip
     """norm(x) weight^T for the outputs `own`: [BLOCK_N, ROWS] float32; ROWS is 1 or 16."""
     lane = tl.arange(0, BLOCK_K)
     line = tl.arange(0, ROWS)

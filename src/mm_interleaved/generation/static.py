@@ -1,0 +1,354 @@
+"""One token a row through the language model, over memory that never moves.
+
+`StaticDecoder` keeps everything that a step reads or writes in tensors of fixed size: keys and values, the pictures'
+MMFS values, which columns each row has, the new tokens. So a step is the same work every time; on a CUDA device it is
+captured once in a CUDA graph and replayed, which spares the host thousands of launches a token. On a CPU the same
+function is called directly.
+
+A decoder takes over from a `Context` (`load`), reads on (`read`), and gives back what it has read (`store`). Its twin
+is `Context.append_text`. Decoders are kept for the next text (`borrow`), because capturing takes as long as dozens of
+tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..model import MMInterleavedModel
+from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
+from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
+from ..ops import attend, project, project_gated, promote, why_not_kernels
+from .context import Context
+from .settings import CacheImplementation
+
+log = logging.getLogger(__name__)
+
+KEPT = 3  # decoders a model keeps for later
+COLUMNS = {"cuda": 1024, "cpu": 64}  # room grows by so many columns: a captured step serves several turns of a session
+
+
+def why_not_static(model: MMInterleavedModel) -> str | None:
+    """Why `model` cannot decode with a static cache; None: it can."""
+    text, layers = model.config.text_config, model.language_model.layers
+    devices = {p.device for part in (model.language_model, model.lm_head) for p in part.parameters()}
+    if len(devices) > 1 or any(d.type == "meta" for d in devices):
+        return "its weights are offloaded, or spread over several devices"
+    if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "not all of its layers have full attention"
+    if getattr(layers[0].self_attn, "sliding_window", None) or (
+        getattr(text, "sliding_window", None) and text.model_type == "mistral"
+    ):
+        return f"its attention looks back {text.sliding_window} tokens only"
+    if text.hidden_act != "silu":
+        return f"its MLP has the activation {text.hidden_act}, and only silu is known"
+    return None
+
+
+def chosen(model: MMInterleavedModel, implementation: CacheImplementation) -> bool:
+    """Whether to decode with a static cache.
+
+    Raises:
+        ValueError: "static" was asked for, but the model cannot.
+    """
+    if implementation == "dynamic" or (implementation == "auto" and model.compute_device.type != "cuda"):
+        return False
+    reason = why_not_static(model)
+    if reason is not None and implementation == "static":
+        raise ValueError(f"cache_implementation='static' is not possible for this model: {reason}; take 'dynamic'")
+    if reason is not None:
+        log.warning("decoding without a static cache, which is slower: %s", reason)
+    return reason is None
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a decoder holds.
+
+    Attributes:
+        rows: that are read together.
+        columns: of all of them.
+        slots: pictures that one row sees.
+        pictures: of all rows.
+    """
+
+    rows: int
+    columns: int
+    slots: int
+    pictures: int
+
+    @classmethod
+    def needed(cls, context: Context, width: int, steps: int) -> Room:
+        """For `width` copies of every row of `context` and `steps` more tokens, rounded up."""
+        unit = COLUMNS.get(context.mask.device.type, COLUMNS["cpu"])
+        columns = -(-(context.mask.shape[1] + steps) // unit) * unit
+        slots = context.visible.shape[1]
+        pictures = 0 if context.memory is None or slots == 0 else len(context.memory)
+        most = context.model.config.mmfs.max_images - 1
+        return cls(len(context.mask) * width, columns, min(_power_of_two(slots), most), _power_of_two(pictures))
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+class StaticDecoder:
+    """Reads a token a row; all its tensors stay where they are.
+
+    Args:
+        model: whose language model reads. Only a weak reference is kept.
+        room: how much it holds.
+        capture: whether to capture the step in a CUDA graph; None: on a CUDA device.
+        kernels: whether to use the Triton kernels of `ops.decoding`; None: if they can run.
+
+    Attributes:
+        logits: [rows, vocab] of what comes next, float32 or better.
+    """
+
+    def __init__(
+        self, model: MMInterleavedModel, room: Room, capture: bool | None = None, kernels: bool | None = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.room, self.weights = room, _addresses(model)
+        config, text = model.config, model.config.text_config
+        device, dtype = model.compute_device, model.language_model.norm.weight.dtype
+        like = {"dtype": dtype, "device": device}
+        whole = {"dtype": torch.long, "device": device}
+        rows, layers = room.rows, len(model.language_model.layers)
+        kept = (layers, rows, text.num_key_value_heads, room.columns, text.head_dim)
+        self.keys, self.values = torch.zeros(kept, **like), torch.zeros(kept, **like)
+        self.source = torch.full((rows, room.columns), -1, **whole)
+        self.column = torch.zeros(1, **whole)
+        self.positions, self.tokens = torch.zeros(rows, **whole), torch.zeros(rows, **whole)
+        self.reading = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.hidden = torch.zeros(room.columns, rows, text.hidden_size, **like)
+        self.last = torch.zeros(rows, text.hidden_size, **like)
+        self.logits = torch.zeros(rows, config.vocab_size, dtype=promote(dtype), device=device)
+        self.visible = VisibleImages(
+            torch.full((rows, room.slots), -1, **whole), torch.full((room.pictures, rows), -1, **whole)
+        )
+        self.own = torch.arange(rows, **whole)
+        self.memory = self._empty_memory(model)
+        self.outputs = self._empty_outputs(model)
+        self.centre = torch.full((1, 1, 2), 0.5, device=device)
+        possible = why_not_kernels(self.last, text.head_dim) is None and device.type == "cuda"
+        self.kernels = possible if kernels is None else kernels
+        self.first = 0  # column where this text begins
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda" if capture is None else capture:
+            self._capture()
+
+    def _empty_memory(self, model: MMInterleavedModel) -> ImageMemory:
+        """Room for the values of all pictures, and for what is derived from the weights."""
+        mmfs, cells = model.config.mmfs, sum(side * side for side in model.config.mmfs.levels)
+        like = {"dtype": self.last.dtype, "device": self.last.device}
+        shape = (self.room.pictures, cells, mmfs.num_heads, mmfs.hidden_size // mmfs.num_heads)
+        rows = mmfs.num_heads * mmfs.num_points * (2 + len(mmfs.levels))
+        prepared = [
+            PreparedMMFS(
+                torch.zeros(shape, **like),
+                FoldedQuery(
+                    torch.zeros(rows, self.last.shape[1], **like),
+                    torch.zeros(rows, **like),
+                    torch.zeros(mmfs.max_images - 1, rows, **like),
+                ),
+            )
+            for _ in synchronizers(model.language_model)
+        ]
+        nothing = torch.zeros(0, cells, model.config.vision_config.hidden_size, **like)
+        return ImageMemory(nothing, [(side, side) for side in mmfs.levels], prepared)
+
+    def _empty_outputs(self, model: MMInterleavedModel) -> list[tuple[Tensor, Tensor]]:
+        """Room for the output projection of every MMFS layer, its gate multiplied in."""
+        layers = [s.mmfs.output_proj for s in synchronizers(model.language_model)]
+        return [(torch.zeros_like(layer.weight), torch.zeros_like(layer.bias)) for layer in layers]
+
+    # ---- taking over and giving back
+
+    @torch.no_grad()
+    def load(self, context: Context, width: int = 1) -> None:
+        """Take over from `context`, with `width` copies of every row; nothing that it has read is copied `width` times.
+
+        The context may not read on until `store`.
+        """
+        context.flush()
+        self.first = columns = context.mask.shape[1]
+        for index, layer in enumerate(context.cache.layers):
+            self.keys[index, ::width, :, :columns] = layer.keys
+            self.values[index, ::width, :, :columns] = layer.values
+        self.source.fill_(-1)
+        home = (self.own // width * width)[:, None]
+        mask = context.mask.repeat_interleave(width, 0)
+        self.source[:, :columns] = torch.where(mask == 1, home, -1)
+        self.column.fill_(columns)
+        self.positions.copy_(mask.sum(1))
+        self.last.copy_(context.last.repeat_interleave(width, 0))
+        self._load_pictures(context, width)
+        self.logits.copy_(context.model.lm_head(self.last))
+
+    def _load_pictures(self, context: Context, width: int) -> None:
+        images, routes, slots = self.visible.images, self.visible.routes, context.visible.shape[1]
+        images.fill_(-1)
+        if not self.room.slots:
+            return
+        images[:, :slots] = context.visible.repeat_interleave(width, 0)
+        seen = (
+            images == torch.arange(self.room.pictures, device=images.device)[:, None, None]
+        )  # [pictures, rows, slots]
+        entry = self.own * self.room.slots + seen.int().argmax(-1)
+        routes.copy_(torch.where(seen.any(-1), entry, -1))
+        count = len(context.memory)
+        for ours, theirs in zip(self.memory.prepared, context.memory.prepared, strict=True):
+            ours.values[:count] = theirs.values
+            for name in ("weight", "bias", "table"):
+                getattr(ours.folded, name).copy_(getattr(theirs.folded, name))
+        for (weight, bias), synchronizer in zip(self.outputs, synchronizers(context.model.language_model), strict=True):
+            gate, output = synchronizer.gate.tanh(), synchronizer.mmfs.output_proj
+            weight.copy_(gate * output.weight)
+            bias.copy_(gate * output.bias)
+
+    @torch.no_grad()
+    def store(self, context: Context, count: int) -> None:
+        """Let `context`, from which this was loaded with one copy of every row, know the first `count` columns read."""
+        if not count:
+            return
+        new = slice(self.first, self.first + count)
+        for index in range(len(self.keys)):
+            context.cache.update(self.keys[index][:, :, new], self.values[index][:, :, new], index)
+        mask = (self.source[:, new] >= 0).long()
+        context.extend(self.hidden[new].transpose(0, 1).clone(), mask)
+
+    # ---- reading
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, reading: Tensor) -> None:
+        """Read `tokens` [rows] where `reading` [rows] says so; then `logits` is what comes next. Waits for nothing."""
+        self.tokens.copy_(tokens)
+        self.reading.copy_(reading)
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
+    def reorder(self, parents: Tensor) -> None:
+        """Make row i what row `parents[i]` was; both belong to the same row of the context."""
+        self.source.copy_(self.source[parents])
+        self.positions.copy_(self.positions[parents])
+        self.last.copy_(self.last[parents])
+
+    def _capture(self) -> None:
+        """Record a step. It runs on whatever the tensors hold, which `load` overwrites."""
+        stream = torch.cuda.Stream(self.last.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(2):  # kernels are loaded and workspaces made
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
+            self._step()
+        self.graph = graph
+
+    def _step(self) -> None:
+        """The work of one token; tensors only, no number of which the host needs to know."""
+        model = self._model()
+        language = model.language_model
+        self.source.index_copy_(1, self.column, torch.where(self.reading, self.own, -1)[:, None])
+        hidden = language.embed_tokens(self.tokens)
+        cos, sin = language.rotary_emb(hidden[:, None], self.positions[:, None])
+        for index, layer in enumerate(language.layers):
+            hidden = self._layer(layer, hidden, cos[:, 0], sin[:, 0], index)
+        hidden = language.norm(hidden)
+        self.hidden.index_copy_(0, self.column, hidden[None])
+        self.last.copy_(torch.where(self.reading[:, None], hidden, self.last))
+        self.logits.copy_(model.lm_head(self.last))
+        self.positions.add_(self.reading)
+        self.column.add_(1)
+
+    def _layer(self, layer: MMFSDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, index: int) -> Tensor:
+        attention = layer.self_attn
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query, key, value = self._project(hidden, layer.input_layernorm, maps)
+        if hasattr(attention, "q_norm"):
+            query, key = (
+                norm(x.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
+                for x, norm in ((query, attention.q_norm), (key, attention.k_norm))
+            )
+        mixed = attend(
+            query, key, value, cos, sin, self.keys[index], self.values[index], self.source, self.column,
+            attention.scaling, backend="triton" if self.kernels else "plain",
+        )  # fmt: skip
+        hidden = self._add(hidden, mixed, attention.o_proj)
+        if layer.synchronizer is not None:
+            hidden = self._look(layer.synchronizer, hidden)
+        return self._mlp(layer, hidden)
+
+    def _plain(self, *linears: nn.Module) -> bool:
+        """Whether modules must be called: no kernels, or they are more than a linear layer (LoRA, quantized)."""
+        return not self.kernels or any(type(m) is not nn.Linear for m in linears)
+
+    def _project(self, x: Tensor, norm: nn.Module, maps: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
+        if self._plain(*maps):
+            x = norm(x)
+            return tuple(m(x) for m in maps)
+        weights, biases = [m.weight for m in maps], [m.bias for m in maps]
+        out = project(x, weights, biases, gain=norm.weight, eps=norm.variance_epsilon, backend="triton")
+        return out.split([len(w) for w in weights], dim=-1)
+
+    def _add(self, residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
+        if self._plain(linear):
+            return residual + linear(x)
+        return project(x, [linear.weight], [linear.bias], residual=residual, backend="triton")
+
+    def _mlp(self, layer: MMFSDecoderLayer, hidden: Tensor) -> Tensor:
+        mlp, norm = layer.mlp, layer.post_attention_layernorm
+        if self._plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj) or mlp.gate_proj.bias is not None:
+            return hidden + mlp(norm(hidden))
+        gated = project_gated(hidden, mlp.gate_proj.weight, mlp.up_proj.weight, gain=norm.weight,
+                              eps=norm.variance_epsilon, backend="triton")  # fmt: skip
+        return self._add(hidden, gated, mlp.down_proj)
+
+    def _look(self, synchronizer: Synchronizer, hidden: Tensor) -> Tensor:
+        mmfs, norm, slots = synchronizer.mmfs, synchronizer.query_norm, self.room.slots
+        if self._plain(mmfs.output_proj) or not slots or mmfs.implementation != "fast":
+            return hidden + synchronizer(hidden[:, None], self.memory, self.visible)[:, 0]
+        prepared, (weight, bias) = self.memory.prepared[synchronizer.index], self.outputs[synchronizer.index]
+        folded = prepared.folded
+        both = project(hidden, [folded.weight], [folded.bias], gain=norm.weight, eps=norm.variance_epsilon,
+                       backend="triton")  # fmt: skip
+        sides = mmfs.split(both[:, None], folded.table[:slots])
+        mixed = mmfs.mix(sides, prepared.values, self.visible, self.memory.shapes, self.centre, synchronizer.base_size)
+        return project(mixed[:, 0].to(hidden.dtype), [weight], [bias], residual=hidden, backend="triton")
+
+
+def _addresses(model: MMInterleavedModel) -> tuple[int, ...]:
+    """Where the weights lie; a captured step reads them there and nowhere else."""
+    parts = (model.language_model, model.lm_head)
+    return tuple(p.data_ptr() for part in parts for p in part.parameters())
+
+
+_idle: weakref.WeakKeyDictionary[MMInterleavedModel, list[StaticDecoder]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def borrow(model: MMInterleavedModel, room: Room) -> Iterator[StaticDecoder]:
+    """A decoder with that room, for nobody else until it is given back."""
+    idle = _idle.setdefault(model, [])
+    weights = _addresses(model)
+    idle[:] = [d for d in idle if d.weights == weights]  # weights that have moved
+    decoder = next((d for d in idle if d.room == room), None)
+    if decoder is None:
+        decoder = StaticDecoder(model, room)
+    else:
+        idle.remove(decoder)
+    try:
+        yield decoder
+    finally:
+        idle.append(decoder)
+        del idle[:-KEPT]
