@@ -175,7 +175,7 @@ class Context:
 
     def _add_images(self, features: VisualFeatures, rows: list[int]) -> int:
         """Remember new pictures of `rows`; the number of the first."""
-        memory = self.model.remember(features.pyramid)
+        memory = self.model.remember(features.pyramid, self.memory)
         first = 0 if self.memory is None else len(self.memory)
         self.memory = memory if self.memory is None else _join_memory(self.memory, memory)
         self.images_read += len(rows)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
 from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
+from ..model.static import Pool, addresses, capture
 from ..ops import attend, project, project_gated, promote, why_not_kernels
 from .context import Context
 from .settings import CacheImplementation
@@ -104,7 +104,7 @@ class StaticDecoder:
     Args:
         model: whose language model reads. Only a weak reference is kept.
         room: how much it holds.
-        capture: whether to capture the step in a CUDA graph; None: on a CUDA device.
+        captured: whether to capture the step in a CUDA graph; None: on a CUDA device.
         kernels: whether to use the Triton kernels of `ops.decoding`; None: if they can run.
 
     Attributes:
@@ -112,10 +112,10 @@ class StaticDecoder:
     """
 
     def __init__(
-        self, model: MMInterleavedModel, room: Room, capture: bool | None = None, kernels: bool | None = None
+        self, model: MMInterleavedModel, room: Room, captured: bool | None = None, kernels: bool | None = None
     ) -> None:
         self._model = weakref.ref(model)
-        self.room, self.weights = room, _addresses(model)
+        self.room = room
         config, text = model.config, model.config.text_config
         device, dtype = model.compute_device, model.language_model.norm.weight.dtype
         like = {"dtype": dtype, "device": device}
@@ -140,9 +140,9 @@ class StaticDecoder:
         possible = why_not_kernels(self.last, text.head_dim) is None and device.type == "cuda"
         self.kernels = possible if kernels is None else kernels
         self.first = 0  # column where this text begins
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda" if capture is None else capture:
-            self._capture()
+        self.replay = None  # `load` overwrites what the recording leaves behind
+        if device.type == "cuda" if captured is None else captured:
+            self.replay = capture(self._step, device)
 
     def _empty_memory(self, model: MMInterleavedModel) -> ImageMemory:
         """Room for the values of all pictures, and for what is derived from the weights."""
@@ -231,29 +231,13 @@ class StaticDecoder:
         """Read `tokens` [rows] where `reading` [rows] says so; then `logits` is what comes next. Waits for nothing."""
         self.tokens.copy_(tokens)
         self.reading.copy_(reading)
-        if self.graph is None:
-            self._step()
-        else:
-            self.graph.replay()
+        (self.replay or self._step)()
 
     def reorder(self, parents: Tensor) -> None:
         """Make row i what row `parents[i]` was; both belong to the same row of the context."""
         self.source.copy_(self.source[parents])
         self.positions.copy_(self.positions[parents])
         self.last.copy_(self.last[parents])
-
-    def _capture(self) -> None:
-        """Record a step. It runs on whatever the tensors hold, which `load` overwrites."""
-        stream = torch.cuda.Stream(self.last.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(2):  # kernels are loaded and workspaces made
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
-            self._step()
-        self.graph = graph
 
     def _step(self) -> None:
         """The work of one token; tensors only, no number of which the host needs to know."""
@@ -327,28 +311,10 @@ class StaticDecoder:
         return project(mixed[:, 0].to(hidden.dtype), [weight], [bias], residual=hidden, backend="triton")
 
 
-def _addresses(model: MMInterleavedModel) -> tuple[int, ...]:
-    """Where the weights lie; a captured step reads them there and nowhere else."""
-    parts = (model.language_model, model.lm_head)
-    return tuple(p.data_ptr() for part in parts for p in part.parameters())
+_pool: Pool[StaticDecoder] = Pool(KEPT)
 
 
-_idle: weakref.WeakKeyDictionary[MMInterleavedModel, list[StaticDecoder]] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def borrow(model: MMInterleavedModel, room: Room) -> Iterator[StaticDecoder]:
+def borrow(model: MMInterleavedModel, room: Room) -> AbstractContextManager[StaticDecoder]:
     """A decoder with that room, for nobody else until it is given back."""
-    idle = _idle.setdefault(model, [])
-    weights = _addresses(model)
-    idle[:] = [d for d in idle if d.weights == weights]  # weights that have moved
-    decoder = next((d for d in idle if d.room == room), None)
-    if decoder is None:
-        decoder = StaticDecoder(model, room)
-    else:
-        idle.remove(decoder)
-    try:
-        yield decoder
-    finally:
-        idle.append(decoder)
-        del idle[:-KEPT]
+    weights = addresses(model.language_model, model.lm_head)
+    return _pool.borrow(model, room, weights, lambda: StaticDecoder(model, room))
