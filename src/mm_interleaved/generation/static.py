@@ -243,7 +243,7 @@ class StaticDecoder:
         """The work of one token; tensors only, no number of which the host needs to know."""
         model = self._model()
         language = model.language_model
-        self.source.index_copy_(1, self.column, torch.where(self.reading, self.own, -1)[:, None])
+        self.source.index_copy_(1, self.column, self.own.masked_fill(~self.reading, -1)[:, None])
         hidden = language.embed_tokens(self.tokens)
         cos, sin = language.rotary_emb(hidden[:, None], self.positions[:, None])
         for index, layer in enumerate(language.layers):

@@ -94,7 +94,9 @@ class StaticUNet:
 
 def _tensors(text: KeptText, earlier: EarlierImages) -> list[Tensor]:
     """Everything that changes from picture to picture, in a fixed order."""
-    found = [x for pair in text.values() for x in pair] + [earlier.visible.images, earlier.visible.routes]
+    found = [x for pair in text.values() for x in pair] + [earlier.visible.images]
+    if earlier.visible.routes is not None:
+        found.append(earlier.visible.routes)
     for p in earlier.prepared:
         found += [p.values, p.folded.weight, p.folded.bias, p.folded.table, p.output.weight, p.output.bias]
     return found
@@ -102,7 +104,8 @@ def _tensors(text: KeptText, earlier: EarlierImages) -> list[Tensor]:
 
 def _clone(earlier: EarlierImages) -> EarlierImages:
     """The same prepared pictures in memory of their own, without the maps that they were prepared from."""
-    visible = replace(earlier.visible, images=earlier.visible.images.clone(), routes=earlier.visible.routes.clone())
+    given = vars(earlier.visible)
+    visible = replace(earlier.visible, **{k: None if v is None else v.clone() for k, v in given.items()})
     prepared = [
         replace(
             p,

@@ -133,7 +133,7 @@ def attend(
     place = torch.arange(columns, device=keys.device)
     seen = (source >= 0) & (place <= column)
     found = [x[source.clamp(min=0), :, place].transpose(1, 2) for x in (keys, values)]
-    mask = torch.where(seen, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[:, None, None]
+    mask = query.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(query.dtype).min)[:, None, None]
     grouped = query.shape[1] != key_heads
     out = F.scaled_dot_product_attention(query[:, :, None], *found, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.reshape(rows, -1)
