@@ -32,9 +32,7 @@ def describe() -> dict[str, object]:
         at = words.index("--output")
         words = words[:at] + words[at + 2 :]
     program = Path(sys.argv[0]).name
-    command = " ".join(
-        [*(["mmi"] if program in ("mmi", "__main__.py") else ["python", f"benchmarks/{program}"]), *words]
-    )
+    begin = ["mmi"] if program in ("mmi", "__main__.py") else ["python", f"benchmarks/{program}"]
     return {
         "date": datetime.date.today().isoformat(),
         "command": " ".join([*begin, *words]),

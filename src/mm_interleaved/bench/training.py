@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from ..generation import MMInterleaved
 from ..model.roofline import Need
 from ..training.flops import step_cost
+from ..training.run import enable_checkpointing
 from .base import Bench, Row, document
 
 
@@ -34,11 +36,11 @@ def training(bench: Bench) -> Iterator[Row]:
 
     model.freeze()
     model.train()
-    _checkpointing(model, "enable", gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     try:
         value, peak = bench.clock.time(step, 2), bench.clock.peak(step)
     finally:
-        _checkpointing(model, "disable")
+        _disable_checkpointing(model)
         model.eval()
         model.zero_grad(set_to_none=True)
     need = Need(step_cost(config).of(sizes.batch * sizes.batch_length, count, count))
@@ -46,10 +48,6 @@ def training(bench: Bench) -> Iterator[Row]:
     yield Row("training", case, "s", value, bound=bench.bound(need), peak_bytes=peak)
 
 
-def _checkpointing(model: torch.nn.Module, verb: str, **settings: object) -> None:
-    name = f"activation_checkpointing_{verb}"  # its name from transformers 5.2x on
-    if hasattr(model, name):
-        settings = {k.replace("gradient", "activation"): v for k, v in settings.items()}
-    else:
-        name = f"gradient_checkpointing_{verb}"
-    getattr(model, name)(**settings)
+def _disable_checkpointing(model: MMInterleaved) -> None:
+    new = hasattr(model, "activation_checkpointing_disable")  # its name from transformers 5.2x on
+    (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from .console import console, output
 from .results import UsageError
@@ -36,7 +37,7 @@ def bench(
     from ..bench import report
 
     if compare is not None:
-        output.print(report.comparison(*(_read(path) for path in compare)), width=160)
+        Console(width=max(output.width, 150)).print(report.comparison(*(_read(path) for path in compare)))
         return
     from ..bench import LINES, run
     from ..bench.base import SIZES, Bench
