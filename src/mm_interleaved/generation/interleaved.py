@@ -26,6 +26,7 @@ from ..processor.packing import TokenStream
 from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .context import Context
 from .settings import GenerationSettings
+from .static import read_column, uses_static
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
 
 Turn = Literal["text", "image"]
@@ -391,10 +392,13 @@ class InterleavedGenerator:
 
     def _announce(self, chosen: list[int]) -> None:
         """Read the begin-of-image token in the rows that draw."""
-        ids = torch.full((len(self.rows), 1), self.model.config.soi_token_id)
-        mask = torch.zeros_like(ids)
-        mask[chosen] = 1
-        self.context.append(ids, mask)
+        device = self.context.mask.device
+        ids = torch.full((len(self.rows),), self.model.config.soi_token_id, device=device)
+        draws = torch.tensor([i in chosen for i in range(len(self.rows))], device=device)
+        if uses_static(self.model, self.settings.text.cache_implementation):
+            read_column(self.context, ids, draws)
+        else:
+            self.context.append(ids[:, None], draws[:, None].long())
         for index in chosen:
             self.rows[index].ids.append(self.model.config.soi_token_id)
 

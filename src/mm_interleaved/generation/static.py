@@ -16,6 +16,7 @@ import logging
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,12 @@ def why_not_static(model: MMInterleavedModel) -> str | None:
     return None
 
 
-def chosen(model: MMInterleavedModel, implementation: CacheImplementation) -> bool:
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def uses_static(model: MMInterleavedModel, implementation: CacheImplementation) -> bool:
     """Whether to decode with a static cache.
 
     Raises:
@@ -63,7 +69,7 @@ def chosen(model: MMInterleavedModel, implementation: CacheImplementation) -> bo
     if reason is not None and implementation == "static":
         raise ValueError(f"cache_implementation='static' is not possible for this model: {reason}; take 'dynamic'")
     if reason is not None:
-        log.warning("decoding without a static cache, which is slower: %s", reason)
+        _warn_once(f"decoding without a static cache, which is slower: {reason}")
     return reason is None
 
 
@@ -125,7 +131,8 @@ class StaticDecoder:
         self.keys, self.values = torch.zeros(kept, **like), torch.zeros(kept, **like)
         self.source = torch.full((rows, room.columns), -1, **whole)
         self.column = torch.zeros(1, **whole)
-        self.positions, self.tokens = torch.zeros(rows, **whole), torch.zeros(rows, **whole)
+        self.positions = torch.zeros(rows, **whole)
+        self.embeds = torch.zeros(rows, text.hidden_size, **like)
         self.reading = torch.zeros(rows, dtype=torch.bool, device=device)
         self.hidden = torch.zeros(room.columns, rows, text.hidden_size, **like)
         self.last = torch.zeros(rows, text.hidden_size, **like)
@@ -229,7 +236,7 @@ class StaticDecoder:
     @torch.no_grad()
     def read(self, tokens: Tensor, reading: Tensor) -> None:
         """Read `tokens` [rows] where `reading` [rows] says so; then `logits` is what comes next. Waits for nothing."""
-        self.tokens.copy_(tokens)
+        self.embeds.copy_(self._model().embed(tokens[:, None], None)[:, 0])
         self.reading.copy_(reading)
         (self.replay or self._step)()
 
@@ -244,7 +251,7 @@ class StaticDecoder:
         model = self._model()
         language = model.language_model
         self.source.index_copy_(1, self.column, self.own.masked_fill(~self.reading, -1)[:, None])
-        hidden = language.embed_tokens(self.tokens)
+        hidden = self.embeds
         cos, sin = language.rotary_emb(hidden[:, None], self.positions[:, None])
         for index, layer in enumerate(language.layers):
             hidden = self._layer(layer, hidden, cos[:, 0], sin[:, 0], index)
@@ -309,6 +316,14 @@ class StaticDecoder:
         sides = mmfs.split(both[:, None], folded.table[:slots])
         mixed = mmfs.mix(sides, prepared.values, self.visible, self.memory.shapes, self.centre, synchronizer.base_size)
         return project(mixed[:, 0].to(hidden.dtype), [weight], [bias], residual=hidden, backend="triton")
+
+
+def read_column(context: Context, tokens: Tensor, reading: Tensor) -> None:
+    """Let `context` read one plain token [batch] in the rows `reading` [batch]; the twin of `append_text`."""
+    with borrow(context.model, Room.needed(context, 1, 1)) as decoder:
+        decoder.load(context)
+        decoder.read(tokens, reading)
+        decoder.store(context, 1)
 
 
 _pool: Pool[StaticDecoder] = Pool(KEPT)

@@ -25,7 +25,7 @@ from .rules import (
     uniform,
 )
 from .settings import TextSettings
-from .static import chosen
+from .static import uses_static
 from .static_text import write_beams_static, write_static
 
 
@@ -60,7 +60,7 @@ def write(
     Raises:
         ValueError: a static cache was asked for, but the model cannot have one.
     """
-    kind = write_static if chosen(context.model, settings.cache_implementation) else write_dynamic
+    kind = write_static if uses_static(context.model, settings.cache_implementation) else write_dynamic
     return kind(context, settings, generators, active, limits, banned)
 
 
@@ -70,7 +70,7 @@ def write_beams(context: Context, settings: TextSettings, banned: Sequence[int] 
     Raises:
         ValueError: a static cache was asked for, but the model cannot have one.
     """
-    kind = write_beams_static if chosen(context.model, settings.cache_implementation) else write_beams_dynamic
+    kind = write_beams_static if uses_static(context.model, settings.cache_implementation) else write_beams_dynamic
     return kind(context, settings, banned)
 
 
