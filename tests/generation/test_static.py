@@ -22,7 +22,7 @@ from mm_interleaved import (
     MMInterleavedProcessor,
     TextSettings,
 )
-from mm_interleaved.generation import InterleavedGenerator, static, static_text
+from mm_interleaved.generation import Context, InterleavedGenerator, static, static_text
 from mm_interleaved.generation.static import Room, StaticDecoder, borrow, why_not_static
 from mm_interleaved.generation.text import write
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
@@ -229,3 +229,31 @@ def test_through_kernels(model: MMInterleaved, processor, with_kernels, kind: st
     batch = prompts(processor)
     assert texts(mine, batch, settings, "static") == texts(mine, batch, settings, "dynamic")
     assert with_kernels() == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_pictures_that_rows_wait_for(debug_config: MMInterleavedConfig, processor, kind: str) -> None:
+    """Read as one recorded block against `append_images`, in two of three rows, twice."""
+    model = other_model(debug_config, kind)
+    pixels = torch.rand(2, 3, *[model.config.vision_config.image_size] * 2)
+    contexts = []
+    for read in (static.read_images, Context.append_images):
+        context = model.read(prompts(processor))
+        for rows in ([0, 2], [1, 2]):
+            soi = torch.full((3, 1), model.config.soi_token_id)
+            mask = torch.tensor([[int(i in rows)] for i in range(3)])
+            context.append(soi, mask)
+            read(context, rows, pixels)
+        contexts.append(context)
+    a, b = contexts
+    assert torch.equal(a.mask, b.mask)
+    assert a.row_images == b.row_images
+    assert torch.equal(a.visible, b.visible)
+    assert (a.tokens_read, a.images_read) == (b.tokens_read, b.images_read)
+    real = a.mask == 1
+    torch.testing.assert_close(torch.cat(a.hidden, 1)[real], torch.cat(b.hidden, 1)[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.last, b.last, rtol=1e-5, atol=1e-5)
+    settings = replace(GREEDY, max_new_tokens=6, cache_implementation="static")
+    found, expected = (list(write(c, settings, [torch.Generator()] * 3)) for c in contexts)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x.tokens, y.tokens)

@@ -25,6 +25,9 @@ from ..model.mmfs import PreparedMMFS
 from ..model.unet import EarlierImages
 from ..model.visual_tokenizer import VisualFeatures
 
+# Embeddings [batch, n, width], mask [batch, n] and visible pictures [batch, n, slots] of columns to read.
+Read = Callable[[Tensor, Tensor, Tensor], object]
+
 
 def _join_memory(old: ImageMemory, new: ImageMemory) -> ImageMemory:
     """Both lists of pictures; what was folded from the weights is kept."""
@@ -135,7 +138,11 @@ class Context:
     def append_images(self, rows: list[int], pixel_values: Tensor) -> None:
         """Read the pictures that `rows`, each ending with a begin-of-image token, have been waiting for."""
         self.flush()
-        features = self.model.encode_images(pixel_values)
+        self.append_features(rows, self.model.encode_images(pixel_values))
+
+    @torch.no_grad()
+    def append_features(self, rows: list[int], features: VisualFeatures, read: Read | None = None) -> None:
+        """`append_images` of pictures that are encoded already; `read` reads the columns, None: as everything is."""
         first = self._add_images(features, rows)
         batch, count = len(self.mask), features.tokens.shape[1]
         newest = torch.full((batch, 1), -1, dtype=torch.long, device=self.mask.device)
@@ -146,7 +153,7 @@ class Context:
         embeds = torch.zeros(batch, count, features.tokens.shape[-1], dtype=features.tokens.dtype, device=mask.device)
         embeds[rows] = features.tokens
         images = torch.where(mask[..., None] == 1, self.visible[:, None], -1)
-        self._read(embeds, mask, images)
+        (read or self._read)(embeds, mask, images)
 
     def _read(self, embeds: Tensor, mask: Tensor, images: Tensor) -> Tensor:
         positions = (self.lengths[:, None] + mask.cumsum(1) - 1).clamp(min=0)

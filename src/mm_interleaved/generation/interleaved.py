@@ -26,7 +26,7 @@ from ..processor.packing import TokenStream
 from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .context import Context
 from .settings import GenerationSettings
-from .static import read_column, uses_static
+from .static import read_column, read_images, uses_static
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
 
 Turn = Literal["text", "image"]
@@ -379,7 +379,10 @@ class InterleavedGenerator:
             for pictures, values in zip(candidates, decoder.decode(step.latents, half), strict=True):
                 pictures.append(to_picture(values.float().cpu().numpy()))
         first = self.processor.pixels([pictures[0] for pictures in candidates])
-        self.context.defer(partial(self.context.append_images, chosen, first))
+        if uses_static(self.model, self.settings.text.cache_implementation):
+            self.context.defer(partial(read_images, self.context, chosen, first))
+        else:
+            self.context.defer(partial(self.context.append_images, chosen, first))
         for index, pictures in zip(chosen, candidates, strict=True):
             row = self.rows[index]
             row.ids += [self.model.config.image_token_id] * self.model.config.num_image_tokens

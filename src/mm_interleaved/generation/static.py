@@ -20,12 +20,15 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
 from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
 from ..model.static import Pool, addresses, capture
+from ..model.visual_tokenizer import VisualFeatures
 from ..ops import attend, project, project_gated, promote, why_not_kernels
+from ..ops.decoding import rotate
 from .context import Context
 from .settings import CacheImplementation
 
@@ -147,6 +150,8 @@ class StaticDecoder:
         possible = why_not_kernels(self.last, text.head_dim) is None and device.type == "cuda"
         self.kernels = possible if kernels is None else kernels
         self.first = 0  # column where this text begins
+        self.block: Tensor | None = None
+        self.replay_block = None
         self.replay = None  # `load` overwrites what the recording leaves behind
         if device.type == "cuda" if captured is None else captured:
             self.replay = capture(self._step, device)
@@ -240,6 +245,23 @@ class StaticDecoder:
         self.reading.copy_(reading)
         (self.replay or self._step)()
 
+    def prepare_block(self, columns: int) -> None:
+        """Get ready for `read_block` with so many columns; what was loaded is lost if this is the first time."""
+        if self.block is not None and self.block.shape[1] == columns:
+            return
+        self.block = self.embeds.new_zeros(len(self.embeds), columns, self.embeds.shape[1])
+        self.replay_block = capture(self._block_step, self.block.device) if self.replay is not None else None
+
+    @torch.no_grad()
+    def read_block(self, embeds: Tensor, reading: Tensor) -> None:
+        """Read several columns at once: `embeds` [rows, columns, width] where `reading` [rows] says so.
+
+        All rows must be rows of the context (no beams), and see the same pictures in all columns.
+        """
+        self.block.copy_(embeds)
+        self.reading.copy_(reading)
+        (self.replay_block or self._block_step)()
+
     def reorder(self, parents: Tensor) -> None:
         """Make row i what row `parents[i]` was; both belong to the same row of the context."""
         self.source.copy_(self.source[parents])
@@ -279,6 +301,64 @@ class StaticDecoder:
         if layer.synchronizer is not None:
             hidden = self._look(layer.synchronizer, hidden)
         return self._mlp(layer, hidden)
+
+    def _block_step(self) -> None:
+        """The work of several columns."""
+        model = self._model()
+        language, hidden = model.language_model, self.block
+        count = hidden.shape[1]
+        steps = torch.arange(count, device=hidden.device)
+        columns = self.column + steps
+        filled = self.own.masked_fill(~self.reading, -1)[:, None].expand(-1, count).contiguous()
+        self.source.index_copy_(1, columns, filled)
+        place = torch.arange(self.room.columns, device=hidden.device)
+        seen = (self.source >= 0)[:, None] & (place <= columns[:, None])
+        mask = hidden.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(hidden.dtype).min)[:, None]
+        rotary = language.rotary_emb(hidden, self.positions[:, None] + steps)
+        visible = self._block_visible(steps)
+        for index, layer in enumerate(language.layers):
+            hidden = hidden + self._block_attention(layer, hidden, rotary, columns, mask, index)
+            if layer.synchronizer is not None:
+                hidden = hidden + layer.synchronizer(hidden, self.memory, visible)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = language.norm(hidden)
+        self.hidden.index_copy_(0, columns, hidden.transpose(0, 1).contiguous())
+        self.last.copy_(torch.where(self.reading[:, None], hidden[:, -1], self.last))
+        self.logits.copy_(model.lm_head(self.last))
+        self.positions.add_(self.reading * count)
+        self.column.add_(count)
+
+    def _block_attention(
+        self,
+        layer: MMFSDecoderLayer,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        columns: Tensor,
+        mask: Tensor,
+        index: int,
+    ) -> Tensor:
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query, key, value = (m(x).unflatten(-1, (-1, attention.head_dim)) for m in maps)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        cos, sin = (x[:, None] for x in rotary)
+        query, key = (rotate(x.transpose(1, 2), cos, sin) for x in (query, key))
+        keys, values = self.keys[index], self.values[index]
+        keys.index_copy_(2, columns, key)
+        values.index_copy_(2, columns, value.transpose(1, 2))
+        grouped = query.shape[1] != keys.shape[1]
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.scaling,
+                                               enable_gqa=grouped)  # fmt: skip
+        return attention.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _block_visible(self, steps: Tensor) -> VisibleImages:
+        """What every token of a block sees: what its row sees."""
+        count, slots = len(steps), max(self.room.slots, 1)
+        routes = self.visible.routes[..., None]  # [pictures, rows, 1] of row * slots + slot
+        entries = (routes // slots * count + steps) * slots + routes % slots
+        images = self.visible.images.repeat_interleave(count, 0, output_size=len(self.own) * count)
+        return VisibleImages(images, entries.masked_fill(routes < 0, -1).flatten(1))
 
     def _plain(self, *linears: nn.Module) -> bool:
         """Whether modules must be called: no kernels, or they are more than a linear layer (LoRA, quantized)."""
@@ -326,7 +406,51 @@ def read_column(context: Context, tokens: Tensor, reading: Tensor) -> None:
         decoder.store(context, 1)
 
 
+class StaticEyes:
+    """The visual tokenizer for pictures of one shape; its twin is `MMInterleavedModel.encode_images`."""
+
+    def __init__(self, model: MMInterleavedModel, pixels: Tensor, captured: bool | None = None) -> None:
+        self._model = weakref.ref(model)
+        self.pixels = pixels.clone()
+        self.features: VisualFeatures | None = None
+        self.replay = None
+        if pixels.device.type == "cuda" if captured is None else captured:
+            self.replay = capture(self._step, pixels.device)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> VisualFeatures:
+        """Features of `pixels` [pictures, 3, side, side]."""
+        self.pixels.copy_(pixels)
+        (self.replay or self._step)()
+        seen = self.features
+        return VisualFeatures(seen.tokens.clone(), [m.clone() for m in seen.pyramid], seen.last_hidden_state.clone())
+
+    def _step(self) -> None:
+        self.features = self._model().encode_images(self.pixels)
+
+
+def read_images(context: Context, rows: list[int], pixel_values: Tensor) -> None:
+    """Let `context` read the pictures that `rows` have been waiting for; the twin of `Context.append_images`."""
+    context.flush()
+    model = context.model
+    pixels = pixel_values.to(model.compute_device)
+    key = (pixels.shape, pixels.dtype)
+    with _eyes.borrow(model, key, addresses(model.visual_tokenizer), lambda: StaticEyes(model, pixels)) as eyes:
+        features = eyes(pixels)
+
+    def read(embeds: Tensor, mask: Tensor, images: Tensor) -> None:
+        count = embeds.shape[1]
+        with borrow(model, Room.needed(context, 1, count)) as decoder:
+            decoder.prepare_block(count)
+            decoder.load(context)
+            decoder.read_block(embeds, mask[:, 0] == 1)
+            decoder.store(context, count)
+
+    context.append_features(rows, features, read)
+
+
 _pool: Pool[StaticDecoder] = Pool(KEPT)
+_eyes: Pool[StaticEyes] = Pool(KEPT)
 
 
 def borrow(model: MMInterleavedModel, room: Room) -> AbstractContextManager[StaticDecoder]:

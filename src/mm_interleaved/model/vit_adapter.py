@@ -117,7 +117,7 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).to(work).unflatten(-1, (*layout, 2))
         logits = self.attention_weights(query).to(work).unflatten(-1, layout)
         weights = logits.flatten(-2).softmax(-1).view_as(logits)
-        sizes = offsets.new_tensor([[w, h] for h, w in shapes])[:, None]
+        sizes = torch.stack([offsets.new_full((), size) for h, w in shapes for size in (w, h)]).view(-1, 1, 2)
         locations = reference.to(work)[:, None, None, None] + offsets / sizes
         return self.output_proj(deformable_attention(value, shapes, locations, weights))
 

@@ -127,7 +127,7 @@ def attend(
 
         return fused(query, key, value, cos, sin, keys, values, source, column, scale)
     rows, key_heads, columns, dim = keys.shape
-    query, key = (_rotate(x.unflatten(-1, (-1, dim)), cos, sin) for x in (query, key))
+    query, key = (rotate(x.unflatten(-1, (-1, dim)), cos[:, None], sin[:, None]) for x in (query, key))
     keys.index_copy_(2, column, key[:, :, None])
     values.index_copy_(2, column, value.unflatten(-1, (-1, dim))[:, :, None])
     place = torch.arange(columns, device=keys.device)
@@ -139,7 +139,7 @@ def attend(
     return out.reshape(rows, -1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), halves apart as in transformers: `x` [rows, heads, dim]."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864), halves apart as in transformers; `x` [..., dim], `cos` and `sin` alike."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
