@@ -97,7 +97,7 @@ def test_kept_text_is_projected_text(model: MMInterleaved) -> None:
 @torch.no_grad()
 def test_channels_last_changes_no_value(model: MMInterleaved) -> None:
     mine, seen = copy.deepcopy(model), earlier(model, [[0]])
-    denoising._channels_last(mine.image_decoder.unet)
+    denoising.lay_out(mine.image_decoder.unet, torch.channels_last)
     torch.testing.assert_close(latents(mine, seen, "static"), latents(model, seen, "dynamic"), rtol=1e-4, atol=1e-4)
 
 

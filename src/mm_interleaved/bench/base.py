@@ -164,10 +164,11 @@ class Bench:
 def fresh(preset: str, device: torch.device, dtype: torch.dtype) -> Loaded:
     """A model of that size with random weights and none at zero, made on the device.
 
-    What it writes means nothing and costs the same. The vocabulary is that of the package's tokenizer.
+    What it writes means nothing and costs the same. It writes tokens of the package's tokenizer only.
     """
     config, small = MMInterleavedConfig.preset(preset), MMInterleavedConfig.preset("small")
-    config.text_config.vocab_size = small.text_config.vocab_size
+    words, text = small.text_config.vocab_size, config.text_config
+    text.vocab_size = max(text.vocab_size, words)
     for name in ("bos", "eos", "pad", "soi", "image"):
         setattr(config, f"{name}_token_id", getattr(small, f"{name}_token_id"))
     before = torch.get_default_dtype()
@@ -183,9 +184,10 @@ def fresh(preset: str, device: torch.device, dtype: torch.dtype) -> Loaded:
             for parameter in model.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
+            model.lm_head.head.bias[words:] = -1e4  # the tokenizer knows no more tokens
     model.image_decoder.vae.float()
-    words = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
-    return Loaded(model, MMInterleavedProcessor.for_model(config, words), trained=False, name=preset)
+    tokenizer = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    return Loaded(model, MMInterleavedProcessor.for_model(config, tokenizer), trained=False, name=preset)
 
 
 def document(config: MMInterleavedConfig, length: int, pictures: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..generation import IMAGE_PRESETS, Context, ImageSettings
-from ..model import roofline
+from ..model import denoising, roofline
 from .base import Bench, Row, read
 
 
@@ -28,6 +28,19 @@ def picture(bench: Bench) -> Iterator[Row]:
             yield replace(_drawn(bench, context, name, preset.settings, twin=False), lossless=False)
     if bench.compile:
         yield _drawn(bench, context, f"{case}, compiled", replace(settings, compile=True), twin=False)
+
+
+def layouts(bench: Bench) -> Iterator[Row]:
+    """A picture with the convolutions' channels last (as usual) and, as the twin, first."""
+    settings = ImageSettings(num_inference_steps=bench.sizes.steps, cache_implementation="static")
+    context, usual, times = read(bench, *bench.sizes.drawing), denoising.LAYOUT, []
+    try:
+        for layout in (torch.channels_last, torch.contiguous_format):
+            denoising.LAYOUT = layout
+            times.append(bench.clock.time(lambda: draw(bench, context, settings), 2))
+    finally:
+        denoising.LAYOUT = usual
+    yield Row("layouts", f"{bench.sizes.steps} steps", "s", *times)
 
 
 def _drawn(bench: Bench, context: Context, case: str, settings: ImageSettings, twin: bool = True) -> Row:

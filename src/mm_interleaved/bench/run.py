@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from ..ops.mmfs_attention import HAS_TRITON
 from . import mmfs, pictures, session, text, training
 from .base import Bench, Row
 
@@ -28,11 +30,24 @@ LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "decode-by-pictures": text.decode_by_pictures,
     "products": text.products,
     "tiles": text.tiles,
+    "layouts": pictures.layouts,
 }
-USUAL = [name for name in LINES if name not in ("products", "tiles")]
+USUAL = [name for name in LINES if name not in ("products", "tiles", "layouts")]
+
+
+def _triton_errors() -> tuple[type[BaseException], ...]:
+    if not HAS_TRITON:
+        return ()
+    from triton.errors import TritonError
+
+    return (TritonError,)
+
+
 # What a line may run into on a machine that nobody has tried: no memory, a kernel that does not compile, a bad setting.
-_TROUBLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, ImportError,
-            AssertionError)  # fmt: skip
+_TROUBLE = (
+    *_triton_errors(), subprocess.SubprocessError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, OSError, ImportError, AssertionError,
+)  # fmt: skip
 
 
 @dataclass

@@ -250,6 +250,7 @@ class StaticDecoder:
         if self.block is not None and self.block.shape[1] == columns:
             return
         self.block = self.embeds.new_zeros(len(self.embeds), columns, self.embeds.shape[1])
+        self.column.zero_()  # there is room for the steps that recording takes
         self.replay_block = capture(self._block_step, self.block.device) if self.replay is not None else None
 
     @torch.no_grad()

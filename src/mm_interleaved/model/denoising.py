@@ -18,6 +18,7 @@ from .static import Pool, addresses, capture
 from .unet import EarlierImages, KeptText, MMFSUNet
 
 CacheImplementation = Literal["auto", "static", "dynamic"]
+LAYOUT = torch.channels_last  # of convolutions on a CUDA device
 KEPT = 4  # recordings a UNet keeps: with and without earlier pictures, with and without guidance
 
 
@@ -57,7 +58,7 @@ class StaticUNet:
         device = conditions.device
         self.latents = latents.clone()
         if device.type == "cuda":
-            self.latents = self.latents.contiguous(memory_format=torch.channels_last)
+            self.latents = self.latents.contiguous(memory_format=LAYOUT)
         self.timestep = torch.zeros((), dtype=timestep.dtype, device=device)
         self.conditions = conditions.clone()
         with torch.no_grad():
@@ -78,11 +79,11 @@ class StaticUNet:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet's prediction for `latents` at `timestep`; overwritten by the next call."""
+        """The UNet's prediction for `latents` at `timestep`."""
         self.latents.copy_(latents)
         self.timestep.fill_(timestep.item())
         (self.replay or self._step)()
-        return self.prediction
+        return self.prediction.clone()
 
     def _step(self) -> None:
         unet = self._compiled or self._unet()
@@ -132,7 +133,7 @@ def borrow(
 ) -> AbstractContextManager[StaticUNet]:
     """A `StaticUNet` for these shapes, loaded, for nobody else until it is given back."""
     if conditions.device.type == "cuda" and captured is not False:
-        _channels_last(unet)
+        lay_out(unet, LAYOUT)
     kinds = [(x.shape, x.dtype) for x in (latents, timestep, conditions, *_tensors({}, earlier))]
     key = (tuple(kinds), tuple(earlier.shapes), captured, compiled)
 
@@ -142,8 +143,8 @@ def borrow(
     return _pool.borrow(unet, key, addresses(unet), make)
 
 
-def _channels_last(unet: MMFSUNet) -> None:
-    """Lay the weights of convolutions out as the GPU's matrix units want them; their values stay."""
+def lay_out(unet: MMFSUNet, layout: torch.memory_format) -> None:
+    """Lay the weights of convolutions out in memory, as the GPU's matrix units want them; their values stay."""
     for parameter in unet.parameters():
-        if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=layout):
+            parameter.data = parameter.data.contiguous(memory_format=layout)
