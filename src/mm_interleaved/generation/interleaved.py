@@ -369,14 +369,14 @@ class InterleavedGenerator:
             conditions = decoder.resampler(*self.context.image_context(chosen))
         earlier = self.context.earlier_images(chosen)
         candidates: list[list[PIL.Image.Image]] = [[] for _ in chosen]
-        half = settings.decode_dtype == "bfloat16"
+        decode = partial(decoder.decode, half=True) if settings.decode_dtype == "bfloat16" else decoder.decode
         for number in range(settings.num_candidates):
             offsets = [number + (self.rows[i].turns if self.settings.vary_noise else 0) for i in chosen]
             generators = [torch.Generator().manual_seed(settings.seed + offset) for offset in offsets]
             for step in decoder.denoise(conditions, earlier, settings, generators):
                 if self.progress:
                     yield from _progress(chosen, number, step)
-            for pictures, values in zip(candidates, decoder.decode(step.latents, half), strict=True):
+            for pictures, values in zip(candidates, decode(step.latents), strict=True):
                 pictures.append(to_picture(values.float().cpu().numpy()))
         first = self.processor.pixels([pictures[0] for pictures in candidates])
         if uses_static(self.model, self.settings.text.cache_implementation):
