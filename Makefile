@@ -22,7 +22,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 benchmark: .venv/ready
-	$(BIN)/python benchmarks/session.py --output benchmarks/results/session.json
+	$(BIN)/mmi bench --preset small --device cpu --output benchmarks/results/small-cpu.json
 
 clean:
 	rm -rf .venv demo

@@ -23,10 +23,10 @@ from typing import TypeVar
 import numpy as np
 import PIL.Image
 import torch
-from machine import describe
 from rich.console import Console
 
 from mm_interleaved import Document, DocumentFinished, Image, ImageSettings, Text, TextSettings
+from mm_interleaved.bench.machine import describe
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.toyworld.documents import CAPTION_PROMPT, VQA_SHORT
 from mm_interleaved.toyworld.draw import draw

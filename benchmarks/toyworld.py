@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe
 
+from mm_interleaved.bench.machine import describe
 from mm_interleaved.toyworld.draw import draw
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 

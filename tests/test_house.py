@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
     "document", "configuration", "toyworld", "ops", "model", "processor", "generation", "data", "metrics", "tasks",
-    "training", "pretrained", "cli",
+    "training", "pretrained", "bench", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -59,9 +59,9 @@ def test_json(elsewhere: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [c for c in commands() if "models" not in " ".join(c)], ids=" ".join)
 def test_commands(elsewhere: Path, arguments: list[str]) -> None:
-    quick = ["--steps", "2", "--max-new-tokens", "8"] if arguments[0] == "generate" else []
+    quick = {"generate": ["--steps", "2", "--max-new-tokens", "8"], "bench": ["--only", "encode"]}
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, *quick])
+        main([*arguments, *quick.get(arguments[0], [])])
     assert not stopped.value.code
     if arguments[0] == "generate":
         folder = Path(arguments[arguments.index("--output") + 1])

@@ -419,6 +419,7 @@ BAD_OPTIONS = {
     "no beams": (["--num-beams", "0"], 1, "num_beams"),
     "cold": (["--sample", "--temperature", "0"], 1, "temperature"),
     "no such preset": (["--preset", "poem"], 1, "'poem'.*caption"),
+    "no such image preset": (["--image-preset", "quick"], 1, "'quick'.*unipc-20"),
     "no such scheduler": (["--scheduler", "Magic"], 1, "'Magic'.*DDPMScheduler"),
     "a scheduler for flows": (["--scheduler", "FlowMatchEulerDiscreteScheduler"], 1, "another kind of diffusion"),
     "more steps than there are": (["--steps", "2000"], 1, "num_inference_steps.*1000"),

@@ -15,6 +15,7 @@ from ..configuration import ConfigError
 from ..data import DataError
 from ..document import DocumentError
 from ..model.checkpoint import CheckpointError
+from .bench import bench
 from .console import console
 from .convert import assemble, convert
 from .data import data
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(info)
+app.command()(bench)
 app.command()(convert)
 app.command()(download)
 app.command()(assemble)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..document import Document, DocumentError, load_documents
 from ..generation import (
+    IMAGE_PRESETS,
     TEXT_PRESETS,
     DocumentFinished,
     Event,
@@ -71,6 +72,9 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Strength of guidance; 1: off.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Pictures drawn for each slot; the first is used.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Name of a diffusers scheduler.")] = None,
+    image_preset: Annotated[
+        str, typer.Option(help=f"How pictures are drawn, under the other options: {', '.join(IMAGE_PRESETS)}.")
+    ] = "ddpm-30",
     image_root: Annotated[
         Path | None, typer.Option(help="Folder that pictures may come from; default: the input's.")
     ] = None,
@@ -86,13 +90,15 @@ def generate(
     """
     if preset not in TEXT_PRESETS:
         raise UsageError(f"there is no preset '{preset}'; there are {', '.join(TEXT_PRESETS)}")
+    if image_preset not in IMAGE_PRESETS:
+        raise UsageError(f"there is no image preset '{image_preset}'; there are {', '.join(IMAGE_PRESETS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
     if num_beams is not None and num_beams > 1 and do_sample is None:
         do_sample = False
     try:
         settings = override(
-            GenerationSettings(text=TEXT_PRESETS[preset]),
+            GenerationSettings(text=TEXT_PRESETS[preset], image=IMAGE_PRESETS[image_preset].settings),
             seed=seed, max_turns=max_turns, max_images=max_images, max_tokens=max_tokens, max_segments=max_segments,
             stop_at_eos=stop_at_eos, force_image=force_image, replace_texts=replace_texts, vary_noise=vary_noise,
             max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, num_beams=num_beams, do_sample=do_sample,

@@ -10,15 +10,17 @@ from .interleaved import (
     TextDelta,
 )
 from .mm_interleaved import MMInterleaved
-from .settings import TEXT_PRESETS, GenerationSettings, ImageSettings, TextSettings
-from .text import WrittenText
+from .rules import WrittenText
+from .settings import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, ImagePreset, ImageSettings, TextSettings
 
 __all__ = [
+    "IMAGE_PRESETS",
     "TEXT_PRESETS",
     "Context",
     "DocumentFinished",
     "Event",
     "GenerationSettings",
+    "ImagePreset",
     "ImageProgress",
     "ImageSettings",
     "InterleavedGenerator",

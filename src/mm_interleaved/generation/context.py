@@ -25,6 +25,9 @@ from ..model.mmfs import PreparedMMFS
 from ..model.unet import EarlierImages
 from ..model.visual_tokenizer import VisualFeatures
 
+# Embeddings [batch, n, width], mask [batch, n] and visible pictures [batch, n, slots] of columns to read.
+Read = Callable[[Tensor, Tensor, Tensor], object]
+
 
 def _join_memory(old: ImageMemory, new: ImageMemory) -> ImageMemory:
     """Both lists of pictures; what was folded from the weights is kept."""
@@ -135,7 +138,11 @@ class Context:
     def append_images(self, rows: list[int], pixel_values: Tensor) -> None:
         """Read the pictures that `rows`, each ending with a begin-of-image token, have been waiting for."""
         self.flush()
-        features = self.model.encode_images(pixel_values)
+        self.append_features(rows, self.model.encode_images(pixel_values))
+
+    @torch.no_grad()
+    def append_features(self, rows: list[int], features: VisualFeatures, read: Read | None = None) -> None:
+        """`append_images` of pictures that are encoded already; `read` reads the columns, None: as everything is."""
         first = self._add_images(features, rows)
         batch, count = len(self.mask), features.tokens.shape[1]
         newest = torch.full((batch, 1), -1, dtype=torch.long, device=self.mask.device)
@@ -146,7 +153,7 @@ class Context:
         embeds = torch.zeros(batch, count, features.tokens.shape[-1], dtype=features.tokens.dtype, device=mask.device)
         embeds[rows] = features.tokens
         images = torch.where(mask[..., None] == 1, self.visible[:, None], -1)
-        self._read(embeds, mask, images)
+        (read or self._read)(embeds, mask, images)
 
     def _read(self, embeds: Tensor, mask: Tensor, images: Tensor) -> Tensor:
         positions = (self.lengths[:, None] + mask.cumsum(1) - 1).clamp(min=0)
@@ -155,14 +162,27 @@ class Context:
         if self.memory is None:
             self.memory = self.model.remember(self.model.empty_pyramid())
         hidden = self.model.decode(embeds, self.memory, images, self.mask, positions, self.cache)
+        self._keep(hidden, mask)
+        return hidden
+
+    def _keep(self, hidden: Tensor, mask: Tensor) -> None:
         self.hidden.append(hidden)
         self.last = _at_last(hidden, mask, self.last)
-        self.tokens_read += embeds.shape[0] * embeds.shape[1]
-        return hidden
+        self.tokens_read += mask.numel()
+
+    def extend(self, hidden: Tensor, mask: Tensor) -> None:
+        """Take over columns of plain text that were read elsewhere, their keys and values being in `cache` already.
+
+        Args:
+            hidden: [batch, n, width] last hidden states.
+            mask: [batch, n], 0 where a row has nothing.
+        """
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        self._keep(hidden, mask)
 
     def _add_images(self, features: VisualFeatures, rows: list[int]) -> int:
         """Remember new pictures of `rows`; the number of the first."""
-        memory = self.model.remember(features.pyramid)
+        memory = self.model.remember(features.pyramid, self.memory)
         first = 0 if self.memory is None else len(self.memory)
         self.memory = memory if self.memory is None else _join_memory(self.memory, memory)
         self.images_read += len(rows)

@@ -26,6 +26,7 @@ from ..processor.packing import TokenStream
 from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .context import Context
 from .settings import GenerationSettings
+from .static import read_column, read_images, uses_static
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
 
 Turn = Literal["text", "image"]
@@ -368,16 +369,20 @@ class InterleavedGenerator:
             conditions = decoder.resampler(*self.context.image_context(chosen))
         earlier = self.context.earlier_images(chosen)
         candidates: list[list[PIL.Image.Image]] = [[] for _ in chosen]
+        decode = partial(decoder.decode, half=True) if settings.decode_dtype == "bfloat16" else decoder.decode
         for number in range(settings.num_candidates):
             offsets = [number + (self.rows[i].turns if self.settings.vary_noise else 0) for i in chosen]
             generators = [torch.Generator().manual_seed(settings.seed + offset) for offset in offsets]
             for step in decoder.denoise(conditions, earlier, settings, generators):
                 if self.progress:
                     yield from _progress(chosen, number, step)
-            for pictures, values in zip(candidates, decoder.decode(step.latents), strict=True):
+            for pictures, values in zip(candidates, decode(step.latents), strict=True):
                 pictures.append(to_picture(values.float().cpu().numpy()))
         first = self.processor.pixels([pictures[0] for pictures in candidates])
-        self.context.defer(partial(self.context.append_images, chosen, first))
+        if uses_static(self.model, self.settings.text.cache_implementation):
+            self.context.defer(partial(read_images, self.context, chosen, first))
+        else:
+            self.context.defer(partial(self.context.append_images, chosen, first))
         for index, pictures in zip(chosen, candidates, strict=True):
             row = self.rows[index]
             row.ids += [self.model.config.image_token_id] * self.model.config.num_image_tokens
@@ -390,10 +395,13 @@ class InterleavedGenerator:
 
     def _announce(self, chosen: list[int]) -> None:
         """Read the begin-of-image token in the rows that draw."""
-        ids = torch.full((len(self.rows), 1), self.model.config.soi_token_id)
-        mask = torch.zeros_like(ids)
-        mask[chosen] = 1
-        self.context.append(ids, mask)
+        device = self.context.mask.device
+        ids = torch.full((len(self.rows),), self.model.config.soi_token_id, device=device)
+        draws = torch.tensor([i in chosen for i in range(len(self.rows))], device=device)
+        if uses_static(self.model, self.settings.text.cache_implementation):
+            read_column(self.context, ids, draws)
+        else:
+            self.context.append(ids[:, None], draws[:, None].long())
         for index in chosen:
             self.rows[index].ids.append(self.model.config.soi_token_id)
 

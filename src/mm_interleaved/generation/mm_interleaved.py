@@ -107,7 +107,7 @@ class MMInterleaved(MMInterleavedModel):
                 part = slice(begin, begin + settings.batch_size)
                 seen = EarlierImages.build(features.pyramid, earlier[part])
                 *_, last = self.image_decoder.denoise(conditions[part], seen, settings, generator)
-                pictures.append(self.image_decoder.decode(last.latents))
+                pictures.append(self.image_decoder.decode(last.latents, settings.decode_dtype == "bfloat16"))
         return torch.cat(pictures)
 
     @torch.no_grad()

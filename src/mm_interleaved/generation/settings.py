@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_args
 
+from ..model.denoising import CacheImplementation
 from ..model.image_decoder import ImageSettings, check_seed
 
 
@@ -22,6 +23,9 @@ class TextSettings:
         length_penalty: a finished beam scores log p / length^length_penalty, the length counting `<s>` but no end
             token.
         num_return_sequences: best beams, or samples, for each prompt.
+        cache_implementation: "static" keeps everything in tensors of fixed size, so that a CUDA device replays one
+            captured step for every token and the host waits for it every few tokens only; "dynamic" grows its caches.
+            "auto": static on a CUDA device, if the model can, else dynamic. The texts are the same.
     """
 
     max_new_tokens: int = 30
@@ -34,6 +38,7 @@ class TextSettings:
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     num_return_sequences: int = 1
+    cache_implementation: CacheImplementation = "auto"
 
     def __post_init__(self) -> None:
         checks = [
@@ -49,6 +54,11 @@ class TextSettings:
             (
                 self.do_sample or self.num_return_sequences <= self.num_beams,
                 f"num_return_sequences={self.num_return_sequences} needs as many beams, or do_sample",
+            ),
+            (
+                self.cache_implementation in get_args(CacheImplementation),
+                f"cache_implementation must be one of {', '.join(get_args(CacheImplementation))}, "
+                f"not '{self.cache_implementation}'",
             ),
         ]
         for holds, message in checks:
@@ -104,6 +114,28 @@ TEXT_PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class ImagePreset:
+    """A way to draw pictures.
+
+    Attributes:
+        settings: of it.
+        lossless: whether its pictures are those of the release's own way; else they are others, for fewer steps.
+    """
+
+    settings: ImageSettings
+    lossless: bool
+
+
+IMAGE_PRESETS = {
+    "ddpm-30": ImagePreset(ImageSettings(), lossless=True),
+    "dpm-solver-20": ImagePreset(
+        ImageSettings(num_inference_steps=20, scheduler="DPMSolverMultistepScheduler"), lossless=False
+    ),
+    "unipc-20": ImagePreset(ImageSettings(num_inference_steps=20, scheduler="UniPCMultistepScheduler"), lossless=False),
+}  # DPM-Solver++: arXiv 2211.01095; UniPC: arXiv 2302.04867
+
+
 def from_original(**arguments: Any) -> GenerationSettings:
     """Settings from the original's generation arguments (`max_length`, `min_length`, `num_captions`, ...).
 
@@ -140,22 +172,20 @@ def from_original(**arguments: Any) -> GenerationSettings:
 def override(settings: GenerationSettings, **changes: Any) -> GenerationSettings:
     """`settings` with the changes whose value is not None; names of `text` and `image` settings count as well.
 
-    `seed` sets both seeds.
+    A name that several of them have (`seed`, `cache_implementation`) is set in all of them.
 
     Raises:
         ValueError: there is no such setting, or its value is not allowed.
     """
     parts: dict[str, dict[str, Any]] = {"": {}, "text": {}, "image": {}}
-    owners = {f.name: "" for f in fields(GenerationSettings) if f.name not in ("text", "image")}
-    owners |= {f.name: "image" for f in fields(ImageSettings) if f.name not in owners}
-    owners |= {f.name: "text" for f in fields(TextSettings) if f.name not in owners}
+    kinds = {"": GenerationSettings, "text": TextSettings, "image": ImageSettings}
+    owners = {part: {f.name for f in fields(kind)} - {"text", "image"} for part, kind in kinds.items()}
     for name, value in changes.items():
-        if name not in owners:
+        if not any(name in names for names in owners.values()):
             raise ValueError(f"there is no setting '{name}'")
-        if value is not None:
-            parts[owners[name]][name] = value
-            if name == "seed":
-                parts["image"]["seed"] = value
+        for part, names in owners.items():
+            if name in names and value is not None:
+                parts[part][name] = value
     return replace(
         settings,
         text=replace(settings.text, **parts["text"]),

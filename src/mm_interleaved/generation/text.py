@@ -1,92 +1,32 @@
-"""Writing text: greedy, sampling and beam search over a `Context`.
+"""Writing text: greedy, sampling and beam search over a `Context`, by the rules of `rules.py`.
 
-The rules are those of the library version that the original was pinned to, because released settings depend on them:
-the processors see `<s>` and what was written, never the prompt; beams keep (1 + end tokens) * num_beams candidates a
-step, so that end tokens cannot starve them. One thing is mended: a beam keeps the end token that really closed it.
+`write` and `write_beams` choose by `TextSettings.cache_implementation`: the loops here, whose caches grow with every
+token and which wait for the device at each, or those of `static_text.py`, for which these are the plain twins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from ..model import MMInterleavedModel
 from ..ops import promote
 from .context import Context
+from .rules import (
+    Hypotheses,
+    TextStep,
+    WrittenText,
+    beam_candidates,
+    draw,
+    end_tokens,
+    score_processors,
+    uniform,
+)
 from .settings import TextSettings
-
-
-@dataclass
-class WrittenText:
-    """One text that was written.
-
-    Attributes:
-        ids: its tokens, without `<s>` and without the end token.
-        end: the token that closed it; None: it reached max_new_tokens.
-        score: for beams, the score that ranked it.
-    """
-
-    ids: list[int]
-    end: int | None = None
-    score: float | None = None
-
-    @property
-    def all_ids(self) -> list[int]:
-        """Its tokens with the end token."""
-        return self.ids + ([] if self.end is None else [self.end])
-
-
-@dataclass
-class TextStep:
-    """One step of greedy search or sampling.
-
-    Attributes:
-        tokens: [batch] the new tokens; the pad token in rows that are finished.
-        active: [batch] bool, the rows that got one.
-        logits: [batch, vocab] float32, before any processing.
-    """
-
-    tokens: Tensor
-    active: Tensor
-    logits: Tensor
-
-
-def end_tokens(model: MMInterleavedModel) -> list[int]:
-    """The tokens that end a text: `</s>` and begin-of-image."""
-    return [model.config.eos_token_id, model.config.soi_token_id]
-
-
-def _processors(
-    model: MMInterleavedModel, settings: TextSettings, device: torch.device, banned: Sequence[int]
-) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if banned:
-        processors.append(SuppressTokensLogitsProcessor(list(banned), device=device))
-    if settings.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.min_new_tokens:  # the history that the processor counts begins with <s>
-        processors.append(MinLengthLogitsProcessor(settings.min_new_tokens + 1, end_tokens(model), device=device))
-    if settings.do_sample:
-        if settings.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1.0:
-            processors.append(TopPLogitsWarper(settings.top_p))
-    return processors
+from .static import uses_static
+from .static_text import write_beams_static, write_static
 
 
 def _logits(context: Context) -> Tensor:
@@ -96,17 +36,6 @@ def _logits(context: Context) -> Tensor:
     return logits.to(promote(logits.dtype))
 
 
-def _draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row from softmax(scores), by each row's own generator: the cumulative distribution is inverted."""
-    uniform = torch.cat([torch.rand(1, generator=g, device=g.device).to(scores.device) for g in generators])
-    cumulative = scores.softmax(-1).cumsum(-1)
-    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1].float())[:, None].to(cumulative), right=True)[
-        :, 0
-    ]
-    return token.clamp(max=scores.shape[-1] - 1)
-
-
-@torch.no_grad()
 def write(
     context: Context,
     settings: TextSettings,
@@ -117,7 +46,8 @@ def write(
 ) -> Iterator[TextStep]:
     """Write by greedy search or sampling, a token for every active row at a time.
 
-    Afterwards every token written belongs to the context, except the ones that closed a row.
+    Afterwards every token written belongs to the context, except the ones that closed a row. Until then it may lag
+    behind: with a static cache, `context` is as it was before until the writing ends.
 
     Args:
         context: what has been read; it reads on.
@@ -126,10 +56,37 @@ def write(
         active: [batch] bool, the rows to write in; None: all.
         limits: [batch] most tokens for each row; None: settings.max_new_tokens for all.
         banned: tokens that are never written.
+
+    Raises:
+        ValueError: a static cache was asked for, but the model cannot have one.
     """
+    kind = write_static if uses_static(context.model, settings.cache_implementation) else write_dynamic
+    return kind(context, settings, generators, active, limits, banned)
+
+
+def write_beams(context: Context, settings: TextSettings, banned: Sequence[int] = ()) -> list[list[WrittenText]]:
+    """Beam search in every row of `context`, which is left as it was; the best texts of each row, best first.
+
+    Raises:
+        ValueError: a static cache was asked for, but the model cannot have one.
+    """
+    kind = write_beams_static if uses_static(context.model, settings.cache_implementation) else write_beams_dynamic
+    return kind(context, settings, banned)
+
+
+@torch.no_grad()
+def write_dynamic(
+    context: Context,
+    settings: TextSettings,
+    generators: Sequence[torch.Generator],
+    active: Tensor | None = None,
+    limits: Tensor | None = None,
+    banned: Sequence[int] = (),
+) -> Iterator[TextStep]:
+    """`write` with caches that grow."""
     model, device = context.model, context.mask.device
     batch = len(context.mask)
-    processors = _processors(model, settings, device, banned)
+    processors = score_processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
     history = torch.full((batch, 1), model.config.bos_token_id, device=device)
     limits = torch.full((batch,), settings.max_new_tokens, device=device) if limits is None else limits.to(device)
@@ -137,7 +94,7 @@ def write(
     while bool(active.any()):
         logits = _logits(context)
         scores = processors(history, logits)
-        tokens = _draw(scores, generators) if settings.do_sample else scores.argmax(-1)
+        tokens = draw(scores, uniform(generators).to(device)) if settings.do_sample else scores.argmax(-1)
         tokens = torch.where(active, tokens, model.config.pad_token_id)
         history = torch.cat([history, tokens[:, None]], dim=1)
         yield TextStep(tokens, active, logits)
@@ -176,39 +133,18 @@ def add_tokens(step: TextStep, texts: list[WrittenText], ends: list[int]) -> Non
             text.ids.append(token)
 
 
-class _Beams:
-    """The best finished texts of one row."""
-
-    def __init__(self, size: int, length_penalty: float) -> None:
-        self.size, self.length_penalty = size, length_penalty
-        self.finished: list[WrittenText] = []
-        self.done = False
-
-    def add(self, ids: list[int], end: int | None, log_probability: float) -> None:
-        """`ids` begin with `<s>`, which counts in the length."""
-        score = log_probability / len(ids) ** self.length_penalty
-        if len(self.finished) == self.size and score <= self.finished[-1].score:
-            return
-        self.finished.append(WrittenText(ids[1:], end, score))
-        self.finished.sort(key=lambda text: -text.score)
-        del self.finished[self.size :]
-
-    def check(self, best_running: float, length: int) -> None:
-        """Done when no running beam can still overtake the worst finished one."""
-        if len(self.finished) == self.size:
-            self.done = self.done or self.finished[-1].score >= best_running / length**self.length_penalty
-
-
 @torch.no_grad()
-def write_beams(context: Context, settings: TextSettings, banned: Sequence[int] = ()) -> list[list[WrittenText]]:
-    """Beam search in every row of `context`, which is left as it was; the best texts of each row, best first."""
+def write_beams_dynamic(
+    context: Context, settings: TextSettings, banned: Sequence[int] = ()
+) -> list[list[WrittenText]]:
+    """`write_beams` with caches that grow."""
     model, device, width = context.model, context.mask.device, settings.num_beams
     batch, ends, pad = len(context.mask), end_tokens(model), model.config.pad_token_id
-    candidates = max(2, 1 + len(ends)) * width
-    processors = _processors(model, settings, device, banned)
+    candidates = beam_candidates(model, width)
+    processors = score_processors(model, settings, device, banned)
     start = torch.arange(batch, device=device).repeat_interleave(width)
     beams = context.select(start)
-    rows = [_Beams(width, settings.length_penalty) for _ in range(batch)]
+    rows = [Hypotheses(width, settings.length_penalty) for _ in range(batch)]
     history = torch.full((batch * width, 1), model.config.bos_token_id, device=device)
     scores = torch.full((batch, width), -1e9, device=device)
     scores[:, 0] = 0
@@ -238,7 +174,7 @@ def write_beams(context: Context, settings: TextSettings, banned: Sequence[int] 
 
 
 def _advance(
-    row: _Beams,
+    row: Hypotheses,
     first: int,
     history: Tensor,
     best: list[float],

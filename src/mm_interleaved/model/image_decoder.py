@@ -10,10 +10,13 @@ conditions for a learned `negative_prompt` but sees the same earlier pictures.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Literal
 
 import diffusers
 import torch
@@ -24,11 +27,14 @@ from torch.nn import functional as F
 
 from ..ops import promote
 from .config import ImageDecoderConfig
+from .denoising import CacheImplementation, borrow, why_not_static
 from .resampler import Resampler
 from .unet import EarlierImages, MMFSUNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timestep) to the predicted noise
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all pictures of a call, or one per picture
+
+log = logging.getLogger(__name__)
 
 SEED_LIMIT = 2**63  # torch takes seeds below 2**64; the rest is room for `seed + candidate + turn`
 _TRY = "try DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
@@ -71,6 +77,11 @@ class ImageSettings:
         unconditional_sees_images: whether the unconditional half of guidance sees earlier pictures (release: yes).
         preview_every: give a preview of the picture every so many steps; 0: never.
         batch_size: pictures drawn at a time. Pictures that share one generator get other noise with another value.
+        cache_implementation: "static" keeps what a denoising step reads in tensors of fixed size, so that a CUDA device
+            replays one recorded step; "dynamic" calls the UNet step by step. "auto": static on a CUDA device, if the
+            model can, else dynamic. The pictures are the same, but for rounding.
+        compile: with "static", compile the UNet before its step is recorded; takes minutes, once for every shape.
+        decode_dtype: type in which the VAE computes; "bfloat16" is lossy.
     """
 
     num_inference_steps: int = 30
@@ -81,8 +92,15 @@ class ImageSettings:
     unconditional_sees_images: bool = True
     preview_every: int = 0
     batch_size: int = 8
+    cache_implementation: CacheImplementation = "auto"
+    compile: bool = False
+    decode_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        for name, kinds in (("cache_implementation", ("auto", "static", "dynamic")),
+                            ("decode_dtype", ("float32", "bfloat16"))):  # fmt: skip
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} must be one of {', '.join(kinds)}, not '{getattr(self, name)}'")
         for name in ("num_inference_steps", "num_candidates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -237,11 +255,12 @@ class ImageDecoder(nn.Module):
             return (mean + deviation * noise.to(dtype)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [pictures, 3, size, size] in [0, 1], float32, out of scaled latents."""
+    def decode(self, latents: Tensor, half: bool = False) -> Tensor:
+        """Pictures [pictures, 3, size, size] in [0, 1], float32, out of scaled latents; `half` computes in bfloat16."""
         dtype = self.vae.dtype
-        parts = [self.vae.decode((part / self.vae.config.scaling_factor).to(dtype)).sample
-                 for part in latents.split(self.config.vae_batch_size)]  # fmt: skip
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
+            parts = [self.vae.decode((part / self.vae.config.scaling_factor).to(dtype)).sample.to(dtype)
+                     for part in latents.split(self.config.vae_batch_size)]  # fmt: skip
         return (torch.cat(parts).to(promote(dtype)) / 2 + 0.5).clamp(0, 1)
 
     def loss(
@@ -302,36 +321,68 @@ class ImageDecoder(nn.Module):
         Raises:
             ValueError: the scheduler cannot be used like that; see `sampler`.
         """
-        scheduler = self.sampler(settings, conditions.device)
+        scheduler = self.sampler(settings)  # its times stay on the CPU: no step waits to read them
         generators = list(generators) if isinstance(generators, Sequence) else generators
         extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        guided = settings.guidance_scale > 1
-        predict = self._guided(conditions, earlier, settings) if guided else self._plain(conditions, earlier)
-
-        work = promote(self.dtype)
+        work, total = promote(self.dtype), len(scheduler.timesteps)
         latents = randn_tensor(self.latent_shape(len(conditions)), generators, conditions.device, work)
         latents = latents * scheduler.init_noise_sigma
-        total = len(scheduler.timesteps)
-        for index, timestep in enumerate(scheduler.timesteps, 1):
-            scaled = scheduler.scale_model_input(latents, timestep)
-            prediction = predict(scaled.to(self.dtype), timestep).to(work)
-            due = settings.preview_every and index % settings.preview_every == 0 and index < total
-            preview = self.decode(self._clean(scaled, prediction, timestep)) if due else None
-            latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
-            yield DenoisingStep(index, total, int(timestep), latents, prediction, preview)
+        with self._predictor(conditions, earlier, settings, scheduler.timesteps[0]) as predict:
+            for index, timestep in enumerate(scheduler.timesteps, 1):
+                scaled = scheduler.scale_model_input(latents, timestep)
+                prediction = predict(scaled.to(self.dtype), timestep).to(work)
+                due = settings.preview_every and index % settings.preview_every == 0 and index < total
+                preview = self.decode(self._clean(scaled, prediction, timestep)) if due else None
+                latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+                yield DenoisingStep(index, total, int(timestep), latents, prediction, preview)
 
-    def _plain(self, conditions: Tensor, earlier: EarlierImages) -> Predict:
+    @contextmanager
+    def _predictor(
+        self, conditions: Tensor, earlier: EarlierImages, settings: ImageSettings, timestep: Tensor
+    ) -> Iterator[Predict]:
+        """Noise predictions after guidance, with everything that stays the same from step to step prepared."""
+        guided = settings.guidance_scale > 1
+        if guided:
+            negative = self.negative_prompt().to(conditions).expand(len(conditions), -1, -1)
+            conditions = torch.cat([negative, conditions])
+            earlier = earlier.for_guidance(settings.unconditional_sees_images)
         earlier = self.unet.prepare(earlier)
-        return lambda latents, timestep: self.unet(latents, timestep, conditions, earlier)
+        if not self._static(settings, conditions.device):
+            call = partial(self._call, conditions=conditions, earlier=earlier)
+            yield self._guided(call, settings.guidance_scale) if guided else call
+            return
+        latents = torch.zeros(self.latent_shape(len(conditions)), dtype=self.dtype, device=conditions.device)
+        made = borrow(self.unet, latents, timestep, conditions, earlier, compiled=settings.compile)
+        with made as static:
+            static.load(conditions, earlier)
+            yield self._guided(static, settings.guidance_scale) if guided else static
 
-    def _guided(self, conditions: Tensor, earlier: EarlierImages, settings: ImageSettings) -> Predict:
-        negative = self.negative_prompt().to(conditions).expand(len(conditions), -1, -1)
-        both = torch.cat([negative, conditions])
-        twice = self.unet.prepare(earlier.for_guidance(settings.unconditional_sees_images))
+    def _call(self, latents: Tensor, timestep: Tensor, conditions: Tensor, earlier: EarlierImages) -> Tensor:
+        return self.unet(latents, timestep, conditions, earlier)
+
+    def _static(self, settings: ImageSettings, device: torch.device) -> bool:
+        """Whether steps go through a `StaticUNet`.
+
+        Raises:
+            ValueError: that was asked for, but the model cannot.
+        """
+        wanted = settings.cache_implementation
+        if wanted == "dynamic" or (wanted == "auto" and device.type != "cuda"):
+            return False
+        reason = why_not_static(self.unet)
+        if reason is not None and wanted == "static":
+            raise ValueError(f"cache_implementation='static' is not possible for this model: {reason}; take 'dynamic'")
+        if reason is not None:
+            log.warning("drawing step by step, which is slower: %s", reason)
+        return reason is None
+
+    @staticmethod
+    def _guided(call: Predict, scale: float) -> Predict:
+        """Classifier-free guidance around `call`, whose conditions have the unconditional half first."""
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            without, with_context = self.unet(torch.cat([latents, latents]), timestep, both, twice).chunk(2)
-            return without + settings.guidance_scale * (with_context - without)
+            without, with_context = call(torch.cat([latents, latents]), timestep).chunk(2)
+            return without + scale * (with_context - without)
 
         return predict
 

@@ -59,9 +59,9 @@ class Synchronizer(nn.Module):
         """The gate starts closed."""
         nn.init.zeros_(self.gate)
 
-    def prepare(self, features: Tensor) -> PreparedMMFS:
-        """What this layer keeps of `features` [pictures, positions, width]."""
-        return self.mmfs.prepare(self.feature_norm(features))
+    def prepare(self, features: Tensor, known: PreparedMMFS | None = None) -> PreparedMMFS:
+        """What this layer keeps of `features` [pictures, positions, width]; `known` is what it keeps of others."""
+        return self.mmfs.prepare(self.feature_norm(features), None if known is None else known.folded)
 
     def forward(self, hidden: Tensor, memory: ImageMemory, visible: VisibleImages) -> Tensor:
         """What the tokens `hidden` [batch, length, width] see; a group of `visible` is one token."""

@@ -158,10 +158,15 @@ class MMInterleavedModel(PreTrainedModel):
         """Visual tokens and maps of `pixel_values` [pictures, 3, image_size, image_size] in [0, 1], or uint8."""
         return self.visual_tokenizer(unit_range(pixel_values.to(self.compute_device)))
 
-    def remember(self, pyramid: list[Tensor]) -> ImageMemory:
-        """The pictures as the decoder sees them, with every layer's values projected once (for inference)."""
+    def remember(self, pyramid: list[Tensor], known: ImageMemory | None = None) -> ImageMemory:
+        """The pictures as the decoder sees them, with every layer's values projected once (for inference).
+
+        `known` are other pictures, remembered with the same weights: what follows from the weights is taken from there.
+        """
         memory = image_memory(self.config, pyramid)
-        memory.prepared = [s.prepare(memory.features) for s in synchronizers(self.language_model)]
+        layers = synchronizers(self.language_model)
+        before = [None] * len(layers) if known is None else known.prepared
+        memory.prepared = [s.prepare(memory.features, b) for s, b in zip(layers, before, strict=True)]
         return memory
 
     def embed(self, input_ids: Tensor, image_tokens: Tensor | None, checked: bool = False) -> Tensor:

@@ -79,16 +79,26 @@ class FoldedQuery:
 
 
 @dataclass
+class FoldedOutput:
+    """Another linear map times W_out: what follows the samples, for inference."""
+
+    weight: Tensor  # [outputs, hidden size]
+    bias: Tensor
+
+
+@dataclass
 class PreparedMMFS:
     """What one MMFS layer keeps between calls.
 
     Attributes:
         values: [pictures, positions, heads, head dim], projected once per picture.
         folded: the folded query side, or None where the weights are not at hand (offloaded).
+        output: stands for the output projection and the map after it; None: only the former.
     """
 
     values: Tensor
     folded: FoldedQuery | None = None
+    output: FoldedOutput | None = None
 
 
 class MMFS(nn.Module):
@@ -142,10 +152,23 @@ class MMFS(nn.Module):
             table=(self.query_relpos.weight[1:].to(work) @ weight.T).to(dtype),
         )
 
-    def prepare(self, features: Tensor) -> PreparedMMFS:
-        """Everything about `features` [pictures, positions, width] that does not depend on a query."""
+    def fold_output(self, weight: Tensor, bias: Tensor) -> FoldedOutput:
+        """The output projection and the map `weight` [outputs, width], `bias` [outputs] after it, as one."""
+        dtype = weight.dtype
+        work = promote(dtype)
+        both = weight.to(work) @ self.output_proj.weight.to(work)
+        return FoldedOutput(both.to(dtype), (weight.to(work) @ self.output_proj.bias.to(work) + bias).to(dtype))
+
+    def prepare(self, features: Tensor, folded: FoldedQuery | None = None) -> PreparedMMFS:
+        """Everything about `features` [pictures, positions, width] that does not depend on a query.
+
+        `folded` is the folded query side, if it is at hand.
+        """
         offloaded = self.dynamic_offset_mask.weight.is_meta and not features.is_meta
-        return PreparedMMFS(self.project(features), None if offloaded else self.fold())
+        return PreparedMMFS(self.project(features), None if offloaded else folded or self.fold())
+
+    def _project_out(self, mixed: Tensor, output: FoldedOutput | None) -> Tensor:
+        return self.output_proj(mixed) if output is None else F.linear(mixed, output.weight, output.bias)
 
     def _separated(self, query: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Offsets and logits of the query, and what each slot adds to them (the linear maps split over the sum z)."""
@@ -167,9 +190,12 @@ class MMFS(nn.Module):
                 x.unflatten(-1, (-1, points + 1))[..., :points].flatten(-2) for x in (logits, logit_table)
             )
             return offsets, logits, offset_table, logit_table
-        split = self.config.num_heads * points * 2
-        both, table = F.linear(query, folded.weight, folded.bias), folded.table[:slots]
-        return both[..., :split], both[..., split:], table[:, :split], table[:, split:]
+        return self.split(F.linear(query, folded.weight, folded.bias), folded.table[:slots])
+
+    def split(self, both: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """Offsets and logits apart, as `mix` takes them, out of a folded projection and its table."""
+        at = self.config.num_heads * self.config.num_points * 2
+        return both[..., :at], both[..., at:], table[:, :at], table[:, at:]
 
     def forward(
         self,
@@ -191,7 +217,7 @@ class MMFS(nn.Module):
             base: offsets count in 1/base of the picture's side.
 
         Returns:
-            [groups, queries, width].
+            [groups, queries, width], or what `prepared.output` makes of it (in the fast form).
 
         Raises:
             ValueError: a query sees more pictures than the relative-position table has rows for.
@@ -203,23 +229,41 @@ class MMFS(nn.Module):
                 f"{self.config.max_images - 1}; split the document"
             )
         ignore = self.ignore_token.view(self.config.num_heads, -1)
+        output = prepared.output if self.implementation == "fast" else None
         if slots == 0:
-            constant = self.output_proj(ignore.reshape(-1).to(query.dtype))
+            constant = self._project_out(ignore.reshape(-1).to(query.dtype), output)
             return constant.expand(*query.shape[:-1], -1)
         if self.implementation == "reference":
             return self._forward_reference(query, prepared.values, visible, shapes, reference, base)
+        sides = self._query_side(query, slots, prepared.folded)
+        mixed = self.mix(sides, prepared.values, visible, shapes, reference, base)
+        return self._project_out(mixed.to(query.dtype), output)
+
+    def mix(
+        self,
+        sides: tuple[Tensor, ...],
+        values: Tensor,
+        visible: VisibleImages,
+        shapes: Shapes,
+        reference: Tensor,
+        base: int,
+    ) -> Tensor:
+        """What the queries see, before the output projection.
+
+        Args:
+            sides: offsets and logits of the queries, and the tables of what each slot adds to them.
+            values: [pictures, positions, heads, head dim].
+            visible, shapes, reference, base: as in `forward`.
+
+        Returns:
+            [groups, queries, hidden size] in float32 or better.
+        """
+        scales = [side / base for side in self.config.levels]
         mixed, ignored = mmfs_attention(
-            prepared.values,
-            *self._query_side(query, slots, prepared.folded),
-            reference,
-            visible.images,
-            shapes,
-            [side / base for side in self.config.levels],
-            routes=visible.routes,
-            backend=self.backend,
+            values, *sides, reference, visible.images, shapes, scales, routes=visible.routes, backend=self.backend
         )
-        mixed = mixed + ignored[..., None] * ignore
-        return self.output_proj(mixed.flatten(2).to(query.dtype))
+        ignore = self.ignore_token.view(self.config.num_heads, -1)
+        return (mixed + ignored[..., None] * ignore).flatten(2)
 
     def _forward_reference(
         self, query: Tensor, values: Tensor, visible: VisibleImages, shapes: Shapes, reference: Tensor, base: int

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -94,7 +95,10 @@ class UNetSynchronizer(GradientCheckpointingLayer):
 
     def prepare(self, normed: Tensor) -> PreparedMMFS:
         """What this synchronizer keeps of `EarlierImages.normed` [pictures, positions, width]."""
-        return self.mmfs.prepare(self.feature_norm(normed))
+        prepared = self.mmfs.prepare(self.feature_norm(normed))
+        if prepared.folded is not None:
+            prepared.output = self.mmfs.fold_output(self.conv.weight[:, :, 0, 0], self.conv.bias)
+        return prepared
 
     def forward(self, x: Tensor, earlier: EarlierImages, prepared: PreparedMMFS | None) -> Tensor:
         """`x` [drawings, channels, side, side], a group of `earlier.visible` being one drawing."""
@@ -108,7 +112,40 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         seen = self.mmfs(
             query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side
         )
-        return x + self.conv(seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1)))
+        seen = seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1))
+        done = prepared.output is not None and self.mmfs.implementation == "fast"  # the convolution is folded in
+        return x + (seen if done else self.conv(seen))
+
+
+KeptText = dict[str, tuple[Tensor, Tensor]]  # keys and values [drawings, heads, tokens, dim] by name of attention
+
+
+class KeptTextProcessor(AttnProcessor2_0):
+    """diffusers' attention, except that keys and values of the text may come in already projected.
+
+    Args:
+        name: of the attention, under which it looks for them.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        kept: KeptText | None = None,
+    ) -> Tensor:
+        """`hidden_states` [drawings, cells, channels]; other arguments as in diffusers."""
+        if kept is None or self.name not in kept:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, *kept[self.name]).transpose(1, 2).flatten(2)
+        return attn.to_out[0](mixed) / attn.rescale_output_factor
 
 
 class MMFSUNet(UNet2DConditionModel):
@@ -130,12 +167,29 @@ class MMFSUNet(UNet2DConditionModel):
             if config.mmfs.enabled
             else []
         )
+        self.set_attn_processor({name: KeptTextProcessor(name) for name in self.attn_processors})
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
         """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
         return replace(earlier, prepared=[synchronizer.prepare(earlier.normed) for synchronizer in self.synchronizers])
 
-    def forward(self, sample: Tensor, timestep: Tensor, conditions: Tensor, earlier: EarlierImages | None) -> Tensor:
+    def prepare_text(self, conditions: Tensor) -> KeptText:
+        """Keys and values of `conditions` [drawings, tokens, cross_attention_dim], which no step changes."""
+        kept = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Attention) and module.is_cross_attention:
+                both = (linear(conditions).unflatten(-1, (module.heads, -1)) for linear in (module.to_k, module.to_v))
+                kept[f"{name}.processor"] = tuple(x.transpose(1, 2) for x in both)
+        return kept
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        conditions: Tensor,
+        earlier: EarlierImages | None,
+        text: KeptText | None = None,
+    ) -> Tensor:
         """Predict the noise.
 
         Args:
@@ -143,6 +197,7 @@ class MMFSUNet(UNet2DConditionModel):
             timestep: [drawings] or a scalar.
             conditions: [drawings, tokens, cross_attention_dim].
             earlier: the earlier pictures; None: the plain UNet.
+            text: `prepare_text(conditions)`; None: projected anew.
 
         Returns:
             [drawings, latent channels, side, side].
@@ -150,11 +205,13 @@ class MMFSUNet(UNet2DConditionModel):
         time = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep))
         sample = self.conv_in(sample)
         skips = [sample]
+        kept = None if text is None else {"kept": text}
+        crossing = {"encoder_hidden_states": conditions, "cross_attention_kwargs": kept}
         for block in self.down_blocks:
-            extra = {"encoder_hidden_states": conditions} if getattr(block, "has_cross_attention", False) else {}
+            extra = crossing if getattr(block, "has_cross_attention", False) else {}
             sample, outputs = block(hidden_states=sample, temb=time, **extra)
             skips += outputs
-        sample = self.mid_block(sample, time, encoder_hidden_states=conditions)
+        sample = self.mid_block(sample, time, **crossing)
 
         if earlier is not None and len(self.synchronizers):
             prepared = earlier.prepared or [None] * len(self.synchronizers)
@@ -164,6 +221,6 @@ class MMFSUNet(UNet2DConditionModel):
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, taken = skips[:-count], tuple(skips[-count:])
-            extra = {"encoder_hidden_states": conditions} if getattr(block, "has_cross_attention", False) else {}
+            extra = crossing if getattr(block, "has_cross_attention", False) else {}
             sample = block(hidden_states=sample, temb=time, res_hidden_states_tuple=taken, **extra)
         return self.conv_out(self.conv_act(self.conv_norm_out(sample)))

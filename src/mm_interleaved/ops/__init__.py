@@ -1,5 +1,6 @@
 """Numerical operators of the project, each with a plain twin it is tested against."""
 
+from .decoding import attend, project, project_gated, rms_norm, why_not_kernels
 from .deformable import deformable_attention, deformable_attention_reference, promote
 from .mmfs_attention import (
     HAS_TRITON,
@@ -12,12 +13,17 @@ from .mmfs_attention import (
 
 __all__ = [
     "HAS_TRITON",
+    "attend",
     "deformable_attention",
     "deformable_attention_reference",
     "mmfs_attention",
     "mmfs_attention_plain",
     "picture_routes",
+    "project",
+    "project_gated",
     "promote",
+    "rms_norm",
     "softmax_plus_one",
+    "why_not_kernels",
     "why_not_triton",
 ]

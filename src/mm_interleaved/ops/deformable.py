@@ -47,10 +47,11 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
     total = value.new_zeros((batch * heads, dim, queries), dtype=work)
     for level, ((height, width), level_map) in enumerate(zip(shapes, maps, strict=True)):
         image = level_map.permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
-        grid = grids[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2)
+        # Queries last: sums over the few points then run along whole rows of queries.
+        grid = grids[:, :, :, level].permute(0, 2, 3, 1, 4).reshape(batch * heads, points, queries, 2)
         samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        weight = weights[:, :, :, level].to(work).transpose(1, 2).reshape(batch * heads, 1, queries, points)
-        total = total + (samples * weight).sum(-1)
+        weight = weights[:, :, :, level].to(work).permute(0, 2, 3, 1).reshape(batch * heads, 1, points, queries)
+        total = total + (samples * weight).sum(2)
     return total.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
 
 

@@ -37,6 +37,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_DIM, MOST_POINTS = 128, 16
 
 
+def on_triton(device: torch.device) -> bool:
+    """Whether kernels run there: on CUDA devices, and for tests on a CPU in Triton's interpreter."""
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def why_not_triton(values: Tensor, points: int) -> str | None:
     """Why the Triton kernels cannot run on `values` [pictures, positions, heads, dim]; None: they can.
 
@@ -45,7 +50,7 @@ def why_not_triton(values: Tensor, points: int) -> str | None:
     """
     if not HAS_TRITON:
         return "Triton is not installed"
-    if values.device.type != "cuda" and not (values.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if not on_triton(values.device):
         return f"the kernels are for CUDA devices, and the values are on {values.device}"
     if values.dtype not in KERNEL_DTYPES:
         return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {values.dtype}"

@@ -30,10 +30,11 @@ class Samples(TrainerCallback):
         self.trainer, self.config, self.model, self.processor = trainer, config, model, processor
         settings = config.samples
         self.documents = load_documents(str(settings.documents))[: settings.count]
+        plain = {"cache_implementation": "dynamic"}  # recordings would keep memory and move weights that are trained
         self.settings = GenerationSettings(
-            text=TextSettings(max_new_tokens=settings.max_new_tokens, min_new_tokens=0, num_beams=1),
+            text=TextSettings(max_new_tokens=settings.max_new_tokens, min_new_tokens=0, num_beams=1, **plain),
             image=ImageSettings(
-                num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale
+                num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale, **plain
             ),
         )
 

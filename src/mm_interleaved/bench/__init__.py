@@ -1,0 +1,5 @@
+"""What everything costs, measured beside what the machine allows and beside the plain twins (`mmi bench`)."""
+
+from .run import LINES, Bench, Row, run_lines
+
+__all__ = ["LINES", "Bench", "Row", "run_lines"]

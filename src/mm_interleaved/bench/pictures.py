@@ -1,0 +1,100 @@
+"""Lines about pictures: drawing one, and what its pixels cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from ..generation import IMAGE_PRESETS, Context, ImageSettings
+from ..model import denoising, roofline
+from .base import Bench, Row, read
+
+
+def picture(bench: Bench) -> Iterator[Row]:
+    """A picture from its context to its pixels; the twin calls the UNet step by step.
+
+    With and without an earlier picture, then by the quicker schedulers, and if asked for with a compiled UNet.
+    """
+    sizes, settings = bench.sizes, ImageSettings(num_inference_steps=bench.sizes.steps)
+    length, pictures = sizes.drawing
+    context = read(bench, length, pictures)
+    case = f"{sizes.steps} steps, {length} tokens, {pictures} pictures"
+    yield _drawn(bench, context, case, settings)
+    yield _drawn(bench, read(bench, length, 0), f"{sizes.steps} steps, {length} tokens, no picture", settings)
+    for name, preset in IMAGE_PRESETS.items():
+        if not preset.lossless and sizes.steps >= preset.settings.num_inference_steps:
+            yield replace(_drawn(bench, context, name, preset.settings, twin=False), lossless=False)
+    if bench.compile:
+        yield _drawn(bench, context, f"{case}, compiled", replace(settings, compile=True), twin=False)
+
+
+def layouts(bench: Bench) -> Iterator[Row]:
+    """A picture with the convolutions' channels last (as usual) and, as the twin, first."""
+    settings = ImageSettings(num_inference_steps=bench.sizes.steps, cache_implementation="static")
+    context, usual, times = read(bench, *bench.sizes.drawing), denoising.LAYOUT, []
+    try:
+        for layout in (torch.channels_last, torch.contiguous_format):
+            denoising.LAYOUT = layout
+            times.append(bench.clock.time(lambda: draw(bench, context, settings), 2))
+    finally:
+        denoising.LAYOUT = usual
+    yield Row("layouts", f"{bench.sizes.steps} steps", "s", *times)
+
+
+def _drawn(bench: Bench, context: Context, case: str, settings: ImageSettings, twin: bool = True) -> Row:
+    def work(implementation: str) -> Callable[[], object]:
+        chosen = replace(settings, cache_implementation=implementation)
+        return lambda: draw(bench, context, chosen)
+
+    value = bench.clock.time(work("static"), 2)
+    peak = bench.clock.peak(work("static"))
+    plain = bench.clock.time(work("dynamic"), 1) if twin else None
+    plain_peak = bench.clock.peak(work("dynamic")) if twin else None
+    cost, steps = bench.cost, settings.num_inference_steps
+    cost = replace(cost, steps=steps, draw_image=cost.draw_image + (steps - cost.steps) * cost.draw_step)
+    need = roofline.drawing(bench.model, cost)
+    return Row("picture", case, "s", value, plain, bench.bound(need), peak, plain_peak)
+
+
+@torch.no_grad()
+def draw(bench: Bench, context: Context, settings: ImageSettings) -> torch.Tensor:
+    """The picture that stands after a context."""
+    decoder = bench.model.image_decoder
+    conditions = decoder.resampler(*context.image_context([0]))
+    generators = [torch.Generator().manual_seed(settings.seed)]
+    *_, last = decoder.denoise(conditions, context.earlier_images([0]), settings, generators)
+    return decoder.decode(last.latents, settings.decode_dtype == "bfloat16")
+
+
+def pixels(bench: Bench) -> Iterator[Row]:
+    """The VAE's decoder: in bfloat16 against float32, and how far apart the pictures are."""
+    decoder = bench.model.image_decoder
+    latents = torch.randn(decoder.latent_shape(1), generator=torch.Generator().manual_seed(0)).to(bench.device)
+    half, exact = (decoder.decode(latents, h) for h in (True, False))
+    apart = float((half - exact).abs().max()) * 255
+    values = [bench.clock.time(lambda h=h: decoder.decode(latents, h)) for h in (True, False)]
+    need = roofline.Need(bytes=sum(p.numel() * p.element_size() for p in decoder.vae.decoder.parameters()))
+    yield Row("pixels", "VAE in bfloat16", "ms", 1e3 * values[0], 1e3 * values[1], 1e3 * bench.bound(need),
+              lossless=apart <= 1, note=f"at most {apart:.2f} of 255 apart (random weights)")  # fmt: skip
+
+
+def encode(bench: Bench) -> Iterator[Row]:
+    """Seeing one picture: visual tokens, maps, values for every layer; the twin derives from the weights anew."""
+    from .base import pixels as noise
+
+    model, pictures = bench.model, noise(bench, 1)
+    with torch.no_grad():
+        known = model.remember(model.encode_images(pictures).pyramid)
+
+        def fast() -> object:
+            return model.remember(model.encode_images(pictures).pyramid, known)
+
+        def plain() -> object:
+            return model.remember(model.encode_images(pictures).pyramid)
+
+        value, twin = (bench.clock.time(work, bench.sizes.repeats) for work in (fast, plain))
+        peak = bench.clock.peak(fast)
+    need = roofline.Need(2 * bench.cost.encode_image)
+    yield Row("encode", "1 picture", "ms", 1e3 * value, 1e3 * twin, 1e3 * bench.bound(need), peak)

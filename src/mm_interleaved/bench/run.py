@@ -1,0 +1,101 @@
+"""Runs the lines of the benchmark one after the other; what fails is reported, and the rest goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..ops.mmfs_attention import HAS_TRITON
+from . import mmfs, pictures, session, text, training
+from .base import Bench, Row
+
+__all__ = ["LINES", "USUAL", "Bench", "Row", "Trouble", "run_lines"]
+
+LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "decode": text.decode,
+    "picture": pictures.picture,
+    "decode-step": text.decode_step,
+    "pixels": pictures.pixels,
+    "encode": pictures.encode,
+    "prefill": text.prefill,
+    "op": mmfs.op,
+    "layer": mmfs.layer,
+    "training": training.training,
+    "session": session.session,
+    "layer-by-pictures": mmfs.layer_by_pictures,
+    "decode-by-pictures": text.decode_by_pictures,
+    "products": text.products,
+    "tiles": text.tiles,
+    "layouts": pictures.layouts,
+}
+USUAL = [name for name in LINES if name not in ("products", "tiles", "layouts")]
+
+
+def _triton_errors() -> tuple[type[BaseException], ...]:
+    if not HAS_TRITON:
+        return ()
+    from triton.errors import TritonError
+
+    return (TritonError,)
+
+
+# What a line may run into on a machine that nobody has tried: no memory, a kernel that does not compile, a bad setting.
+_TROUBLE = (
+    *_triton_errors(), subprocess.SubprocessError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, OSError, ImportError, AssertionError,
+)  # fmt: skip
+
+
+@dataclass
+class Trouble:
+    """A line that did not come to its end.
+
+    Attributes:
+        line: its name.
+        reason: why.
+        skipped: whether it was not even begun.
+    """
+
+    line: str
+    reason: str
+    skipped: bool = False
+
+
+def run_lines(bench: Bench, names: Iterable[str], time_limit: float | None = None) -> Iterator[Row | Trouble]:
+    """Rows as they are measured.
+
+    Args:
+        bench: sizes, device and model.
+        names: of `LINES`.
+        time_limit: seconds after which no further row is begun; None: no limit.
+    """
+    begin = time.perf_counter()
+    for name in names:
+        if time_limit is not None and time.perf_counter() - begin > time_limit:
+            yield Trouble(name, f"the time limit of {time_limit:.0f} s was reached before it", skipped=True)
+            continue
+        try:
+            for row in LINES[name](bench):
+                yield row
+                if time_limit is not None and time.perf_counter() - begin > time_limit:
+                    yield Trouble(name, f"the time limit of {time_limit:.0f} s was reached; more rows are missing")
+                    break
+        except _TROUBLE as error:
+            kind = type(error).__name__
+            yield Trouble(name, f"{kind}: {' '.join(str(error).split())[:300] or 'no message'}{_place(error)}")
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _place(error: BaseException) -> str:
+    """Where in the code it happened."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:  # the innermost frame of ours
+        _, ours, name = trace.tb_frame.f_code.co_filename.rpartition("mm_interleaved/")
+        place = f" ({name}:{trace.tb_lineno})" if ours else place
+        trace = trace.tb_next
+    return place

@@ -1,0 +1,79 @@
+"""Lines about sessions: rounds of text and a picture, with caches kept or everything read anew at every turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+
+from ..document import Document, Image, Text
+from ..generation import GenerationSettings, ImageSettings, InterleavedGenerator, SegmentFinished, TextSettings
+from ..generation.recompute import RecomputingGenerator
+from ..model import roofline
+from .base import Bench, Row
+
+
+class Session:
+    """One way to write a document that starts with a picture, a round at a time."""
+
+    def __init__(self, kind: type[InterleavedGenerator], bench: Bench, implementation: str) -> None:
+        sizes, noise = bench.sizes, np.random.default_rng(0)
+        given = PIL.Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        text = TextSettings(num_beams=1, max_new_tokens=sizes.round_tokens, min_new_tokens=sizes.round_tokens,
+                            cache_implementation=implementation)  # fmt: skip
+        image = ImageSettings(num_inference_steps=sizes.steps, cache_implementation=implementation)
+        settings = GenerationSettings(text, image, max_turns=2 * sizes.rounds, force_image=True, stop_at_eos=False)
+        document = Document([Text("A house on a hill."), Image(given), Text("What happens there?")])
+        self.generator = kind(bench.model, bench.loaded.processor, settings, progress=False)
+        self.events = self.generator.run([document])
+        self.clock, self.seconds = bench.clock, 0.0
+        self.made: list[object] = []
+
+    def round(self) -> None:
+        """Go on until the next picture is finished."""
+        begin = self.clock()
+        for event in self.events:
+            if isinstance(event, SegmentFinished):
+                self.made.append(event.segment.source if isinstance(event.segment, Image) else event.ids)
+                if isinstance(event.segment, Image):
+                    break
+        self.seconds += self.clock() - begin
+
+
+def session(bench: Bench) -> Iterator[Row]:
+    """A row for every round; the twin reads and encodes everything anew at every turn, and records nothing.
+
+    The fast way is played once before it is measured: a server records its steps once.
+    """
+    sizes, model = bench.sizes, bench.model
+    once = Session(InterleavedGenerator, bench, "static")
+    for _ in range(sizes.rounds):
+        once.round()
+    fast = Session(InterleavedGenerator, bench, "static")
+    plain = Session(RecomputingGenerator, bench, "dynamic")
+    bound, room = 0.0, 0
+    for number in range(1, sizes.rounds + 1):
+        fast.round()
+        twin = number <= sizes.twin_rounds
+        if twin:
+            plain.round()
+        room += sizes.round_tokens + 1 + model.config.num_image_tokens
+        bound += sizes.round_tokens * bench.bound(roofline.decoding(model, bench.cost, room, number))
+        bound += bench.bound(roofline.reading(model, bench.cost, 1 + model.config.num_image_tokens, 1))
+        bound += bench.bound(roofline.drawing(model, bench.cost))
+        same = fast.made[: len(plain.made)] == plain.made or _close(fast.made, plain.made)
+        note = "" if not twin else "same document" if same else "another document"
+        case = f"{number} rounds of {sizes.round_tokens} tokens and a picture of {sizes.steps} steps"
+        yield Row("session", case, "s", fast.seconds, plain.seconds if twin else None, bound, note=note, x=number)
+
+
+def _close(a: list[object], b: list[object]) -> bool:
+    """Equal ids, and pictures within one rounding."""
+    for x, y in zip(a, b, strict=False):
+        if isinstance(x, list):
+            if x != y:
+                return False
+        elif np.abs(np.asarray(x).astype(int) - np.asarray(y)).max() > 1:
+            return False
+    return True

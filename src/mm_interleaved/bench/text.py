@@ -1,0 +1,187 @@
+"""Lines about text: reading a prompt, writing tokens, and the products that writing is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ..generation import TextSettings
+from ..generation.static import Room, StaticDecoder
+from ..generation.text import write, write_beams
+from ..model import roofline
+from ..ops import project, project_gated
+from .base import Bench, Row, read
+
+
+def prefill(bench: Bench) -> Iterator[Row]:
+    """A long prompt with many pictures, encoded and read; the twin weighs pictures by the published form of MMFS."""
+    sizes, model, clock = bench.sizes, bench.model, bench.clock
+
+    def work() -> object:
+        return read(bench, sizes.length, sizes.pictures)
+
+    value, peak = clock.time(work, 2), clock.peak(work)
+    model.set_mmfs_implementation("reference")
+    try:
+        twin, twin_peak = clock.time(work, 1), clock.peak(work)
+    finally:
+        model.set_mmfs_implementation("fast")
+    need = roofline.reading(model, bench.cost, sizes.length, sizes.pictures)
+    yield Row("prefill", f"{sizes.length} tokens, {sizes.pictures} pictures", "ms", 1e3 * value, 1e3 * twin,
+              1e3 * bench.bound(need), peak, twin_peak)  # fmt: skip
+
+
+def decode(bench: Bench) -> Iterator[Row]:
+    """A token: greedy, sampled, by beams; the twin's caches grow."""
+    beams = bench.sizes.beams
+    for length, pictures in bench.sizes.texts:
+        case = f"{length} tokens, {pictures} pictures"
+        yield _writing(bench, length, pictures, case, TextSettings(num_beams=1))
+    length, pictures = bench.sizes.texts[0]
+    case = f"{length} tokens, {pictures} pictures"
+    yield _writing(bench, length, pictures, f"{case}, {beams} beams", TextSettings(num_beams=beams), beams)
+    yield _writing(bench, length, pictures, f"{case}, sampled", TextSettings(num_beams=1, do_sample=True))
+
+
+def decode_by_pictures(bench: Bench) -> Iterator[Row]:
+    """A token against the number of pictures that it sees, fast way only."""
+    config = bench.model.config
+    for count in bench.sizes.counts:
+        length = 2 + count * (2 + config.num_image_tokens)
+        if count < config.mmfs.max_images and length < config.max_context_length:
+            row = _writing(bench, length, count, f"{count} pictures", TextSettings(num_beams=1), twin=False)
+            yield replace(row, line="decode-by-pictures", x=count)
+
+
+def _writing(
+    bench: Bench, length: int, pictures: int, case: str, settings: TextSettings, rows: int = 1, twin: bool = True
+) -> Row:
+    """Milliseconds a token, of many; what was recorded before is not counted."""
+    sizes, context = bench.sizes, read(bench, length, pictures)
+    context.flush()
+
+    def work(implementation: str, tokens: int) -> Callable[[], object]:
+        chosen = replace(settings, cache_implementation=implementation, max_new_tokens=tokens, min_new_tokens=tokens)
+
+        def run() -> object:
+            if chosen.num_beams > 1:
+                return write_beams(context, chosen)
+            branch = context.select(torch.zeros(1, dtype=torch.long, device=bench.device))
+            return list(write(branch, chosen, [torch.Generator().manual_seed(0)]))
+
+        return run
+
+    fast = work("static", sizes.tokens)
+    value, peak = bench.clock.time(fast, 2), bench.clock.peak(fast)
+    plain = bench.clock.time(work("dynamic", sizes.twin_tokens), 1) / sizes.twin_tokens if twin else None
+    need = roofline.decoding(bench.model, bench.cost, length, pictures, rows)
+    return Row("decode", case, "ms/token", 1e3 * value / sizes.tokens, None if plain is None else 1e3 * plain,
+               1e3 * bench.bound(need), peak)  # fmt: skip
+
+
+def decode_step(bench: Bench) -> Iterator[Row]:
+    """The recorded step alone, through the kernels and through the library's products; the twin is not recorded."""
+    length, pictures = bench.sizes.texts[0]
+    context = read(bench, length, pictures)
+    cuda, steps = bench.device.type == "cuda", bench.sizes.repeats
+    need = roofline.decoding(bench.model, bench.cost, length, pictures)
+    for kernels in (False, True) if cuda else (False,):
+        times = []
+        for captured in (True, False) if cuda else (False,):
+            decoder = StaticDecoder(bench.model, Room.needed(context, 1, 3 * steps), captured, kernels)
+            decoder.load(context)
+            token = torch.tensor([20], device=bench.device)
+            reading = torch.ones(1, dtype=torch.bool, device=bench.device)
+
+            def work(decoder: StaticDecoder = decoder, token=token, reading=reading) -> None:
+                for _ in range(steps):
+                    decoder.read(token, reading)
+
+            times.append(bench.clock.time(work, 1) / steps)
+            del decoder
+        case = "Triton kernels" if kernels else "library products"
+        yield Row("decode-step", f"{length} tokens, {pictures} pictures, {case}", "ms", 1e3 * times[0],
+                  1e3 * times[1] if cuda else None, 1e3 * bench.bound(need))  # fmt: skip
+
+
+def products(bench: Bench) -> Iterator[Row]:
+    """The products of one layer for one row and for several, kernels against the library's."""
+    if bench.device.type != "cuda":
+        raise ValueError("the kernels are for CUDA devices")
+    layer = bench.model.language_model.layers[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    width, norm = bench.model.config.text_config.hidden_size, layer.input_layernorm
+    maps = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    normed = {"gain": norm.weight, "eps": norm.variance_epsilon}
+    both = [mlp.gate_proj.weight, mlp.up_proj.weight]
+    for rows in (1, bench.sizes.beams):
+        like = {"device": bench.device, "dtype": bench.dtype}
+        x, wide = torch.randn(rows, width, **like), torch.randn(rows, mlp.down_proj.in_features, **like)
+        calls = {
+            "norm, q, k, v": (partial(project, x, maps, **normed), maps),
+            "o, residual": (partial(project, x, [attention.o_proj.weight], residual=x), [attention.o_proj.weight]),
+            "norm, gate, up": (partial(project_gated, x, *both, **normed), both),
+            "down, residual": (partial(project, wide, [mlp.down_proj.weight], residual=x), [mlp.down_proj.weight]),
+        }
+        for name, (call, weights) in calls.items():
+            moved = sum(w.numel() * w.element_size() for w in weights)
+            fused, plain = (_replayed(bench, partial(call, backend=b)) for b in ("triton", "plain"))
+            yield Row("products", f"{name}, {rows} rows", "us", 1e6 * fused, 1e6 * plain,
+                      1e6 * moved / bench.speed.bytes_per_second, note=f"{moved / fused / 1e12:.2f} TB/s")  # fmt: skip
+
+
+def tiles(bench: Bench) -> Iterator[Row]:
+    """The product kernels with other tiles, to choose `decoding_triton.TILE`; the twin is what is chosen now."""
+    from ..ops import decoding_triton
+
+    layer = bench.model.language_model.layers[1]
+    weight = layer.self_attn.o_proj.weight
+    chosen = dict(decoding_triton.TILE)
+    options = {
+        "one": [(n, k, w) for n in (1, 2, 4, 8, 16) for k in (512, 1024, 2048) for w in (2, 4, 8)
+                if 4 <= n * k / (32 * w) <= 128],
+        "several": [(n, k, w) for n in (16, 32, 64) for k in (64, 128, 256) for w in (2, 4, 8)],
+    }  # fmt: skip
+    try:
+        for kind, rows in (("one", 1), ("several", bench.sizes.beams)):
+            x = torch.randn(rows, weight.shape[1], device=bench.device, dtype=bench.dtype)
+
+            def call(x: torch.Tensor = x) -> torch.Tensor:
+                return project(x, [weight], residual=x, backend="triton")
+
+            usual = _replayed(bench, call)
+            for tile in options[kind]:
+                decoding_triton.TILE[kind] = tile
+                yield Row("tiles", f"{kind}: {tile}", "us", 1e6 * _replayed(bench, call), 1e6 * usual,
+                          1e6 * weight.numel() * weight.element_size() / bench.speed.bytes_per_second)  # fmt: skip
+            decoding_triton.TILE[kind] = chosen[kind]
+    finally:
+        decoding_triton.TILE.update(chosen)
+
+
+def _replayed(bench: Bench, call: Callable[[], object], times: int = 20) -> float:
+    """Seconds a call inside a CUDA graph of several, the weights being too large for the cache to hold for long.
+
+    A matrix of the release (50 MB) just fits into the L2 cache of the largest GPUs; a large buffer is written before
+    every call to push it out, and its own time is taken off.
+    """
+    from ..model.static import capture
+
+    cold = torch.empty(2**27, dtype=torch.uint8, device=bench.device)
+
+    def both() -> None:
+        for _ in range(times):
+            cold.zero_()
+            call()
+
+    def only() -> None:
+        for _ in range(times):
+            cold.zero_()
+
+    with torch.no_grad():
+        graphs = [capture(step, bench.device) for step in (both, only)]
+    whole, empty = (bench.clock.time(graph, 3) for graph in graphs)
+    return max(whole - empty, 1e-9) / times

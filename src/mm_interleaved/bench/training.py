@@ -1,0 +1,53 @@
+"""The line about training: one step, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..generation import MMInterleaved
+from ..model.roofline import Need
+from ..training.flops import step_cost
+from ..training.run import enable_checkpointing
+from .base import Bench, Row, document
+
+
+def training(bench: Bench) -> Iterator[Row]:
+    """Both losses of a batch with gradient checkpointing, without the optimizer; the bound counts arithmetic only."""
+    sizes, model, config = bench.sizes, bench.model, bench.model.config
+    count = sizes.batch * sizes.batch_pictures
+    ids = document(config, sizes.batch_length, sizes.batch_pictures).expand(sizes.batch, -1)
+    mask = torch.ones_like(ids)
+    labels = ids.masked_fill(ids == config.image_token_id, -100)
+    layout = model.plan(ids, mask, labels=labels).to(bench.device)
+    generator = torch.Generator().manual_seed(0)
+    side, drawn = config.vision_config.image_size, config.image_decoder.image_size
+    inputs = {
+        "input_ids": ids.to(bench.device), "attention_mask": mask.to(bench.device), "labels": labels.to(bench.device),
+        "pixel_values": torch.rand(count, 3, side, side, generator=generator).to(bench.device, bench.dtype),
+        "target_pixel_values": torch.rand(count, 3, drawn, drawn, generator=generator).to(bench.device),
+        "draws": model.image_decoder.draw(count, generator).to(bench.device), "layout": layout,
+    }  # fmt: skip
+
+    def step() -> None:
+        model(**inputs).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    model.freeze()
+    model.train()
+    enable_checkpointing(model)
+    try:
+        value, peak = bench.clock.time(step, 2), bench.clock.peak(step)
+    finally:
+        _disable_checkpointing(model)
+        model.eval()
+        model.zero_grad(set_to_none=True)
+    need = Need(step_cost(config).of(sizes.batch * sizes.batch_length, count, count))
+    case = f"{sizes.batch} rows of {sizes.batch_length} tokens with {sizes.batch_pictures} pictures each"
+    yield Row("training", case, "s", value, bound=bench.bound(need), peak_bytes=peak)
+
+
+def _disable_checkpointing(model: MMInterleaved) -> None:
+    new = hasattr(model, "activation_checkpointing_disable")  # its name from transformers 5.2x on
+    (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()

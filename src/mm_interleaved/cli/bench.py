@@ -1,0 +1,101 @@
+"""`mmi bench`: what everything costs on this machine, beside what the machine allows and beside the plain twins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .console import console, output
+from .results import UsageError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def bench(
+    preset: Annotated[str, typer.Option(help="Size of the model: release, small or debug.")] = "small",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights; default: bfloat16 on a GPU.")] = None,
+    only: Annotated[str | None, typer.Option(help="Lines to run, separated by commas; default: the usual.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further row is begun.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Of the session.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a picture.", min=1)] = None,
+    compile_unet: Annotated[bool, typer.Option("--compile", help="Also draw with a compiled UNet.")] = False,
+    mmfs: Annotated[str | None, typer.Option(help="Backend of MMFS in the model: plain, triton or auto.")] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="JSON file to write; a table (.md) and plots (.svg) go beside it.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two JSON files to set beside each other; nothing is measured.")
+    ] = None,
+) -> None:
+    """Measure the model's work, with random weights: decoding, pictures, prefill, MMFS, sessions, a training step."""
+    from ..bench import report
+
+    if compare is not None:
+        Console(width=max(output.width, 150)).print(report.comparison(*(_read(path) for path in compare)))
+        return
+    from ..bench import LINES, run
+    from ..bench.base import SIZES, Bench
+    from ..bench.machine import describe
+    from .generate import _device
+
+    if preset not in SIZES:
+        raise UsageError(f"--preset must be one of {', '.join(SIZES)}, not '{preset}'")
+    names = run.USUAL if only is None else [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in LINES:
+            raise UsageError(f"there is no line '{name}'; there are {', '.join(LINES)}")
+    where = _device(device)
+    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    import torch
+
+    sizes = SIZES[preset]
+    sizes = replace(sizes, rounds=rounds or sizes.rounds, steps=steps or sizes.steps)
+    sizes = replace(sizes, twin_rounds=min(sizes.twin_rounds, sizes.rounds))
+    subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, say=console.print)
+    result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "plain", **vars(subject.speed),
+              "rows": [], "trouble": []}  # fmt: skip
+    for found in run.run_lines(subject, names, time_limit):
+        if isinstance(found, run.Trouble):
+            result["trouble"].append(asdict(found))
+            console.print(f"{found.line}: {found.reason}", style="yellow", markup=False)
+        else:
+            result["rows"].append(asdict(found) | {"ratio": found.ratio, "of_bound": found.of_bound})
+            output.print(report.line(found), markup=False, highlight=False)
+        _keep(result, output_file)
+    if output_file is not None:
+        for path in report.plots(result, output_file.parent, output_file.stem):
+            console.print(f"plotted {path}")
+    if result["trouble"]:
+        raise typer.Exit(2)
+
+
+def _keep(result: dict[str, Any], path: Path | None) -> None:
+    """Write what there is so far: a run that is stopped leaves its results."""
+    from ..bench import report
+
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {path: json.dumps(result, indent=1) + "\n", path.with_suffix(".md"): report.markdown(result)}
+    for target, content in texts.items():
+        part = target.with_name(target.name + ".part")
+        part.write_text(content)
+        part.replace(target)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+        if not {"rows", "date", "gpu"} <= result.keys():
+            raise ValueError("it is no result of `mmi bench`")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"'{path}' cannot be compared: {error}") from None
+    return result

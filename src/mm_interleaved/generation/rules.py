@@ -1,0 +1,127 @@
+"""What writing text is, whatever runs it: processors of scores, end tokens, draws, hypotheses of beams.
+
+The rules are those of the library version that the original was pinned to, because released settings depend on them:
+the processors see `<s>` and what was written, never the prompt; beams keep (1 + end tokens) * num_beams candidates a
+step, so that end tokens cannot starve them. One thing is mended: a beam keeps the end token that really closed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..model import MMInterleavedModel
+from .settings import TextSettings
+
+
+@dataclass
+class WrittenText:
+    """One text that was written.
+
+    Attributes:
+        ids: its tokens, without `<s>` and without the end token.
+        end: the token that closed it; None: it reached max_new_tokens.
+        score: for beams, the score that ranked it.
+    """
+
+    ids: list[int]
+    end: int | None = None
+    score: float | None = None
+
+    @property
+    def all_ids(self) -> list[int]:
+        """Its tokens with the end token."""
+        return self.ids + ([] if self.end is None else [self.end])
+
+
+@dataclass
+class TextStep:
+    """One step of greedy search or sampling.
+
+    Attributes:
+        tokens: [batch] the new tokens; the pad token in rows that are finished.
+        active: [batch] bool, the rows that got one.
+        logits: [batch, vocab] float32, before any processing.
+    """
+
+    tokens: Tensor
+    active: Tensor
+    logits: Tensor
+
+
+def end_tokens(model: MMInterleavedModel) -> list[int]:
+    """The tokens that end a text: `</s>` and begin-of-image."""
+    return [model.config.eos_token_id, model.config.soi_token_id]
+
+
+def score_processors(
+    model: MMInterleavedModel, settings: TextSettings, device: torch.device, banned: Sequence[int]
+) -> LogitsProcessorList:
+    """What changes the scores of a step before a token is chosen; none of it waits for the device."""
+    processors = LogitsProcessorList()
+    if banned:
+        processors.append(SuppressTokensLogitsProcessor(list(banned), device=device))
+    if settings.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.min_new_tokens:  # the history that the processor counts begins with <s>
+        processors.append(MinLengthLogitsProcessor(settings.min_new_tokens + 1, end_tokens(model), device=device))
+    if settings.do_sample:
+        if settings.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            processors.append(TopPLogitsWarper(settings.top_p))
+    return processors
+
+
+def uniform(generators: Sequence[torch.Generator]) -> Tensor:
+    """[rows] numbers in [0, 1), each from its row's own generator, on the generators' device."""
+    return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
+
+
+def draw(scores: Tensor, numbers: Tensor) -> Tensor:
+    """One token a row from softmax(scores): the cumulative distribution is inverted at `numbers` [rows] in [0, 1)."""
+    cumulative = scores.softmax(-1).cumsum(-1)
+    token = torch.searchsorted(cumulative, (numbers * cumulative[:, -1].float())[:, None].to(cumulative), right=True)
+    return token[:, 0].clamp(max=scores.shape[-1] - 1)
+
+
+def beam_candidates(model: MMInterleavedModel, num_beams: int) -> int:
+    """How many candidates a step of beam search ranks."""
+    return max(2, 1 + len(end_tokens(model))) * num_beams
+
+
+class Hypotheses:
+    """The best finished texts of one row."""
+
+    def __init__(self, size: int, length_penalty: float) -> None:
+        self.size, self.length_penalty = size, length_penalty
+        self.finished: list[WrittenText] = []
+        self.done = False
+
+    def add(self, ids: list[int], end: int | None, log_probability: float) -> None:
+        """`ids` begin with `<s>`, which counts in the length."""
+        score = log_probability / len(ids) ** self.length_penalty
+        if len(self.finished) == self.size and score <= self.finished[-1].score:
+            return
+        self.finished.append(WrittenText(ids[1:], end, score))
+        self.finished.sort(key=lambda text: -text.score)
+        del self.finished[self.size :]
+
+    def check(self, best_running: float, length: int) -> None:
+        """Done when no running beam can still overtake the worst finished one."""
+        if len(self.finished) == self.size:
+            self.done = self.done or self.finished[-1].score >= best_running / length**self.length_penalty

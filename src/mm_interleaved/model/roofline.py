@@ -1,0 +1,74 @@
+"""How long work must take at least: what it computes and what it moves, from the model itself.
+
+Only what cannot be avoided counts: every weight that takes part is read once a call, every kept key, value and picture
+sample once, and matrix products are done once. Whichever of memory and arithmetic takes longer is the bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .cost import Cost
+from .language_model import synchronizers
+from .mm_interleaved import MMInterleavedModel
+
+
+@dataclass
+class Need:
+    """Operations (a multiply-accumulate is two) and bytes."""
+
+    operations: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Need) -> Need:
+        """One after the other."""
+        return Need(self.operations + other.operations, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Need:
+        """Several times."""
+        return Need(self.operations * times, self.bytes * times)
+
+    def seconds(self, bytes_per_second: float, operations_per_second: float) -> float:
+        """The bound on a machine of that speed."""
+        return max(self.bytes / bytes_per_second, self.operations / operations_per_second)
+
+
+def _size(*modules: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def decoding(model: MMInterleavedModel, cost: Cost, columns: int, pictures: int, rows: int = 1) -> Need:
+    """One token of `rows` rows that share `columns` columns and see `pictures` pictures.
+
+    The query side of MMFS counts as folded, and its samples as four neighbours each.
+    """
+    language, text, mmfs = model.language_model, model.config.text_config, model.config.mmfs
+    element = language.norm.weight.element_size()
+    layers = synchronizers(language)
+    folded = mmfs.num_heads * mmfs.num_points * (2 + len(mmfs.levels))
+    looking = len(layers) * text.hidden_size * (folded * (pictures > 0) + mmfs.hidden_size) * element
+    samples = len(layers) * pictures * len(mmfs.levels) * mmfs.num_points * mmfs.hidden_size * 4
+    attention = 2 * 2 * columns * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    per_token = cost.token + (cost.token_with_images - cost.token) * (pictures > 0)
+    return Need(
+        operations=rows * (2 * per_token + attention),
+        bytes=_size(language.layers, language.norm, model.lm_head) - _size(*layers) + looking
+        + (columns * cost.cache_per_token + rows * samples) * element,
+    )  # fmt: skip
+
+
+def reading(model: MMInterleavedModel, cost: Cost, length: int, pictures: int) -> Need:
+    """A text of `length` tokens read at once, and its pictures encoded."""
+    text = model.config.text_config
+    head = text.hidden_size * model.config.vocab_size
+    attention = 2 * length * length * text.num_attention_heads * text.head_dim * text.num_hidden_layers  # causal
+    macs = length * (cost.token_with_images - head) + pictures * cost.encode_image
+    return Need(2 * macs + attention, _size(model.language_model, model.visual_tokenizer))
+
+
+def drawing(model: MMInterleavedModel, cost: Cost) -> Need:
+    """A picture of `cost.steps` guided steps, from its context to its pixels."""
+    decoder = model.image_decoder
+    return Need(2 * cost.draw_image, cost.steps * _size(decoder.unet) + _size(decoder.vae, decoder.resampler))

@@ -1,0 +1,145 @@
+"""What one new token of each row costs: products of few rows with large matrices, and attention over kept columns.
+
+Every function has a plain form, made of PyTorch's own operators, and a Triton kernel (`decoding_triton.py`) that fuses
+what stands around the product. With few rows all of them are bound by reading memory once: weights, keys and values.
+
+    project         [norm] -> one or several linear layers -> [+ residual]
+    project_gated   norm -> silu(gate) * up
+    attend          rotary positions, the new key and value into their place, attention over all columns
+
+Nothing here waits for the device or depends on its numbers, so all of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .deformable import promote
+from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, on_triton
+
+Backend = Literal["plain", "triton"]
+
+MOST_ROWS = 16  # that a kernel multiplies with a matrix at a time; more are a matter for matrix multiplication
+WIDEST_HEAD = 256
+
+
+def why_not_kernels(x: Tensor, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot decode for hidden states like `x` [rows, width]; None: they can."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not on_triton(x.device):
+        return f"the kernels are for CUDA devices, and the model is on {x.device}"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {x.dtype}"
+    if len(x) > MOST_ROWS:
+        return f"{len(x)} rows; the kernels take at most {MOST_ROWS}"
+    if head_dim > WIDEST_HEAD or head_dim % 2:
+        return f"heads of {head_dim} channels; the kernels take even numbers up to {WIDEST_HEAD}"
+    return None
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain, with the rounding of transformers' norms: to the type of `x` before the gain."""
+    work = x.to(promote(x.dtype))
+    return gain * (work * torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def project(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    backend: Backend = "plain",
+) -> Tensor:
+    """[rows, sum of outputs] linear maps of one input, side by side.
+
+    Args:
+        x: [rows, width].
+        weights: [outputs, width] each; at most 3.
+        biases: [outputs] or None each; None: no biases.
+        gain: [width] of an RMS norm before the maps; None: no norm.
+        eps: of the norm.
+        residual: [rows, outputs] added to the result.
+        backend: "triton" rounds once, at the end.
+    """
+    biases = [None] * len(weights) if biases is None else biases
+    if backend == "triton":
+        from .decoding_triton import project as fused
+
+        return fused(x, weights, biases, gain, eps, residual)
+    x = x if gain is None else rms_norm(x, gain, eps)
+    out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    return out if residual is None else residual + out
+
+
+def project_gated(
+    x: Tensor, gate: Tensor, up: Tensor, *, gain: Tensor, eps: float, backend: Backend = "plain"
+) -> Tensor:
+    """[rows, outputs] silu(norm(x) gate^T) * (norm(x) up^T); `gate`, `up` [outputs, width], `gain` [width]."""
+    if backend == "triton":
+        from .decoding_triton import project_gated as fused
+
+        return fused(x, gate, up, gain, eps)
+    x = rms_norm(x, gain, eps)
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    source: Tensor,
+    column: Tensor,
+    scale: float,
+    *,
+    backend: Backend = "plain",
+) -> Tensor:
+    """Attention of one new token a row over all that the row has read, itself included.
+
+    Args:
+        query: [rows, heads * dim] before rotary positions.
+        key, value: [rows, key heads * dim] of the new token, `key` before rotary positions.
+        cos, sin: [rows, dim] of the token's position.
+        keys, values: [rows, key heads, columns, dim] of all tokens, keys with their positions; the new ones are written
+            into `column` of their own row.
+        source: [rows, columns] int64: in which row of `keys` and `values` the row finds a column; -1: it has none.
+            So beams share what they have in common, and nothing is copied when they change places.
+        column: [1] int64, the new token's column; nothing after it is looked at.
+        scale: of the scores.
+
+    Returns:
+        [rows, heads * dim]; whatever in a row that has no column at all.
+    """
+    if backend == "triton":
+        from .decoding_triton import attend as fused
+
+        return fused(query, key, value, cos, sin, keys, values, source, column, scale)
+    rows, key_heads, columns, dim = keys.shape
+    query, key = (rotate(x.unflatten(-1, (-1, dim)), cos[:, None], sin[:, None]) for x in (query, key))
+    keys.index_copy_(2, column, key[:, :, None])
+    values.index_copy_(2, column, value.unflatten(-1, (-1, dim))[:, :, None])
+    place = torch.arange(columns, device=keys.device)
+    seen = (source >= 0) & (place <= column)
+    found = [x[source.clamp(min=0), :, place].transpose(1, 2) for x in (keys, values)]
+    mask = query.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(query.dtype).min)[:, None, None]
+    grouped = query.shape[1] != key_heads
+    out = F.scaled_dot_product_attention(query[:, :, None], *found, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.reshape(rows, -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864), halves apart as in transformers; `x` [..., dim], `cos` and `sin` alike."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

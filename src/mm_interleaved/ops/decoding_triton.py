@@ -1,0 +1,268 @@
+"""Triton kernels of `decoding.py`: few rows times large matrices, and one query a row over kept keys and values.
+
+A program of a product owns some outputs and reads their weights once, in pieces of full rows; sums of neighbouring
+threads meet once, at the end. One row is multiplied elementwise, several rows by the matrix units with the weights as
+the left operand. An RMS norm costs no pass of its own: its gain is multiplied in beforehand and its factor afterwards.
+
+Attention splits the columns over several programs (as Flash-Decoding does), which one more small kernel joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = {"one": (8, 1024, 4), "several": (32, 256, 4)}  # outputs, inputs and warps of a program, by number of rows
+MANY_PROGRAMS = 512  # how many programs attention is split into, if rows and heads do not make as many
+MOST_SPLITS = 16
+COLUMNS = 64  # of keys in a tile of attention
+
+
+@triton.jit
+def _row_sums(x, weight, gain, own, outputs, rows, x_row, eps,
+              INPUTS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_K: tl.constexpr):  # fmt: skip
+    """norm(x) weight^T for the outputs `own`: [BLOCK_N, ROWS] float32; ROWS is 1 or 16."""
+    lane = tl.arange(0, BLOCK_K)
+    line = tl.arange(0, ROWS)
+    start = weight + own.to(tl.int64)[:, None] * INPUTS
+    wide = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)  # one row
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)  # several
+    square = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for first in range(0, INPUTS, BLOCK_K):
+        k = first + lane
+        inside = (own < outputs)[:, None] & (k < INPUTS)[None, :]
+        w = tl.load(start + k[None, :], mask=inside, other=0.0)
+        real = (line < rows)[:, None] & (k < INPUTS)[None, :]
+        piece = tl.load(x + line[:, None] * x_row + k[None, :], mask=real, other=0.0).to(tl.float32)
+        if NORM:
+            square += piece * piece
+            piece = piece * tl.load(gain + k, mask=k < INPUTS, other=0.0).to(tl.float32)[None, :]
+        if ROWS == 1:
+            wide += w.to(tl.float32) * piece
+        else:
+            acc = tl.dot(w, tl.trans(piece.to(w.dtype)), acc, input_precision="ieee")
+    if ROWS == 1:
+        acc = tl.sum(wide, axis=1)[:, None]
+    if NORM:
+        acc = acc * (1.0 / tl.sqrt(tl.sum(square, axis=1) / INPUTS + eps))[None, :]
+    return acc
+
+
+@triton.jit
+def _one_map(x, weight, bias, gain, residual, out, block, column, outputs, all_outputs, rows, x_row, eps,
+             INPUTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+             ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Some outputs of one map, into the columns of `out` from `column` on."""
+    own = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = _row_sums(x, weight, gain, own, outputs, rows, x_row, eps, INPUTS, NORM, ROWS, BLOCK_N, BLOCK_K)
+    if BIAS:
+        acc += tl.load(bias + own, mask=own < outputs, other=0.0).to(tl.float32)[:, None]
+    line = tl.arange(0, ROWS)
+    place = line[None, :] * all_outputs + (column + own)[:, None]
+    wanted = (own < outputs)[:, None] & (line < rows)[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + place, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _project_kernel(
+    x, weight0, weight1, weight2, bias0, bias1, bias2, gain, residual, out,
+    size0, size1, size2, blocks0, blocks1, rows, x_row, eps,
+    INPUTS: tl.constexpr, MAPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # A branch for each map, and no choice between pointers: the compiler loads widely only what it knows is aligned.
+    block = tl.program_id(0)
+    every = size0 + size1 + size2
+    if MAPS == 1 or block < blocks0:
+        _one_map(x, weight0, bias0, gain, residual, out, block, 0, size0, every, rows, x_row, eps,
+                 INPUTS, NORM, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+    elif MAPS == 2 or block < blocks0 + blocks1:
+        _one_map(x, weight1, bias1, gain, residual, out, block - blocks0, size0, size1, every, rows, x_row, eps,
+                 INPUTS, NORM, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+    else:
+        _one_map(x, weight2, bias2, gain, residual, out, block - blocks0 - blocks1, size0 + size1, size2, every, rows,
+                 x_row, eps, INPUTS, NORM, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+
+
+@triton.jit
+def _gated_kernel(
+    x, gate, up, gain, out, outputs, rows, x_row, eps,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    a = _row_sums(x, gate, gain, own, outputs, rows, x_row, eps, INPUTS, True, ROWS, BLOCK_N, BLOCK_K)
+    b = _row_sums(x, up, gain, own, outputs, rows, x_row, eps, INPUTS, True, ROWS, BLOCK_N, BLOCK_K)
+    line = tl.arange(0, ROWS)
+    wanted = (own < outputs)[:, None] & (line < rows)[None, :]
+    result = a / (1.0 + tl.exp(-a)) * b
+    tl.store(out + line[None, :] * outputs + own[:, None], result.to(out.dtype.element_ty), mask=wanted)
+
+
+def _tile(rows: int) -> dict[str, int]:
+    block_n, block_k, warps = TILE["one" if rows == 1 else "several"]
+    return {"ROWS": 1 if rows == 1 else 16, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
+
+
+def project(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gain: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """See `decoding.project`."""
+    rows, inputs = x.shape
+    sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
+    tile = _tile(rows)
+    blocks = [triton.cdiv(size, tile["BLOCK_N"]) for size in sizes]
+    out = x.new_empty(rows, sum(sizes))
+    nothing = x  # stands where a kernel wants a pointer that it does not follow
+    if any(b is not None for b in biases):
+        biases = [x.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    pad = [nothing] * (3 - len(weights))
+    with torch.cuda.device_of(x):
+        _project_kernel[(sum(blocks),)](
+            x, *(w.contiguous() for w in weights), *pad, *(nothing if b is None else b for b in biases), *pad,
+            nothing if gain is None else gain, nothing if residual is None else residual.contiguous(), out,
+            *sizes, *blocks[:2], rows, x.stride(0), eps,
+            INPUTS=inputs, MAPS=len(weights), NORM=gain is not None, BIAS=biases[0] is not None,
+            RESIDUAL=residual is not None, **tile,
+        )  # fmt: skip
+    return out
+
+
+def project_gated(x: Tensor, gate: Tensor, up: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """See `decoding.project_gated`."""
+    rows, inputs = x.shape
+    tile = _tile(rows)
+    out = x.new_empty(rows, len(gate))
+    with torch.cuda.device_of(x):
+        _gated_kernel[(triton.cdiv(len(gate), tile["BLOCK_N"]),)](
+            x, gate.contiguous(), up.contiguous(), gain, out, len(gate), rows, x.stride(0), eps, INPUTS=inputs, **tile
+        )
+    return out
+
+
+@triton.jit
+def _rotated(x, cos, sin, d, real, DIM: tl.constexpr):
+    """Rotary positions of one head."""
+    half: tl.constexpr = DIM // 2
+    other = tl.where(d < half, d + half, d - half)
+    a = tl.load(x + d, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(x + other, mask=real, other=0.0).to(tl.float32)
+    c = tl.load(cos + d, mask=real, other=0.0).to(tl.float32)
+    s = tl.load(sin + d, mask=real, other=0.0).to(tl.float32)
+    return a * c + tl.where(d < half, -b, b) * s
+
+
+@triton.jit
+def _attend_kernel(
+    query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
+    columns, query_row, key_row, value_row, cos_row, sin_row, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    KEY_HEADS: tl.constexpr = HEADS // GROUP
+    row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    split, key_head = tl.program_id(1), head // GROUP
+    now = tl.load(column)
+    span = tl.cdiv(tl.cdiv(now + 1, SPLITS), BLOCK_C) * BLOCK_C
+    d = tl.arange(0, BLOCK_D)
+    real = d < DIM
+    q = _rotated(query + row * query_row + head * DIM, cos + row * cos_row, sin + row * sin_row, d, real, DIM)
+    q = q.to(keys.dtype.element_ty).to(tl.float32) * scale
+
+    top = tl.full([], -1.0e30, tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    end = tl.minimum((split + 1) * span, now)
+    first = split * span
+    while first < end:
+        place = first + tl.arange(0, BLOCK_C)
+        found = tl.load(source + row * columns + place, mask=place < end, other=-1)
+        seen = found >= 0
+        start = ((tl.where(seen, found, 0) * KEY_HEADS + key_head) * columns + place) * DIM
+        wanted = seen[:, None] & real[None, :]
+        k = tl.load(keys + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
+        v = tl.load(values + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(k * q[None, :], axis=1), -1.0e30)
+        higher = tl.maximum(top, tl.max(score, axis=0))
+        share = tl.where(seen, tl.exp(score - higher), 0.0)
+        shrink = tl.exp(top - higher)
+        total = total * shrink + tl.sum(share, axis=0)
+        acc = acc * shrink + tl.sum(share[:, None] * v, axis=0)
+        top = higher
+        first += BLOCK_C
+
+    if now // span == split:  # the new token belongs to this split
+        k = _rotated(key + row * key_row + key_head * DIM, cos + row * cos_row, sin + row * sin_row, d, real, DIM)
+        k = k.to(keys.dtype.element_ty)
+        v = tl.load(value + row * value_row + key_head * DIM + d, mask=real, other=0.0)
+        if head % GROUP == 0:
+            start = ((row.to(tl.int64) * KEY_HEADS + key_head) * columns + now) * DIM
+            tl.store(keys + start + d, k, mask=real)
+            tl.store(values + start + d, v, mask=real)
+        own = tl.load(source + row * columns + now)
+        score = tl.where(own >= 0, tl.sum(k.to(tl.float32) * q, axis=0), -1.0e30)
+        higher = tl.maximum(top, score)
+        share = tl.where(own >= 0, tl.exp(score - higher), 0.0)
+        shrink = tl.exp(top - higher)
+        total = total * shrink + share
+        acc = acc * shrink + share * v.to(tl.float32)
+        top = higher
+    index = tl.program_id(0) * SPLITS + split
+    tl.store(parts + index * DIM + d, acc, mask=real)
+    tl.store(sums + index, total)
+    tl.store(tops + index, top)
+
+
+@triton.jit
+def _join_kernel(parts, sums, tops, out, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    index = tl.program_id(0)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    top = tl.load(tops + index * SPLITS + split)
+    share = tl.exp(top - tl.max(top, axis=0))
+    total = tl.sum(share * tl.load(sums + index * SPLITS + split), axis=0)
+    place = (index * SPLITS + split)[:, None] * DIM + d[None, :]
+    part = tl.load(parts + place, mask=(d < DIM)[None, :], other=0.0)
+    mixed = tl.sum(share[:, None] * part, axis=0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out + index * DIM + d, mixed.to(out.dtype.element_ty), mask=d < DIM)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    source: Tensor,
+    column: Tensor,
+    scale: float,
+) -> Tensor:
+    """See `decoding.attend`."""
+    rows, key_heads, columns, dim = keys.shape
+    heads = query.shape[1] // dim
+    splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(MANY_PROGRAMS, rows * heads)))
+    parts = torch.empty(rows * heads, splits, dim, dtype=torch.float32, device=query.device)
+    sums, tops = (torch.empty(rows * heads, splits, dtype=torch.float32, device=query.device) for _ in range(2))
+    out = torch.empty(rows, heads * dim, dtype=query.dtype, device=query.device)
+    block_d = triton.next_power_of_2(dim)
+    with torch.cuda.device_of(query):
+        _attend_kernel[(rows * heads, splits)](
+            query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
+            columns, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0), scale,
+            HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits,
+            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d,
+        )  # fmt: skip
+        _join_kernel[(rows * heads,)](parts, sums, tops, out, DIM=dim, SPLITS=splits, BLOCK_D=block_d)
+    return out

@@ -1,0 +1,77 @@
+"""`mmi bench`: every line runs, what fails is told and the rest goes on, results can be set beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mm_interleaved.bench import LINES, Bench, Row, run
+
+QUICK = ("bench", "--preset", "debug", "--device", "cpu")
+
+
+def test_lines_files_and_comparison(mmi, tmp_path: Path) -> None:
+    file = tmp_path / "a" / "debug.json"
+    outcome = mmi(*QUICK, "--only", "decode,session,layer-by-pictures", "--output", file)
+    assert outcome.code == 0, outcome.err
+    result = json.loads(file.read_text())
+    assert {row["line"] for row in result["rows"]} == {"decode", "session", "layer-by-pictures"}
+    assert {"date", "command", "processor", "versions", "bytes_per_second", "operations_per_second"} <= result.keys()
+    for row in result["rows"]:
+        assert row["value"] > 0
+        assert row["bound"] > 0
+        assert row["of_bound"] == pytest.approx(row["bound"] / row["value"])
+    assert all(row["note"] == "same document" for row in result["rows"] if row["line"] == "session")
+    assert "| decode | 60 tokens, 2 pictures |" in file.with_suffix(".md").read_text()
+    assert {p.name for p in file.parent.glob("*.svg")} == {"debug-session.svg", "debug-layer-by-pictures.svg"}
+    compared = mmi("bench", "--compare", file, file)
+    assert "decode" in compared.out
+    assert "1.00" in compared.out
+
+
+def test_a_failing_line_does_not_stop_the_others(mmi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(bench: Bench) -> Iterator[Row]:
+        yield Row("decode", "before it breaks", "ms", 1.0)
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setitem(run.LINES, "decode", broken)
+    outcome = mmi(*QUICK, "--only", "decode,encode", "--output", tmp_path / "x.json")
+    assert outcome.code == 2
+    assert "decode: RuntimeError: no kernel for this" in outcome.err
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert [row["line"] for row in result["rows"]] == ["decode", "encode"]
+    assert result["trouble"][0]["line"] == "decode"
+
+
+def test_the_time_limit(mmi) -> None:
+    outcome = mmi(*QUICK, "--only", "encode,decode", "--time-limit", "0")
+    assert outcome.code == 2
+    assert "encode: the time limit of 0 s was reached" in outcome.err
+    assert "ms/token" not in outcome.out
+
+
+def test_kernel_lines_need_a_gpu(mmi) -> None:
+    outcome = mmi(*QUICK, "--only", "products")
+    assert "products: ValueError: the kernels are for CUDA devices" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bench", "--only", "decoding"), "there is no line 'decoding'; there are decode, picture,"),
+        (("bench", "--preset", "huge"), "--preset must be one of release, small, debug, not 'huge'"),
+        (("bench", "--dtype", "int8", "--device", "cpu"), "--dtype must be one of"),
+        (("bench", "--compare", "nowhere.json", "nowhere.json"), "'nowhere.json' cannot be compared"),
+    ],
+)
+def test_messages(mmi, arguments: tuple[str, ...], words: str) -> None:
+    outcome = mmi(*arguments)
+    assert outcome.code == 1
+    assert words in outcome.err
+
+
+def test_every_line_says_what_it_measures() -> None:
+    assert all(line.__doc__ for line in LINES.values())

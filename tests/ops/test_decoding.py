@@ -1,0 +1,112 @@
+"""Kernels of decoding against their plain forms: on a CUDA device, else in Triton's interpreter at tiny sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mm_interleaved.ops import attend, project, project_gated, why_not_kernels
+from mm_interleaved.ops.mmfs_attention import HAS_TRITON
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = [1, 3]
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tiny sizes take several programs, several pieces and ragged ends."""
+    from mm_interleaved.ops import decoding_triton
+
+    monkeypatch.setattr(decoding_triton, "TILE", {"one": (4, 16, 1), "several": (16, 16, 1)})
+    monkeypatch.setattr(decoding_triton, "COLUMNS", 16)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def close(found: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    found, expected = found.double(), expected.double()
+    assert float((found - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sizes", [(24, 8, 9), (21,), (16, 18)])
+def test_project(rows: int, norm: bool, sizes: tuple[int, ...]) -> None:
+    x, weights = draw(rows, 40), [draw(n, 40) for n in sizes]
+    biases = [draw(n) if i % 2 == 0 else None for i, n in enumerate(sizes)]
+    residual = draw(rows, sum(sizes))
+    settings = {"gain": draw(40) if norm else None, "eps": 1e-6}
+    for extra in ({}, {"biases": biases}, {"residual": residual}, {"biases": biases, "residual": residual}):
+        found, expected = (project(x, weights, **settings, **extra, backend=b) for b in ("triton", "plain"))
+        close(found, expected)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_project_gated(rows: int) -> None:
+    x, gate, up, gain = draw(rows, 40), draw(26, 40), draw(26, 40), draw(40)
+    close(*(project_gated(x, gate, up, gain=gain, eps=1e-6, backend=b) for b in ("triton", "plain")))
+
+
+def test_a_slice_is_read_where_it_lies() -> None:
+    whole = draw(3, 64)
+    weight = draw(8, 40)
+    close(*(project(whole[:, 8:48], [weight], backend=b) for b in ("triton", "plain")))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("column", [0, 5, 31, 40])
+@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(4, 4, 16), (6, 2, 12)])
+def test_attend(rows: int, column: int, heads: int, key_heads: int, dim: int) -> None:
+    """Beams that share columns, columns that are not there, and nothing after the new token counts."""
+    both = draw(rows, (heads + 2 * key_heads) * dim)
+    query, key, value = both.split([heads * dim, key_heads * dim, key_heads * dim], dim=-1)
+    cos, sin = draw(rows, dim), draw(rows, dim)
+    keys, values = (draw(rows, key_heads, 48, dim) for _ in range(2))
+    source = torch.randint(-1, rows, (rows, 48)).to(DEVICE)
+    source[:, column] = torch.arange(rows, device=DEVICE)
+    if rows > 1 and column > 0:
+        source[1, column], source[1, 0] = -1, 0  # a row that has ended: its new token is not looked at
+    at = torch.tensor([column], device=DEVICE)
+    results = []
+    for backend in ("triton", "plain"):
+        kept = keys.clone(), values.clone()
+        mixed = attend(query, key, value, cos, sin, *kept, source, at, dim**-0.5, backend=backend)
+        results.append((mixed, *kept))
+    for found, expected in zip(*results, strict=True):
+        close(found, expected)
+    assert torch.equal(torch.cat([results[0][1][:, :, :column], results[0][1][:, :, column + 1 :]], 2),
+                       torch.cat([keys[:, :, :column], keys[:, :, column + 1 :]], 2))  # fmt: skip
+
+
+def test_a_row_with_nothing_is_finite() -> None:
+    query, key, value = draw(1, 32), draw(1, 32), draw(1, 32)
+    keys, values = draw(1, 2, 16, 16), draw(1, 2, 16, 16)
+    source, at = torch.full((1, 16), -1, device=DEVICE), torch.tensor([3], device=DEVICE)
+    for backend in ("triton", "plain"):
+        out = attend(query, key, value, draw(1, 16), draw(1, 16), keys, values, source, at, 0.25, backend=backend)
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", ROWS)
+def test_half_precision(rows: int, dtype: torch.dtype) -> None:
+    if DEVICE == "cpu" and rows > 1 and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's matrix product does not know bfloat16")
+    x, weight, gain, residual = (draw(*s, dtype=dtype) for s in ((rows, 64), (32, 64), (64,), (rows, 32)))
+    found = project(x, [weight], gain=gain, eps=1e-6, residual=residual, backend="triton")
+    exact = project(*(t.float() for t in (x,)), [weight.float()], gain=gain.float(), eps=1e-6,
+                    residual=residual.float())  # fmt: skip
+    close(found.float(), exact, 3 * torch.finfo(dtype).eps)
+
+
+def test_reasons() -> None:
+    assert why_not_kernels(draw(1, 8), 128) is None
+    assert "64 rows" in why_not_kernels(draw(64, 8), 128)
+    assert "float64" in why_not_kernels(draw(1, 8).double(), 128)
+    assert "513" in why_not_kernels(draw(1, 8), 513)
