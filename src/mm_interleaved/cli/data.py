@@ -16,12 +16,13 @@ from ..configuration import load_config
 from ..data import DataConfig, DataError, DataReport, build_loader
 from ..data.report import COUNTS
 from ..data.sheet import contact_sheet
+from ..files import write_atomic
 from ..pretrained import FOLDER
 from ..processor import Batch, MMInterleavedProcessor
 from ..training.building import build_processor
 from ..training.config import ModelConfig
 from .console import console, output
-from .results import UsageError, write_atomic
+from .results import UsageError
 
 data = typer.Typer(no_args_is_help=True, help="Look at training data.")
 
