@@ -63,20 +63,32 @@ def _beside(paper: Row | None, metric: str | None, task: TaskResult) -> Sequence
 
 
 def _left_out(tasks: Mapping[str, TaskResult]) -> list[str]:
-    lines = []
+    lines = [f"{name}: {why}" for name, why in problems(tasks).items()]
     for name, task in tasks.items():
-        if task.failed:
-            lines.append(f"{name} failed: {task.failed}")
-        elif len(task.unreadable):
-            count = task.samples - task.evaluated
+        if task.unreadable and not task.failed:
             first, why = next(iter(task.unreadable.items()))
+            count = task.samples - task.evaluated
             lines.append(f"{name}: {count} of {task.samples:,} samples are unreadable, the first is {first}: {why}")
+    return lines + skipped(tasks)
+
+
+def problems(tasks: Mapping[str, TaskResult]) -> dict[str, str]:
+    """Why tasks failed, or metrics of them, by name."""
+    found = {name: task.failed for name, task in tasks.items() if task.failed}
+    for name, task in tasks.items():
+        found |= {f"{name}, {m}": result["failed"] for m, result in task.metrics.items() if "failed" in result}
+    return found
+
+
+def skipped(tasks: Mapping[str, TaskResult]) -> list[str]:
+    """A line for each reason why metrics were skipped, with the tasks that it concerns."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for name, task in tasks.items():
         for metric, result in task.metrics.items():
-            if "failed" in result:
-                lines.append(f"{name}, {metric} failed: {result['failed']}")
             if "skipped" in result:
-                lines.append(f"{name}, {metric} skipped: {result['skipped']}. To mend it: {result['fix']}")
-    return lines
+                reasons.setdefault((metric, result["skipped"], result["fix"]), []).append(name)
+    return [f"{metric} of {', '.join(names)} skipped: {why}. To mend it: {fix}"
+            for (metric, why, fix), names in reasons.items()]  # fmt: skip
 
 
 def _cell(text: str) -> str:

@@ -55,16 +55,6 @@ class Results:
     tasks: dict[str, TaskResult]
     speed: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    @property
-    def failed(self) -> dict[str, str]:
-        """Why tasks have no result, by name; with metrics that failed."""
-        found = {name: task.failed for name, task in self.tasks.items() if task.failed}
-        for name, task in self.tasks.items():
-            for metric, result in task.metrics.items():
-                if "failed" in result:
-                    found[f"{name}, {metric}"] = result["failed"]
-        return found
-
     def to_dict(self, processes: int, device: str) -> dict[str, Any]:
         """For `results.json`."""
         return {
@@ -242,8 +232,7 @@ def _checked(task: Task) -> Iterable[Sample]:
 def _result(task: Task) -> TaskResult:
     source = task.source()
     folders = [source.annotations, source.annotations.parent, source.images.root, source.images.root.parent]
-    result = TaskResult(task.kind.name, _phase(task), toy=any((folder / TOY).is_file() for folder in folders))
-    return result
+    return TaskResult(task.kind.name, _phase(task), toy=any((folder / TOY).is_file() for folder in folders))
 
 
 def _phase(task: Task) -> str:

@@ -151,6 +151,8 @@ METRICS: dict[str, Callable[[Scored], MetricResult]] = {
     "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
     "image_similarity": image_similarity, "miou": miou,
 }  # fmt: skip
+SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}
+"""Which of the `metrics` settings gives a metric the file or folder that it needs."""
 
 
 def _path(name: str | None) -> Path | None:
@@ -238,6 +240,8 @@ def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], Sam
             results[name] = {"values": {}, "failed": str(error)}
             continue
         results[name] = as_data(result, seed, given.metrics.resamples)
+        if result.skipped is not None and name in SETTINGS:
+            results[name]["fix"] = f"{result.fix}, as metrics.{SETTINGS[name]}=..."
         if result.per_sample is not None and not shown.metric and len(result.per_sample) == len(given.samples):
             shown = SampleScores(name, dict(zip([s.id for s in given.samples], result.per_sample, strict=True)))
     return results, shown
@@ -246,10 +250,10 @@ def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], Sam
 def as_data(result: MetricResult, seed: int, resamples: int) -> dict[str, Any]:
     """Plain data; the interval stands with the value that is the mean of the samples' scores."""
     data: dict[str, Any] = {"values": result.values}
-    if result.per_sample:
+    if result.per_sample and result.values:
         mean = float(np.mean(result.per_sample))
-        name = next((n for n, v in result.values.items() if math.isclose(v, mean, rel_tol=1e-6, abs_tol=1e-9)), None)
-        if name is not None:
+        name = min(result.values, key=lambda n: abs(result.values[n] - mean))
+        if math.isclose(result.values[name], mean, rel_tol=1e-6, abs_tol=1e-9):
             low, high = confidence_interval(result.per_sample, seed=seed, resamples=resamples)
             data["intervals"] = {name: [low, high]}
     if result.skipped is not None:
