@@ -10,7 +10,7 @@ from .scoring import TaskResult
 
 HEAD = ("task", "phase", "metric", "value", "95% interval", "samples", "paper, pre-trained", "paper, fine-tuned")
 NOTE = """\
-The columns of the paper are reported values (arXiv 2401.10208), none of them measured here; those with ~ were noted from
+The columns of the paper are reported values (arXiv 2401.10208), none measured here; those with ~ were noted from
 memory. They are of the paper's models on the whole official sets. Intervals are bootstrap intervals over the samples.
 """
 TOY = "\nThese tasks have toy-world files, so their figures say nothing about the official sets: {names}.\n"
