@@ -15,6 +15,7 @@ import pytest
 from .conftest import MakeTask, contents, figures, lines
 from .worker import finish, start
 
+
 @pytest.mark.slow
 def test_any_number_of_processes_does_the_same(
     task: MakeTask, settings_file: Callable[..., Path], tmp_path: Path

@@ -1,4 +1,4 @@
-"""`mmi evaluate` in processes of its own. They come from a server that has imported everything once, so they are quick."""
+"""`mmi evaluate` in processes of its own, quickly: they come from a server that has imported everything once."""
 
 from __future__ import annotations
 

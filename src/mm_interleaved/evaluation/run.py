@@ -30,10 +30,10 @@ from .predictions import Predictions, Record
 from .processes import on_all, on_main, start_processes
 from .report import markdown
 from .scoring import NAMED, SampleScores, Scored, TaskResult, score_task
+from .toyworld import find_about
 
 FORMAT = 1  # of the folder; another one is not continued
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
-TOY = "toyworld.json"  # beside toy data: what they are
 PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
 ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
 OnScored = Callable[[Scored, SampleScores, TaskResult], None]
@@ -109,7 +109,7 @@ def evaluate(
     for task in tasks:
         try:
             results.speed[task.name] = _predict(config, task, model, processor, folder, digest, state, console)
-            results.tasks[task.name] = _result(task)
+            results.tasks[task.name] = TaskResult(task.kind.name, _phase(task))
         except TaskError as error:
             results.tasks[task.name] = TaskResult(task.kind.name, _phase(task), failed=str(error))
             console.print(f"[red]{task.name}:[/] {_escaped(str(error))}", highlight=False)
@@ -206,14 +206,16 @@ def _predict(config: TaskSuite, task: Task, model: MMInterleaved, processor: MMI
     mine = batches[state.process_index :: state.num_processes]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         shown = progress.add_task(task.name, total=sum(map(len, mine)))
         speed = run_batches(predictor, samples, mine, done, predictions, lambda n: progress.advance(shown, n))
     speeds: list[Speed] = gather_object([speed]) if state.num_processes > 1 else [speed]
     state.wait_for_everyone()
     on_main(state, predictions.join)
-    return Speed(sum(s.samples for s in speeds), max(s.seconds for s in speeds),
-                 max(s.model_seconds for s in speeds)).to_dict()  # fmt: skip
+    whole = Speed(sum(s.samples for s in speeds), max(s.seconds for s in speeds), max(s.model_seconds for s in speeds))
+    rate = f", {whole.samples} of them now, {whole.samples / whole.seconds:.1f}/s" if whole.samples else ""
+    console.print(f"{task.name}: {len(samples):,} samples{rate}", highlight=False, markup=False)
+    return whole.to_dict()
 
 
 def _checked(task: Task) -> Iterable[Sample]:
@@ -227,12 +229,6 @@ def _checked(task: Task) -> Iterable[Sample]:
 
 
 # ---- scores
-
-
-def _result(task: Task) -> TaskResult:
-    source = task.source()
-    folders = [source.annotations, source.annotations.parent, source.images.root, source.images.root.parent]
-    return TaskResult(task.kind.name, _phase(task), toy=any((folder / TOY).is_file() for folder in folders))
 
 
 def _phase(task: Task) -> str:
@@ -261,7 +257,9 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
                             f"{task.settings.image.num_candidates}")  # fmt: skip
     if not task.metrics:
         result.notes.append("nothing is measured: the task is for training")
-    given = Scored(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device)
+    about = find_about(task)
+    result.toy = about is not None
+    given = Scored(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, about)
     result.metrics, scores = score_task(given, config.seed)
     lines = [json.dumps({"id": key, "metric": scores.metric, "score": value}) + "\n"
              for key, value in scores.scores.items()]  # fmt: skip

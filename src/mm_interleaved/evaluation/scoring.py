@@ -27,6 +27,7 @@ from ..metrics.vqa import VQAAccuracy, VQAReference, gqa_accuracy, vizwiz_score
 from ..tasks import Sample, Task
 from .config import EvaluationError, MetricConfig
 from .predictions import Record
+from .toyworld import metric_for, scene_metric
 
 NAMED = 20  # unreadable samples that results name
 
@@ -41,6 +42,7 @@ class Scored:
         folder: that the paths of the records start from.
         metrics: files and folders that metrics need.
         device: where their networks run.
+        about: what the toy world wrote about the task's files, if they are its.
     """
 
     task: Task
@@ -49,6 +51,7 @@ class Scored:
     folder: Path
     metrics: MetricConfig
     device: torch.device | str = "cpu"
+    about: dict[str, Any] | None = None
 
     def by_id(self, key: str) -> dict[str, Any]:
         """A value of the records, by sample."""
@@ -139,6 +142,13 @@ def image_similarity(given: Scored) -> MetricResult:
     return ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.pictures(), given.true_pictures())
 
 
+def scenes(given: Scored) -> MetricResult:
+    """Toy data: against the scenes themselves."""
+    name = metric_for(given.task.kind.name, given.about)
+    made = {r["id"]: r["prediction"] if "prediction" in r else given.folder / r["images"][0] for r in given.records}
+    return scene_metric(name, given.samples, made, given.about or {}, given.device)
+
+
 def miou(given: Scored) -> MetricResult:
     """ADE20K: what a segmenter sees in the pictures, against the label maps."""
     segmenter = Segmenter(_path(given.metrics.segmenter), given.device)
@@ -149,7 +159,7 @@ def miou(given: Scored) -> MetricResult:
 METRICS: dict[str, Callable[[Scored], MetricResult]] = {
     "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
     "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
-    "image_similarity": image_similarity, "miou": miou,
+    "image_similarity": image_similarity, "miou": miou, "scene_captions": scenes, "scene_pictures": scenes,
 }  # fmt: skip
 SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}
 """Which of the `metrics` settings gives a metric the file or folder that it needs."""
@@ -230,7 +240,8 @@ class SampleScores:
 def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], SampleScores]:
     """All metrics of a task, as plain data, and the samples' scores."""
     results, shown = {}, SampleScores()
-    for name in given.task.metrics:
+    known = metric_for(given.task.kind.name, given.about)
+    for name in (*given.task.metrics, known) if known else given.task.metrics:
         if name not in METRICS:
             raise EvaluationError(f"task '{given.task.name}' names a metric '{name}', which there is not; "
                                   f"metrics are {', '.join(METRICS)}")  # fmt: skip
