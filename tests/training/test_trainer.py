@@ -137,7 +137,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, change: str, 
 
 def test_every_configuration_of_the_repository_can_be_read() -> None:
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
-        if path.name != "vae.yaml":
+        if path.name not in ("vae.yaml", "evaluate.yaml", "release_tasks.yaml", "release_finetuned.yaml"):
             load_config(path, TrainConfig)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.config import DataConfig
+from ..evaluation.config import TaskSuite
 
 SCHEDULES = ("cosine", "constant", "linear")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -252,6 +253,8 @@ class TrainConfig(RunConfig):
         eval_batches: how many batches of it.
         losses: their weights.
         samples: what is generated on the way.
+        evaluation: tasks that are given to the model on the way, as in an evaluation's file.
+        evaluate_every: steps between two evaluations; 0: never.
         shape_multiple: the pictures that are seen are filled up, those that are drawn cut down, and the contexts of
             drawings filled up to a multiple of this. A GPU plans its convolutions anew for every number of pictures,
             which takes longer than a small model's whole step.
@@ -264,10 +267,17 @@ class TrainConfig(RunConfig):
     eval_batches: int = 20
     losses: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: TaskSuite | None = None
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(shape_multiple=self.shape_multiple)
+        if self.evaluate_every and self.evaluation is None:
+            raise ValueError("'evaluate_every' needs the tasks: give 'evaluation'")
+        if self.evaluate_every and self.fsdp:
+            raise ValueError("'evaluate_every' needs whole weights, which a process does not have with 'fsdp'; "
+                             "evaluate the checkpoints with mmi evaluate")  # fmt: skip
 
 
 @dataclass
