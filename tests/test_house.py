@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
     "document", "files", "configuration", "toyworld", "ops", "model", "processor", "generation", "data", "metrics",
-    "tasks", "evaluation", "training", "pretrained", "cli",
+    "tasks", "evaluation", "training", "pretrained", "integrations", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 
