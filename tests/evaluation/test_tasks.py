@@ -84,7 +84,12 @@ def test_boxes_are_asked_of_the_whole_picture(
 
 
 def test_only_some_tasks_run(task: MakeTask, run: Run) -> None:
-    assert list(run(task("gqa"), task("vqav2"), only=["vqav2"]).tasks) == ["vqav2"]
+    both = [task("gqa"), task("vqav2")]
+    assert list(run(*both, only=["vqav2"]).tasks) == ["vqav2"]
+    again = run(*both, only=["gqa"])
+    assert list(again.tasks) == ["gqa", "vqav2"]  # what is known of others is kept
+    assert list(again.speed) == ["gqa"]
+    assert list(run(*both, only=["gqa"], seed=1, folder="other").tasks) == ["gqa"]
 
 
 def test_a_task_can_run_twice_under_two_names(task: MakeTask, run: Run) -> None:

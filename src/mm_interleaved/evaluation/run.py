@@ -24,7 +24,7 @@ from ..files import write_atomic
 from ..generation import MMInterleaved
 from ..processor import MMInterleavedProcessor
 from ..tasks import Sample, Task, TaskError, make_task
-from .config import EvaluationError, TaskSuite
+from .config import EvaluationError, TaskSuite, task_name
 from .predict import Predictor, Speed, effective_settings, plan_batches, run_batches
 from .predictions import Predictions, Record
 from .processes import on_all, on_main, start_processes
@@ -115,6 +115,8 @@ def evaluate(
             console.print(f"[red]{task.name}:[/] {_escaped(str(error))}", highlight=False)
     if not state.is_main_process:
         return None
+    now, others = results.tasks, _earlier(config, folder, digest)
+    results.tasks = {n: now.get(n) or others[n] for n in map(task_name, config.tasks) if n in now or n in others}
     for task in tasks:
         result = results.tasks[task.name]
         if not result.failed:
@@ -265,6 +267,17 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
              for key, value in scores.scores.items()]  # fmt: skip
     write_atomic(folder / SCORES, "".join(lines).encode())
     on_scored(given, scores, result)
+
+
+def _earlier(config: TaskSuite, folder: Path, digest: str) -> dict[str, TaskResult]:
+    """What `results.json` has of the same weights and seed, so that tasks left out by `only` keep their results."""
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if (found["model"]["weights"], found["seed"]) != (digest, config.seed):
+            return {}
+        return {name: TaskResult(**result) for name, result in found["tasks"].items() if not result["failed"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none there yet, or another program's; it is written anew
+        return {}
 
 
 def _write(results: Results, folder: Path, state: PartialState, model: MMInterleaved) -> None:
