@@ -76,6 +76,7 @@ def evaluate(
     *,
     name: str = "",
     trained: bool = True,
+    weights: str | None = None,
     state: PartialState | None = None,
     console: Console | None = None,
     on_scored: OnScored = lambda given, scores, result: None,
@@ -89,6 +90,7 @@ def evaluate(
         model, processor: what is evaluated.
         folder: of the results.
         name, trained: of the model, for the record.
+        weights: tells these weights from others; None: a digest of them all, which takes a while for large models.
         state: this process among others; None: as it was launched.
         console: where progress is shown; None: nowhere.
         on_scored: called with every task's scores, on the main process.
@@ -103,7 +105,7 @@ def evaluate(
     state = state or start_processes(cpu=model.compute_device.type == "cpu")
     console = console if console is not None and state.is_main_process else Console(quiet=True)
     tasks = [make_task(task) for task in config.chosen()]
-    digest = on_main(state, lambda: weights_digest(model))
+    digest = weights or on_main(state, lambda: weights_digest(model))
     on_main(state, lambda: _start(config, tasks, folder, digest))
     results = Results({"name": name, "weights": digest, "trained": trained}, plain(config), {})
     for task in tasks:

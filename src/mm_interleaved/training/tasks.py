@@ -69,7 +69,10 @@ class Tasks(TrainerCallback):
             trainer.averaged(),
             trainer.accelerator.autocast(),
         ):
-            found = evaluate(self.suite, self.model, self.processor, folder, name=f"step {step}", state=processes)
+            name = f"step {step}"
+            found = evaluate(
+                self.suite, self.model, self.processor, folder, name=name, weights=name, state=processes
+            )  # fmt: skip
         self.model.train()
         if found is not None:
             trainer.log(main_values(found))
