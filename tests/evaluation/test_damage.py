@@ -203,6 +203,18 @@ class TestPredictionsFolder:
         assert path.read_text() == whole
 
 
+def test_a_damaged_true_picture_spoils_its_sample_only(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    """Found before anything is compared with it."""
+    write_dataset("coco", tmp_path / "coco", Job(4, "val", 0, 48))
+    picture = sorted((tmp_path / "coco/val2014").iterdir())[1]
+    picture.write_bytes(picture.read_bytes()[:-300])
+    asked = task("coco", images=str(tmp_path / "coco"), annotations=str(tmp_path / "coco"))
+    result = run(asked, max_unreadable=0.3).tasks["coco"]
+    assert result.evaluated == 3
+    assert picture.name in str(result.unreadable)
+    assert result.metrics["scene_pictures"]["values"]
+
+
 def test_a_folder_that_cannot_be_written(task: MakeTask, run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(EvaluationError, match="cannot be written"):

@@ -195,6 +195,17 @@ def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., Scored
     assert f"sample {one.samples[0].id}" in score_task(one, 0)[0]["vqa_accuracy"]["failed"]
 
 
+def test_compat_chooses_which_answers_count(scored: Callable[..., Scored]) -> None:
+    """As in the release, "pizza box" is then taken for "box"."""
+    for compat, name in ((False, "accuracy"), (True, "accuracy_compat")):
+        given = scored("vqav2", lambda s, _: {"prediction": "pizza box"}, compat=compat)
+        for sample in given.samples:
+            sample.reference[:] = ["pizza box"] * 5 + ["box"] * 5 if name == "accuracy" else ["box"] * 10
+        result, scores = score_task(given, 0)
+        assert list(result["vqa_accuracy"]["intervals"]) == [name]
+        assert set(scores.scores.values()) == {100.0}
+
+
 def test_an_interval_stands_with_the_value_that_it_is_of() -> None:
     data = as_data(MetricResult({"other": 3.0, "mean": 25.0}, [0.0, 50.0]), seed=0, resamples=50)
     assert data["intervals"] == {"mean": [0.0, 50.0]}

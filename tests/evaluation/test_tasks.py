@@ -6,11 +6,13 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 
 from mm_interleaved import MMInterleaved, MMInterleavedProcessor
-from mm_interleaved.evaluation import EvaluationError, MetricConfig, TaskSuite
+from mm_interleaved.evaluation import EvaluationError, MetricConfig, TaskSuite, predict
 from mm_interleaved.evaluation.predict import Predictor, effective_settings, plan_batches, sample_seed
 from mm_interleaved.evaluation.scoring import METRICS
+from mm_interleaved.metrics.clip import CLIP
 from mm_interleaved.tasks import TASKS, TaskError, make_task
 
 from .conftest import QUICK, MakeTask, Run, contents, figures, lines
@@ -113,6 +115,54 @@ def test_without_clip_one_candidate_is_drawn(task: MakeTask, run: Run) -> None:
     assert effective_settings(eight, suite).image.num_candidates == 8
     result = run(task("coco", limit=2)).tasks["coco"]
     assert "no CLIP model" in result.notes[0]
+
+
+def test_clip_chooses_among_candidates(
+    task: MakeTask, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two is the first of a run whose seeds are one higher."""
+    asked: list[str] = []
+
+    class Chooser(CLIP):
+        def embed_texts(self, texts):
+            return torch.zeros(len(texts), 1)
+
+        def rerank(self, candidates, text):
+            asked.append(text)
+            return 1, [0.1, 0.7]
+
+    monkeypatch.setattr(predict, "CLIP", Chooser)
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/config.json").write_text("{}")
+    two = task("coco", limit=2, generation={**QUICK, "num_candidates": 2})
+    clip = MetricConfig(clip=str(tmp_path / "clip"))
+    found = run(two, folder="chosen", metrics=clip).tasks["coco"]
+    assert "no file named" in found.metrics["text_similarity"]["failed"]  # the others go on
+    assert found.metrics["scene_pictures"]["values"]
+    monkeypatch.setattr(predict, "sample_seed", lambda *names: sample_seed(*names) + 1)
+    run(two, folder="next")
+    records = lines(tmp_path / "chosen/coco/predictions.jsonl")
+    assert [(r["candidate"], r["cosines"]) for r in records] == [(1, [0.1, 0.7])] * 2
+    assert asked == [s.meta["caption"] for s in make_task(two).samples()]
+    chosen, following = (contents(tmp_path / n) for n in ("chosen", "next"))
+    for name in ("coco/images/000000_0.png", "coco/images/000001_0.png"):
+        assert chosen[name] == following[name]
+
+
+def test_a_folder_without_clip_is_said_before_anything_is_drawn(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    clip = MetricConfig(clip=str(tmp_path))
+    with pytest.raises(TaskError, match="is no CLIP model to choose pictures by"):
+        run(task("coco"), metrics=clip)
+    (tmp_path / "config.json").write_text("{}")
+    assert "the CLIP model cannot be used" in run(task("coco"), metrics=clip).tasks["coco"].failed
+
+
+def test_examples_before_the_question(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    template = "{image} Question: {question} Short answer: {answer}"
+    shots = task("vqav2", shots=2, shot_phase="val", shot_template=template)
+    documents = [s.document for s in make_task(shots).samples()]
+    assert {len(d.images) for d in documents} == {3}
+    assert run(shots).tasks["vqav2"].evaluated == 4
 
 
 @pytest.mark.parametrize("name", ["seed", "num_return_sequences"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import torch
 
 from ..document import Document, DocumentError, Image, Text
 from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved, SegmentFinished
@@ -80,7 +81,7 @@ class Predictor:
         suite: seed and sizes of batches.
 
     Raises:
-        TaskError: the settings of generation cannot be used.
+        TaskError: the settings of generation cannot be used, or the model that chooses among candidates.
     """
 
     def __init__(self, model: MMInterleaved, processor: MMInterleavedProcessor, task: Task, suite: TaskSuite) -> None:
@@ -89,6 +90,16 @@ class Predictor:
         self.processor.crop = task.crop
         self.settings = effective_settings(task, suite)
         self.clip = clip_of(task, suite, model.compute_device)
+        if self.clip is not None:
+            try:
+                self.clip.embed_texts(["a picture"])
+            except (
+                ValueError,
+                OSError,
+                RuntimeError,
+            ) as error:  # what the libraries raise for folders they cannot load
+                raise TaskError(f"the CLIP model cannot be used: {str(error).splitlines()[0]}",
+                                f"task '{task.name}', 'metrics.clip'", "Fetch it again") from None  # fmt: skip
         self.generator = InterleavedGenerator(model, self.processor, self.settings, progress=False)
 
     def load(self, sample: Sample) -> Document | str:
@@ -102,6 +113,8 @@ class Predictor:
                     seen = CROPS[self.task.crop](load_picture(segment.source), self.processor.image_size)
                     segment = replace(segment, source=PIL.Image.fromarray(seen))
                 segments.append(segment)
+            for path in _true_pictures(sample) if self.task.makes == "image" else ():
+                load_picture(path)  # a metric that meets a damaged one has no result at all
         except DocumentError as error:
             return str(error)
         return replace(sample.document, segments=segments)
@@ -198,11 +211,26 @@ def effective_settings(task: Task, suite: TaskSuite) -> GenerationSettings:
     return override(task.settings, **changes)
 
 
-def clip_of(task: Task, suite: TaskSuite, device: Any) -> CLIP | None:
-    """What chooses among candidates; None: the first counts."""
-    if task.select == "clip" and suite.metrics.clip is not None:
-        return CLIP(Path(suite.metrics.clip), device)
-    return None
+def clip_of(task: Task, suite: TaskSuite, device: torch.device | str) -> CLIP | None:
+    """What chooses among candidates; None: the first counts.
+
+    Raises:
+        TaskError: the folder that is named has no model.
+    """
+    if task.select != "clip" or suite.metrics.clip is None:
+        return None
+    folder = Path(suite.metrics.clip)
+    if not (folder / "config.json").is_file():
+        raise TaskError(f"'{folder}' has no config.json, so it is no CLIP model to choose pictures by",
+                        f"task '{task.name}', 'metrics.clip'", "Correct it, or leave it out to draw one")  # fmt: skip
+    return CLIP(folder, device)
+
+
+def _true_pictures(sample: Sample) -> list[str]:
+    """Paths of the pictures that drawn ones are compared with."""
+    if isinstance(sample.reference, dict):
+        return [sample.reference["photo"], sample.reference["labels"]]
+    return [path for path in sample.reference if isinstance(path, str)]
 
 
 def _without_slots(document: Document) -> Document:

@@ -25,7 +25,7 @@ from ..generation import MMInterleaved
 from ..processor import MMInterleavedProcessor
 from ..tasks import Sample, Task, TaskError, make_task
 from .config import EvaluationError, TaskSuite, task_name
-from .predict import Predictor, Speed, effective_settings, plan_batches, run_batches
+from .predict import Predictor, Speed, clip_of, effective_settings, plan_batches, run_batches
 from .predictions import Predictions, Record
 from .processes import on_all, on_main, start_processes
 from .report import markdown
@@ -135,6 +135,7 @@ def _start(config: TaskSuite, tasks: Sequence[Task], folder: Path, digest: str) 
     """Look at every task's files and at the folder before any work begins."""
     problems = []
     for task in tasks:
+        clip_of(task, config, "cpu")
         Predictions(folder / task.name).check(identity(config, task, digest))
         try:
             next(task.samples())
@@ -163,7 +164,7 @@ def identity(config: TaskSuite, task: Task, digest: str, samples: Iterable[Sampl
     for key in ("seed", "batch_size", "preview_every"):
         settings["image"].pop(key)
     asked = {key: value for key, value in asdict(task.config).items() if key not in (*ELSEWHERE, "generation")}
-    chooser = config.metrics.clip if task.select == "clip" else None
+    chooser = Path(config.metrics.clip).name if task.select == "clip" and config.metrics.clip else None
     found = {"format": FORMAT, "version": version("mm-interleaved"), "weights": digest, "seed": config.seed,
              "task": asked, "generation": settings, "chosen_by": chooser}  # fmt: skip
     return found if samples is None else {**found, "samples": samples_digest(samples)}

@@ -247,8 +247,8 @@ def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], Sam
                                   f"metrics are {', '.join(METRICS)}")  # fmt: skip
         try:
             result = METRICS[name](given)
-        except ValueError as error:  # data that do not fit; the other metrics go on
-            results[name] = {"values": {}, "failed": str(error)}
+        except (ValueError, OSError, RuntimeError) as error:  # data that do not fit, weights that cannot be loaded
+            results[name] = {"values": {}, "failed": " ".join(str(error).split()) or type(error).__name__}
             continue
         results[name] = as_data(result, seed, given.metrics.resamples)
         if result.skipped is not None and name in SETTINGS:
