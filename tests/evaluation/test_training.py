@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from mm_interleaved.configuration import load_config
+from mm_interleaved.configuration import load_config, to_yaml
 from mm_interleaved.evaluation import TaskSuite
 from mm_interleaved.pretrained import FOLDER
 from mm_interleaved.tasks import TaskConfig, TaskError
@@ -15,6 +16,7 @@ from mm_interleaved.training.run import train
 
 from ..training.conftest import ROOT, arguments, logged
 from .conftest import MakeTask, figures, lines
+from .worker import finish, start
 
 TOKENIZER = FOLDER / "tokenizer"
 
@@ -40,6 +42,19 @@ def test_scores_are_logged_and_losses_stay_the_same(task: MakeTask, tmp_path: Pa
         folder = tmp_path / "with/evaluation" / step
         assert figures(folder)["gqa"]["evaluated"] == 4
         assert len(lines(folder / "coco/predictions.jsonl")) == 2
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_evaluate_together(task: MakeTask, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(to_yaml(settings(tmp_path / "run", task("gqa", limit=3))))
+    finish(config, start(config, processes=2, command="train"))
+    for step in ("0000002", "0000004"):
+        results = json.loads((tmp_path / "run/evaluation" / step / "results.json").read_text())
+        assert results["machine"]["processes"] == 2
+        assert results["tasks"]["gqa"]["evaluated"] == 3
+    assert list(logged(tmp_path / "run", "eval_gqa/accuracy")) == [2, 4]
+    assert list(logged(tmp_path / "run")) == [1, 2, 3, 4]
 
 
 def test_missing_files_are_found_before_training(task: MakeTask, tmp_path: Path) -> None:

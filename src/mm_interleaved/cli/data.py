@@ -72,9 +72,8 @@ def check(
 data.command()(prepare)
 
 
-def _check_training(
-    config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int
-) -> None:  # fmt: skip
+def _check_training(config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int) -> None:
+    """Read a sample of every source of a training run."""
     settings = load_config(config, CheckConfig, overrides, partial=True)
     try:
         processor = build_processor(settings.model, FOLDER / "tokenizer")

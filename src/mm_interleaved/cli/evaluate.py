@@ -73,6 +73,10 @@ def _once(state: PartialState) -> Iterator[None]:
         if state.is_main_process:
             raise
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if state.is_main_process:
+            console.print("[yellow]interrupted:[/] the same command goes on from here")
+        raise
     finally:
         state.destroy_process_group()
 

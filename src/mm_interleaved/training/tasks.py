@@ -58,8 +58,8 @@ class Tasks(TrainerCallback):
         """Evaluate and log. Training is as it was before, its random numbers included."""
         folder = Path(self.config.output) / FOLDER / f"{step:07}"
         processes = PartialState()
-        if folder.is_dir():  # of a run that was interrupted after this step, with weights that need not be these
-            on_main(processes, lambda: remove_results(folder))
+        # What a run left that was interrupted after this step; its weights need not be these.
+        on_main(processes, lambda: remove_results(folder))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         self.model.eval()
         trainer = self.trainer
