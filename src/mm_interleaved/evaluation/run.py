@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..processor import MMInterleavedProcessor
 from ..tasks import Sample, Task, TaskError, make_task
 from .config import EvaluationError, TaskSuite, task_name
 from .predict import Predictor, Speed, clip_of, effective_settings, plan_batches, run_batches
-from .predictions import Predictions, Record
+from .predictions import Predictions
 from .processes import on_all, on_main, start_processes
 from .report import markdown
 from .scoring import NAMED, SampleScores, Scored, TaskResult, score_task
@@ -223,7 +223,7 @@ def _predict(config: TaskSuite, task: Task, model: MMInterleaved, processor: MMI
     return whole.to_dict()
 
 
-def _checked(task: Task) -> Iterable[Sample]:
+def _checked(task: Task) -> Iterator[Sample]:
     """The samples of a task that can be evaluated."""
     for sample in task.samples():
         slots = [segment.is_open for segment in sample.document.segments]
@@ -278,7 +278,8 @@ def _earlier(config: TaskSuite, folder: Path, digest: str) -> dict[str, TaskResu
         found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         if (found["model"]["weights"], found["seed"]) != (digest, config.seed):
             return {}
-        return {name: TaskResult(**result) for name, result in found["tasks"].items() if not result["failed"]}
+        known = {name: TaskResult(**result) for name, result in found["tasks"].items()}
+        return {name: result for name, result in known.items() if result.samples and not result.failed}
     except (OSError, ValueError, KeyError, TypeError):  # none there yet, or another program's; it is written anew
         return {}
 
@@ -311,6 +312,3 @@ def _versions() -> dict[str, str]:
 
 def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-__all__ = ["Record", "Results", "evaluate"]
