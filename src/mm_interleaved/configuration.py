@@ -51,21 +51,39 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
         known = {field.name for field in dataclasses.fields(schema)}
         data = OmegaConf.masked_copy(data, [key for key in data if key in known])
         overrides = [o for o in overrides if re.split(r"[.=\[]", o.strip())[0] in known]
-    config = _merge(OmegaConf.structured(schema), data, schema, str(path))
+    return _build(data, schema, overrides, str(path))
+
+
+def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] = (), where: str = "settings") -> T:
+    """Plain data with overrides, as an instance of a dataclass; like `load_config`, without a file.
+
+    Args:
+        data: values by key.
+        schema, overrides: as for `load_config`.
+        where: how errors call the data.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return _build(OmegaConf.create(data), schema, overrides, where)
+
+
+def _build(data: DictConfig, schema: type[T], overrides: Sequence[str], where: str) -> T:
+    config = _merge(OmegaConf.structured(schema), data, schema, where)
     for override in overrides:
         config = _override(config, schema, override)
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
-            raise ConfigError(f"{path}: '{missing[0]}' must be given")
+            raise ConfigError(f"{where}: '{missing[0]}' must be given")
         return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{path}: '{error.full_key}' must be given") from None
+        raise ConfigError(f"{where}: '{error.full_key}' must be given") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: {_first_line(error)}") from None
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def to_yaml(config: Any) -> str:

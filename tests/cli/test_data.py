@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+
+from mm_interleaved.toyworld.writers import write_dataset
+from mm_interleaved.toyworld.writers.base import Job
 
 from ..data.world import write_lines, write_pictures
 from .conftest import Outcome
@@ -89,3 +93,58 @@ def test_mistakes_are_explained(mmi: Mmi, folder: Path, change: str, message: st
     shown = mmi("data", "check", "config.yaml", change)
     assert shown.code == 1
     assert message in shown.err
+
+
+class TestTasks:
+    @pytest.fixture
+    def vqav2(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Toy data of VQAv2 under datasets/, as the documented tree has them."""
+        monkeypatch.chdir(tmp_path)
+        write_dataset("vqav2", tmp_path / "datasets/VQAv2", Job(3, "val", 0, 48))
+        (tmp_path / "datasets/coco").symlink_to("VQAv2")
+        return tmp_path / "datasets/VQAv2"
+
+    def test_a_task(self, mmi: Mmi, vqav2: Path) -> None:
+        said = mmi("data", "check", "vqav2", "root=datasets")
+        assert said.code == 0, said.err
+        assert "vqav2: good: 6 samples, 3 pictures these are files of the toy world" in said.out
+        (vqav2 / "toyworld.json").unlink()
+        assert "the official set has 214,354 samples" in mmi("data", "check", "vqav2", "root=datasets").out
+
+    def test_the_tasks_of_an_evaluation(self, mmi: Mmi, vqav2: Path, tmp_path: Path) -> None:
+        """All are looked at; what is missing is named with where it comes from."""
+        (tmp_path / "e.yaml").write_text("output: x\nroot: datasets\ntasks: [{task: gqa}, {task: vqav2, limit: 2}]\n")
+        said = mmi("data", "check", "e.yaml")
+        assert said.code == 1
+        assert "gqa: not complete" in said.out
+        assert "Get the balanced questions and pictures of GQA 1.2" in said.out
+        assert "vqav2: good: 2 samples" in said.out
+        assert "not complete: gqa" in said.err
+        assert mmi("data", "check", "e.yaml", "only=[vqav2]").code == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["vqa2"], "'vqa2' is neither a file nor a task; did you mean 'vqav2'?"),
+            (["vqav2", "rot=datasets"], "unknown key 'rot'; did you mean 'root'?"),
+            (["vqav2", "phase=dev"], "there is no phase 'dev'. Phases are val, train"),
+        ],
+    )
+    def test_words_that_cannot_be_used(self, arguments: list[str], words: str, mmi: Mmi) -> None:
+        said = mmi("data", "check", *arguments)
+        assert said.code == 1
+        assert words in said.err
+
+    def test_prepare(self, mmi: Mmi, tmp_path: Path) -> None:
+        (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [
+            {"question_id": 1, "question": "who?", "image_id": "a1", "answers": ["me"] * 10}]}))  # fmt: skip
+        said = mmi("data", "prepare", "textvqa", "--source", tmp_path, "--root", tmp_path / "datasets")
+        assert said.code == 0, said.err
+        assert "textvqa_val_questions.json: 1 questions" in said.out
+        assert f"mmi data check textvqa root={tmp_path / 'datasets'}" in said.out
+        missing = mmi("data", "check", "textvqa", f"root={tmp_path / 'datasets'}")
+        assert "has its pictures in this folder, which does not exist" in missing.out
+        refused = mmi("data", "prepare", "vqav2", "--source", tmp_path)
+        assert refused.code == 1
+        assert "reads its files as they are" in refused.err
+        assert "there is no task 'textvqaa'" in mmi("data", "prepare", "textvqaa", "--source", tmp_path).err

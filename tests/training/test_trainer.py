@@ -148,7 +148,12 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, change: str, 
 def test_every_configuration_of_the_repository_can_be_read() -> None:
     of_parts = {"vae.yaml": AutoencoderRunConfig, "vision.yaml": VisionRunConfig}
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
-        load_config(path, of_parts.get(path.name, TrainConfig))
+        if path.name not in (
+            "evaluate.yaml",
+            "release_tasks.yaml",
+            "release_finetuned.yaml",
+        ):  # read by their own tests
+            load_config(path, of_parts.get(path.name, TrainConfig))
 
 
 def test_seeds_differ_and_do_not_depend_on_the_process() -> None:

@@ -14,12 +14,14 @@ from transformers.utils import logging as transformers_logging
 from ..configuration import ConfigError
 from ..data import DataError
 from ..document import DocumentError
+from ..evaluation import EvaluationError
 from ..model.checkpoint import CheckpointError
 from .bench import bench
 from .console import console
 from .convert import assemble, convert
 from .data import data
 from .download import download
+from .evaluate import evaluate_command
 from .generate import UsageError, generate
 from .info import info
 from .toyworld import toyworld
@@ -41,6 +43,7 @@ app.command()(train)
 app.command()(train_vae)
 app.command()(train_vision)
 app.command()(train_log)
+app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
 app.add_typer(toyworld, name="toyworld")
 
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return app(arguments)
-    except (ConfigError, DataError, DocumentError, CheckpointError, UsageError) as error:
+    except (ConfigError, DataError, DocumentError, CheckpointError, EvaluationError, UsageError) as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
 

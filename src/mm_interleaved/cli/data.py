@@ -1,7 +1,8 @@
-"""`mmi data check`: what a configuration reads, before anything is trained on it."""
+"""`mmi data`: what training or tasks read, looked at before anything is done with it, and converted if need be."""
 
 from __future__ import annotations
 
+import difflib
 import io
 import itertools
 import time
@@ -12,18 +13,22 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..configuration import load_config
+from ..configuration import load_config, make_config
 from ..data import DataConfig, DataError, DataReport, build_loader
 from ..data.report import COUNTS
 from ..data.sheet import contact_sheet
+from ..evaluation import EvaluateConfig
+from ..files import write_atomic
 from ..pretrained import FOLDER
 from ..processor import Batch, MMInterleavedProcessor
+from ..tasks import TASKS, TaskConfig
 from ..training.building import build_processor
 from ..training.config import ModelConfig
 from .console import console, output
-from .results import UsageError, write_atomic
+from .data_tasks import check_tasks, is_evaluation, prepare
+from .results import UsageError
 
-data = typer.Typer(no_args_is_help=True, help="Look at training data.")
+data = typer.Typer(no_args_is_help=True, help="Look at the data of training and of tasks; convert official files.")
 
 
 @dataclass
@@ -34,24 +39,42 @@ class CheckConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="small"))
 
 
-@data.callback()
-def _root() -> None:
-    """Keeps `check` a command of its own while it is the only one."""
-
-
 @data.command()
 def check(
-    config: Annotated[
-        Path, typer.Argument(help="The YAML file of a training run, or one with `data:` (and `model:`).")
+    what: Annotated[
+        str, typer.Argument(help="The YAML file of a training run or of an evaluation, or the name of a task.")
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `mmi train`.")] = None,
-    batches: Annotated[int, typer.Option(help="Batches to read of each source.", min=1)] = 8,
-    seconds: Annotated[float, typer.Option(help="How long to measure the speed; 0: not at all.", min=0)] = 10.0,
-    sheet: Annotated[Path, typer.Option(help="Where to write the contact sheet.")] = Path("data.png"),
-    rows: Annotated[int, typer.Option(help="Rows of each source on it, each from another batch.", min=1)] = 3,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value; for a task its settings: root=datasets phase=test limit=100.")
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Training: batches to read of each source.", min=1)] = 8,
+    seconds: Annotated[float, typer.Option(help="Training: how long to measure the speed; 0: not.", min=0)] = 10.0,
+    sheet: Annotated[Path, typer.Option(help="Training: where to write the contact sheet.")] = Path("data.png"),
+    rows: Annotated[int, typer.Option(help="Training: rows of each source on it, from other batches.", min=1)] = 3,
 ) -> None:
-    """Read a sample of every source; print what was read and rejected, and how fast; draw what rows look like."""
-    settings = load_config(config, CheckConfig, overrides or [], partial=True)
+    """Look at data before anything is done with them.
+
+    Of training data a sample of every source is read; it says what was read and rejected, and how fast, and draws what
+    rows look like. Of tasks all annotations are read; it says what is missing or damaged and where to get it.
+    """
+    if what in TASKS:
+        check_tasks([make_config({"task": what}, TaskConfig, overrides or [], f"task '{what}'")])
+    elif Path(what).suffix not in (".yaml", ".yml") and not Path(what).exists():
+        close = difflib.get_close_matches(what, TASKS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"tasks are {', '.join(TASKS)}"
+        raise UsageError(f"'{what}' is neither a file nor a task; {hint}")
+    elif is_evaluation(Path(what)):
+        check_tasks(load_config(what, EvaluateConfig, overrides or []).chosen())
+    else:
+        _check_training(Path(what), overrides or [], batches, seconds, sheet, rows)
+
+
+data.command()(prepare)
+
+
+def _check_training(config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int) -> None:
+    """Read a sample of every source of a training run."""
+    settings = load_config(config, CheckConfig, overrides, partial=True)
     try:
         processor = build_processor(settings.model, FOLDER / "tokenizer")
     except ValueError as error:

@@ -14,6 +14,7 @@ import PIL.Image
 
 from .. import __version__
 from ..document import Document, Image, Text
+from ..files import write_atomic
 from ..generation import DocumentFinished, GenerationSettings, SegmentFinished
 from ..processor.images import load_picture
 from .report import write_report
@@ -23,16 +24,6 @@ RESULTS, REPORT = "results.json", "report.html"
 
 class UsageError(ValueError):
     """A command that cannot be carried out as it was given."""
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside the file and rename, so that the file is never half there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _png(picture: PIL.Image.Image) -> bytes:

@@ -100,6 +100,7 @@ class _Row:
     max_turns: int
     goes_on: bool  # whether it continues by itself after its last slot
     generator: torch.Generator
+    image_seed: int
     ids: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     next_turn: Turn = "text"
@@ -164,8 +165,12 @@ class InterleavedGenerator:
             run, slot = [], segment
         return queue
 
-    def start(self, documents: Sequence[Document]) -> None:
+    def start(self, documents: Sequence[Document], seeds: Sequence[int] | None = None) -> None:
         """Take documents in, without reading their pictures.
+
+        Args:
+            documents: what is to be filled and continued.
+            seeds: for each document, of its texts and its pictures, in place of the settings'; None: the settings'.
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
@@ -183,9 +188,12 @@ class InterleavedGenerator:
             slots = sum(1 for item in queue if isinstance(item, str))
             asked = self._asked_turns(document)
             usual = CHAT_TURNS if any(s.role for s in document.segments) else ORIGINAL_TURNS
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            row = _Row(document, queue, asked or slots or usual, goes_on=bool(asked) or not slots, generator=generator)
-            self.rows.append(row)
+            seed, image_seed = (
+                (self.settings.seed, self.settings.image.seed) if seeds is None else (seeds[index], seeds[index])
+            )
+            generator = torch.Generator().manual_seed(seed)
+            goes_on = bool(asked) or not slots
+            self.rows.append(_Row(document, queue, asked or slots or usual, goes_on, generator, image_seed))
         self.context = Context.empty(self.model, len(self.rows))
 
     def _asked_turns(self, document: Document) -> int | None:
@@ -210,14 +218,18 @@ class InterleavedGenerator:
                 fix="Leave some out",
             )
 
-    def run(self, documents: Sequence[Document]) -> Iterator[Event]:
+    def run(self, documents: Sequence[Document], seeds: Sequence[int] | None = None) -> Iterator[Event]:
         """Generate.
+
+        Args:
+            documents: what is to be filled and continued.
+            seeds: as for `start`.
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
             ValueError: pictures cannot be drawn with these settings.
         """
-        self.start(documents)
+        self.start(documents, seeds)
         size = self.settings.image.batch_size
         while any(row.reason is None for row in self.rows):
             yield from self._advance()
@@ -371,8 +383,9 @@ class InterleavedGenerator:
         candidates: list[list[PIL.Image.Image]] = [[] for _ in chosen]
         decode = partial(decoder.decode, half=True) if settings.decode_dtype == "bfloat16" else decoder.decode
         for number in range(settings.num_candidates):
-            offsets = [number + (self.rows[i].turns if self.settings.vary_noise else 0) for i in chosen]
-            generators = [torch.Generator().manual_seed(settings.seed + offset) for offset in offsets]
+            rows = [self.rows[i] for i in chosen]
+            seeds = [row.image_seed + number + (row.turns if self.settings.vary_noise else 0) for row in rows]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             for step in decoder.denoise(conditions, earlier, settings, generators):
                 if self.progress:
                     yield from _progress(chosen, number, step)

@@ -206,7 +206,7 @@ class Task:
 
     def _items(self) -> Iterator[Item]:
         places: dict[str, str] = {}
-        source = self._source()
+        source = self.source()
         for item in islice(self.kind.read(source), self.config.limit):
             if item.id in places:
                 raise TaskError(f"id {item.id} stands in {places[item.id] or 'it'} as well", item.place or self.name,
@@ -217,7 +217,12 @@ class Task:
             raise TaskError(f"task '{self.name}' has no samples here", str(source.annotations),
                             "Check the files and the phase")  # fmt: skip
 
-    def _source(self) -> Source:
+    def source(self) -> Source:
+        """Where the files are, and which part of them is wanted.
+
+        Raises:
+            TaskError: the folder of pictures does not exist.
+        """
         config, kind = self.config, self.kind
         root = Path(config.root)
         images = Path(config.images) if config.images is not None else root / kind.images
@@ -231,7 +236,7 @@ class Task:
                       config.seed, config.compat)  # fmt: skip
 
     def _shot_source(self) -> Source:
-        config, source = self.config, self._source()
+        config, source = self.config, self.source()
         images = source.images if config.shot_images is None else Pictures(Path(config.shot_images))
         annotations = source.annotations if config.shot_annotations is None else Path(config.shot_annotations)
         return replace(source, images=images, annotations=annotations, phase=config.shot_phase, limit=None)

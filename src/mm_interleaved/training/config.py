@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.config import DataConfig
+from ..evaluation.config import TaskSuite
 
 SCHEDULES = ("cosine", "constant", "linear")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -298,6 +299,8 @@ class TrainConfig(RunConfig):
         losses: their weights.
         samples: what is generated on the way.
         shapes: sizes that batches are brought to.
+        evaluation: tasks that are given to the model on the way, as in an evaluation's file.
+        evaluate_every: steps between two evaluations; 0: never.
     """
 
     model: ModelConfig
@@ -307,11 +310,18 @@ class TrainConfig(RunConfig):
     eval_batches: int = 20
     losses: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: TaskSuite | None = None
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shapes.graph and not (self.accumulation == 1 and self.data.pad_to_max_length):
             raise ValueError("shapes.graph needs accumulation: 1 and data.pad_to_max_length: true")
+        if self.evaluate_every and self.evaluation is None:
+            raise ValueError("'evaluate_every' needs the tasks: give 'evaluation'")
+        if self.evaluate_every and self.fsdp:
+            raise ValueError("'evaluate_every' needs whole weights, which a process does not have with 'fsdp'; "
+                             "evaluate the checkpoints with mmi evaluate")  # fmt: skip
 
 
 @dataclass

@@ -27,6 +27,7 @@ from .flops import step_cost
 from .graphs import RecordedForward
 from .pictures import PictureLoader, ToyScenes, pictures_of
 from .samples import Samples
+from .tasks import Tasks
 from .trainer import RunTrainer, training_arguments
 from .vision import VisionTask, save_vision
 
@@ -86,6 +87,8 @@ def train(
         trainer.add_callback(DataKeeper(loader, Path(config.output), args.process_index, console))
     if config.sample_every and config.samples.documents and args.process_index == 0:
         trainer.add_callback(Samples(trainer, config, model, processor))
+    if config.evaluate_every and config.evaluation is not None:
+        trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor))
     return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
 
 

@@ -1,0 +1,85 @@
+"""`mmi data check` and `mmi data prepare` for the files of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from ..evaluation.config import task_name
+from ..evaluation.toyworld import find_about
+from ..tasks import TASKS, TaskConfig, TaskError, make_task
+from ..tasks.check import TaskCheck, check_task
+from ..tasks.prepare import CONVERTERS
+from ..tasks.prepare import prepare as convert
+from .console import console, output
+from .results import UsageError
+
+
+def is_evaluation(path: Path) -> bool:
+    """Whether a YAML file has tasks rather than training data. What cannot be read is left to who reads it."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(data, dict) and "data" not in data and "tasks" in data
+
+
+def check_tasks(tasks: Sequence[TaskConfig]) -> None:
+    """Check the files of tasks, and say what was found.
+
+    Raises:
+        UsageError: some of them cannot be used as they are.
+    """
+    made = [make_task(config) for config in tasks]
+    bad = []
+    for task in made:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} samples"))
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            shown = progress.add_task(task.name, total=None)
+            found = check_task(task, lambda shown=shown, progress=progress: progress.advance(shown))
+        toy = found.samples > 0 and find_about(task) is not None
+        _print(task_name(task.config), found, toy)
+        bad += [] if found.good else [task.name]
+    if bad:
+        raise UsageError(f"the files of these tasks are not complete: {', '.join(bad)}")
+
+
+def _print(name: str, found: TaskCheck, toy: bool) -> None:
+    counts = [f"{found.samples:,} samples", f"{found.pictures:,} pictures"]
+    counts += [f"{found.missing:,} samples lack a picture"] if found.missing else []
+    counts += [f"{found.unreadable:,} pictures cannot be read"] if found.unreadable else []
+    mark = "[green]good[/]" if found.good else "[red]not complete[/]"
+    output.print(f"[bold]{name}[/]: {mark}: {', '.join(counts)}", highlight=False)
+    if toy:
+        output.print("  these are files of the toy world", highlight=False)
+    elif found.expected is not None and found.samples not in (0, found.expected):
+        output.print(f"  [yellow]the official set has {found.expected:,} samples[/]", highlight=False)
+    for problem in found.problems:
+        output.print(f"  {problem}", highlight=False, markup=False)
+    if not found.good and not any(found.fix in problem for problem in found.problems):
+        output.print(f"  {found.fix}", highlight=False, markup=False)
+
+
+def prepare(
+    task: Annotated[str, typer.Argument(help=f"{', '.join(CONVERTERS)}; others need no conversion.")],
+    source: Annotated[Path, typer.Option(help="Folder of the official files.")],
+    root: Annotated[Path, typer.Option(help="Folder of the documented tree (docs/evaluation.md).")] = Path("datasets"),
+    phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
+) -> None:
+    """Write official files in the form that a task reads."""
+    if task not in TASKS:
+        make_task(TaskConfig(task))  # says which there are
+    try:
+        with console.status(f"converting {task}"):
+            lines = convert(TASKS[task], source, root, phase)
+    except TaskError as error:
+        raise UsageError(str(error)) from None
+    for line in lines:
+        output.print(line, highlight=False, markup=False)
+    output.print(f"to look at them: mmi data check {task} root={root}" + (f" phase={phase}" if phase else ""),
+                 highlight=False, markup=False)  # fmt: skip

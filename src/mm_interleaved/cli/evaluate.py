@@ -1,0 +1,103 @@
+"""`mmi evaluate`: tasks for a model, from a YAML file; works under torchrun as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from accelerate import PartialState
+from rich.markup import escape
+from rich.table import Table
+
+from ..configuration import load_config
+from ..evaluation import EvaluateConfig, Results, evaluate
+from ..evaluation.predictions import remove_results
+from ..evaluation.processes import on_main, start_processes
+from ..evaluation.report import problems, shown_values, skipped
+from ..evaluation.run import RESULTS, TABLE
+from ..pretrained import load
+from .console import console, output
+from .gallery import GALLERY, write_gallery
+from .generate import DTYPES
+from .results import UsageError
+
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
+
+
+def evaluate_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of an evaluation; see configs/.", metavar="CONFIG")],
+    settings: Settings = None,
+    device: Annotated[str | None, typer.Option(help="cpu, to stay there; else an accelerator if there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in the folder.")] = False,
+) -> None:
+    """Let a model do tasks and score what it makes of them; the same command goes on where a run was stopped."""
+    loaded = load_config(config, EvaluateConfig, settings or [])
+    if device not in (None, "cpu"):
+        raise UsageError(f"--device can only be cpu, not '{device}'; choose GPUs with CUDA_VISIBLE_DEVICES")
+    state = start_processes(cpu=device == "cpu" or not torch.cuda.is_available())
+    folder = Path(loaded.output)
+    with _once(state):
+        if overwrite:
+            on_main(state, lambda: remove_results(folder))
+        try:
+            with console.status(f"loading {escape(loaded.model)}") if state.is_main_process else _nothing():
+                model = load(loaded.model, DTYPES[loaded.dtype] if loaded.dtype else None, state.device)
+        except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
+            words = str(error).strip().splitlines()[0]
+            raise UsageError(f"model '{loaded.model}' cannot be loaded: {words}") from None
+        if not model.trained and state.is_main_process:
+            console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: what it makes is noise")
+        results = evaluate(
+            loaded, model.model, model.processor, folder, name=model.name, trained=model.trained, state=state,
+            console=console,
+            on_scored=lambda given, scores, result: write_gallery(given, scores, result, loaded.gallery),
+        )  # fmt: skip
+        if results is not None:
+            _show(results, folder)
+            if failed := problems(results.tasks):
+                names = "\n".join(f"{name}: {why}" for name, why in failed.items())
+                raise UsageError(f"not everything could be evaluated.\n{names}")
+
+
+@contextmanager
+def _once(state: PartialState) -> Iterator[None]:
+    """Errors that all processes learn of are told by one; those that are done wait for it."""
+    try:
+        yield
+        state.wait_for_everyone()
+    except ValueError:
+        if state.is_main_process:
+            raise
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if state.is_main_process:
+            console.print("[yellow]interrupted:[/] the same command goes on from here")
+        raise
+    finally:
+        state.destroy_process_group()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _show(results: Results, folder: Path) -> None:
+    table = Table()
+    for name in ("task", "metric", "value", "95% interval", "samples"):
+        table.add_column(name)
+    for name, task in results.tasks.items():
+        shown = shown_values(task) or [("failed" if task.failed else "-", float("nan"), "")]
+        for metric, value, interval in shown:
+            table.add_row(escape(name), metric, "" if value != value else f"{value:.2f}", interval, str(task.evaluated))
+    output.print(table)
+    for line in skipped(results.tasks):
+        output.print(line, highlight=False, markup=False)
+    for path in (folder / RESULTS, folder / TABLE):
+        output.print(str(path), highlight=False, markup=False)
+    if any((folder / name / GALLERY).is_file() for name in results.tasks):
+        output.print(str(folder / "*" / GALLERY), highlight=False, markup=False)

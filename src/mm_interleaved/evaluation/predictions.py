@@ -1,0 +1,167 @@
+"""The folder of a task's predictions: JSON lines that grow while a run goes on, and the pictures that they name.
+
+    run.json             what the predictions were made with; another run is refused
+    predictions.jsonl    one object a sample, in the order of the task: index, id and text, images or scores
+    part-N.jsonl         what process N has added since; joined to the above when the task is done or goes on
+    images/              the pictures drawn
+    references/          true pictures that are no files of their own (frames of clips)
+
+A line is written when its sample is finished and its pictures are there, so whatever is cut off can be taken up again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from ..files import write_atomic
+from .config import EvaluationError
+
+RUN, PREDICTIONS, PARTS = "run.json", "predictions.jsonl", "part-*.jsonl"
+IMAGES, REFERENCES = "images", "references"
+Record = dict[str, Any]
+
+
+class Predictions:
+    """Predictions of one task.
+
+    Args:
+        folder: of the task.
+        rank: number of this process, which has a file of its own to add to.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.folder, self.path = folder, folder / PREDICTIONS
+        self.part = folder / f"part-{rank}.jsonl"
+
+    def prepare(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder, or check that it belongs to the same run and join what is there. On one process only.
+
+        Raises:
+            EvaluationError: the folder has predictions of another run, or a file of it cannot be used.
+        """
+        self.check(identity)
+        try:
+            (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / RUN, (json.dumps(identity, indent=2, ensure_ascii=False) + "\n").encode())
+            self.join()
+        except OSError as error:
+            raise EvaluationError(f"{self.folder}: cannot be written: {error.strerror}") from None
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Refuse a folder whose predictions were made with something else. What `identity` lacks is not compared.
+
+        Raises:
+            EvaluationError: names what differs.
+        """
+        path = self.folder / RUN
+        if not path.is_file():
+            if self.path.exists() or any(self.folder.glob(PARTS)):
+                raise EvaluationError(f"{self.folder}: predictions without {RUN}, which says what they were made with; "
+                                      "name another folder, or remove them with --overwrite")  # fmt: skip
+            return
+        found, wanted = _read_object(path), json.loads(json.dumps(identity))
+        found = {key: value for key, value in found.items() if key in wanted}
+        if differences := list(_differences(found, wanted)):
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise EvaluationError(
+                f"{self.folder}: these predictions are of another run: {'; '.join(differences[:3])}{more}. "
+                "Name another folder with output=..., or replace them with --overwrite"
+            )
+
+    def join(self) -> None:
+        """Bring all lines into one file, in the order of the task; the last of a sample counts."""
+        parts = sorted(self.folder.glob(PARTS))
+        if not parts and self.path.exists():
+            return
+        records = {record["index"]: record for path in (self.path, *parts) for record in read_records(path)}
+        lines = [json.dumps(records[index], ensure_ascii=False) + "\n" for index in sorted(records)]
+        write_atomic(self.path, "".join(lines).encode())
+        for part in parts:
+            part.unlink()
+
+    def read(self) -> dict[int, Record]:
+        """What has been joined, by number of the sample."""
+        return {record["index"]: record for record in read_records(self.path)}
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Append lines to this process's file, in one go."""
+        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        with self.part.open("ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_picture(self, picture: PIL.Image.Image, index: int, slot: int, kind: str = IMAGES) -> str:
+        """Write a picture as PNG; its path from the folder."""
+        name = f"{kind}/{index:06d}_{slot}.png"
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        (self.folder / kind).mkdir(exist_ok=True)
+        write_atomic(self.folder / name, buffer.getvalue())
+        return name
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The lines of a file of predictions; one that was cut off at the end is left out, a missing file has none.
+
+    Raises:
+        EvaluationError: another line is no prediction.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            if number == len(lines):  # without its line end: the process was killed while it wrote
+                return
+            record = line
+        if record is None:
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("index"), int) or "id" not in record:
+            raise EvaluationError(f"{path}, line {number}: not a prediction; remove the line, and its sample is redone")
+        yield record
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what an evaluation wrote into a folder; nothing else."""
+    for run in sorted(folder.glob(f"*/{RUN}")):
+        for name in (RUN, PREDICTIONS, "scores.jsonl", "gallery.html"):
+            (run.parent / name).unlink(missing_ok=True)
+        for part in run.parent.glob(PARTS):
+            part.unlink()
+        for name in (IMAGES, REFERENCES, "gallery"):
+            shutil.rmtree(run.parent / name, ignore_errors=True)
+        if not any(run.parent.iterdir()):
+            run.parent.rmdir()
+    for name in ("config.yaml", "results.json", "results.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise EvaluationError(f"{path}: damaged, so it is not known what the predictions were made with; "
+                              "name another folder, or replace them with --overwrite")  # fmt: skip
+    return found
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """What differs, as "text.num_beams was 5 and is now 3"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in (*old, *(k for k in new if k not in old)):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield f"'{name}' was {json.dumps(old, ensure_ascii=False)} and is now {json.dumps(new, ensure_ascii=False)}"

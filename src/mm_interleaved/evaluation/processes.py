@@ -1,0 +1,57 @@
+"""What several processes agree on: one does it and tells the others, or each does it and all learn of a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from .config import EvaluationError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=2)  # a process may be done long before the slowest
+
+
+def start_processes(cpu: bool = False) -> PartialState:
+    """This process and those that torchrun or `accelerate launch` started beside it."""
+    return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def on_main(state: PartialState, action: Callable[[], T]) -> T:
+    """What `action` gives on the main process, on all of them.
+
+    Raises:
+        EvaluationError: it raised a `ValueError`; on all processes.
+    """
+    if state.num_processes == 1:
+        return action()
+    outcome: list[object] = [None, ""]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except ValueError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1]:
+        raise EvaluationError(str(outcome[1]))
+    return outcome[0]  # type: ignore[return-value]
+
+
+def on_all(state: PartialState, action: Callable[[], T]) -> T:
+    """What `action` gives on this process, once it went well on all of them.
+
+    Raises:
+        EvaluationError: it raised a `ValueError` on one of them; on all processes.
+    """
+    result, problem = None, ""
+    try:
+        result = action()
+    except ValueError as error:
+        problem = str(error)
+    problems = gather_object([problem]) if state.num_processes > 1 else [problem]
+    if found := next(filter(None, problems), ""):
+        raise EvaluationError(found)
+    return result  # type: ignore[return-value]

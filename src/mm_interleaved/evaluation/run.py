@@ -1,0 +1,314 @@
+"""An evaluation from its settings to its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from ..configuration import to_yaml
+from ..files import write_atomic
+from ..generation import MMInterleaved
+from ..processor import MMInterleavedProcessor
+from ..tasks import Sample, Task, TaskError, make_task
+from .config import EvaluationError, TaskSuite, task_name
+from .predict import Predictor, Speed, clip_of, effective_settings, plan_batches, run_batches
+from .predictions import Predictions
+from .processes import on_all, on_main, start_processes
+from .report import markdown
+from .scoring import NAMED, SampleScores, Scored, TaskResult, score_task
+from .toyworld import find_about
+
+FORMAT = 1  # of the folder; another one is not continued
+RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
+PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
+ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
+OnScored = Callable[[Scored, SampleScores, TaskResult], None]
+
+
+@dataclass
+class Results:
+    """What came out of an evaluation.
+
+    Attributes:
+        model: name of the model, digest of its weights, whether they are trained.
+        config: all settings.
+        tasks: by name.
+        speed: of each task, what this run did and how fast, on the main process.
+    """
+
+    model: dict[str, Any]
+    config: dict[str, Any]
+    tasks: dict[str, TaskResult]
+    speed: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_dict(self, processes: int, device: str) -> dict[str, Any]:
+        """For `results.json`."""
+        return {
+            "model": self.model,
+            "seed": self.config["seed"],
+            "tasks": {name: asdict(task) for name, task in self.tasks.items()},
+            "speed": self.speed,
+            "machine": {"processes": processes, "device": device, "python": platform.python_version()},
+            "versions": _versions(),
+            "config": self.config,
+        }
+
+
+def evaluate(
+    config: TaskSuite,
+    model: MMInterleaved,
+    processor: MMInterleavedProcessor,
+    folder: Path,
+    *,
+    name: str = "",
+    trained: bool = True,
+    weights: str | None = None,
+    state: PartialState | None = None,
+    console: Console | None = None,
+    on_scored: OnScored = lambda given, scores, result: None,
+) -> Results | None:
+    """Run tasks over a model and score what it makes of them.
+
+    Every process calls this with the same arguments. What is there in the folder already is kept.
+
+    Args:
+        config: the tasks.
+        model, processor: what is evaluated.
+        folder: of the results.
+        name, trained: of the model, for the record.
+        weights: tells these weights from others; None: a digest of them all, which takes a while for large models.
+        state: this process among others; None: as it was launched.
+        console: where progress is shown; None: nowhere.
+        on_scored: called with every task's scores, on the main process.
+
+    Returns:
+        The results, on the main process; None on others.
+
+    Raises:
+        TaskError: a task's settings are not possible, or its files cannot be read.
+        EvaluationError: the folder belongs to another run.
+    """
+    state = state or start_processes(cpu=model.compute_device.type == "cpu")
+    console = console if console is not None and state.is_main_process else Console(quiet=True)
+    tasks = [make_task(task) for task in config.chosen()]
+    digest = weights or on_main(state, lambda: weights_digest(model))
+    on_main(state, lambda: _start(config, tasks, folder, digest))
+    results = Results({"name": name, "weights": digest, "trained": trained}, plain(config), {})
+    for task in tasks:
+        try:
+            results.speed[task.name] = _predict(config, task, model, processor, folder, digest, state, console)
+            results.tasks[task.name] = TaskResult(task.kind.name, _phase(task))
+        except TaskError as error:
+            results.tasks[task.name] = TaskResult(task.kind.name, _phase(task), failed=str(error))
+            console.print(f"[red]{task.name}:[/] {_escaped(str(error))}", highlight=False)
+    if not state.is_main_process:
+        return None
+    now, others = results.tasks, _earlier(config, folder, digest)
+    results.tasks = {n: now.get(n) or others[n] for n in map(task_name, config.tasks) if n in now or n in others}
+    for task in tasks:
+        result = results.tasks[task.name]
+        if not result.failed:
+            with console.status(f"scoring {task.name}"):
+                _score(config, task, result, folder / task.name, model.compute_device, on_scored)
+        _write(results, folder, state, model)
+    return results
+
+
+# ---- before
+
+
+def _start(config: TaskSuite, tasks: Sequence[Task], folder: Path, digest: str) -> None:
+    """Look at every task's files and at the folder before any work begins."""
+    problems = []
+    for task in tasks:
+        clip_of(task, config, "cpu")
+        Predictions(folder / task.name).check(identity(config, task, digest))
+        try:
+            next(task.samples())
+        except TaskError as error:
+            problems.append(str(error))
+    if problems:
+        more = "" if len(problems) == 1 else f"{len(problems)} tasks cannot be read; run the others with only=[...].\n"
+        raise TaskError(more + "\n".join(problems))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "config.yaml", to_yaml(config).encode())
+    except OSError as error:
+        raise EvaluationError(f"the folder '{folder}' cannot be written: {error.strerror}") from None
+
+
+def identity(config: TaskSuite, task: Task, digest: str, samples: Iterable[Sample] | None = None) -> dict[str, Any]:
+    """What decides a task's predictions; where its files lie and how large batches are does not.
+
+    Args:
+        config, task: the settings.
+        digest: of the model's weights.
+        samples: of the task; None: they have not been read yet.
+    """
+    settings = asdict(effective_settings(task, config))
+    settings.pop("seed")
+    for key in ("seed", "batch_size", "preview_every"):
+        settings["image"].pop(key)
+    asked = {key: value for key, value in asdict(task.config).items() if key not in (*ELSEWHERE, "generation")}
+    chooser = Path(config.metrics.clip).name if task.select == "clip" and config.metrics.clip else None
+    found = {"format": FORMAT, "version": version("mm-interleaved"), "weights": digest, "seed": config.seed,
+             "task": asked, "generation": settings, "chosen_by": chooser}  # fmt: skip
+    return found if samples is None else {**found, "samples": samples_digest(samples)}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all weights with their names and types."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def samples_digest(samples: Iterable[Sample]) -> str:
+    """SHA-256 of ids, texts and candidate answers."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        texts = [getattr(segment, "text", None) for segment in sample.document.segments]
+        digest.update(json.dumps([sample.id, texts, sample.options]).encode())
+    return digest.hexdigest()
+
+
+# ---- predictions
+
+
+def _predict(config: TaskSuite, task: Task, model: MMInterleaved, processor: MMInterleavedProcessor, folder: Path,
+             digest: str, state: PartialState, console: Console) -> dict[str, float]:  # fmt: skip
+    """This process's share of a task; how fast it went.
+
+    Raises:
+        TaskError: the task's files cannot be read to their end.
+        EvaluationError: the folder belongs to another run.
+    """
+    try:
+        samples = on_all(state, lambda: list(_checked(task)))
+        predictor = on_all(state, lambda: Predictor(model, processor, task, config))
+    except ValueError as error:
+        raise TaskError(str(error)) from None
+    predictions = Predictions(folder / task.name, state.process_index)
+    on_main(state, lambda: predictions.prepare(identity(config, task, digest, samples)))
+    done = predictions.read()
+    batches = plan_batches(samples, config.batch_size)
+    mine = batches[state.process_index :: state.num_processes]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        shown = progress.add_task(task.name, total=sum(map(len, mine)))
+        speed = run_batches(predictor, samples, mine, done, predictions, lambda n: progress.advance(shown, n))
+    speeds: list[Speed] = gather_object([speed]) if state.num_processes > 1 else [speed]
+    state.wait_for_everyone()
+    on_main(state, predictions.join)
+    whole = Speed(sum(s.samples for s in speeds), max(s.seconds for s in speeds), max(s.model_seconds for s in speeds))
+    rate = f", {whole.samples} of them now, {whole.samples / whole.seconds:.1f}/s" if whole.samples else ""
+    console.print(f"{task.name}: {len(samples):,} samples{rate}", highlight=False, markup=False)
+    return whole.to_dict()
+
+
+def _checked(task: Task) -> Iterator[Sample]:
+    """The samples of a task that can be evaluated."""
+    for sample in task.samples():
+        slots = [segment.is_open for segment in sample.document.segments]
+        if any(segment.role for segment in sample.document.segments) and any(slots[: -sum(slots)]):
+            raise TaskError("an answer stands before a question here; such conversations are for training",
+                            sample.document.name, "Evaluate single rounds, as llava_instruct has them")  # fmt: skip
+        yield sample
+
+
+# ---- scores
+
+
+def _phase(task: Task) -> str:
+    return task.config.phase or task.kind.phases[0]
+
+
+def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, device: torch.device,
+           on_scored: OnScored) -> None:  # fmt: skip
+    """Fill in a result from the predictions in the folder."""
+    records = Predictions(folder).read()
+    samples = list(task.samples())
+    unreadable = {r["id"]: r["problem"] for r in records.values() if "problem" in r}
+    good = [(s, records[i]) for i, s in enumerate(samples) if "problem" not in records[i]]
+    result.samples, result.evaluated = len(samples), len(good)
+    result.unreadable = dict(list(unreadable.items())[:NAMED])
+    share = len(unreadable) / len(samples)
+    if share > config.max_unreadable:
+        first, why = next(iter(unreadable.items()))
+        result.failed = (
+            f"{len(unreadable)} of {len(samples)} samples are unreadable, {share:.1%}, and max_unreadable allows "
+            f"{config.max_unreadable:.1%}; the first is {first}: {why}. The predictions of the others are kept"
+        )
+        return
+    if task.select == "clip" and config.metrics.clip is None:
+        result.notes.append(f"one picture for each text: there is no CLIP model (metrics.clip) to choose among "
+                            f"{task.settings.image.num_candidates}")  # fmt: skip
+    if not task.metrics:
+        result.notes.append("nothing is measured: the task is for training")
+    about = find_about(task)
+    result.toy = about is not None
+    given = Scored(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, about)
+    result.metrics, scores = score_task(given, config.seed)
+    lines = [json.dumps({"id": key, "metric": scores.metric, "score": value}) + "\n"
+             for key, value in scores.scores.items()]  # fmt: skip
+    write_atomic(folder / SCORES, "".join(lines).encode())
+    on_scored(given, scores, result)
+
+
+def _earlier(config: TaskSuite, folder: Path, digest: str) -> dict[str, TaskResult]:
+    """What `results.json` has of the same weights and seed, so that tasks left out by `only` keep their results."""
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if (found["model"]["weights"], found["seed"]) != (digest, config.seed):
+            return {}
+        known = {name: TaskResult(**result) for name, result in found["tasks"].items()}
+        return {name: result for name, result in known.items() if result.samples and not result.failed}
+    except (OSError, ValueError, KeyError, TypeError):  # none there yet, or another program's; it is written anew
+        return {}
+
+
+def _write(results: Results, folder: Path, state: PartialState, model: MMInterleaved) -> None:
+    """`results.json` and `results.md`, as far as they are known."""
+    data = results.to_dict(state.num_processes, _device_name(model.compute_device))
+    write_atomic(folder / RESULTS, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(folder / TABLE, markdown(results.tasks, results.model).encode())
+
+
+def plain(config: TaskSuite) -> dict[str, Any]:
+    """Settings as plain data."""
+    return dataclasses.asdict(config)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,272 @@
+"""Predictions of a task against its references: which metric is which class, in one place.
+
+A metric that cannot run says why and what would mend it; the others go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..metrics import MetricResult, confidence_interval
+from ..metrics.captions import CaptionMetrics
+from ..metrics.clip import CLIP, ImageSimilarity, TextSimilarity
+from ..metrics.dialogue import DialogueReference, dialogue_ranking
+from ..metrics.grounding import grounding_accuracy
+from ..metrics.images import FID
+from ..metrics.segmentation import CLASSES, SegmentedMeanIoU, Segmenter
+from ..metrics.vqa import VQAAccuracy, VQAReference, gqa_accuracy, vizwiz_score
+from ..tasks import Sample, Task
+from .config import EvaluationError, MetricConfig
+from .predictions import Record
+from .toyworld import metric_for, scene_metric
+
+NAMED = 20  # unreadable samples that results name
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a metric gets: the samples of a task that could be evaluated, and what was predicted for them.
+
+    Attributes:
+        task: the task.
+        samples, records: in the same order.
+        folder: that the paths of the records start from.
+        metrics: files and folders that metrics need.
+        device: where their networks run.
+        about: what the toy world wrote about the task's files, if they are its.
+    """
+
+    task: Task
+    samples: Sequence[Sample]
+    records: Sequence[Record]
+    folder: Path
+    metrics: MetricConfig
+    device: torch.device | str = "cpu"
+    about: dict[str, Any] | None = None
+
+    def by_id(self, key: str) -> dict[str, Any]:
+        """A value of the records, by sample."""
+        return {record["id"]: record[key] for record in self.records}
+
+    def references(self, make: Callable[[Sample], Any] = lambda sample: sample.reference) -> dict[str, Any]:
+        """References by sample."""
+        return {sample.id: make(sample) for sample in self.samples}
+
+    def pictures(self) -> dict[tuple[str, int], Path]:
+        """Drawn pictures, by sample and slot."""
+        return {(r["id"], k): self.folder / name for r in self.records for k, name in enumerate(r["images"])}
+
+    def true_pictures(self) -> dict[tuple[str, int], Path]:
+        """The pictures that were to be drawn, by sample and slot."""
+        found = {}
+        for sample, record in zip(self.samples, self.records, strict=True):
+            kept = [self.folder / name for name in record.get("references", ())]
+            for slot, path in enumerate(kept or [Path(name) for name in sample.reference]):
+                found[sample.id, slot] = path
+        return found
+
+
+# ---- one function for each name that tasks use
+
+
+def captions(given: Scored) -> MetricResult:
+    """Over all samples, and within each domain if the samples have one."""
+    metric = CaptionMetrics(meteor=given.metrics.meteor)
+    predictions, references = given.by_id("prediction"), given.references()
+    result = metric(predictions, references)
+    domains: dict[str, list[str]] = defaultdict(list)
+    for sample in given.samples:
+        if "domain" in sample.meta:
+            domains[str(sample.meta["domain"])].append(sample.id)
+    for domain, ids in sorted(domains.items()):
+        part = metric({i: predictions[i] for i in ids}, {i: references[i] for i in ids})
+        result.values.update({f"{name}/domain={domain}": value for name, value in part.values.items()})
+    return result
+
+
+def vqa_accuracy(given: Scored) -> MetricResult:
+    """VQAv2, OK-VQA, TextVQA."""
+    return VQAAccuracy(compat=given.task.config.compat)(given.by_id("prediction"), given.references(_people))
+
+
+def vizwiz_accuracy(given: Scored) -> MetricResult:
+    """VizWiz."""
+    metric = VQAAccuracy(compat=given.task.config.compat, score=vizwiz_score)
+    return metric(given.by_id("prediction"), given.references(_people))
+
+
+def gqa(given: Scored) -> MetricResult:
+    """Exact match."""
+    return gqa_accuracy(given.by_id("prediction"), given.references())
+
+
+def ranking(given: Scored) -> MetricResult:
+    """VisDial; the same with log-probabilities divided by the options' lengths as `..._per_token`."""
+    references = given.references(lambda s: DialogueReference(tuple(s.reference["relevance"]), s.reference["index"]))
+    result = dialogue_ranking(given.by_id("scores"), references)
+    shared = {r["id"]: [a / n for a, n in zip(r["scores"], r["lengths"], strict=True)] for r in given.records}
+    other = dialogue_ranking(shared, references)
+    result.values.update({f"{name}_per_token": value for name, value in other.values.items()})
+    return result
+
+
+def grounding(given: Scored) -> MetricResult:
+    """Boxes in text."""
+    return grounding_accuracy(given.by_id("prediction"), given.references(lambda s: tuple(map(float, s.reference))))
+
+
+def fid(given: Scored) -> MetricResult:
+    """At the release's 64 pixels and at native resolution."""
+    options = given.metrics
+    metric = FID(_path(options.inception), cache=_path(options.cache), device=given.device)
+    return metric(given.pictures(), given.true_pictures())
+
+
+def text_similarity(given: Scored) -> MetricResult:
+    """CLIP, pictures and what they were asked for with."""
+    texts = {(s.id, 0): str(s.meta["caption"]) for s in given.samples}
+    return TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.pictures(), texts)
+
+
+def image_similarity(given: Scored) -> MetricResult:
+    """CLIP, pictures and true pictures."""
+    return ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.pictures(), given.true_pictures())
+
+
+def scenes(given: Scored) -> MetricResult:
+    """Toy data: against the scenes themselves."""
+    name = metric_for(given.task.kind.name, given.about)
+    made = {r["id"]: r["prediction"] if "prediction" in r else given.folder / r["images"][0] for r in given.records}
+    return scene_metric(name, given.samples, made, given.about or {}, given.device)
+
+
+def miou(given: Scored) -> MetricResult:
+    """ADE20K: what a segmenter sees in the pictures, against the label maps."""
+    segmenter = Segmenter(_path(given.metrics.segmenter), given.device)
+    pictures = {r["id"]: given.folder / r["images"][0] for r in given.records}
+    return SegmentedMeanIoU(segmenter)(pictures, given.references(_labels))
+
+
+METRICS: dict[str, Callable[[Scored], MetricResult]] = {
+    "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
+    "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
+    "image_similarity": image_similarity, "miou": miou, "scene_captions": scenes, "scene_pictures": scenes,
+}  # fmt: skip
+SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}
+"""Which of the `metrics` settings gives a metric the file or folder that it needs."""
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _people(sample: Sample) -> VQAReference:
+    types = [str(sample.meta.get(key) or "") for key in ("question_type", "answer_type")]
+    try:
+        return VQAReference(tuple(sample.reference), *types)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id}: {error}") from None
+
+
+def _labels(sample: Sample) -> np.ndarray:
+    """A label map, cut to its middle as the picture that shows it was, or whole: integers [H, W]."""
+    path = sample.reference["labels"]
+    try:
+        with PIL.Image.open(path) as opened:
+            labels = np.asarray(opened)
+    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
+        raise ValueError(f"sample {sample.id}: the label map {path} cannot be read ({error})") from None
+    if labels.ndim != 2 or labels.max() > CLASSES:
+        raise ValueError(f"sample {sample.id}: {path} must have labels 0 to {CLASSES} in one channel")
+    if sample.reference["fit"] == "center":
+        height, width = labels.shape
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        labels = labels[top : top + side, left : left + side]
+    return labels
+
+
+# ---- a task's results
+
+
+@dataclass
+class TaskResult:
+    """What came out of a task.
+
+    Attributes:
+        task, phase: what was asked.
+        samples: how many there are.
+        evaluated: how many could be.
+        unreadable: why others could not, the first of them by id.
+        failed: why there is no result; "": there is one.
+        toy: whether the files are the toy world's.
+        notes: what else one must know to read the figures.
+        metrics: by name: `values`, `intervals` of some of them, and `skipped` with `fix`, or `failed`.
+    """
+
+    task: str
+    phase: str
+    samples: int = 0
+    evaluated: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+    failed: str = ""
+    toy: bool = False
+    notes: list[str] = field(default_factory=list)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """The samples' scores by the task's first metric that has any.
+
+    Attributes:
+        metric: which it is; "": there is none.
+        scores: by sample.
+    """
+
+    metric: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], SampleScores]:
+    """All metrics of a task, as plain data, and the samples' scores."""
+    results, shown = {}, SampleScores()
+    known = metric_for(given.task.kind.name, given.about)
+    for name in (*given.task.metrics, known) if known else given.task.metrics:
+        if name not in METRICS:
+            raise EvaluationError(f"task '{given.task.name}' names a metric '{name}', which there is not; "
+                                  f"metrics are {', '.join(METRICS)}")  # fmt: skip
+        try:
+            result = METRICS[name](given)
+        except (ValueError, OSError, RuntimeError) as error:  # data that do not fit, weights that cannot be loaded
+            results[name] = {"values": {}, "failed": " ".join(str(error).split()) or type(error).__name__}
+            continue
+        results[name] = as_data(result, seed, given.metrics.resamples)
+        if result.skipped is not None and name in SETTINGS:
+            results[name]["fix"] = f"{result.fix}, as metrics.{SETTINGS[name]}=..."
+        if result.per_sample is not None and not shown.metric and len(result.per_sample) == len(given.samples):
+            shown = SampleScores(name, dict(zip([s.id for s in given.samples], result.per_sample, strict=True)))
+    return results, shown
+
+
+def as_data(result: MetricResult, seed: int, resamples: int) -> dict[str, Any]:
+    """Plain data; the interval stands with the value that is the mean of the samples' scores."""
+    data: dict[str, Any] = {"values": result.values}
+    if result.per_sample and result.values:
+        mean = float(np.mean(result.per_sample))
+        name = min(result.values, key=lambda n: abs(result.values[n] - mean))
+        if math.isclose(result.values[name], mean, rel_tol=1e-6, abs_tol=1e-9):
+            low, high = confidence_interval(result.per_sample, seed=seed, resamples=resamples)
+            data["intervals"] = {name: [low, high]}
+    if result.skipped is not None:
+        data |= {"skipped": result.skipped, "fix": result.fix}
+    return data

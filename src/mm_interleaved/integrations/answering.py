@@ -1,0 +1,118 @@
+"""Questions with pictures, as evaluation harnesses ask them, to documents, settings and answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+from ..document import Document, Image, Segment, Text
+from ..evaluation.predict import sample_seed
+from ..generation import DocumentFinished, InterleavedGenerator
+from ..generation.settings import GenerationSettings, TextSettings
+from ..pretrained import Loaded
+from ..processor.tokenizer import encode_text
+
+PLACEHOLDER = re.compile(r"\s*<image(?:[ _]?\d+)?>\s*")
+STYLES = ("plain", "vqa", "chat")
+Picture = PIL.Image.Image | str | Path
+
+
+def to_document(context: str, pictures: Sequence[Picture], style: str = "plain") -> Document:
+    """A question as a document whose last segment is open.
+
+    Args:
+        context: the text; pictures stand where it has `<image>`, those that are left over in front of it.
+        pictures: in order.
+        style: "plain", the text as it is; "vqa", as the original asks questions; "chat", as a conversation.
+
+    Raises:
+        ValueError: there is no such style, or the text has more places for pictures than there are pictures.
+    """
+    if style not in STYLES:
+        raise ValueError(f"there is no style '{style}'; styles are {', '.join(STYLES)}")
+    texts = PLACEHOLDER.split(context)
+    places = len(texts) - 1
+    if places > len(pictures):
+        raise ValueError(f"the question has {places} places for pictures, but {len(pictures)} pictures: {context[:80]}")
+    waiting = [Image(picture, supervise=False) for picture in pictures]
+    segments: list[Segment] = waiting[: len(waiting) - places]
+    placed = waiting[len(waiting) - places :]
+    for index, text in enumerate(texts):
+        segments += [placed[index - 1]] if index else []
+        segments += [Text(text, supervise=False)] if text.strip() else []
+    if style == "vqa":
+        segments = [Text("Based on the image, please answer the question.", supervise=False), *segments,
+                    Text("The answer is:", supervise=False)]  # fmt: skip
+    if style == "chat":
+        return Document([replace(s, role="user") for s in segments] + [Text(role="assistant")])
+    return Document([*segments, Text()])
+
+
+def to_settings(arguments: Mapping[str, Any]) -> TextSettings:
+    """A harness's generation arguments: greedy unless it asks for beams, or for sampling with a temperature.
+
+    Unknown arguments are left alone: each task has its own, for other models.
+    """
+    temperature, beams = float(arguments.get("temperature") or 0), int(arguments.get("num_beams") or 1)
+    sampling = bool(arguments.get("do_sample")) and temperature > 0 and beams == 1
+    return TextSettings(
+        max_new_tokens=int(arguments.get("max_new_tokens") or 128), min_new_tokens=0, num_beams=beams,
+        do_sample=sampling, temperature=temperature if sampling else 1.0,
+        top_p=float(arguments.get("top_p") or 1.0) if sampling else 1.0, top_k=0,
+        length_penalty=float(arguments.get("length_penalty") or 1.0),
+    )  # fmt: skip
+
+
+def cut(text: str, until: str | Sequence[str] | None) -> str:
+    """What stands before the first of some texts."""
+    for stop in [until] if isinstance(until, str) else until or ():
+        text = text.split(stop)[0] if stop else text
+    return text.strip()
+
+
+class Answerer:
+    """A model that answers batches of questions.
+
+    Args:
+        loaded: model and processor.
+        batch_size: questions at a time.
+        seed: for sampling; every question has a seed of its own.
+    """
+
+    def __init__(self, loaded: Loaded, batch_size: int = 1, seed: int = 0) -> None:
+        self.model, self.processor = loaded.model, loaded.processor
+        self.batch_size, self.seed = batch_size, seed
+
+    def write(self, documents: Sequence[Document], settings: TextSettings, ids: Sequence[str]) -> Iterator[str]:
+        """Answers to documents that end in an open text, in their order."""
+        generator = InterleavedGenerator(self.model, self.processor, GenerationSettings(settings), progress=False)
+        for begin in range(0, len(documents), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            seeds = [sample_seed(self.seed, "answer", name) for name in ids[part]]
+            ends = [e for e in generator.run(documents[part], seeds) if isinstance(e, DocumentFinished)]
+            for event in sorted(ends, key=lambda e: e.document):
+                yield str(event.result.segments[-1].text)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def score(self, documents: Sequence[Document], texts: Sequence[str]) -> Iterator[tuple[float, bool]]:
+        """Log-probability of each text after its document, and whether greedy search would write it."""
+        for begin in range(0, len(documents), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            prompts = [self._prompt(document) for document in documents[part]]
+            batch = self.processor(prompts, padding_side="left").to(self.model.compute_device)
+            options = [encode_text(self.processor.tokenizer, text) for text in texts[part]]
+            longest = max(len(ids) for ids in options)
+            greedy = self.model.generate_text(batch, TextSettings(longest, 0, num_beams=1))
+            scores = self.model.score(batch, [[ids] for ids in options], self.batch_size)
+            for (written,), (score,), ids in zip(greedy, scores, options, strict=True):
+                yield score, written.all_ids[: len(ids)] == ids
+
+    def _prompt(self, document: Document) -> Document:
+        rendered = [segment for segment in self.processor.render(document) if not segment.is_open]
+        return Document(rendered)

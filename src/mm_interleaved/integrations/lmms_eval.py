@@ -1,0 +1,94 @@
+"""The model in lmms-eval.
+
+    pip install 'mm-interleaved[lmms-eval]'
+    python -m lmms_eval --model mm_interleaved --model_args pretrained=FOLDER,style=vqa --tasks mme --batch_size 8
+
+lmms-eval finds it by the entry point `lmms_eval.models` of this package. Arguments: `pretrained` (`small`, `debug` or
+a folder), `style` (how questions are put; see `answering.to_document`), `dtype`, `seed`, `device`, `batch_size`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from ..evaluation.processes import start_processes
+from ..pretrained import load
+from .answering import STYLES, Answerer, cut, to_document, to_settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MANIFEST = ModelManifest("mm_interleaved", simple_class_path=f"{__name__}.MMInterleavedLmms")
+
+
+class MMInterleavedLmms(lmms):
+    """What lmms-eval asks: `generate_until` and `loglikelihood`; questions of several rounds are refused."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "small",
+        style: str = "plain",
+        dtype: str | None = None,
+        seed: int = 0,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        if others:
+            raise ValueError(f"the model has no argument '{next(iter(others))}'; it has pretrained, style, dtype, seed")
+        if style not in STYLES or dtype not in (None, *DTYPES):
+            raise ValueError(f"style must be one of {', '.join(STYLES)}, dtype one of {', '.join(DTYPES)}")
+        if not str(batch_size).isdigit():
+            raise ValueError(f"batch_size must be a number, not '{batch_size}'")
+        state = start_processes(cpu=device == "cpu" or not torch.cuda.is_available())
+        self._rank, self._world_size, self.style = state.process_index, state.num_processes, style
+        loaded = load(pretrained, DTYPES[dtype] if dtype else None, state.device)
+        self.answerer = Answerer(loaded, int(batch_size), int(seed))
+
+    def _pictures(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> list[Any]:
+        found = doc_to_visual(self.task_dict[task][split][doc_id])
+        return list(found) if isinstance(found, (list, tuple)) else [found]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers. Requests of equal settings go through the model together."""
+        answers: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+        for indices in groups.values():
+            documents, ids = [], []
+            for index in indices:
+                context, _, doc_to_visual, doc_id, task, split = requests[index].args
+                documents.append(to_document(context, self._pictures(doc_to_visual, doc_id, task, split), self.style))
+                ids.append(f"{task}/{doc_id}")
+            arguments = requests[indices[0]].args[1]
+            written = self.answerer.write(documents, to_settings(arguments), ids)
+            for index, text in zip(indices, written, strict=True):
+                answers[index] = cut(text, arguments.get("until"))
+                self.cache_hook.add_partial("generate_until", requests[index].args[:2], answers[index])
+        return [answers[index] for index in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy search would write it) of every continuation."""
+        documents, texts = [], []
+        for request in requests:
+            context, target, *rest = request.args
+            pictures = self._pictures(*rest) if rest else []
+            doc_id, task, split = rest[1:] if rest else (0, "", "")
+            texts.append(target(self.task_dict[task][split][doc_id]) if callable(target) else target)
+            documents.append(to_document(context, pictures, self.style))
+        return list(self.answerer.score(documents, texts))
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not supported.
+
+        Raises:
+            NotImplementedError: always; these tasks ask back through functions of their own.
+        """
+        raise NotImplementedError("mm_interleaved does not answer tasks of several rounds; leave them out of --tasks")

@@ -1,0 +1,103 @@
+"""Are a task's files all there, in the right form, and as many as there should be?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..document import DocumentError, Image, Segment
+from ..processor.images import load_picture, open_picture
+from .base import Sample, Task
+from .files import TaskError
+
+NAMED = 5  # problems of one kind that are named
+DECODED = 100  # pictures that are read to their last pixel; of the others only the header
+
+EXPECTED = {
+    ("coco_karpathy", "test"): 5_000, ("flickr30k", "test"): 1_000, ("nocaps", "val"): 4_500,
+    ("image2paragraph", "test"): 2_489, ("vqav2", "val"): 214_354, ("okvqa", "val"): 5_046,
+    ("textvqa", "val"): 5_000, ("vizwiz_vqa", "val"): 4_319, ("visdial", "val"): 2_064, ("coco", "val"): 40_504,
+}  # fmt: skip
+"""Samples of the official sets, as they were published; a filtered or grown set may have others."""
+
+
+@dataclass
+class TaskCheck:
+    """What was found.
+
+    Attributes:
+        samples: how many there are.
+        pictures: different picture files that they name.
+        missing, unreadable: how many of those are not there, or no pictures.
+        expected: samples of the official set; None: not known, or a limit was set.
+        problems: what is wrong, with places; a few of each kind.
+        fix: where the files come from.
+    """
+
+    samples: int = 0
+    pictures: int = 0
+    missing: int = 0
+    unreadable: int = 0
+    expected: int | None = None
+    problems: list[str] = field(default_factory=list)
+    fix: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether the task can be evaluated completely. The number of samples is not asked."""
+        return not self.problems
+
+
+def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCheck:
+    """Read all of a task's annotations, look at every picture's header, and decode some pictures.
+
+    Args:
+        task: what to check.
+        advance: called after each sample.
+    """
+    phase = task.config.phase or task.kind.phases[0]
+    expected = EXPECTED.get((task.kind.name, phase)) if task.config.limit is None else None
+    found = TaskCheck(expected=expected, fix=task.kind.obtain)
+    seen: dict[Path, str] = {}
+    try:
+        for sample in task.samples():
+            found.samples += 1
+            _check_sample(sample, found, seen)
+            advance()
+    except TaskError as error:
+        found.problems.insert(0, str(error))
+    found.pictures = len(seen)
+    for number, path in enumerate(sorted(path for path, problem in seen.items() if not problem)):
+        if number % max(len(seen) // DECODED, 1) == 0:
+            try:
+                load_picture(path)
+            except DocumentError as error:
+                _count_unreadable(found, str(error))
+    return found
+
+
+def _check_sample(sample: Sample, found: TaskCheck, seen: dict[Path, str]) -> None:
+    if sample.problem:
+        found.missing += 1
+        if found.missing <= NAMED:
+            found.problems.append(f"sample {sample.id}: {sample.problem}")
+    segments: list[Segment] = [*sample.document.segments, *sample.answer]
+    for path in [s.source for s in segments if isinstance(s, Image) and isinstance(s.source, Path)]:
+        if path in seen:
+            continue
+        seen[path] = ""
+        if sample.problem and not path.is_file():
+            seen[path] = sample.problem
+            continue
+        try:
+            open_picture(path)
+        except DocumentError as error:
+            seen[path] = str(error)
+            _count_unreadable(found, str(error))
+
+
+def _count_unreadable(found: TaskCheck, problem: str) -> None:
+    found.unreadable += 1
+    if found.unreadable <= NAMED:
+        found.problems.append(problem)

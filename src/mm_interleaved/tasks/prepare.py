@@ -1,0 +1,332 @@
+"""Official files that tasks cannot read as they are published, in the form that they read (spec/data_eval 10).
+
+    lines = prepare("textvqa", source=Path("downloads/textvqa"), root=Path("datasets"), phase="val")
+
+Files appear whole or not at all, and those that are there already are written anew.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ..document import DocumentError
+from ..files import write_atomic
+from ..processor.images import load_picture
+from .ade20k import color_maps
+from .base import TaskType
+from .files import TaskError, checked, get, read_json, records, strings, trailing_number
+from .pickles import read_pickle
+from .stories import FRAME
+
+Lines = list[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be converted.
+
+    Attributes:
+        task: name of the task.
+        source: folder of the official files.
+        images, annotations: folders that the task reads.
+        phase: part of the data set.
+    """
+
+    task: str
+    source: Path
+    images: Path
+    annotations: Path
+    phase: str
+
+    def file(self, *names: str) -> Path:
+        """An official file, by any of the names that it goes by.
+
+        Raises:
+            TaskError: there is none.
+        """
+        for name in names:
+            if (self.source / name).is_file():
+                return self.source / name
+        raise TaskError(f"task '{self.task}' is made of {' or '.join(names)}, which is not there", str(self.source),
+                        CONVERTERS[self.task].obtain)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How a task's files are made.
+
+    Attributes:
+        description: from what to what, in a line.
+        convert: does it; gives lines that say what was written.
+        obtain: where the official files come from.
+    """
+
+    description: str
+    convert: Callable[[Job], Lines]
+    obtain: str
+
+
+def prepare(kind: TaskType, source: Path, root: Path, phase: str) -> Lines:
+    """Convert a task's official files; lines that say what was written.
+
+    Args:
+        kind: the task.
+        source: folder of the official files.
+        root: folder of the documented tree.
+        phase: part of the data set; "": the task's default.
+
+    Raises:
+        TaskError: the task's files need no conversion or have no converter, or the official files cannot be used.
+    """
+    if kind.name not in CONVERTERS:
+        raise TaskError(f"task '{kind.name}' reads its files as they are; there is nothing to convert", "",
+                        f"{kind.obtain}, then see: mmi data check {kind.name}")  # fmt: skip
+    if phase and phase not in kind.phases:
+        raise TaskError(f"there is no phase '{phase}'", f"task '{kind.name}'", f"Phases are {', '.join(kind.phases)}")
+    if not source.is_dir():
+        raise TaskError("this folder of official files does not exist", str(source), CONVERTERS[kind.name].obtain)
+    job = Job(kind.name, source, root / kind.images, root / kind.annotations, phase or kind.phases[0])
+    try:
+        return CONVERTERS[kind.name].convert(job)
+    except OSError as error:
+        raise TaskError(f"cannot be written: {error.strerror}", str(error.filename or root)) from None
+
+
+def _write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content.encode())
+
+
+def _write_json(path: Path, data: Any) -> None:
+    _write(path, json.dumps(data, ensure_ascii=False))
+
+
+# ---- captions
+
+
+def flickr30k(job: Job) -> Lines:
+    """Karpathy's `dataset_flickr30k.json` to `test1k.token.coco_format`."""
+    path = job.file("dataset_flickr30k.json")
+    data = checked(read_json(path), dict, str(path))
+    images, annotations = [], []
+    for where, record in records(data.get("images"), f"{path}, 'images'"):
+        if get(record, "split", str, where) != job.phase:
+            continue
+        name = get(record, "filename", str, where)
+        number = trailing_number(name, where)
+        images.append({"id": number, "file_name": name})
+        for place, sentence in records(record.get("sentences"), f"{where}, 'sentences'"):
+            text = get(sentence, "raw", str, place)
+            annotations.append({"id": len(annotations), "image_id": number, "caption": text})
+    target = job.annotations / "test1k.token.coco_format"
+    _write_json(target, {"images": images, "annotations": annotations})
+    return [f"{target}: {len(images)} pictures, {len(annotations)} captions"]
+
+
+def image2paragraph(job: Job) -> Lines:
+    """Krause's `paragraphs_v1.json` to COCO's form; the lists of splits are copied."""
+    path = job.file("paragraphs_v1.json")
+    annotations, numbers = [], {}
+    for where, record in records(read_json(path), str(path)):
+        number = get(record, "image_id", int, where)
+        if number in numbers:  # a few pictures have two paragraphs; the reader wants one
+            continue
+        numbers[number] = None
+        annotations.append({"id": len(annotations), "image_id": number, "url": get(record, "url", str, where),
+                            "caption": get(record, "paragraph", str, where).strip()})  # fmt: skip
+    target = job.annotations / "annotations" / "paragraphs_coco.json"
+    _write_json(target, {"images": [{"id": number} for number in numbers], "annotations": annotations})
+    lines = [f"{target}: {len(annotations)} paragraphs"]
+    for phase in ("train", "val", "test"):
+        split = job.file(f"{phase}_split.json")
+        chosen = checked(read_json(split), list, str(split))
+        _write_json(job.annotations / "annotations" / split.name, chosen)
+        lines.append(f"{job.annotations / 'annotations' / split.name}: {len(chosen)} pictures")
+    return lines
+
+
+# ---- questions
+
+
+def textvqa(job: Job) -> Lines:
+    """TextVQA 0.5.1 (one file) to VQA's two files."""
+    path = job.file(f"TextVQA_0.5.1_{job.phase}.json")
+    data = checked(read_json(path), dict, str(path))
+    questions, annotations = [], []
+    for where, record in records(data.get("data"), f"{path}, 'data'"):
+        number, image = get(record, "question_id", int, where), get(record, "image_id", str, where)
+        people = strings(record.get("answers"), f"{where}, 'answers'")
+        asked = get(record, "question", str, where)
+        questions.append({"question_id": number, "image_id": image, "image": f"{image}.jpg", "question": asked})
+        answers = [{"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(people, 1)]
+        annotations.append({"question_id": number, "image_id": image, "answers": answers, "question_type": "textvqa",
+                            "answer_type": "other"})  # fmt: skip
+    about = {"info": {"description": "TextVQA 0.5.1", "version": "0.5.1"}, "task_type": "Open-Ended",
+             "data_type": "textvqa", "data_subtype": job.phase, "license": {"name": "CC BY 4.0"}}  # fmt: skip
+    asked_file = job.annotations / f"textvqa_{job.phase}_questions.json"
+    told_file = job.annotations / f"textvqa_{job.phase}_annotations.json"
+    _write_json(asked_file, {**about, "questions": questions})
+    _write_json(told_file, {**about, "annotations": annotations})
+    return [f"{asked_file}: {len(questions)} questions", f"{told_file}: {len(annotations)} times ten answers"]
+
+
+# ---- boxes
+
+
+def refer(job: Job) -> Lines:
+    """`refs(unc).p` or `refs(umd).p` with `instances.json` to a JSON-lines file for each split."""
+    folder = job.source / job.task if (job.source / job.task).is_dir() else job.source
+    found = Job(job.task, folder, job.images, job.annotations, job.phase)
+    refs_file = found.file("refs(umd).p" if job.task == "refcocog" else "refs(unc).p")
+    instances = found.file("instances.json")
+    boxes, names = _instances(instances)
+    lines: dict[str, list[str]] = {}
+    for index, ref in enumerate(checked(read_pickle(refs_file), list, str(refs_file))):
+        where = f"{refs_file}, item {index}"
+        record = checked(ref, dict, where)
+        region, image = get(record, "ann_id", int, where), get(record, "image_id", int, where)
+        if region not in boxes or image not in names:
+            raise TaskError(f"region {region} or picture {image} is not in {instances}", where,
+                            "Take both files from one release")  # fmt: skip
+        x, y, width, height = boxes[region]
+        bbox = [x, y, x + width, y + height]
+        for place, sentence in records(record.get("sentences"), f"{where}, 'sentences'"):
+            line = {"image": names[image], "bbox": bbox, "sent": get(sentence, "sent", str, place)}
+            lines.setdefault(get(record, "split", str, where), []).append(json.dumps(line) + "\n")
+    said = []
+    for split, written in sorted(lines.items()):
+        target = job.annotations / f"{job.task}_{split}.jsonl"
+        _write(target, "".join(written))
+        said.append(f"{target}: {len(written)} expressions")
+    return said
+
+
+def _instances(path: Path) -> tuple[dict[int, list[float]], dict[int, str]]:
+    """Boxes (x, y, width, height) by region, and files by picture."""
+    data = checked(read_json(path), dict, str(path))
+    boxes, names = {}, {}
+    for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
+        sides = [checked(v, float, f"{where}, 'bbox'[{i}]") for i, v in enumerate(get(record, "bbox", list, where))]
+        if len(sides) != 4:
+            raise TaskError(f"a box has four numbers, not {len(sides)}", f"{where}, 'bbox'", "Fetch the file again")
+        boxes[get(record, "id", int, where)] = sides
+    for where, record in records(data.get("images"), f"{path}, 'images'"):
+        names[get(record, "id", int, where)] = get(record, "file_name", str, where)
+    return boxes, names
+
+
+# ---- pictures
+
+
+def ade20k(job: Job) -> Lines:
+    """Label maps in colour. Captions are yours to make."""
+    count = color_maps(job.source, job.phase)
+    lines = [f"{job.source / 'annotations_with_color' / job.phase}: {count} coloured maps"]
+    captions = job.source / f"{job.phase}.json"
+    if not captions.is_file():
+        lines.append(f"still missing: {captions}, a list of {{image_id, caption}}; the original used a captioner")
+    return lines
+
+
+def vist(job: Job) -> Lines:
+    """`{phase}.story-in-sequence.json`, a list of single turns, to turns by story; JPEG pictures become PNG files.
+
+    Stories of which a picture is missing are left out.
+    """
+    path = job.file(f"{job.phase}.story-in-sequence.json")
+    data = checked(read_json(path), dict, str(path))
+    stories: dict[str, list[dict[str, Any]]] = {}
+    for index, value in enumerate(checked(data.get("annotations"), list, f"{path}, 'annotations'")):
+        where = f"{path}, 'annotations'[{index}]"
+        for _, turn in records(value, where):
+            entry = {"sequence_index": get(turn, "worker_arranged_photo_order", int, where),
+                     "image_id": get(turn, "photo_flickr_id", str, where),
+                     "caption": get(turn, "original_text", str, where)}  # fmt: skip
+            stories.setdefault(get(turn, "story_id", str, where), []).append(entry)
+    pictures = job.images / f"{job.phase}_images"
+    needed = dict.fromkeys(turn["image_id"] for turns in stories.values() for turn in turns)
+    there = {name for name in needed if _as_png(job.source, pictures, name, job.phase)}
+    whole = {name: turns for name, turns in stories.items() if all(t["image_id"] in there for t in turns)}
+    if not whole:
+        raise TaskError(f"no story has all its pictures, of {len(stories)}", str(job.source),
+                        f"Put the pictures into {job.phase}_images/ there, named by their Flickr number")  # fmt: skip
+    target = job.annotations / "annotations" / f"{job.phase}_formatted_filtered.json"
+    _write_json(target, {"annotations": whole})
+    left = len(stories) - len(whole)
+    return [f"{target}: {len(whole)} stories; {left} left out, since pictures are missing",
+            f"{pictures}: {len(there)} of {len(needed)} pictures"]  # fmt: skip
+
+
+def _as_png(source: Path, target: Path, name: str, phase: str) -> bool:
+    """Make sure that a picture is there as PNG; whether it is."""
+    if Path(name).name != name:
+        return False  # no Flickr number
+    if (target / f"{name}.png").is_file():
+        return True
+    for folder in (source / f"{phase}_images", source / "images" / phase, source):
+        for ending in ("png", "jpg", "jpeg"):
+            path = folder / f"{name}.{ending}"
+            if path.is_file():
+                try:
+                    _save_png(load_picture(path), target / f"{name}.png")
+                except DocumentError:
+                    return False
+                return True
+    return False
+
+
+def _save_png(picture: PIL.Image.Image, path: Path) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def flintstones(job: Job) -> Lines:
+    """Videos, `video_frames_sampled/*.npy` of frames [T, 128, 128, 3], to vertical strips as PNG."""
+    videos = sorted((job.source / "video_frames_sampled").glob("*.npy"))
+    if not videos:
+        raise TaskError("there are no videos (video_frames_sampled/*.npy)", str(job.source),
+                        CONVERTERS[job.task].obtain)  # fmt: skip
+    target = job.images / "video_frames_sampled_png"
+    for path in videos:
+        if (target / f"{path.stem}.png").is_file():
+            continue
+        try:
+            frames = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise TaskError(f"not an array of frames: {error}", str(path), "Fetch it again") from None
+        if frames.ndim != 4 or frames.shape[1:] != (FRAME, FRAME, 3) or frames.dtype != np.uint8:
+            raise TaskError(f"frames must be uint8 [T, {FRAME}, {FRAME}, 3], not {frames.dtype} {list(frames.shape)}",
+                            str(path), "Fetch it again")  # fmt: skip
+        _save_png(PIL.Image.fromarray(frames.reshape(-1, FRAME, 3)), target / f"{path.stem}.png")
+    return [f"{target}: {len(videos)} strips"]
+
+
+_REFER = "Get refcoco.zip, refcoco+.zip and refcocog.zip of the refer toolbox (lichengunc/refer on GitHub)"
+CONVERTERS: dict[str, Converter] = {
+    "flickr30k": Converter("dataset_flickr30k.json to COCO's form", flickr30k,
+                           "Get Karpathy's splits (caption_datasets.zip)"),
+    "image2paragraph": Converter("paragraphs_v1.json to COCO's form", image2paragraph,
+                                 "Get paragraphs_v1.json and the three lists of splits from the page of Krause et al."),
+    "textvqa": Converter("TextVQA_0.5.1_*.json to VQA's two files", textvqa, "Get TextVQA 0.5.1 from textvqa.org"),
+    "refcoco": Converter("refs(unc).p to JSON lines", refer, _REFER),
+    "refcoco+": Converter("refs(unc).p to JSON lines", refer, _REFER),
+    "refcocog": Converter("refs(umd).p to JSON lines", refer, _REFER),
+    "ade20k": Converter("label maps to coloured maps, in place", ade20k,
+                        "Get ADEChallengeData2016 and give its folder"),
+    "vist": Converter("*.story-in-sequence.json to turns by story, pictures to PNG", vist,
+                      "Get VIST's stories in sequence (SIS) and its pictures"),
+    "vist_text": Converter("*.story-in-sequence.json to turns by story, pictures to PNG", vist,
+                           "Get VIST's stories in sequence (SIS) and its pictures"),
+    "flintstones": Converter("videos (.npy) to strips of frames (.png)", flintstones,
+                             "Get FlintstonesSV as StoryDALL-E publishes it"),
+}  # fmt: skip

@@ -1,0 +1,213 @@
+"""Metrics get what they should: right predictions have full marks, wrong ones none, and what is missing is said."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from mm_interleaved.evaluation import MetricConfig
+from mm_interleaved.evaluation import scoring as scoring_module
+from mm_interleaved.evaluation.scoring import METRICS, Scored, as_data, score_task
+from mm_interleaved.evaluation.toyworld import find_about
+from mm_interleaved.metrics import MetricResult
+from mm_interleaved.metrics.images import FID
+from mm_interleaved.tasks import TASKS, Sample, make_task
+
+from .conftest import MakeTask
+
+ANSWERS = {
+    "vqa_accuracy": lambda s: max(s.reference, key=s.reference.count),
+    "vizwiz_accuracy": lambda s: max(s.reference, key=s.reference.count),
+    "gqa_accuracy": lambda s: f"It is {s.reference}.",
+    "grounding_accuracy": lambda s: "({:03d},{:03d})({:03d},{:03d})</box>".format(*s.reference),
+    "captions": lambda s: s.reference[0],
+}
+
+
+@pytest.fixture
+def scored(task: MakeTask, tmp_path: Path) -> Callable[..., Scored]:
+    """A task with made-up predictions."""
+
+    def make(name: str, predict: Callable[[Sample, int], dict[str, Any]], **settings: Any) -> Scored:
+        made = make_task(task(name, **settings))
+        samples = list(made.samples())
+        records = [{"index": i, "id": s.id, **predict(s, i)} for i, s in enumerate(samples)]
+        return Scored(made, samples, records, tmp_path, MetricConfig(), about=find_about(made))
+
+    return make
+
+
+def copied(folder: Path) -> Callable[[Sample, int], dict[str, Any]]:
+    """The true pictures as predictions."""
+
+    def predict(sample: Sample, index: int) -> dict[str, Any]:
+        names = []
+        references = [sample.reference["photo"]] if isinstance(sample.reference, dict) else sample.reference
+        for slot, picture in enumerate(references):
+            names.append(f"{index}_{slot}.png")
+            if isinstance(picture, PIL.Image.Image):
+                picture.save(folder / names[-1])
+            else:
+                shutil.copy(picture, folder / names[-1])
+        kept = {"references": names} if isinstance(references[0], PIL.Image.Image) else {}
+        return {"images": names, **kept}
+
+    return predict
+
+
+@pytest.mark.parametrize("name", [n for n, t in TASKS.items() if set(t.metrics) & set(ANSWERS) - {"captions"}])
+def test_right_answers(name: str, scored: Callable[..., Scored]) -> None:
+    (metric,) = TASKS[name].metrics
+    given = scored(name, lambda s, _: {"prediction": ANSWERS[metric](s)})
+    result, scores = score_task(given, 0)
+    assert result[metric]["values"]["accuracy"] == pytest.approx(100, abs=15 if "vqa" in name else 1e-9)
+    assert scores.metric == metric
+    assert len(scores.scores) == len(given.samples)
+    low, high = result[metric]["intervals"]["accuracy"]
+    assert low <= result[metric]["values"]["accuracy"] <= high
+    wrong = scored(name, lambda s, _: {"prediction": "none of it"})
+    assert score_task(wrong, 0)[0][metric]["values"]["accuracy"] == 0
+
+
+@pytest.mark.parametrize("name", [n for n, t in TASKS.items() if t.metrics == ("captions",)])
+def test_right_captions(name: str, scored: Callable[..., Scored]) -> None:
+    given = scored(name, lambda s, _: {"prediction": ANSWERS["captions"](s)})
+    values = METRICS["captions"](given).values
+    bleu = next(v for k, v in values.items() if k.startswith("bleu_4"))
+    assert bleu == pytest.approx(100, abs=1e-3)
+
+
+def test_captions_by_domain(scored: Callable[..., Scored]) -> None:
+    """Each domain is scored as a set of its own."""
+    given = scored("nocaps", lambda s, _: {"prediction": s.reference[0]})
+    values = METRICS["captions"](given).values
+    domains = {key.partition("domain=")[2] for key in values if "/" in key}
+    assert domains == {"in-domain", "near-domain", "out-domain"}
+
+
+def test_right_ranks(scored: Callable[..., Scored]) -> None:
+    given = scored("visdial", lambda s, _: {"scores": s.reference["relevance"], "lengths": [2] * 100})
+    values = METRICS["dialogue_ranking"](given).values
+    assert values["ndcg"] == pytest.approx(100)
+    assert values["ndcg_per_token"] == pytest.approx(100)
+    turned = scored("visdial", lambda s, _: {"scores": s.reference["relevance"], "lengths": [1] * 100})
+    turned.records[0]["lengths"][turned.samples[0].reference["index"]] = 10**6  # a sum near 0 either way
+    for record in turned.records:
+        record["scores"] = [r - 1.5 for r in record["scores"]]
+    values = METRICS["dialogue_ranking"](turned).values
+    assert values["ndcg"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name", ["coco_karpathy", "flickr30k", "nocaps"])
+def test_captions_of_their_own_scenes_are_right(name: str, scored: Callable[..., Scored]) -> None:
+    """The scene behind a picture is found again: what the references say is true of it, and of no other."""
+    right = METRICS["scene_captions"](scored(name, lambda s, _: {"prediction": s.reference[0]}))
+    assert right.values["facts_right"] == 100
+    given = scored(name, lambda s, _: {"prediction": s.reference[0]})
+    for record, other in zip(given.records, [*given.records[1:], given.records[0]], strict=True):
+        record["prediction"], other["prediction"] = other["prediction"], record["prediction"]
+    assert METRICS["scene_captions"](given).values["facts_right"] < 60
+
+
+@pytest.mark.parametrize("name", ["coco", "lncoco", "ade20k"])
+def test_the_true_pictures_show_their_scenes(name: str, scored: Callable[..., Scored], tmp_path: Path) -> None:
+    right = METRICS["scene_pictures"](scored(name, copied(tmp_path)))
+    assert right.values["found_kind"] > 60
+    blank = PIL.Image.new("RGB", (64, 64), "gray")
+    blank.save(tmp_path / "blank.png")
+    assert METRICS["scene_pictures"](scored(name, lambda s, _: {"images": ["blank.png"]})).values["found_kind"] < 20
+
+
+@pytest.mark.parametrize("name", ["coco", "vist", "pororo"])
+def test_fid_compares_drawn_with_true_pictures(
+    name: str, scored: Callable[..., Scored], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Colors(torch.nn.Module):
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            return torch.cat([pictures.mean((2, 3)), pictures.std((2, 3))], 1)
+
+    monkeypatch.setattr(
+        scoring_module, "FID", lambda weights, **options: FID(extractor=Colors(), name="colors", **options)
+    )
+    same = METRICS["fid"](scored(name, copied(tmp_path)))
+    assert same.values == pytest.approx({"fid_64": 0, "fid_native": 0}, abs=1e-6)
+    given = scored(name, copied(tmp_path))
+    for path in tmp_path.glob("*.png"):
+        kept = given.true_pictures()
+        if path not in kept.values():
+            PIL.Image.open(path).convert("L").save(path)
+    if name != "pororo":  # whose true pictures are those files
+        assert METRICS["fid"](given).values["fid_native"] > 1e-4
+
+
+def test_label_maps_are_cut_like_the_pictures(scored: Callable[..., Scored], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A map that is wider than high loses its ends, unless the original's way is asked for."""
+    wide = np.zeros((10, 30), np.uint8)
+    wide[:, 10:20] = 7
+    PIL.Image.fromarray(wide).save(tmp_path / "wide.png")
+    shapes: list[tuple[int, ...]] = []
+
+    def look(predictions: Any, references: dict[str, np.ndarray]) -> MetricResult:
+        shapes.extend(labels.shape for labels in references.values())
+        assert {int(v) for labels in references.values() for v in labels[:, labels.shape[1] // 2]} == {7}
+        return MetricResult()
+
+    monkeypatch.setattr(scoring_module, "SegmentedMeanIoU", lambda segmenter: look)
+    for compat, shape in ((False, (10, 10)), (True, (10, 30))):
+        given = scored("ade20k", lambda s, _: {"images": ["wide.png"]}, compat=compat)
+        for sample in given.samples:
+            sample.reference["labels"] = str(tmp_path / "wide.png")
+        shapes.clear()
+        METRICS["miou"](given)
+        assert set(shapes) == {shape}
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "setting"),
+    [("coco", "fid", "inception"), ("coco", "text_similarity", "clip"), ("vist", "image_similarity", "clip"),
+     ("ade20k", "miou", "segmenter")],
+)  # fmt: skip
+def test_what_is_missing_is_said_with_what_would_mend_it(
+    name: str, metric: str, setting: str, scored: Callable[..., Scored], tmp_path: Path
+) -> None:
+    result, _ = score_task(scored(name, copied(tmp_path)), 0)
+    assert result[metric]["skipped"]
+    assert f"metrics.{setting}=" in result[metric]["fix"]
+    assert result[metric]["values"] == {}
+
+
+def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., Scored], tmp_path: Path) -> None:
+    given = scored("coco", copied(tmp_path))
+    (tmp_path / given.records[0]["images"][0]).write_bytes(b"no picture")
+    result, _ = score_task(given, 0)
+    assert "cannot be read as a picture" in result["scene_pictures"]["failed"]
+    assert "skipped" in result["text_similarity"]
+    one = scored("vqav2", lambda s, _: {"prediction": "yes"})
+    one.samples[0].reference[1:] = []
+    assert f"sample {one.samples[0].id}" in score_task(one, 0)[0]["vqa_accuracy"]["failed"]
+
+
+def test_compat_chooses_which_answers_count(scored: Callable[..., Scored]) -> None:
+    """As in the release, "pizza box" is then taken for "box"."""
+    for compat, name in ((False, "accuracy"), (True, "accuracy_compat")):
+        given = scored("vqav2", lambda s, _: {"prediction": "pizza box"}, compat=compat)
+        for sample in given.samples:
+            sample.reference[:] = ["pizza box"] * 5 + ["box"] * 5 if name == "accuracy" else ["box"] * 10
+        result, scores = score_task(given, 0)
+        assert list(result["vqa_accuracy"]["intervals"]) == [name]
+        assert set(scores.scores.values()) == {100.0}
+
+
+def test_an_interval_stands_with_the_value_that_it_is_of() -> None:
+    data = as_data(MetricResult({"other": 3.0, "mean": 25.0}, [0.0, 50.0]), seed=0, resamples=50)
+    assert data["intervals"] == {"mean": [0.0, 50.0]}
+    assert "intervals" not in as_data(MetricResult({"corpus": 3.0}, [0.0, 50.0]), seed=0, resamples=50)
+    assert "intervals" not in as_data(MetricResult({"fid": 3.0}), seed=0, resamples=50)

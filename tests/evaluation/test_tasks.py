@@ -1,0 +1,171 @@
+"""Every task from its official files to its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from mm_interleaved import MMInterleaved, MMInterleavedProcessor
+from mm_interleaved.evaluation import EvaluationError, MetricConfig, TaskSuite, predict
+from mm_interleaved.evaluation.predict import Predictor, effective_settings, plan_batches, sample_seed
+from mm_interleaved.evaluation.scoring import METRICS
+from mm_interleaved.metrics.clip import CLIP
+from mm_interleaved.tasks import TASKS, TaskError, make_task
+
+from .conftest import QUICK, MakeTask, Run, contents, figures, lines
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "llava_conversations"])
+def test_end_to_end(name: str, task: MakeTask, run: Run, tmp_path: Path) -> None:
+    result = run(task(name)).tasks[name]
+    records = lines(tmp_path / "out" / name / "predictions.jsonl")
+    samples = list(make_task(task(name)).samples())
+    assert [(r["index"], r["id"]) for r in records] == [(i, s.id) for i, s in enumerate(samples)]
+    assert not result.failed
+    assert not result.unreadable
+    assert result.samples == result.evaluated == len(samples) == 4
+    kind = TASKS[name]
+    for record, sample in zip(records, samples, strict=True):
+        if kind.makes == "text":
+            assert record["prediction"] == kind.post(record["text"])
+        elif kind.makes == "scores":
+            assert len(record["scores"]) == len(record["lengths"]) == len(sample.options)
+        else:
+            assert len(record["images"]) == len(sample.reference) if isinstance(sample.reference, list) else 1
+            for picture in record["images"]:
+                assert PIL.Image.open(tmp_path / "out" / name / picture).size == (32, 32)
+    assert result.toy
+    assert set(result.metrics) - {"scene_captions", "scene_pictures"} == set(kind.metrics)
+    assert set(result.metrics) <= set(METRICS)
+    for metric in result.metrics.values():
+        assert "failed" not in metric
+        assert metric["values"] or (metric["skipped"] and metric["fix"])
+    table = (tmp_path / "out/results.md").read_text()
+    assert f"| {name} |" in table
+    assert figures(tmp_path / "out")[name]["evaluated"] == 4
+
+
+def test_conversations_for_training_are_refused(task: MakeTask, run: Run) -> None:
+    found = run(task("llava_conversations"), task("gqa")).tasks
+    assert "stands before a question" in found["llava_conversations"].failed
+    assert found["gqa"].metrics  # the others go on
+
+
+def test_batches_do_not_change_what_is_written(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    """One at a time, or ragged samples together."""
+    asked = [task(n, generation={**QUICK, "do_sample": s, "num_beams": 1 if s else 3})
+             for n, s in (("vqav2", False), ("vist_text", True))]  # fmt: skip
+    run(*asked, folder="one", batch_size=1)
+    run(*asked, folder="four", batch_size=4)
+    one, four = contents(tmp_path / "one"), contents(tmp_path / "four")
+    assert one == four
+    assert len({r["text"] for r in lines(tmp_path / "one/vist_text/predictions.jsonl")}) > 1
+
+
+def test_every_sample_has_its_own_seed(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    """Another seed draws other pictures, and equal prompts do not give equal pictures."""
+    same = task("coco", prompt="a cat", limit=2)
+    run(same, folder="a")
+    run(same, folder="b", seed=1)
+    a, b = (contents(tmp_path / name) for name in "ab")
+    pictures = [content for name, content in (*a.items(), *b.items()) if name.endswith(".png")]
+    assert len(set(pictures)) == 4
+    assert sample_seed(0, "coco", "1") != sample_seed(0, "coco", "2") != sample_seed(0, "lncoco", "2")
+
+
+def test_boxes_are_asked_of_the_whole_picture(
+    task: MakeTask, model: MMInterleaved, processor: MMInterleavedProcessor
+) -> None:
+    suite = TaskSuite([task("refcoco"), task("vqav2")])
+    crops = [Predictor(model, processor, make_task(t), suite).processor.crop for t in suite.tasks]
+    assert crops == ["squash", "center"]
+    assert processor.crop == "center"
+
+
+def test_only_some_tasks_run(task: MakeTask, run: Run) -> None:
+    both = [task("gqa"), task("vqav2")]
+    assert list(run(*both, only=["vqav2"]).tasks) == ["vqav2"]
+    again = run(*both, only=["gqa"])
+    assert list(again.tasks) == ["gqa", "vqav2"]  # what is known of others is kept
+    assert list(again.speed) == ["gqa"]
+    assert list(run(*both, only=["gqa"], seed=1, folder="other").tasks) == ["gqa"]
+
+
+def test_a_task_can_run_twice_under_two_names(task: MakeTask, run: Run) -> None:
+    found = run(task("pororo", name="current", options={"context": "current", "protocol": "last"}), task("pororo"))
+    assert list(found.tasks) == ["current", "pororo"]
+
+
+def test_samples_of_like_length_go_together(task: MakeTask) -> None:
+    samples = list(make_task(task("visdial")).samples()) + list(make_task(task("vqav2")).samples())
+    batches = plan_batches(samples, 3)
+    assert sorted(index for batch in batches for index in batch) == list(range(8))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert set(batches[0]) <= {4, 5, 6, 7}  # the questions are shorter than the dialogues
+
+
+def test_without_clip_one_candidate_is_drawn(task: MakeTask, run: Run) -> None:
+    eight = make_task(task("coco", generation={}))
+    suite = TaskSuite([eight.config])
+    assert effective_settings(eight, suite).image.num_candidates == 1
+    suite.metrics = MetricConfig(clip="somewhere")
+    assert effective_settings(eight, suite).image.num_candidates == 8
+    result = run(task("coco", limit=2)).tasks["coco"]
+    assert "no CLIP model" in result.notes[0]
+
+
+def test_clip_chooses_among_candidates(
+    task: MakeTask, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two is the first of a run whose seeds are one higher."""
+    asked: list[str] = []
+
+    class Chooser(CLIP):
+        def embed_texts(self, texts):
+            return torch.zeros(len(texts), 1)
+
+        def rerank(self, candidates, text):
+            asked.append(text)
+            return 1, [0.1, 0.7]
+
+    monkeypatch.setattr(predict, "CLIP", Chooser)
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/config.json").write_text("{}")
+    two = task("coco", limit=2, generation={**QUICK, "num_candidates": 2})
+    clip = MetricConfig(clip=str(tmp_path / "clip"))
+    found = run(two, folder="chosen", metrics=clip).tasks["coco"]
+    assert "no file named" in found.metrics["text_similarity"]["failed"]  # the others go on
+    assert found.metrics["scene_pictures"]["values"]
+    monkeypatch.setattr(predict, "sample_seed", lambda *names: sample_seed(*names) + 1)
+    run(two, folder="next")
+    records = lines(tmp_path / "chosen/coco/predictions.jsonl")
+    assert [(r["candidate"], r["cosines"]) for r in records] == [(1, [0.1, 0.7])] * 2
+    assert asked == [s.meta["caption"] for s in make_task(two).samples()]
+    chosen, following = (contents(tmp_path / n) for n in ("chosen", "next"))
+    for name in ("coco/images/000000_0.png", "coco/images/000001_0.png"):
+        assert chosen[name] == following[name]
+
+
+def test_a_folder_without_clip_is_said_before_anything_is_drawn(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    clip = MetricConfig(clip=str(tmp_path))
+    with pytest.raises(TaskError, match="is no CLIP model to choose pictures by"):
+        run(task("coco"), metrics=clip)
+    (tmp_path / "config.json").write_text("{}")
+    assert "the CLIP model cannot be used" in run(task("coco"), metrics=clip).tasks["coco"].failed
+
+
+def test_examples_before_the_question(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    template = "{image} Question: {question} Short answer: {answer}"
+    shots = task("vqav2", shots=2, shot_phase="val", shot_template=template)
+    documents = [s.document for s in make_task(shots).samples()]
+    assert {len(d.images) for d in documents} == {3}
+    assert run(shots).tasks["vqav2"].evaluated == 4
+
+
+@pytest.mark.parametrize("name", ["seed", "num_return_sequences"])
+def test_what_the_evaluation_decides_is_no_setting_of_a_task(name: str, task: MakeTask, run: Run) -> None:
+    with pytest.raises((TaskError, EvaluationError), match=f"'{name}' cannot be set for a task"):
+        run(task("vqav2", generation={name: 3}))

@@ -1,0 +1,201 @@
+"""Official files become files that the tasks read, and the check says what is wrong with those."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mm_interleaved.tasks import TASKS, Sample, Task, TaskConfig, TaskError, make_task
+from mm_interleaved.tasks.check import EXPECTED, check_task
+from mm_interleaved.tasks.prepare import CONVERTERS, prepare
+
+from ..conftest import picture
+
+
+def write(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def save(path: Path, size: tuple[int, int] = (60, 40)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(1, size).save(path)
+
+
+def convert(name: str, folder: Path, phase: str = "") -> list[Sample]:
+    """Convert, check, and read."""
+    lines = prepare(TASKS[name], folder / "official", folder / "datasets", phase)
+    assert lines
+    assert all((folder.parent / line.partition(":")[0]).exists() or "still missing" in line for line in lines)
+    task = make_task(TaskConfig(name, root=str(folder / "datasets"), phase=phase))
+    found = check_task(task)
+    assert found.good, found.problems
+    return list(task.samples())
+
+
+def test_flickr30k(tmp_path: Path) -> None:
+    sentences = [{"raw": "A cat .", "sentid": 1}, {"raw": "One cat on a mat .", "sentid": 2}]
+    write(tmp_path / "official/dataset_flickr30k.json", {"images": [
+        {"split": "test", "filename": "1007.jpg", "imgid": 0, "sentences": sentences},
+        {"split": "train", "filename": "1008.jpg", "imgid": 1, "sentences": sentences},
+    ]})  # fmt: skip
+    save(tmp_path / "datasets/flickr30k/flickr30k-images/1007.jpg")
+    (sample,) = convert("flickr30k", tmp_path)
+    assert (sample.id, sample.reference) == ("1007", ["A cat .", "One cat on a mat ."])
+
+
+def test_image2paragraph(tmp_path: Path) -> None:
+    url = "https://example.org/rak248/VG_100K/{}.jpg"
+    told = [{"url": url.format(n), "image_id": n, "paragraph": f" Number {n}. "} for n in (1, 2, 3, 1)]
+    write(tmp_path / "official/paragraphs_v1.json", told)
+    for phase, numbers in (("train", [1]), ("val", [2]), ("test", [3])):
+        write(tmp_path / f"official/{phase}_split.json", numbers)
+    save(tmp_path / "datasets/image2paragraph/images/VG_100K/3.jpg")
+    (sample,) = convert("image2paragraph", tmp_path)
+    assert sample.reference == ["Number 3."]
+
+
+def test_textvqa(tmp_path: Path) -> None:
+    record = {"question_id": 34602, "question": "what is the brand?", "image_id": "003a8ae2ef43b901",
+              "answers": ["nokia"] * 8 + ["toshiba"] * 2}  # fmt: skip
+    write(tmp_path / "official/TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [record]})
+    save(tmp_path / "datasets/textvqa/train_images/003a8ae2ef43b901.jpg")
+    (sample,) = convert("textvqa", tmp_path, "val")
+    assert (sample.id, sample.reference) == ("34602", record["answers"])
+    told = json.loads((tmp_path / "datasets/textvqa/textvqa_val_questions.json").read_text())
+    assert set(told) == {"info", "task_type", "data_type", "data_subtype", "license", "questions"}
+
+
+@pytest.mark.parametrize(("name", "refs"), [("refcoco", "refs(unc).p"), ("refcoco+", "refs(unc).p"),
+                                            ("refcocog", "refs(umd).p")])  # fmt: skip
+def test_refcoco(name: str, refs: str, tmp_path: Path) -> None:
+    """Boxes are written as corners; every sentence is a sample, under its region's split."""
+    folder = tmp_path / "official" / name
+    write(folder / "instances.json", {
+        "images": [{"id": 5, "file_name": "COCO_train2014_000000000005.jpg"}],
+        "annotations": [{"id": 70, "image_id": 5, "bbox": [6.0, 4, 30, 20]}],
+    })  # fmt: skip
+    regions = [
+        {"ann_id": 70, "image_id": 5, "split": "val", "sentences": [{"sent": "the left one"}, {"sent": "red"}],
+         "file_name": "COCO_train2014_000000000005_70.jpg"},
+        {"ann_id": 70, "image_id": 5, "split": "train", "sentences": [{"sent": "it"}]},
+    ]  # fmt: skip
+    (folder / refs).write_bytes(pickle.dumps(regions, protocol=0))
+    save(tmp_path / "datasets/coco/train2014/COCO_train2014_000000000005.jpg", (60, 40))
+    samples = convert(name, tmp_path, "val")
+    assert [s.meta["caption"] for s in samples] == ["the left one", "red"]
+    assert samples[0].reference == [99, 99, 599, 599]  # of 999, cut down
+    assert len(convert(name, tmp_path, "train")) == 1
+
+
+def test_refcoco_runs_nothing(tmp_path: Path) -> None:
+    class Bad:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    write(tmp_path / "official/instances.json", {"images": [{"id": 5, "file_name": "a.jpg"}],
+                                                 "annotations": [{"id": 7, "bbox": [1, 1, 2, 2]}]})  # fmt: skip
+    (tmp_path / "official/refs(unc).p").write_bytes(pickle.dumps([Bad()]))
+    with pytest.raises(TaskError, match="it was not run"):
+        prepare(TASKS["refcoco"], tmp_path / "official", tmp_path / "datasets", "val")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    root = tmp_path / "datasets/ade20k/ADEChallengeData2016"
+    labels = np.zeros((40, 60), np.uint8)
+    labels[5:9] = 3
+    (root / "annotations/validation").mkdir(parents=True)
+    PIL.Image.fromarray(labels).save(root / "annotations/validation/ADE_val_1.png")
+    save(root / "images/validation/ADE_val_1.jpg")
+    lines = prepare(TASKS["ade20k"], root, tmp_path / "datasets", "")
+    assert "still missing" in lines[1]
+    write(root / "validation.json", [{"image_id": "ADE_val_1", "caption": "a room"}])
+    assert len(prepare(TASKS["ade20k"], root, tmp_path / "datasets", "")) == 1
+    colored = np.asarray(PIL.Image.open(root / "annotations_with_color/validation/ADE_val_1.png"))
+    assert colored[6, 6].tolist() == [255, 255, 255 - 42 * 2]
+    assert check_task(make_task(TaskConfig("ade20k", root=str(tmp_path / "datasets")))).good
+
+
+@pytest.mark.parametrize("name", ["vist", "vist_text"])
+def test_vist(name: str, tmp_path: Path) -> None:
+    """Turns of a story in their order; a story that lacks a picture is left out."""
+
+    def turn(story: str, order: int, image: str) -> list[dict[str, Any]]:
+        return [{"story_id": story, "worker_arranged_photo_order": order, "photo_flickr_id": image,
+                 "original_text": f"This is {image}.", "text": "this is [x] ."}]  # fmt: skip
+
+    turns = [turn("10", 1, "b"), turn("10", 0, "a"), turn("11", 0, "a"), turn("11", 1, "gone")]
+    write(tmp_path / "official/val.story-in-sequence.json", {"images": [], "annotations": turns})
+    save(tmp_path / "official/val_images/a.jpg")
+    save(tmp_path / "official/val_images/b.png")
+    (sample,) = convert(name, tmp_path, "val")
+    assert (sample.id, sample.meta["captions"]) == ("10", ["This is a.", "This is b."])
+
+
+def test_flintstones(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (3, 128, 128, 3), dtype=np.uint8)
+    (tmp_path / "official/video_frames_sampled").mkdir(parents=True)
+    np.save(tmp_path / "official/video_frames_sampled/s_01_e01_shot_1.npy", frames)
+    prepare(TASKS["flintstones"], tmp_path / "official", tmp_path / "datasets", "")
+    strip = PIL.Image.open(tmp_path / "datasets/flintstones/video_frames_sampled_png/s_01_e01_shot_1.png")
+    assert np.array_equal(np.asarray(strip).reshape(frames.shape), frames)
+    np.save(tmp_path / "official/video_frames_sampled/s_01_e01_shot_2.npy", frames[:, :64])
+    with pytest.raises(TaskError, match=r"uint8 \[T, 128, 128, 3\], not uint8 \[3, 64, 128, 3\]"):
+        prepare(TASKS["flintstones"], tmp_path / "official", tmp_path / "datasets", "")
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_missing_official_files_are_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="does not exist"):
+        prepare(TASKS[name], tmp_path / "official", tmp_path / "datasets", "")
+    (tmp_path / "official").mkdir()
+    with pytest.raises(TaskError, match=r"is not there|there are no") as caught:
+        prepare(TASKS[name], tmp_path / "official", tmp_path / "datasets", "")
+    assert "Get" in str(caught.value)
+    assert not (tmp_path / "datasets").exists()
+
+
+def test_what_needs_no_conversion_says_so() -> None:
+    with pytest.raises(TaskError, match=r"reads its files as they are.*visualqa\.org.*mmi data check vqav2"):
+        prepare(TASKS["vqav2"], Path("."), Path("."), "")
+    with pytest.raises(TaskError, match="Phases are val, test, train"):
+        prepare(TASKS["vist"], Path("."), Path("."), "dev")
+
+
+class TestCheck:
+    @pytest.mark.parametrize("name", ["vqav2", "coco", "visdial", "refcoco", "pororo", "ade20k", "gqa"])
+    def test_whole_files(self, name: str, toy_task: Callable[..., Task]) -> None:
+        found = check_task(toy_task(name))
+        assert found.good
+        assert found.samples >= 4
+        assert (found.missing, found.unreadable) == (0, 0)
+        assert found.expected == EXPECTED.get((name, "val"))
+
+    def test_pictures_that_are_missing_or_damaged(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
+        """A header that is no picture's, a picture that ends too soon, and none at all."""
+        whole = toy_task("coco")
+        folder = tmp_path / "coco/val2014"
+        folder.mkdir(parents=True)
+        sources = sorted((Path(whole.config.images) / "val2014").iterdir())
+        for index, source in enumerate(sources):
+            content = [b"nothing", source.read_bytes()[:-400], None, source.read_bytes()][index]
+            if content is not None:
+                (folder / source.name).write_bytes(content)
+        found = check_task(toy_task("coco", images=str(tmp_path / "coco")))
+        assert (found.missing, found.unreadable, found.samples) == (1, 2, 4)
+        for index in range(3):
+            assert any(sources[index].name in problem for problem in found.problems)
+
+    def test_files_that_cannot_be_read(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
+        found = check_task(toy_task("gqa", annotations=str(tmp_path)))
+        assert not found.good
+        assert "does not exist" in found.problems[0]
+        assert "GQA" in found.fix
