@@ -28,7 +28,7 @@ from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.processor import Batch
 from mm_interleaved.training.config import LossConfig, ShapesConfig
 from mm_interleaved.training.feed import prepare_documents
-from mm_interleaved.training.graphs import RecordedForward
+from mm_interleaved.training.graphs import RecordedStep
 
 from .conftest import awaken, picture
 from .ops.mmfs_inputs import LEAVES, arguments, cast, run
@@ -261,7 +261,7 @@ def test_a_recorded_step_computes_the_same(small: Loaded, halved: bool, bounds: 
     model = copy.deepcopy(small.model).to("cuda").train()
     called = Halved(model) if halved else model
     shapes = ShapesConfig(1, pictures=5, drawn=3, conditioning=2, context=96, labelled=150, visible=3, graph=True)
-    step = RecordedForward(shapes)
+    step = RecordedStep(shapes)
     prepare = prepare_documents(model, LossConfig(), shapes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for seed, count in enumerate([3, 3, 3, 2]):

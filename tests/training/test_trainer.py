@@ -14,6 +14,7 @@ from mm_interleaved import Document, Image, Text
 from mm_interleaved.cli import main
 from mm_interleaved.configuration import ConfigError, load_config
 from mm_interleaved.pretrained import FOLDER, load
+from mm_interleaved.training import graphs
 from mm_interleaved.training.config import (
     AutoencoderRunConfig,
     EMAConfig,
@@ -25,7 +26,7 @@ from mm_interleaved.training.config import (
 )
 from mm_interleaved.training.ema import EMA
 from mm_interleaved.training.feed import choose_pictures, prepare_documents, seed_of
-from mm_interleaved.training.graphs import RecordedForward
+from mm_interleaved.training.graphs import RecordedStep
 from mm_interleaved.training.run import train
 
 from ..conftest import picture
@@ -230,12 +231,25 @@ def test_a_planned_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, with the recording replaced by what would be recorded."""
+    """On a CPU, with the recording replaced by what would be recorded, which writes where it wrote the first time."""
     small = load("debug")
     recorded: list[int] = []
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda f, x, **_: recorded.append(len(x)) or f)
+
+    def capture(step, device):
+        step()
+        recorded.append(1)
+        memory = [(p, p.grad) for p in small.model.parameters() if p.grad is not None]
+
+        def replay() -> None:
+            step()
+            for parameter, gradient in memory:
+                gradient.copy_(parameter.grad)
+
+        return replay
+
+    monkeypatch.setattr(graphs, "capture", capture)
     shapes = ShapesConfig(1, pictures=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
-    step = RecordedForward(shapes)
+    step = RecordedStep(shapes)
     prepare = prepare_documents(small.model, LossConfig(), shapes)
     for seed, count in enumerate([2, 1, 2]):
         pictures = [Image(picture(seed + n)) for n in range(count)]
@@ -246,7 +260,14 @@ def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPat
             setattr(batch, name, torch.nn.functional.pad(row, (0, 60 - row.shape[1]), value=value))
         inputs = prepare(batch, seed, torch.device("cpu"))
         inputs.pop("counts")
-        outputs, expected = step(small.model, inputs), small.model(**inputs)
+        found = []
+        for call in (lambda m, x: m(**x), step):
+            small.model.zero_grad()
+            outputs = call(small.model, inputs)
+            outputs.loss.backward()
+            found.append((outputs, small.model.context_proj.weight.grad.clone()))
+        (expected, gradient), (outputs, same) = found
         assert torch.equal(outputs.loss, expected.loss)
         assert torch.equal(outputs.loss_txt, expected.loss_txt)
+        assert torch.equal(same, gradient)
     assert (len(recorded), step.replayed, step.unrecorded) == (1, 2, 1)

@@ -260,7 +260,7 @@ class ShapesConfig:
         context: tokens of the contexts of drawings, likewise.
         labelled: tokens to learn, likewise.
         visible: pictures that a token sees, likewise.
-        graph: record the step as CUDA graphs at its first batch of just these sizes, and replay it from then on; other
+        graph: record the step as a CUDA graph at its first batch of just these sizes, and replay it from then on; other
             batches run as always. Needs one process, `accumulation: 1`, `data.pad_to_max_length` and all sizes.
     """
 
@@ -315,8 +315,10 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shapes.graph and not (self.accumulation == 1 and self.data.pad_to_max_length):
-            raise ValueError("shapes.graph needs accumulation: 1 and data.pad_to_max_length: true")
+        if self.shapes.graph and (self.accumulation > 1 or self.precision == "float16"):
+            raise ValueError("shapes.graph needs accumulation: 1 and no scaling of the loss, which float16 has")
+        if self.shapes.graph and not self.data.pad_to_max_length:
+            raise ValueError("shapes.graph needs data.pad_to_max_length: true")
         if self.evaluate_every and self.evaluation is None:
             raise ValueError("'evaluate_every' needs the tasks: give 'evaluation'")
         if self.evaluate_every and self.fsdp:

@@ -1,8 +1,8 @@
-"""A training step recorded as CUDA graphs: started once, instead of kernel by kernel.
+"""A training step recorded as a CUDA graph: started once, instead of kernel by kernel.
 
 A small model's step is some ten thousand short kernels, and a host needs longer to start them than a GPU to run them.
-`RecordedForward` records forward and backward at one set of sizes (`torch.cuda.make_graphed_callables`) and replays
-them; the optimizer's step, a few fused kernels, stays outside.
+`RecordedStep` records forward and backward at one set of sizes and replays them; clipping and the optimizer's step, a
+few fused kernels, stay outside.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..model.layout import Layout
 from ..model.mm_interleaved import MMInterleavedOutput
+from ..model.static import capture
 from .config import ShapesConfig
 
 _PARTS = ("loss", "loss_txt", "loss_img")
 
 
-class RecordedForward:
-    """Calls a model through recorded graphs wherever the sizes fit, and as it is elsewhere.
+class RecordedStep:
+    """Calls a model, with its backward pass, by a replay wherever the sizes fit, and as it is elsewhere.
 
     What is no tensor (weights of losses, whether rows are padded) is part of a recording, as are all sizes. Batches
     that differ from the first fitting one in any of that run unrecorded.
@@ -37,20 +38,20 @@ class RecordedForward:
     def __init__(self, shapes: ShapesConfig) -> None:
         self.shapes = shapes
         self.replayed, self.unrecorded = 0, 0
-        self._key: tuple[Any, ...] | None = None
-        self._graphed: nn.Module | None = None
+        self._recording: _Recording | None = None
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> MMInterleavedOutput:
-        """As `model(**inputs)`, but of the results only the losses, and a gradient for `loss` alone."""
-        key = tuple(_key(inputs))
-        if self._graphed is None and self._fits(inputs):
-            self._key, self._graphed = key, self._record(model, inputs)
-        if self._graphed is None or key != self._key:
+        """As `model(**inputs)`, but of the results only the losses. `loss.backward()` must follow, unscaled.
+
+        After a replay the gradients are there already, and `backward` does nothing.
+        """
+        if self._recording is None and self._fits(inputs):
+            self._recording = _Recording(model, inputs)
+        if self._recording is None or self._recording.key != tuple(_key(inputs)):
             self.unrecorded += 1
             return model(**inputs)
         self.replayed += 1
-        found = self._graphed(*tensors_of(inputs))
-        return MMInterleavedOutput(**dict(zip(self._graphed.names, found, strict=True)))
+        return self._recording.replay(inputs)
 
     def _fits(self, inputs: dict[str, Any]) -> bool:
         layout: Layout = inputs["layout"]
@@ -64,40 +65,65 @@ class RecordedForward:
         }
         return all(getattr(self.shapes, name) == size for name, size in sizes.items())
 
-    def _record(self, model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
-        if torch.is_autocast_enabled("cuda"):
-            raise RuntimeError("a recording under autocast would keep the weights as they are now")
-        return torch.cuda.make_graphed_callables(
-            _Flat(model, inputs), tuple(tensors_of(inputs)), allow_unused_input=True
-        )
 
-
-class _Flat(nn.Module):
-    """The model as a function of tensors alone."""
+class _Recording:
+    """Forward and backward over fixed inputs, losses and gradients."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        super().__init__()
-        self.model, self.inputs = model, inputs
-        self.names: list[str] = []
+        if torch.is_autocast_enabled():
+            raise RuntimeError("a recording under autocast would keep the weights as they are now")
+        self.key = tuple(_key(inputs))
+        self.inputs = _rebuilt(inputs, iter([x.clone() for x in _tensors(inputs)]))
+        self.losses: dict[str, Tensor] = {}
+        self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
+        parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The losses that there are, `loss` first."""
-        outputs = self.model(**_rebuilt(self.inputs, iter(tensors)))
-        found = {name: getattr(outputs, name) for name in _PARTS}
-        self.names = [name for name, value in found.items() if value is not None]
-        return tuple(found[name] if name == "loss" else found[name].detach() for name in self.names)
+        def step() -> None:
+            for parameter in parameters:
+                parameter.grad = None  # or there would be a sum over replays
+            with torch.enable_grad():
+                outputs = model(**self.inputs)
+                outputs.loss.backward()
+            found = {name: getattr(outputs, name) for name in _PARTS}
+            self.losses = {name: value.detach() for name, value in found.items() if value is not None}
+
+        self._replay = capture(step, self.anchor.device)
+        self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+
+    def replay(self, inputs: dict[str, Any]) -> MMInterleavedOutput:
+        """The losses of other inputs, and their gradients in the parameters."""
+        for fixed, given in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
+            fixed.copy_(given, non_blocking=True)
+        self._replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        losses = {name: value.clone() for name, value in self.losses.items()}  # the next replay writes over them
+        losses["loss"] = _Done.apply(losses["loss"], self.anchor)
+        return MMInterleavedOutput(**losses)
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+class _Done(torch.autograd.Function):
+    """A loss whose backward pass has happened."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in (nested) dictionaries and dataclasses, in a fixed order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for name in sorted(value):
-            yield from tensors_of(value[name])
+            yield from _tensors(value[name])
     elif is_dataclass(value):
         for field in fields(value):
-            yield from tensors_of(getattr(value, field.name))
+            yield from _tensors(getattr(value, field.name))
 
 
 def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
@@ -105,8 +131,7 @@ def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
-        made = {name: _rebuilt(value[name], tensors) for name in sorted(value)}
-        return {name: made[name] for name in value}
+        return {name: _rebuilt(value[name], tensors) for name in sorted(value)}
     if is_dataclass(value):
         return replace(value, **{f.name: _rebuilt(getattr(value, f.name), tensors) for f in fields(value)})
     return value

@@ -24,7 +24,7 @@ from .checkpoints import find_resume
 from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig, VisionRunConfig
 from .feed import Feed, Loader, prepare_documents, prepare_pictures, prepare_scenes
 from .flops import step_cost
-from .graphs import RecordedForward
+from .graphs import RecordedStep
 from .pictures import PictureLoader, ToyScenes, pictures_of
 from .samples import Samples
 from .tasks import Tasks
@@ -81,7 +81,7 @@ def train(
             raise ValueError(
                 f"shapes.graph needs one process on a CUDA device, not {args.world_size} on {args.device.type}"
             )
-        trainer.recorded = RecordedForward(config.shapes)
+        trainer.recorded = RecordedStep(config.shapes)
     loader = trainer.feed.loader
     if isinstance(loader, DocumentLoader):
         trainer.add_callback(DataKeeper(loader, Path(config.output), args.process_index, console))

@@ -24,7 +24,7 @@ from .config import RunConfig, ScheduleConfig, TrainingError
 from .ema import EMA
 from .feed import Feed
 from .flops import StepCost, peak_flops
-from .graphs import RecordedForward
+from .graphs import RecordedStep
 from .meters import Window
 from .optimizer import build_optimizer
 
@@ -62,7 +62,7 @@ class RunTrainer(Trainer):
     ) -> None:
         self.config, self.feed, self.eval_feed, self.save_extras = config, feed, eval_feed, save_extras
         self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
-        self.recorded: RecordedForward | None = None
+        self.recorded: RecordedStep | None = None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
         self.ema = EMA(model, config.ema) if config.ema.decay else None  # now that the weights are where they stay
