@@ -28,7 +28,7 @@ from .graphs import RecordedStep
 from .meters import Window
 from .optimizer import build_optimizer
 
-PARTS = ("loss_", "psnr", "ssim", "accuracy_")  # outputs of the model that begin so are logged on their own
+PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # outputs of the model that begin so are logged on their own
 
 
 class RunTrainer(Trainer):

@@ -3,10 +3,14 @@
 The release starts from CLIP; a small model has nothing to start from, and the loss of the next word alone teaches it to
 see very slowly. Here every part that others read has to tell what is where:
 
-    loss = mean over the pyramid's maps of `toyworld.train_reader.loss` + loss of the visual tokens
+    loss = mean over the pyramid's maps of `toyworld.train_reader.loss` + loss of the visual tokens + max(0, -ln spread)
 
 Each map is brought to the labels' 16 x 16 and read by a 1 x 1 convolution. The visual tokens together are read by one
 linear layer, which has to name the thing in each of the scene's 3 x 3 cells. Both readers are thrown away.
+
+`spread` is how much of the tokens' length differs between pictures. What they have in common tells nothing, but left
+alone it grows until it drowns the rest; so the tokens are standardised over the batch before they are read, and the
+spread has a loss.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ class VisionOutput(ModelOutput):
         loss_tokens: over the cells.
         accuracy_kind, accuracy_color, accuracy_texture, accuracy_glyph: of the things, as told from the tokens.
         accuracy_maps: share of the things whose kind and colour the finest map tells.
+        spread: mean length of the tokens' deviation from their mean over the pictures, by the mean's length.
     """
 
     loss: Tensor | None = None
@@ -52,6 +57,7 @@ class VisionOutput(ModelOutput):
     accuracy_texture: Tensor | None = None
     accuracy_glyph: Tensor | None = None
     accuracy_maps: Tensor | None = None
+    spread: Tensor | None = None
 
 
 class VisionTask(nn.Module):
@@ -66,7 +72,9 @@ class VisionTask(nn.Module):
         width, levels = config.vision_config.hidden_size, len(config.pyramid_sides)
         self.visual_tokenizer = VisualTokenizer(config)
         self.map_readers = nn.ModuleList([nn.Conv2d(width, len(SIZES) * OUTPUTS, 1) for _ in range(levels)])
-        self.token_norm = nn.LayerNorm(config.text_config.hidden_size)
+        self.standard = nn.BatchNorm1d(
+            config.visual_resampler.num_queries * config.text_config.hidden_size, affine=False
+        )
         self.counts = [2, *(len(values) for values in TRAITS.values())]  # whether there is a thing, and its traits
         tokens = config.visual_resampler.num_queries * config.text_config.hidden_size
         self.token_reader = nn.Linear(tokens, GRID * GRID * sum(self.counts))
@@ -86,13 +94,14 @@ class VisionTask(nn.Module):
             reader(_resized(m)).unflatten(1, (len(SIZES), OUTPUTS))
             for reader, m in zip(self.map_readers, seen.pyramid, strict=True)
         ]
-        told = self.token_reader(self.token_norm(seen.tokens).flatten(1)).unflatten(1, (GRID * GRID, -1))
+        told = self.token_reader(self.standard(seen.tokens.flatten(1))).unflatten(1, (GRID * GRID, -1))
         with torch.autocast(pictures.device.type, enabled=False):
             of_maps = [torch.stack(list(scene_loss(m, geometry, traits).values())).sum() for m in maps]
             outputs = self._cells(told.float(), geometry, traits)
+            outputs.spread = _spread(seen.tokens.float())
             outputs.accuracy_maps = _named(maps[0], geometry, traits)
             outputs.loss_maps = torch.stack(of_maps).mean()
-            outputs.loss = outputs.loss_maps + outputs.loss_tokens
+            outputs.loss = outputs.loss_maps + outputs.loss_tokens + F.relu(-outputs.spread.log())
         return outputs
 
     def _cells(self, told: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
@@ -125,6 +134,12 @@ def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:
         entry = torch.cat([torch.ones_like(traits[:, number, :1]), traits[:, number, 1:]], -1)
         found[batch, cell[:, number]] = entry
     return found[:, :-1]
+
+
+def _spread(tokens: Tensor) -> Tensor:
+    """How much of `tokens` [batch, count, width] differs within the batch."""
+    common = tokens.mean(0)
+    return (tokens - common).norm(dim=-1).mean() / common.norm(dim=-1).mean()
 
 
 def _resized(m: Tensor) -> Tensor:
