@@ -66,6 +66,20 @@ def end_tokens(model: MMInterleavedModel) -> list[int]:
     return [model.config.eos_token_id, model.config.soi_token_id]
 
 
+def rows_to_write(
+    model: MMInterleavedModel, settings: TextSettings, mask: Tensor, active: Tensor | None, limits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How writing begins: the history [batch, 1], which rows are written in, and the most tokens of each.
+
+    `mask` is the context's, [batch, length]; None for the others stands for all rows and for `settings.max_new_tokens`.
+    """
+    batch, device = len(mask), mask.device
+    history = torch.full((batch, 1), model.config.bos_token_id, device=device)
+    limits = torch.full((batch,), settings.max_new_tokens, device=device) if limits is None else limits.to(device)
+    active = (torch.ones(batch, dtype=torch.bool, device=device) if active is None else active) & (limits > 0)
+    return history, active, limits
+
+
 def score_processors(
     model: MMInterleavedModel, settings: TextSettings, device: torch.device, banned: Sequence[int]
 ) -> LogitsProcessorList:

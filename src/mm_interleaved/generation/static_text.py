@@ -19,6 +19,7 @@ from .rules import (
     beam_candidates,
     draw,
     end_tokens,
+    rows_to_write,
     score_processors,
     uniform,
 )
@@ -60,12 +61,10 @@ def write_static(
     """`text.write` with a static cache; the tokens of its steps are on the CPU."""
     context.flush()
     model, device = context.model, context.mask.device
-    batch, pad = len(context.mask), model.config.pad_token_id
+    pad = model.config.pad_token_id
     processors = score_processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
-    history = torch.full((batch, 1), model.config.bos_token_id, device=device)
-    limits = torch.full((batch,), settings.max_new_tokens, device=device) if limits is None else limits.to(device)
-    active = (torch.ones(batch, dtype=torch.bool, device=device) if active is None else active) & (limits > 0)
+    history, active, limits = rows_to_write(model, settings, context.mask, active, limits)
     most = int(torch.where(active, limits, 0).max())
     if most == 0:
         return

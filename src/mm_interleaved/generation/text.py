@@ -21,6 +21,7 @@ from .rules import (
     beam_candidates,
     draw,
     end_tokens,
+    rows_to_write,
     score_processors,
     uniform,
 )
@@ -85,12 +86,9 @@ def write_dynamic(
 ) -> Iterator[TextStep]:
     """`write` with caches that grow."""
     model, device = context.model, context.mask.device
-    batch = len(context.mask)
     processors = score_processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
-    history = torch.full((batch, 1), model.config.bos_token_id, device=device)
-    limits = torch.full((batch,), settings.max_new_tokens, device=device) if limits is None else limits.to(device)
-    active = (torch.ones(batch, dtype=torch.bool, device=device) if active is None else active) & (limits > 0)
+    history, active, limits = rows_to_write(model, settings, context.mask, active, limits)
     while bool(active.any()):
         logits = _logits(context)
         scores = processors(history, logits)
