@@ -121,5 +121,6 @@ def _curves(axis: Any, rows: list[Row], kinds: list[tuple[str, str]], scale: flo
         points = [(r.x, getattr(r, name) / scale) for r in rows if getattr(r, name) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylim(bottom=0)
     axis.legend()
