@@ -307,10 +307,8 @@ class MMInterleavedModel(PreTrainedModel):
         config = self.config
         known = layout is not None
         if layout is None:
-            found, given = (
-                int((input_ids == config.soi_token_id).sum()),
-                0 if pixel_values is None else len(pixel_values),
-            )
+            found = int((input_ids == config.soi_token_id).sum())
+            given = 0 if pixel_values is None else len(pixel_values)
             if found != given:
                 raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {given} pictures")
             layout = self.plan(input_ids, attention_mask, document_starts, labels)

@@ -175,9 +175,10 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
             if getattr(batch, name) is not None:
                 weights[name] = getattr(batch, name)
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        for name in _OF_PICTURES & tensors.keys():
-            fill = tensors[name].new_zeros(seen - pictures, *tensors[name].shape[1:])
-            tensors[name] = torch.cat([tensors[name], fill])
+        if fill := seen - pictures:
+            for name in _OF_PICTURES & tensors.keys():
+                own = tensors[name]
+                tensors[name] = torch.cat([own, own.new_zeros(fill, *own.shape[1:])])
         if not layout.padded:
             tensors.pop("position_ids", None)  # counted from 0 in each row, as without them
         return {
