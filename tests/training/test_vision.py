@@ -99,6 +99,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, content: str | None
         build(TrainConfig(output="", steps=1, model=source, data=None), TOKENIZER)
 
 
-def test_folders_have_no_labels() -> None:
-    with pytest.raises(ValueError, match="labels"):
-        settings(Path("x"), "data.folder=pictures")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.folder=pictures", "labels"),
+        ("data.batch_size=1", "at least 2"),
+        ("gradient_checkpointing=true", "without it"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(change: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        settings(Path("x"), change)

@@ -417,3 +417,9 @@ class VisionRunConfig(RunConfig):
             raise ValueError(
                 "a visual tokenizer learns from the toy world, whose scenes have labels; leave data.folder out"
             )
+        if min(self.data.batch_size, self.eval_data.batch_size) < 2:
+            raise ValueError(
+                "a visual tokenizer is told by how its pictures differ; data.batch_size must be at least 2"
+            )
+        if self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing: a visual tokenizer is trained without it; leave it out")

@@ -19,8 +19,6 @@ from ..toyworld.train_reader import labels
 from .config import PicturesConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
 Item = dict[str, Tensor]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
 from ..configuration import to_yaml
@@ -22,10 +24,10 @@ from .building import build, build_config
 from .callbacks import DataKeeper, Housekeeping, Reporter
 from .checkpoints import find_resume
 from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig, VisionRunConfig
-from .feed import Feed, Loader, prepare_documents, prepare_pictures, prepare_scenes
+from .feed import Feed, Loader, Prepare, prepare_documents, prepare_pictures, prepare_scenes
 from .flops import step_cost
 from .graphs import RecordedStep
-from .pictures import PictureLoader, ToyScenes, pictures_of
+from .pictures import Item, PictureLoader, ToyScenes, pictures_of
 from .samples import Samples
 from .tasks import Tasks
 from .trainer import RunTrainer, training_arguments
@@ -97,34 +99,25 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
 
     The `final` folder is a diffusers VAE, for `model.vae` of `train`.
     """
-    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
-    resume = start_run(config)
-    args = training_arguments(config, device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        task = AutoencoderTask(config.autoencoder, config.losses)
-    if config.gradient_checkpointing:
-        task.vae.enable_gradient_checkpointing()
-    if config.compile == "regional":
-        task.vae.encoder.compile()
-        task.vae.decoder.compile()
-    ranks = {"rank": args.process_index, "world_size": args.world_size}
     side = config.autoencoder.image_size
     latents = (config.autoencoder.latent_channels, *[side // 2 ** (len(config.autoencoder.block_out_channels) - 1)] * 2)
 
-    def feed_of(data: PicturesConfig, seed: int) -> Feed:
-        loader = PictureLoader(data, pictures_of(data, side), **ranks)
-        return Feed(loader, prepare_pictures(latents), seed, args.device, **ranks)
+    def make() -> AutoencoderTask:
+        task = AutoencoderTask(config.autoencoder, config.losses)
+        if config.gradient_checkpointing:
+            task.vae.enable_gradient_checkpointing()
+        if config.compile == "regional":
+            task.vae.encoder.compile()
+            task.vae.decoder.compile()
+        return task
 
-    trainer = RunTrainer(
-        task,
-        args,
-        config,
-        feed_of(config.data, config.seed),
-        lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches),
-    )
-    trainer.add_callback(Adversary(task, config))
-    return run(trainer, config, resume, console, lambda folder: finish_autoencoder(trainer, task, folder))
+    def finish(trainer: RunTrainer, folder: Path) -> None:
+        finish_autoencoder(trainer, trainer.model, folder)
+
+    return _train_part(
+        config, make, lambda data: pictures_of(data, side), prepare_pictures(latents), finish, device,
+        lambda task: [Adversary(task, config)],
+    )  # fmt: skip
 
 
 def train_vision(
@@ -134,18 +127,44 @@ def train_vision(
 
     The `final` folder is for `model.vision` of `train`.
     """
+    model = build_config(config.model, default_tokenizer)
+
+    def make() -> VisionTask:
+        task = VisionTask(model)
+        if config.compile == "regional":
+            task.visual_tokenizer.compile()
+        return task
+
+    def finish(trainer: RunTrainer, folder: Path) -> None:
+        if not folder.exists() and trainer.args.should_save:
+            quality = trainer.evaluate()
+            with trainer.averaged(), written_aside(folder) as aside:
+                save_vision(trainer.model.visual_tokenizer, quality, aside)
+
+    side = model.vision_config.image_size
+    return _train_part(config, make, lambda data: ToyScenes(data, side), prepare_scenes, finish, device)
+
+
+def _train_part(
+    config: AutoencoderRunConfig | VisionRunConfig,
+    make: Callable[[], nn.Module],
+    pictures: Callable[[PicturesConfig], Dataset[Item]],
+    prepare: Prepare,
+    finish: Callable[[RunTrainer, Path], None],
+    device: str | None,
+    callbacks: Callable[[Any], list[TrainerCallback]] = lambda task: [],
+) -> str | None:
+    """Train a part of a model on pictures: `make` makes it, with its losses, and `finish` writes its `final` folder."""
     console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
     resume = start_run(config)
     args = training_arguments(config, device)
-    model = build_config(config.model, default_tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        task = VisionTask(model)
+        task = make()
     ranks = {"rank": args.process_index, "world_size": args.world_size}
 
     def feed_of(data: PicturesConfig, seed: int) -> Feed:
-        scenes = ToyScenes(data, model.vision_config.image_size)
-        return Feed(PictureLoader(data, scenes, **ranks), prepare_scenes, seed, args.device, **ranks)
+        return Feed(PictureLoader(data, pictures(data), **ranks), prepare, seed, args.device, **ranks)
 
     trainer = RunTrainer(
         task,
@@ -154,14 +173,9 @@ def train_vision(
         feed_of(config.data, config.seed),
         lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches),
     )
-
-    def finish(folder: Path) -> None:
-        if not folder.exists() and trainer.args.should_save:
-            quality = trainer.evaluate()
-            with trainer.averaged(), written_aside(folder) as aside:
-                save_vision(task.visual_tokenizer, quality, aside)
-
-    return run(trainer, config, resume, console, finish)
+    for callback in callbacks(task):
+        trainer.add_callback(callback)
+    return run(trainer, config, resume, console, lambda folder: finish(trainer, folder))
 
 
 class Adversary(TrainerCallback):

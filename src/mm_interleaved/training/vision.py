@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 from ..model import MMInterleavedConfig
 from ..model.mm_interleaved import unit_range
 from ..model.visual_tokenizer import VisualTokenizer
-from ..toyworld.reader import MAP, OUTPUTS, TRAITS
+from ..toyworld.reader import MAP, OUTPUTS, TRAITS, split
 from ..toyworld.scene import GRID, SIZES
 from ..toyworld.train_reader import loss as scene_loss
 
@@ -153,11 +153,11 @@ def _named(outputs: Tensor, geometry: Tensor, traits: Tensor) -> Tensor:
     """Share of the things whose kind and colour a map [batch, sizes, OUTPUTS, side, side] tells at their centres."""
     picture, number = (traits[..., 0] >= 0).nonzero(as_tuple=True)
     column, row = (geometry[picture, number, :2] * MAP).long().clamp(0, MAP - 1).unbind(-1)
-    parts = outputs[picture, traits[picture, number, 0], :, row, column].split(
-        [OUTPUTS - sum(len(v) for v in TRAITS.values()), *(len(v) for v in TRAITS.values())], dim=-1
-    )
-    right = [parts[1 + i].argmax(-1) == traits[picture, number, 1 + i] for i in range(2)]
-    return (right[0] & right[1]).float().mean()
+    size, logits = traits[picture, number, 0], split(outputs)[-1]
+    kind, color = (logits[name][picture, size, :, row, column].argmax(-1) for name in ("kind", "color"))
+    names = list(TRAITS)
+    kinds, colors = (traits[picture, number, 1 + names.index(name)] for name in ("kind", "color"))
+    return ((kind == kinds) & (color == colors)).float().mean()
 
 
 def save_vision(tokenizer: VisualTokenizer, quality: dict[str, float], folder: Path) -> None:
