@@ -50,3 +50,11 @@ def test_sharded_parameters_learn_the_same(tmp_path: Path) -> None:
     ddp, fsdp = logged(tmp_path / "ddp"), logged(tmp_path / "fsdp")
     assert list(fsdp.values()) == pytest.approx(list(ddp.values()), rel=1e-3)
     assert torch.isfinite(load_file(tmp_path / "fsdp/final/model.safetensors")["context_proj.weight"]).all()
+
+
+@pytest.mark.slow
+def test_recorded_steps_are_averaged_over_processes() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [*LAUNCH, "-m", "tests.training.averages"]
+    done = subprocess.run(launch, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

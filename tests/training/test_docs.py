@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from mm_interleaved.cli import app
 from mm_interleaved.configuration import load_config
-from mm_interleaved.training.config import AutoencoderRunConfig, TrainConfig, VisionRunConfig
+from mm_interleaved.training.config import AutoencoderRunConfig, PartRunConfig, TrainConfig
 
 from .conftest import ROOT
 
 TEXT = (ROOT / "docs/training.md").read_text()
 _COMMAND = r"^    (?:torchrun .* -m mm_interleaved\.cli|mmi) (train\S*) (\S+)(.*?)(?:\s+#.*)?$"
+SCHEMAS = {"train-vae": AutoencoderRunConfig, "train-vision": PartRunConfig, "train-language": PartRunConfig}
 COMMANDS = re.findall(_COMMAND, TEXT, re.MULTILINE)
 YAML = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
@@ -28,7 +29,7 @@ def test_commands_name_files_that_can_be_read(command: tuple[str, str, str]) -> 
     if name != "train-log":
         load_config(
             ROOT / path,
-            {"train-vae": AutoencoderRunConfig, "train-vision": VisionRunConfig}.get(name, TrainConfig),
+            SCHEMAS.get(name, TrainConfig),
             rest.split(),
         )
 

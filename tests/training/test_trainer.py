@@ -19,10 +19,10 @@ from mm_interleaved.training.config import (
     AutoencoderRunConfig,
     EMAConfig,
     LossConfig,
+    PartRunConfig,
     ShapesConfig,
     TrainConfig,
     TrainingError,
-    VisionRunConfig,
 )
 from mm_interleaved.training.ema import EMA
 from mm_interleaved.training.feed import choose_pictures, prepare_documents, seed_of
@@ -147,7 +147,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, change: str, 
 
 
 def test_every_configuration_of_the_repository_can_be_read() -> None:
-    of_parts = {"vae.yaml": AutoencoderRunConfig, "vision.yaml": VisionRunConfig}
+    of_parts = {"vae.yaml": AutoencoderRunConfig, "vision.yaml": PartRunConfig, "language.yaml": PartRunConfig}
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         if path.name not in (
             "evaluate.yaml",
@@ -169,6 +169,15 @@ def test_some_pictures_are_chosen() -> None:
     assert chosen is not None
     assert len(chosen) == len(set(chosen.tolist())) == 4
     assert {tuple(choose_pictures(7, 0.5, s, ShapesConfig()).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
+
+
+def test_pictures_that_count_are_chosen_first() -> None:
+    weights = torch.tensor([0.0, 1.0, 0.0, 0.5, 1.0, 0.0])
+    chosen = [choose_pictures(6, 0.5, s, ShapesConfig(), weights).tolist() for s in range(20)]
+    assert chosen == [[1, 3, 4]] * 20
+    more = [choose_pictures(6, 0.8, s, ShapesConfig(), weights).tolist() for s in range(20)]
+    assert all({1, 3, 4} < set(m) for m in more)
+    assert {tuple(m) for m in more} == {tuple(sorted({1, 3, 4, a, b})) for a, b in [(0, 2), (0, 5), (2, 5)]}
 
 
 def test_padded_shapes_change_no_loss() -> None:

@@ -15,7 +15,7 @@ from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import SIZES
 from mm_interleaved.toyworld.train_reader import labels
 from mm_interleaved.training.building import build
-from mm_interleaved.training.config import ModelConfig, TrainConfig, VisionRunConfig
+from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
 from mm_interleaved.training.pictures import PictureLoader, ToyScenes
 from mm_interleaved.training.run import train_vision
 from mm_interleaved.training.vision import VisionTask, cell_traits
@@ -30,8 +30,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def settings(output: Path, *changes: str) -> VisionRunConfig:
-    return load_config(ROOT / "configs/small/vision.yaml", VisionRunConfig, [*TINY, f"output={output}", *changes])
+def settings(output: Path, *changes: str) -> PartRunConfig:
+    return load_config(ROOT / "configs/small/vision.yaml", PartRunConfig, [*TINY, f"output={output}", *changes])
 
 
 def test_cells_say_what_stands_in_them() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from ..configuration import load_config
 from ..pretrained import FOLDER
-from ..training.config import AutoencoderRunConfig, TrainConfig, TrainingError, VisionRunConfig
+from ..training.config import AutoencoderRunConfig, PartRunConfig, TrainConfig, TrainingError
 from .results import UsageError
 
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
@@ -39,11 +39,20 @@ def train_vae(config: ConfigFile, settings: Settings = None, device: Device = No
 
 def train_vision(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the visual tokenizer of a small model, before the model itself."""
-    loaded = load_config(config, VisionRunConfig, settings or [])
+    loaded = load_config(config, PartRunConfig, settings or [])
     from ..training import run
 
     with _errors():
         run.train_vision(loaded, FOLDER / "tokenizer", device)
+
+
+def train_language(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+    """Train the language model of a small model on text alone, before the model itself."""
+    loaded = load_config(config, PartRunConfig, settings or [])
+    from ..training import run
+
+    with _errors():
+        run.train_language(loaded, FOLDER / "tokenizer", device)
 
 
 def train_log(

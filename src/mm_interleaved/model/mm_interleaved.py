@@ -342,7 +342,11 @@ class MMInterleavedModel(PreTrainedModel):
         if pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values)
             return features, image_memory(self.config, features.pyramid)
-        return None, image_memory(self.config, self.empty_pyramid())
+        return None, self.no_images()
+
+    def no_images(self) -> ImageMemory:
+        """The memory of no picture at all."""
+        return image_memory(self.config, self.empty_pyramid())
 
     def empty_pyramid(self) -> list[Tensor]:
         """The maps of no picture at all."""

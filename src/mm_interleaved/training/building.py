@@ -19,7 +19,9 @@ from ..model.components import config_from_components, from_components
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from .config import ModelConfig, TrainConfig
-from .vision import load_vision
+from .language import WEIGHTS as LANGUAGE
+from .parts import load_part
+from .vision import WEIGHTS as VISION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +45,9 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
     if source.vae is not None:
         load_vae(model.image_decoder.vae, Path(source.vae))
     if source.vision is not None:
-        load_vision(model.visual_tokenizer, Path(source.vision))
+        load_part(model.visual_tokenizer, Path(source.vision) / VISION, "model.vision", "mmi train-vision")
+    if source.language is not None:
+        load_part(model, Path(source.language) / LANGUAGE, "model.language", "mmi train-language")
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
@@ -55,6 +59,17 @@ def build_config(source: ModelConfig, default_tokenizer: Path | None = None) -> 
         ValueError: the settings do not fit together, or a folder holds something else.
     """
     return _model_config(source, _tokenizer(source, default_tokenizer))
+
+
+def build_tokenizer(source: ModelConfig, default_tokenizer: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, with the tokens of pictures.
+
+    Raises:
+        ValueError: a folder holds something else.
+    """
+    tokenizer = _tokenizer(source, default_tokenizer)
+    add_image_tokens(tokenizer)
+    return tokenizer
 
 
 def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedProcessor:

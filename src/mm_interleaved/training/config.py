@@ -179,6 +179,7 @@ class ModelConfig:
         tokenizer: folder of a tokenizer; None: the checkpoint's or language model's own, or the one that ships.
         vae: folder of a diffusers VAE that replaces the image decoder's; the UNet's channels and size follow.
         vision: folder of a visual tokenizer that `mmi train-vision` wrote, to start from.
+        language: folder of a language model that `mmi train-language` wrote, to start from.
         mmfs: which synchronizers there are.
         overrides: values of the model's configuration, nested as there.
     """
@@ -189,6 +190,7 @@ class ModelConfig:
     tokenizer: str | None = None
     vae: str | None = None
     vision: str | None = None
+    language: str | None = None
     mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -205,7 +207,8 @@ class LossConfig:
 
     Attributes:
         text, image: weights (release: 1 and 10).
-        image_fraction: share of a batch's pictures that the image decoder learns to draw, chosen at random.
+        image_fraction: share of a batch's pictures that the image decoder learns to draw, chosen at random, first of
+            all from those that count.
         draws_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
         normalize_image_loss: divide by the pictures that count instead of by all.
         vae_dtype: type in which targets are encoded.
@@ -261,7 +264,7 @@ class ShapesConfig:
         labelled: tokens to learn, likewise.
         visible: pictures that a token sees, likewise.
         graph: record the step as a CUDA graph at its first batch of just these sizes, and replay it from then on; other
-            batches run as always. Needs one process, `accumulation: 1`, `data.pad_to_max_length` and all sizes.
+            batches run as always. Needs `accumulation: 1`, `data.pad_to_max_length` and all sizes.
     """
 
     multiple: int = 1
@@ -353,7 +356,7 @@ class AutoencoderLossConfig:
 
 @dataclass
 class PicturesConfig:
-    """What an autoencoder or a visual tokenizer sees: a folder of pictures, or scenes of the toy world.
+    """What an autoencoder or another part of a model sees: a folder of pictures, or scenes of the toy world.
 
     Attributes:
         folder: every picture below it; None: the toy world.
@@ -396,11 +399,11 @@ class AutoencoderRunConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
-class VisionRunConfig(RunConfig):
-    """`mmi train-vision`: the visual tokenizer of a small model, on scenes of the toy world.
+class PartRunConfig(RunConfig):
+    """`mmi train-vision` and `mmi train-language`: a part of a small model, on scenes of the toy world.
 
     Attributes:
-        model: whose visual tokenizer; its weights are fresh.
+        model: whose part; its weights are fresh.
         data: scenes to learn from.
         eval_data: held-out scenes.
         eval_batches: how many batches of them.
@@ -414,12 +417,8 @@ class VisionRunConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data.folder is not None or self.eval_data.folder is not None:
-            raise ValueError(
-                "a visual tokenizer learns from the toy world, whose scenes have labels; leave data.folder out"
-            )
+            raise ValueError("a part learns from the toy world, whose scenes have labels; leave data.folder out")
         if min(self.data.batch_size, self.eval_data.batch_size) < 2:
-            raise ValueError(
-                "a visual tokenizer is told by how its pictures differ; data.batch_size must be at least 2"
-            )
+            raise ValueError("a part is told by how the scenes of a batch differ; data.batch_size must be at least 2")
         if self.gradient_checkpointing:
-            raise ValueError("gradient_checkpointing: a visual tokenizer is trained without it; leave it out")
+            raise ValueError("gradient_checkpointing: parts are trained without it; leave it out")

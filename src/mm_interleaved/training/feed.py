@@ -149,7 +149,7 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
 
     def prepare(batch: Batch, seed: int, device: torch.device) -> dict[str, Any]:
         pictures = len(batch.pixel_values)
-        drawn = choose_pictures(pictures, losses.image_fraction, seed, shapes)
+        drawn = choose_pictures(pictures, losses.image_fraction, seed, shapes, batch.image_loss_mask)
         layout = model.plan(
             batch.input_ids,
             batch.attention_mask,
@@ -197,22 +197,34 @@ def _size(own: int, wanted: int, shapes: ShapesConfig) -> int:
     return wanted if own <= wanted else -(-own // shapes.multiple) * shapes.multiple
 
 
-def choose_pictures(count: int, fraction: float, seed: int, shapes: ShapesConfig) -> torch.Tensor | None:
-    """Which of `count` pictures are drawn, in order; None: all."""
+def choose_pictures(
+    count: int, fraction: float, seed: int, shapes: ShapesConfig, weights: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Which of `count` pictures are drawn, in order; None: all. Those of weight 0 come last."""
     wanted = math.ceil(fraction * count)
     wanted = wanted // shapes.multiple * shapes.multiple or wanted
     if 0 < shapes.drawn <= count:
         wanted = shapes.drawn
     if wanted == count:
         return None
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[:wanted].sort().values
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    if weights is not None:
+        order = order[(weights[order] == 0).to(torch.uint8).argsort(stable=True)]
+    return order[:wanted].sort().values
 
 
 def prepare_scenes(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
     """The `Prepare` for batches of labelled scenes."""
     tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     return {**tensors, "counts": Served(0, len(batch["pictures"]), 0)}
+
+
+def prepare_texts(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
+    """The `Prepare` for batches of texts about scenes: cut to their longest, in steps of 16 tokens."""
+    longest = -(-int(batch["lengths"].max()) // 16) * 16
+    batch = {**batch, "input_ids": batch["input_ids"][:, :longest]}
+    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {**tensors, "counts": Served(int(batch["lengths"].sum()), 0, 0)}
 
 
 def prepare_pictures(latents: tuple[int, int, int]) -> Prepare:

@@ -12,7 +12,9 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..model.layout import Layout
 from ..model.mm_interleaved import MMInterleavedOutput
@@ -31,27 +33,51 @@ class RecordedStep:
     A model that computes under autocast must enter it within its own forward, as `accelerate` has it: the casts of the
     weights are then part of the recording. Kept from outside, they would be the weights of the recording's day.
 
+    With several processes each records its own step, past `DistributedDataParallel`'s hooks, and their gradients are
+    averaged afterwards in one piece; what a process did not use counts as 0.
+
     Args:
         shapes: what a batch must have to be recorded.
+        world_size: processes that train together.
     """
 
-    def __init__(self, shapes: ShapesConfig) -> None:
-        self.shapes = shapes
+    def __init__(self, shapes: ShapesConfig, world_size: int = 1) -> None:
+        self.shapes, self.world_size = shapes, world_size
         self.replayed, self.unrecorded = 0, 0
         self._recording: _Recording | None = None
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> MMInterleavedOutput:
         """As `model(**inputs)`, but of the results only the losses. `loss.backward()` must follow, unscaled.
 
-        After a replay the gradients are there already, and `backward` does nothing.
+        After a replay, and with several processes, the gradients are there already, and `backward` does nothing.
         """
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
         if self._recording is None and self._fits(inputs):
             self._recording = _Recording(model, inputs)
-        if self._recording is None or self._recording.key != tuple(_key(inputs)):
-            self.unrecorded += 1
+        fits = self._recording is not None and self._recording.key == tuple(_key(inputs))
+        self.replayed, self.unrecorded = self.replayed + fits, self.unrecorded + (not fits)
+        if fits:
+            losses = self._recording.replay(inputs)
+        elif self.world_size == 1:
             return model(**inputs)
-        self.replayed += 1
-        return self._recording.replay(inputs)
+        else:
+            outputs = model(**inputs)
+            outputs.loss.backward()
+            losses = _losses(outputs)
+        if self.world_size > 1:
+            self._average([p for p in model.parameters() if p.requires_grad])
+        anchor = torch.zeros((), device=losses["loss"].device, requires_grad=True)
+        losses["loss"] = _Done.apply(losses["loss"], anchor)
+        return MMInterleavedOutput(**losses)
+
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        """Gradients become their mean over the processes."""
+        own = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+        together = torch.cat(own) / self.world_size
+        dist.all_reduce(together)
+        for parameter, gradient in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
 
     def _fits(self, inputs: dict[str, Any]) -> bool:
         layout: Layout = inputs["layout"]
@@ -75,7 +101,6 @@ class _Recording:
         self.key = tuple(_key(inputs))
         self.inputs = _rebuilt(inputs, iter([x.clone() for x in _tensors(inputs)]))
         self.losses: dict[str, Tensor] = {}
-        self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def step() -> None:
@@ -84,22 +109,24 @@ class _Recording:
             with torch.enable_grad():
                 outputs = model(**self.inputs)
                 outputs.loss.backward()
-            found = {name: getattr(outputs, name) for name in _PARTS}
-            self.losses = {name: value.detach() for name, value in found.items() if value is not None}
+            self.losses = _losses(outputs)
 
-        self._replay = capture(step, self.anchor.device)
+        self._replay = capture(step, inputs["input_ids"].device)
         self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
 
-    def replay(self, inputs: dict[str, Any]) -> MMInterleavedOutput:
+    def replay(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of other inputs, and their gradients in the parameters."""
         for fixed, given in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
             fixed.copy_(given, non_blocking=True)
         self._replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
-        losses = {name: value.clone() for name, value in self.losses.items()}  # the next replay writes over them
-        losses["loss"] = _Done.apply(losses["loss"], self.anchor)
-        return MMInterleavedOutput(**losses)
+        return {name: value.clone() for name, value in self.losses.items()}  # the next replay writes over them
+
+
+def _losses(outputs: MMInterleavedOutput) -> dict[str, Tensor]:
+    found = {name: getattr(outputs, name) for name in _PARTS}
+    return {name: value.detach() for name, value in found.items() if value is not None}
 
 
 class _Done(torch.autograd.Function):

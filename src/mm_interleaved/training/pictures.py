@@ -1,4 +1,4 @@
-"""Batches of pictures for the autoencoder: scenes of the toy world, or the files of a folder."""
+"""Batches for the pre-training of single parts: scenes of the toy world, drawn or told, or the pictures of a folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..data import leave_process_group
 from ..processor.images import CROPS, load_picture
 from ..toyworld.draw import draw
+from ..toyworld.language import caption, paragraph
+from ..toyworld.language.words import chance
 from ..toyworld.reader import PIXELS
 from ..toyworld.sampling import random_scene, scene_rng
+from ..toyworld.scene import Scene
 from ..toyworld.train_reader import labels
 from .config import PicturesConfig
 
@@ -56,6 +60,39 @@ class ToyScenes(Dataset[Item]):
         geometry, traits = labels(scene)
         picture = CROPS["center"](draw(scene, PIXELS), self.side)
         return {"pictures": _tensor(picture), "geometry": geometry, "traits": traits}
+
+
+class ToyTexts(Dataset[Item]):
+    """What texts ask to draw: `input_ids` [length] with `<s>` and a begin-of-image token around a caption or a
+    paragraph, padded on the right; `lengths`, how many of them; `geometry` and `traits` as `ToyScenes` has them.
+
+    Args:
+        config: which scenes.
+        tokenizer: with the begin-of-image token `soi`.
+        length: tokens that a text has room for; a longer one is written anew.
+    """
+
+    def __init__(self, config: PicturesConfig, tokenizer: PreTrainedTokenizerBase, soi: int, length: int = 128) -> None:
+        self.config, self.tokenizer, self.soi, self.length = config, tokenizer, soi, length
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def __getitem__(self, index: int) -> Item:
+        rng = scene_rng(self.config.seed, self.config.split, index)
+        scene = random_scene(rng, split=self.config.split)
+        ids = self._written(scene, rng)
+        while len(ids) > self.length:
+            ids = self._written(scene, rng)
+        geometry, traits = labels(scene)
+        padded = torch.full((self.length,), self.tokenizer.pad_token_id)
+        padded[: len(ids)] = torch.tensor(ids)
+        return {"input_ids": padded, "lengths": torch.tensor(len(ids)), "geometry": geometry, "traits": traits}
+
+    def _written(self, scene: Scene, rng: np.random.Generator) -> list[int]:
+        told = paragraph(scene, rng) if chance(rng, 0.5) else caption(scene, rng, bare=chance(rng, 0.3))
+        words = self.tokenizer(told.text, add_special_tokens=False).input_ids
+        return [self.tokenizer.bos_token_id, *words, self.soi]
 
 
 class FolderPictures(Dataset[Item]):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
@@ -20,18 +20,22 @@ from ..generation import MMInterleaved
 from ..model.checkpoint import written_aside
 from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
-from .building import build, build_config
+from .building import build, build_config, build_tokenizer
 from .callbacks import DataKeeper, Housekeeping, Reporter
 from .checkpoints import find_resume
-from .config import AutoencoderRunConfig, PicturesConfig, RunConfig, TrainConfig, VisionRunConfig
-from .feed import Feed, Loader, Prepare, prepare_documents, prepare_pictures, prepare_scenes
+from .config import AutoencoderRunConfig, PartRunConfig, PicturesConfig, RunConfig, TrainConfig
+from .feed import Feed, Loader, Prepare, prepare_documents, prepare_pictures, prepare_scenes, prepare_texts
 from .flops import step_cost
 from .graphs import RecordedStep
-from .pictures import Item, PictureLoader, ToyScenes, pictures_of
+from .language import WEIGHTS as LANGUAGE
+from .language import LanguageTask
+from .parts import save_part
+from .pictures import Item, PictureLoader, ToyScenes, ToyTexts, pictures_of
 from .samples import Samples
 from .tasks import Tasks
 from .trainer import RunTrainer, training_arguments
-from .vision import VisionTask, save_vision
+from .vision import WEIGHTS as VISION
+from .vision import VisionTask
 
 FINAL = "final"
 
@@ -79,11 +83,12 @@ def train(
         model, args, config, feed_of(config.data, config.seed), evaluation, processor.save_pretrained, cost
     )
     if config.shapes.graph:
-        if args.device.type != "cuda" or args.world_size > 1:
+        if args.device.type != "cuda" or config.fsdp or config.deepspeed:
             raise ValueError(
-                f"shapes.graph needs one process on a CUDA device, not {args.world_size} on {args.device.type}"
+                f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model (no fsdp, no "
+                "deepspeed)"
             )
-        trainer.recorded = RecordedStep(config.shapes)
+        trainer.recorded = RecordedStep(config.shapes, args.world_size)
     loader = trainer.feed.loader
     if isinstance(loader, DocumentLoader):
         trainer.add_callback(DataKeeper(loader, Path(config.output), args.process_index, console))
@@ -120,14 +125,13 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
     )  # fmt: skip
 
 
-def train_vision(
-    config: VisionRunConfig, default_tokenizer: Path | None = None, device: str | None = None
-) -> str | None:
+def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, device: str | None = None) -> str | None:
     """Train a visual tokenizer; arguments, result and errors as for `train`.
 
     The `final` folder is for `model.vision` of `train`.
     """
     model = build_config(config.model, default_tokenizer)
+    side = model.vision_config.image_size
 
     def make() -> VisionTask:
         task = VisionTask(model)
@@ -135,18 +139,47 @@ def train_vision(
             task.visual_tokenizer.compile()
         return task
 
+    finish = _keep(lambda task: task.visual_tokenizer.state_dict(), VISION)
+    return _train_part(config, make, lambda data: ToyScenes(data, side), prepare_scenes, finish, device)
+
+
+def train_language(
+    config: PartRunConfig, default_tokenizer: Path | None = None, device: str | None = None
+) -> str | None:
+    """Train a language model and the conditions of drawings on texts; arguments, result and errors as for `train`.
+
+    The `final` folder is for `model.language` of `train`.
+    """
+    model = build_config(config.model, default_tokenizer)
+    tokenizer = build_tokenizer(config.model, default_tokenizer)
+
+    def make() -> LanguageTask:
+        task = LanguageTask(model)
+        if config.compile == "regional":
+            for layer in task.model.language_model.layers:
+                layer.compile()
+        return task
+
+    def texts(data: PicturesConfig) -> ToyTexts:
+        return ToyTexts(data, tokenizer, model.soi_token_id)
+
+    return _train_part(config, make, texts, prepare_texts, _keep(LanguageTask.weights, LANGUAGE), device)
+
+
+def _keep(state: Callable[[Any], dict[str, Tensor]], name: str) -> Callable[[RunTrainer, Path], None]:
+    """Writes a part's weights, averaged if an average was kept, and how well it does on held-out scenes."""
+
     def finish(trainer: RunTrainer, folder: Path) -> None:
         if not folder.exists() and trainer.args.should_save:
             quality = trainer.evaluate()
             with trainer.averaged(), written_aside(folder) as aside:
-                save_vision(trainer.model.visual_tokenizer, quality, aside)
+                save_part(state(trainer.model), quality, aside / name)
 
-    side = model.vision_config.image_size
-    return _train_part(config, make, lambda data: ToyScenes(data, side), prepare_scenes, finish, device)
+    return finish
 
 
 def _train_part(
-    config: AutoencoderRunConfig | VisionRunConfig,
+    config: AutoencoderRunConfig | PartRunConfig,
     make: Callable[[], nn.Module],
     pictures: Callable[[PicturesConfig], Dataset[Item]],
     prepare: Prepare,

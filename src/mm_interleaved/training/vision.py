@@ -15,13 +15,9 @@ spread has a loss.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
@@ -32,6 +28,7 @@ from ..model.visual_tokenizer import VisualTokenizer
 from ..toyworld.reader import MAP, OUTPUTS, TRAITS, split
 from ..toyworld.scene import GRID, SIZES
 from ..toyworld.train_reader import loss as scene_loss
+from .parts import cell_of, spread
 
 WEIGHTS = "visual_tokenizer.safetensors"
 
@@ -98,7 +95,7 @@ class VisionTask(nn.Module):
         with torch.autocast(pictures.device.type, enabled=False):
             of_maps = [torch.stack(list(scene_loss(m, geometry, traits).values())).sum() for m in maps]
             outputs = self._cells(told.float(), geometry, traits)
-            outputs.spread = _spread(seen.tokens.float())
+            outputs.spread = spread(seen.tokens.float())
             outputs.accuracy_maps = _named(maps[0], geometry, traits)
             outputs.loss_maps = torch.stack(of_maps).mean()
             outputs.loss = outputs.loss_maps + outputs.loss_tokens + F.relu(-outputs.spread.log())
@@ -126,20 +123,13 @@ def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:
     Of several things in one cell the last counts.
     """
     real = traits[..., 0] >= 0
-    column, row = (geometry[..., :2] * GRID).long().clamp(0, GRID - 1).unbind(-1)
     found = traits.new_zeros(len(traits), GRID * GRID + 1, traits.shape[-1])
-    cell = torch.where(real, row * GRID + column, GRID * GRID)  # one more cell for what is not there
+    cell = torch.where(real, cell_of(geometry), GRID * GRID)  # one more cell for what is not there
     batch = torch.arange(len(traits), device=traits.device)
     for number in range(traits.shape[1]):  # one after the other, so that "the last" means something
         entry = torch.cat([torch.ones_like(traits[:, number, :1]), traits[:, number, 1:]], -1)
         found[batch, cell[:, number]] = entry
     return found[:, :-1]
-
-
-def _spread(tokens: Tensor) -> Tensor:
-    """How much of `tokens` [batch, count, width] differs within the batch."""
-    common = tokens.mean(0)
-    return (tokens - common).norm(dim=-1).mean() / common.norm(dim=-1).mean()
 
 
 def _resized(m: Tensor) -> Tensor:
@@ -158,25 +148,3 @@ def _named(outputs: Tensor, geometry: Tensor, traits: Tensor) -> Tensor:
     names = list(TRAITS)
     kinds, colors = (traits[picture, number, 1 + names.index(name)] for name in ("kind", "color"))
     return ((kind == kinds) & (color == colors)).float().mean()
-
-
-def save_vision(tokenizer: VisualTokenizer, quality: dict[str, float], folder: Path) -> None:
-    """A folder for `model.vision` of `mmi train`."""
-    state = {name: value.detach().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
-    save_file(state, folder / WEIGHTS)
-    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-
-
-def load_vision(tokenizer: nn.Module, folder: Path) -> None:
-    """Copy the weights that `save_vision` wrote.
-
-    Raises:
-        ValueError: there are none, or they are of another size.
-    """
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"model.vision: '{folder}' has no {WEIGHTS}; give a folder that `mmi train-vision` wrote")
-    try:
-        tokenizer.load_state_dict(load_file(folder / WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"model.vision: '{folder / WEIGHTS}' is damaged or of another model: {reason}") from None

@@ -1,0 +1,59 @@
+"""What the pre-training of single parts shares: measures of what they tell, and folders that models start from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..toyworld.scene import GRID
+
+
+def spread(vectors: Tensor) -> Tensor:
+    """How much of `vectors` [batch, count, width] differs within the batch, by the length of what does not."""
+    common = vectors.mean(0)
+    return (vectors - common).norm(dim=-1).mean() / common.norm(dim=-1).mean()
+
+
+def cell_of(geometry: Tensor) -> Tensor:
+    """The cell [..., int64] in which the middle of a box lies; `geometry` [..., 4] as in `SceneBatches`."""
+    column, row = (geometry[..., :2] * GRID).long().clamp(0, GRID - 1).unbind(-1)
+    return row * GRID + column
+
+
+def save_part(state: Mapping[str, Tensor], quality: Mapping[str, float], file: Path) -> None:
+    """The weights of a part, and `quality.json` beside them."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, file)
+    (file.parent / "quality.json").write_text(json.dumps(dict(quality), indent=2) + "\n")
+
+
+def load_part(module: nn.Module, file: Path, key: str, command: str) -> None:
+    """Copy the weights that `save_part` wrote into the parts of `module` that they name.
+
+    Args:
+        module: a model or a part.
+        file: the weights.
+        key, command: for messages: the setting that named the folder, and what writes one.
+
+    Raises:
+        ValueError: there are none, or they are of another size.
+    """
+    if not file.is_file():
+        raise ValueError(f"{key}: '{file.parent}' has no {file.name}; give a folder that `{command}` wrote")
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{key}: '{file}' is damaged: {str(error).splitlines()[-1].strip()}") from None
+    own = module.state_dict()
+    for name, value in state.items():
+        if name not in own or own[name].shape != value.shape:
+            found = f"of shape {tuple(own[name].shape)}" if name in own else "not there"
+            raise ValueError(f"{key}: '{file}' is of another model: {name} is {found} in this one")
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
