@@ -134,7 +134,7 @@ def drawn(model: MMInterleaved, images: list[list[int]], kind: str, seed: int = 
 
 def earlier_on(model: MMInterleaved, images: list[list[int]], seed: int):
     seen = earlier(model, images, seed)
-    seen.features = seen.features.to("cuda", model.dtype)
+    seen.features, seen.normed = (x.to("cuda", model.dtype) for x in (seen.features, seen.normed))
     seen.visible.images, seen.visible.routes = seen.visible.images.cuda(), seen.visible.routes.cuda()
     return seen
 

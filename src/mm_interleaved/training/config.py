@@ -320,6 +320,8 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if self.shapes.graph and (self.accumulation > 1 or self.precision == "float16"):
             raise ValueError("shapes.graph needs accumulation: 1 and no scaling of the loss, which float16 has")
+        if self.shapes.graph and self.gradient_checkpointing:
+            raise ValueError("shapes.graph keeps all activations; leave gradient_checkpointing out")
         if self.shapes.graph and not self.data.pad_to_max_length:
             raise ValueError("shapes.graph needs data.pad_to_max_length: true")
         if self.evaluate_every and self.evaluation is None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ..model.layout import Layout
@@ -36,6 +37,8 @@ class RecordedStep:
     With several processes each records its own step, past `DistributedDataParallel`'s hooks, and their gradients are
     averaged afterwards in one piece; what a process did not use counts as 0.
 
+    Activations are kept for the backward pass: gradient checkpointing would compute them anew from other weights.
+
     Args:
         shapes: what a batch must have to be recorded.
         world_size: processes that train together.
@@ -57,27 +60,22 @@ class RecordedStep:
             self._recording = _Recording(model, inputs)
         fits = self._recording is not None and self._recording.key == tuple(_key(inputs))
         self.replayed, self.unrecorded = self.replayed + fits, self.unrecorded + (not fits)
-        if fits:
-            losses = self._recording.replay(inputs)
-        elif self.world_size == 1:
+        if not fits and self.world_size == 1:
             return model(**inputs)
+        if fits:
+            losses, gradients, used = self._recording.replay(inputs)
         else:
-            outputs = model(**inputs)
-            outputs.loss.backward()
-            losses = _losses(outputs)
+            losses, gradients, used = _computed(model, inputs)
+        parameters = _trained(model).values()
         if self.world_size > 1:
-            self._average([p for p in model.parameters() if p.requires_grad])
-        anchor = torch.zeros((), device=losses["loss"].device, requires_grad=True)
+            gradients /= self.world_size
+            dist.all_reduce(gradients)
+            used = [True] * len(used)
+        for p, gradient, it_is in zip(parameters, gradients.split([p.numel() for p in parameters]), used, strict=True):
+            p.grad = gradient.view_as(p) if it_is else None
+        anchor = torch.zeros((), device=gradients.device, requires_grad=True)
         losses["loss"] = _Done.apply(losses["loss"], anchor)
         return MMInterleavedOutput(**losses)
-
-    def _average(self, parameters: list[nn.Parameter]) -> None:
-        """Gradients become their mean over the processes."""
-        own = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
-        together = torch.cat(own) / self.world_size
-        dist.all_reduce(together)
-        for parameter, gradient in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
 
     def _fits(self, inputs: dict[str, Any]) -> bool:
         layout: Layout = inputs["layout"]
@@ -92,6 +90,24 @@ class RecordedStep:
         return all(getattr(self.shapes, name) == size for name, size in sizes.items())
 
 
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _computed(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
+    """Losses, the gradients of everything that is trained in one piece, and what was used."""
+    # Other names of the same weights: the weights themselves may have hooks and streams for their gradients, as
+    # `DistributedDataParallel` gives them.
+    names = {name: p.detach().requires_grad_() for name, p in _trained(model).items()}
+    with torch.enable_grad():
+        outputs = functional_call(model, names, (), inputs)
+    found = torch.autograd.grad(outputs.loss, list(names.values()), allow_unused=True)
+    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(names.values(), found, strict=True)]
+    parts = {name: getattr(outputs, name) for name in _PARTS}
+    losses = {name: value.detach() for name, value in parts.items() if value is not None}
+    return losses, torch.cat([g.flatten() for g in whole]), [g is not None for g in found]
+
+
 class _Recording:
     """Forward and backward over fixed inputs, losses and gradients."""
 
@@ -100,33 +116,22 @@ class _Recording:
             raise RuntimeError("a recording under autocast would keep the weights as they are now")
         self.key = tuple(_key(inputs))
         self.inputs = _rebuilt(inputs, iter([x.clone() for x in _tensors(inputs)]))
-        self.losses: dict[str, Tensor] = {}
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.losses, self.gradients, self.used = _computed(model, self.inputs)
 
         def step() -> None:
-            for parameter in parameters:
-                parameter.grad = None  # or there would be a sum over replays
-            with torch.enable_grad():
-                outputs = model(**self.inputs)
-                outputs.loss.backward()
-            self.losses = _losses(outputs)
+            losses, gradients, _ = _computed(model, self.inputs)
+            self.gradients.copy_(gradients)
+            for name, value in losses.items():
+                self.losses[name].copy_(value)
 
-        self._replay = capture(step, inputs["input_ids"].device)
-        self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+        self._replay = capture(step, self.gradients.device)
 
-    def replay(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The losses of other inputs, and their gradients in the parameters."""
+    def replay(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
+        """What `_computed` gives for other inputs; the next replay writes over the gradients."""
         for fixed, given in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
             fixed.copy_(given, non_blocking=True)
         self._replay()
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
-        return {name: value.clone() for name, value in self.losses.items()}  # the next replay writes over them
-
-
-def _losses(outputs: MMInterleavedOutput) -> dict[str, Tensor]:
-    found = {name: getattr(outputs, name) for name in _PARTS}
-    return {name: value.detach() for name, value in found.items() if value is not None}
+        return {name: value.clone() for name, value in self.losses.items()}, self.gradients, self.used
 
 
 class _Done(torch.autograd.Function):
