@@ -45,9 +45,9 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
     if source.vae is not None:
         load_vae(model.image_decoder.vae, Path(source.vae))
     if source.vision is not None:
-        load_part(model.visual_tokenizer, Path(source.vision) / VISION, "model.vision", "mmi train-vision")
+        load_vision(model.visual_tokenizer, source.vision)
     if source.language is not None:
-        load_part(model, Path(source.language) / LANGUAGE, "model.language", "mmi train-language")
+        load_language(model, source.language)
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
@@ -177,3 +177,13 @@ def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
 def load_vae(vae: nn.Module, folder: Path) -> None:
     """Copy the weights of a diffusers VAE folder."""
     vae.load_state_dict(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict())
+
+
+def load_vision(tokenizer: nn.Module, folder: str) -> None:
+    """Copy the weights that `mmi train-vision` wrote into a visual tokenizer; errors as `parts.load_part`."""
+    load_part(tokenizer, Path(folder) / VISION, "model.vision", "mmi train-vision")
+
+
+def load_language(model: nn.Module, folder: str) -> None:
+    """Copy the weights that `mmi train-language` wrote into a model; errors as `parts.load_part`."""
+    load_part(model, Path(folder) / LANGUAGE, "model.language", "mmi train-language")

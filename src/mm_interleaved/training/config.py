@@ -405,7 +405,7 @@ class PartRunConfig(RunConfig):
     """`mmi train-vision` and `mmi train-language`: a part of a small model, on scenes of the toy world.
 
     Attributes:
-        model: whose part; its weights are fresh.
+        model: whose part; its weights are fresh, or those that `model.vision` or `model.language` names.
         data: scenes to learn from.
         eval_data: held-out scenes.
         eval_batches: how many batches of them.

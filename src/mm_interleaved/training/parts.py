@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..toyworld.scene import GRID
 
@@ -18,6 +19,40 @@ def spread(vectors: Tensor) -> Tensor:
     """How much of `vectors` [batch, count, width] differs within the batch, by the length of what does not."""
     common = vectors.mean(0)
     return (vectors - common).norm(dim=-1).mean() / common.norm(dim=-1).mean()
+
+
+class SharedReader(nn.Module):
+    """Reads vectors one by one, all with the same linear layer, and tells what each stands for.
+
+    They are standardised first, each channel over the batch and all vectors alike: what vectors have in common tells
+    nothing, but left alone it grows until it drowns the rest.
+
+    Args:
+        width: of a vector.
+        values: names of what is told, and in how many forms each comes.
+    """
+
+    def __init__(self, width: int, values: Mapping[str, int]) -> None:
+        super().__init__()
+        self.values = dict(values)
+        self.standard = nn.BatchNorm1d(width, affine=False)
+        self.linear = nn.Linear(width, sum(values.values()))
+
+    def forward(self, vectors: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over the names of the mean cross-entropies, and the share that is right of each.
+
+        Args:
+            vectors: [batch, count, width].
+            wanted: [batch, count, names]; -100: not asked.
+        """
+        told = self.linear(self.standard(vectors.transpose(1, 2)).transpose(1, 2)).float()
+        total, right = told.new_zeros(()), {}
+        parts = told.split(list(self.values.values()), dim=-1)
+        for name, part, truth in zip(self.values, parts, wanted.unbind(-1), strict=True):
+            asked = (truth >= 0).sum().clamp(min=1)
+            total = total + F.cross_entropy(part.flatten(0, 1), truth.flatten(), reduction="sum") / asked
+            right[name] = ((part.argmax(-1) == truth) & (truth >= 0)).sum() / asked
+        return total, right
 
 
 def cell_of(geometry: Tensor) -> Tensor:

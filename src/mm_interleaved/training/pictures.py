@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from ..data import leave_process_group
 from ..processor.images import CROPS, load_picture
 from ..toyworld.draw import draw
-from ..toyworld.language import caption, paragraph
+from ..toyworld.language import Caption, caption, paragraph
 from ..toyworld.language.words import chance
 from ..toyworld.reader import PIXELS
 from ..toyworld.sampling import random_scene, scene_rng
 from ..toyworld.scene import Scene
 from ..toyworld.train_reader import labels
 from .config import PicturesConfig
+from .told import told
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Item = dict[str, Tensor]
@@ -64,7 +65,7 @@ class ToyScenes(Dataset[Item]):
 
 class ToyTexts(Dataset[Item]):
     """What texts ask to draw: `input_ids` [length] with `<s>` and a begin-of-image token around a caption or a
-    paragraph, padded on the right; `lengths`, how many of them; `geometry` and `traits` as `ToyScenes` has them.
+    paragraph, padded on the right; `lengths`, how many of them; `told` and `ground`, what it states (see `told`).
 
     Args:
         config: which scenes.
@@ -81,18 +82,18 @@ class ToyTexts(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         rng = scene_rng(self.config.seed, self.config.split, index)
         scene = random_scene(rng, split=self.config.split)
-        ids = self._written(scene, rng)
+        text, ids = self._written(scene, rng)
         while len(ids) > self.length:
-            ids = self._written(scene, rng)
-        geometry, traits = labels(scene)
+            text, ids = self._written(scene, rng)
+        stated, ground = told(text)
         padded = torch.full((self.length,), self.tokenizer.pad_token_id)
         padded[: len(ids)] = torch.tensor(ids)
-        return {"input_ids": padded, "lengths": torch.tensor(len(ids)), "geometry": geometry, "traits": traits}
+        return {"input_ids": padded, "lengths": torch.tensor(len(ids)), "told": stated, "ground": ground}
 
-    def _written(self, scene: Scene, rng: np.random.Generator) -> list[int]:
-        told = paragraph(scene, rng) if chance(rng, 0.5) else caption(scene, rng, bare=chance(rng, 0.3))
-        words = self.tokenizer(told.text, add_special_tokens=False).input_ids
-        return [self.tokenizer.bos_token_id, *words, self.soi]
+    def _written(self, scene: Scene, rng: np.random.Generator) -> tuple[Caption, list[int]]:
+        text = paragraph(scene, rng) if chance(rng, 0.5) else caption(scene, rng, bare=chance(rng, 0.3))
+        words = self.tokenizer(text.text, add_special_tokens=False).input_ids
+        return text, [self.tokenizer.bos_token_id, *words, self.soi]
 
 
 class FolderPictures(Dataset[Item]):

@@ -20,7 +20,7 @@ from ..generation import MMInterleaved
 from ..model.checkpoint import written_aside
 from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
-from .building import build, build_config, build_tokenizer
+from .building import build, build_config, build_tokenizer, load_language, load_vision
 from .callbacks import DataKeeper, Housekeeping, Reporter
 from .checkpoints import find_resume
 from .config import AutoencoderRunConfig, PartRunConfig, PicturesConfig, RunConfig, TrainConfig
@@ -135,6 +135,8 @@ def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, d
 
     def make() -> VisionTask:
         task = VisionTask(model)
+        if config.model.vision is not None:
+            load_vision(task.visual_tokenizer, config.model.vision)
         if config.compile == "regional":
             task.visual_tokenizer.compile()
         return task
@@ -155,6 +157,8 @@ def train_language(
 
     def make() -> LanguageTask:
         task = LanguageTask(model)
+        if config.model.language is not None:
+            load_language(task.model, config.model.language)
         if config.compile == "regional":
             for layer in task.model.language_model.layers:
                 layer.compile()

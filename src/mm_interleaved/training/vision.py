@@ -5,12 +5,12 @@ see very slowly. Here every part that others read has to tell what is where:
 
     loss = mean over the pyramid's maps of `toyworld.train_reader.loss` + loss of the visual tokens + max(0, -ln spread)
 
-Each map is brought to the labels' 16 x 16 and read by a 1 x 1 convolution. The visual tokens together are read by one
-linear layer, which has to name the thing in each of the scene's 3 x 3 cells. Both readers are thrown away.
+Each map is brought to the labels' 16 x 16 and read by a 1 x 1 convolution. Of the visual tokens the first nine stand
+for the scene's 3 x 3 cells (fewer tokens, for as many), and one linear layer, the same for all of them, has to name the
+thing in each: attention in the language model reads all tokens alike as well. The readers are thrown away.
 
 `spread` is how much of the tokens' length differs between pictures. What they have in common tells nothing, but left
-alone it grows until it drowns the rest; so the tokens are standardised over the batch before they are read, and the
-spread has a loss.
+alone it grows until it drowns the rest; so the tokens are standardised before they are read, and the spread has a loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..model.visual_tokenizer import VisualTokenizer
 from ..toyworld.reader import MAP, OUTPUTS, TRAITS, split
 from ..toyworld.scene import GRID, SIZES
 from ..toyworld.train_reader import loss as scene_loss
-from .parts import cell_of, spread
+from .parts import SharedReader, cell_of, spread
 
 WEIGHTS = "visual_tokenizer.safetensors"
 
@@ -69,12 +69,8 @@ class VisionTask(nn.Module):
         width, levels = config.vision_config.hidden_size, len(config.pyramid_sides)
         self.visual_tokenizer = VisualTokenizer(config)
         self.map_readers = nn.ModuleList([nn.Conv2d(width, len(SIZES) * OUTPUTS, 1) for _ in range(levels)])
-        self.standard = nn.BatchNorm1d(
-            config.visual_resampler.num_queries * config.text_config.hidden_size, affine=False
-        )
-        self.counts = [2, *(len(values) for values in TRAITS.values())]  # whether there is a thing, and its traits
-        tokens = config.visual_resampler.num_queries * config.text_config.hidden_size
-        self.token_reader = nn.Linear(tokens, GRID * GRID * sum(self.counts))
+        values = {"there": 2, **{name: len(v) for name, v in TRAITS.items()}}
+        self.token_reader = SharedReader(config.text_config.hidden_size, values)
         with torch.no_grad():  # centres are rare; without this the first steps only learn that
             for reader in self.map_readers:
                 reader.bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
@@ -91,39 +87,30 @@ class VisionTask(nn.Module):
             reader(_resized(m)).unflatten(1, (len(SIZES), OUTPUTS))
             for reader, m in zip(self.map_readers, seen.pyramid, strict=True)
         ]
-        told = self.token_reader(self.standard(seen.tokens.flatten(1))).unflatten(1, (GRID * GRID, -1))
+        cells = seen.tokens[:, : GRID * GRID]
         with torch.autocast(pictures.device.type, enabled=False):
             of_maps = [torch.stack(list(scene_loss(m, geometry, traits).values())).sum() for m in maps]
-            outputs = self._cells(told.float(), geometry, traits)
+            outputs = VisionOutput()
+            wanted = cell_traits(geometry, traits)[:, : cells.shape[1]]
+            outputs.loss_tokens, right = self.token_reader(cells.float(), wanted)
+            for name, share in right.items():
+                if f"accuracy_{name}" in VisionOutput.__dataclass_fields__:
+                    outputs[f"accuracy_{name}"] = share
             outputs.spread = spread(seen.tokens.float())
             outputs.accuracy_maps = _named(maps[0], geometry, traits)
             outputs.loss_maps = torch.stack(of_maps).mean()
             outputs.loss = outputs.loss_maps + outputs.loss_tokens + F.relu(-outputs.spread.log())
         return outputs
 
-    def _cells(self, told: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
-        """Cross-entropies [batch, cells] of `told` [batch, cells, sum of counts], and what is told rightly."""
-        wanted = cell_traits(geometry, traits)  # [batch, cells, 1 + traits]
-        parts = told.split(self.counts, dim=-1)
-        there = wanted[..., 0] > 0
-        total = F.cross_entropy(parts[0].flatten(0, 1), wanted[..., 0].flatten())
-        outputs = VisionOutput()
-        for index, name in enumerate(TRAITS, 1):
-            answers, truth = parts[index][there], wanted[..., index][there]
-            total = total + F.cross_entropy(answers, truth)
-            if f"accuracy_{name}" in VisionOutput.__dataclass_fields__:
-                outputs[f"accuracy_{name}"] = (answers.argmax(-1) == truth).float().mean()
-        outputs.loss_tokens = total
-        return outputs
-
 
 def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:
     """What stands in each cell: int64 [batch, cells, 1 + traits], first whether there is a thing (1) or not (0).
 
-    Of several things in one cell the last counts.
+    Of several things in one cell the last counts; traits of no thing are -100.
     """
     real = traits[..., 0] >= 0
-    found = traits.new_zeros(len(traits), GRID * GRID + 1, traits.shape[-1])
+    found = traits.new_full((len(traits), GRID * GRID + 1, traits.shape[-1]), -100)
+    found[..., 0] = 0
     cell = torch.where(real, cell_of(geometry), GRID * GRID)  # one more cell for what is not there
     batch = torch.arange(len(traits), device=traits.device)
     for number in range(traits.shape[1]):  # one after the other, so that "the last" means something
