@@ -7,6 +7,7 @@ import copy
 import diffusers
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from mm_interleaved import ImageSettings, MMInterleaved
@@ -48,7 +49,15 @@ def test_timesteps(decoder: ImageDecoder, model: MMInterleaved, steps: int, head
     assert times[-len(tail) :] == tail
 
 
-def test_one_step_against_the_formula(decoder: ImageDecoder, model: MMInterleaved) -> None:
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def predicting(decoder: ImageDecoder, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The decoder, made for one kind of prediction."""
+    monkeypatch.setitem(decoder.config.scheduler, "prediction_type", request.param)
+    monkeypatch.setitem(decoder.__dict__, "scheduler", DDPMScheduler(**decoder.config.scheduler))
+    return request.param
+
+
+def test_one_step_against_the_formula(decoder: ImageDecoder, model: MMInterleaved, predicting: str) -> None:
     """K12: ancestral DDPM; noise is added in every step, also in the last."""
     steps = steps_of(decoder, earlier(model, [[0]]), guidance_scale=1.0, num_inference_steps=4)
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +68,10 @@ def test_one_step_against_the_formula(decoder: ImageDecoder, model: MMInterleave
         t, previous = step.timestep, step.timestep - 250
         a_t, a_prev = alphas[t], alphas[previous] if previous >= 0 else torch.tensor(1.0).double()
         alpha, beta = a_t / a_prev, 1 - a_t / a_prev
-        clean = (x - (1 - a_t).sqrt() * step.prediction) / a_t.sqrt()
+        if predicting == "epsilon":
+            clean = (x - (1 - a_t).sqrt() * step.prediction) / a_t.sqrt()
+        else:
+            clean = a_t.sqrt() * x - (1 - a_t).sqrt() * step.prediction
         mean = a_prev.sqrt() * beta / (1 - a_t) * clean + alpha.sqrt() * (1 - a_prev) / (1 - a_t) * x
         variance = ((1 - a_prev) / (1 - a_t) * beta).clamp(min=1e-20)
         x = mean + variance.sqrt() * torch.randn(shape, generator=generator)

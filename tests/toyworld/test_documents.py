@@ -85,6 +85,25 @@ def test_a_mixture_keeps_its_ratios() -> None:
     assert abs(drawn.count("draw") / 4000 - 0.75) < 0.03
 
 
+@pytest.mark.parametrize(("things", "most"), [((1, 1), 1), ((2, 4), 4)])
+def test_scenes_have_as_many_things_as_asked_for(things: tuple[int, int], most: int) -> None:
+    """Captions name every thing, and each kind by itself or in the plural."""
+    seen = []
+    for index in range(40):
+        drawn = toy_document(0, "train", index, size=SIZE_PX, mix=only("draw"), things=things)
+        scene = random_scene(scene_rng_after_choice(index), things=things, split="train")
+        assert drawn.segments[1].source.tobytes() == draw(scene, SIZE_PX).tobytes()
+        seen.append(len(scene.things))
+    assert {min(seen), max(seen)} == {things[0], most}
+
+
+def scene_rng_after_choice(index: int) -> np.random.Generator:
+    """As `toy_document` has it when it begins with the scene."""
+    rng = scene_rng(0, "train", index)
+    rng.random()
+    return rng
+
+
 @pytest.mark.parametrize("weights", [{"vqa": -1.0}, {"vqa": float("nan")}, dict.fromkeys(FORM_NAMES, 0.0)])
 def test_impossible_mixtures_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="weights of documents"):
@@ -109,7 +128,7 @@ def test_boxes_are_those_of_the_thing_that_is_meant() -> None:
     for index in range(40):
         rng = scene_rng(3, "train", index)
         scene = random_scene(rng, split="train")
-        _, prompt, answer = FORMS["refer"](scene_rng(3, "train", index), "train", 100)
+        _, prompt, answer = FORMS["refer"](scene_rng(3, "train", index), "train", 100, (1, 5))
         prompt = prompt.text
         assert prompt.startswith("Provide the bounding box coordinate of the region this sentence describes. the ")
         assert prompt.endswith("<box>")
@@ -131,7 +150,7 @@ def test_box_text_and_colours_of_label_maps() -> None:
 def test_a_label_map_belongs_to_the_picture_after_it() -> None:
     for index in range(5):
         scene = random_scene(scene_rng(3, "train", index), split="train")
-        shown, _, learned = FORMS["segmentation"](scene_rng(3, "train", index), "train", SIZE_PX)
+        shown, _, learned = FORMS["segmentation"](scene_rng(3, "train", index), "train", SIZE_PX, (1, 5))
         assert isinstance(shown, Image)
         assert shown.source.tobytes() == colored(label_map(scene, SIZE_PX)).tobytes()
         assert learned.source.tobytes() == draw(scene, SIZE_PX).tobytes()

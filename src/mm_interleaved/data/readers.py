@@ -363,7 +363,7 @@ class ToyWorld:
 
     def __init__(self, config: SourceConfig) -> None:
         # Drawing needs libraries and pictures that other sources do without.
-        from ..toyworld.documents import DocumentMix, toy_document
+        from ..toyworld.documents import toy_document
         from ..toyworld.sampling import SPLITS
 
         self.config, self.shards = config, _Numbers(f"toyworld {config.split}", config.documents)
@@ -371,15 +371,33 @@ class ToyWorld:
         try:
             if config.split not in SPLITS:
                 raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, not '{config.split}'")
-            if options.get("mix") is not None:
-                options["mix"] = DocumentMix(**options["mix"])
-            self._options = options
-            toy_document(0, config.split, 0, **options)
+            first = dict(options.pop("first", None) or {"documents": 0})
+            self._early = int(first.pop("documents"))
+            self._options = _toy_options(options)
+            self._first = self._options | _toy_options(first)
+            for chosen in (self._options, self._first):
+                toy_document(0, config.split, 0, **chosen)
+        except KeyError:
+            raise DataError(f"source '{config.name}': options.first needs 'documents', how many come first") from None
         except (TypeError, ValueError) as error:
             raise DataError(f"source '{config.name}': the toy world refuses its options: {error}") from None
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """A new one for every draw of `rng`."""
-        document = self._draw(int(rng.integers(2**31)), self.config.split, record.payload, **self._options)
+        options = self._first if record.payload < self._early else self._options
+        document = self._draw(int(rng.integers(2**31)), self.config.split, record.payload, **options)
         document.place = self.shards.place(record)
         return document
+
+
+def _toy_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a configuration as arguments of `toy_document`."""
+    from ..toyworld.documents import DocumentMix
+
+    options = dict(options)
+    if options.get("mix") is not None:
+        options["mix"] = DocumentMix(**options["mix"])
+    if options.get("things") is not None:
+        fewest, most = options["things"]
+        options["things"] = int(fewest), int(most)
+    return options

@@ -13,7 +13,7 @@ from .draw import boxes, draw, label_map
 from .language import caption, dialogue, paragraph, questions, referring
 from .language.words import chance
 from .redraw import redrawn
-from .sampling import Split, random_scene, scene_rng
+from .sampling import Split, check_things, random_scene, scene_rng
 from .scene import Scene
 from .stories import story
 
@@ -24,6 +24,7 @@ VQA_BEFORE = "Based on the image, please answer the question."
 VQA_AFTER = "{question} Please provide an accurate answer within one word. The answer is:"
 VQA_SHORT = "Question: {question} Short answer:"
 REFER_PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}<box>"
+Things = tuple[int, int]
 SMALLEST = 48  # pixels; below, small things vanish
 BOX_SCALE = 999  # coordinates are thousandths of the picture's side, cut to whole numbers
 
@@ -75,7 +76,8 @@ class DocumentMix:
 FORM_NAMES = tuple(f.name for f in fields(DocumentMix))
 
 
-def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: DocumentMix | None = None) -> Document:
+def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: DocumentMix | None = None,
+                 things: Things = (1, 5)) -> Document:  # fmt: skip
     """Document number `index` of a split; always the same for the same arguments.
 
     Args:
@@ -84,23 +86,25 @@ def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: D
         index: at least 0.
         size: side of the pictures in pixels.
         mix: how often each form comes.
+        things: the fewest and the most things of a scene; stories have their own.
     """
-    document = random_document(scene_rng(seed, split, index), split=split, size=size, mix=mix)
+    document = random_document(scene_rng(seed, split, index), split=split, size=size, mix=mix, things=things)
     document.id = f"{split}-{seed}-{index}-{document.id}"
     return document
 
 
 def random_document(rng: np.random.Generator, *, split: Split | None = None, size: int = 256,
-                    mix: DocumentMix | None = None) -> Document:  # fmt: skip
+                    mix: DocumentMix | None = None, things: Things = (1, 5)) -> Document:  # fmt: skip
     """A document by chance; its `id` is its form.
 
     Raises:
-        ValueError: pictures of less than `SMALLEST` pixels.
+        ValueError: pictures of less than `SMALLEST` pixels, or `things` is not a range within 1 to 9.
     """
+    check_things(things)
     if size < SMALLEST:
         raise ValueError(f"size={size}: pictures are at least {SMALLEST} pixels wide")
     form = (mix or DocumentMix()).choose(rng)
-    return Document(FORMS[form](rng, split, size), id=form)
+    return Document(FORMS[form](rng, split, size, things), id=form)
 
 
 def box_text(box: tuple[float, float, float, float], size: int) -> str:
@@ -127,33 +131,33 @@ def _given(scene: Scene, size: int) -> Image:
     return Image(draw(scene, size), supervise=False)
 
 
-def _caption(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _caption(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     if chance(rng, 0.5):
         return [_given(scene, size), Text(CAPTION_PROMPT, supervise=False), Text(caption(scene, rng, bare=True).text)]
     return [_given(scene, size), Text(caption(scene, rng).text)]
 
 
-def _draw(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _draw(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     return [Text(caption(scene, rng, bare=chance(rng, 0.3)).text), Image(draw(scene, size))]
 
 
-def _paragraph(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _paragraph(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     if chance(rng, 0.5):
         text = paragraph(scene, rng, bare=True).text
         return [_given(scene, size), Text(PARAGRAPH_PROMPT, supervise=False), Text(text)]
     return [_given(scene, size), Text(paragraph(scene, rng).text)]
 
 
-def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     return [Text(paragraph(scene, rng).text), Image(draw(scene, size))]
 
 
-def _vqa(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _vqa(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
     picture = _given(scene, size)
     if chance(rng, 0.5):
@@ -166,8 +170,8 @@ def _vqa(rng: np.random.Generator, split: Split | None, size: int) -> list[Segme
     return segments
 
 
-def _dialogue(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _dialogue(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     told = dialogue(scene, rng, 2 + int(rng.random() * 7))
     segments: list[Segment] = [_given(scene, size), Text(f"caption: {told.caption.text}", supervise=False)]
     for turn in told.rounds:
@@ -175,7 +179,7 @@ def _dialogue(rng: np.random.Generator, split: Split | None, size: int) -> list[
     return segments
 
 
-def _story(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+def _story(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
     """A first picture that its text does not determine is given, not learned."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
@@ -184,7 +188,7 @@ def _story(rng: np.random.Generator, split: Split | None, size: int) -> list[Seg
     return segments
 
 
-def _story_image_first(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
+def _story_image_first(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
     """No text tells what the next picture shows, so the pictures are given."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
@@ -192,24 +196,25 @@ def _story_image_first(rng: np.random.Generator, split: Split | None, size: int)
     return segments
 
 
-def _refer(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _refer(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     meant = referring(scene, rng)
     box = box_text(boxes(scene, size)[meant.index], size)
     prompt = Text(REFER_PROMPT.format(text=meant.text), supervise=False)
     return [_given(scene, size), prompt, Text(f"{box}</box>", attached=True)]
 
 
-def _segmentation(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, split=split)
+def _segmentation(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
     shown = Image(colored(label_map(scene, size)), supervise=False)
     return [shown, Text(caption(scene, rng).text), Image(draw(scene, size))]
 
 
-def _redraw(rng: np.random.Generator, split: Split | None, size: int) -> list[Segment]:
-    scene = random_scene(rng, things=(1, 3), split=split)
+def _redraw(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    few = min(things[0], 3), min(things[1], 3)
+    scene = random_scene(rng, things=few, split=split)
     while any(t.place != "cell" for t in scene.things):
-        scene = random_scene(rng, things=(1, 3), split=split)
+        scene = random_scene(rng, things=few, split=split)
     segments: list[Segment] = [_given(scene, size)]
     for _ in range(2 if chance(rng, 0.4) else 1):
         text, scene = redrawn(scene, rng)
@@ -217,7 +222,7 @@ def _redraw(rng: np.random.Generator, split: Split | None, size: int) -> list[Se
     return segments
 
 
-FORMS: dict[str, Callable[[np.random.Generator, Split | None, int], list[Segment]]] = {
+FORMS: dict[str, Callable[[np.random.Generator, Split | None, int, Things], list[Segment]]] = {
     "caption": _caption, "draw": _draw, "paragraph": _paragraph, "draw_paragraph": _draw_paragraph, "vqa": _vqa,
     "dialogue": _dialogue, "story": _story, "story_image_first": _story_image_first, "refer": _refer,
     "segmentation": _segmentation, "redraw": _redraw,

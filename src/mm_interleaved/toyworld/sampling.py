@@ -159,6 +159,12 @@ def _any_scene(rng: np.random.Generator, things: tuple[int, int]) -> Scene:
     return Scene(tuple(found), _pick(rng, GROUNDS), int(rng.integers(2**31)))
 
 
+def check_things(things: tuple[int, int]) -> None:
+    """Refuse what is not a range within 1 to 9."""
+    if not 1 <= things[0] <= things[1] <= GRID * GRID:
+        raise ValueError(f"things={things}: give the fewest and the most, within 1 to {GRID * GRID}")
+
+
 def random_scene(rng: np.random.Generator, *, things: tuple[int, int] = (1, 5), split: Split | None = None) -> Scene:
     """A scene by chance: kinds are mostly distinct, looks always differ in kind or colour, no two things share a cell
     but those inside or behind each other.
@@ -171,8 +177,7 @@ def random_scene(rng: np.random.Generator, *, things: tuple[int, int] = (1, 5), 
     Raises:
         ValueError: `things` is not a range within 1 to 9.
     """
-    if not 1 <= things[0] <= things[1] <= GRID * GRID:
-        raise ValueError(f"things={things}: give the fewest and the most, within 1 to {GRID * GRID}")
+    check_things(things)
     while True:
         scene = _any_scene(rng, things)
         if split is None or split_of(scene) == split:
