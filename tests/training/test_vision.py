@@ -68,6 +68,22 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
     assert model.config.to_dict() == plain.config.to_dict()
 
 
+def test_tokens_are_handed_over_at_unit_length(tmp_path: Path) -> None:
+    """A mean square of 1 on scenes of the kind that it has learned from."""
+    config = settings(tmp_path, "ema.decay=0")
+    model, _ = build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)
+    task = VisionTask(model.config)
+    batches = list(PictureLoader(config.data, ToyScenes(config.data, 56)))
+    with torch.no_grad():
+        task.visual_tokenizer.proj.weight.mul_(300)  # as training makes it
+        for batch in batches * 4:  # the running statistics settle
+            task(**batch)
+    model.visual_tokenizer.load_state_dict(task.weights())
+    with torch.no_grad():
+        tokens = torch.cat([model.encode_images(batch["pictures"]).tokens for batch in batches])
+    assert 0.9 < tokens.square().mean() < 1.1
+
+
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert train_vision(settings(tmp_path / "whole"), TOKENIZER, "cpu") is None
     assert train_vision(settings(tmp_path / "parts", "steps=3"), TOKENIZER, "cpu") is None

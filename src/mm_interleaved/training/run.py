@@ -141,7 +141,7 @@ def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, d
             task.visual_tokenizer.compile()
         return task
 
-    finish = _keep(lambda task: task.visual_tokenizer.state_dict(), VISION)
+    finish = _keep(VisionTask.weights, VISION)
     return _train_part(config, make, lambda data: ToyScenes(data, side), prepare_scenes, finish, device)
 
 

@@ -102,6 +102,17 @@ class VisionTask(nn.Module):
             outputs.loss = outputs.loss_maps + outputs.loss_tokens + F.relu(-outputs.spread.log())
         return outputs
 
+    def weights(self) -> dict[str, Tensor]:
+        """What `model.vision` of `mmi train` starts from: scaled so that an entry of a token has a mean square of 1.
+
+        A language model finds out the sooner what tokens tell the longer they are: short ones drown in what its layers
+        add to them.
+        """
+        seen = self.token_reader.standard
+        scale = (seen.running_mean.square() + seen.running_var).mean().rsqrt()
+        state = self.visual_tokenizer.state_dict()
+        return {name: value * scale if name.startswith("proj.") else value for name, value in state.items()}
+
 
 def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:
     """What stands in each cell: int64 [batch, cells, 1 + traits], first whether there is a thing (1) or not (0).
