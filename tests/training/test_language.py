@@ -25,18 +25,13 @@ from mm_interleaved.training.pictures import PictureLoader, ToyTexts
 from mm_interleaved.training.run import train_language
 from mm_interleaved.training.told import THINGS, TOLD, told
 
-from .conftest import ROOT, logged
+from .conftest import PART, ROOT, logged
 
 TOKENIZER = FOLDER / "tokenizer"
-TINY = [
-    "model.preset=debug", "precision=float32", "tensorboard=false", "steps=6", "save_every=3", "log_every=1",
-    "eval_every=0", "eval_batches=1", "schedule.warmup_steps=0", "schedule.kind=constant", "optimizer.lr=3e-3",
-    "data={batch_size: 4, num_workers: 0, count: 64}", "eval_data={batch_size: 4, num_workers: 0, count: 8}",
-]  # fmt: skip
 
 
 def settings(output: Path, *changes: str) -> PartRunConfig:
-    return load_config(ROOT / "configs/small/language.yaml", PartRunConfig, [*TINY, f"output={output}", *changes])
+    return load_config(ROOT / "configs/small/language.yaml", PartRunConfig, [*PART, f"output={output}", *changes])
 
 
 @pytest.mark.parametrize("tell", [caption, paragraph])

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from ..model import MMInterleavedConfig, MMInterleavedModel
 from ..model.layout import ImagePositions
-from .parts import SharedReader, spread
+from .parts import SharedReader, report, spread
 from .told import GROUND, THINGS, TOLD
 
 WEIGHTS = "language.safetensors"
@@ -92,9 +92,7 @@ class LanguageTask(nn.Module):
         wanted = torch.full((batch, THINGS + 1, len(TOLD) + 1), -100, device=told.device)
         wanted[:, :THINGS, :-1], wanted[:, THINGS, -1] = told, ground
         outputs.loss_conditions, right = self.reader(conditions[:, : THINGS + 1], wanted)
-        for name, share in right.items():
-            if f"accuracy_{name}" in LanguageOutput.__dataclass_fields__:
-                outputs[f"accuracy_{name}"] = share
+        report(outputs, right)
         outputs.spread = spread(conditions.float())
         outputs.loss = outputs.loss_txt + outputs.loss_conditions + F.relu(-outputs.spread.log())
         return outputs

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
 from ..toyworld.scene import GRID
 
@@ -53,6 +54,13 @@ class SharedReader(nn.Module):
             total = total + F.cross_entropy(part.flatten(0, 1), truth.flatten(), reduction="sum") / asked
             right[name] = ((part.argmax(-1) == truth) & (truth >= 0)).sum() / asked
         return total, right
+
+
+def report(outputs: ModelOutput, right: Mapping[str, Tensor]) -> None:
+    """Put what a reader has right into `outputs`, as far as there is an `accuracy_*` for it."""
+    for name, share in right.items():
+        if f"accuracy_{name}" in type(outputs).__dataclass_fields__:
+            outputs[f"accuracy_{name}"] = share
 
 
 def cell_of(geometry: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ..model.visual_tokenizer import VisualTokenizer
 from ..toyworld.reader import MAP, OUTPUTS, TRAITS, split
 from ..toyworld.scene import GRID, SIZES
 from ..toyworld.train_reader import loss as scene_loss
-from .parts import SharedReader, cell_of, spread
+from .parts import SharedReader, cell_of, report, spread
 
 WEIGHTS = "visual_tokenizer.safetensors"
 
@@ -93,9 +93,7 @@ class VisionTask(nn.Module):
             outputs = VisionOutput()
             wanted = cell_traits(geometry, traits)[:, : cells.shape[1]]
             outputs.loss_tokens, right = self.token_reader(cells.float(), wanted)
-            for name, share in right.items():
-                if f"accuracy_{name}" in VisionOutput.__dataclass_fields__:
-                    outputs[f"accuracy_{name}"] = share
+            report(outputs, right)
             outputs.spread = spread(seen.tokens.float())
             outputs.accuracy_maps = _named(maps[0], geometry, traits)
             outputs.loss_maps = torch.stack(of_maps).mean()
