@@ -15,6 +15,7 @@ from mm_interleaved.cli import main
 from mm_interleaved.configuration import ConfigError, load_config
 from mm_interleaved.pretrained import FOLDER, load
 from mm_interleaved.training import graphs
+from mm_interleaved.training.building import build
 from mm_interleaved.training.config import (
     AutoencoderRunConfig,
     EMAConfig,
@@ -157,6 +158,23 @@ def test_every_configuration_of_the_repository_can_be_read() -> None:
             load_config(path, of_parts.get(path.name, TrainConfig))
 
 
+@pytest.mark.parametrize("ablation", ["no_mmfs", "no_mmfs_llm", "no_mmfs_unet"])
+def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, ablation: str) -> None:
+    whole = load("debug")
+    whole.model.save_pretrained(tmp_path)
+    whole.processor.save_pretrained(tmp_path)
+    file = ROOT / f"configs/small/{ablation}.yaml"
+    model, _ = build(load_config(file, TrainConfig, [f"model.checkpoint={tmp_path}"]))
+    own, given = model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(value, given[name].to(value.dtype)) for name, value in own.items())
+    left_out = {name for name in given if name not in own}
+    unet = ablation != "no_mmfs_llm"
+    assert left_out == {
+        name for name in given
+        if "synchronizer" in name and (ablation == "no_mmfs" or name.startswith("image_decoder") == unet)
+    }  # fmt: skip
+
+
 def test_seeds_differ_and_do_not_depend_on_the_process() -> None:
     seeds = {seed_of(seed, number) for seed in range(20) for number in range(500)}
     assert len(seeds) == 10_000
@@ -272,3 +290,22 @@ def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPat
         assert torch.equal(outputs.loss_txt, expected.loss_txt)
         assert torch.equal(same, gradient)
     assert (len(recorded), step.replayed, step.unrecorded) == (1, 2, 1)
+    assert step.take_share() == pytest.approx(2 / 3)
+    assert (step.replayed, step.unrecorded) == (0, 0)
+
+
+def test_batches_without_earlier_pictures_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "capture", lambda step, device: step)
+    small = load("debug")
+    shapes = ShapesConfig(1, pictures=1, drawn=1, context=20, labelled=20, visible=1, graph=True)
+    step, batch = (
+        RecordedStep(shapes),
+        small.processor(Document([Text("a red house"), Image(picture(0))]), training=True),
+    )
+    inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 0, torch.device("cpu"))
+    inputs.pop("counts")
+    expected = small.model(**inputs).loss
+    assert torch.equal(step(small.model, inputs).loss, expected)
+    assert step.replayed == 1
+    with pytest.raises(ValueError, match=r"shapes\.graph needs every size but that of conditioning"):
+        ShapesConfig(1, pictures=1, drawn=1, labelled=20, visible=1, graph=True)

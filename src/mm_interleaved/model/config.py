@@ -439,7 +439,7 @@ def _small() -> dict[str, Any]:
             # and the loss of the noise hardly depends on them. The velocity's does.
             "scheduler": {**SD_SCHEDULER, "prediction_type": "v_prediction"},
             "resampler": {
-                "num_queries": 24, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
+                "num_queries": 8, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
                 "initializer_range": 0.09,
             },
             "mmfs": {

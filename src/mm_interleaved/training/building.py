@@ -169,9 +169,18 @@ def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
         parts = source.components
         folders = (Path(parts.llm), Path(parts.clip), Path(parts.diffusion))
         return from_components(config, *folders, torch.float32, MMInterleaved)
-    if source.checkpoint is not None:
+    if source.checkpoint is None:
+        return MMInterleaved(config)
+    if source.mmfs.llm and source.mmfs.unet:
         return MMInterleaved.from_pretrained(source.checkpoint, config=config, dtype=torch.float32)
-    return MMInterleaved(config)
+    whole = config.to_dict()  # the checkpoint's synchronizers have to go somewhere to be left out
+    whole["mmfs"]["enabled"] = whole["image_decoder"]["mmfs"]["enabled"] = True
+    given = MMInterleaved.from_pretrained(
+        source.checkpoint, config=MMInterleavedConfig(**whole), dtype=torch.float32
+    ).state_dict()  # fmt: skip
+    model = MMInterleaved(config)
+    model.load_state_dict({name: given[name] for name in model.state_dict()})
+    return model
 
 
 def load_vae(vae: nn.Module, folder: Path) -> None:

@@ -259,12 +259,14 @@ class ShapesConfig:
             those that are drawn cut down to a multiple of this.
         pictures: fill up to so many pictures; 0: as `multiple` says. What is added is seen by nothing.
         drawn: draw so many of them, if there are as many; 0: as `losses.image_fraction` says.
-        conditioning: pictures that condition drawings, likewise.
+        conditioning: pictures that condition drawings, likewise. Batches without any get none; a recording with 0 is of
+            such batches.
         context: tokens of the contexts of drawings, likewise.
         labelled: tokens to learn, likewise.
         visible: pictures that a token sees, likewise.
         graph: record the step as a CUDA graph at its first batch of just these sizes, and replay it from then on; other
-            batches run as always. Needs `accumulation: 1`, `data.pad_to_max_length` and all sizes.
+            batches run as always (the log says how many were replayed). Needs `accumulation: 1`,
+            `data.pad_to_max_length` and all sizes but `conditioning`.
     """
 
     multiple: int = 1
@@ -279,11 +281,12 @@ class ShapesConfig:
     def __post_init__(self) -> None:
         _positive(multiple=self.multiple)
         sizes = {name: getattr(self, name) for name in SIZES}
-        wrong = [name for name, size in sizes.items() if size < 0 or (self.graph and size == 0)]
+        needed = set(SIZES) - {"conditioning"} if self.graph else set()
+        wrong = [name for name, size in sizes.items() if size < 0 or (name in needed and size == 0)]
         if wrong:
             raise ValueError(
                 f"shapes.{wrong[0]} is {sizes[wrong[0]]}; "
-                + ("shapes.graph needs every size" if self.graph else "at least 0")
+                + ("shapes.graph needs every size but that of conditioning" if self.graph else "at least 0")
             )
 
 

@@ -77,6 +77,12 @@ class RecordedStep:
         losses["loss"] = _Done.apply(losses["loss"], anchor)
         return MMInterleavedOutput(**losses)
 
+    def take_share(self) -> float:
+        """Share of the steps since the last call that were replays; the counts start anew."""
+        share = self.replayed / max(1, self.replayed + self.unrecorded)
+        self.replayed, self.unrecorded = 0, 0
+        return share
+
     def _fits(self, inputs: dict[str, Any]) -> bool:
         layout: Layout = inputs["layout"]
         sizes = {

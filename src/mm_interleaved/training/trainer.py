@@ -128,6 +128,8 @@ class RunTrainer(Trainer):
             self.window = Window(self.args.device)
             logs["steps_per_second"] = steps / (self.window.begin - seconds_begin)
             self._window_step = self.state.global_step
+            if self.recorded is not None:
+                logs["recorded_share"] = self.recorded.take_share()
             for group in self.optimizer.param_groups:
                 logs[f"lr/{group.get('name', 'all')}"] = group["lr"]
         super().log(logs, start_time)
