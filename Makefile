@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
 	@echo "Open demo/report.html in a browser."
 
-test: .venv/ready
+test: .venv/ready-eval
 	$(BIN)/python -m pytest -n 2
 
 test-gpu: .venv/ready
@@ -29,4 +29,8 @@ clean:
 
 .venv/ready: requirements.lock pyproject.toml scripts/setup
 	scripts/setup .venv
+	touch $@
+
+.venv/ready-eval: .venv/ready requirements-eval.lock scripts/setup-eval
+	scripts/setup-eval .venv
 	touch $@
