@@ -28,7 +28,7 @@ from mm_interleaved.training.config import (
 from mm_interleaved.training.ema import EMA
 from mm_interleaved.training.feed import choose_pictures, prepare_documents, seed_of
 from mm_interleaved.training.graphs import RecordedStep
-from mm_interleaved.training.run import train
+from mm_interleaved.training.run import compile_regions, train
 
 from ..conftest import picture
 from .conftest import ROOT, arguments, logged
@@ -292,6 +292,29 @@ def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPat
     assert (len(recorded), step.replayed, step.unrecorded) == (1, 2, 1)
     assert step.take_share() == pytest.approx(2 / 3)
     assert (step.replayed, step.unrecorded) == (0, 0)
+
+
+def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled as far as a CPU does it quickly: traced forward and backward, then run operator by operator."""
+    monkeypatch.setattr(graphs, "capture", lambda step, device: step)
+    small = load("debug")
+    shapes = ShapesConfig(1, pictures=2, drawn=2, conditioning=1, context=60, labelled=40, visible=2, graph=True)
+    document = Document([Text("a red house"), Image(picture(0)), Text("and a tree"), Image(picture(1))])
+    inputs = prepare_documents(small.model, LossConfig(), shapes)(
+        small.processor(document, training=True), 0, torch.device("cpu")
+    )
+    inputs.pop("counts")
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            compile_regions(small.model, "aot_eager")
+        small.model.zero_grad()
+        step = RecordedStep(shapes)
+        found.append((step(small.model, inputs).loss, small.model.context_proj.weight.grad.clone()))
+        assert step.replayed == 1
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 10
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_batches_without_earlier_pictures_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..model.static import capture
 from .config import ShapesConfig
 
 _PARTS = ("loss", "loss_txt", "loss_img")
+_AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")  # what is compiled is so for the recording's sizes
 
 
 class RecordedStep:
@@ -61,11 +63,13 @@ class RecordedStep:
         fits = self._recording is not None and self._recording.key == tuple(_key(inputs))
         self.replayed, self.unrecorded = self.replayed + fits, self.unrecorded + (not fits)
         if not fits and self.world_size == 1:
-            return model(**inputs)
+            with _AS_WRITTEN():
+                return model(**inputs)
         if fits:
             losses, gradients, used = self._recording.replay(inputs)
         else:
-            losses, gradients, used = _computed(model, inputs)
+            with _AS_WRITTEN():
+                losses, gradients, used = _computed(model, inputs)
         parameters = _trained(model).values()
         if self.world_size > 1:
             gradients /= self.world_size

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
 from ..model.checkpoint import written_aside
+from ..model.language_model import MMFSDecoderLayer
+from ..model.resampler import ResamplerLayer
 from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build, build_config, build_tokenizer, load_language, load_vision
@@ -38,6 +43,7 @@ from .vision import WEIGHTS as VISION
 from .vision import VisionTask
 
 FINAL = "final"
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer, MMFSDecoderLayer, ResamplerLayer)
 
 
 def train(
@@ -308,11 +314,12 @@ def enable_checkpointing(model: MMInterleaved) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def compile_regions(model: MMInterleaved) -> None:
-    """Compile the parts that repeat, whose code does not depend on the data: fewer and larger kernels."""
-    for layer in model.language_model.layers:
-        layer.compile()
-    model.visual_tokenizer.compile()
-    model.image_decoder.resampler.compile()
-    model.image_decoder.unet.compile()
-    model.image_decoder.vae.encoder.compile()
+def compile_regions(model: MMInterleaved, backend: str = "inductor") -> None:
+    """Compile the blocks that repeat, one by one: fewer and larger kernels, and what is alike is compiled once.
+
+    Compiled whole, a small model's UNet alone takes minutes.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # sizes of a UNet's blocks
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(dynamic=False, backend=backend)
