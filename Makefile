@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
 	@echo "Open demo/report.html in a browser."
 
-test: .venv/ready-eval
+test: .venv/ready-test
 	$(BIN)/python -m pytest -n 2
 
 test-gpu: .venv/ready
@@ -31,6 +31,6 @@ clean:
 	scripts/setup .venv
 	touch $@
 
-.venv/ready-eval: .venv/ready requirements-eval.lock scripts/setup-eval
-	scripts/setup-eval .venv
+.venv/ready-test: .venv/ready requirements-test.lock scripts/setup-test
+	scripts/setup-test .venv
 	touch $@
