@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..ops import deformable_attention, promote
+from ..ops import deformable_attention_around, promote
 from ..ops.deformable import Shapes
+from ..ops.mmfs_attention import Backend
 from .config import AdapterConfig
 
 NUM_INTERACTIONS = 4  # one for each level of the pyramid
@@ -82,6 +83,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, config: AdapterConfig, levels: int) -> None:
         super().__init__()
         self.heads, self.points, self.levels = config.num_heads, config.num_points, levels
+        self.backend: Backend = "plain"  # the kernels' speed here has not been measured yet
         inner = int(width * config.value_ratio)
         self.sampling_offsets = nn.Linear(width, self.heads * levels * self.points * 2)
         self.attention_weights = nn.Linear(width, self.heads * levels * self.points)
@@ -116,10 +118,8 @@ class DeformableAttention(nn.Module):
         layout = (self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).to(work).unflatten(-1, (*layout, 2))
         logits = self.attention_weights(query).to(work).unflatten(-1, layout)
-        weights = logits.flatten(-2).softmax(-1).view_as(logits)
-        steps = [o / side for o, (side, _) in zip(offsets.unbind(-3), shapes, strict=True)]
-        locations = reference.to(work)[:, None, None, None] + torch.stack(steps, dim=-3)
-        return self.output_proj(deformable_attention(value, shapes, locations, weights))
+        seen = deformable_attention_around(value, shapes, offsets, logits, reference, self.backend)
+        return self.output_proj(seen)
 
 
 class Injector(GradientCheckpointingLayer):

@@ -1,5 +1,6 @@
 """Numerical operators of the project, each with a plain twin it is tested against."""
 
+from .around import deformable_attention_around
 from .decoding import attend, project, project_gated, rms_norm, why_not_kernels
 from .deformable import deformable_attention, deformable_attention_reference, promote
 from .mmfs_attention import (
@@ -15,6 +16,7 @@ __all__ = [
     "HAS_TRITON",
     "attend",
     "deformable_attention",
+    "deformable_attention_around",
     "deformable_attention_reference",
     "mmfs_attention",
     "mmfs_attention_plain",

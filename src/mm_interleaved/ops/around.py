@@ -1,0 +1,74 @@
+"""Deformable attention from offsets and logits, around fixed points, as the ViT adapter has it.
+
+    locations_lp = reference + offsets_lp / size_l          weights = softmax of the logits over all levels and points
+    out          = `deformable_attention` of these
+
+Two forms: the composition, and the kernels of MMFS. These know one picture with levels of one offset and a softmax with
+one more slot of logit 0, so each level is a call of its own, whose result m_l and denominator e^d_l = 1 + S_l, with S_l
+the sum of the exponentials, are put together:
+
+    out = sum_l m_l e^d_l / sum_l (e^d_l - 1)
+
+Beforehand all logits are shifted so that the largest is `_LARGEST`: then the sum of S_l is some thousands, and the 1
+that is added and taken away costs no digits that count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .deformable import Shapes, deformable_attention, promote
+from .mmfs_attention import Backend, mmfs_attention, why_not_triton
+
+_LARGEST = 8.0
+
+
+def deformable_attention_around(
+    value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, reference: Tensor, backend: Backend = "plain"
+) -> Tensor:
+    """Sample `value` around `reference` and mix the samples.
+
+    Args:
+        value: [batch, positions, heads, dim], the levels one after the other, each row-major.
+        shapes: (height, width) of every level.
+        offsets: [batch, queries, heads, levels, points, 2] (x, y) in pixels of each level; float32 or float64.
+        logits: [batch, queries, heads, levels, points], of the same type.
+        reference: [queries, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
+        backend: "triton", "plain" or "auto", as of `mmfs_attention`.
+
+    Returns:
+        [batch, queries, heads * dim] in the type of `value`.
+
+    Raises:
+        ValueError: backend="triton", but the kernels cannot run.
+    """
+    fits = value.device.type == "cuda" and why_not_triton(value, logits.shape[-1]) is None
+    if backend == "triton" or (backend == "auto" and fits):
+        return _by_level(value, shapes, offsets, logits, reference)
+    weights = logits.flatten(-2).softmax(-1).view_as(logits)
+    steps = [  # numbers of the host, which no recording has to wait for
+        torch.stack([own[..., 0] / width, own[..., 1] / height], dim=-1)
+        for own, (height, width) in zip(offsets.unbind(3), shapes, strict=True)
+    ]
+    locations = reference.to(offsets.dtype)[:, None, None, None] + torch.stack(steps, dim=3)
+    return deformable_attention(value, shapes, locations, weights)
+
+
+def _by_level(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, reference: Tensor) -> Tensor:
+    batch, queries, heads, _, points = logits.shape
+    logits = logits - logits.detach().amax((-2, -1), keepdim=True) + _LARGEST
+    images = torch.arange(batch, device=value.device)[:, None]
+    table = offsets.new_zeros(1, heads * points * 2)
+    mixed = offsets.new_zeros(batch, queries, heads, value.shape[-1], dtype=promote(value.dtype))
+    total = mixed.new_zeros(batch, queries, heads, 1)
+    maps = value.split([height * width for height, width in shapes], dim=1)
+    for level, (shape, level_map) in enumerate(zip(shapes, maps, strict=True)):
+        own = offsets[:, :, :, level].reshape(batch, queries, heads * points * 2)
+        part, left_out = mmfs_attention(
+            level_map, own, logits[:, :, :, level].reshape(batch, queries, heads * points), table,
+            table[:, : heads * points], reference[None], images, [shape], [1.0], backend="triton",
+        )  # fmt: skip
+        denominator = 1 / left_out[..., None]
+        mixed, total = mixed + part * denominator, total + denominator - 1
+    return (mixed / total).flatten(2).to(value.dtype)
