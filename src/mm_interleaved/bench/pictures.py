@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from ..generation import IMAGE_PRESETS, Context, ImageSettings
-from ..model import denoising, roofline
+from ..model import MMInterleavedConfig, denoising, roofline
+from ..model.vit_adapter import DeformableAttention, cell_centres
+from ..ops import why_not_triton
+from ..ops.mmfs_attention import Backend
 from .base import Bench, Row, read
 
 
@@ -98,3 +102,43 @@ def encode(bench: Bench) -> Iterator[Row]:
         peak = bench.clock.peak(fast)
     need = roofline.Need(2 * bench.cost.encode_image)
     yield Row("encode", "1 picture", "ms", 1e3 * value, 1e3 * twin, 1e3 * bench.bound(need), peak)
+
+
+def adapter(bench: Bench) -> Iterator[Row]:
+    """The ViT adapter's attention over some pictures, by the kernels of MMFS; the twin is the composition."""
+    config = MMInterleavedConfig.preset(bench.preset)
+    grid = config.vision_config.image_size // config.vision_config.patch_size
+    stem = [2 * grid, grid, grid // 2]
+    for name, looking, seen in (("inject", [grid], stem), ("extract", stem, [grid])):
+        attention = DeformableAttention(config.vision_config.hidden_size, config.adapter, len(seen))
+        attention.to(bench.device, bench.dtype)
+        for gradients in (False, True):
+            yield _adapter_row(bench, attention, name, looking, seen, gradients)
+
+
+def _adapter_row(
+    bench: Bench, attention: DeformableAttention, name: str, looking: list[int], seen: list[int], gradients: bool
+) -> Row:
+    def random(sides: list[int]) -> torch.Tensor:
+        shape = bench.sizes.pictures, sum(side * side for side in sides), attention.value_proj.in_features
+        return torch.randn(shape, device=bench.device, dtype=bench.dtype, requires_grad=gradients)
+
+    query, features = random(looking), random(seen)
+    reference, shapes = cell_centres(looking, bench.device), [(side, side) for side in seen]
+    reason = why_not_triton(attention.value_proj(features).unflatten(-1, (attention.heads, -1)), attention.points)
+
+    def run(backend: Backend) -> torch.Tensor:
+        attention.backend = backend
+        with torch.set_grad_enabled(gradients):
+            out = attention(query, reference, features, shapes)
+            if gradients:
+                out.float().square().mean().backward()
+        return out.detach().float()
+
+    kernels = bench.device.type == "cuda" and reason is None
+    backends: list[Backend] = ["triton", "plain"] if kernels else ["plain"]
+    found = [run(backend) for backend in backends]
+    times = [1e3 * bench.clock.time(partial(run, backend), bench.sizes.repeats) for backend in backends]
+    note = f"{float((found[0] - found[1]).norm() / found[1].norm()):.1e} apart" if kernels else f"plain: {reason}"
+    case = f"{name}, {bench.sizes.pictures} pictures, {'with backward' if gradients else 'forward'}"
+    return Row("adapter", case, "ms", times[0], times[1] if kernels else None, note=note)

@@ -24,6 +24,7 @@ LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "prefill": text.prefill,
     "op": mmfs.op,
     "layer": mmfs.layer,
+    "adapter": pictures.adapter,
     "training": training.training,
     "session": session.session,
     "layer-by-pictures": mmfs.layer_by_pictures,
