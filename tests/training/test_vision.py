@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import FOLDER, load
 from mm_interleaved.toyworld.reader import TRAITS
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import SIZES
@@ -61,6 +62,20 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
     name = "visual_tokenizer.proj.weight"
     assert not torch.equal(model.state_dict()[name], plain.state_dict()[name])
     assert model.config.to_dict() == plain.config.to_dict()
+
+
+def test_a_run_starts_from_a_whole_model(tmp_path: Path) -> None:
+    whole = load("debug")
+    with torch.no_grad():
+        for parameter in whole.model.parameters():
+            parameter.add_(0.01)
+    whole.model.save_pretrained(tmp_path / "whole")
+    whole.processor.save_pretrained(tmp_path / "whole")
+    source = ("model.preset=null", f"model.checkpoint={tmp_path / 'whole'}", "optimizer.lr=1e-9", "steps=1")
+    assert train_vision(settings(tmp_path / "run", *source), TOKENIZER, "cpu") is None
+    own, found = whole.model.state_dict(), load_file(tmp_path / "run/final/visual_tokenizer.safetensors")
+    name = "encoder.embeddings.patch_embedding.weight"
+    assert torch.allclose(own[f"visual_tokenizer.{name}"], found[name], atol=1e-7)
 
 
 def test_tokens_are_handed_over_at_unit_length(tmp_path: Path) -> None:

@@ -183,6 +183,11 @@ def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
     return model
 
 
+def given_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved | None:
+    """The model that a part is taken from; None where `source` names a preset, whose weights are fresh anyway."""
+    return None if source.preset is not None else _model(source, config)
+
+
 def load_vae(vae: nn.Module, folder: Path) -> None:
     """Copy the weights of a diffusers VAE folder."""
     vae.load_state_dict(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict())

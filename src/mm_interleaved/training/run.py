@@ -25,7 +25,7 @@ from ..model.language_model import MMFSDecoderLayer
 from ..model.resampler import ResamplerLayer
 from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
-from .building import build, build_config, build_tokenizer, load_language, load_vision
+from .building import build, build_config, build_tokenizer, given_model, load_language, load_vision
 from .callbacks import DataKeeper, Housekeeping, Reporter
 from .checkpoints import find_resume
 from .config import AutoencoderRunConfig, PartRunConfig, PicturesConfig, RunConfig, TrainConfig
@@ -141,6 +141,8 @@ def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, d
 
     def make() -> VisionTask:
         task = VisionTask(model)
+        if (given := given_model(config.model, model)) is not None:
+            task.visual_tokenizer.load_state_dict(given.visual_tokenizer.state_dict())
         if config.model.vision is not None:
             load_vision(task.visual_tokenizer, config.model.vision)
         if config.compile == "regional":
@@ -163,6 +165,8 @@ def train_language(
 
     def make() -> LanguageTask:
         task = LanguageTask(model)
+        if (given := given_model(config.model, model)) is not None:
+            task.model.load_state_dict(given.state_dict())
         if config.model.language is not None:
             load_language(task.model, config.model.language)
         if config.compile == "regional":
