@@ -148,7 +148,12 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, change: str, 
 
 
 def test_every_configuration_of_the_repository_can_be_read() -> None:
-    of_parts = {"vae.yaml": AutoencoderRunConfig, "vision.yaml": PartRunConfig, "language.yaml": PartRunConfig}
+    of_parts = {
+        "vae.yaml": AutoencoderRunConfig,
+        "vision.yaml": PartRunConfig,
+        "language.yaml": PartRunConfig,
+        "conditions.yaml": PartRunConfig,
+    }
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         if path.name not in (
             "evaluate.yaml",
