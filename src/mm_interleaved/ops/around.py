@@ -48,7 +48,7 @@ def deformable_attention_around(
         return _by_level(value, shapes, offsets, logits, reference)
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
     steps = [  # numbers of the host, which no recording has to wait for
-        torch.stack([own[..., 0] / width, own[..., 1] / height], dim=-1)
+        own / width if width == height else torch.stack([own[..., 0] / width, own[..., 1] / height], dim=-1)
         for own, (height, width) in zip(offsets.unbind(3), shapes, strict=True)
     ]
     locations = reference.to(offsets.dtype)[:, None, None, None] + torch.stack(steps, dim=3)
