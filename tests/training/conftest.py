@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mm_interleaved.configuration import load_config
+from mm_interleaved.pretrained import load
 from mm_interleaved.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,19 @@ PART = [
     "eval_every=0", "eval_batches=1", "schedule.warmup_steps=0", "schedule.kind=constant", "optimizer.lr=3e-3",
     "data={batch_size: 4, num_workers: 0, count: 64}", "eval_data={batch_size: 4, num_workers: 0, count: 8}",
 ]  # fmt: skip  # a run of a part that takes a second
+
+
+def whole_model(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Writes a debug model with weights of its own; these, and settings of one step from it that changes nothing."""
+    whole = load("debug")
+    with torch.no_grad():
+        for parameter in whole.model.parameters():
+            parameter.add_(0.01)
+    whole.model.save_pretrained(folder)
+    whole.processor.save_pretrained(folder)
+    return whole.model.state_dict(), [
+        "model.preset=null", f"model.checkpoint={folder}", "optimizer.lr=1e-9", "steps=1"
+    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.pretrained import FOLDER, load
+from mm_interleaved.pretrained import FOLDER
 from mm_interleaved.toyworld.language import caption, paragraph
 from mm_interleaved.toyworld.language.phrases import CELL_NAMES
 from mm_interleaved.toyworld.reader import TRAITS
@@ -25,7 +25,7 @@ from mm_interleaved.training.pictures import PictureLoader, ToyTexts
 from mm_interleaved.training.run import train_language
 from mm_interleaved.training.told import THINGS, TOLD, told
 
-from .conftest import PART, ROOT, logged
+from .conftest import PART, ROOT, logged, whole_model
 
 TOKENIZER = FOLDER / "tokenizer"
 
@@ -94,15 +94,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
 
 
 def test_a_run_starts_from_a_whole_model(tmp_path: Path) -> None:
-    whole = load("debug")
-    with torch.no_grad():
-        for parameter in whole.model.parameters():
-            parameter.add_(0.01)
-    whole.model.save_pretrained(tmp_path / "whole")
-    whole.processor.save_pretrained(tmp_path / "whole")
-    source = ("model.preset=null", f"model.checkpoint={tmp_path / 'whole'}", "optimizer.lr=1e-9", "steps=1")
+    own, source = whole_model(tmp_path / "whole")
     assert train_language(settings(tmp_path / "run", *source), TOKENIZER, "cpu") is None
-    own, found = whole.model.state_dict(), load_file(tmp_path / "run/final/language.safetensors")
+    found = load_file(tmp_path / "run/final/language.safetensors")
     assert all(torch.allclose(own[name], value, atol=1e-7) for name, value in found.items())
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.pretrained import FOLDER, load
+from mm_interleaved.pretrained import FOLDER
 from mm_interleaved.toyworld.reader import TRAITS
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import SIZES
@@ -21,7 +21,7 @@ from mm_interleaved.training.pictures import PictureLoader, ToyScenes
 from mm_interleaved.training.run import train_vision
 from mm_interleaved.training.vision import VisionTask, cell_traits
 
-from .conftest import PART, ROOT, logged
+from .conftest import PART, ROOT, logged, whole_model
 
 TOKENIZER = FOLDER / "tokenizer"
 
@@ -65,15 +65,9 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
 
 
 def test_a_run_starts_from_a_whole_model(tmp_path: Path) -> None:
-    whole = load("debug")
-    with torch.no_grad():
-        for parameter in whole.model.parameters():
-            parameter.add_(0.01)
-    whole.model.save_pretrained(tmp_path / "whole")
-    whole.processor.save_pretrained(tmp_path / "whole")
-    source = ("model.preset=null", f"model.checkpoint={tmp_path / 'whole'}", "optimizer.lr=1e-9", "steps=1")
+    own, source = whole_model(tmp_path / "whole")
     assert train_vision(settings(tmp_path / "run", *source), TOKENIZER, "cpu") is None
-    own, found = whole.model.state_dict(), load_file(tmp_path / "run/final/visual_tokenizer.safetensors")
+    found = load_file(tmp_path / "run/final/visual_tokenizer.safetensors")
     name = "encoder.embeddings.patch_embedding.weight"
     assert torch.allclose(own[f"visual_tokenizer.{name}"], found[name], atol=1e-7)
 
