@@ -91,6 +91,31 @@ def test_nothing_to_learn_gives_zero_with_a_gradient(model: MMInterleaved, batch
     model.zero_grad()
 
 
+def test_conditions_can_be_held_to_what_they_were(model: MMInterleaved, batch: Batch, tmp_path: Path) -> None:
+    own = copy.deepcopy(model)
+    own.keep_conditions(3.0)
+    plain = model(**batch, draws=draws(model))
+    out = own(**batch, draws=draws(model))
+    assert plain.loss_kept is None
+    assert float(out.loss_kept) < 1e-10  # nothing has moved yet
+    torch.testing.assert_close(out.loss, plain.loss)
+
+    with torch.no_grad():
+        for p in own.image_decoder.resampler.parameters():
+            p.add_(0.3)
+    out = own(**batch, loss_text_weight=1.0, loss_image_weight=0.0)
+    assert float(out.loss_kept) > 1e-4
+    torch.testing.assert_close(out.loss, out.loss_txt + out.loss_kept)
+    own.zero_grad()
+    out.loss_kept.backward()
+    assert own.language_model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
+    assert own.lm_head.head.weight.grad is None  # no words in it
+
+    own.save_pretrained(tmp_path)
+    assert set(own.state_dict()) == set(model.state_dict())  # what it was is no part of it
+    assert MMInterleaved.from_pretrained(tmp_path)(**batch, draws=draws(model)).loss_kept is None
+
+
 @torch.no_grad()
 def test_zero_pictures_in_the_batch(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     batch = processor(Document([Text("no picture at all")]), training=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig
 from mm_interleaved.configuration import load_config
-from mm_interleaved.training.config import GroupConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mm_interleaved.training.config import GroupConfig, MuonConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mm_interleaved.training.muon import Muon
 from mm_interleaved.training.optimizer import build_optimizer, parameter_groups, torch_groups, undecayed
 from mm_interleaved.training.trainer import learning_rate_share
 
@@ -75,3 +77,100 @@ def test_schedules() -> None:
     assert cosine(110) == pytest.approx(0.1)
     assert learning_rate_share(ScheduleConfig("constant"), 10)(9) == 1.0
     assert learning_rate_share(ScheduleConfig("linear"), 10)(5) == 0.5
+
+
+class TwoKinds(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 3)
+        self.first, self.second = torch.nn.Linear(6, 10), torch.nn.Linear(6, 10)
+        self.words = torch.nn.Embedding(7, 6)
+        self.lm_head = torch.nn.Linear(10, 7)
+
+
+def _trained(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 4
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest() -> None:
+    torch.manual_seed(0)
+    start = TwoKinds().state_dict()
+    config = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.1)
+    model = TwoKinds()
+    model.load_state_dict(start)
+    found = _trained(model, [build_optimizer(model, config)])
+
+    model.load_state_dict(start)
+    matrices = [model.first.weight, model.second.weight]
+    rest = [p for name, p in model.named_parameters() if "bias" in name]
+    decayed = [model.words.weight, model.lm_head.weight]
+    adamw = torch.optim.AdamW(
+        [{"params": rest, "weight_decay": 0.0}, {"params": decayed}], 1e-2, tuple(config.betas), config.eps, 0.1
+    )
+    muon = torch.optim.Muon(matrices, 1e-2, 0.1, 0.95, adjust_lr_fn="match_rms_adamw")
+    expected = _trained(model, [adamw, muon])
+    for name in ("words.weight", "lm_head.weight", "conv.bias", "first.bias"):
+        torch.testing.assert_close(found[name], expected[name])
+    for name in ("first.weight", "second.weight"):  # torch computes in bfloat16
+        moved, wanted = found[name] - start[name], expected[name] - start[name]
+        assert (moved - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_a_convolution_is_a_matrix_of_its_outputs() -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 6, 3, bias=False)
+    matrix = torch.nn.Linear(27, 6, bias=False)
+    matrix.weight.data.copy_(conv.weight.flatten(1))
+    for module in (conv, matrix):
+        optimizer = build_optimizer(module, OptimizerConfig(kind="muon", lr=1e-2))
+        assert isinstance(optimizer, Muon)
+        _trained(module, [optimizer])
+    torch.testing.assert_close(conv.weight.flatten(1), matrix.weight)
+
+
+def test_muon_goes_on_from_its_state() -> None:
+    torch.manual_seed(0)
+    model, config = TwoKinds(), OptimizerConfig(kind="muon", lr=1e-2)
+    optimizer = build_optimizer(model, config)
+    _trained(model, [optimizer])
+    weights, state = deepcopy(model.state_dict()), deepcopy(optimizer.state_dict())
+    expected = _trained(model, [optimizer], 1)
+    model.load_state_dict(weights)
+    again = build_optimizer(model, config)
+    again.load_state_dict(state)
+    assert all(torch.equal(x, expected[name]) for name, x in _trained(model, [again], 1).items())
+
+
+def test_a_part_without_gradient_stays_where_it_is() -> None:
+    torch.manual_seed(0)
+    model = TwoKinds()
+    optimizer = build_optimizer(model, OptimizerConfig(kind="muon", lr=1e-2))
+    before = model.first.weight.detach().clone()
+    for p in model.parameters():
+        p.grad = None if p is model.first.weight else torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(model.first.weight, before)
+    assert model.first.weight.grad is None
+
+
+def test_muon_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.kind"):
+        OptimizerConfig(kind="sgd")
+    with pytest.raises(ValueError, match=r"muon\.scale"):
+        MuonConfig(scale=0)
+    with pytest.raises(ValueError, match="whole matrices"):
+        load_config(
+            CONFIGS / "release.yaml",
+            TrainConfig,
+            ["model.tokenizer=x", "optimizer.kind=muon", "deepspeed=configs/deepspeed/zero1.json"],
+        )
+    with pytest.raises(ValueError, match="not a regular expression"):
+        build_optimizer(TwoKinds(), OptimizerConfig(kind="muon", muon=MuonConfig(plain=["("])))

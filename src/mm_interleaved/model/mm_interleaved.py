@@ -10,6 +10,7 @@ pixels ──► visual tokenizer ──► visual tokens ──┐ (into the te
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class MMInterleavedOutput(ModelOutput):
         loss: weighted sum of the losses that were computed; None without labels and without targets.
         loss_txt: mean cross-entropy over the labelled tokens.
         loss_img: mean squared error of the predicted noise.
+        loss_kept: see `keep_conditions`.
         logits: [batch, length, vocab] in float32, on request.
         last_hidden_state: [batch, length, width] after the decoder's last norm.
     """
@@ -46,6 +48,7 @@ class MMInterleavedOutput(ModelOutput):
     loss: Tensor | None = None
     loss_txt: Tensor | None = None
     loss_img: Tensor | None = None
+    loss_kept: Tensor | None = None
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
@@ -80,6 +83,28 @@ class TextHead(nn.Module):
         return torch.cat([old, new + self.new(hidden)], dim=-1)
 
 
+class KeptConditions:
+    """The conditions of drawings as a model said them at one time; no part of that model, of which it has a copy.
+
+    Args:
+        model: as it is now.
+        weight: of the loss.
+    """
+
+    def __init__(self, model: MMInterleavedModel, weight: float) -> None:
+        self.weight = weight
+        decoder = model.image_decoder
+        left_out = {id(part): nn.Identity() for part in (decoder.unet, decoder.vae)}  # by deepcopy's memo
+        self.before = deepcopy(model, left_out).requires_grad_(False).eval()
+
+    def loss(self, conditions: Tensor, row: tuple[Any, ...]) -> Tensor:
+        """Weighted mean squared error of `conditions` [drawn, tokens, width], from the same inputs."""
+        before = self.before.to(conditions.device)
+        with torch.no_grad():
+            wanted = before._conditions(before._read(*row)[0], row[-1])
+        return self.weight * F.mse_loss(conditions.float(), wanted.float())
+
+
 class MMInterleavedModel(PreTrainedModel):
     """Reads and writes rows of text and pictures, as tensors. `MMInterleaved` adds generation on top."""
 
@@ -103,6 +128,7 @@ class MMInterleavedModel(PreTrainedModel):
         self.context_proj = nn.Linear(width, width)
         self.context_positions = PositionTable.line(config.max_context_length, width)
         self.soi_token = LearnedTokens(1, width)
+        self._kept: KeptConditions | None = None
         self.set_mmfs_implementation(config.mmfs_implementation)
         self.post_init()
         for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
@@ -312,12 +338,8 @@ class MMInterleavedModel(PreTrainedModel):
             if found != given:
                 raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {given} pictures")
             layout = self.plan(input_ids, attention_mask, document_starts, labels)
-        features, memory = self._look(pixel_values)
-        embeds = self.embed(input_ids, features.tokens if features else None, checked=known)
-        mask = attention_mask if layout.padded else None
-        if config.isolate_documents:
-            mask = document_mask(input_ids, attention_mask, config.bos_token_id, embeds.dtype)
-        hidden = self.decode(embeds, memory, layout.visible, mask, position_ids)
+        row = (input_ids, attention_mask, position_ids, pixel_values, layout)
+        hidden, features = self._read(*row, checked=known)
 
         text_weight = config.loss_text_weight if loss_text_weight is None else loss_text_weight
         image_weight = config.loss_image_weight if loss_image_weight is None else loss_image_weight
@@ -326,16 +348,53 @@ class MMInterleavedModel(PreTrainedModel):
         if target_pixel_values is not None and len(layout.drawn) and image_weight:
             draws = draws or self.image_decoder.draw(len(layout.drawn), generator)
             loss_img = self._image_loss(hidden, layout, features, target_pixel_values, image_loss_mask, draws)
-        parts = [w * x for w, x in ((text_weight, loss_txt), (image_weight, loss_img)) if x is not None]
+        loss_kept = None
+        if self._kept is not None and len(layout.drawn):
+            loss_kept = self._kept.loss(self._conditions(hidden, layout), row)
+        losses = ((text_weight, loss_txt), (image_weight, loss_img), (1.0, loss_kept))
+        parts = [w * x for w, x in losses if x is not None]
         wants_logits = not parts if return_logits is None else return_logits
         logits = self.lm_head(hidden) if wants_logits else None
         return MMInterleavedOutput(
             loss=sum(parts) if parts else None,
             loss_txt=loss_txt,
             loss_img=loss_img,
+            loss_kept=loss_kept,
             logits=logits.to(promote(logits.dtype)) if wants_logits else None,
             last_hidden_state=hidden,
         )
+
+    def keep_conditions(self, weight: float) -> None:
+        """Let `forward` add `loss_kept`: how far what drawings are told has moved from what it is now.
+
+        For a language model that learns to read while an image decoder, elsewhere, learns from what this one said: Li
+        and Hoiem 2016, "Learning without Forgetting", on conditions. Needs memory for a second language model.
+
+        Args:
+            weight: of that mean squared error in the loss.
+        """
+        self._kept = KeptConditions(self, weight)
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        layout: Layout,
+        checked: bool = True,
+    ) -> tuple[Tensor, VisualFeatures | None]:
+        """Hidden states [batch, length, width] of planned rows, and the features of their pictures."""
+        features, memory = self._look(pixel_values)
+        embeds = self.embed(input_ids, features.tokens if features else None, checked=checked)
+        mask = attention_mask if layout.padded else None
+        if self.config.isolate_documents:
+            mask = document_mask(input_ids, attention_mask, self.config.bos_token_id, embeds.dtype)
+        return self.decode(embeds, memory, layout.visible, mask, position_ids), features
+
+    def _conditions(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """What the image decoder is told of each drawn picture, [drawn, tokens, width]."""
+        return self.image_decoder.resampler(*self.image_context(hidden, layout.contexts, layout.context_length))
 
     def _look(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageMemory]:
         """Features of the pictures, and an (empty, if there are none) memory of them."""

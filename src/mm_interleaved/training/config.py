@@ -8,6 +8,7 @@ from typing import Any
 from ..data.config import DataConfig
 from ..evaluation.config import TaskSuite
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "linear")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COMPILES = ("none", "regional")
@@ -45,9 +46,28 @@ class GroupConfig:
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW. Biases and LayerNorms do not decay, nor does what `no_decay` (regular expressions) names."""
+class MuonConfig:
+    """Muon, for weights of linear layers and convolutions; AdamW takes the rest and what `plain` names."""
 
+    scale: float = 0.2  # root mean square of an update's numbers, in learning rates; AdamW's are about 0.2 to 0.4
+    momentum: float = 0.95
+    # Regular expressions: what comes first and last, and what points somewhere.
+    plain: list[str] = field(
+        default_factory=lambda: ["lm_head", "conv_in", "conv_out", "offset", "attention_weights", "patch_embedding"]
+    )
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise ValueError(f"'optimizer.muon.scale' must be positive, not {self.scale}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"'optimizer.muon.momentum' must lie in [0, 1), not {self.momentum}")
+
+
+@dataclass
+class OptimizerConfig:
+    """Biases and LayerNorms do not decay, nor does what `no_decay` (regular expressions) names."""
+
+    kind: str = "adamw"  # or muon
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.995])
     eps: float = 1e-6
@@ -55,8 +75,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     groups: list[GroupConfig] = field(default_factory=list)  # the first that fits decides
     no_decay: list[str] = field(default_factory=list)
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
+        _choice("optimizer.kind", self.kind, OPTIMIZERS)
         _positive(lr=self.lr, eps=self.eps)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"'optimizer.betas' must be two numbers in [0, 1), not {self.betas}")
@@ -147,6 +169,10 @@ class RunConfig:
             raise ValueError("give 'deepspeed' or 'fsdp', not both")
         if self.ema.decay and (self.deepspeed or self.fsdp):
             raise ValueError("'ema.decay' keeps whole weights, which 'deepspeed' and 'fsdp' do not; set it to 0")
+        if self.optimizer.kind == "muon" and (self.deepspeed or self.fsdp):
+            raise ValueError(
+                "'optimizer.kind: muon' needs whole matrices, which 'deepspeed' and 'fsdp' split; take adamw"
+            )
         if self.sample_every and self.fsdp:
             raise ValueError("'sample_every' draws on one process, which has only a part of the weights with 'fsdp'")
 
@@ -212,6 +238,7 @@ class LossConfig:
         draws_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
         normalize_image_loss: divide by the pictures that count instead of by all.
         vae_dtype: type in which targets are encoded.
+        conditions: weight of what drawings are told staying as `model.checkpoint` says it; 0: it may change.
     """
 
     text: float = 1.0
@@ -220,13 +247,14 @@ class LossConfig:
     draws_per_image: int = 1
     normalize_image_loss: bool = False
     vae_dtype: str = "float32"
+    conditions: float = 0.0
 
     def __post_init__(self) -> None:
         _share(image_fraction=self.image_fraction)
         _positive(draws_per_image=self.draws_per_image)
         _choice("losses.vae_dtype", self.vae_dtype, PRECISIONS)
-        if self.text < 0 or self.image < 0 or self.text + self.image == 0:
-            raise ValueError("'losses.text' and 'losses.image' must not be negative, nor both 0")
+        if min(self.text, self.image, self.conditions) < 0 or self.text + self.image == 0:
+            raise ValueError("'losses' must not be negative, nor those of text and image both 0")
 
 
 @dataclass
@@ -327,6 +355,8 @@ class TrainConfig(RunConfig):
             raise ValueError("shapes.graph keeps all activations; leave gradient_checkpointing out")
         if self.shapes.graph and not self.data.pad_to_max_length:
             raise ValueError("shapes.graph needs data.pad_to_max_length: true")
+        if self.losses.conditions and self.model.checkpoint is None:
+            raise ValueError("'losses.conditions' holds on to what a checkpoint says: give 'model.checkpoint'")
         if self.evaluate_every and self.evaluation is None:
             raise ValueError("'evaluate_every' needs the tasks: give 'evaluation'")
         if self.evaluate_every and self.fsdp:

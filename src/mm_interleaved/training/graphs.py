@@ -23,7 +23,7 @@ from ..model.mm_interleaved import MMInterleavedOutput
 from ..model.static import capture
 from .config import ShapesConfig
 
-_PARTS = ("loss", "loss_txt", "loss_img")
+_PARTS = ("loss", "loss_txt", "loss_img", "loss_kept")
 _AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")  # what is compiled is so for the recording's sizes
 
 

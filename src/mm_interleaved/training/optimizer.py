@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import OptimizerConfig
+from .config import MuonConfig, OptimizerConfig
+from .muon import Muon
 
 
 @dataclass
@@ -94,20 +96,32 @@ def undecayed(model: nn.Module, no_decay: list[str]) -> set[str]:
 
 
 def torch_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The groups as a torch optimizer takes them, each split into decayed and undecayed parameters."""
+    """The groups as a torch optimizer takes them, each split into decayed, undecayed and Muon's parameters."""
     plain = undecayed(model, config.no_decay)
+    matrices = hidden_matrices(model, config.muon) if config.kind == "muon" else set()
     found = []
     for group in parameter_groups(model, config):
-        for decays in (True, False):
-            chosen = [p for name, p in group.parameters.items() if (name not in plain) == decays]
+        shared = {"lr": group.lr, "name": group.name}
+        for decays, hidden in product((True, False), (False, True)):
+            both = (not decays, hidden)
+            chosen = [p for name, p in group.parameters.items() if (name in plain, name in matrices) == both]
             if chosen:
+                extra = {"momentum": config.muon.momentum, "scale": config.muon.scale} if hidden else {}
                 decay = group.weight_decay if decays else 0.0
-                found.append({"params": chosen, "lr": group.lr, "weight_decay": decay, "name": group.name})
+                found.append({"params": chosen, "weight_decay": decay, **shared, **extra})
     return found
 
 
+def hidden_matrices(model: nn.Module, config: MuonConfig) -> set[str]:
+    """Names of what Muon updates: weights of linear layers and convolutions, less what `config.plain` names."""
+    patterns = [_pattern(p, "optimizer.muon.plain") for p in config.plain]
+    layers = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    names = {f"{prefix}.weight" if prefix else "weight" for prefix, _ in layers}
+    return {name for name in names if not any(p.search(name) for p in patterns)}
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the groups; fused where all parameters lie on a CUDA device.
+    """AdamW or Muon over the groups; AdamW's part is fused where all parameters lie on a CUDA device.
 
     Raises:
         ValueError: nothing is trainable, or a group's pattern does not fit.
@@ -116,4 +130,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     if not groups:
         raise ValueError("no parameter of the model is trainable; see model.overrides.frozen")
     fused = all(p.device.type == "cuda" for g in groups for p in g["params"])
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)
+    kind = Muon if config.kind == "muon" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)

@@ -71,6 +71,8 @@ def train(
     resume = start_run(config)
     args = training_arguments(config, device)
     model, processor = build(config, default_tokenizer)
+    if config.losses.conditions:
+        model.keep_conditions(config.losses.conditions)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.compile == "regional":

@@ -1,0 +1,78 @@
+"""Muon: a matrix is changed by the orthogonal matrix nearest to its momentum, all its directions by the same amount.
+
+Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; for the size of updates Liu et al. 2025
+(arXiv 2502.16982), eq. 4. `torch.optim.Muon` does the same for matrices one by one; here those of equal shape are
+one batch, as small models spend their time starting kernels, and kernels of convolutions are matrices, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, Jordan et al.
+_ITERATIONS = 5
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups that have a `momentum`, AdamW for all others.
+
+    Args:
+        groups: as torch takes them. With `momentum` (of the running mean of gradients) and `scale` (root mean square of
+            an update's numbers, in learning rates) a group is Muon's; its parameters have at least two dimensions, of
+            which the first is the matrix's rows and all others its columns.
+        settings: of AdamW, for the other groups.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of everything that has a gradient."""
+        matrices = [group for group in self.param_groups if "momentum" in group]
+        kept = {p: p.grad for group in matrices for p in group["params"]}
+        for p in kept:
+            p.grad = None  # so that AdamW passes it by
+        result = super().step(closure)
+        for p, gradient in kept.items():
+            p.grad = gradient
+        for group in matrices:
+            self._update(group)
+        return result
+
+    def _update(self, group: dict[str, Any]) -> None:
+        alike: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                alike[len(p), p[0].numel()].append(p)
+        for (rows, columns), parameters in alike.items():
+            for p in parameters:
+                if not self.state[p]:  # AdamW does not load a state without "step"
+                    self.state[p] |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+            gradients = [p.grad for p in parameters]
+            means = [self.state[p]["momentum_buffer"] for p in parameters]
+            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
+            updates = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
+            size = group["scale"] * max(rows, columns) ** 0.5
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            shaped = [x.view_as(p) for x, p in zip(updates.to(parameters[0]), parameters, strict=True)]
+            torch._foreach_add_(parameters, shaped, alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of each of `matrices` [batch, rows, columns] = U S V^T; its singular values lie between 0.7 and 1.2.
+
+    On a GPU in bfloat16, which is enough for that.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
