@@ -425,16 +425,19 @@ def _small() -> dict[str, Any]:
         "mmfs": {"hidden_size": 128, "levels": [16, 8, 4], "num_heads": 8, "num_points": 4, "base_size": 8},
         "image_decoder": {
             "image_size": 128,
+            # Most of the arithmetic where the things are: on the whole latents, which are a quarter of the side.
             "unet": {
-                "sample_size": 16,
-                "block_out_channels": [48, 64, 80, 80],
-                "layers_per_block": 2,
-                "attention_head_dim": [3, 4, 5, 5],
+                "sample_size": 32,
+                "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+                "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+                "block_out_channels": [96, 96, 64],
+                "layers_per_block": 1,
+                "attention_head_dim": [6, 6, 4],
                 "cross_attention_dim": 128,
                 "use_linear_projection": True,
                 "norm_num_groups": 16,
             },
-            "vae": _vae([32, 48, 64, 64], 128, groups=16),
+            "vae": _vae([32, 64, 96], 128, groups=16),
             # Latents of drawn pictures are smooth: at most times the noise alone could be told without any condition,
             # and the loss of the noise hardly depends on them. The velocity's does.
             "scheduler": {**SD_SCHEDULER, "prediction_type": "v_prediction"},
@@ -473,9 +476,9 @@ def _debug() -> dict[str, Any]:
     tree["mmfs_every"] = 2
     decoder = tree["image_decoder"]
     decoder["image_size"] = 32
-    decoder["unet"] |= {
+    decoder["unet"] = {
         "sample_size": 8, "block_out_channels": [16, 24, 32, 32], "attention_head_dim": [2, 3, 4, 4],
-        "cross_attention_dim": 32, "norm_num_groups": 8,
+        "layers_per_block": 2, "cross_attention_dim": 32, "use_linear_projection": True, "norm_num_groups": 8,
     }  # fmt: skip
     decoder["vae"] = _vae([8, 16, 16], 32, groups=8)
     decoder["resampler"] |= {"num_queries": 6, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}

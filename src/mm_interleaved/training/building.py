@@ -48,6 +48,8 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
         load_vision(model.visual_tokenizer, source.vision)
     if source.language is not None:
         load_language(model, source.language)
+    if source.unet is not None:
+        load_unet(model, source.unet)
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
@@ -191,6 +193,19 @@ def given_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleav
 def load_vae(vae: nn.Module, folder: Path) -> None:
     """Copy the weights of a diffusers VAE folder."""
     vae.load_state_dict(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict())
+
+
+def load_unet(model: MMInterleaved, folder: str) -> None:
+    """Copy the UNet of another model.
+
+    Raises:
+        ValueError: the folder holds no model, or one whose UNet has another shape.
+    """
+    try:
+        unet = MMInterleaved.from_pretrained(folder, dtype=torch.float32).image_decoder.unet
+        model.image_decoder.unet.load_state_dict(unet.state_dict())
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"model.unet: '{folder}' holds no UNet that fits: {str(error).splitlines()[0]}") from None
 
 
 def load_vision(tokenizer: nn.Module, folder: str) -> None:

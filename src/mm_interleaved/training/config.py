@@ -206,6 +206,7 @@ class ModelConfig:
         vae: folder of a diffusers VAE that replaces the image decoder's; the UNet's channels and size follow.
         vision: folder of a visual tokenizer that `mmi train-vision` wrote, to start from.
         language: folder of a language model that `mmi train-language` wrote, to start from.
+        unet: folder of a model whose UNet is taken instead of its own.
         mmfs: which synchronizers there are.
         overrides: values of the model's configuration, nested as there.
     """
@@ -217,6 +218,7 @@ class ModelConfig:
     vae: str | None = None
     vision: str | None = None
     language: str | None = None
+    unet: str | None = None
     mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
     overrides: dict[str, Any] = field(default_factory=dict)
 
