@@ -55,7 +55,9 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
     process = start(run, "log_every=1", "steps=500", "save_every=0")
     while process.poll() is None and logged_step(run) < 2:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(3):  # as `timeout` and batch systems do: to the process, and to its group
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "stopped by SIGTERM" in output

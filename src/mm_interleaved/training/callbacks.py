@@ -22,6 +22,7 @@ from .config import RunConfig
 from .trainer import RunTrainer
 
 LOG = "log.jsonl"
+_SAME = 2.0  # seconds: `timeout` and batch systems signal a process and then its group, which is one wish, not two
 _AGREE_EVERY = 10  # steps between two looks at the other ranks' wish to stop
 
 
@@ -31,6 +32,7 @@ class Housekeeping(TrainerCallback):
     def __init__(self, trainer: RunTrainer, config: RunConfig, console: Console) -> None:
         self.trainer, self.config, self.console = trainer, config, console
         self.stopped_by: str | None = None
+        self._stopped_at = 0.0
         self._before: dict[int, Any] = {}
 
     def on_train_begin(
@@ -59,10 +61,11 @@ class Housekeeping(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.stopped_by is not None:  # a second signal does not wait
-            signal.signal(number, self._before[number])
-            os.kill(os.getpid(), number)
+            if time.monotonic() - self._stopped_at > _SAME:
+                signal.signal(number, self._before[number])
+                os.kill(os.getpid(), number)
             return
-        self.stopped_by = signal.Signals(number).name
+        self.stopped_by, self._stopped_at = signal.Signals(number).name, time.monotonic()
         self.console.print(f"{self.stopped_by}: saving after this step; send it again to stop at once")
 
     def _agreed(self, step: int) -> bool:
