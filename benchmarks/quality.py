@@ -38,6 +38,7 @@ from mm_interleaved.toyworld.score import SceneScore, match, pair
 from mm_interleaved.toyworld.stories import Story, story
 
 T = TypeVar("T")
+TRAITS = ("kind", "color", "texture", "part", "glyph")
 say = Console(stderr=True).print
 
 
@@ -138,6 +139,7 @@ class Exam:
                     shown.append((frame.text, picture))
         self._keep("stories", shown)
         names = {"found": "things", "right_place": "things", "kept": "unsaid", "frames_right": "frames"}
+        names |= {f"kept_{trait}": "unsaid" for trait in TRAITS}
         return {name: total[name] / max(total[of], 1) for name, of in names.items()} | {
             "frames": total["frames"], "unsaid": total["unsaid"],
         }  # fmt: skip
@@ -179,12 +181,17 @@ def frame_score(scene: Scene, unsaid: Sequence[int], seen: Sequence[Seen]) -> di
     found = pair(scene, seen)
     right = {i for i, j in found.items() if seen[j].look.color == scene.things[i].look.color}
     exact = {i for i in right if seen[found[i]].look == scene.things[i].look}
+
+    def same(thing: int, trait: str) -> bool:
+        return thing in found and getattr(seen[found[thing]].look, trait) == getattr(scene.things[thing].look, trait)
+
     return {
         "things": len(scene.things),
         "found": len(right),
         "right_place": sum(seen[found[i]].cell == scene.things[i].cell for i in right),
         "unsaid": len(unsaid),
         "kept": sum(i in exact for i in unsaid),
+        **{f"kept_{trait}": sum(same(i, trait) for i in unsaid) for trait in TRAITS},
         "frames": 1,
         "frames_right": int(len(right) == len(scene.things) == len(seen)),
     }
@@ -198,7 +205,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="scenes a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30, help="of each picture")
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=6.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tasks", nargs="+", default=["captions", "questions", "drawing", "stories"])

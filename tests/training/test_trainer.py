@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mm_interleaved import Document, Image, Text
+from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedConfig, Text
 from mm_interleaved.cli import main
 from mm_interleaved.configuration import ConfigError, load_config
 from mm_interleaved.pretrained import FOLDER, load
@@ -168,8 +168,12 @@ def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, ablation: 
     whole = load("debug")
     whole.model.save_pretrained(tmp_path)
     whole.processor.save_pretrained(tmp_path)
+    for p in whole.model.image_decoder.unet.parameters():
+        p.data.add_(0.1)
+    whole.model.save_pretrained(tmp_path / "draws")
     file = ROOT / f"configs/small/{ablation}.yaml"
-    model, _ = build(load_config(file, TrainConfig, [f"model.checkpoint={tmp_path}"]))
+    folders = [f"model.checkpoint={tmp_path}", f"model.unet={tmp_path / 'draws'}"]
+    model, _ = build(load_config(file, TrainConfig, folders))
     own, given = model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(value, given[name].to(value.dtype)) for name, value in own.items())
     left_out = {name for name in given if name not in own}
@@ -178,6 +182,17 @@ def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, ablation: 
         name for name in given
         if "synchronizer" in name and (ablation == "no_mmfs" or name.startswith("image_decoder") == unet)
     }  # fmt: skip
+
+
+def test_a_unet_that_does_not_fit(tmp_path: Path, debug_config: MMInterleavedConfig) -> None:
+    config = load_config(ROOT / "configs/debug.yaml", TrainConfig, [f"model.unet={tmp_path}"])
+    with pytest.raises(ValueError, match=r"model\.unet: .* is not the folder of a model"):
+        build(config, TOKENIZER)
+    tree = debug_config.to_dict()
+    tree["image_decoder"]["unet"]["block_out_channels"] = [16, 24, 32, 40]
+    MMInterleaved(MMInterleavedConfig(**tree)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.unet: .* has another shape, for instance in "):
+        build(config, TOKENIZER)
 
 
 def test_seeds_differ_and_do_not_depend_on_the_process() -> None:

@@ -56,14 +56,14 @@ def train_language(config: ConfigFile, settings: Settings = None, device: Device
 
 
 def train_log(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their log.jsonl.")],
     output: Annotated[Path, typer.Option(help="PNG, SVG or PDF file to write.")] = Path("curves.png"),
 ) -> None:
-    """Plot the curves of a run."""
+    """Plot the curves of runs, one below the other."""
     from ..training.curves import plot
 
     with _errors():
-        plot(run, output)
+        plot(runs, output)
 
 
 @contextmanager

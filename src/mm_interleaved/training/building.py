@@ -196,16 +196,19 @@ def load_vae(vae: nn.Module, folder: Path) -> None:
 
 
 def load_unet(model: MMInterleaved, folder: str) -> None:
-    """Copy the UNet of another model.
+    """Copy the UNet of another model, without synchronizers if `model` has none.
 
     Raises:
         ValueError: the folder holds no model, or one whose UNet has another shape.
     """
-    try:
-        unet = MMInterleaved.from_pretrained(folder, dtype=torch.float32).image_decoder.unet
-        model.image_decoder.unet.load_state_dict(unet.state_dict())
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"model.unet: '{folder}' holds no UNet that fits: {str(error).splitlines()[0]}") from None
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"model.unet: '{folder}' is not the folder of a model")
+    given = MMInterleaved.from_pretrained(folder, dtype=torch.float32).image_decoder.unet.state_dict()
+    unet = model.image_decoder.unet
+    other = [n for n, own in unet.state_dict().items() if n not in given or given[n].shape != own.shape]
+    if other:
+        raise ValueError(f"model.unet: the UNet in '{folder}' has another shape, for instance in {other[0]}")
+    unet.load_state_dict({name: given[name] for name in unet.state_dict()})
 
 
 def load_vision(tokenizer: nn.Module, folder: str) -> None:
