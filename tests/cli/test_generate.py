@@ -110,6 +110,16 @@ def test_the_demo_documents(mmi: Mmi, tmp_path: Path) -> None:
         assert (tmp_path / "out" / segment["image"]).is_file()
 
 
+def test_who_says_what_in_a_conversation(mmi: Mmi, tmp_path: Path) -> None:
+    (tmp_path / "tea.jpg").write_bytes((EXAMPLES / "pictures/tea.jpg").read_bytes())
+    content = [{"type": "image", "path": "tea.jpg"}, {"type": "text", "text": "What is on the table?"}]
+    source = write(tmp_path, {"messages": [{"role": "user", "content": content}]})
+    assert mmi("generate", source, "-o", tmp_path / "out", *QUICK).code == 0
+    (table,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [s.get("role") for s in table["segments"]][:2] == ["user", "user"]
+    assert {s["role"] for s in table["segments"] if s["generated"]} == {"assistant"}
+
+
 def test_results_can_be_read_again_as_documents(mmi: Mmi, tmp_path: Path) -> None:
     write(tmp_path, story())
     assert mmi("generate", tmp_path / "input.json", "-o", tmp_path / "out", *QUICK).code == 0
