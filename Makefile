@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test test-gpu lint format benchmark clean
 
 demo: .venv/ready
-	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --guidance 6 --overwrite
+	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
 	@echo "Open demo/report.html in a browser."
 
 test: .venv/ready-test

@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="scenes a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30, help="of each picture")
-    parser.add_argument("--guidance", type=float, default=6.0)
+    parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tasks", nargs="+", default=["captions", "questions", "drawing", "stories"])

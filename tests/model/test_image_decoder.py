@@ -112,6 +112,17 @@ def test_guidance_of_one_is_off(decoder: ImageDecoder, model: MMInterleaved) -> 
     assert rows == [1] * 4 + [2] * 4
 
 
+def test_the_model_says_how_strong_guidance_is(
+    decoder: ImageDecoder, model: MMInterleaved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = earlier(model, [[0]])
+    monkeypatch.setattr(decoder.config, "guidance_scale", 2.5)
+    own, asked, other = (steps_of(decoder, seen, guidance_scale=g)[-1].latents for g in (None, 2.5, 3.0))
+    assert torch.equal(own, asked)
+    assert not torch.equal(own, other)
+    assert decoder.settled(ImageSettings()).guidance_scale == 2.5
+
+
 def test_one_generator_each_makes_pictures_independent_of_the_batch(
     decoder: ImageDecoder, model: MMInterleaved
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_interleaved import MMInterleavedProcessor, MMInterleavedTokenizer
+from mm_interleaved import MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from mm_interleaved.tasks import TASKS, Sample, Task, TaskError, grounding, render, visdial
@@ -143,7 +143,8 @@ def test_picture_settings(name: str, candidates: int, select: str, toy_task: Toy
     image = task.settings.image
     assert (image.num_inference_steps, image.guidance_scale, image.num_candidates) == (250, 3.5, candidates)
     assert task.select == select
-    assert toy_task("ade20k").settings.image.guidance_scale == 7.5
+    assert toy_task("ade20k").settings.image.guidance_scale is None  # the model's own
+    assert MMInterleavedConfig.preset("release").image_decoder.guidance_scale == 7.5
 
 
 def test_settings_are_merged_over_the_defaults(toy_task: ToyTask) -> None:

@@ -69,7 +69,7 @@ def generate(
     repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
     length_penalty: Annotated[float | None, typer.Option(help="For beams.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a picture.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Strength of guidance; 1: off.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of guidance; 1: off; default: the model's.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Pictures drawn for each slot; the first is used.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Name of a diffusers scheduler.")] = None,
     image_preset: Annotated[
@@ -115,11 +115,13 @@ def generate(
         _check_pictures(document)
     loaded = _load(model, dtype, where)
     try:
-        InterleavedGenerator(loaded.model, loaded.processor, settings).start(documents)  # says now what cannot be used
+        generator = InterleavedGenerator(loaded.model, loaded.processor, settings)
+        generator.start(documents)  # says now what cannot be used
     except DocumentError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
+    settings = generator.settings
     folder = ResultsFolder(output_folder, source, loaded.name, loaded.trained, settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")

@@ -181,9 +181,12 @@ def identity(config: TaskSuite, task: Task, digest: str, samples: Iterable[Sampl
     return found if samples is None else {**found, "samples": samples_digest(samples)}
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights with their names and types."""
-    digest = hashlib.sha256()
+def weights_digest(model: MMInterleaved) -> str:
+    """SHA-256 of the configuration and of all weights with their names and types."""
+    tree = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")
+    }
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -132,7 +132,7 @@ class InterleavedGenerator:
     Args:
         model: what reads, writes and draws.
         processor: turns documents into tokens and pictures into pixels.
-        settings: how.
+        settings: how; what they leave open is as the model has it.
         progress: whether to give an event for every denoising step.
     """
 
@@ -143,7 +143,8 @@ class InterleavedGenerator:
         settings: GenerationSettings,
         progress: bool = True,
     ) -> None:
-        self.model, self.processor, self.settings, self.progress = model, processor, settings, progress
+        self.model, self.processor, self.progress = model, processor, progress
+        self.settings = replace(settings, image=model.image_decoder.settled(settings.image))
         config = model.config
         self.limit = min(config.text_config.max_position_embeddings, config.max_context_length)
         self.most_images = config.mmfs.max_images - 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ class ImageDecoderConfig:
     unconditional_probability: float = 0.1  # share of training pictures that lose their context (guidance)
     vae_batch_size: int = 32  # pictures encoded by the VAE at a time
     previous_images: int = 1  # how many earlier pictures of the document the UNet looks at
+    guidance_scale: float = 7.5  # strength of classifier-free guidance, unless the settings of generation say otherwise
 
     @property
     def latent_size(self) -> int:
@@ -259,6 +261,8 @@ class MMInterleavedConfig(PreTrainedConfig):
              f"{decoder.unet['cross_attention_dim']}"),
             (decoder.latent_size % 2 ** (len(decoder.unet["block_out_channels"]) - 1) == 0, "image_decoder.image_size "
              f"{decoder.image_size} gives latents of side {decoder.latent_size}, which the UNet cannot halve evenly"),
+            (math.isfinite(decoder.guidance_scale), "image_decoder.guidance_scale must be a finite number, not "
+             f"{decoder.guidance_scale}"),
             (decoder.previous_images < decoder.mmfs.max_images, "image_decoder.previous_images must be smaller than "
              "image_decoder.mmfs.max_images"),
             (self.mmfs_implementation in ("fast", "reference"), "mmfs_implementation must be 'fast' or 'reference', "
@@ -425,6 +429,7 @@ def _small() -> dict[str, Any]:
         "mmfs": {"hidden_size": 128, "levels": [16, 8, 4], "num_heads": 8, "num_points": 4, "base_size": 8},
         "image_decoder": {
             "image_size": 128,
+            "guidance_scale": 6.0,
             # Most of the arithmetic where the things are: on the whole latents, which are a quarter of the side.
             "unet": {
                 "sample_size": 32,

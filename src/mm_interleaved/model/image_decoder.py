@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Literal
 
@@ -70,7 +70,8 @@ class ImageSettings:
 
     Attributes:
         num_inference_steps: denoising steps.
-        guidance_scale: strength of classifier-free guidance; at most 1: off, and half the work.
+        guidance_scale: strength of classifier-free guidance; at most 1: off, and half the work; None: what the model's
+            configuration says (release: 7.5).
         num_candidates: pictures drawn for each request, with seeds `seed`, `seed + 1`, ...
         seed: seed of the first candidate's noise, at least 0 and below `SEED_LIMIT`.
         scheduler: name of a diffusers scheduler class; the release samples with ancestral DDPM.
@@ -85,7 +86,7 @@ class ImageSettings:
     """
 
     num_inference_steps: int = 30
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     num_candidates: int = 1
     seed: int = 42
     scheduler: str = "DDPMScheduler"
@@ -106,7 +107,7 @@ class ImageSettings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.preview_every < 0:
             raise ValueError(f"preview_every must not be negative, but is {self.preview_every}")
-        if not math.isfinite(self.guidance_scale):
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}")
         check_seed(self.seed)
         find_scheduler(self.scheduler)
@@ -212,6 +213,12 @@ class ImageDecoder(nn.Module):
             raise ValueError(f"{settings.scheduler} finds no way back in num_inference_steps="
                              f"{settings.num_inference_steps}; the model has {trained}, take fewer")  # fmt: skip
         return scheduler
+
+    def settled(self, settings: ImageSettings) -> ImageSettings:
+        """`settings` with this model's own values for what they leave open."""
+        if settings.guidance_scale is not None:
+            return settings
+        return replace(settings, guidance_scale=self.config.guidance_scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -341,7 +348,8 @@ class ImageDecoder(nn.Module):
         self, conditions: Tensor, earlier: EarlierImages, settings: ImageSettings, timestep: Tensor
     ) -> Iterator[Predict]:
         """Noise predictions after guidance, with everything that stays the same from step to step prepared."""
-        guided = settings.guidance_scale > 1
+        scale = self.settled(settings).guidance_scale
+        guided = scale > 1
         if guided:
             negative = self.negative_prompt().to(conditions).expand(len(conditions), -1, -1)
             conditions = torch.cat([negative, conditions])
@@ -349,13 +357,13 @@ class ImageDecoder(nn.Module):
         earlier = self.unet.prepare(earlier)
         if not self._static(settings, conditions.device):
             call = partial(self._call, conditions=conditions, earlier=earlier)
-            yield self._guided(call, settings.guidance_scale) if guided else call
+            yield self._guided(call, scale) if guided else call
             return
         latents = torch.zeros(self.latent_shape(len(conditions)), dtype=self.dtype, device=conditions.device)
         made = borrow(self.unet, latents, timestep, conditions, earlier, compiled=settings.compile)
         with made as static:
             static.load(conditions, earlier)
-            yield self._guided(static, settings.guidance_scale) if guided else static
+            yield self._guided(static, scale) if guided else static
 
     def _call(self, latents: Tensor, timestep: Tensor, conditions: Tensor, earlier: EarlierImages) -> Tensor:
         return self.unet(latents, timestep, conditions, earlier)

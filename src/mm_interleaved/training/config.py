@@ -266,14 +266,14 @@ class SampleConfig:
     Attributes:
         documents: a file of documents with open slots, as `mmi generate` takes it.
         count: how many of its documents.
-        num_inference_steps: denoising steps of a picture.
+        num_inference_steps, guidance_scale: of a picture; None: the model's guidance.
         max_new_tokens: longest text.
     """
 
     documents: str | None = None
     count: int = 4
     num_inference_steps: int = 20
-    guidance_scale: float = 3.0
+    guidance_scale: float | None = None
     max_new_tokens: int = 60
 
 
