@@ -18,6 +18,8 @@ from mm_interleaved.toyworld.documents import (
     toy_document,
 )
 from mm_interleaved.toyworld.draw import LABELS, boxes, draw, label_map
+from mm_interleaved.toyworld.kinds import KINDS
+from mm_interleaved.toyworld.language import grounded, region_question, score_caption, unanswerable
 from mm_interleaved.toyworld.redraw import redrawn
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import GLYPHS, Scene
@@ -51,6 +53,7 @@ def pixels(document: Document) -> list[bytes]:
         ("caption", "i?t?iT|itT"), ("draw", "TI"), ("paragraph", "it?T"), ("draw_paragraph", "TI"),
         ("vqa", "(it|tit)T(tT){0,5}"), ("dialogue", "it(tT){2,8}"), ("story", "T[Ii](TI){1,5}"),
         ("story_image_first", "(iT){2,6}"), ("refer", "itT"), ("segmentation", "iTI"), ("redraw", "i(tI){1,2}"),
+        ("region", "itT"), ("grounded", "itT"),
     ],
 )  # fmt: skip
 def test_forms(form: str, pattern: str) -> None:
@@ -120,8 +123,55 @@ def test_prompts_are_those_of_the_evaluation() -> None:
     assert prompts == {"a photo of"}
     for document in documents("vqa", 20):
         text = "<" + ">".join(s.text for s in document.segments if isinstance(s, Text))
-        assert re.match(r"<Question: .*\? Short answer:>|<Based on the image, please answer the question\.>.*\? Please "
-                        r"provide an accurate answer within one word\. The answer is:>", text)  # fmt: skip
+        assert re.match(r"<Question: .*\? Short answer:>|<Based on the image, please answer the question\.>.*\? "
+                        r"(When the provided information is insufficient, respond with 'Unanswerable'\. )?"
+                        r"Please provide an accurate answer within one word\. The answer is:>", text)  # fmt: skip
+    for document in documents("region", 20):
+        asks, box = document.segments[1].text, r"<ref>region</ref><box>\(\d{3},\d{3}\)\(\d{3},\d{3}\)</box>\."
+        prompts = f"Provide a short description for this {box}|Answer this question according to the {box} .*\\?"
+        assert re.fullmatch(prompts, asks)
+    assert {d.segments[1].text for d in documents("grounded", 4)} == {"Generate the caption with grounding."}
+
+
+def test_what_cannot_be_answered_is_not_there() -> None:
+    seen = set()
+    for index in range(60):
+        scene = random_scene(scene_rng(9, "train", index), split="train")
+        asked = unanswerable(scene, np.random.default_rng(index))
+        kind = re.search(r"the ([a-z ]+?)( have| big or small)?\?$", asked.question)[1]
+        assert kind in KINDS
+        assert kind not in {thing.look.kind for thing in scene.things}
+        assert set(asked.answers) == {asked.answer} == {"unanswerable"}
+        seen.add(kind)
+    assert len(seen) > 20
+
+
+def test_questions_about_a_region_are_about_the_thing_in_it() -> None:
+    types = set()
+    for index in range(160):
+        rng = scene_rng(9, "train", index)
+        scene = random_scene(rng, split="train")
+        number = index % len(scene.things)
+        thing = scene.things[number]
+        asked = region_question(scene, number, rng)
+        value = thing.size if asked.type == "size" else getattr(thing.look, asked.type)
+        assert asked.answer == value.lower() != "none"
+        assert thing.look.kind not in asked.question
+        types.add(asked.type)
+    assert types == {"kind", "color", "texture", "part", "glyph", "size"}
+
+
+def test_grounded_captions_have_each_thing_with_its_box() -> None:
+    for index in range(20):
+        rng = scene_rng(9, "train", index)
+        scene = random_scene(rng, split="train")
+        text = grounded(scene, [f"[{i}]" for i in range(len(scene.things))], rng)
+        told, caption = re.fullmatch(r"(<ref>.*</box>): (.*)", text).groups()
+        tagged = re.findall(r"<ref>(.*?)</ref><box>\[(\d)\]</box>", told)
+        assert [int(i) for _, i in tagged] == list(range(len(scene.things)))
+        assert all(scene.things[int(i)].look.kind in phrase for phrase, i in tagged)
+        score = score_caption(caption, scene)
+        assert score.right == score.stated > 0
 
 
 def test_boxes_are_those_of_the_thing_that_is_meant() -> None:

@@ -10,7 +10,16 @@ import PIL.Image
 
 from ..document import Document, Image, Segment, Text
 from .draw import boxes, draw, label_map
-from .language import caption, dialogue, paragraph, questions, referring
+from .language import (
+    caption,
+    dialogue,
+    grounded,
+    paragraph,
+    questions,
+    referring,
+    region_question,
+    unanswerable,
+)
 from .language.words import chance
 from .redraw import redrawn
 from .sampling import Split, check_things, random_scene, scene_rng
@@ -23,7 +32,14 @@ PARAGRAPH_PROMPT = "Please describe the image in detail. The image depicts"
 VQA_BEFORE = "Based on the image, please answer the question."
 VQA_AFTER = "{question} Please provide an accurate answer within one word. The answer is:"
 VQA_SHORT = "Question: {question} Short answer:"
+VQA_UNSURE = (
+    "{question} When the provided information is insufficient, respond with 'Unanswerable'. Please provide an accurate "
+    "answer within one word. The answer is:"
+)
 REFER_PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}<box>"
+REGION_PROMPT = "Provide a short description for this <ref>region</ref><box>{box}</box>."
+REGION_VQA = "Answer this question according to the <ref>region</ref><box>{box}</box>. {question}"
+GROUNDED_PROMPT = "Generate the caption with grounding."
 Things = tuple[int, int]
 SMALLEST = 48  # pixels; below, small things vanish
 BOX_SCALE = 999  # coordinates are thousandths of the picture's side, cut to whole numbers
@@ -38,11 +54,13 @@ class DocumentMix:
         draw: a caption and its picture.
         paragraph: a picture and all there is to say about it.
         draw_paragraph: the same, text first.
-        vqa: a picture and 1 to 6 questions with answers.
+        vqa: a picture and 1 to 6 questions with answers, or one that may have none.
         dialogue: a picture, a caption, and questions that refer to each other.
         story: text and picture in turn; looks that no text tells must be taken from earlier pictures.
         story_image_first: picture and text in turn.
         refer: a picture, an expression, and the box of what it means.
+        region: a picture, a box, and an expression for what is there or a question about it with its answer.
+        grounded: a picture and a caption with boxes.
         segmentation: a coloured label map, a caption and the picture.
         redraw: a picture and instructions that change it.
     """
@@ -58,6 +76,8 @@ class DocumentMix:
     refer: float = 1.0
     segmentation: float = 1.0
     redraw: float = 2.0
+    region: float = 1.0
+    grounded: float = 0.5
 
     def __post_init__(self) -> None:
         weights = asdict(self)
@@ -158,6 +178,8 @@ def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int, th
 
 def _vqa(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
     scene = random_scene(rng, things=things, split=split)
+    if chance(rng, 0.15):
+        return _vqa_unsure(scene, rng, size)
     first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
     picture = _given(scene, size)
     if chance(rng, 0.5):
@@ -168,6 +190,12 @@ def _vqa(rng: np.random.Generator, split: Split | None, size: int, things: Thing
     for asked, prompt in zip((first, *others), prompts, strict=True):
         segments += [Text(prompt.format(question=asked.question), supervise=False), Text(asked.answer)]
     return segments
+
+
+def _vqa_unsure(scene: Scene, rng: np.random.Generator, size: int) -> list[Segment]:
+    asked = unanswerable(scene, rng) if chance(rng, 0.3) else questions(scene, rng, 1)[0]
+    prompt = Text(VQA_UNSURE.format(question=asked.question), supervise=False)
+    return [Text(VQA_BEFORE, supervise=False), _given(scene, size), prompt, Text(asked.answer)]
 
 
 def _dialogue(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
@@ -204,6 +232,23 @@ def _refer(rng: np.random.Generator, split: Split | None, size: int, things: Thi
     return [_given(scene, size), prompt, Text(f"{box}</box>", attached=True)]
 
 
+def _region(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
+    meant = referring(scene, rng)
+    box = box_text(boxes(scene, size)[meant.index], size)
+    prompt, answer = REGION_PROMPT.format(box=box), meant.text
+    if chance(rng, 0.5):
+        asked = region_question(scene, meant.index, rng)
+        prompt, answer = REGION_VQA.format(box=box, question=asked.question), asked.answer
+    return [_given(scene, size), Text(prompt, supervise=False), Text(answer)]
+
+
+def _grounded(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+    scene = random_scene(rng, things=things, split=split)
+    text = grounded(scene, [box_text(box, size) for box in boxes(scene, size)], rng)
+    return [_given(scene, size), Text(GROUNDED_PROMPT, supervise=False), Text(text)]
+
+
 def _segmentation(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
     scene = random_scene(rng, things=things, split=split)
     shown = Image(colored(label_map(scene, size)), supervise=False)
@@ -225,5 +270,5 @@ def _redraw(rng: np.random.Generator, split: Split | None, size: int, things: Th
 FORMS: dict[str, Callable[[np.random.Generator, Split | None, int, Things], list[Segment]]] = {
     "caption": _caption, "draw": _draw, "paragraph": _paragraph, "draw_paragraph": _draw_paragraph, "vqa": _vqa,
     "dialogue": _dialogue, "story": _story, "story_image_first": _story_image_first, "refer": _refer,
-    "segmentation": _segmentation, "redraw": _redraw,
+    "segmentation": _segmentation, "redraw": _redraw, "region": _region, "grounded": _grounded,
 }  # fmt: skip

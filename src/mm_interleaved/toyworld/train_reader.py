@@ -1,6 +1,7 @@
 """Trains the reader on scenes that are drawn as it goes, and measures it on held-out ones.
 
 python -m mm_interleaved.toyworld.train_reader --steps 3000 --batch 256 --device cuda --workers 15
+python -m mm_interleaved.toyworld.train_reader --steps 1500 --batch 64 --peak 4e-4 --seed 1 --start reader.safetensors
 python -m mm_interleaved.toyworld.train_reader --evaluate
 """
 
@@ -194,6 +195,7 @@ def train(
     workers: int = 0,
     seed: int = 0,
     peak: float = 2e-3,
+    start: Path | None = None,
 ) -> ReaderNet:
     """Train a reader.
 
@@ -205,10 +207,15 @@ def train(
         workers: processes that draw.
         seed: of weights, scenes and noise.
         peak: learning rate.
+        start: weights to go on from; None: from nothing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = ReaderNet().to(device, memory_format=torch.channels_last).train()
+        net = (
+            (ReaderNet() if start is None else Reader.load(start).net)
+            .to(device, memory_format=torch.channels_last)
+            .train()
+        )
     decayed = [p for p in net.parameters() if p.ndim > 1]
     plain = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
@@ -307,6 +314,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=max(0, len(os.sched_getaffinity(0)) - 1), help="that draw")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="weights to write, or to evaluate")
     parser.add_argument("--evaluate", action="store_true", help="measure on held-out scenes, print JSON, and stop")
     parser.add_argument("--scenes", type=int, default=1000, help="to evaluate on")
@@ -324,7 +333,8 @@ def main() -> None:
             values = "  ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
             print(f"step {step:5}  {rate:6.0f} pictures/s  {values}", flush=True)
 
-    net = train(options.steps, options.batch, options.device, report, options.workers, options.seed)
+    net = train(options.steps, options.batch, options.device, report, options.workers, options.seed,
+                options.peak, options.start)  # fmt: skip
     save(net, options.output)
     print(json.dumps(evaluate(Reader(net), options.scenes), indent=2))
 

@@ -4,10 +4,11 @@ from .captions import Caption, caption, paragraph
 from .dialogues import Dialogue, Round, dialogue
 from .parsing import CaptionScore, read_facts, score_caption
 from .phrases import Fact, holds
-from .questions import Question, questions
-from .referring import Referring, referring
+from .questions import UNANSWERABLE, Question, questions, region_question, unanswerable
+from .referring import Referring, grounded, referring
 
 __all__ = [
-    "Caption", "CaptionScore", "Dialogue", "Fact", "Question", "Referring", "Round", "caption", "dialogue", "holds",
-    "paragraph", "questions", "read_facts", "referring", "score_caption",
+    "UNANSWERABLE", "Caption", "CaptionScore", "Dialogue", "Fact", "Question", "Referring", "Round", "caption",
+    "dialogue", "grounded", "holds", "paragraph", "questions", "read_facts", "referring", "region_question",
+    "score_caption", "unanswerable",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from .phrases import (
 from .words import NUMBERS, a, chance, choose, say
 
 PEOPLE = 10  # answer each question
+UNANSWERABLE = "unanswerable"
 VARIANTS = {
     "gray": ("grey",), "striped": ("stripes", "stripy"), "dotted": ("dots", "spotted"), "checked": ("checkered",),
     "plain": ("none",), "big": ("large",), "small": ("little",), "meadow": ("grass",), "beach": ("sand",),
@@ -44,7 +45,7 @@ class Question:
         question: with its question mark.
         answer: the right one, in lower case.
         answers: what ten people say: mostly the same, some in other words.
-        type: of `QUESTIONS`, what it asks about.
+        type: of `QUESTIONS`, what it asks about; or "unanswerable".
     """
 
     question: str
@@ -78,6 +79,24 @@ def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Questi
         if key not in found:
             found[key] = Question(question, answer, _people(answer, name, rng), name)
     return list(found.values())
+
+
+def unanswerable(scene: Scene, rng: np.random.Generator) -> Question:
+    """A question about something that is not there, which people answer with "unanswerable"."""
+    there = {thing.look.kind for thing in scene.things}
+    kind = choose(rng, tuple(name for name in KINDS if name not in there))
+    text = say(rng, "[What color is {the}|What pattern does {the} have|Where is {the}|Is {the} big or small|"
+               "Which letter is on {the}|Which number can you read on {the}]?", the=f"the {kind}")  # fmt: skip
+    return Question(text, UNANSWERABLE, (UNANSWERABLE,) * PEOPLE, UNANSWERABLE)
+
+
+def region_question(scene: Scene, index: int, rng: np.random.Generator) -> Question:
+    """A question about thing `index`, which something else than its words points out."""
+    thing = scene.things[index]
+    name = choose(rng, [n for n in REGION_QUESTIONS if n == "kind" or attribute(thing, n) not in ("none", "")])
+    answer = (thing.look.kind if name == "kind" else attribute(thing, name)).lower()
+    sign = "number" if answer.isdigit() else "letter"
+    return Question(say(rng, REGION_QUESTIONS[name], sign=sign), answer, _people(answer, name, rng), name)
 
 
 def _people(answer: str, name: str, rng: np.random.Generator) -> tuple[str, ...]:
@@ -292,4 +311,13 @@ QUESTIONS: dict[str, tuple[Callable[[Scene, np.random.Generator], Asked], int]] 
     "compare": (_compare, 1),
 }  # fmt: skip
 """What can be asked: how, and how often."""
+REGION_QUESTIONS = {
+    "kind": "[What is this|What is shown here|What is it]?",
+    "color": "[What color is it|Which color does this have]?",
+    "texture": "[Is it plain, striped, dotted or checked|What pattern does it have]?",
+    "part": "[What does it have on|What does it wear or hold]?",
+    "glyph": "[What {sign} is on it|Which {sign} can you read here]?",
+    "size": "Is it big or small?",
+}
+"""What can be asked about something that is pointed out."""
 WEIGHTED = tuple(name for name, (_, weight) in QUESTIONS.items() for _ in range(weight))

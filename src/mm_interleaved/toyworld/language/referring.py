@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..scene import Scene
+from .captions import caption
 from .phrases import ATTRIBUTES, NOTHING, RELATION_WORDS, attribute, cell_phrase, distinguishing, noun, the
 from .words import chance, choose
 
@@ -48,6 +50,19 @@ def referring(scene: Scene, rng: np.random.Generator) -> Referring:
     if rivals:
         stated = chosen or tuple(more)
     return Referring(f"the {noun(thing, stated, rng)} {cell_phrase(thing, rng)}", index)
+
+
+def grounded(scene: Scene, boxes: Sequence[str], rng: np.random.Generator) -> str:
+    """A caption after a list of what it is about: `<ref>the fox</ref><box>...</box>: A fox in the snow.` or so.
+
+    Args:
+        scene: what is told.
+        boxes: of each of its things, as they are to be written.
+        rng: source of chance.
+    """
+    phrases = [the(scene, index, rng) or thing.look.kind for index, thing in enumerate(scene.things)]
+    told = [f"<ref>{phrase}</ref><box>{box}</box>" for phrase, box in zip(phrases, boxes, strict=True)]
+    return f"{', '.join(told)}: {caption(scene, rng).text}"
 
 
 def _by_relation(scene: Scene, index: int, rng: np.random.Generator) -> str | None:

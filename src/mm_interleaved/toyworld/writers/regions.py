@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..draw import boxes
-from ..language import caption, questions, referring
-from ..language.phrases import the
+from ..language import grounded, referring, region_question
 from .base import Format, Job, json_lines, write_json, write_picture
 
 EXPRESSIONS = ("refcoco", "refcoco+", "refcocog")
@@ -54,7 +53,7 @@ def write_vg(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
         write_picture(scene, job.size, folder / "images" / name)
         said = referring(scene, rng)
         region = {"image": name, "bbox": list(boxes(scene, job.size)[said.index])}
-        asked = questions(scene, rng, 1)[0]
+        asked = region_question(scene, said.index, rng)
         found.append({"caption": {"image_id": job.number(index), **region, "caption": said.text},
                       "question": {**region, "question": asked.question, "answer": asked.answer}})  # fmt: skip
     return found
@@ -77,12 +76,10 @@ def write_grit(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
         name = f"{job.number(index):09d}.jpg"
         write_picture(scene, job.size, folder / "images" / name)
         places = boxes(scene, job.size)
-        phrases = [the(scene, i, rng) or thing.look.kind for i, thing in enumerate(scene.things)]
-        tagged = [f"<ref>{phrase}</ref><box>({x1},{y1})({x2},{y2})</box>"
-                  for phrase, (x1, y1, x2, y2) in zip(phrases, places, strict=True)]  # fmt: skip
+        tagged = grounded(scene, [f"({x1},{y1})({x2},{y2})" for x1, y1, x2, y2 in places], rng)
         said = referring(scene, rng)
         sure = round(float(rng.uniform(0.3, 1)), 3)
-        found.append({"tagged": {"image": name, "sent": f"{', '.join(tagged)}: {caption(scene, rng).text}"},
+        found.append({"tagged": {"image": name, "sent": tagged},
                       "phrase": {"image": name, "sent": said.text, "bbox": list(places[said.index]),
                                  "confidence": sure}})  # fmt: skip
     return found

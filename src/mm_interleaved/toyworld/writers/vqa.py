@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..language import Question, questions
+from ..language import UNANSWERABLE, Question, questions, unanswerable
 from .base import Format, Job, write_json, write_picture
 
 ASKED = 2  # questions of a picture, at most
@@ -26,14 +26,18 @@ def phase(job: Job) -> str:
     return "train" if job.split == "train" else "val"
 
 
-def write(job: Job, indices: range, folder: Path, *, picture: str, asked: int = ASKED) -> list[tuple[int, str, Any]]:
-    """Pictures; returns (number, picture's name, questions) of each."""
+def write(
+    job: Job, indices: range, folder: Path, *, picture: str, asked: int = ASKED, lacking: int = 0
+) -> list[tuple[int, str, Any]]:
+    """Pictures; returns (number, picture's name, questions) of each. One in `lacking` pictures has no answer."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         name = picture.format(phase=phase(job), number=job.number(index))
         write_picture(scene, job.size, folder / name)
-        found.append((job.number(index), Path(name).name, questions(scene, rng, asked)))
+        lacks = lacking and index % lacking == lacking - 1
+        found.append((job.number(index), Path(name).name,
+                      [unanswerable(scene, rng)] if lacks else questions(scene, rng, asked)))  # fmt: skip
     return found
 
 
@@ -70,12 +74,10 @@ def finish_vqa(job: Job, results: list[Any], folder: Path, *, name: str, files: 
 def finish_vizwiz(job: Job, results: list[Any], folder: Path) -> None:
     """One list; some pictures show nothing of what was asked for."""
     records = []
-    for count, (_, _, file, question) in enumerate(_asked(results)):
-        answers = _answers(question)
-        if lacks := count % 4 == 3:
-            answers = [answer | {"answer": "unanswerable"} for answer in answers]
-        records.append({"image": file, "question": question.question, "answers": answers,
-                        "answer_type": "unanswerable" if lacks else question.answer_type,
+    for _, _, file, question in _asked(results):
+        lacks = question.type == UNANSWERABLE
+        records.append({"image": file, "question": question.question, "answers": _answers(question),
+                        "answer_type": UNANSWERABLE if lacks else question.answer_type,
                         "answerable": int(not lacks)})  # fmt: skip
     write_json(records, folder / f"{phase(job)}.json")
 
@@ -104,6 +106,6 @@ FORMATS = (
     _vqa("textvqa", "questions with ten answers, as TextVQA in VQA's form", "train_images/{number:016x}.jpg",
          files=_TEXTVQA),
     Format("vizwiz_vqa", "questions with ten answers, as VizWiz",
-           partial(write, picture="{phase}/VizWiz_{phase}_{number:08d}.jpg", asked=1), finish_vizwiz, 100),
+           partial(write, picture="{phase}/VizWiz_{phase}_{number:08d}.jpg", asked=1, lacking=4), finish_vizwiz, 100),
     Format("gqa", "questions with one answer, as GQA", partial(write, picture="images/{number}.jpg"), finish_gqa, 100),
 )  # fmt: skip
