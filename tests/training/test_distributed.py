@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 def run_stand_in(run: Path, *changes: str, processes: int = 1) -> None:
     launch = LAUNCH if processes > 1 else [sys.executable]
     launch = [*launch, "-m", "tests.training.stand_in"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*launch, *arguments(run, "log_every=1", "save_every=0", *changes)],
         cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300,
@@ -50,6 +52,21 @@ def test_sharded_parameters_learn_the_same(tmp_path: Path) -> None:
     ddp, fsdp = logged(tmp_path / "ddp"), logged(tmp_path / "fsdp")
     assert list(fsdp.values()) == pytest.approx(list(ddp.values()), rel=1e-3)
     assert torch.isfinite(load_file(tmp_path / "fsdp/final/model.safetensors")["context_proj.weight"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed")
+def test_deepspeed_learns_the_same_and_goes_on(tmp_path: Path) -> None:
+    settings = ["schedule.kind=constant", f"deepspeed={ROOT / 'configs/deepspeed/zero1.json'}"]
+    run_stand_in(tmp_path / "ddp", "steps=4", "schedule.kind=constant", processes=2)
+    run_stand_in(tmp_path / "whole", "steps=4", "save_every=2", *settings, processes=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped", ignore=shutil.ignore_patterns("checkpoint-4", "final"))
+    run_stand_in(tmp_path / "stopped", "steps=4", "save_every=2", *settings, processes=2)
+    assert list(logged(tmp_path / "whole").values()) == pytest.approx(list(logged(tmp_path / "ddp").values()), rel=1e-4)
+    ddp, whole, stopped = (load_file(tmp_path / run / "final/model.safetensors") for run in ("ddp", "whole", "stopped"))
+    for name, weight in whole.items():
+        assert torch.equal(weight, stopped[name]), name
+        torch.testing.assert_close(weight, ddp[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

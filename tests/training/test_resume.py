@@ -77,6 +77,18 @@ def test_a_half_written_checkpoint_is_not_used(settings, tmp_path: Path) -> None
     assert not (run / ASIDE).exists()
 
 
+def test_a_run_that_is_made_longer_hands_over_its_last_weights(settings, tmp_path: Path) -> None:
+    longer, whole = (["save_every=2", "schedule.kind=constant", f"steps={steps}"] for steps in (2, 4))
+    for changes, run in ((longer, "longer"), (whole, "longer"), (whole, "whole")):
+        train(settings(*changes, run=run), TOKENIZER, "cpu")
+    one, two = (load_file(tmp_path / run / "final/model.safetensors") for run in ("longer", "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert not list((tmp_path / "longer").glob("final.*"))
+    before = (tmp_path / "longer/final/model.safetensors").stat().st_mtime_ns
+    train(settings(*whole, run="longer"), TOKENIZER, "cpu")  # there is nothing left to do
+    assert (tmp_path / "longer/final/model.safetensors").stat().st_mtime_ns == before
+
+
 def test_what_cannot_be_resumed_is_refused(settings, tmp_path: Path) -> None:
     train(settings("steps=2", "save_every=2"), TOKENIZER, "cpu")
     with pytest.raises(ValueError, match="has checkpoints already"):

@@ -152,13 +152,17 @@ def check_safetensors(source: Path) -> None:
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path, replace: bool = False) -> Iterator[Path]:
     """A new folder that becomes `target` when the block ends well, and disappears otherwise.
+
+    Args:
+        target: what it becomes.
+        replace: whether a folder of that name makes room.
 
     Raises:
         CheckpointError: the target exists and is not an empty folder, or cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"'{target}' exists already; name a new folder")
     aside = target.with_name(target.name + ".incomplete")
     try:
@@ -166,13 +170,27 @@ def written_aside(target: Path) -> Iterator[Path]:
             shutil.rmtree(aside)
         aside.mkdir(parents=True)
         yield aside
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
+        put_in_place(aside, target)
     except OSError as error:
         raise CheckpointError(f"'{target}' cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Give a finished folder its name; a folder that bears it goes, and comes back if that fails."""
+    if not target.exists():
+        aside.rename(target)
+        return
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        aside.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class ShardWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -41,6 +42,19 @@ def find_resume(run: Path, resume: str) -> Path | None:
     if not (folder / "trainer_state.json").is_file():
         raise ValueError(f"resume: '{folder}' is no checkpoint of a run (it has no trainer_state.json)")
     return folder
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written.
+
+    Raises:
+        ValueError: its state is damaged.
+    """
+    path = checkpoint / "trainer_state.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{path}' cannot be read ({error}); resume from another checkpoint") from None
 
 
 def prune(run: Path, keep: int) -> None:

@@ -20,14 +20,14 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
-from ..model.checkpoint import written_aside
+from ..model.checkpoint import put_in_place, written_aside
 from ..model.language_model import MMFSDecoderLayer
 from ..model.resampler import ResamplerLayer
 from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build, build_config, build_tokenizer, given_model, load_language, load_vision
 from .callbacks import DataKeeper, Housekeeping, Reporter
-from .checkpoints import find_resume
+from .checkpoints import find_resume, step_of
 from .config import AutoencoderRunConfig, PartRunConfig, PicturesConfig, RunConfig, TrainConfig
 from .feed import Feed, Loader, Prepare, prepare_documents, prepare_pictures, prepare_scenes, prepare_texts
 from .flops import step_cost
@@ -185,9 +185,9 @@ def _keep(state: Callable[[Any], dict[str, Tensor]], name: str) -> Callable[[Run
     """Writes a part's weights, averaged if an average was kept, and how well it does on held-out scenes."""
 
     def finish(trainer: RunTrainer, folder: Path) -> None:
-        if not folder.exists() and trainer.args.should_save:
+        if trainer.args.should_save:
             quality = trainer.evaluate()
-            with trainer.averaged(), written_aside(folder) as aside:
+            with trainer.averaged(), written_aside(folder, replace=True) as aside:
                 save_part(state(trainer.model), quality, aside / name)
 
     return finish
@@ -239,7 +239,7 @@ class Adversary(TrainerCallback):
 
 def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path) -> None:
     """Measure the scale of the latents on held-out pictures, and write the VAE with it and its quality."""
-    if folder.exists() or not trainer.args.should_save:
+    if not trainer.args.should_save:
         return
     feed, count = trainer.eval_feed()
     latents, quality = [], []
@@ -251,7 +251,7 @@ def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path)
             quality.append([float(outputs.psnr), float(outputs.ssim)])
         found = {name: sum(v) / len(v) for name, v in zip(("psnr", "ssim"), zip(*quality, strict=True), strict=True)}
         scale = latent_scale(torch.cat(latents))
-        with written_aside(folder) as aside:
+        with written_aside(folder, replace=True) as aside:
             save_autoencoder(task.vae, scale, aside)
             (aside / "quality.json").write_text(json.dumps({**found, "scaling_factor": scale}, indent=2) + "\n")
 
@@ -276,6 +276,8 @@ def run(
     """Train, and write the `final` folder when the end is reached; see `train`."""
     keeping = Housekeeping(trainer, config, console)
     trainer.add_callback(keeping)
+    folder = Path(config.output) / FINAL
+    done = folder.exists() and resume is not None and step_of(resume) >= config.steps
     if trainer.args.process_index == 0:
         trainer.add_callback(Reporter(config, console))
         count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -291,21 +293,22 @@ def run(
             f"saved, and the same command goes on from there"
         )
         return keeping.stopped_by
-    folder = Path(config.output) / FINAL
-    finish(folder)
+    if not done:
+        finish(folder)
     console.print(f"done: {folder}")
     return None
 
 
 def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleavedProcessor, folder: Path) -> None:
     """The trained model, averaged if an average was kept, as a folder that everything else loads."""
-    if folder.exists():
-        return
     with trainer.averaged():
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            trainer.save_model(str(folder))  # gathers from all processes
+            aside = folder.with_name(f"{folder.name}.incomplete")
+            trainer.save_model(str(aside))  # gathers from all processes
+            if trainer.args.should_save:
+                put_in_place(aside, folder)
         elif trainer.args.should_save:
-            with written_aside(folder) as aside:
+            with written_aside(folder, replace=True) as aside:
                 model.save_pretrained(aside)
                 processor.save_pretrained(aside)
 
