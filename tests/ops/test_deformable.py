@@ -11,9 +11,10 @@ from torch import Tensor
 from mm_interleaved.ops import deformable_attention, deformable_attention_reference
 
 
-def inputs(shapes: list[tuple[int, int]], seed: int = 0, dtype: torch.dtype = torch.float64, spread: float = 1.4):
+def inputs(shapes: list[tuple[int, int]], seed: int = 0, dtype: torch.dtype = torch.float64, spread: float = 1.4,
+           dim: int = 4, queries: int = 3):  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    batch, queries, heads, dim, points = 2, 3, 2, 4, 3
+    batch, heads, points = 2, 2, 3
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -34,6 +35,33 @@ def test_agrees_with_the_reference(shapes: list[tuple[int, int]], seed: int, spr
     torch.testing.assert_close(
         deformable_attention(*arguments), deformable_attention_reference(*arguments), rtol=1e-10, atol=1e-12
     )
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(0, 1000), st.sampled_from([0.5, 1.4, 50.0, 1e30]), st.sampled_from([3, 530]))
+def test_sums_of_rows_agree_with_the_reference(
+    shapes: list[tuple[int, int]], seed: int, spread: float, queries: int
+) -> None:
+    """Long enough rows in float32 without gradients, as a CPU has them when it generates; more than a block of them."""
+    arguments = inputs(shapes, seed, torch.float32, spread, dim=16, queries=queries)
+    exact = inputs(shapes, seed, torch.float64, spread, dim=16, queries=queries)
+    exact = (exact[0], shapes, arguments[2].double(), exact[3])
+    found = deformable_attention(*arguments)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), deformable_attention_reference(*exact), rtol=1e-5, atol=5e-5)
+    learned = [arguments[0].requires_grad_(), *arguments[1:]]  # with gradients maps are sampled
+    torch.testing.assert_close(deformable_attention(*learned), found, rtol=1e-5, atol=5e-5)
+
+
+def test_places_that_are_no_numbers_spoil_their_own_query_only() -> None:
+    value, shapes, locations, weights = inputs([(4, 4), (2, 3)], dtype=torch.float32, dim=16)
+    right = deformable_attention(value, shapes, locations, weights)
+    for wrong in (float("nan"), float("inf")):
+        locations[1, 2, 1, 0, 0, 0] = wrong
+        found = deformable_attention(value, shapes, locations, weights).view(2, 3, 2, 16)
+        assert found[1, 2, 1].isnan().all() == (wrong != wrong)
+        found[1, 2, 1] = right.view(2, 3, 2, 16)[1, 2, 1]
+        torch.testing.assert_close(found.flatten(2), right)
 
 
 def test_gradients_agree_with_the_reference() -> None:

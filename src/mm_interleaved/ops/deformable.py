@@ -7,8 +7,8 @@ Locations are (x, y) in units of the map's width and height; the centre of pixel
 ((j + 0.5) / W, (i + 0.5) / H), and whatever lies outside a map counts as zero (Deformable DETR, arXiv 2010.04159,
 eq. 3).
 
-Two forms: `deformable_attention` for use, and `deformable_attention_reference`, which spells the four neighbours out
-and is what the other is tested against.
+`deformable_attention` is for use: it samples maps, or, where no gradients are needed on a CPU, sums rows of `value`.
+`deformable_attention_reference` spells the four neighbours out and is what both are tested against.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Shapes = Sequence[tuple[int, int]]  # (height, width) of every level
+ROWS_AT_A_TIME = 2048  # on a CPU; half a megabyte of indices and of shares
 
 
 def promote(dtype: torch.dtype) -> torch.dtype:
@@ -39,6 +40,8 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
     Returns:
         [batch, queries, heads * dim] in the type of `value`; sums run in float32 or better.
     """
+    if _rows_are_quicker(value, shapes, locations, weights):
+        return _sum_rows(value, shapes, locations, weights)
     batch, _, heads, dim = value.shape
     queries, points = weights.shape[1], weights.shape[-1]
     work = promote(value.dtype)
@@ -53,6 +56,52 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
         weight = weights[:, :, :, level].to(work).permute(0, 2, 3, 1).reshape(batch * heads, 1, points, queries)
         total = total + (samples * weight).sum(2)
     return total.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
+
+
+def _rows_are_quicker(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> bool:
+    """On a CPU `grid_sample` fetches channels one by one; rows of at least 16 pay for the indices that they need."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (value, locations, weights))
+    return (
+        value.device.type == "cpu"
+        and value.dtype == locations.dtype == weights.dtype == torch.float32
+        and value.shape[-1] >= 16
+        and 0 < value.numel() < 2**31
+        and weights.numel() > 0
+        and min(min(shape) for shape in shapes) > 1
+        and not (learns or torch.compiler.is_compiling())
+    )
+
+
+def _sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """`deformable_attention` as weighted sums of rows of `value`, one for each of a sample's four neighbours.
+
+    A column c takes the share max(0, 1 - |x - c|) of a sample at x. The left one of the two that are looked at is never
+    the last of the map, so both exist, and for samples outside the shares are right as well.
+    """
+    (batch, positions, heads, dim), (queries, levels, points) = value.shape, (weights.shape[i] for i in (1, 3, 4))
+    sides = torch.tensor([[width for _, width in shapes], [height for height, _ in shapes]], dtype=torch.int32)
+    sides = sides[:, :, None, None]
+    begins = torch.tensor([[0, *(h * w for h, w in shapes[:-1])]], dtype=torch.int32).cumsum(1, dtype=torch.int32)
+    width, begins = sides[0], begins.view(-1, 1, 1)
+    neighbours = torch.stack([torch.zeros_like(width), torch.ones_like(width), width, width + 1]) * heads
+    first = torch.arange(batch, dtype=torch.int32)[:, None] * (positions * heads)
+    first = (first + torch.arange(heads, dtype=torch.int32))[:, None].expand(-1, queries, -1).reshape(-1)
+    table, parts = value.reshape(-1, dim), []
+    # In blocks that stay in the processor's caches, queries last in memory, which all steps but the last go along.
+    blocks = (x.reshape(len(first), *x.shape[3:]).split(ROWS_AT_A_TIME) for x in (locations, weights))
+    for place, weight, start in zip(*blocks, first.split(ROWS_AT_A_TIME), strict=True):
+        x = place.permute(3, 1, 2, 0).contiguous() * sides  # [x or y, levels, points, rows]
+        x -= 0.5
+        cell = torch.minimum(x.int().clamp_(min=0), sides - 2)
+        x -= cell
+        shares = torch.stack([x, x - 1]).abs_().neg_().add_(1).clamp_(min=0)
+        rows = shares[:, 1] * weight.permute(1, 2, 0).contiguous()
+        share = rows[:, None] * shares[:, 0]  # [upper or lower, left or right, levels, points, rows]
+        index = cell[1].mul_(width).add_(cell[0]).add_(begins).mul_(heads).add_(start) + neighbours
+        bags = (y.reshape(4 * levels * points, -1).t().contiguous() for y in (index, share))
+        indices, factors = bags
+        parts.append(F.embedding_bag(indices, table, mode="sum", per_sample_weights=factors))
+    return torch.cat(parts).view(batch, queries, heads * dim)
 
 
 def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
