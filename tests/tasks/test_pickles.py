@@ -113,6 +113,25 @@ def test_forged_arrays(tmp_path: Path, state: tuple) -> None:
         read_pickle(tmp_path / "x.pkl")
 
 
+@pytest.mark.parametrize("keeps", [b"r\xf0\xff\xff\xff", b"p4000000000\n", b"p-1\n", b"p1_0e9\n"])
+def test_numbers_that_would_fill_the_memory(tmp_path: Path, keeps: bytes) -> None:
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x02]" + keeps + b".")
+    with pytest.raises(TaskError, match="a broken pickle"):
+        read_pickle(tmp_path / "x.pkl")
+
+
+def test_lists_of_the_same_lists(tmp_path: Path) -> None:
+    """A few hundred bytes that stand for 10^12 values."""
+    value: list = ["x"]
+    for _ in range(12):
+        value = [value] * 10
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, 4))
+    with pytest.raises(TaskError, match="repeats its parts too often"):
+        read_pickle(tmp_path / "x.pkl")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps([["a"] * 5] * 5, 4))
+    assert read_pickle(tmp_path / "x.pkl") == [["a"] * 5] * 5
+
+
 @FEW
 @given(st.data())
 def test_damaged_files(tmp_path: Path, data: st.DataObject) -> None:

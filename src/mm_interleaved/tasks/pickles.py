@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,13 @@ import numpy as np
 from .files import TaskError
 
 _DTYPE = re.compile(r"[<>|=]?(?:O8?|[SU]\d*|[iufb]\d+)")
-_BROKEN = (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError, ImportError,
-           OverflowError, MemoryError)  # fmt: skip
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: "<B", pickletools.TAKEN_FROM_ARGUMENT4: "<i",
+    pickletools.TAKEN_FROM_ARGUMENT4U: "<I", pickletools.TAKEN_FROM_ARGUMENT8U: "<Q",
+}  # fmt: skip  # how an argument says its length
+_BROKEN = (pickle.UnpicklingError, struct.error, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError,
+           ImportError, OverflowError, MemoryError)  # fmt: skip
 
 
 def read_pickle(path: Path) -> Any:
@@ -60,7 +67,8 @@ def _bytes(path: Path) -> bytes:
 
 def _load(content: bytes, path: Path) -> Any:
     try:
-        return _plain(_Unpickler(io.BytesIO(content), encoding="latin1").load(), path)
+        _check_memo(content)
+        return _Plain(path, len(content)).of(_Unpickler(io.BytesIO(content), encoding="latin1").load())
     except _Refused as error:
         raise TaskError(f"the pickle asks for {error}, which plain data does not need; it was not run", str(path),
                         "Do not trust this file; fetch it again from its owners") from None  # fmt: skip
@@ -68,6 +76,32 @@ def _load(content: bytes, path: Path) -> Any:
         raise TaskError(f"a broken pickle: {error}", str(path), "Fetch it again") from None
     except RecursionError:
         raise TaskError("a pickle that is nested too deeply", str(path), "Fetch it again") from None
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuse values that are kept under numbers beyond any need: the unpickler makes room for all numbers below.
+
+    Raises:
+        ValueError: there is one, or something that is no pickle.
+    """
+    place, name = 0, ""
+    while name != "STOP":
+        opcode = _OPCODES[content[place]]
+        name, argument = opcode.name, opcode.arg
+        begin = place = place + 1
+        size = 0 if argument is None else argument.n
+        if size == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if argument.name.endswith("_pair") else 1):
+                place = content.index(b"\n", place) + 1
+        elif size in _LENGTHS:
+            (length,) = struct.unpack_from(_LENGTHS[size], content, begin)
+            place += struct.calcsize(_LENGTHS[size]) + length
+        else:
+            place += size
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            number = int(content[begin:place]) if name == "PUT" else int.from_bytes(content[begin:place], "little")
+            if not 0 <= number <= len(content):
+                raise ValueError(f"it keeps a value under number {number}, and has {len(content)} bytes")
 
 
 class _Refused(Exception):
@@ -154,19 +188,29 @@ class _Unpickler(pickle.Unpickler):
         return text.encode("latin1")
 
 
-def _plain(value: Any, path: Path, depth: int = 0) -> Any:
-    """The value with arrays as nested lists."""
-    if depth > 20:
-        raise TaskError("a pickle that is nested too deeply", str(path), "Fetch it again")
-    if isinstance(value, _Array):
-        items = [_plain(item, path, depth + 1) for item in value.items]
-        for side in reversed(value.shape[1:]):
-            items = [items[i : i + side] for i in range(0, len(items), side)] if side else []
-        return items if value.shape else items[0]
-    if isinstance(value, dict):
-        return {_plain(k, path, depth + 1): _plain(v, path, depth + 1) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, path, depth + 1) for item in value]
-    if value is None or isinstance(value, (str, bytes, int, float)):
-        return value
-    raise _Refused(f"a {type(value).__name__}")
+class _Plain:
+    """Makes nested lists of arrays. Few bytes can stand for many values, by naming one list again and again; more than
+    there are bytes, with something to spare, are refused.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.left = path, 4 * size
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        """The value as plain data."""
+        self.left -= 1
+        if depth > 20 or self.left < 0:
+            problem = "is nested too deeply" if depth > 20 else "repeats its parts too often"
+            raise TaskError(f"a pickle that {problem}", str(self.path), "Fetch it again")
+        if isinstance(value, _Array):
+            items = [self.of(item, depth + 1) for item in value.items]
+            for side in reversed(value.shape[1:]):
+                items = [items[i : i + side] for i in range(0, len(items), side)] if side else []
+            return items if value.shape else items[0]
+        if isinstance(value, dict):
+            return {self.of(k, depth + 1): self.of(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(item, depth + 1) for item in value]
+        if value is None or isinstance(value, (str, bytes, int, float)):
+            return value
+        raise _Refused(f"a {type(value).__name__}")
