@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -86,6 +87,14 @@ def test_a_mixture_keeps_its_ratios() -> None:
     drawn = [mix.choose(rng) for _ in range(4000)]
     assert set(drawn) == {"draw", "vqa"}
     assert abs(drawn.count("draw") / 4000 - 0.75) < 0.03
+
+
+def test_a_mixture_of_named_forms_only() -> None:
+    assert DocumentMix.of({"rest": 0, "vqa": 2}) == replace(only("vqa"), vqa=2.0)
+    assert DocumentMix.of({"vqa": 2}) == DocumentMix(vqa=2)
+    assert DocumentMix.of({"rest": 1, "draw": 0}) == DocumentMix(**dict.fromkeys(FORM_NAMES, 1) | {"draw": 0})
+    with pytest.raises(TypeError, match="vqas"):
+        DocumentMix.of({"rest": 1, "vqas": 1})
 
 
 @pytest.mark.parametrize(("things", "most"), [((1, 1), 1), ((2, 4), 4)])

@@ -68,7 +68,8 @@ class SourceConfig:
         draft_jpeg: decode large JPEGs at a fraction of their size; faster, other pixels.
         split: of the toy world.
         documents: of the toy world in a pass.
-        options: of the toy world: `size` of the pictures, `mix` (weights of the forms of documents by name).
+        options: of the toy world: `size` of the pictures, `mix` (weights of the forms of documents by name, `rest`
+            for those not named).
         compat: behaviour of the original to reproduce: `BUG-1` (strict JSON), `BUG-2` (merging changes nothing),
             `BUG-3` (pictures of one sentence stand as listed), `ODD-3` (the order of documents is drawn anew each run).
     """

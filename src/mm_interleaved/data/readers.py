@@ -396,7 +396,7 @@ def _toy_options(options: dict[str, Any]) -> dict[str, Any]:
 
     options = dict(options)
     if options.get("mix") is not None:
-        options["mix"] = DocumentMix(**options["mix"])
+        options["mix"] = DocumentMix.of(options["mix"])
     if options.get("things") is not None:
         fewest, most = options["things"]
         options["things"] = int(fewest), int(most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -86,6 +86,18 @@ class DocumentMix:
             raise ValueError(
                 f"weights of documents must be at least 0 and not all 0; look at {', '.join(bad) or 'all'}"
             )
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float]) -> DocumentMix:
+        """A mixture by the names of forms; `rest` is the weight of those that are not named, else their own default.
+
+        Raises:
+            TypeError: there is no such form.
+            ValueError: the weights make no mixture.
+        """
+        named = dict(weights)
+        rest = {} if (weight := named.pop("rest", None)) is None else dict.fromkeys(FORM_NAMES, weight)
+        return cls(**{**rest, **named})
 
     def choose(self, rng: np.random.Generator) -> str:
         """The name of a form, by the weights."""
