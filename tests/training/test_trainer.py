@@ -189,7 +189,7 @@ def test_a_unet_that_does_not_fit(tmp_path: Path, debug_config: MMInterleavedCon
     with pytest.raises(ValueError, match=r"model\.unet: .* is not the folder of a model"):
         build(config, TOKENIZER)
     tree = debug_config.to_dict()
-    tree["image_decoder"]["unet"]["block_out_channels"] = [16, 24, 32, 40]
+    tree["image_decoder"]["unet"]["block_out_channels"] = [16, 24, 40]
     MMInterleaved(MMInterleavedConfig(**tree)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.unet: .* has another shape, for instance in "):
         build(config, TOKENIZER)

@@ -481,9 +481,9 @@ def _debug() -> dict[str, Any]:
     tree["mmfs_every"] = 2
     decoder = tree["image_decoder"]
     decoder["image_size"] = 32
-    decoder["unet"] = {
-        "sample_size": 8, "block_out_channels": [16, 24, 32, 32], "attention_head_dim": [2, 3, 4, 4],
-        "layers_per_block": 2, "cross_attention_dim": 32, "use_linear_projection": True, "norm_num_groups": 8,
+    decoder["unet"] |= {
+        "sample_size": 8, "block_out_channels": [16, 24, 32], "attention_head_dim": [2, 3, 4],
+        "cross_attention_dim": 32, "norm_num_groups": 8,
     }  # fmt: skip
     decoder["vae"] = _vae([8, 16, 16], 32, groups=8)
     decoder["resampler"] |= {"num_queries": 6, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
