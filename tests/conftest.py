@@ -11,12 +11,18 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; only tests of kernels choose Triton
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.pretrained import FOLDER
+
+# The same examples every time, so that what fails is what was changed; HYPOTHESIS_PROFILE=explore tries new ones.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
 

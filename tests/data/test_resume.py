@@ -81,7 +81,7 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:source 'pairs' has Python literals")
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stops=st.lists(st.integers(0, 8), min_size=1, max_size=3),
     epoch=st.integers(0, 2),
@@ -112,8 +112,8 @@ def test_going_on_equals_an_unbroken_run(
     unbroken = make()
     try:
         expected = list(itertools.islice(unbroken, LONGEST))
-    except DataError:  # this rank's part of the shortest source is damaged
-        assert options["sampling"] == "shortest"
+    except DataError:  # this rank's part of the shortest source is damaged, or all parts are short
+        assert options["sampling"] == "shortest" or num_samples == 4
         reject()
     current, done = make(), 0
     for stop in stops:
@@ -218,7 +218,7 @@ def test_data_that_changed_are_noticed(tmp_path: Path, processor: MMInterleavedP
         next(iter(second))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     world_size=st.integers(1, 5),
     shards=st.integers(1, 6),

@@ -108,7 +108,7 @@ class TestStoredResults:
         assert result.per_sample == pytest.approx([sample["cider"] for sample in SAMPLES])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples)
 def test_same_scores_as_the_package_on_any_tokens(rows: list) -> None:
     cider = pytest.importorskip("pycocoevalcap.cider.cider")
@@ -121,7 +121,7 @@ def test_same_scores_as_the_package_on_any_tokens(rows: list) -> None:
     np.testing.assert_allclose(cider_d(hypotheses, references), expected, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples, st.randoms(use_true_random=False))
 def test_ranges_and_orders(rows: list, random) -> None:
     hypotheses, references = zip(*rows, strict=True)

@@ -26,7 +26,7 @@ def test_ndcg_by_hand() -> None:
     assert ndcg(scores, relevance) == pytest.approx(gained / best)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(2, 100))
 def test_ndcg_and_mrr_are_those_of_torchmetrics(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
@@ -43,7 +43,7 @@ def test_ndcg_and_mrr_are_those_of_torchmetrics(seed: int, count: int) -> None:
     assert result.values["mrr"] == pytest.approx(100 * float(theirs), rel=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.tuples(st.integers(-9, 9), st.sampled_from([0.0, 0.5, 1.0])),

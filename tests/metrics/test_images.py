@@ -40,7 +40,7 @@ class TestDistance:
         expected = 5 + ((np.sqrt(spread1) - np.sqrt(spread2)) ** 2).sum()
         assert frechet_distance(mu1, np.diag(spread1), mu2, np.diag(spread2)) == pytest.approx(expected)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.integers(0, 2**32), st.integers(1, 8), st.integers(1, 8))
     def test_symmetric_not_negative_and_zero_for_the_same(self, seed: int, size: int, rank: int) -> None:
         rng = np.random.default_rng(seed)

@@ -62,7 +62,7 @@ def test_what_is_missing_becomes_a_result_and_other_errors_stay_errors() -> None
 
 
 class TestConfidenceInterval:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.lists(st.floats(0, 100), min_size=1, max_size=30), st.integers(0, 1000))
     def test_it_lies_within_the_scores_and_repeats_with_its_seed(self, scores: list[float], seed: int) -> None:
         low, high = confidence_interval(scores, seed=seed, resamples=50)

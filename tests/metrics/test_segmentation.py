@@ -39,7 +39,7 @@ def test_areas_add_up_over_the_set_before_they_are_divided() -> None:
     assert result.per_sample == pytest.approx([100, 0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(2, 20))
 def test_it_agrees_with_a_confusion_matrix(seed: int, classes: int) -> None:
     rng = np.random.default_rng(seed)

@@ -45,7 +45,7 @@ def data(batch: int, length: int, n: int, seed: int = 0, dtype: torch.dtype = to
     return query.to(dtype), features.to(dtype)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 3),
     st.integers(1, 4),

@@ -17,7 +17,7 @@ from ..conftest import picture
 BOS, SOI = 1, 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.sampled_from([BOS, SOI, 5, 6]), min_size=9, max_size=9), min_size=1, max_size=3), st.data())
 def test_routes_without_sorting_are_the_sorted_ones(rows, data) -> None:
     ids = torch.tensor(rows)

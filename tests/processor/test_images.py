@@ -18,7 +18,7 @@ from mm_interleaved.processor.images import CROPS, MAX_PIXELS, center_crop, load
 from ..conftest import picture
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([7, 56, 224]))
 def test_center_crop_has_the_right_shape(width: int, height: int, size: int) -> None:
     crop = center_crop(picture(size=(width, height)), size)

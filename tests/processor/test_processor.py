@@ -125,7 +125,6 @@ SEGMENTS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(SEGMENTS)
 def test_documents_to_tensors_and_back(segments: list) -> None:
     tokenizer = MMInterleavedTokenizer.from_vocab(Path(__file__).parents[2] / "src/mm_interleaved/pretrained/tokenizer")
@@ -245,7 +244,7 @@ SENTENCES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SENTENCES, st.data())
 def test_a_record_has_the_ids_of_its_assembled_string(
     tmp_path_factory: pytest.TempPathFactory, sentences: list[str], data: st.DataObject

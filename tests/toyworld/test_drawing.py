@@ -28,7 +28,7 @@ def one(look: Look, size: str = "big", ground: str = "snow") -> Scene:
     return Scene((Thing(look, 4, size),), ground)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(scenes)
 def test_the_same_scene_is_the_same_picture(scene: Scene) -> None:
     first = draw(scene, 128)
@@ -47,7 +47,7 @@ def test_the_seed_changes_the_ground_and_nothing_else() -> None:
         assert apart[owners(scene, 128) == 0].mean() < 5  # of 765; the rim lets a little through
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scenes, st.sampled_from([128, 192]))
 def test_boxes_enclose_what_a_thing_changes(scene: Scene, size: int) -> None:
     whole = pixels(scene, size)
@@ -73,7 +73,7 @@ def test_a_box_is_tight(name: str) -> None:
     assert 0.85 * 0.95 * 128 / 3 <= longest <= 128 / 3 + 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scenes)
 def test_label_maps_show_what_is_seen(scene: Scene) -> None:
     labels, who, shares = label_map(scene, 96), owners(scene, 96), visible(scene, 96)

@@ -39,7 +39,7 @@ def scene_of(seed: int) -> tuple[Scene, np.random.Generator]:
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("bare", [False, True])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=SEEDS)
 def test_captions_are_true_and_read_back_whole(write, bare: bool, seed: int) -> None:
     scene, rng = scene_of(seed)
@@ -52,7 +52,7 @@ def test_captions_are_true_and_read_back_whole(write, bare: bool, seed: int) -> 
     assert len(set(told.facts)) == len(told.facts)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=SEEDS)
 def test_a_caption_is_wrong_of_a_scene_in_which_a_stated_fact_is_changed(seed: int) -> None:
     scene, rng = scene_of(seed)
@@ -73,7 +73,7 @@ def test_a_caption_is_wrong_of_a_scene_in_which_a_stated_fact_is_changed(seed: i
     assert score.right < score.stated == len(told.facts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS)
 def test_paragraphs_tell_every_attribute_of_every_thing(seed: int) -> None:
     scene, rng = scene_of(seed)
@@ -89,7 +89,7 @@ def test_paragraphs_tell_every_attribute_of_every_thing(seed: int) -> None:
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS)
 def test_english(write, seed: int) -> None:
     scene, rng = scene_of(seed)
@@ -157,7 +157,7 @@ def test_mentions_share_definite_references() -> None:
     assert sum(f.name == "thing" for f in facts) == 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=SEEDS)
 def test_questions_have_the_answer_that_the_scene_gives(seed: int) -> None:
     scene, rng = scene_of(seed)
@@ -275,7 +275,7 @@ def test_questions_are_of_all_types_and_yes_is_as_frequent_as_no() -> None:
     assert {q.answer_type for q in asked} == {"yes/no", "number", "other"}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=SEEDS)
 def test_dialogues_have_a_hundred_candidates_each(seed: int) -> None:
     scene, rng = scene_of(seed)
@@ -295,7 +295,7 @@ def test_dialogues_follow_up_with_pronouns() -> None:
     assert 0.2 < sum(bool(re.search(r"\bit\b", q)) for q in rounds) / len(rounds) < 0.8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=SEEDS)
 def test_expressions_single_out_one_thing(seed: int) -> None:
     scene, rng = scene_of(seed)

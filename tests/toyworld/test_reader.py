@@ -33,7 +33,7 @@ def truth(scene: Scene) -> list[Seen]:
 
 
 class TestScore:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(scenes, st.randoms(use_true_random=False))
     def test_what_was_asked_for_is_perfect(self, scene: Scene, order: random.Random) -> None:
         seen = truth(scene)
@@ -45,7 +45,7 @@ class TestScore:
         assert {rates.pop("extras")} == {0.0}
         assert set(rates.values()) == {1.0}
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(scenes, scenes)
     def test_counts_keep_within_their_totals(self, asked: Scene, drawn: Scene) -> None:
         score = match(asked, truth(drawn))
@@ -105,7 +105,7 @@ class TestNet:
         assert shifts.shape == sides.shape == (2, 2, 2, MAP, MAP)
         assert {name: value.shape[2] for name, value in traits.items()} == {n: len(v) for n, v in TRAITS.items()}
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=10)
     @given(scenes)
     def test_outputs_that_say_the_truth_are_read_as_such(self, scene: Scene) -> None:
         outputs = torch.full((1, len(SIZES), OUTPUTS, MAP, MAP), -9.0)

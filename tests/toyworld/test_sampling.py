@@ -38,7 +38,7 @@ def test_splits_have_their_shares() -> None:
     assert 0.035 < count["test"] / 4000 < 0.065
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32), st.sampled_from(GROUNDS), st.integers(0, 9), st.randoms(use_true_random=False))
 def test_a_split_is_a_matter_of_content(seed: int, ground: str, drawing: int, random) -> None:
     scene = random_scene(np.random.default_rng(seed))
@@ -63,7 +63,7 @@ def test_splits_stay_what_they_were() -> None:
     assert held_out == {7: "test", 20: "val", 23: "val", 35: "val"}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.sampled_from([(1, 1), (1, 5), (2, 5), (6, 9)]))
 def test_scenes_are_as_promised(seed: int, things: tuple[int, int]) -> None:
     scene = random_scene(np.random.default_rng(seed), things=things)

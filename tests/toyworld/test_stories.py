@@ -174,7 +174,7 @@ def story_of(seed: int, **options) -> Story:
     return story(scene_rng(seed, "train", 0), **options)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(seed=SEEDS)
 def test_text_determines_every_picture_after_the_first(seed: int) -> None:
     told = story_of(seed)
@@ -186,7 +186,7 @@ def test_text_determines_every_picture_after_the_first(seed: int) -> None:
         assert frame.scene.seed == told.frames[0].scene.seed
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=SEEDS)
 def test_first_text_tells_where_everything_is_and_all_looks_but_the_unsaid(seed: int) -> None:
     first = story_of(seed).frames[0]
@@ -206,7 +206,7 @@ def test_first_text_tells_where_everything_is_and_all_looks_but_the_unsaid(seed:
         assert told == (index not in first.unsaid)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=SEEDS)
 def test_what_was_said_stays_said_and_only_characters_have_unsaid_looks(seed: int) -> None:
     told = story_of(seed)
