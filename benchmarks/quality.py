@@ -56,7 +56,7 @@ class Exam:
         self.size = self.processor.target_size
         self.image = ImageSettings(
             num_inference_steps=options.steps, guidance_scale=options.guidance, batch_size=options.batch,
-            seed=options.seed,
+            seed=options.seed, scheduler=options.scheduler,
         )  # fmt: skip
 
     def scenes(self, kind: int) -> Iterator[tuple[Scene, np.random.Generator]]:
@@ -154,7 +154,7 @@ class Exam:
         events = self.model.generate_interleaved(
             documents, self.processor, progress=False, force_image=True, replace_texts=True, num_beams=1,
             max_new_tokens=1, min_new_tokens=0, num_inference_steps=self.options.steps,
-            guidance_scale=self.options.guidance, seed=self.options.seed,
+            guidance_scale=self.options.guidance, scheduler=self.options.scheduler, seed=self.options.seed,
         )  # fmt: skip
         for event in events:
             if isinstance(event, DocumentFinished):
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="scenes a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30, help="of each picture")
+    parser.add_argument("--scheduler", default="DDPMScheduler", help="of diffusers")
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
