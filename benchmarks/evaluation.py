@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from machine import describe
-from release import fresh
 from rich.console import Console
 
+from mm_interleaved.bench.base import fresh
+from mm_interleaved.bench.machine import describe
 from mm_interleaved.evaluation import TaskSuite
 from mm_interleaved.evaluation.predict import Predictor, plan_batches, run_batches
 from mm_interleaved.evaluation.predictions import Predictions

@@ -1,0 +1,51 @@
+"""The scripts that measure run, at sizes that say nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def measure(script: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", ["plot_tasks.py", "toyworld.py"])
+def test_scripts_that_say_how_they_are_used(script: str) -> None:
+    assert "python benchmarks/" + script in measure(script, "--help")
+
+
+def test_tasks(tmp_path: Path) -> None:
+    sizes = ["--preset", "debug", "--device", "cpu", "--dtype", "float32", "--samples", 4, "--batches", 2]
+    measure("evaluation.py", *sizes, "--output", tmp_path / "e.json")
+    found = json.loads((tmp_path / "e.json").read_text())
+    for task in ("coco_karpathy", "vqav2"):
+        (row,) = found[task]
+        assert row["samples_per_second"] > 0
+        assert 0 < row["model_share"] <= 1
+
+
+def test_data(tmp_path: Path) -> None:
+    changes = ["data.batch_size=2", "data.sources.0.batch_size=2", "data.sources.0.max_length=256"]
+    options = ["--preset", "debug", "--seconds", 1, "--output", tmp_path / "l.json"]
+    measure("loader.py", "configs/small/pretrain.yaml", *changes, *options)
+    (rates,) = json.loads((tmp_path / "l.json").read_text())["rates"]
+    assert min(rates[f"{name}/s"] for name in ("rows", "tokens", "pictures")) > 0
+
+
+def test_quality(tmp_path: Path) -> None:
+    measure("quality.py", "small", "--samples", 1, "--steps", 1, "--output", tmp_path / "q.json")
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert {"captions", "questions", "drawing", "stories"} <= found.keys()
