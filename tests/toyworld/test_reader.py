@@ -207,3 +207,11 @@ class TestTraining:
         found = evaluate(Reader(net, threshold=0.6), scenes=4)
         assert found["scenes"] == 4
         assert all(0 <= value <= 1 for name, value in found.items() if name not in ("scenes", "things"))
+
+
+class TestShipped:
+    def test_it_reads_what_can_be_seen(self) -> None:
+        found = evaluate(Reader.load(), scenes=150, seed=5, part="val")
+        assert found["kind_color_cell"] >= 0.99
+        assert min(found["glyph_read"], found["recall"], found["precision"]) >= 0.98
+        assert found["kind_color_behind"] <= found["kind_color_cell"]

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import PIL.Image
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from .draw import boxes, draw
 from .reader import MAP, PIXELS, TRAITS, WEIGHTS, Reader, ReaderNet, Seen, split
 from .sampling import Split, random_scene, scene_rng
-from .scene import SIZES, Scene, Thing
+from .scene import SIZES, Place, Scene, Thing
 
 MOST = 9  # things in a scene
 NEAR = 1 / 6  # how far from a thing's middle it may be found, in pictures
@@ -281,7 +282,8 @@ def evaluate(reader: Reader, scenes: int = 1000, seed: int = 1, part: Split = "t
     Returns:
         Shares in [0, 1]: precision and recall of things; of those found, how many have the right kind, colour, both,
         texture, part, glyph, size and cell; `glyph_read` of those that have a glyph, `part_worn` of those that wear
-        something; `kind_color_of_all` counts what was not found as wrong. And the numbers of scenes and things.
+        something; `kind_color_cell`, `_inside` and `_behind` of those that stand free, before another thing and half
+        hidden by one; `kind_color_of_all` counts what was not found as wrong. And the numbers of scenes and things.
     """
     drawn = [random_scene(scene_rng(seed, part, i), split=part) for i in range(scenes)]
     read = reader.read([draw(scene, size) for scene in drawn])
@@ -293,6 +295,8 @@ def evaluate(reader: Reader, scenes: int = 1000, seed: int = 1, part: Split = "t
             right = {name: getattr(thing.look, name) == getattr(one.look, name) for name in TRAITS}
             right |= {"size": thing.size == one.size, "cell": thing.cell == one.cell, "found": True}
             right["kind_color"] = right["kind"] and right["color"]
+            count[f"{thing.place} asked"] += 1
+            count[f"kind_color_{thing.place}"] += right["kind_color"]
             count.update(name for name, good in right.items() if good)
             for name, trait, none in (("glyph_read", "glyph", ""), ("part_worn", "part", "none")):
                 if getattr(thing.look, trait) != none:
@@ -301,6 +305,7 @@ def evaluate(reader: Reader, scenes: int = 1000, seed: int = 1, part: Split = "t
     names = (*TRAITS, "kind_color", "size", "cell")
     found = {name: count[name] / max(1, count["found"]) for name in names}
     found |= {name: count[name] / max(1, count[f"{name} asked"]) for name in ("glyph_read", "part_worn")}
+    found |= {f"kind_color_{p}": count[f"kind_color_{p}"] / max(1, count[f"{p} asked"]) for p in get_args(Place)}
     found["kind_color_of_all"] = count["kind_color"] / max(1, count["things"])
     found |= {"precision": count["found"] / max(1, count["seen"]), "recall": count["found"] / max(1, count["things"])}
     return {"scenes": scenes, "things": count["things"]} | {name: round(value, 4) for name, value in found.items()}
