@@ -66,6 +66,20 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
     assert not (run / "final").exists()
 
 
+@pytest.mark.slow
+def test_a_second_wish_does_not_wait(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "steps=2", "accumulation=1000", "save_every=0")  # a step of minutes
+    assert any("trainable parameters" in line for line in process.stdout)
+    time.sleep(2)  # it listens when it has begun
+    process.send_signal(signal.SIGTERM)
+    assert any("saving after this step" in line for line in process.stdout)
+    time.sleep(2.1)  # sooner, it would be the same wish
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+    assert not list_checkpoints(tmp_path / "run")
+
+
 def test_a_half_written_checkpoint_is_not_used(settings, tmp_path: Path) -> None:
     train(settings("steps=4", "save_every=2"), TOKENIZER, "cpu")
     run = tmp_path / "run"
