@@ -113,6 +113,14 @@ def test_forged_arrays(tmp_path: Path, state: tuple) -> None:
         read_pickle(tmp_path / "x.pkl")
 
 
+@pytest.mark.parametrize("code", [b"T", b"\x8b"])
+def test_lengths_that_lead_back(tmp_path: Path, code: bytes) -> None:
+    """An argument of -5 bytes ends before it begins, at its own opcode."""
+    (tmp_path / "x.pkl").write_bytes(code + b"\xfb\xff\xff\xff.")
+    with pytest.raises(TaskError, match="a broken pickle: it has an argument of -5 bytes"):
+        read_pickle(tmp_path / "x.pkl")
+
+
 @pytest.mark.parametrize("keeps", [b"r\xf0\xff\xff\xff", b"p4000000000\n", b"p-1\n", b"p1_0e9\n"])
 def test_numbers_that_would_fill_the_memory(tmp_path: Path, keeps: bytes) -> None:
     (tmp_path / "x.pkl").write_bytes(b"\x80\x02]" + keeps + b".")

@@ -95,6 +95,8 @@ def _check_memo(content: bytes) -> None:
                 place = content.index(b"\n", place) + 1
         elif size in _LENGTHS:
             (length,) = struct.unpack_from(_LENGTHS[size], content, begin)
+            if length < 0:
+                raise ValueError(f"it has an argument of {length} bytes")
             place += struct.calcsize(_LENGTHS[size]) + length
         else:
             place += size
