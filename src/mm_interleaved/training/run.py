@@ -20,7 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
-from ..model.checkpoint import put_in_place, written_aside
+from ..model.checkpoint import written_aside
 from ..model.language_model import MMFSDecoderLayer
 from ..model.resampler import ResamplerLayer
 from ..processor import MMInterleavedProcessor
@@ -303,10 +303,7 @@ def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleav
     """The trained model, averaged if an average was kept, as a folder that everything else loads."""
     with trainer.averaged():
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            aside = folder.with_name(f"{folder.name}.incomplete")
-            trainer.save_model(str(aside))  # gathers from all processes
-            if trainer.args.should_save:
-                put_in_place(aside, folder)
+            trainer.save_gathered(folder)
         elif trainer.args.should_save:
             with written_aside(folder, replace=True) as aside:
                 model.save_pretrained(aside)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..configuration import to_yaml
+from ..model.checkpoint import put_in_place
 from . import checkpoints
 from .config import RunConfig, ScheduleConfig, TrainingError
 from .ema import EMA
@@ -209,6 +210,18 @@ class RunTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.save_extras(Path(output_dir or self.args.output_dir))
+
+    def save_gathered(self, folder: Path) -> None:
+        """`save_model` of parameters that several processes hold, aside first; all of them call it."""
+        aside = folder.with_name(f"{folder.name}.incomplete")
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)  # what a run that was killed left
+        self._barrier()
+        self.save_model(str(aside))
+        self._barrier()
+        if self.args.should_save:
+            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            put_in_place(aside, folder)
 
     def load_run_state(self, folder: Path) -> None:
         """What the Trainer does not know of: the feed's place and the average.
