@@ -214,7 +214,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     exam = Exam(load(options.model, torch.float32, options.device), Reader.load(device=options.device), options)
-    result: dict[str, object] = describe()
+    drawn = exam.model.image_decoder.settled(exam.image)
+    result: dict[str, object] = {**describe(), "image": asdict(drawn)}
     for task in options.tasks:
         begin = time.perf_counter()
         scores = {name: round(value, 4) for name, value in getattr(exam, task)().items()}

@@ -27,6 +27,12 @@ def test_scripts_that_say_how_they_are_used(script: str) -> None:
     assert "python benchmarks/" + script in measure(script, "--help")
 
 
+def test_deformable_attention(tmp_path: Path) -> None:
+    measure("deformable.py", "--repeats", 1, "--cases", 1, "--output", tmp_path / "d.json")
+    (line,) = json.loads((tmp_path / "d.json").read_text())["milliseconds"]
+    assert min(line["maps"], line["rows"]) > 0
+
+
 def test_tasks(tmp_path: Path) -> None:
     sizes = ["--preset", "debug", "--device", "cpu", "--dtype", "float32", "--samples", 4, "--batches", 2]
     measure("evaluation.py", *sizes, "--output", tmp_path / "e.json")

@@ -40,8 +40,12 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
     Returns:
         [batch, queries, heads * dim] in the type of `value`; sums run in float32 or better.
     """
-    if _rows_are_quicker(value, shapes, locations, weights):
-        return _sum_rows(value, shapes, locations, weights)
+    form = sum_rows if _rows_are_quicker(value, shapes, locations, weights) else sample_maps
+    return form(value, shapes, locations, weights)
+
+
+def sample_maps(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """`deformable_attention` by PyTorch's `grid_sample`, map by map; on every device, and with gradients."""
     batch, _, heads, dim = value.shape
     queries, points = weights.shape[1], weights.shape[-1]
     work = promote(value.dtype)
@@ -72,7 +76,7 @@ def _rows_are_quicker(value: Tensor, shapes: Shapes, locations: Tensor, weights:
     )
 
 
-def _sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """`deformable_attention` as weighted sums of rows of `value`, one for each of a sample's four neighbours.
 
     A column c takes the share max(0, 1 - |x - c|) of a sample at x. The left one of the two that are looked at is never
@@ -98,9 +102,8 @@ def _sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor)
         rows = shares[:, 1] * weight.permute(1, 2, 0).contiguous()
         share = rows[:, None] * shares[:, 0]  # [upper or lower, left or right, levels, points, rows]
         index = cell[1].mul_(width).add_(cell[0]).add_(begins).mul_(heads).add_(start) + neighbours
-        bags = (y.reshape(4 * levels * points, -1).t().contiguous() for y in (index, share))
-        indices, factors = bags
-        parts.append(F.embedding_bag(indices, table, mode="sum", per_sample_weights=factors))
+        bags, factors = (y.reshape(4 * levels * points, -1).t().contiguous() for y in (index, share))
+        parts.append(F.embedding_bag(bags, table, mode="sum", per_sample_weights=factors))
     return torch.cat(parts).view(batch, queries, heads * dim)
 
 
