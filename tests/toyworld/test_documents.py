@@ -8,6 +8,8 @@ import PIL.Image
 import pytest
 
 from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.tasks import grounding, vqa
+from mm_interleaved.toyworld import documents as toy
 from mm_interleaved.toyworld.documents import (
     BOX_SCALE,
     FORM_NAMES,
@@ -140,6 +142,11 @@ def test_prompts_are_those_of_the_evaluation() -> None:
         prompts = f"Provide a short description for this {box}|Answer this question according to the {box} .*\\?"
         assert re.fullmatch(prompts, asks)
     assert {d.segments[1].text for d in documents("grounded", 4)} == {"Generate the caption with grounding."}
+    asked = [vqa.PROMPT, vqa.VIZWIZ_PROMPT, grounding.REFERRING, grounding.REGION_VQA, grounding.GROUNDED_CAPTION]
+    before = f"{toy.VQA_BEFORE} {{image}}"
+    learned = [before + toy.VQA_AFTER, before + toy.VQA_UNSURE]
+    learned += ["{image}" + prompt for prompt in (toy.REGION_PROMPT, toy.REGION_VQA, toy.GROUNDED_PROMPT)]
+    assert learned == asked
 
 
 def test_what_cannot_be_answered_is_not_there() -> None:
