@@ -34,11 +34,10 @@ from mm_interleaved.toyworld.language import caption, questions, score_caption
 from mm_interleaved.toyworld.reader import Reader, Seen
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import Scene
-from mm_interleaved.toyworld.score import SceneScore, match, pair
+from mm_interleaved.toyworld.score import SceneScore, match
 from mm_interleaved.toyworld.stories import Story, story
 
 T = TypeVar("T")
-TRAITS = ("kind", "color", "texture", "part", "glyph")
 say = Console(stderr=True).print
 
 
@@ -127,22 +126,18 @@ class Exam:
         for index in range(self.options.samples):
             rng = scene_rng(self.options.seed + 4000, self.options.split, index)
             told.append(story(rng, frames=(3, 5), split=self.options.split))
-        total: Counter[str] = Counter()
+        total = SceneScore()
         shown: list[tuple[str, PIL.Image.Image]] = []
         for part in batches(told, self.options.batch):
             for number, result in self._tell(part):
-                pictures = [s.source for s in result.segments if isinstance(s, Image)]
+                pictures = [s.source for s in result.segments if isinstance(s, Image)][1:]
                 for frame, picture, seen in zip(
-                    part[number].frames[1:], pictures[1:], self._read(pictures[1:]), strict=True
-                ):
-                    total.update(frame_score(frame.scene, frame.unsaid, seen))
+                    part[number].frames[1:], pictures, self._read(pictures), strict=True
+                ):  # fmt: skip
+                    total = total + match(frame.scene, seen, (), frame.unsaid)
                     shown.append((frame.text, picture))
         self._keep("stories", shown)
-        names = {"found": "things", "right_place": "things", "kept": "unsaid", "frames_right": "frames"}
-        names |= {f"kept_{trait}": "unsaid" for trait in TRAITS}
-        return {name: total[name] / max(total[of], 1) for name, of in names.items()} | {
-            "frames": total["frames"], "unsaid": total["unsaid"],
-        }  # fmt: skip
+        return total.rates() | {"frames": total.pictures, "unsaid": total.unsaid}
 
     def _tell(self, part: Sequence[Story]) -> Iterator[tuple[int, Document]]:
         documents = []
@@ -174,27 +169,6 @@ class Exam:
             sheet.paste(picture, (index % columns * side, index // columns * side))
         sheet.save(self.options.pictures / f"{name}.png")
         (self.options.pictures / f"{name}.txt").write_text("\n".join(text for text, _ in shown) + "\n")
-
-
-def frame_score(scene: Scene, unsaid: Sequence[int], seen: Sequence[Seen]) -> dict[str, int]:
-    """Counts for one picture of a story."""
-    found = pair(scene, seen)
-    right = {i for i, j in found.items() if seen[j].look.color == scene.things[i].look.color}
-    exact = {i for i in right if seen[found[i]].look == scene.things[i].look}
-
-    def same(thing: int, trait: str) -> bool:
-        return thing in found and getattr(seen[found[thing]].look, trait) == getattr(scene.things[thing].look, trait)
-
-    return {
-        "things": len(scene.things),
-        "found": len(right),
-        "right_place": sum(seen[found[i]].cell == scene.things[i].cell for i in right),
-        "unsaid": len(unsaid),
-        "kept": sum(i in exact for i in unsaid),
-        **{f"kept_{trait}": sum(same(i, trait) for i in unsaid) for trait in TRAITS},
-        "frames": 1,
-        "frames_right": int(len(right) == len(scene.things) == len(seen)),
-    }
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def own_task(task: MakeTask, own: Path, **settings: object):
-    return task("vqav2", images=str(own), annotations=str(own), limit=6, **settings)
+    return task("vqav2", images=str(own), annotations=str(own), **{"limit": 6, **settings})
 
 
 def test_a_missing_file_is_found_before_any_work(task: MakeTask, own: Path, run: Run, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ class TestAnotherRun:
         ("change", "words"),
         [
             ({"seed": 3}, r"'seed' was 0 and is now 3"),
-            ({"limit": 3}, r"'task.limit' was 2 and is now 3"),
+            ({"limit": 1}, r"'samples.count' was 2 and is now 1"),
             ({"prompt": "{image} why?"}, r"'task.prompt' was null and is now"),
             ({"generation": {"num_beams": 1}}, r"'generation.text.max_new_tokens' was 5 and is now 10"),
             ({"compat": True}, r"'task.compat' was false and is now true"),
@@ -134,6 +134,26 @@ class TestAnotherRun:
         with pytest.raises(EvaluationError, match=rf"these predictions are of another run: .*{words}"):
             run(task("vqav2", **{"limit": 2, **change}), seed=seed)
         assert contents(tmp_path / "out") == before
+
+    def test_more_samples_are_the_same_run(self, task: MakeTask, run: Run, tmp_path: Path) -> None:
+        """What is there stays, and all is as if it had been asked for at once."""
+        for name in ("vqav2", "coco"):
+            run(task(name, limit=2))
+            before = lines(tmp_path / "out" / name / "predictions.jsonl")
+            assert run(task(name, limit=4)).tasks[name].evaluated == 4
+            assert lines(tmp_path / "out" / name / "predictions.jsonl")[:2] == before
+            run(task(name, limit=4), folder="whole")
+            for one in ("predictions.jsonl", "run.json", "scores.jsonl"):
+                assert (tmp_path / "out" / name / one).read_bytes() == (tmp_path / "whole" / name / one).read_bytes()
+
+    def test_more_samples_that_begin_with_others_are_not(self, task: MakeTask, own: Path, run: Run) -> None:
+        run(own_task(task, own, limit=2))
+        path = own / "v2_OpenEnded_mscoco_val2014_questions.json"
+        asked = json.loads(path.read_text())
+        asked["questions"][0]["question"] = "why?"
+        path.write_text(json.dumps(asked))
+        with pytest.raises(EvaluationError, match=r"'samples.digest' was"):
+            run(own_task(task, own, limit=4))
 
     def test_another_model(self, task: MakeTask, run: Run, model: MMInterleaved) -> None:
         run(task("vqav2", limit=2))
@@ -150,7 +170,7 @@ class TestAnotherRun:
         run(own_task(task, own))
         path = own / "v2_OpenEnded_mscoco_val2014_questions.json"
         path.write_text(path.read_text().replace("?", " now?"))
-        with pytest.raises(EvaluationError, match="'samples' was"):
+        with pytest.raises(EvaluationError, match=r"'samples\.digest' was"):
             run(own_task(task, own))
 
     def test_the_same_data_in_another_place_and_other_batches_are_no_other_run(

@@ -12,8 +12,11 @@ from mm_interleaved import MMInterleaved, MMInterleavedProcessor
 from mm_interleaved.evaluation import EvaluationError, MetricConfig, TaskSuite, predict
 from mm_interleaved.evaluation.predict import Predictor, effective_settings, plan_batches, sample_seed
 from mm_interleaved.evaluation.scoring import METRICS
+from mm_interleaved.evaluation.toyworld import drawn_scenes, find_about
 from mm_interleaved.metrics.clip import CLIP
+from mm_interleaved.metrics.toyworld import ScenePictures
 from mm_interleaved.tasks import TASKS, TaskError, make_task
+from mm_interleaved.toyworld.draw import draw
 
 from .conftest import QUICK, MakeTask, Run, contents, figures, lines
 
@@ -46,6 +49,38 @@ def test_end_to_end(name: str, task: MakeTask, run: Run, tmp_path: Path) -> None
     table = (tmp_path / "out/results.md").read_text()
     assert f"| {name} |" in table
     assert figures(tmp_path / "out")[name]["evaluated"] == 4
+
+
+STORIES = {"vist": {}, "pororo": {"protocol": "autoregressive"}, "flintstones": {"protocol": "last"}}
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_scenes_of_stories_are_those_of_their_pictures(name: str, task: MakeTask) -> None:
+    """So true pictures are found right."""
+    asked = make_task(task(name, options=STORIES[name]))
+    samples = list(asked.samples())
+    scenes = drawn_scenes(samples, find_about(asked))
+    true = {(s.id, slot): picture for s in samples for slot, picture in enumerate(s.reference)}
+    assert len(true) == 4 * (4 if STORIES[name].get("protocol") == "autoregressive" else 1)
+    if name == "vist":
+        for key, path in true.items():
+            with PIL.Image.open(path) as picture:
+                assert picture.tobytes() == draw(scenes[key].scene, picture.width).tobytes()
+    else:
+        assert ScenePictures()(true, scenes).values["found_kind_color"] > 80
+
+
+def test_pictures_of_stories_are_scored(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    """Without CLIP; each sample has one score, whatever number of pictures it has."""
+    named = {name: task(name, limit=2, options=options) for name, options in STORIES.items()}
+    for name, result in run(*named.values()).tasks.items():
+        metric = result.metrics["scene_pictures"]
+        assert {"found_kind_color", "perfect"} <= metric["values"].keys()
+        assert metric["intervals"].keys() == metric["values"].keys()
+        assert all(low <= metric["values"][key] <= high for key, (low, high) in metric["intervals"].items())
+        scored = lines(tmp_path / "out" / name / "scores.jsonl")
+        assert [line["id"] for line in scored] == [s.id for s in make_task(named[name]).samples()]
+        assert {line["metric"] for line in scored} == {"scene_pictures"}
 
 
 def test_conversations_for_training_are_refused(task: MakeTask, run: Run) -> None:

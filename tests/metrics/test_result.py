@@ -79,6 +79,20 @@ class TestConfidenceInterval:
         narrow = confidence_interval(scores, level=0.5)
         assert low < narrow[0] < narrow[1] < high
 
+    def test_weights_make_it_that_of_a_ratio_of_sums(self) -> None:
+        rng = np.random.default_rng(4)
+        below = rng.integers(1, 6, 400).astype(float)
+        above = rng.binomial(below.astype(int), 0.7).astype(float)
+        low, high = confidence_interval(above / below, weights=below)
+        ratio = above.sum() / below.sum()
+        error = np.sqrt(((above - ratio * below) ** 2).mean() / 400) / below.mean()  # Cochran 1977, eq. 6.13
+        assert low == pytest.approx(ratio - 1.96 * error, abs=0.005)
+        assert high == pytest.approx(ratio + 1.96 * error, abs=0.005)
+        assert confidence_interval([1.0, 0.5], weights=[2, 2]) == confidence_interval([1.0, 0.5])
+
+    def test_what_has_no_weight_counts_nothing(self) -> None:
+        assert confidence_interval([0.25, 9.0], weights=[3, 0]) == (0.25, 0.25)
+
     def test_it_leaves_the_global_generator_alone(self) -> None:
         before = np.random.get_state()[1].copy()
         confidence_interval([1.0, 2.0])
@@ -87,5 +101,7 @@ class TestConfidenceInterval:
     def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match="at least one score"):
             confidence_interval([])
+        with pytest.raises(ValueError, match="that counts"):
+            confidence_interval([1.0], weights=[0])
         with pytest.raises(ValueError, match="between 0 and 1"):
             confidence_interval([1.0], level=95)

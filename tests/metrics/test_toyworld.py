@@ -13,6 +13,7 @@ from mm_interleaved.toyworld.draw import draw
 from mm_interleaved.toyworld.language import caption
 from mm_interleaved.toyworld.sampling import random_scene
 from mm_interleaved.toyworld.scene import Look, Scene, Thing
+from mm_interleaved.toyworld.stories import Frame
 
 SCENES = {seed: random_scene(np.random.default_rng(seed)) for seed in range(6)}
 
@@ -48,3 +49,28 @@ def test_facts_are_counted_over_all_captions() -> None:
     assert result.per_sample == [100, pytest.approx(50), 0]
     assert result.values["facts_right"] == pytest.approx(75)
     assert result.values["things_mentioned"] == pytest.approx(200 / 3)
+
+
+def test_captions_that_state_nothing_are_neither_right_nor_wrong() -> None:
+    result = scene_captions({1: "nothing of note"}, {1: SCENES[1]})
+    assert "facts_right" not in result.values
+    assert result.per_sample == [0]
+
+
+def test_of_a_story_what_no_text_tells_must_be_kept() -> None:
+    red, blue = Scene((Thing(Look("fox", "red"), 4),)), Scene((Thing(Look("fox", "blue"), 4),))
+    frames = {1: Frame("Mila is still here.", red, (0,)), 2: Frame("the fox is red.", red, ())}
+    result = ScenePictures()({1: draw(blue, 128), 2: draw(red, 128)}, frames)
+    assert result.values["kept"] == result.values["kept_color"] == 0
+    assert result.values["kept_kind"] == 100
+    assert result.values["found_kind_color"] == 50
+    assert "relations_right" not in result.values
+    assert result.ratios["kept_kind"] == [(100, 1), (0, 0)]
+
+
+def test_ratios_are_those_of_the_values() -> None:
+    result = ScenePictures()({key: draw(scene, 128) for key, scene in SCENES.items()}, SCENES)
+    assert result.ratios.keys() == result.values.keys()
+    for name, parts in result.ratios.items():
+        assert len(parts) == len(SCENES)
+        assert result.values[name] == pytest.approx(sum(a for a, _ in parts) / sum(b for _, b in parts))

@@ -92,6 +92,17 @@ class TestScore:
         assert match(Scene((around, back)), truth(Scene((around, within)))).relations_right == 0
         assert match(Scene((around, back)), truth(Scene((around, back)))).relations_right == 1
 
+    def test_looks_that_no_text_tells_are_kept_as_a_whole_or_in_part(self) -> None:
+        scene = Scene((Thing(Look("fox", "red", "striped"), 3), Thing(Look("cat", "blue"), 5)))
+        other = Scene((scene.things[0].with_look(texture="dotted"), scene.things[1]))
+        score = match(scene, truth(other), (), unsaid=[0])
+        assert (score.unsaid, score.kept, score.kept_kind, score.kept_color, score.kept_texture) == (1, 0, 1, 1, 0)
+        assert (score.relations, score.perfect) == (0, 1)
+        assert match(scene, truth(other), (), unsaid=[1]).kept == 1
+        gone = match(scene, truth(scene)[1:], (), unsaid=[0, 1]).rates()
+        assert (gone["kept"], gone["kept_kind"], gone["kept_glyph"]) == (0.5, 0.5, 0.5)
+        assert "kept" not in match(scene, truth(scene), ()).rates()
+
     def test_nothing_asked_for_has_no_rates(self) -> None:
         assert SceneScore().rates() == {}
 

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,21 @@ class Predictions:
         self.folder, self.path = folder, folder / PREDICTIONS
         self.part = folder / f"part-{rank}.jsonl"
 
-    def prepare(self, identity: Mapping[str, Any]) -> None:
+    def prepare(self, identity: Callable[[int | None], Mapping[str, Any]]) -> None:
         """Make the folder, or check that it belongs to the same run and join what is there. On one process only.
+
+        Args:
+            identity: of the run with so many samples from the start, None for all. A run of fewer samples is the same
+                run if it began with the same ones.
 
         Raises:
             EvaluationError: the folder has predictions of another run, or a file of it cannot be used.
         """
-        self.check(identity)
+        self.check(identity(self._count()))
         try:
             (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / RUN, (json.dumps(identity, indent=2, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(identity(None), indent=2, ensure_ascii=False)
+            write_atomic(self.folder / RUN, (text + "\n").encode())
             self.join()
         except OSError as error:
             raise EvaluationError(f"{self.folder}: cannot be written: {error.strerror}") from None
@@ -75,6 +80,13 @@ class Predictions:
                 f"{self.folder}: these predictions are of another run: {'; '.join(differences[:3])}{more}. "
                 "Name another folder with output=..., or replace them with --overwrite"
             )
+
+    def _count(self) -> int | None:
+        """How many samples the run has whose predictions are there; None: it does not say."""
+        path = self.folder / RUN
+        told = _read_object(path).get("samples") if path.is_file() else None
+        count = told.get("count") if isinstance(told, dict) else None
+        return count if isinstance(count, int) else None
 
     def join(self) -> None:
         """Bring all lines into one file, in the order of the task; the last of a sample counts."""

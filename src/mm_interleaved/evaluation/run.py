@@ -32,10 +32,11 @@ from .report import markdown
 from .scoring import NAMED, SampleScores, Scored, TaskResult, score_task
 from .toyworld import find_about
 
-FORMAT = 1  # of the folder; another one is not continued
+FORMAT = 2  # of the folder; another one is not continued
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
 PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
 ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
+LATER = ("limit", "generation")  # how many samples there are is told by them
 OnScored = Callable[[Scored, SampleScores, TaskResult], None]
 
 
@@ -162,7 +163,7 @@ def _start(config: TaskSuite, tasks: Sequence[Task], folder: Path, digest: str) 
         raise EvaluationError(f"the folder '{folder}' cannot be written: {error.strerror}") from None
 
 
-def identity(config: TaskSuite, task: Task, digest: str, samples: Iterable[Sample] | None = None) -> dict[str, Any]:
+def identity(config: TaskSuite, task: Task, digest: str, samples: Sequence[Sample] | None = None) -> dict[str, Any]:
     """What decides a task's predictions; where its files lie and how large batches are does not.
 
     Args:
@@ -174,11 +175,12 @@ def identity(config: TaskSuite, task: Task, digest: str, samples: Iterable[Sampl
     settings.pop("seed")
     for key in ("seed", "batch_size", "preview_every"):
         settings["image"].pop(key)
-    asked = {key: value for key, value in asdict(task.config).items() if key not in (*ELSEWHERE, "generation")}
+    asked = {key: value for key, value in asdict(task.config).items() if key not in (*ELSEWHERE, *LATER)}
     chooser = Path(config.metrics.clip).name if task.select == "clip" and config.metrics.clip else None
     found = {"format": FORMAT, "version": version("mm-interleaved"), "weights": digest, "seed": config.seed,
              "task": asked, "generation": settings, "chosen_by": chooser}  # fmt: skip
-    return found if samples is None else {**found, "samples": samples_digest(samples)}
+    told = None if samples is None else {"count": len(samples), "digest": samples_digest(samples)}
+    return found if told is None else {**found, "samples": told}
 
 
 def weights_digest(model: MMInterleaved) -> str:
@@ -219,7 +221,7 @@ def _predict(config: TaskSuite, task: Task, model: MMInterleaved, processor: MMI
     except ValueError as error:
         raise TaskError(str(error)) from None
     predictions = Predictions(folder / task.name, state.process_index)
-    on_main(state, lambda: predictions.prepare(identity(config, task, digest, samples)))
+    on_main(state, lambda: predictions.prepare(lambda n: identity(config, task, digest, samples[:n])))
     done = predictions.read()
     batches = plan_batches(samples, config.batch_size)
     mine = batches[state.process_index :: state.num_processes]

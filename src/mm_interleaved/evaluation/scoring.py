@@ -23,11 +23,12 @@ from ..metrics.dialogue import DialogueReference, dialogue_ranking
 from ..metrics.grounding import grounding_accuracy
 from ..metrics.images import FID
 from ..metrics.segmentation import CLASSES, SegmentedMeanIoU, Segmenter
+from ..metrics.toyworld import ScenePictures, scene_captions
 from ..metrics.vqa import VQAAccuracy, VQAReference, gqa_accuracy, vizwiz_score
 from ..tasks import Sample, Task
 from .config import EvaluationError, MetricConfig
 from .predictions import Record
-from .toyworld import metric_for, scene_metric
+from .toyworld import drawn_scenes, metric_for, shown_scenes
 
 NAMED = 20  # unreadable samples that results name
 
@@ -142,11 +143,14 @@ def image_similarity(given: Scored) -> MetricResult:
     return ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.pictures(), given.true_pictures())
 
 
-def scenes(given: Scored) -> MetricResult:
-    """Toy data: against the scenes themselves."""
-    name = metric_for(given.task.kind.name, given.about)
-    made = {r["id"]: r["prediction"] if "prediction" in r else given.folder / r["images"][0] for r in given.records}
-    return scene_metric(name, given.samples, made, given.about or {}, given.device)
+def captions_of_scenes(given: Scored) -> MetricResult:
+    """Toy data: what captions say right of the scenes themselves."""
+    return scene_captions(given.by_id("prediction"), shown_scenes(given.samples, given.about or {}))
+
+
+def pictures_of_scenes(given: Scored) -> MetricResult:
+    """Toy data: what the toy world's reader finds in drawn pictures."""
+    return ScenePictures(device=given.device)(given.pictures(), drawn_scenes(given.samples, given.about or {}))
 
 
 def miou(given: Scored) -> MetricResult:
@@ -159,7 +163,8 @@ def miou(given: Scored) -> MetricResult:
 METRICS: dict[str, Callable[[Scored], MetricResult]] = {
     "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
     "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
-    "image_similarity": image_similarity, "miou": miou, "scene_captions": scenes, "scene_pictures": scenes,
+    "image_similarity": image_similarity, "miou": miou, "scene_captions": captions_of_scenes,
+    "scene_pictures": pictures_of_scenes,
 }  # fmt: skip
 SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}
 """Which of the `metrics` settings gives a metric the file or folder that it needs."""
@@ -253,15 +258,32 @@ def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], Sam
         results[name] = as_data(result, seed, given.metrics.resamples)
         if result.skipped is not None and name in SETTINGS:
             results[name]["fix"] = f"{result.fix}, as metrics.{SETTINGS[name]}=..."
-        if result.per_sample is not None and not shown.metric and len(result.per_sample) == len(given.samples):
-            shown = SampleScores(name, dict(zip([s.id for s in given.samples], result.per_sample, strict=True)))
+        if result.per_sample is not None and not shown.metric:
+            shown = SampleScores(name, _by_sample(given, result.per_sample))
     return results, shown
 
 
+def _by_sample(given: Scored, scores: Sequence[float]) -> dict[str, float]:
+    """The samples' scores; where each of several pictures has one, their mean."""
+    ids = [s.id for s in given.samples]
+    if len(scores) != len(ids):
+        ids = [name for name, _ in given.pictures()]
+    found: dict[str, list[float]] = defaultdict(list)
+    for name, score in zip(ids, scores, strict=True):
+        found[name].append(score)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
 def as_data(result: MetricResult, seed: int, resamples: int) -> dict[str, Any]:
-    """Plain data; the interval stands with the value that is the mean of the samples' scores."""
+    """Plain data; intervals stand with ratios of sums, else with the value that is the mean of the samples' scores."""
     data: dict[str, Any] = {"values": result.values}
-    if result.per_sample and result.values:
+    if result.ratios:
+        data["intervals"] = {
+            name: list(confidence_interval([a / b if b else 0.0 for a, b in parts], weights=[b for _, b in parts],
+                                           seed=seed, resamples=resamples))
+            for name, parts in result.ratios.items()
+        }  # fmt: skip
+    elif result.per_sample and result.values:
         mean = float(np.mean(result.per_sample))
         name = min(result.values, key=lambda n: abs(result.values[n] - mean))
         if math.isclose(result.values[name], mean, rel_tol=1e-6, abs_tol=1e-9):

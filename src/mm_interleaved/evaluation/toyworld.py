@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..document import Image
-from ..metrics import MetricResult
-from ..metrics.toyworld import ScenePictures, scene_captions
 from ..tasks import Sample, Task
 from ..toyworld.scene import Scene
+from ..toyworld.stories import Frame
 from ..toyworld.writers import ABOUT
 from ..toyworld.writers.base import VERSION, Job
+from ..toyworld.writers.stories import PLACES, told_by
 
 SHOWN = ("coco_karpathy", "flickr30k", "nocaps", "image2paragraph")  # tasks that describe the scene they are shown
-DRAWN = ("coco", "lncoco", "ade20k")  # tasks that draw a scene
+DRAWN = ("coco", "lncoco", "ade20k", "vist", "pororo", "flintstones")  # tasks that draw scenes
 NUMBERS = 1_000_000  # pictures of a split are numbered from a multiple of this on
 
 
@@ -47,35 +45,52 @@ def metric_for(name: str, about: dict[str, Any] | None) -> str:
     return "scene_captions" if name in SHOWN else "scene_pictures" if name in DRAWN else ""
 
 
-def scene_metric(name: str, samples: Sequence[Sample], predictions: dict[str, Any], about: dict[str, Any],
-                 device: torch.device | str) -> MetricResult:  # fmt: skip
-    """What captions say right of their scenes, or what the toy world's reader finds in drawn pictures.
+def shown_scenes(samples: Sequence[Sample], about: dict[str, Any]) -> dict[str, Scene]:
+    """What is in the pictures that samples show, by sample.
 
-    Args:
-        name: of `metric_for`.
-        samples: what was asked.
-        predictions: texts, or paths of pictures, by sample.
-        about: what `find_about` found.
-        device: where the reader runs.
+    Raises:
+        ValueError: a picture has no number.
     """
-    job = Job(int(about["count"]), about["split"], int(about["seed"]), int(about["size"]))
-    scenes = {sample.id: _scene(job, _picture(sample)) for sample in samples}
-    compute: Callable[[Any, Any], MetricResult] = scene_captions
-    if name == "scene_pictures":
-        compute = ScenePictures(device=device)
-    return compute(predictions, scenes)
+    job = _job(about)
+    return {sample.id: _scene(job, str(_given(sample))) for sample in samples}
 
 
-def _picture(sample: Sample) -> Path:
-    """The picture of the scene, given or to be drawn."""
-    if isinstance(sample.reference, dict):
-        return Path(sample.reference["photo"])
-    given = [s.source for s in sample.document.segments if isinstance(s, Image) and s.source is not None]
-    return Path(str(given[0] if given else sample.reference[0]))
+def drawn_scenes(samples: Sequence[Sample], about: dict[str, Any]) -> dict[tuple[str, int], Scene | Frame]:
+    """What the pictures are to show that samples ask for, by sample and slot; of stories, with what their texts tell.
+
+    Raises:
+        ValueError: a picture has no number.
+    """
+    job = _job(about)
+    found: dict[tuple[str, int], Scene | Frame] = {}
+    for sample in samples:
+        if "drawn" in sample.meta:
+            found |= {(sample.id, slot): _frame(job, name) for slot, name in enumerate(sample.meta["drawn"])}
+        else:
+            photo = sample.reference["photo"] if isinstance(sample.reference, dict) else sample.reference[0]
+            found[sample.id, 0] = _scene(job, str(photo))
+    return found
 
 
-def _scene(job: Job, picture: Path) -> Scene:
-    found = re.search(r"\d+$", picture.stem)
+def _job(about: dict[str, Any]) -> Job:
+    return Job(int(about["count"]), about["split"], int(about["seed"]), int(about["size"]))
+
+
+def _given(sample: Sample) -> Any:
+    return next(s.source for s in sample.document.segments if isinstance(s, Image) and s.source is not None)
+
+
+def _scene(job: Job, picture: str) -> Scene:
+    return job.scene((_number(picture) - 1) % NUMBERS)[0]
+
+
+def _frame(job: Job, picture: str) -> Frame:
+    number, place = divmod(_number(picture), PLACES)
+    return told_by(job, (number - 1) % NUMBERS)[0].frames[place]
+
+
+def _number(picture: str) -> int:
+    found = re.search(r"\d+$", Path(picture).stem)
     if found is None:
-        raise ValueError(f"the toy world numbers its pictures, but '{picture.name}' has no number")
-    return job.scene((int(found[0]) - 1) % NUMBERS)[0]
+        raise ValueError(f"the toy world numbers its pictures, but '{Path(picture).name}' has no number")
+    return int(found[0])

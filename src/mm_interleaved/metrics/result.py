@@ -25,12 +25,15 @@ class MetricResult:
             None where there is no such thing (FID).
         skipped: what could not be computed, all or part of the metric, and why; None if nothing is missing.
         fix: the command or the setting that would mend it.
+        ratios: of values that are ratios of sums, by name: for each sample, in the order of the references, what it
+            adds above the line and below it.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     per_sample: list[float] | None = None
     skipped: str | None = None
     fix: str | None = None
+    ratios: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 class Metric(Protocol):
@@ -96,12 +99,19 @@ def percent(values: Sequence[float]) -> float:
 
 
 def confidence_interval(
-    scores: Sequence[float], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
+    scores: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
 
     Args:
         scores: a score for each sample.
+        weights: how much each sample counts, at least 0; with `a / b` as scores and `b` as weights the mean is the
+            ratio of the sums of `a` and of `b`. Not given, all count the same.
         seed: of the resampling; the same seed gives the same interval.
         resamples: how many samples of the same size are drawn with replacement.
         level: share of the resampled means that lies within.
@@ -110,14 +120,21 @@ def confidence_interval(
         Lower and upper bound, in the unit of the scores.
 
     Raises:
-        ValueError: there are no scores, or the level is not between 0 and 1.
+        ValueError: there are no scores, no weight is above 0, or the level is not between 0 and 1.
     """
     if not len(scores):
         raise ValueError("a confidence interval needs at least one score")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     values = np.asarray(scores, dtype=np.float64)
+    counts = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not counts.any():
+        raise ValueError("a confidence interval needs at least one score that counts")
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    means = []
+    while len(means) < resamples:
+        drawn = rng.integers(len(values), size=len(values))
+        if total := counts[drawn].sum():  # else nothing was drawn that counts
+            means.append((values * counts)[drawn].sum() / total)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

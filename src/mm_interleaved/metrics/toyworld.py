@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..toyworld.language import score_caption
-from ..toyworld.reader import WEIGHTS, Reader, train_command
+from ..toyworld.reader import WEIGHTS, Reader, Seen, train_command
 from ..toyworld.scene import Scene
 from ..toyworld.score import SceneScore, match
+from ..toyworld.stories import Frame
 from .pictures import Picture, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
@@ -22,7 +23,8 @@ BATCH = 64  # pictures read at a time
 class ScenePictures:
     """How well pictures show the scenes that were asked for: the rates of `SceneScore`, in percent.
 
-    The samples' scores are the percent of things found with their kind and colour.
+    Of a story's frame, no relations are asked for (its text tells cells), but looks must be kept that no text tells.
+    The pictures' scores are the percent of things found with their kind and colour.
 
     Attributes:
         weights: of the reader.
@@ -33,7 +35,8 @@ class ScenePictures:
     device: torch.device | str = "cpu"
 
     @reports_missing
-    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, Scene]) -> MetricResult:
+    def __call__(self, predictions: Mapping[Hashable, Picture],
+                 references: Mapping[Hashable, Scene | Frame]) -> MetricResult:  # fmt: skip
         """Read the pictures and compare with the scenes.
 
         Raises:
@@ -46,27 +49,38 @@ class ScenePictures:
         seen = []
         for start in range(0, len(rows), BATCH):
             seen += reader.read([rgb(picture) for _, picture, _ in rows[start : start + BATCH]])
-        scores = [match(scene, found) for (_, _, scene), found in zip(rows, seen, strict=True)]
-        values = {name: 100 * rate for name, rate in sum(scores, SceneScore()).rates().items()}
-        return MetricResult(values, [100 * score.found_kind_color / max(score.requested, 1) for score in scores])
+        scores = [_score(asked, found) for (_, _, asked), found in zip(rows, seen, strict=True)]
+        return _summed([score.ratios() for score in scores], "found_kind_color")
+
+
+def _score(asked: Scene | Frame, seen: Sequence[Seen]) -> SceneScore:
+    return match(asked.scene, seen, (), asked.unsaid) if isinstance(asked, Frame) else match(asked, seen)
+
+
+def _summed(samples: Sequence[Mapping[str, tuple[int, int]]], main: str) -> MetricResult:
+    """Ratios of sums in percent; `main` tells which is the samples' score, 0 where it is out of nothing."""
+    ratios = {name: [(100.0 * sample[name][0], float(sample[name][1])) for sample in samples] for name in samples[0]}
+    ratios = {name: parts for name, parts in ratios.items() if any(below for _, below in parts)}
+    values = {name: sum(a for a, _ in parts) / sum(b for _, b in parts) for name, parts in ratios.items()}
+    scores = [100.0 * sample[main][0] / max(sample[main][1], 1) for sample in samples]
+    return MetricResult(values, scores, ratios=ratios)
 
 
 @reports_missing
 def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Scene]) -> MetricResult:
     """How well captions describe scenes.
 
-    Values in percent: `facts_right`, of the facts stated, over all captions; `things_mentioned`, of the things in the
-    scenes. `facts_per_caption` is a count. The samples' scores are the percent of facts right, 0 if none is stated.
+    Values in percent: `facts_right`, of the facts stated, over all captions (left out if there are none);
+    `things_mentioned`, of the things in the scenes. `facts_per_caption` is a count. The samples' scores are the
+    percent of facts right, 0 if none is stated.
 
     Raises:
         ValueError: the ids differ.
     """
     scores = [score_caption(text, scene) for _, text, scene in aligned(predictions, references)]
-    stated, right = sum(score.stated for score in scores), sum(score.right for score in scores)
-    things = sum(score.things for score in scores)
-    values = {
-        "facts_right": 100 * right / stated if stated else 0.0,
-        "things_mentioned": 100 * sum(score.mentioned for score in scores) / things if things else 0.0,
-        "facts_per_caption": stated / len(scores),
-    }
-    return MetricResult(values, [100 * score.right / score.stated if score.stated else 0.0 for score in scores])
+    result = _summed(
+        [{"facts_right": (s.right, s.stated), "things_mentioned": (s.mentioned, s.things)} for s in scores],
+        "facts_right",
+    )
+    result.values["facts_per_caption"] = sum(score.stated for score in scores) / len(scores)
+    return result

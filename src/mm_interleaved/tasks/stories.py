@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,13 @@ FLINTSTONES = ("Fred", "Barney", "Wilma", "Betty", "Pebbles", "Dino", "Slate")
 
 @dataclass(frozen=True)
 class Turn:
-    """A caption and its picture (or why there is none), and which frame of a clip it is."""
+    """A caption and its picture (or why there is none), what the picture is called, and which frame of a clip it is."""
 
     caption: str
     picture: Any
     problem: str = ""
     frame: int | None = None
+    name: str = ""
 
 
 def lay_out(turns: Sequence[Turn], context: str, drawn: int, learn: bool) -> list[Segment]:
@@ -62,7 +64,7 @@ def _item(source: Source, number: str, turns: list[Turn], drawn: int, where: str
     context, learn = source.options["context"], source.phase == "train"
     segments = lay_out(turns, "multi_modal" if learn else context, drawn, learn)
     targets = [turn.picture for turn in turns[len(turns) - drawn :]]
-    meta = {"captions": [t.caption for t in turns], "drawn": drawn}
+    meta = {"captions": [t.caption for t in turns], "drawn": [t.name for t in turns[len(turns) - drawn :]]}
     if turns[0].frame is not None:
         meta["frames"] = [t.frame for t in turns]
     problem = next((t.problem for t in turns if t.problem), "")
@@ -84,7 +86,7 @@ def _vist_stories(source: Source) -> Iterator[tuple[str, str, list[Turn]]]:
         for _, place, record in sorted(found, key=lambda item: item[0]):
             caption = strings([get(record, "caption", str, place)], f"{place}, 'caption'")[0].strip()
             picture = f"{source.phase}_images/{get(record, 'image_id', str, place)}.png"
-            turns.append(Turn(caption, *source.images.find(picture)))
+            turns.append(Turn(caption, *source.images.find(picture), name=Path(picture).stem))
         yield name, where, turns
 
 
@@ -138,17 +140,19 @@ def tidy(caption: str, characters: Sequence[str]) -> str:
 def _clip(source: Source, name: str, caption: str, rng: np.random.Generator) -> Turn:
     """One frame of a vertical strip."""
     path, problem = source.images.find(name)
+    called = Path(name).stem
     if problem:
-        return Turn(caption, path, problem, 0)
+        return Turn(caption, path, problem, 0, called)
     try:
         strip = load_picture(path)
     except DocumentError as error:
-        return Turn(caption, path, str(error), 0)
+        return Turn(caption, path, str(error), 0, called)
     if strip.width != FRAME or strip.height < FRAME:
-        return Turn(caption, path, f"'{path}' is no strip of frames of {FRAME} x {FRAME} pixels; convert the clip", 0)
+        problem = f"'{path}' is no strip of frames of {FRAME} x {FRAME} pixels; convert the clip"
+        return Turn(caption, path, problem, 0, called)
     frame = int(rng.integers(strip.height // FRAME))
     picture: PIL.Image.Image = strip.crop((0, frame * FRAME, FRAME, (frame + 1) * FRAME))
-    return Turn(caption, picture, "", frame)
+    return Turn(caption, picture, "", frame, called)
 
 
 def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]], where: str) -> Item:

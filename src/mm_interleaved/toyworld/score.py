@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, fields
 
 from .kinds import KINDS
 from .reader import Seen
-from .scene import GRID, RELATIONS, Scene, Thing
+from .scene import GRID, RELATIONS, Look, Scene, Thing
 
 Relation = tuple[
     int, str, int
@@ -35,6 +35,9 @@ class SceneScore:
         glyphs_read: of those, found by kind and with that glyph.
         relations: relations asked for.
         relations_right: of those, that hold between the things found for them.
+        unsaid: things of a story whose look no text has told, so that it must be taken from an earlier picture.
+        kept: of those, found with their whole look.
+        kept_kind, kept_color, kept_texture, kept_part, kept_glyph: of those, found with this trait.
         extras: things seen that nobody asked for, or not that often.
         perfect: pictures in which every thing asked for has its kind and colour, every relation holds, and nothing else
             is seen.
@@ -53,6 +56,13 @@ class SceneScore:
     glyphs_read: int = 0
     relations: int = 0
     relations_right: int = 0
+    unsaid: int = 0
+    kept: int = 0
+    kept_kind: int = 0
+    kept_color: int = 0
+    kept_texture: int = 0
+    kept_part: int = 0
+    kept_glyph: int = 0
     extras: int = 0
     perfect: int = 0
     pictures: int = 0
@@ -60,20 +70,23 @@ class SceneScore:
     def __add__(self, other: SceneScore) -> SceneScore:
         return SceneScore(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def rates(self) -> dict[str, float]:
-        """Shares in [0, 1] of what each count is out of; what was never asked for is left out. `extras` is per thing
-        asked for.
-        """
+    def ratios(self) -> dict[str, tuple[int, int]]:
+        """Each count and what it is out of; `extras` is out of the things asked for."""
         totals = {
             "found_kind": self.requested,
             "found_kind_color": self.requested,
             **{field.name: self.found_kind for field in fields(self) if field.name.startswith("right_")},
             "glyphs_read": self.glyphs,
             "relations_right": self.relations,
+            **{field.name: self.unsaid for field in fields(self) if field.name.startswith("kept")},
             "extras": self.requested,
             "perfect": self.pictures,
         }
-        return {name: getattr(self, name) / total for name, total in totals.items() if total}
+        return {name: (getattr(self, name), total) for name, total in totals.items()}
+
+    def rates(self) -> dict[str, float]:
+        """`ratios` as shares; what was never asked for is left out."""
+        return {name: count / total for name, (count, total) in self.ratios().items() if total}
 
 
 def stated(scene: Scene) -> list[Relation]:
@@ -140,18 +153,28 @@ def _traits(thing: Thing, one: Seen) -> dict[str, bool]:
     return right | {"size": thing.size == one.size}
 
 
+def _kept(pairs: Sequence[tuple[Thing, Seen]]) -> dict[str, int]:
+    kept = {"kept": sum(thing.look == one.look for thing, one in pairs)}
+    for trait in fields(Look):
+        same = (getattr(thing.look, trait.name) == getattr(one.look, trait.name) for thing, one in pairs)
+        kept[f"kept_{trait.name}"] = sum(same)
+    return kept
+
+
 def _distance(thing: Thing, one: Seen) -> float:
     x, y = one.center
     return (x - (thing.column + 0.5) / GRID) ** 2 + (y - (thing.row + 0.5) / GRID) ** 2
 
 
-def match(scene: Scene, seen: Sequence[Seen], relations: Sequence[Relation] | None = None) -> SceneScore:
+def match(scene: Scene, seen: Sequence[Seen], relations: Sequence[Relation] | None = None,
+          unsaid: Sequence[int] = ()) -> SceneScore:  # fmt: skip
     """Compare what was asked for with what was seen.
 
     Args:
         scene: what was asked for.
         seen: what a `Reader` found in the picture.
         relations: those that were asked for; if not given, all that hold in the scene, each pair one way round.
+        unsaid: numbers of the things whose look only an earlier picture tells.
 
     Returns:
         Counts for this picture; see `SceneScore` for what each means, `pair` for which is compared with which and
@@ -173,6 +196,8 @@ def match(scene: Scene, seen: Sequence[Seen], relations: Sequence[Relation] | No
         glyphs_read=sum(thing.look.glyph == one.look.glyph != "" for thing, one in pairs),
         relations=len(asked),
         relations_right=sum(right),
+        unsaid=len(unsaid),
+        **_kept([(scene.things[i], seen[found[i]]) for i in unsaid if i in found]),
         extras=len(seen) - len(pairs),
         perfect=int(colored == len(scene.things) == len(seen) and all(right)),
         pictures=1,

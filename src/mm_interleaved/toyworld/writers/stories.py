@@ -21,27 +21,33 @@ import PIL.Image
 
 from ..draw import draw
 from ..scene import Scene
-from ..stories import story
+from ..stories import Story, story
 from .base import Format, Job, write_json
 
 LENGTH = 5
 FRAME = 128
+PLACES = 10  # pictures are numbered by ten times the story's number and their place in it
 CAST = {"pororo": ("Pororo", "Loopy", "Eddy"), "flintstones": ("Fred", "Barney", "Wilma")}
 SPLITS = ("train", "val", "test")
 
 Clip = tuple[str, str]  # name, text
 
 
+def told_by(job: Job, index: int) -> tuple[Story, np.random.Generator]:
+    """The story of sample number `index`, and what to make further choices with."""
+    rng = job.rng(index)
+    return story(rng, frames=(LENGTH, LENGTH), split=job.split), rng
+
+
 def write(job: Job, indices: range, folder: Path, *, pictures: str, cast: str = "") -> list[list[Clip]]:
     """Pictures; returns the clips of each story."""
     found = []
     for index in indices:
-        rng = job.rng(index)
-        told = story(rng, frames=(LENGTH, LENGTH), split=job.split)
+        told, rng = told_by(job, index)
         names = dict(zip(told.characters, CAST.get(cast, told.characters), strict=False))
         clips = []
         for place, frame in enumerate(told.frames):
-            name = pictures.format(split=job.split, number=10 * job.number(index) + place)
+            name = pictures.format(split=job.split, number=PLACES * job.number(index) + place)
             path = folder / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             (strip(frame.scene, 1 + int(rng.random() * 3)) if cast else draw(frame.scene, job.size)).save(path)
