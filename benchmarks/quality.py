@@ -27,6 +27,7 @@ from rich.console import Console
 
 from mm_interleaved import Document, DocumentFinished, Image, ImageSettings, Text, TextSettings
 from mm_interleaved.bench.machine import describe
+from mm_interleaved.model.quantization import QUANTIZATIONS
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.toyworld.documents import CAPTION_PROMPT, VQA_SHORT
 from mm_interleaved.toyworld.draw import draw
@@ -183,11 +184,13 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the language model")
     parser.add_argument("--tasks", nargs="+", default=["captions", "questions", "drawing", "stories"])
     parser.add_argument("--pictures", type=Path, help="folder for sheets of what was drawn")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    exam = Exam(load(options.model, torch.float32, options.device), Reader.load(device=options.device), options)
+    loaded = load(options.model, torch.float32, options.device, options.quantization)
+    exam = Exam(loaded, Reader.load(device=options.device), options)
     drawn = exam.model.image_decoder.settled(exam.image)
     result: dict[str, object] = {**describe(), "image": asdict(drawn)}
     for task in options.tasks:

@@ -124,6 +124,7 @@ def test_another_run_is_refused_and_overwritten_if_asked(
         ("only=[okvqa]", "'only' names 'okvqa', which is not among the tasks: vqav2"),
         ("model=nowhere", "model 'nowhere' is not a folder"),
         ("dtype=int8", "'dtype' must be one of float32"),
+        ("quantization=int3", "'quantization' must be one of int8, fp8"),
         ("max_unreadable=2", "is a share"),
         ("tasks=[]", "'tasks' is empty"),
         ("tasks=[{task: gqa}, {task: gqa}]", "two of 'tasks' are called 'gqa'"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mm_interleaved.ops import attend, project, project_gated, why_not_kernels
+from mm_interleaved.ops.decoding import Int8Rows
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +52,32 @@ def test_project(rows: int, norm: bool, sizes: tuple[int, ...]) -> None:
 def test_project_gated(rows: int) -> None:
     x, gate, up, gain = draw(rows, 40), draw(26, 40), draw(26, 40), draw(40)
     close(*(project_gated(x, gate, up, gain=gain, eps=1e-6, backend=b) for b in ("triton", "plain")))
+
+
+def whole_numbers(outputs: int, dtype: torch.dtype = torch.float32) -> Int8Rows:
+    data = torch.randint(-127, 128, (outputs, 40), dtype=torch.int8)
+    return Int8Rows(data.to(DEVICE), draw(outputs, dtype=dtype).abs())
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("sizes", [(24, 8, 9), (21,)])
+def test_whole_numbers_with_scales(rows: int, sizes: tuple[int, ...]) -> None:
+    x, weights, biases = draw(rows, 40), [whole_numbers(n) for n in sizes], [draw(n) for n in sizes]
+    settings = {"gain": draw(40), "eps": 1e-6, "biases": biases, "residual": draw(rows, sum(sizes))}
+    found, expected = (project(x, weights, **settings, backend=b) for b in ("triton", "plain"))
+    close(found, expected)
+    close(expected, project(x, [w.widened(torch.float32) for w in weights], **settings), 1e-6)
+    gate, up = whole_numbers(26), whole_numbers(26)
+    close(*(project_gated(x, gate, up, gain=draw(40).fill_(0.01), eps=1e-6, backend=b) for b in ("triton", "plain")))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_whole_numbers_in_half_precision(rows: int) -> None:
+    x, weight = draw(rows, 40, dtype=torch.float16), whole_numbers(24, torch.float16)
+    exact = project(x.float(), [weight.widened(torch.float32)])
+    found = project(x, [weight], backend="triton")
+    assert found.dtype == torch.float16
+    close(found.float(), exact, 3 * torch.finfo(torch.float16).eps)
 
 
 def test_a_slice_is_read_where_it_lies() -> None:

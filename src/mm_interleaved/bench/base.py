@@ -13,6 +13,7 @@ from ..generation import Context, MMInterleaved
 from ..model import MMInterleavedConfig
 from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS
+from ..model.quantization import Quantization, quantize
 from ..model.roofline import Need
 from ..pretrained import FOLDER, Loaded
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
@@ -113,6 +114,7 @@ class Bench:
         sizes: how much work is done.
         compile: whether pictures are also drawn by a compiled UNet, which takes minutes to make.
         mmfs: backend of every synchronizer; None: as the model has it.
+        quantization: of the language model's large matrices; None: none.
         say: told about what is going on.
     """
 
@@ -122,6 +124,7 @@ class Bench:
     sizes: Sizes
     compile: bool = False
     mmfs: str | None = None
+    quantization: Quantization | None = None
     say: Callable[[str], object] = field(default=lambda text: None)
 
     @cached_property
@@ -148,6 +151,8 @@ class Bench:
             for module in loaded.model.modules():
                 if isinstance(module, MMFS):
                     module.backend = self.mmfs
+        if self.quantization is not None:
+            quantize(loaded.model, self.quantization)
         self.say(f"model made in {self.clock() - begin:.0f} s")
         return loaded
 

@@ -46,11 +46,16 @@ def line(row: Row) -> str:
     return "; ".join([*parts, *([note] if note else [])])
 
 
+def _weights(result: dict[str, Any]) -> str:
+    kind = result.get("quantization", "none")
+    return result["dtype"] if kind == "none" else f"{result['dtype']}, language model {kind}"
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The whole result as a document."""
     gpu = result["gpu"] or "no GPU"
     lines = [
-        f"# {result['preset']}, {result['dtype']}, {gpu}",
+        f"# {result['preset']}, {_weights(result)}, {gpu}",
         "",
         f"{result['date']}, `{result['command']}`. {result['processor']}; {gpu}; copies "
         f"{result['bytes_per_second'] / 1e12:.3g} TB/s, multiplies {result['operations_per_second'] / 1e12:.3g} "

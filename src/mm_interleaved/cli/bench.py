@@ -25,6 +25,7 @@ def bench(
     rounds: Annotated[int | None, typer.Option(help="Of the session.", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a picture.", min=1)] = None,
     compile_unet: Annotated[bool, typer.Option("--compile", help="Also draw with a compiled UNet.")] = False,
+    quantization: Annotated[str | None, typer.Option(help="int8 or fp8 for the language model's matrices.")] = None,
     mmfs: Annotated[str | None, typer.Option(help="Backend of MMFS in the model: plain, triton or auto.")] = None,
     output_file: Annotated[
         Path | None, typer.Option("--output", help="JSON file to write; a table (.md) and plots (.svg) go beside it.")
@@ -42,6 +43,7 @@ def bench(
     from ..bench import LINES, run
     from ..bench.base import SIZES, Bench
     from ..bench.machine import describe
+    from ..model.quantization import QUANTIZATIONS
     from .generate import _device
 
     if preset not in SIZES:
@@ -54,13 +56,16 @@ def bench(
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
     import torch
 
     sizes = SIZES[preset]
     sizes = replace(sizes, rounds=rounds or sizes.rounds, steps=steps or sizes.steps)
     sizes = replace(sizes, twin_rounds=min(sizes.twin_rounds, sizes.rounds))
-    subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, say=console.print)
-    result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "plain", **vars(subject.speed),
+    subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, quantization, say=console.print)
+    result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "plain",
+              "quantization": quantization or "none", **vars(subject.speed),
               "rows": [], "trouble": []}  # fmt: skip
     for found in run.run_lines(subject, names, time_limit):
         if isinstance(found, run.Trouble):

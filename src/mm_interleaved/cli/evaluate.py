@@ -45,7 +45,8 @@ def evaluate_command(
             on_main(state, lambda: remove_results(folder))
         try:
             with console.status(f"loading {escape(loaded.model)}") if state.is_main_process else _nothing():
-                model = load(loaded.model, DTYPES[loaded.dtype] if loaded.dtype else None, state.device)
+                dtype = DTYPES[loaded.dtype] if loaded.dtype else None
+                model = load(loaded.model, dtype, state.device, loaded.quantization)
         except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
             words = str(error).strip().splitlines()[0]
             raise UsageError(f"model '{loaded.model}' cannot be loaded: {words}") from None

@@ -24,6 +24,7 @@ from ..generation import (
     TextDelta,
 )
 from ..generation.settings import override
+from ..model.quantization import QUANTIZATIONS
 from ..pretrained import Loaded, load
 from ..processor.images import load_picture
 from .console import console, output
@@ -81,6 +82,10 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Documents that take their turns together.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help=f"Weights of the language model in a byte, not lossless: {', '.join(QUANTIZATIONS)}."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
 ) -> None:
@@ -94,6 +99,8 @@ def generate(
         raise UsageError(f"there is no image preset '{image_preset}'; there are {', '.join(IMAGE_PRESETS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
     if num_beams is not None and num_beams > 1 and do_sample is None:
         do_sample = False
     try:
@@ -113,7 +120,7 @@ def generate(
     documents = load_documents(source, image_root)
     for document in documents:
         _check_pictures(document)
-    loaded = _load(model, dtype, where)
+    loaded = _load(model, dtype, where, quantization)
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, settings)
         generator.start(documents)  # says now what cannot be used
@@ -162,10 +169,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load(model: str, dtype: str | None, device: torch.device) -> Loaded:
+def _load(model: str, dtype: str | None, device: torch.device, quantization: str | None) -> Loaded:
     try:
         with console.status(f"loading {escape(model)}"):
-            return load(model, DTYPES[dtype] if dtype else None, device)
+            return load(model, DTYPES[dtype] if dtype else None, device, quantization)
     except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
         raise UsageError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ..model.image_decoder import check_seed
+from ..model.quantization import QUANTIZATIONS
 from ..tasks import TASKS, TaskConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -104,18 +105,22 @@ class EvaluateConfig(TaskSuite):
         output: folder of the results.
         model: `small`, `debug`, or the folder of a checkpoint.
         dtype: type of the weights; None: as they are.
+        quantization: int8 or fp8 for the language model's large matrices; None: none.
         gallery: samples that a task's gallery shows, half of them the worst, the others spread over the rest; 0: none.
     """
 
     output: str
     model: str = "small"
     dtype: str | None = None
+    quantization: str | None = None
     gallery: int = 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"'dtype' must be one of {', '.join(DTYPES)}, not '{self.dtype}'")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"'quantization' must be one of {', '.join(QUANTIZATIONS)}, not '{self.quantization}'")
         if self.gallery < 0:
             raise ValueError(f"'gallery' must not be negative, but is {self.gallery}")
 

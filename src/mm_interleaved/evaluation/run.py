@@ -22,6 +22,7 @@ from torch import nn
 from ..configuration import to_yaml
 from ..files import write_atomic
 from ..generation import MMInterleaved
+from ..model.quantization import stored
 from ..processor import MMInterleavedProcessor
 from ..tasks import Sample, Task, TaskError, make_task
 from .config import EvaluationError, TaskSuite, task_name
@@ -139,7 +140,7 @@ def _align(model: nn.Module) -> None:
     Those that are still parts of a file, as some processes have them and others not, lie anywhere.
     """
     for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+        if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
 
 
@@ -191,7 +192,8 @@ def weights_digest(model: MMInterleaved) -> str:
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for part in stored(tensor):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

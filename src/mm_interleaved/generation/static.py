@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
 from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
+from ..model.quantization import readable
 from ..model.static import Pool, addresses, capture
 from ..model.visual_tokenizer import VisualFeatures
 from ..ops import attend, project, project_gated, promote, why_not_kernels
-from ..ops.decoding import rotate
+from ..ops.decoding import Int8Rows, Weights, rotate
 from .context import Context
 from .settings import CacheImplementation
 
@@ -361,34 +362,37 @@ class StaticDecoder:
         images = self.visible.images.repeat_interleave(count, 0, output_size=len(self.own) * count)
         return VisibleImages(images, entries.masked_fill(routes < 0, -1).flatten(1))
 
-    def _plain(self, *linears: nn.Module) -> bool:
-        """Whether modules must be called: no kernels, or they are more than a linear layer (LoRA, quantized)."""
-        return not self.kernels or any(type(m) is not nn.Linear for m in linears)
+    def _weights(self, *linears: nn.Module) -> list[Weights] | None:
+        """What kernels read of modules; None: they must be called."""
+        found = [readable(m) for m in linears] if self.kernels else [None]
+        return None if any(w is None for w in found) or len({type(w) is Int8Rows for w in found}) > 1 else found
 
     def _project(self, x: Tensor, norm: nn.Module, maps: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
-        if self._plain(*maps):
+        weights = self._weights(*maps)
+        if weights is None:
             x = norm(x)
             return tuple(m(x) for m in maps)
-        weights, biases = [m.weight for m in maps], [m.bias for m in maps]
+        biases = [m.bias for m in maps]
         out = project(x, weights, biases, gain=norm.weight, eps=norm.variance_epsilon, backend="triton")
         return out.split([len(w) for w in weights], dim=-1)
 
     def _add(self, residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
-        if self._plain(linear):
+        weights = self._weights(linear)
+        if weights is None:
             return residual + linear(x)
-        return project(x, [linear.weight], [linear.bias], residual=residual, backend="triton")
+        return project(x, weights, [linear.bias], residual=residual, backend="triton")
 
     def _mlp(self, layer: MMFSDecoderLayer, hidden: Tensor) -> Tensor:
         mlp, norm = layer.mlp, layer.post_attention_layernorm
-        if self._plain(mlp.gate_proj, mlp.up_proj, mlp.down_proj) or mlp.gate_proj.bias is not None:
+        weights = self._weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if weights is None or mlp.gate_proj.bias is not None:
             return hidden + mlp(norm(hidden))
-        gated = project_gated(hidden, mlp.gate_proj.weight, mlp.up_proj.weight, gain=norm.weight,
-                              eps=norm.variance_epsilon, backend="triton")  # fmt: skip
+        gated = project_gated(hidden, *weights[:2], gain=norm.weight, eps=norm.variance_epsilon, backend="triton")
         return self._add(hidden, gated, mlp.down_proj)
 
     def _look(self, synchronizer: Synchronizer, hidden: Tensor) -> Tensor:
         mmfs, norm, slots = synchronizer.mmfs, synchronizer.query_norm, self.room.slots
-        if self._plain(mmfs.output_proj) or not slots or mmfs.implementation != "fast":
+        if self._weights(mmfs.output_proj) is None or not slots or mmfs.implementation != "fast":
             return hidden + synchronizer(hidden[:, None], self.memory, self.visible)[:, 0]
         prepared, (weight, bias) = self.memory.prepared[synchronizer.index], self.outputs[synchronizer.index]
         folded = prepared.folded

@@ -28,6 +28,7 @@ from .language_model import ImageMemory, build_language_model, image_memory, syn
 from .layout import ImagePositions, Layout, document_mask, plan, reversed_context
 from .mmfs import VisibleImages
 from .positions import PositionTable
+from .quantization import is_quantized
 from .unet import EarlierImages
 from .visual_tokenizer import VisualFeatures, VisualTokenizer
 
@@ -173,6 +174,16 @@ class MMInterleavedModel(PreTrainedModel):
                 raise ValueError(f"the checkpoint has {len(keys)} {kind} weights, among them {', '.join(keys[:3])}")
         model.freeze()  # loading makes new parameters
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As everywhere in transformers.
+
+        Raises:
+            ValueError: the weights are quantized, see `quantize`.
+        """
+        if is_quantized(self):
+            raise ValueError("quantized weights cannot be saved; keep the checkpoint and quantize it when it is loaded")
+        super().save_pretrained(*args, **kwargs)
 
     def set_mmfs_implementation(self, implementation: str) -> None:
         """Choose "fast" or "reference" for every synchronizer; both compute the same."""

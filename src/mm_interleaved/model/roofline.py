@@ -13,6 +13,7 @@ from torch import nn
 from .cost import Cost
 from .language_model import synchronizers
 from .mm_interleaved import MMInterleavedModel
+from .quantization import stored
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Need:
 
 
 def _size(*modules: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    return sum(t.numel() * t.element_size() for m in modules for p in m.parameters() for t in stored(p))
 
 
 def decoding(model: MMInterleavedModel, cost: Cost, columns: int, pictures: int, rows: int = 1) -> Need:

@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from .quantization import stored
+
 T = TypeVar("T")
 
 
@@ -33,7 +35,7 @@ def capture(step: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 def addresses(*modules: nn.Module) -> tuple[int, ...]:
     """Where the weights of `modules` lie."""
-    return tuple(p.data_ptr() for module in modules for p in module.parameters())
+    return tuple(t.data_ptr() for module in modules for p in module.parameters() for t in stored(p))
 
 
 class Pool(Generic[T]):

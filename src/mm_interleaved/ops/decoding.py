@@ -3,7 +3,7 @@
 Every function has a plain form, made of PyTorch's own operators, and a Triton kernel (`decoding_triton.py`) that fuses
 what stands around the product. With few rows all of them are bound by reading memory once: weights, keys and values.
 
-    project         [norm] -> one or several linear layers -> [+ residual]
+    project         [norm] -> one or several linear layers -> [+ residual]; weights may be whole numbers with scales
     project_gated   norm -> silu(gate) * up
     attend          rotary positions, the new key and value into their place, attention over all columns
 
@@ -13,6 +13,7 @@ Nothing here waits for the device or depends on its numbers, so all of it can be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,6 +27,33 @@ Backend = Literal["plain", "triton"]
 
 MOST_ROWS = 16  # that a kernel multiplies with a matrix at a time; more are a matter for matrix multiplication
 WIDEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """A matrix as whole numbers, each row with its own scale.
+
+    Attributes:
+        data: [outputs, width] int8.
+        scale: [outputs], what the numbers are multiplied by.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [outputs, width] that is meant."""
+        return self.data.to(dtype) * self.scale.to(dtype)[:, None]
+
+
+Weights = Tensor | Int8Rows
+
+
+def _linear(x: Tensor, weight: Weights, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight if isinstance(weight, Tensor) else weight.widened(x.dtype), bias)
 
 
 def why_not_kernels(x: Tensor, head_dim: int) -> str | None:
@@ -51,7 +79,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 def project(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weights],
     biases: Sequence[Tensor | None] | None = None,
     *,
     gain: Tensor | None = None,
@@ -63,7 +91,7 @@ def project(
 
     Args:
         x: [rows, width].
-        weights: [outputs, width] each; at most 3.
+        weights: [outputs, width] each; at most 3, all plain or all of whole numbers.
         biases: [outputs] or None each; None: no biases.
         gain: [width] of an RMS norm before the maps; None: no norm.
         eps: of the norm.
@@ -76,12 +104,12 @@ def project(
 
         return fused(x, weights, biases, gain, eps, residual)
     x = x if gain is None else rms_norm(x, gain, eps)
-    out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    out = torch.cat([_linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
     return out if residual is None else residual + out
 
 
 def project_gated(
-    x: Tensor, gate: Tensor, up: Tensor, *, gain: Tensor, eps: float, backend: Backend = "plain"
+    x: Tensor, gate: Weights, up: Weights, *, gain: Tensor, eps: float, backend: Backend = "plain"
 ) -> Tensor:
     """[rows, outputs] silu(norm(x) gate^T) * (norm(x) up^T); `gate`, `up` [outputs, width], `gain` [width]."""
     if backend == "triton":
@@ -89,7 +117,7 @@ def project_gated(
 
         return fused(x, gate, up, gain, eps)
     x = rms_norm(x, gain, eps)
-    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+    return F.silu(_linear(x, gate)) * _linear(x, up)
 
 
 def attend(

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .decoding import Weights
+
 TILE = {"one": (8, 1024, 4), "several": (32, 256, 4)}  # outputs, inputs and warps of a program, by number of rows
 MANY_PROGRAMS = 512  # how many programs attention is split into, if rows and heads do not make as many
 MOST_SPLITS = 16
@@ -23,9 +25,9 @@ COLUMNS = 64  # of keys in a tile of attention
 
 
 @triton.jit
-def _row_sums(x, weight, gain, own, outputs, rows, x_row, eps,
-              INPUTS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-              BLOCK_K: tl.constexpr):  # fmt: skip
+def _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps,
+              INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """norm(x) weight^T for the outputs `own`: [BLOCK_N, ROWS] float32; ROWS is 1 or 16."""
     lane = tl.arange(0, BLOCK_K)
     line = tl.arange(0, ROWS)
@@ -45,21 +47,25 @@ def _row_sums(x, weight, gain, own, outputs, rows, x_row, eps,
         if ROWS == 1:
             wide += w.to(tl.float32) * piece
         else:
-            acc = tl.dot(w, tl.trans(piece.to(w.dtype)), acc, input_precision="ieee")
+            work = x.dtype.element_ty  # holds the whole numbers of quantized weights exactly
+            acc = tl.dot(w.to(work), tl.trans(piece.to(work)), acc, input_precision="ieee")
     if ROWS == 1:
         acc = tl.sum(wide, axis=1)[:, None]
     if NORM:
         acc = acc * (1.0 / tl.sqrt(tl.sum(square, axis=1) / INPUTS + eps))[None, :]
+    if SCALED:
+        acc = acc * tl.load(scale + own, mask=own < outputs, other=0.0).to(tl.float32)[:, None]
     return acc
 
 
 @triton.jit
-def _one_map(x, weight, bias, gain, residual, out, block, column, outputs, all_outputs, rows, x_row, eps,
-             INPUTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-             ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _one_map(x, weight, scale, bias, gain, residual, out, block, column, outputs, all_outputs, rows, x_row, eps,
+             INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+             RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Some outputs of one map, into the columns of `out` from `column` on."""
     own = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = _row_sums(x, weight, gain, own, outputs, rows, x_row, eps, INPUTS, NORM, ROWS, BLOCK_N, BLOCK_K)
+    acc = _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps, INPUTS, NORM, SCALED, ROWS, BLOCK_N,
+                    BLOCK_K)  # fmt: skip
     if BIAS:
         acc += tl.load(bias + own, mask=own < outputs, other=0.0).to(tl.float32)[:, None]
     line = tl.arange(0, ROWS)
@@ -72,33 +78,35 @@ def _one_map(x, weight, bias, gain, residual, out, block, column, outputs, all_o
 
 @triton.jit
 def _project_kernel(
-    x, weight0, weight1, weight2, bias0, bias1, bias2, gain, residual, out,
+    x, weight0, weight1, weight2, scale0, scale1, scale2, bias0, bias1, bias2, gain, residual, out,
     size0, size1, size2, blocks0, blocks1, rows, x_row, eps,
-    INPUTS: tl.constexpr, MAPS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUTS: tl.constexpr, MAPS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # A branch for each map, and no choice between pointers: the compiler loads widely only what it knows is aligned.
     block = tl.program_id(0)
     every = size0 + size1 + size2
     if MAPS == 1 or block < blocks0:
-        _one_map(x, weight0, bias0, gain, residual, out, block, 0, size0, every, rows, x_row, eps,
-                 INPUTS, NORM, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+        _one_map(x, weight0, scale0, bias0, gain, residual, out, block, 0, size0, every, rows, x_row, eps,
+                 INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
     elif MAPS == 2 or block < blocks0 + blocks1:
-        _one_map(x, weight1, bias1, gain, residual, out, block - blocks0, size0, size1, every, rows, x_row, eps,
-                 INPUTS, NORM, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+        _one_map(x, weight1, scale1, bias1, gain, residual, out, block - blocks0, size0, size1, every, rows, x_row, eps,
+                 INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
     else:
-        _one_map(x, weight2, bias2, gain, residual, out, block - blocks0 - blocks1, size0 + size1, size2, every, rows,
-                 x_row, eps, INPUTS, NORM, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+        _one_map(x, weight2, scale2, bias2, gain, residual, out, block - blocks0 - blocks1, size0 + size1, size2, every,
+                 rows, x_row, eps, INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
 
 
 @triton.jit
 def _gated_kernel(
-    x, gate, up, gain, out, outputs, rows, x_row, eps,
-    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, gate, up, gate_scale, up_scale, gain, out, outputs, rows, x_row, eps,
+    INPUTS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a = _row_sums(x, gate, gain, own, outputs, rows, x_row, eps, INPUTS, True, ROWS, BLOCK_N, BLOCK_K)
-    b = _row_sums(x, up, gain, own, outputs, rows, x_row, eps, INPUTS, True, ROWS, BLOCK_N, BLOCK_K)
+    a = _row_sums(x, gate, gate_scale, gain, own, outputs, rows, x_row, eps, INPUTS, True, SCALED, ROWS, BLOCK_N,
+                  BLOCK_K)  # fmt: skip
+    b = _row_sums(x, up, up_scale, gain, own, outputs, rows, x_row, eps, INPUTS, True, SCALED, ROWS, BLOCK_N,
+                  BLOCK_K)  # fmt: skip
     line = tl.arange(0, ROWS)
     wanted = (own < outputs)[:, None] & (line < rows)[None, :]
     result = a / (1.0 + tl.exp(-a)) * b
@@ -110,9 +118,17 @@ def _tile(rows: int) -> dict[str, int]:
     return {"ROWS": 1 if rows == 1 else 16, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
 
 
+def _parts(weights: Sequence[Weights], nothing: Tensor) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Matrices, scales, and whether there are any; `nothing` stands where there is none."""
+    plain = [w for w in weights if isinstance(w, Tensor)]
+    if plain:
+        return [w.contiguous() for w in plain], [nothing] * len(plain), False
+    return [w.data.contiguous() for w in weights], [w.scale.contiguous() for w in weights], True
+
+
 def project(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weights],
     biases: Sequence[Tensor | None],
     gain: Tensor | None,
     eps: float,
@@ -128,26 +144,28 @@ def project(
     if any(b is not None for b in biases):
         biases = [x.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
     pad = [nothing] * (3 - len(weights))
+    matrices, scales, scaled = _parts(weights, nothing)
     with torch.cuda.device_of(x):
         _project_kernel[(sum(blocks),)](
-            x, *(w.contiguous() for w in weights), *pad, *(nothing if b is None else b for b in biases), *pad,
+            x, *matrices, *pad, *scales, *pad, *(nothing if b is None else b for b in biases), *pad,
             nothing if gain is None else gain, nothing if residual is None else residual.contiguous(), out,
             *sizes, *blocks[:2], rows, x.stride(0), eps,
-            INPUTS=inputs, MAPS=len(weights), NORM=gain is not None, BIAS=biases[0] is not None,
+            INPUTS=inputs, MAPS=len(weights), NORM=gain is not None, SCALED=scaled, BIAS=biases[0] is not None,
             RESIDUAL=residual is not None, **tile,
         )  # fmt: skip
     return out
 
 
-def project_gated(x: Tensor, gate: Tensor, up: Tensor, gain: Tensor, eps: float) -> Tensor:
+def project_gated(x: Tensor, gate: Weights, up: Weights, gain: Tensor, eps: float) -> Tensor:
     """See `decoding.project_gated`."""
     rows, inputs = x.shape
     tile = _tile(rows)
     out = x.new_empty(rows, len(gate))
+    matrices, scales, scaled = _parts([gate, up], x)
     with torch.cuda.device_of(x):
         _gated_kernel[(triton.cdiv(len(gate), tile["BLOCK_N"]),)](
-            x, gate.contiguous(), up.contiguous(), gain, out, len(gate), rows, x.stride(0), eps, INPUTS=inputs, **tile
-        )
+            x, *matrices, *scales, gain, out, len(gate), rows, x.stride(0), eps, INPUTS=inputs, SCALED=scaled, **tile
+        )  # fmt: skip
     return out
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from ..generation import MMInterleaved
 from ..model import MMInterleavedConfig
 from ..model.checkpoint import check_safetensors
+from ..model.quantization import Quantization, quantize
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 
 FOLDER = Path(__file__).parent
@@ -33,7 +34,7 @@ class Loaded:
         model: in evaluation mode.
         processor: that fits it.
         trained: False if the weights are random because none come with the package yet.
-        name: what it was loaded as.
+        name: what it was loaded as, and how it is quantized.
     """
 
     model: MMInterleaved
@@ -42,16 +43,21 @@ class Loaded:
     name: str
 
 
-def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Loaded:
+def load(
+    name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+    quantization: Quantization | None = None,
+) -> Loaded:  # fmt: skip
     """A model and its processor.
 
     Args:
         name: `small`, `debug`, or a folder that `save_pretrained` or `mmi convert` wrote.
         dtype: type of the weights; None: float32 for the shipped models, for a folder as they are.
         device: where to; None: the CPU.
+        quantization: "int8" or "fp8" for the language model's large matrices, see `quantize`; None: none.
 
     Raises:
-        ValueError: there is no such model, or a file of it is missing or damaged; names the file.
+        ValueError: there is no such model, a file of it is missing or damaged (names the file), or it cannot be
+            quantized.
     """
     folder = FOLDER / str(name) if str(name) in SHIPPED else Path(name)
     if (folder / "config.json").is_file():
@@ -67,9 +73,12 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     else:
         there = "is not a folder" if not folder.is_dir() else "has no config.json"
         raise ValueError(f"model '{name}' {there}; give {', '.join(SHIPPED)} or the folder of a checkpoint")
+    if quantization is not None:
+        quantize(model, quantization)
     if device is not None:
         model.to(device)
-    return Loaded(model.eval(), processor, trained, str(name))
+    shown = str(name) if quantization is None else f"{name} ({quantization})"
+    return Loaded(model.eval(), processor, trained, shown)
 
 
 def _read(folder: Path, dtype: torch.dtype | str) -> tuple[MMInterleaved, MMInterleavedProcessor]:

@@ -1,0 +1,146 @@
+"""Weights of one byte: which are, how near they are, and that everything else works with them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
+from mm_interleaved.evaluation.run import weights_digest
+from mm_interleaved.generation.static import Room, StaticDecoder
+from mm_interleaved.model.quantization import QUANTIZATIONS, is_quantized, quantize, readable, stored
+from mm_interleaved.ops.decoding import Int8Rows
+from mm_interleaved.ops.mmfs_attention import HAS_TRITON
+from mm_interleaved.pretrained import load
+from mm_interleaved.toyworld.draw import draw
+from mm_interleaved.toyworld.scene import Look, Scene, Thing
+
+from ..generation.test_text import prompts
+
+installed = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+QUANTIZED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+             "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+@pytest.fixture(params=QUANTIZATIONS)
+def quantized(request: pytest.FixtureRequest, model: MMInterleaved) -> MMInterleaved:
+    mine = copy.deepcopy(model)
+    quantize(mine, request.param)
+    return mine
+
+
+@installed
+def test_matrices_of_decoder_layers_and_nothing_else(quantized: MMInterleaved, model: MMInterleaved) -> None:
+    layers = len(model.language_model.layers)
+    wanted = {f"language_model.layers.{i}.{name}.weight" for i in range(layers) for name in QUANTIZED}
+    assert {name for name, p in quantized.named_parameters() if len(stored(p)) > 1} == wanted
+    for name, parameter in model.named_parameters():
+        if name not in wanted:
+            assert torch.equal(parameter, quantized.get_parameter(name))
+
+
+@installed
+def test_weights_are_near_what_they_were(quantized: MMInterleaved, model: MMInterleaved) -> None:
+    """A row's numbers are at most half a step off; a step of whole numbers is its largest number / 127."""
+    for name in QUANTIZED:
+        before = model.language_model.layers[0].get_submodule(name).weight
+        linear = quantized.language_model.layers[0].get_submodule(name)
+        known = readable(linear)
+        if isinstance(known, Int8Rows):
+            off = (known.widened(torch.float32) - before).abs()
+            assert (off <= 0.51 * before.abs().amax(1, keepdim=True) / 127 + 1e-9).all()
+        x = torch.randn(5, before.shape[1], generator=torch.Generator().manual_seed(0))
+        exact = nn.functional.linear(x, before)
+        assert 0 < (linear(x) - exact).norm() / exact.norm() < 0.05
+        assert sum(t.numel() * t.element_size() for t in stored(linear.weight)) < before.numel() * 2
+
+
+@installed
+def test_what_reads_them_directly_gets_what_the_module_computes(model: MMInterleaved) -> None:
+    mine = copy.deepcopy(model)
+    quantize(mine, "int8")
+    linear = mine.language_model.layers[0].mlp.up_proj
+    x = torch.randn(3, linear.in_features)
+    torch.testing.assert_close(x @ readable(linear).widened(torch.float32).T, linear(x), rtol=1e-5, atol=1e-6)
+    assert readable(nn.Sequential()) is None
+
+
+@installed
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_same_text_by_both_caches(quantized: MMInterleaved, processor: MMInterleavedProcessor, beams: int) -> None:
+    found = []
+    for kind in ("static", "dynamic"):
+        settings = TextSettings(max_new_tokens=8, min_new_tokens=8, num_beams=beams, cache_implementation=kind)
+        found.append([[t.ids for t in row] for row in quantized.generate_text(prompts(processor), settings)])
+    assert found[0] == found[1]
+
+
+@installed
+@pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="for Triton's interpreter")
+def test_decoding_kernels_read_whole_numbers(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    mine = copy.deepcopy(model)
+    quantize(mine, "int8")
+    logits = []
+    with torch.no_grad():
+        for kernels in (True, False):
+            context = mine.read(prompts(processor))
+            decoder = StaticDecoder(mine, Room.needed(context, 1, 2), kernels=kernels)
+            decoder.load(context)
+            rows = len(context.mask)
+            for token in (30, 31):
+                decoder.read(torch.full((rows,), token), torch.ones(rows, dtype=torch.bool))
+            logits.append(decoder.logits.clone())
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@installed
+def test_another_model_for_whoever_compares_weights(model: MMInterleaved) -> None:
+    digests = {weights_digest(model)}
+    for kind in QUANTIZATIONS:
+        mine = copy.deepcopy(model)
+        quantize(mine, kind)
+        digests.add(weights_digest(mine))
+        again = copy.deepcopy(model)
+        quantize(again, kind)
+        assert weights_digest(again) == weights_digest(mine)
+    assert len(digests) == 1 + len(QUANTIZATIONS)
+
+
+@installed
+def test_what_cannot_be(model: MMInterleaved, tmp_path: Path) -> None:
+    mine = copy.deepcopy(model)
+    quantize(mine, "int8")
+    assert is_quantized(mine)
+    assert not is_quantized(model)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize(mine, "fp8")
+    with pytest.raises(ValueError, match="keep the checkpoint"):
+        mine.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_messages(model: MMInterleaved, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="one of int8, fp8, not 'int3'"):
+        quantize(model, "int3")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    with pytest.raises(ValueError, match=r"needs torchao.*mm-interleaved\[quantization\]"):
+        quantize(model, "int8")
+    assert not is_quantized(model)
+
+
+@installed
+def test_the_shipped_model_answers_as_before() -> None:
+    """Loaded by name; the name says how it is quantized."""
+    plain, coarse = load("small"), load("small", quantization="int8")
+    assert coarse.name == "small (int8)"
+    scene = Scene((Thing(Look("fox", "red"), 4),))
+    batch = coarse.processor([Document([Image(draw(scene, 128)), Text("a photo of")])])
+    settings = TextSettings(max_new_tokens=10, num_beams=1)
+    found = [loaded.model.generate_text(batch, settings)[0][0].ids for loaded in (plain, coarse)]
+    assert found[0] == found[1]
+    assert "red fox" in coarse.processor.decode_text(found[1])
