@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved import (
     Batch,
@@ -22,6 +23,7 @@ from mm_interleaved import (
     TextSettings,
 )
 from mm_interleaved.model.config import _debug
+from mm_interleaved.training.checkpointing import disable_checkpointing, enable_checkpointing
 
 from ..conftest import awaken, picture
 
@@ -268,6 +270,25 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: MMInterleaved, b
     assert plain.keys() == saved.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(saved[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_selective_checkpointing_computes_less_anew_for_the_same_gradients(model: MMInterleaved, batch: Batch) -> None:
+    """The kept matrix products and attention are not repeated."""
+    model = copy.deepcopy(model).train()
+    found, work = {}, {}
+    for kind in ("none", "full", "selective"):
+        if kind != "none":
+            enable_checkpointing(model, kind == "selective")
+        with FlopCounterMode(display=False) as counter:
+            found[kind] = gradients(model, batch)
+        work[kind] = counter.get_total_flops()
+    disable_checkpointing(model)
+    assert work["none"] < work["selective"] < work["full"]
+    assert gradients(model, batch).keys() == found["none"].keys()
+    for kind in ("full", "selective"):
+        assert found[kind].keys() == found["none"].keys()
+        for name, gradient in found["none"].items():
+            torch.testing.assert_close(found[kind][name], gradient, rtol=1e-4, atol=1e-6, msg=f"{kind}, {name}")
 
 
 def test_a_few_steps_of_training_learn(processor: MMInterleavedProcessor, debug_config: MMInterleavedConfig) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..generation import MMInterleaved
 from ..model.roofline import Need
+from ..training.checkpointing import disable_checkpointing, enable_checkpointing
 from ..training.flops import step_cost
-from ..training.run import enable_checkpointing
 from .base import Bench, Row, document
 
 
@@ -34,20 +33,17 @@ def training(bench: Bench) -> Iterator[Row]:
         model(**inputs).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    model.freeze()
-    model.train()
-    enable_checkpointing(model)
-    try:
-        value, peak = bench.clock.time(step, 2), bench.clock.peak(step)
-    finally:
-        _disable_checkpointing(model)
-        model.eval()
-        model.zero_grad(set_to_none=True)
     need = Need(step_cost(config).of(sizes.batch * sizes.batch_length, count, count))
     case = f"{sizes.batch} rows of {sizes.batch_length} tokens with {sizes.batch_pictures} pictures each"
-    yield Row("training", case, "s", value, bound=bench.bound(need), peak_bytes=peak)
-
-
-def _disable_checkpointing(model: MMInterleaved) -> None:
-    new = hasattr(model, "activation_checkpointing_disable")  # its name from transformers 5.2x on
-    (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
+    model.freeze()
+    model.train()
+    try:
+        for selective in (False, True):
+            enable_checkpointing(model, selective)
+            value, peak = bench.clock.time(step, 2), bench.clock.peak(step)
+            name = f"{case}, selective checkpointing" if selective else case
+            yield Row("training", name, "s", value, bound=bench.bound(need), peak_bytes=peak)
+    finally:
+        disable_checkpointing(model)
+        model.eval()
+        model.zero_grad(set_to_none=True)

@@ -133,6 +133,8 @@ class RunConfig:
         resume: "auto" (go on from the newest whole checkpoint, if there is one), "never", or a checkpoint folder.
         deepspeed: path of a DeepSpeed configuration, which then rules data parallelism; needs torchrun.
         fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`); needs torchrun.
+        gradient_checkpointing: compute activations anew in the backward pass; a third more arithmetic, far less memory.
+        selective_checkpointing: keep some of them after all, see `enable_checkpointing`.
         peak_tflops: of one device, for the MFU; None: known for common devices, else not shown.
         tensorboard: write TensorBoard files.
     """
@@ -151,6 +153,7 @@ class RunConfig:
     resume: str = "auto"
     tf32: bool = True
     gradient_checkpointing: bool = False
+    selective_checkpointing: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -355,6 +358,8 @@ class TrainConfig(RunConfig):
             raise ValueError("shapes.graph needs accumulation: 1 and no scaling of the loss, which float16 has")
         if self.shapes.graph and self.gradient_checkpointing:
             raise ValueError("shapes.graph keeps all activations; leave gradient_checkpointing out")
+        if self.selective_checkpointing and not self.gradient_checkpointing:
+            raise ValueError("selective_checkpointing is a kind of gradient_checkpointing; set that, too")
         if self.shapes.graph and not self.data.pad_to_max_length:
             raise ValueError("shapes.graph needs data.pad_to_max_length: true")
         if self.losses.conditions and self.model.checkpoint is None:

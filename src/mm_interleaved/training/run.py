@@ -27,6 +27,7 @@ from ..processor import MMInterleavedProcessor
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build, build_config, build_tokenizer, given_model, load_language, load_vision
 from .callbacks import DataKeeper, Housekeeping, Reporter
+from .checkpointing import enable_checkpointing
 from .checkpoints import find_resume, step_of
 from .config import AutoencoderRunConfig, PartRunConfig, PicturesConfig, RunConfig, TrainConfig
 from .feed import Feed, Loader, Prepare, prepare_documents, prepare_pictures, prepare_scenes, prepare_texts
@@ -74,7 +75,7 @@ def train(
     if config.losses.conditions:
         model.keep_conditions(config.losses.conditions)
     if config.gradient_checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, config.selective_checkpointing)
     if config.compile == "regional":
         compile_regions(model)
     cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
@@ -308,15 +309,6 @@ def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleav
             with written_aside(folder, replace=True) as aside:
                 model.save_pretrained(aside)
                 processor.save_pretrained(aside)
-
-
-def enable_checkpointing(model: MMInterleaved) -> None:
-    """Compute activations anew in the backward pass, in every part that can."""
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def compile_regions(model: nn.Module, backend: str = "inductor") -> None:

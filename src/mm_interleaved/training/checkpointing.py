@@ -1,0 +1,58 @@
+"""Activations computed anew in the backward pass instead of being kept: all of them, or those that cost little."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from ..generation import MMInterleaved
+
+PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+
+
+def enable_checkpointing(model: MMInterleaved, selective: bool = False) -> None:
+    """Keep only the inputs of layers, in every part that can.
+
+    Args:
+        model: to be trained.
+        selective: keep also what attention and MMFS gave, which is small and took long, and the result of every second
+            matrix product; a third of the extra arithmetic is left, for more memory.
+    """
+    settings: dict[str, Any] = {"use_reentrant": False} | ({"context_fn": _kept} if selective else {})
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def disable_checkpointing(model: MMInterleaved) -> None:
+    """Keep all activations again."""
+    new = hasattr(model, "activation_checkpointing_disable")
+    (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
+
+
+@cache
+def _attention() -> frozenset[Any]:
+    """Attention as PyTorch computes it on its devices, and MMFS as our kernels do."""
+    names = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    found = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    return frozenset([*found, torch.ops.mm_interleaved.mmfs_attention.default])
+
+
+def _kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For one layer: what its forward pass keeps, and how its repetition finds it."""
+    products = {False: 0, True: 0}  # so far, by whether the layer is repeated
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in PRODUCTS:
+            products[context.is_recompute] += 1
+            keep = products[context.is_recompute] % 2 == 1
+        else:
+            keep = operation in _attention()
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
