@@ -1,0 +1,231 @@
+"""Text and pictures in the order in which one reads them, and how they are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+
+if TYPE_CHECKING:
+    from .files import Folder
+
+
+class DocumentError(ValueError):
+    """A document that cannot be used: what is wrong, where, and what to do about it."""
+
+    def __init__(self, problem: str, where: str = "", fix: str = "") -> None:
+        self.problem, self.where, self.fix = problem, where, fix
+        super().__init__(f"{where + ': ' if where else ''}{problem}{'. ' + fix if fix else ''}")
+
+    def at(self, place: str) -> DocumentError:
+        """The same error, seen from further out."""
+        return DocumentError(self.problem, f"{place}, {self.where}" if self.where else place, self.fix)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text. Neighbouring texts are joined by a space, unless one of them brings white space along.
+
+    Attributes:
+        text: what it says; None: an open slot.
+        supervise: whether training learns to write it.
+        role: who speaks (`system`, `user` or `assistant`), in a conversation.
+        attached: whether it continues the text before it without a space.
+    """
+
+    text: str | None = None
+    supervise: bool = True
+    role: str | None = None
+    attached: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether generation is to fill it."""
+        return self.text is None
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A picture that is a part of a larger file, such as a member of a tar archive.
+
+    Attributes:
+        path: the file.
+        offset: where it starts there, in bytes.
+        length: its bytes.
+    """
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """Its bytes; fewer if the file ends too soon."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.offset}"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture.
+
+    Attributes:
+        source: path of a file, part of a file, or a PIL image; None: an open slot.
+        supervise: whether training learns to draw it (and to announce it).
+        role: who shows it, in a conversation.
+        target: another picture for the image decoder to learn in its place; None: the picture itself.
+    """
+
+    source: str | Path | FileSlice | PIL.Image.Image | None = None
+    supervise: bool = True
+    role: str | None = None
+    target: str | Path | FileSlice | PIL.Image.Image | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether generation is to fill it."""
+        return self.source is None
+
+
+Segment = Text | Image
+
+
+@dataclass
+class Document:
+    """Text and pictures in reading order.
+
+    Attributes:
+        segments: what stands in it.
+        id: a name for messages and results.
+        max_turns: how many texts and pictures to generate, if the document itself says so (the original's `num_iter`,
+            2 where a record gives none).
+        forced_texts: by turn, text that replaces the generated one (the original's `multiround_context`).
+        stop_at_eos: whether `</s>` ends it; None: as the settings say. Records of the original do not end there.
+        record: the original's record that it was read from, as it stood in the file.
+        place: where it was read from, for messages.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    id: str | None = None
+    max_turns: int | None = None
+    forced_texts: list[str] = field(default_factory=list)
+    stop_at_eos: bool | None = None
+    record: dict[str, Any] | None = None
+    place: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.place or (f"document '{self.id}'" if self.id else "the document")
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures, open slots included."""
+        return [s for s in self.segments if isinstance(s, Image)]
+
+    @classmethod
+    def from_dict(cls, data: Any, folder: Folder | None = None) -> Document:
+        """A document from any of the three JSON forms.
+
+        Args:
+            data: decoded JSON.
+            folder: where relative paths start and where they must stay; None: paths are taken as they are.
+
+        Raises:
+            DocumentError: something is missing, unknown or of the wrong type, or a path leads nowhere or outside.
+        """
+        from .forms import read_form  # which makes documents
+
+        return read_form(data, folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `segments` form. Pictures must be paths.
+
+        Raises:
+            DocumentError: a picture exists only in memory.
+        """
+        data: dict[str, Any] = {"segments": [_segment_to_dict(s, i) for i, s in enumerate(self.segments)]}
+        optional = {
+            "id": self.id,
+            "max_turns": self.max_turns,
+            "forced_texts": self.forced_texts or None,
+            "stop_at_eos": self.stop_at_eos,
+        }
+        return data | {k: v for k, v in optional.items() if v is not None}
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[dict[str, Any]], folder: Folder | None = None) -> Document:
+        """A document from chat messages with content parts (`text`, `image`, `image_url`)."""
+        return cls.from_dict({"messages": messages}, folder)
+
+    def to_messages(self) -> list[dict[str, Any]]:
+        """Chat messages; segments without a role are the user's, and neighbours of one role make one message.
+
+        A picture from a file is a part with a `path`, one in memory a part with an `image`.
+        """
+        messages: list[dict[str, Any]] = []
+        for segment in self.segments:
+            role = segment.role or "user"
+            if not messages or messages[-1]["role"] != role:
+                messages.append({"role": role, "content": []})
+            if isinstance(segment, Text):
+                part = {"type": "text", "text": segment.text}
+            elif isinstance(segment.source, PIL.Image.Image):
+                part = {"type": "image", "image": segment.source}
+            else:
+                part = {"type": "image", "path": None if segment.is_open else str(segment.source)}
+            messages[-1]["content"].append(part)
+        return messages
+
+    def to_record(self) -> dict[str, Any]:
+        """The original's record. Every text is a sentence; a picture stands after the sentence before it.
+
+        Raises:
+            DocumentError: the document has no picture, or an open slot anywhere but at its end.
+        """
+        sentences: list[str] = []
+        images, places, first = [], [], []
+        for index, segment in enumerate(self.segments):
+            if segment.is_open and index < len(self.segments) - 1:
+                raise DocumentError("a record of the original cannot have an open slot here", f"segments[{index}]")
+            if isinstance(segment, Image):
+                images.append("" if segment.is_open else _path_text(segment.source, index))
+                places.append(max(len(sentences) - 1, 0))
+                first.append(not sentences)
+            elif segment.text is not None:
+                sentences.append(segment.text)
+        if not images:
+            raise DocumentError("a record of the original needs at least one picture")
+        record = {"sentences": sentences or [""], "images": images, "sentence_ixs": places, "image_first": first}
+        record["generate_mode"] = "generate_images" if self.images[-1].is_open else "generate_texts"
+        optional = {"num_iter": self.max_turns, "multiround_context": self.forced_texts or None, "id": self.id}
+        return record | {k: v for k, v in optional.items() if v is not None}
+
+
+def _path_text(source: str | Path | FileSlice | PIL.Image.Image | None, index: int) -> str | None:
+    if isinstance(source, (PIL.Image.Image, FileSlice)):
+        problem = "is only part of a file" if isinstance(source, FileSlice) else "exists only in memory"
+        raise DocumentError(f"the picture {problem}", f"segments[{index}]", "Save it and use its path")
+    return None if source is None else str(source)
+
+
+def _segment_to_dict(segment: Segment, index: int) -> dict[str, Any]:
+    if isinstance(segment, Text):
+        data: dict[str, Any] = {"text": segment.text}
+        if segment.attached:
+            data["attached"] = True
+    else:
+        data = {"image": _path_text(segment.source, index)}
+        if segment.target is not None:
+            data["target"] = _path_text(segment.target, index)
+    if not segment.supervise:
+        data["supervise"] = False
+    if segment.role is not None:
+        data["role"] = segment.role
+    return data

@@ -1,0 +1,194 @@
+"""The three JSON forms of a document: segments, chat messages, and the original's record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+
+from .checks import check, check_characters, check_fields, check_list, listed, positive
+from .data import Document, DocumentError, Image, Segment, Text
+from .files import Folder
+
+ROLES = ("system", "user", "assistant")
+SEGMENT_FIELDS = ("text", "image", "supervise", "role", "attached", "target")
+DOCUMENT_FIELDS = ("segments", "id", "max_turns", "forced_texts", "stop_at_eos")
+RECORD_FIELDS = (
+    "sentences", "images", "sentence_ixs", "image_first", "generate_mode", "num_iter", "multiround_context", "id",
+)  # fmt: skip
+ORIGINAL_TURNS = 2  # what the original makes of a record that does not say how many turns
+# The original's names of what to generate first.
+_MODES = {
+    "generate_texts": "text", "generate_images": "image", "generate_vqa": "text", "generate_grounding": "text",
+    "generate_segm": "image",
+}  # fmt: skip
+
+
+def read_form(data: Any, folder: Folder | None = None) -> Document:
+    """See `Document.from_dict`."""
+    data = check(data, dict, "document", 'Write {"segments": [{"text": ...}, {"image": "path"}]}')
+    check_characters(data)
+    for key, reader in (("segments", _from_segments), ("messages", _from_messages), ("sentences", _from_record)):
+        if key in data:
+            return reader(data, folder or Folder())
+    raise DocumentError(
+        f"none of the fields 'segments', 'messages' and 'sentences' is there, only {listed(data)}",
+        fix='Write {"segments": [{"text": ...}, {"image": "path"}]}',
+    )
+
+
+def _name(data: dict[str, Any]) -> str | None:
+    """The `id` of a document; a number will do."""
+    name = data.get("id")
+    return str(name) if isinstance(name, int | float) else None if name is None else check(name, str, "id")
+
+
+def _from_segments(data: dict[str, Any], folder: Folder) -> Document:
+    check_fields(data, DOCUMENT_FIELDS)
+    segments: list[Segment] = []
+    for index, item in enumerate(check(data["segments"], list, "segments")):
+        where = f"segments[{index}]"
+        check_fields(check(item, dict, where, 'Write {"text": ...} or {"image": ...}'), SEGMENT_FIELDS, where)
+        if ("text" in item) == ("image" in item):
+            raise DocumentError("a segment has either 'text' or 'image'", where)
+        supervise = check(item.get("supervise", True), bool, f"{where}.supervise")
+        role = _check_role(item.get("role"), f"{where}.role")
+        if "text" in item:
+            text = item["text"] if item["text"] is None else check(item["text"], str, f"{where}.text")
+            segments.append(Text(text, supervise, role, check(item.get("attached", False), bool, f"{where}.attached")))
+            continue
+        source, target = (
+            None if item.get(key) is None else folder.picture(item[key], f"{where}.{key}")
+            for key in ("image", "target")
+        )
+        segments.append(Image(source, supervise, role, target))
+    if not segments:
+        raise DocumentError("a document needs at least one segment", "segments")
+    turns, stop = data.get("max_turns"), data.get("stop_at_eos")
+    return Document(
+        segments,
+        _name(data),
+        None if turns is None else positive(turns, "max_turns"),
+        check_list(data.get("forced_texts", []), str, "forced_texts"),
+        None if stop is None else check(stop, bool, "stop_at_eos"),
+    )
+
+
+def _check_role(role: Any, where: str) -> str | None:
+    if role is not None and check(role, str, where) not in ROLES:
+        raise DocumentError(f"unknown role {role!r}", where, f"Roles are {', '.join(ROLES)}")
+    return role
+
+
+def _from_messages(data: dict[str, Any], folder: Folder) -> Document:
+    check_fields(data, ("messages", "id"))
+    segments: list[Segment] = []
+    for index, message in enumerate(check(data["messages"], list, "messages")):
+        where = f"messages[{index}]"
+        check_fields(check(message, dict, where), ("role", "content"), where)
+        role = _check_role(check(message.get("role"), str, f"{where}.role"), f"{where}.role")
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part_index, part in enumerate(check(parts, list, f"{where}.content")):
+            place = f"{where}.content[{part_index}]"
+            segments.append(_from_part(check(part, dict, place), role, folder, place))
+    if not segments:
+        raise DocumentError("a conversation needs at least one message", "messages")
+    return Document(segments, _name(data))
+
+
+def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: str) -> Segment:
+    supervise = role == "assistant"
+    kind = check(part.get("type"), str, f"{where}.type", "Kinds are text, image and image_url")
+    if kind == "text":
+        return Text(check(part.get("text"), str, f"{where}.text"), supervise, role)
+    if kind == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        return Image(folder.picture(url, f"{where}.image_url"), supervise, role)
+    if kind == "image":
+        for key in ("path", "image", "url"):
+            if key in part:
+                source = part[key]
+                if not isinstance(source, PIL.Image.Image):
+                    source = folder.picture(source, f"{where}.{key}")
+                return Image(source, supervise, role)
+        raise DocumentError("an image part needs 'path', 'image' or 'url'", where)
+    raise DocumentError(f"unknown kind of content {kind!r}", f"{where}.type", "Kinds are text, image and image_url")
+
+
+def _from_record(data: dict[str, Any], folder: Folder) -> Document:
+    """The original's record (spec/model 6.6): pictures attached to sentences by number."""
+    check_fields(data, RECORD_FIELDS)
+    missing = [key for key in RECORD_FIELDS[:4] if key not in data]
+    if missing:
+        raise DocumentError(f"the record lacks {listed(missing)}")
+    sentences = check_list(data["sentences"], str, "sentences")
+    places, first = (
+        check_list(data["sentence_ixs"], int, "sentence_ixs"),
+        check_list(data["image_first"], bool, "image_first"),
+    )
+    paths = check(data["images"], list, "images")
+    if not paths:
+        raise DocumentError("a record needs at least one picture", "images", "Use the 'segments' form for text alone")
+    if not len(paths) == len(places) == len(first):
+        raise DocumentError(f"images, sentence_ixs and image_first have {len(paths)}, {len(places)} and {len(first)} "
+                            "entries", fix="Give one of each for every picture")  # fmt: skip
+    for index, place in enumerate(places):
+        if not 0 <= place < len(sentences):
+            raise DocumentError(f"there is no sentence {place}", f"sentence_ixs[{index}]",
+                                f"Sentences are numbered 0 to {len(sentences) - 1}")  # fmt: skip
+    order = [(place, not before) for place, before in zip(places, first, strict=True)]
+    for index in range(1, len(order)):
+        if order[index] < order[index - 1]:
+            raise DocumentError(f"picture {index} stands before picture {index - 1}", f"images[{index}]",
+                                "List the pictures in the order in which they stand in the text")  # fmt: skip
+
+    mode = data.get("generate_mode", "generate_texts")
+    if check(mode, str, "generate_mode") not in _MODES:
+        raise DocumentError(f"unknown mode '{mode}'", "generate_mode", f"Modes are {', '.join(_MODES)}")
+    draws_last = _MODES[mode] == "image"
+    pictures = [
+        Image() if draws_last and i == len(paths) - 1 else Image(folder.picture(p, f"images[{i}]"))
+        for i, p in enumerate(paths)
+    ]
+    segments = _trimmed(interleave(sentences, list(zip(order, pictures, strict=True))))
+    turns = data.get("num_iter")
+    return Document(
+        segments,
+        _name(data),
+        ORIGINAL_TURNS if turns is None else positive(turns, "num_iter"),
+        check_list(data.get("multiround_context", []), str, "multiround_context"),
+        stop_at_eos=False,
+        record=data,
+    )
+
+
+def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool], Image]]) -> list[Segment]:
+    """Sentences joined by one space, with pictures at (sentence, whether after it), as MMC4 and records have them.
+
+    White space next to a picture does not count, so runs of nothing else are left out.
+    """
+    segments: list[Segment] = []
+    run: list[str] = []
+
+    def close() -> None:
+        if (text := " ".join(run)).strip():
+            segments.append(Text(text))
+        run.clear()
+
+    for number, sentence in enumerate(sentences):
+        for after in (False, True):
+            for image in (image for spot, image in placed if spot == (number, after)):
+                close()
+                segments.append(image)
+            if not after:
+                run.append(sentence)
+    close()
+    return segments
+
+
+def _trimmed(segments: list[Segment]) -> list[Segment]:
+    """Texts without white space around them: next to pictures it does not count, at both ends a record has none."""
+    return [Text(s.text.strip()) if isinstance(s, Text) else s for s in segments]
