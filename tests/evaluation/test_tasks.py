@@ -83,6 +83,13 @@ def test_pictures_of_stories_are_scored(task: MakeTask, run: Run, tmp_path: Path
         assert {line["metric"] for line in scored} == {"scene_pictures"}
 
 
+def test_intervals_are_over_stories(task: MakeTask, run: Run) -> None:
+    """Not over their pictures: of one story there is no other draw."""
+    found = run(task("pororo", limit=1, options=STORIES["pororo"])).tasks["pororo"].metrics["scene_pictures"]
+    assert found["intervals"]
+    assert all(low == pytest.approx(high) for low, high in found["intervals"].values())
+
+
 def test_conversations_for_training_are_refused(task: MakeTask, run: Run) -> None:
     found = run(task("llava_conversations"), task("gqa")).tasks
     assert "stands before a question" in found["llava_conversations"].failed

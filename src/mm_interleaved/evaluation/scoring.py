@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -30,6 +30,7 @@ from .config import EvaluationError, MetricConfig
 from .predictions import Record
 from .toyworld import drawn_scenes, metric_for, shown_scenes
 
+V = TypeVar("V")
 NAMED = 20  # unreadable samples that results name
 
 
@@ -150,7 +151,10 @@ def captions_of_scenes(given: Scored) -> MetricResult:
 
 def pictures_of_scenes(given: Scored) -> MetricResult:
     """Toy data: what the toy world's reader finds in drawn pictures."""
-    return ScenePictures(device=given.device)(given.pictures(), drawn_scenes(given.samples, given.about or {}))
+    result = ScenePictures(device=given.device)(given.pictures(), drawn_scenes(given.samples, given.about or {}))
+    for name, parts in result.ratios.items():  # pictures of one story have more in common than others
+        result.ratios[name] = [tuple(map(sum, zip(*p, strict=True))) for p in _by_sample(given, parts).values()]
+    return result
 
 
 def miou(given: Scored) -> MetricResult:
@@ -259,19 +263,20 @@ def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], Sam
         if result.skipped is not None and name in SETTINGS:
             results[name]["fix"] = f"{result.fix}, as metrics.{SETTINGS[name]}=..."
         if result.per_sample is not None and not shown.metric:
-            shown = SampleScores(name, _by_sample(given, result.per_sample))
+            scores = _by_sample(given, result.per_sample)
+            shown = SampleScores(name, {key: float(np.mean(values)) for key, values in scores.items()})
     return results, shown
 
 
-def _by_sample(given: Scored, scores: Sequence[float]) -> dict[str, float]:
-    """The samples' scores; where each of several pictures has one, their mean."""
+def _by_sample(given: Scored, values: Sequence[V]) -> dict[str, list[V]]:
+    """What there is of each sample: one value, or one of each of its pictures."""
     ids = [s.id for s in given.samples]
-    if len(scores) != len(ids):
+    if len(values) != len(ids):
         ids = [name for name, _ in given.pictures()]
-    found: dict[str, list[float]] = defaultdict(list)
-    for name, score in zip(ids, scores, strict=True):
-        found[name].append(score)
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    found: dict[str, list[V]] = defaultdict(list)
+    for name, value in zip(ids, values, strict=True):
+        found[name].append(value)
+    return found
 
 
 def as_data(result: MetricResult, seed: int, resamples: int) -> dict[str, Any]:
