@@ -14,6 +14,7 @@ from mm_interleaved import GenerationSettings, ImageSettings, MMInterleaved, Tex
 from mm_interleaved.generation import Context, InterleavedGenerator
 from mm_interleaved.generation.static import Room, StaticDecoder
 from mm_interleaved.model.mmfs import MMFS
+from mm_interleaved.model.quantization import quantize
 from mm_interleaved.ops import attend, project, project_gated
 from mm_interleaved.pretrained import Loaded
 
@@ -96,6 +97,20 @@ def test_logits_of_recorded_steps(small: Loaded, kernels: bool, dtype: torch.dty
         results[name] = torch.stack(found)
     fast, twin = (relative(results[name], results["exact"]) for name in ("fast", "twin"))
     assert fast < (2e-5 if dtype == torch.float32 else max(1.5 * twin, BOUNDS[dtype] / 2)), (fast, twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *BOUNDS], ids=str)
+def test_quantized_steps(small: Loaded, dtype: torch.dtype) -> None:  # noqa: F811
+    """The kernels read the whole numbers that torchao's own product widens."""
+    pytest.importorskip("torchao")
+    model = copy.deepcopy(small.model).to("cuda", dtype)
+    quantize(model, "int8")
+    tokens = torch.randint(20, 900, (6, 3), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for kernels in (True, False):
+        context = model.read(prompts(small.processor))
+        found.append(forced(context, StaticDecoder(model, Room.needed(context, 1, 6), None, kernels), tokens))
+    assert relative(*found) < (2e-5 if dtype == torch.float32 else BOUNDS[dtype])
 
 
 @KERNELS
