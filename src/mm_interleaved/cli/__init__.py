@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported; our errors say it all
 
 import typer
 from transformers.utils import logging as transformers_logging
@@ -51,6 +48,7 @@ app.add_typer(toyworld, name="toyworld")
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; errors that a user can mend become one message and exit status 1."""
+    transformers_logging.set_verbosity_error()  # our errors say it all
     transformers_logging.disable_progress_bar()
     try:
         return app(arguments)
