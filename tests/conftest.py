@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; the download test brings its own hub
+# diffusers imports torchao if it is there, and on a CPU that takes five lines on what cannot be loaded
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+os.environ.setdefault("TORCH_LOGS", "-torch.utils._pytree")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import numpy as np
 import PIL.Image
