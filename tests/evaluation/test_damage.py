@@ -136,14 +136,19 @@ class TestAnotherRun:
         assert contents(tmp_path / "out") == before
 
     def test_more_samples_are_the_same_run(self, task: MakeTask, run: Run, tmp_path: Path) -> None:
-        """What is there stays, and all is as if it had been asked for at once."""
+        """Only what is new is done, and all is as if it had been asked for at once."""
         for name in ("vqav2", "coco"):
-            run(task(name, limit=2))
-            before = lines(tmp_path / "out" / name / "predictions.jsonl")
-            assert run(task(name, limit=4)).tasks[name].evaluated == 4
-            assert lines(tmp_path / "out" / name / "predictions.jsonl")[:2] == before
+            run(task(name, limit=1))
+            run(task(name, limit=3))
+            longer = run(task(name, limit=4))
+            assert longer.tasks[name].evaluated == 4
+            assert longer.speed[name]["samples"] == 1
+            assert run(task(name, limit=4)).speed[name]["samples"] == 0
             run(task(name, limit=4), folder="whole")
-            for one in ("predictions.jsonl", "run.json", "scores.jsonl"):
+            told = [json.loads((tmp_path / f / name / "run.json").read_text()) for f in ("out", "whole")]
+            assert [t.pop("asked_for") for t in told] == [[1, 3, 4], [4]]
+            assert told[0] == told[1]
+            for one in ("predictions.jsonl", "scores.jsonl"):
                 assert (tmp_path / "out" / name / one).read_bytes() == (tmp_path / "whole" / name / one).read_bytes()
 
     def test_more_samples_that_begin_with_others_are_not(self, task: MakeTask, own: Path, run: Run) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,24 @@ def sample_seed(seed: int, task: str, sample: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{task}/{sample}".encode()).digest()[:6], "big")
 
 
-def plan_batches(samples: Sequence[Sample], size: int) -> list[list[int]]:
-    """Numbers of samples that go together: of similar length, and not far apart in the task."""
+def plan_batches(samples: Sequence[Sample], size: int, parts: Sequence[int] = ()) -> list[list[int]]:
+    """Numbers of samples that go together: of similar length, and not far apart in the task.
+
+    Args:
+        samples: of a task.
+        size: samples a batch, at most.
+        parts: where batches may not reach beyond, as numbers of samples from the start.
+    """
 
     def length(index: int) -> int:
         segments = samples[index].document.segments
         return sum(200 if isinstance(s, Image) else len(s.text or "") for s in segments)
 
     batches = []
-    for begin in range(0, len(samples), WINDOW * size):
-        window = sorted(range(begin, min(begin + WINDOW * size, len(samples))), key=length)
-        batches += [window[i : i + size] for i in range(0, len(window), size)]
+    for first, end in pairwise([0, *parts] if parts else [0, len(samples)]):
+        for begin in range(first, end, WINDOW * size):
+            window = sorted(range(begin, min(begin + WINDOW * size, end)), key=length)
+            batches += [window[i : i + size] for i in range(0, len(window), size)]
     return batches
 
 

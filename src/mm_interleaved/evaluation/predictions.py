@@ -1,6 +1,7 @@
 """The folder of a task's predictions: JSON lines that grow while a run goes on, and the pictures that they name.
 
-    run.json             what the predictions were made with; another run is refused
+    run.json             what the predictions were made with (another run is refused), and how many samples were asked
+                         for, first and later
     predictions.jsonl    one object a sample, in the order of the task: index, id and text, images or scores
     part-N.jsonl         what process N has added since; joined to the above when the task is done or goes on
     images/              the pictures drawn
@@ -26,6 +27,7 @@ from .config import EvaluationError
 
 RUN, PREDICTIONS, PARTS = "run.json", "predictions.jsonl", "part-*.jsonl"
 IMAGES, REFERENCES = "images", "references"
+PART_ENDS = "asked_for"
 Record = dict[str, Any]
 
 
@@ -45,16 +47,19 @@ class Predictions:
         """Make the folder, or check that it belongs to the same run and join what is there. On one process only.
 
         Args:
-            identity: of the run with so many samples from the start, None for all. A run of fewer samples is the same
-                run if it began with the same ones.
+            identity: of the run with so many samples from the start, None for all; tells their `count`. A run of fewer
+                samples is the same run if it began with the same ones.
 
         Raises:
             EvaluationError: the folder has predictions of another run, or a file of it cannot be used.
         """
-        self.check(identity(self._count()))
+        parts, whole = self.parts(), identity(None)
+        self.check(identity(parts[-1]) if parts else whole)
+        if not parts or parts[-1] < whole["samples"]["count"]:
+            parts = [*parts, whole["samples"]["count"]]
         try:
             (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(identity(None), indent=2, ensure_ascii=False)
+            text = json.dumps({**whole, PART_ENDS: parts}, indent=2, ensure_ascii=False)
             write_atomic(self.folder / RUN, (text + "\n").encode())
             self.join()
         except OSError as error:
@@ -81,12 +86,14 @@ class Predictions:
                 "Name another folder with output=..., or replace them with --overwrite"
             )
 
-    def _count(self) -> int | None:
-        """How many samples the run has whose predictions are there; None: it does not say."""
+    def parts(self) -> list[int]:
+        """How many samples there were each time that more were asked for; [] if there is no run yet."""
         path = self.folder / RUN
-        told = _read_object(path).get("samples") if path.is_file() else None
-        count = told.get("count") if isinstance(told, dict) else None
-        return count if isinstance(count, int) else None
+        found = _read_object(path).get(PART_ENDS, []) if path.is_file() else []
+        if not isinstance(found, list) or not all(isinstance(n, int) for n in found) or found != sorted(found):
+            raise EvaluationError(f"{path}: '{PART_ENDS}' must be growing numbers of samples, not {found}; "
+                                  "name another folder, or replace the predictions with --overwrite")  # fmt: skip
+        return found
 
     def join(self) -> None:
         """Bring all lines into one file, in the order of the task; the last of a sample counts."""

@@ -225,7 +225,7 @@ def _predict(config: TaskSuite, task: Task, model: MMInterleaved, processor: MMI
     predictions = Predictions(folder / task.name, state.process_index)
     on_main(state, lambda: predictions.prepare(lambda n: identity(config, task, digest, samples[:n])))
     done = predictions.read()
-    batches = plan_batches(samples, config.batch_size)
+    batches = plan_batches(samples, config.batch_size, predictions.parts())
     mine = batches[state.process_index :: state.num_processes]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
