@@ -247,9 +247,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(mmi: Mmi, tmp_path: Path
     records = json.loads((tmp_path / "out" / "results.json").read_text())
     write(tmp_path / "out", records[:1], "results.json")  # as if the run had been stopped after the first document
     (tmp_path / "out" / "1_0_0.png").unlink()
-    other = mmi("generate", source, "-o", tmp_path / "out", "--resume", *QUICK, "--seed", 5)
-    assert other.code == 1
-    assert "cannot be resumed" in other.err
+    for change in (("--seed", 5), ("--dtype", "bfloat16")):
+        other = mmi("generate", source, "-o", tmp_path / "out", "--resume", *QUICK, *change)
+        assert other.code == 1
+        assert "cannot be resumed" in other.err
     done = mmi("generate", source, "-o", tmp_path / "out", "--resume", *QUICK)
     assert done.code == 0, done.err
     assert "1_0_0.png" in done.err

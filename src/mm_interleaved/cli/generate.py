@@ -129,7 +129,7 @@ def generate(
     except ValueError as error:
         raise UsageError(str(error)) from None
     settings = generator.settings
-    folder = ResultsFolder(output_folder, source, loaded.name, loaded.trained, settings, resume, overwrite)
+    folder = ResultsFolder(output_folder, source, loaded, settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")
     try:

@@ -16,6 +16,7 @@ from .. import __version__
 from ..document import Document, Image, Text
 from ..files import write_atomic
 from ..generation import DocumentFinished, GenerationSettings, SegmentFinished
+from ..pretrained import Loaded
 from ..processor.images import load_picture
 from .report import write_report
 
@@ -51,8 +52,7 @@ class ResultsFolder:
     Args:
         folder: made if it does not exist.
         source: the input file, whose checksum tells whether a run can be resumed.
-        model: name of the model, for the record.
-        trained: whether its weights are.
+        loaded: the model, for the record: its name, the type of its weights, whether they are trained.
         settings: how things are generated.
         resume: go on where an earlier run with the same input, model and settings stopped.
         overwrite: remove what an earlier run left.
@@ -65,15 +65,15 @@ class ResultsFolder:
         self,
         folder: Path,
         source: Path,
-        model: str,
-        trained: bool,
+        loaded: Loaded,
         settings: GenerationSettings,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.folder, self.trained = folder, trained
+        self.folder, self.trained = folder, loaded.trained
         self.run = {
-            "model": model,
+            "model": loaded.name,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "seed": settings.seed,
             "settings": dataclasses.asdict(settings),
             "version": __version__,
