@@ -20,7 +20,7 @@ def enable_checkpointing(model: MMInterleaved, selective: bool = False) -> None:
     Args:
         model: to be trained.
         selective: keep also what attention and MMFS gave, which is small and took long, and the result of every second
-            matrix product; a third of the extra arithmetic is left, for more memory.
+            matrix product; that spares a third of the extra arithmetic, for more memory.
     """
     settings: dict[str, Any] = {"use_reentrant": False} | ({"context_fn": _kept} if selective else {})
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
