@@ -1,4 +1,4 @@
-"""Bars of an evaluation's main values, with their intervals; several evaluations side by side.
+"""An evaluation's main values with their intervals; several evaluations side by side.
 
 python benchmarks/plot_tasks.py runs/small/evaluation/results.json --output tasks.png
 python benchmarks/plot_tasks.py runs/a/results.json runs/b/results.json --labels "with MMFS" without --output tasks.png
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,64 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
+from matplotlib.axes import Axes
+
+COLUMNS = 3
+MAIN = ("found_kind_color", "relations_right", "kept", "perfect")
 
 
-def main_values(results: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """(value, lower, upper) by task and metric, of the values that have an interval."""
-    found = {}
+Interval = tuple[float, float, float]  # value, lower and upper bound
+
+
+def main_values(results: dict[str, Any]) -> dict[str, dict[str, Interval]]:
+    """By metric and task, the values that have an interval; of scenes' scores only `MAIN`."""
+    found: dict[str, dict[str, Interval]] = defaultdict(dict)
     for task, result in results["tasks"].items():
-        for metric in result["metrics"].values():
+        for kind, metric in result["metrics"].items():
             for name, (low, high) in metric.get("intervals", {}).items():
-                found[f"{task}\n{name}"] = (metric["values"][name], low, high)
+                if kind != "scene_pictures" or name in MAIN:
+                    found[name][task] = (metric["values"][name], low, high)
     return found
 
 
-def plot(sets: list[dict[str, tuple[float, float, float]]], labels: list[str], output: Path) -> None:
-    """Draw and write the figure."""
-    names = list(dict.fromkeys(name for values in sets for name in values))
-    columns = 4
-    rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 1.7 * rows), squeeze=False)
-    for axis in axes.flat[len(names) :]:
+def plot(sets: list[dict[str, dict[str, Interval]]], labels: list[str], output: Path) -> None:
+    """Draw and write the figure: a panel a metric, a line a task, a point and its interval for each evaluation."""
+    metrics = list(dict.fromkeys(metric for values in sets for metric in values))
+    tasks = {m: list(dict.fromkeys(t for values in sets for t in values.get(m, ()))) for m in metrics}
+    grid = [metrics[i : i + COLUMNS] for i in range(0, len(metrics), COLUMNS)]
+    heights = [max(len(tasks[m]) for m in row) + 1.5 for row in grid]
+    figure, axes = plt.subplots(
+        len(grid), COLUMNS, figsize=(4.2 * COLUMNS, 0.26 * sum(heights)), height_ratios=heights, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
-    for axis, name in zip(axes.flat, names, strict=False):
-        for place, values in enumerate(sets):
-            if name in values:
-                value, low, high = values[name]
-                ends = np.clip([[value - low], [high - value]], 0, None)
-                axis.barh(place, value, xerr=ends, color=f"C{place}", height=0.7, capsize=3, label=labels[place])
-                axis.text(value, place, f" {value:.1f}", va="bottom", fontsize=8)
-        axis.set_title(name, fontsize=8)
-        axis.set_yticks(range(len(sets)), labels if len(sets) > 1 else [""] * len(sets), fontsize=8)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.2 * max([values[name][2] for values in sets if name in values] + [0]) or 1)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        _panel(axis, metric, tasks[metric], [values.get(metric, {}) for values in sets])
+    if len(sets) > 1:
+        marks = [plt.Line2D([], [], color=f"C{i}", marker="o", label=label) for i, label in enumerate(labels)]
+        figure.legend(handles=marks, loc="outside lower center", ncols=len(sets))
     figure.savefig(output, dpi=130)
+
+
+def _panel(axis: Axes, metric: str, tasks: list[str], sets: list[dict[str, Interval]]) -> None:
+    for number, values in enumerate(sets):
+        shift = (number - (len(sets) - 1) / 2) * 0.25
+        for place, task in enumerate(tasks):
+            if task in values:
+                value, low, high = values[task]
+                axis.plot([low, high], [place + shift] * 2, color=f"C{number}", linewidth=3, alpha=0.4)
+                axis.plot(value, place + shift, "o", color=f"C{number}", markersize=5)
+                axis.annotate(f"{value:.0f}", (max(value, high), place + shift), (4, 0), textcoords="offset points",
+                              va="center", fontsize=7)  # fmt: skip
+    axis.set_title(metric, fontsize=9, loc="left")
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axis.set_ylim(len(tasks) - 0.4, -0.6)
+    top = max([values[t][2] for values in sets for t in tasks if t in values] + [0])
+    axis.set_xlim(0, 106 if top <= 100 else 1.12 * top)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
