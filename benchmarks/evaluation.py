@@ -41,7 +41,7 @@ def measure(loaded: Loaded, config: TaskConfig, batch_size: int, samples: int, f
     batches = plan_batches(asked, batch_size)
     for name, part in (("warm", batches[:1]), ("timed", batches)):
         predictions = Predictions(folder / f"{config.task}-{batch_size}-{name}")
-        predictions.prepare({})
+        predictions.prepare(lambda count: {"samples": {"count": len(asked)}})
         speed = run_batches(predictor, asked, part, {}, predictions)
     return {"batch_size": batch_size, **speed.to_dict()}
 
