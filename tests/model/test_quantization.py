@@ -13,8 +13,9 @@ from torch import nn
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
 from mm_interleaved.evaluation.run import weights_digest
 from mm_interleaved.generation.static import Room, StaticDecoder
-from mm_interleaved.model.quantization import QUANTIZATIONS, is_quantized, quantize, readable, stored
-from mm_interleaved.ops.decoding import Int8Rows
+from mm_interleaved.model.quantization import QUANTIZATIONS, quantize
+from mm_interleaved.model.weights import is_quantized, readable, stored
+from mm_interleaved.ops.int8 import Int8Rows
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 from mm_interleaved.pretrained import load
 from mm_interleaved.toyworld.draw import draw

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mm_interleaved.ops import attend, project, project_gated, why_not_kernels
-from mm_interleaved.ops.decoding import Int8Rows
+from mm_interleaved.ops.int8 import Int8Rows
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

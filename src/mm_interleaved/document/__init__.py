@@ -12,9 +12,11 @@ one document, a list of them, or one a line:
 Paths are relative to the file and may not lead out of its folder; `data:image/...;base64,` URLs carry a picture inline.
 """
 
-from .data import Document, DocumentError, FileSlice, Image, Segment, Text
-from .files import Folder, load_documents
+from .document import Document
+from .files import load_documents
+from .folder import Folder
 from .forms import ORIGINAL_TURNS, ROLES, SEGMENT_FIELDS, interleave
+from .segments import DocumentError, FileSlice, Image, Segment, Text
 
 __all__ = [
     "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "FileSlice", "Folder", "Image", "Segment",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .data import DocumentError
+from .segments import DocumentError
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", bool: "true or false"}
 

@@ -8,8 +8,8 @@ from typing import Any
 import PIL.Image
 
 from .checks import check, check_characters, check_fields, check_list, listed, positive
-from .data import Document, DocumentError, Image, Segment, Text
-from .files import Folder
+from .folder import Folder
+from .segments import DocumentError, Image, Segment, Text
 
 ROLES = ("system", "user", "assistant")
 SEGMENT_FIELDS = ("text", "image", "supervise", "role", "attached", "target")
@@ -25,13 +25,16 @@ _MODES = {
 }  # fmt: skip
 
 
-def read_form(data: Any, folder: Folder | None = None) -> Document:
-    """See `Document.from_dict`."""
+Fields = dict[str, Any]  # of a `Document`, by its attributes' names
+
+
+def read_form(data: Any, folder: Folder) -> Fields:
+    """See `Document.from_dict`, which makes a document of what this gives."""
     data = check(data, dict, "document", 'Write {"segments": [{"text": ...}, {"image": "path"}]}')
     check_characters(data)
     for key, reader in (("segments", _from_segments), ("messages", _from_messages), ("sentences", _from_record)):
         if key in data:
-            return reader(data, folder or Folder())
+            return reader(data, folder)
     raise DocumentError(
         f"none of the fields 'segments', 'messages' and 'sentences' is there, only {listed(data)}",
         fix='Write {"segments": [{"text": ...}, {"image": "path"}]}',
@@ -44,7 +47,7 @@ def _name(data: dict[str, Any]) -> str | None:
     return str(name) if isinstance(name, int | float) else None if name is None else check(name, str, "id")
 
 
-def _from_segments(data: dict[str, Any], folder: Folder) -> Document:
+def _from_segments(data: dict[str, Any], folder: Folder) -> Fields:
     check_fields(data, DOCUMENT_FIELDS)
     segments: list[Segment] = []
     for index, item in enumerate(check(data["segments"], list, "segments")):
@@ -66,13 +69,13 @@ def _from_segments(data: dict[str, Any], folder: Folder) -> Document:
     if not segments:
         raise DocumentError("a document needs at least one segment", "segments")
     turns, stop = data.get("max_turns"), data.get("stop_at_eos")
-    return Document(
-        segments,
-        _name(data),
-        None if turns is None else positive(turns, "max_turns"),
-        check_list(data.get("forced_texts", []), str, "forced_texts"),
-        None if stop is None else check(stop, bool, "stop_at_eos"),
-    )
+    return {
+        "segments": segments,
+        "id": _name(data),
+        "max_turns": None if turns is None else positive(turns, "max_turns"),
+        "forced_texts": check_list(data.get("forced_texts", []), str, "forced_texts"),
+        "stop_at_eos": None if stop is None else check(stop, bool, "stop_at_eos"),
+    }
 
 
 def _check_role(role: Any, where: str) -> str | None:
@@ -81,7 +84,7 @@ def _check_role(role: Any, where: str) -> str | None:
     return role
 
 
-def _from_messages(data: dict[str, Any], folder: Folder) -> Document:
+def _from_messages(data: dict[str, Any], folder: Folder) -> Fields:
     check_fields(data, ("messages", "id"))
     segments: list[Segment] = []
     for index, message in enumerate(check(data["messages"], list, "messages")):
@@ -95,7 +98,7 @@ def _from_messages(data: dict[str, Any], folder: Folder) -> Document:
             segments.append(_from_part(check(part, dict, place), role, folder, place))
     if not segments:
         raise DocumentError("a conversation needs at least one message", "messages")
-    return Document(segments, _name(data))
+    return {"segments": segments, "id": _name(data)}
 
 
 def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: str) -> Segment:
@@ -118,7 +121,7 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
     raise DocumentError(f"unknown kind of content {kind!r}", f"{where}.type", "Kinds are text, image and image_url")
 
 
-def _from_record(data: dict[str, Any], folder: Folder) -> Document:
+def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
     """The original's record (spec/model 6.6): pictures attached to sentences by number."""
     check_fields(data, RECORD_FIELDS)
     missing = [key for key in RECORD_FIELDS[:4] if key not in data]
@@ -155,14 +158,14 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Document:
     ]
     segments = _trimmed(interleave(sentences, list(zip(order, pictures, strict=True))))
     turns = data.get("num_iter")
-    return Document(
-        segments,
-        _name(data),
-        ORIGINAL_TURNS if turns is None else positive(turns, "num_iter"),
-        check_list(data.get("multiround_context", []), str, "multiround_context"),
-        stop_at_eos=False,
-        record=data,
-    )
+    return {
+        "segments": segments,
+        "id": _name(data),
+        "max_turns": ORIGINAL_TURNS if turns is None else positive(turns, "num_iter"),
+        "forced_texts": check_list(data.get("multiround_context", []), str, "multiround_context"),
+        "stop_at_eos": False,
+        "record": data,
+    }
 
 
 def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool], Image]]) -> list[Segment]:

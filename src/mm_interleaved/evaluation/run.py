@@ -22,7 +22,7 @@ from torch import nn
 from ..configuration import to_yaml
 from ..files import write_atomic
 from ..generation import MMInterleaved
-from ..model.quantization import stored
+from ..model.weights import stored
 from ..processor import MMInterleavedProcessor
 from ..tasks import Sample, Task, TaskError, make_task
 from .config import EvaluationError, TaskSuite, task_name

@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
 from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
-from ..model.quantization import readable
 from ..model.static import Pool, addresses, capture
 from ..model.visual_tokenizer import VisualFeatures
+from ..model.weights import readable
 from ..ops import attend, project, project_gated, promote, why_not_kernels
-from ..ops.decoding import Int8Rows, Weights, rotate
+from ..ops.decoding import rotate
+from ..ops.int8 import Int8Rows, Weights
 from .context import Context
 from .settings import CacheImplementation
 

@@ -28,9 +28,9 @@ from .language_model import ImageMemory, build_language_model, image_memory, syn
 from .layout import ImagePositions, Layout, document_mask, plan, reversed_context
 from .mmfs import VisibleImages
 from .positions import PositionTable
-from .quantization import is_quantized
 from .unet import EarlierImages
 from .visual_tokenizer import VisualFeatures, VisualTokenizer
+from .weights import is_quantized
 
 
 @dataclass

@@ -8,14 +8,12 @@ head, and what sees and draws stay as they are.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops.decoding import Int8Rows
-
-if TYPE_CHECKING:
-    from .mm_interleaved import MMInterleavedModel
+from .mm_interleaved import MMInterleavedModel
+from .weights import is_quantized
 
 Quantization = Literal["int8", "fp8"]
 QUANTIZATIONS = get_args(Quantization)
@@ -47,31 +45,3 @@ def quantize(model: MMInterleavedModel, kind: Quantization) -> None:
               for m in part.modules() if type(m) is nn.Linear}  # fmt: skip
     config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]()
     quantize_(model.language_model, config, filter_fn=lambda module, name: id(module) in wanted)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether any weight is."""
-    return any(len(stored(p)) > 1 for p in module.parameters())
-
-
-def stored(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that hold `tensor`: itself, or of a quantized one its numbers and scales."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)  # PyTorch's protocol for tensors that wrap others
-    return [tensor] if flatten is None else [part for name in flatten()[0] for part in stored(getattr(tensor, name))]
-
-
-def readable(linear: nn.Module) -> Tensor | Int8Rows | None:
-    """The weights of a linear layer as the decoding kernels read them.
-
-    None: only the module itself knows what to do (LoRA, other kinds of quantization).
-    """
-    if type(linear) is not nn.Linear:
-        return None
-    weight = linear.weight
-    if type(weight) in (nn.Parameter, Tensor):
-        return weight
-    from torchao.quantization import Int8Tensor
-
-    if isinstance(weight, Int8Tensor) and weight.scale.shape == (len(weight), 1) and weight.act_quant_kwargs is None:
-        return Int8Rows(weight.qdata, weight.scale[:, 0])
-    return None

@@ -13,7 +13,7 @@ from torch import nn
 from .cost import Cost
 from .language_model import synchronizers
 from .mm_interleaved import MMInterleavedModel
-from .quantization import stored
+from .weights import stored
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from .quantization import stored
+from .weights import stored
 
 T = TypeVar("T")
 

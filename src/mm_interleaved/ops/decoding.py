@@ -13,7 +13,6 @@ Nothing here waits for the device or depends on its numbers, so all of it can be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,35 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .deformable import promote
+from .int8 import Weights
 from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, on_triton
 
 Backend = Literal["plain", "triton"]
 
 MOST_ROWS = 16  # that a kernel multiplies with a matrix at a time; more are a matter for matrix multiplication
 WIDEST_HEAD = 256
-
-
-@dataclass(frozen=True)
-class Int8Rows:
-    """A matrix as whole numbers, each row with its own scale.
-
-    Attributes:
-        data: [outputs, width] int8.
-        scale: [outputs], what the numbers are multiplied by.
-    """
-
-    data: Tensor
-    scale: Tensor
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def widened(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [outputs, width] that is meant."""
-        return self.data.to(dtype) * self.scale.to(dtype)[:, None]
-
-
-Weights = Tensor | Int8Rows
 
 
 def _linear(x: Tensor, weight: Weights, bias: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decoding import Weights
+from .int8 import Weights
 
 TILE = {"one": (8, 1024, 4), "several": (32, 256, 4)}  # outputs, inputs and warps of a program, by number of rows
 MANY_PROGRAMS = 512  # how many programs attention is split into, if rows and heads do not make as many
