@@ -1,0 +1,62 @@
+"""Compiles the kernels of decoding for an H100 or H200, without one: the interpreter lets pass what may not compile.
+
+A program of its own, because Triton decides for the interpreter when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mm_interleaved.ops import decoding_triton as kernels
+
+TARGET = GPUTarget("cuda", 90, 32)
+WIDTH = 5120  # the release's
+FLOATS = ("parts", "sums", "tops")
+NUMBERS = ("outputs", "rows", "x_row", "columns", "query_row", "key_row", "value_row", "cos_row", "sin_row")
+
+
+def kind(name: str, weights: str) -> str:
+    """Type of a kernel's argument."""
+    if name.startswith("weight") or name in ("gate", "up"):
+        return f"*{weights}"
+    if name in ("source", "column"):
+        return "*i64"
+    if name in FLOATS or ("scale" in name and name != "scale" and weights == "i8"):
+        return "*fp32"
+    if name in ("eps", "scale"):
+        return "fp32"
+    return "i32" if name in NUMBERS or name.startswith(("size", "blocks")) else "*bf16"
+
+
+def compiled(kernel: Any, weights: str, warps: int, **constants: Any) -> int:
+    """Bytes of the program for the device."""
+    names = [p.name for p in kernel.params]
+    signature = {n: "constexpr" if n in constants else kind(n, weights) for n in names}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    return len(triton.compile(ASTSource(kernel, signature, fixed), TARGET, {"num_warps": warps}).asm["cubin"])
+
+
+def main() -> None:
+    """Compile all, print the sizes."""
+    found = {}
+    for rows, tile in ((1, "one"), (16, "several")):
+        block_n, block_k, warps = kernels.TILE[tile]
+        for weights in ("bf16", "i8"):
+            shared = {"INPUTS": WIDTH, "SCALED": weights == "i8", "ROWS": rows, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            for bias, residual in ((False, False), (True, True)):
+                options = {"MAPS": 3, "NORM": not residual, "BIAS": bias, "RESIDUAL": residual, **shared}
+                found[f"project {rows} {weights} {bias}"] = compiled(kernels._project_kernel, weights, warps, **options)
+            found[f"gated {rows} {weights}"] = compiled(kernels._gated_kernel, weights, warps, **shared)
+    found["attend"] = compiled(kernels._attend_kernel, "bf16", 4, HEADS=40, GROUP=1, DIM=128, SPLITS=16,
+                               BLOCK_C=kernels.COLUMNS, BLOCK_D=128)  # fmt: skip
+    found["join"] = compiled(kernels._join_kernel, "bf16", 4, DIM=128, SPLITS=16, BLOCK_D=128)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
