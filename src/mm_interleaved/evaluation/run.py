@@ -37,7 +37,6 @@ FORMAT = 2  # of the folder; another one is not continued
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
 PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
 ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
-LATER = ("limit", "generation")  # how many samples there are is told by them
 OnScored = Callable[[Scored, SampleScores, TaskResult], None]
 
 
@@ -176,12 +175,14 @@ def identity(config: TaskSuite, task: Task, digest: str, samples: Sequence[Sampl
     settings.pop("seed")
     for key in ("seed", "batch_size", "preview_every"):
         settings["image"].pop(key)
-    asked = {key: value for key, value in asdict(task.config).items() if key not in (*ELSEWHERE, *LATER)}
+    told = (*ELSEWHERE, "generation", "limit")  # below, by effective settings and by the samples
+    asked = {key: value for key, value in asdict(task.config).items() if key not in told}
     chooser = Path(config.metrics.clip).name if task.select == "clip" and config.metrics.clip else None
     found = {"format": FORMAT, "version": version("mm-interleaved"), "weights": digest, "seed": config.seed,
              "task": asked, "generation": settings, "chosen_by": chooser}  # fmt: skip
-    told = None if samples is None else {"count": len(samples), "digest": samples_digest(samples)}
-    return found if told is None else {**found, "samples": told}
+    if samples is not None:
+        found["samples"] = {"count": len(samples), "digest": samples_digest(samples)}
+    return found
 
 
 def weights_digest(model: MMInterleaved) -> str:

@@ -130,11 +130,11 @@ def confidence_interval(
     counts = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
     if not counts.any():
         raise ValueError("a confidence interval needs at least one score that counts")
-    rng = np.random.default_rng(seed)
+    products, rng = values * counts, np.random.default_rng(seed)
     means = []
     while len(means) < resamples:
         drawn = rng.integers(len(values), size=len(values))
         if total := counts[drawn].sum():  # else nothing was drawn that counts
-            means.append((values * counts)[drawn].sum() / total)
+            means.append(products[drawn].sum() / total)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

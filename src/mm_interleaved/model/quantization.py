@@ -1,6 +1,6 @@
 """Weight-only quantization of the language model through torchao: less memory, fewer bytes a token, not lossless.
 
-A token costs reading every weight once, so weights of one byte instead of two are read in half the time. Quantized are
+A token costs reading every weight once, so weights of one byte instead of two take half the time at best. Quantized are
 the attention's and the MLP's matrices of the decoder layers, by far the most of a large model; MMFS, embeddings, the
 head, and what sees and draws stay as they are.
 """
