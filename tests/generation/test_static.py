@@ -72,9 +72,9 @@ def test_same_texts(model: MMInterleaved, ending: MMInterleaved, processor, kind
     assert any(e is not None for e in ends)
 
 
-@pytest.mark.parametrize("ahead", [1, 50])
-def test_how_far_ahead_does_not_matter(ending: MMInterleaved, processor, monkeypatch, ahead: int) -> None:
-    monkeypatch.setattr(static_text, "AHEAD", ahead)
+@pytest.mark.parametrize("window", [2, 50])
+def test_how_far_ahead_does_not_matter(ending: MMInterleaved, processor, monkeypatch, window: int) -> None:
+    monkeypatch.setitem(static_text.WINDOW, "cpu", window)
     for settings in KINDS.values():
         batch = prompts(processor)
         assert texts(ending, batch, settings, "static") == texts(ending, batch, settings, "dynamic")

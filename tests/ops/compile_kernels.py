@@ -45,16 +45,17 @@ def main() -> None:
     """Compile all, print the sizes."""
     found = {}
     for rows, tile in ((1, "one"), (16, "several")):
-        block_n, block_k, warps = kernels.TILE[tile]
+        block_n, block_k, warps, _ = kernels.TILE[tile]
         for weights in ("bf16", "i8"):
-            shared = {"INPUTS": WIDTH, "SCALED": weights == "i8", "ROWS": rows, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            shared = {"INPUTS": WIDTH, "SCALED": weights == "i8", "ROWS": rows, "BLOCK_N": block_n, "BLOCK_K": block_k,
+                      "OVERLAP": True}  # fmt: skip
             for bias, residual in ((False, False), (True, True)):
                 options = {"MAPS": 3, "NORM": not residual, "BIAS": bias, "RESIDUAL": residual, **shared}
                 found[f"project {rows} {weights} {bias}"] = compiled(kernels._project_kernel, weights, warps, **options)
             found[f"gated {rows} {weights}"] = compiled(kernels._gated_kernel, weights, warps, **shared)
     found["attend"] = compiled(kernels._attend_kernel, "bf16", 4, HEADS=40, GROUP=1, DIM=128, SPLITS=16,
-                               BLOCK_C=kernels.COLUMNS, BLOCK_D=128)  # fmt: skip
-    found["join"] = compiled(kernels._join_kernel, "bf16", 4, DIM=128, SPLITS=16, BLOCK_D=128)
+                               BLOCK_C=kernels.COLUMNS, BLOCK_D=128, OVERLAP=True)  # fmt: skip
+    found["join"] = compiled(kernels._join_kernel, "bf16", 4, DIM=128, SPLITS=16, BLOCK_D=128, OVERLAP=True)
     print(json.dumps(found))
 
 

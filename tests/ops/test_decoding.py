@@ -27,7 +27,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tiny sizes take several programs, several pieces and ragged ends."""
     from mm_interleaved.ops import decoding_triton
 
-    monkeypatch.setattr(decoding_triton, "TILE", {"one": (4, 16, 1), "several": (16, 16, 1)})
+    monkeypatch.setattr(decoding_triton, "TILE", {"one": (4, 16, 1, 2), "several": (16, 16, 1, 2)})
     monkeypatch.setattr(decoding_triton, "COLUMNS", 16)
 
 

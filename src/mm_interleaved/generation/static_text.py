@@ -1,12 +1,15 @@
-"""Writing text over a `StaticDecoder`: several tokens are on their way before the host looks at the first.
+"""Writing text over a `StaticDecoder`: the next tokens are on their way before the host looks at the last.
 
 The loops of `text.py` ask after every token which rows go on; here that is decided on the device, and the host reads
-the tokens of several steps at once. Steps that turn out to be too many write into columns that no row has.
+the tokens of a step while the device computes the steps after it. Steps that turn out to be too many write into columns
+that no row has.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,27 +29,39 @@ from .rules import (
 from .settings import TextSettings
 from .static import Room, borrow
 
-AHEAD = 8  # steps that run before the host reads their tokens
+WINDOW = {"cuda": 3, "cpu": 1}  # steps that are under way at a time; a CPU gains nothing from more than one
 
 
-class _Numbers:
-    """Random numbers for several steps at a time, and what was not used given back to the generators."""
+class _Message:
+    """Numbers on their way from the device to the host, which waits for them only when it wants to read them."""
 
-    def __init__(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
-        self.generators, self.device = generators, device
-        self.before: list[Tensor] = []
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._sent = None
+        if numbers.device.type == "cuda":
+            self._sent = torch.cuda.current_stream(numbers.device).record_event()
 
-    def ahead(self, steps: int) -> Tensor:
-        """[steps, rows] numbers in [0, 1)."""
-        self.before = [g.get_state() for g in self.generators]
-        return torch.stack([uniform(self.generators) for _ in range(steps)]).to(self.device)
+    def read(self) -> Tensor:
+        """The numbers."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._numbers
 
-    def used(self, steps: int) -> None:
-        """Put the generators where they are after `steps` of the steps drawn last."""
-        for generator, state in zip(self.generators, self.before, strict=True):
-            generator.set_state(state)
-        for _ in range(steps):
-            uniform(self.generators)
+
+def _send(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers` on the device; the host does not wait until they have arrived."""
+    if numbers.device.type == "cpu" and device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
+
+
+@dataclass
+class _Step:
+    """One step under way: what it tells the host, its logits, and where the generators were before it."""
+
+    told: _Message  # [3, rows] tokens, rows that wrote, rows that go on
+    logits: Tensor
+    before: list[Tensor]
 
 
 @torch.no_grad()
@@ -61,45 +76,42 @@ def write_static(
     """`text.write` with a static cache; the tokens of its steps are on the CPU."""
     context.flush()
     model, device = context.model, context.mask.device
-    pad = model.config.pad_token_id
     processors = score_processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
     history, active, limits = rows_to_write(model, settings, context.mask, active, limits)
     most = int(torch.where(active, limits, 0).max())
     if most == 0:
         return
-    numbers = _Numbers(generators, device)
+    under_way: deque[_Step] = deque()
     with borrow(model, Room.needed(context, 1, most)) as decoder:
         decoder.load(context)
         columns = 0  # that some row has read
         try:
-            while history.shape[1] <= most:
-                steps = []
-                ahead = min(AHEAD, most + 1 - history.shape[1])
-                drawn = numbers.ahead(ahead) if settings.do_sample else None
-                for step in range(ahead):
+            while True:
+                while len(under_way) < WINDOW.get(device.type, 1) and history.shape[1] <= most:
+                    before = [g.get_state() for g in generators] if settings.do_sample else []
                     logits = decoder.logits.clone()
                     scores = processors(history, logits)
-                    tokens = scores.argmax(-1) if drawn is None else draw(scores, drawn[step])
-                    tokens = torch.where(active, tokens, pad)
+                    numbers = _send(uniform(generators), device) if settings.do_sample else None
+                    tokens = scores.argmax(-1) if numbers is None else draw(scores, numbers)
+                    tokens = torch.where(active, tokens, model.config.pad_token_id)
                     history = torch.cat([history, tokens[:, None]], dim=1)
                     read = active & ~torch.isin(tokens, ends)
+                    told = _Message(torch.stack([tokens, active.long(), read.long()]))
                     decoder.read(tokens, read)
-                    steps.append((tokens, active, read, logits))
+                    under_way.append(_Step(told, logits, before))
                     active = read & (history.shape[1] - 1 < limits)
-                told = torch.stack([torch.stack(s[:3]) for s in steps]).cpu()  # the host waits here
-                shown = 0
-                try:
-                    for (tokens, wrote, read), (*_, logits) in zip(told, steps, strict=True):
-                        if not wrote.any():
-                            return
-                        shown += 1
-                        columns += bool(read.any())
-                        yield TextStep(tokens, wrote.bool(), logits)
-                finally:
-                    if drawn is not None and shown < ahead:
-                        numbers.used(shown)
+                if not under_way:
+                    return
+                tokens, wrote, read = under_way[0].told.read()
+                if not wrote.any():
+                    return
+                columns += bool(read.any())
+                yield TextStep(tokens, wrote.bool(), under_way.popleft().logits)
         finally:
+            if under_way:  # steps too many: their numbers are given back
+                for generator, state in zip(generators, under_way[0].before, strict=False):
+                    generator.set_state(state)
             decoder.store(context, columns)
 
 
@@ -150,6 +162,7 @@ def write_beams_static(context: Context, settings: TextSettings, banned: Sequenc
     lengths = torch.tensor([max(n, 1) ** settings.length_penalty for n in range(most + 3)], dtype=torch.float64)
     finished = _Finished(batch, width, lengths.to(device))
     trace: list[tuple[Tensor, Tensor]] = []  # parents and tokens of every step
+    under_way: deque[_Message] = deque()  # of every step, whether all rows are done after it
     with borrow(model, Room.needed(context, width, most)) as decoder:
         decoder.load(context, width)
         scores = torch.full((batch, width), -1e9, device=device, dtype=decoder.logits.dtype)
@@ -170,7 +183,8 @@ def write_beams_static(context: Context, settings: TextSettings, banned: Sequenc
             parents, tokens = parents.flatten(), tokens.flatten()
             history = torch.cat([history[parents], tokens[:, None]], dim=1)
             trace.append((parents, tokens))
-            if step + 1 == most or (step % AHEAD == AHEAD - 1 and bool(finished.done.all())):
+            under_way.append(_Message(finished.done.all()))
+            if step + 1 == most or (len(under_way) == WINDOW.get(device.type, 1) and under_way.popleft().read()):
                 break
             decoder.reorder(parents)
             decoder.read(tokens, torch.ones_like(tokens, dtype=torch.bool))

@@ -10,6 +10,7 @@ Attention splits the columns over several programs (as Flash-Decoding does), whi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -18,54 +19,101 @@ from torch import Tensor
 
 from .int8 import Weights
 
-TILE = {"one": (8, 1024, 4), "several": (32, 256, 4)}  # outputs, inputs and warps of a program, by number of rows
+# Outputs, inputs, warps and pipeline stages of a program, by number of rows.
+TILE = {"one": (8, 1024, 4, 3), "several": (32, 256, 4, 3)}
+OVERLAP = True  # on Hopper: a kernel starts, and asks for its weights, while the one before it ends
 MANY_PROGRAMS = 512  # how many programs attention is split into, if rows and heads do not make as many
 MOST_SPLITS = 16
 COLUMNS = 64  # of keys in a tile of attention
 
 
 @triton.jit
-def _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps,
-              INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """norm(x) weight^T for the outputs `own`: [BLOCK_N, ROWS] float32; ROWS is 1 or 16."""
+def _weights(start, k, real, INPUTS: tl.constexpr):
+    """Columns `k` of the rows that begin at `start`; each is read once, so it need not stay in any cache."""
+    inside = real[:, None] & (k < INPUTS)[None, :]
+    return tl.load(start[:, None] + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _normed(x, gain, k, INPUTS: tl.constexpr, NORM: tl.constexpr):
+    """Columns `k` of one row, before and after the gain of its norm, in float32."""
+    piece = tl.load(x + k, mask=k < INPUTS, other=0.0).to(tl.float32)
+    if NORM:
+        return piece, piece * tl.load(gain + k, mask=k < INPUTS, other=0.0).to(tl.float32)
+    return piece, piece
+
+
+@triton.jit
+def _one_row_sums(x, start, gain, real, eps, INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """norm(x) weight^T of a single row: [BLOCK_N, 1]. The next piece of the weights is always on its way."""
     lane = tl.arange(0, BLOCK_K)
-    line = tl.arange(0, ROWS)
-    start = weight + own.to(tl.int64)[:, None] * INPUTS
-    wide = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)  # one row
-    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)  # several
+    wide = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    square = tl.zeros([BLOCK_K], tl.float32)
+    w = _weights(start, lane, real, INPUTS)
+    if OVERLAP:  # weights do not depend on the kernel before this one, which may still be running; all else does
+        tl.extra.cuda.gdc_wait()
+    for first in range(0, INPUTS, BLOCK_K):
+        ahead = _weights(start, first + BLOCK_K + lane, real, INPUTS)
+        piece, scaled = _normed(x, gain, first + lane, INPUTS, NORM)
+        square += piece * piece
+        wide += w.to(tl.float32) * scaled[None, :]
+        w = ahead
+    acc = tl.sum(wide, axis=1)
+    if NORM:
+        acc = acc / tl.sqrt(tl.sum(square, axis=0) / INPUTS + eps)
+    return acc[:, None]
+
+
+@triton.jit
+def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.constexpr, NORM: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                       OVERLAP: tl.constexpr):  # fmt: skip
+    """The same of several rows by the matrix units: [BLOCK_N, ROWS]."""
+    lane, line = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     square = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for first in range(0, INPUTS, BLOCK_K):
         k = first + lane
-        inside = (own < outputs)[:, None] & (k < INPUTS)[None, :]
-        w = tl.load(start + k[None, :], mask=inside, other=0.0)
-        real = (line < rows)[:, None] & (k < INPUTS)[None, :]
-        piece = tl.load(x + line[:, None] * x_row + k[None, :], mask=real, other=0.0).to(tl.float32)
+        w = _weights(start, k, real, INPUTS)
+        given = (line < rows)[:, None] & (k < INPUTS)[None, :]
+        piece = tl.load(x + line[:, None] * x_row + k[None, :], mask=given, other=0.0).to(tl.float32)
         if NORM:
             square += piece * piece
             piece = piece * tl.load(gain + k, mask=k < INPUTS, other=0.0).to(tl.float32)[None, :]
-        if ROWS == 1:
-            wide += w.to(tl.float32) * piece
-        else:
-            work = x.dtype.element_ty  # holds the whole numbers of quantized weights exactly
-            acc = tl.dot(w.to(work), tl.trans(piece.to(work)), acc, input_precision="ieee")
-    if ROWS == 1:
-        acc = tl.sum(wide, axis=1)[:, None]
+        work = x.dtype.element_ty  # holds the whole numbers of quantized weights exactly
+        acc = tl.dot(w.to(work), tl.trans(piece.to(work)), acc, input_precision="ieee")
     if NORM:
-        acc = acc * (1.0 / tl.sqrt(tl.sum(square, axis=1) / INPUTS + eps))[None, :]
+        acc = acc / tl.sqrt(tl.sum(square, axis=1) / INPUTS + eps)[None, :]
+    return acc
+
+
+@triton.jit
+def _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps,
+              INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """norm(x) weight^T for the outputs `own`: [BLOCK_N, ROWS] float32; ROWS is 1 or 16."""
+    start, real = weight + own.to(tl.int64) * INPUTS, own < outputs
+    if ROWS == 1:
+        acc = _one_row_sums(x, start, gain, real, eps, INPUTS, NORM, BLOCK_N, BLOCK_K, OVERLAP)
+    else:
+        acc = _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS, NORM, ROWS, BLOCK_N, BLOCK_K, OVERLAP)
     if SCALED:
-        acc = acc * tl.load(scale + own, mask=own < outputs, other=0.0).to(tl.float32)[:, None]
+        acc = acc * tl.load(scale + own, mask=real, other=0.0).to(tl.float32)[:, None]
     return acc
 
 
 @triton.jit
 def _one_map(x, weight, scale, bias, gain, residual, out, block, column, outputs, all_outputs, rows, x_row, eps,
              INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
-             RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+             RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             OVERLAP: tl.constexpr):  # fmt: skip
     """Some outputs of one map, into the columns of `out` from `column` on."""
     own = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps, INPUTS, NORM, SCALED, ROWS, BLOCK_N,
-                    BLOCK_K)  # fmt: skip
+                    BLOCK_K, OVERLAP)  # fmt: skip
     if BIAS:
         acc += tl.load(bias + own, mask=own < outputs, other=0.0).to(tl.float32)[:, None]
     line = tl.arange(0, ROWS)
@@ -81,32 +129,37 @@ def _project_kernel(
     x, weight0, weight1, weight2, scale0, scale1, scale2, bias0, bias1, bias2, gain, residual, out,
     size0, size1, size2, blocks0, blocks1, rows, x_row, eps,
     INPUTS: tl.constexpr, MAPS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     # A branch for each map, and no choice between pointers: the compiler loads widely only what it knows is aligned.
     block = tl.program_id(0)
     every = size0 + size1 + size2
     if MAPS == 1 or block < blocks0:
         _one_map(x, weight0, scale0, bias0, gain, residual, out, block, 0, size0, every, rows, x_row, eps,
-                 INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                 INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K, OVERLAP)  # fmt: skip
     elif MAPS == 2 or block < blocks0 + blocks1:
         _one_map(x, weight1, scale1, bias1, gain, residual, out, block - blocks0, size0, size1, every, rows, x_row, eps,
-                 INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                 INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K, OVERLAP)  # fmt: skip
     else:
         _one_map(x, weight2, scale2, bias2, gain, residual, out, block - blocks0 - blocks1, size0 + size1, size2, every,
-                 rows, x_row, eps, INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K)  # fmt: skip
+                 rows, x_row, eps, INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K, OVERLAP)  # fmt: skip
 
 
 @triton.jit
 def _gated_kernel(
     x, gate, up, gate_scale, up_scale, gain, out, outputs, rows, x_row, eps,
     INPUTS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     a = _row_sums(x, gate, gate_scale, gain, own, outputs, rows, x_row, eps, INPUTS, True, SCALED, ROWS, BLOCK_N,
-                  BLOCK_K)  # fmt: skip
+                  BLOCK_K, OVERLAP)  # fmt: skip
     b = _row_sums(x, up, up_scale, gain, own, outputs, rows, x_row, eps, INPUTS, True, SCALED, ROWS, BLOCK_N,
-                  BLOCK_K)  # fmt: skip
+                  BLOCK_K, OVERLAP)  # fmt: skip
     line = tl.arange(0, ROWS)
     wanted = (own < outputs)[:, None] & (line < rows)[None, :]
     result = a / (1.0 + tl.exp(-a)) * b
@@ -114,8 +167,17 @@ def _gated_kernel(
 
 
 def _tile(rows: int) -> dict[str, int]:
-    block_n, block_k, warps = TILE["one" if rows == 1 else "several"]
-    return {"ROWS": 1 if rows == 1 else 16, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps}
+    block_n, block_k, warps, stages = TILE["one" if rows == 1 else "several"]
+    return {"ROWS": 1 if rows == 1 else 16, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps,
+            "num_stages": stages}  # fmt: skip
+
+
+@cache
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin before the kernel before it has ended (programmatic dependent launch)."""
+    if OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
 
 
 def _parts(weights: Sequence[Weights], nothing: Tensor) -> tuple[list[Tensor], list[Tensor], bool]:
@@ -151,7 +213,7 @@ def project(
             nothing if gain is None else gain, nothing if residual is None else residual.contiguous(), out,
             *sizes, *blocks[:2], rows, x.stride(0), eps,
             INPUTS=inputs, MAPS=len(weights), NORM=gain is not None, SCALED=scaled, BIAS=biases[0] is not None,
-            RESIDUAL=residual is not None, **tile,
+            RESIDUAL=residual is not None, **tile, **_overlap(x.device),
         )  # fmt: skip
     return out
 
@@ -164,7 +226,8 @@ def project_gated(x: Tensor, gate: Weights, up: Weights, gain: Tensor, eps: floa
     matrices, scales, scaled = _parts([gate, up], x)
     with torch.cuda.device_of(x):
         _gated_kernel[(triton.cdiv(len(gate), tile["BLOCK_N"]),)](
-            x, *matrices, *scales, gain, out, len(gate), rows, x.stride(0), eps, INPUTS=inputs, SCALED=scaled, **tile
+            x, *matrices, *scales, gain, out, len(gate), rows, x.stride(0), eps, INPUTS=inputs, SCALED=scaled, **tile,
+            **_overlap(x.device),
         )  # fmt: skip
     return out
 
@@ -186,8 +249,11 @@ def _attend_kernel(
     query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
     columns, query_row, key_row, value_row, cos_row, sin_row, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     split, key_head = tl.program_id(1), head // GROUP
@@ -243,7 +309,11 @@ def _attend_kernel(
 
 
 @triton.jit
-def _join_kernel(parts, sums, tops, out, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _join_kernel(parts, sums, tops, out, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     index = tl.program_id(0)
     split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     top = tl.load(tops + index * SPLITS + split)
@@ -280,7 +350,9 @@ def attend(
             query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
             columns, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0), scale,
             HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits,
-            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d,
+            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, **_overlap(query.device),
         )  # fmt: skip
-        _join_kernel[(rows * heads,)](parts, sums, tops, out, DIM=dim, SPLITS=splits, BLOCK_D=block_d)
+        _join_kernel[(rows * heads,)](
+            parts, sums, tops, out, DIM=dim, SPLITS=splits, BLOCK_D=block_d, **_overlap(query.device)
+        )
     return out
