@@ -33,8 +33,11 @@ def kind(name: str, weights: str) -> str:
     return "i32" if name in NUMBERS or name.startswith(("size", "blocks")) else "*bf16"
 
 
-def compiled(kernel: Any, weights: str, warps: int, **constants: Any) -> int:
-    """Bytes of the program for the device."""
+def compiled(kernel: Any, weights: str, tile: str | None, **constants: Any) -> int:
+    """Bytes of the program for the device, in a tile of `decoding_triton.TILE` if it is a product."""
+    warps = 4
+    if tile is not None:
+        constants["BLOCK_N"], constants["BLOCK_K"], warps = kernels.TILE[tile]
     names = [p.name for p in kernel.params]
     signature = {n: "constexpr" if n in constants else kind(n, weights) for n in names}
     fixed = {(names.index(name),): value for name, value in constants.items()}
@@ -44,18 +47,19 @@ def compiled(kernel: Any, weights: str, warps: int, **constants: Any) -> int:
 def main() -> None:
     """Compile all, print the sizes."""
     found = {}
-    for rows, tile in ((1, "one"), (16, "several")):
-        block_n, block_k, warps, _ = kernels.TILE[tile]
+    for rows, kind_of_tile in ((1, "map"), (1, "maps"), (16, "rows")):
         for weights in ("bf16", "i8"):
-            shared = {"INPUTS": WIDTH, "SCALED": weights == "i8", "ROWS": rows, "BLOCK_N": block_n, "BLOCK_K": block_k,
-                      "OVERLAP": True}  # fmt: skip
+            shared = {"INPUTS": WIDTH, "SCALED": weights == "i8", "ROWS": rows, "OVERLAP": rows == 1}
+            maps, name = 1 if kind_of_tile == "map" else 3, f"{kind_of_tile} {weights}"
             for bias, residual in ((False, False), (True, True)):
-                options = {"MAPS": 3, "NORM": not residual, "BIAS": bias, "RESIDUAL": residual, **shared}
-                found[f"project {rows} {weights} {bias}"] = compiled(kernels._project_kernel, weights, warps, **options)
-            found[f"gated {rows} {weights}"] = compiled(kernels._gated_kernel, weights, warps, **shared)
-    found["attend"] = compiled(kernels._attend_kernel, "bf16", 4, HEADS=40, GROUP=1, DIM=128, SPLITS=16,
+                options = {"MAPS": maps, "NORM": not residual, "BIAS": bias, "RESIDUAL": residual, **shared}
+                found[f"{name} {bias}"] = compiled(kernels._project_kernel, weights, kind_of_tile, **options)
+            if kind_of_tile != "map":
+                gated = "gated" if rows == 1 else "rows"
+                found[f"gated {name}"] = compiled(kernels._gated_kernel, weights, gated, **shared)
+    found["attend"] = compiled(kernels._attend_kernel, "bf16", None, HEADS=40, GROUP=1, DIM=128, SPLITS=32,
                                BLOCK_C=kernels.COLUMNS, BLOCK_D=128, OVERLAP=True)  # fmt: skip
-    found["join"] = compiled(kernels._join_kernel, "bf16", 4, DIM=128, SPLITS=16, BLOCK_D=128, OVERLAP=True)
+    found["join"] = compiled(kernels._join_kernel, "bf16", None, DIM=128, SPLITS=32, BLOCK_D=128, OVERLAP=True)
     print(json.dumps(found))
 
 

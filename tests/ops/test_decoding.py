@@ -27,7 +27,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tiny sizes take several programs, several pieces and ragged ends."""
     from mm_interleaved.ops import decoding_triton
 
-    monkeypatch.setattr(decoding_triton, "TILE", {"one": (4, 16, 1, 2), "several": (16, 16, 1, 2)})
+    monkeypatch.setattr(
+        decoding_triton, "TILE", dict.fromkeys(decoding_triton.TILE, (4, 16, 1)) | {"rows": (16, 16, 1)}
+    )
     monkeypatch.setattr(decoding_triton, "COLUMNS", 16)
 
 
@@ -154,6 +156,5 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 
 def test_reasons() -> None:
     assert why_not_kernels(draw(1, 8), 128) is None
-    assert "64 rows" in why_not_kernels(draw(64, 8), 128)
     assert "float64" in why_not_kernels(draw(1, 8).double(), 128)
     assert "513" in why_not_kernels(draw(1, 8), 513)

@@ -22,7 +22,8 @@ class Session:
         given = PIL.Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8))
         text = TextSettings(num_beams=1, max_new_tokens=sizes.round_tokens, min_new_tokens=sizes.round_tokens,
                             cache_implementation=implementation)  # fmt: skip
-        image = ImageSettings(num_inference_steps=sizes.steps, cache_implementation=implementation)
+        image = ImageSettings(num_inference_steps=sizes.steps, cache_implementation=implementation,
+                              compile=bench.compile and implementation == "static")  # fmt: skip
         settings = GenerationSettings(text, image, max_turns=2 * sizes.rounds, force_image=True, stop_at_eos=False)
         document = Document([Text("A house on a hill."), Image(given), Text("What happens there?")])
         self.generator = kind(bench.model, bench.loaded.processor, settings, progress=False)
@@ -44,7 +45,7 @@ class Session:
 def session(bench: Bench) -> Iterator[Row]:
     """A row for every round; the twin reads and encodes everything anew at every turn, and records nothing.
 
-    The fast way is played once before it is measured: a server records its steps once.
+    The fast way is played once before it is measured: a server records its steps once, and compiles them if asked to.
     """
     sizes, model = bench.sizes, bench.model
     once = Session(InterleavedGenerator, bench, "static")

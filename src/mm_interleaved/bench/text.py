@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from ..generation import TextSettings
 from ..generation.static import Room, StaticDecoder
@@ -108,80 +109,81 @@ def decode_step(bench: Bench) -> Iterator[Row]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """The products of one layer for one row and for several, kernels against the library's."""
+    """The products of decoding for one row and for several, a layer after the other; the twin is the library's way."""
     if bench.device.type != "cuda":
         raise ValueError("the kernels are for CUDA devices")
-    layer = bench.model.language_model.layers[1]
-    attention, mlp = layer.self_attn, layer.mlp
-    width, norm = bench.model.config.text_config.hidden_size, layer.input_layernorm
-    maps = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-    normed = {"gain": norm.weight, "eps": norm.variance_epsilon}
-    both = [mlp.gate_proj.weight, mlp.up_proj.weight]
     for rows in (1, bench.sizes.beams):
-        like = {"device": bench.device, "dtype": bench.dtype}
-        x, wide = torch.randn(rows, width, **like), torch.randn(rows, mlp.down_proj.in_features, **like)
-        calls = {
-            "norm, q, k, v": (partial(project, x, maps, **normed), maps),
-            "o, residual": (partial(project, x, [attention.o_proj.weight], residual=x), [attention.o_proj.weight]),
-            "norm, gate, up": (partial(project_gated, x, *both, **normed), both),
-            "down, residual": (partial(project, wide, [mlp.down_proj.weight], residual=x), [mlp.down_proj.weight]),
-        }
-        for name, (call, weights) in calls.items():
+        for name, (_, work, weights) in _products(bench, rows).items():
             moved = sum(w.numel() * w.element_size() for w in weights)
-            fused, plain = (_replayed(bench, partial(call, backend=b)) for b in ("triton", "plain"))
+            fused, plain = (_replayed(bench, partial(work, backend=backend)) for backend in ("triton", "plain"))
             yield Row("products", f"{name}, {rows} rows", "us", 1e6 * fused, 1e6 * plain,
                       1e6 * moved / bench.speed.bytes_per_second, note=f"{moved / fused / 1e12:.2f} TB/s")  # fmt: skip
+
+
+def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., object], list[torch.Tensor]]]:
+    """By name: kind of tile, the work in one layer (`layer`, `backend`), and the weights that it reads."""
+    layers = bench.model.language_model.layers
+    width, wide = bench.model.config.text_config.hidden_size, layers[0].mlp.down_proj.in_features
+    like = {"device": bench.device, "dtype": bench.dtype}
+    x, y = torch.randn(rows, width, **like), torch.randn(rows, wide, **like)
+    norm = layers[0].input_layernorm
+    normed = {"gain": norm.weight, "eps": norm.variance_epsilon}
+
+    def maps(layer: nn.Module) -> list[torch.Tensor]:
+        attention = layer.self_attn
+        return [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+
+    def both(layer: nn.Module) -> list[torch.Tensor]:
+        return [layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]
+
+    def down(layer: nn.Module) -> list[torch.Tensor]:
+        return [layer.mlp.down_proj.weight]
+
+    def out(layer: nn.Module) -> list[torch.Tensor]:
+        return [layer.self_attn.o_proj.weight]
+
+    first = layers[0]
+    return {
+        "norm, q, k, v": ("maps", lambda layer, **o: project(x, maps(layer), **normed, **o), maps(first)),
+        "o, residual": ("map", lambda layer, **o: project(x, out(layer), residual=x, **o), out(first)),
+        "norm, gate, up": ("gated", lambda layer, **o: project_gated(x, *both(layer), **normed, **o), both(first)),
+        "down, residual": ("map", lambda layer, **o: project(y, down(layer), residual=x, **o), down(first)),
+    }
 
 
 def tiles(bench: Bench) -> Iterator[Row]:
     """The product kernels with other tiles, to choose `decoding_triton.TILE`; the twin is what is chosen now."""
     from ..ops import decoding_triton
 
-    layer = bench.model.language_model.layers[1]
-    weight = layer.self_attn.o_proj.weight
     chosen = dict(decoding_triton.TILE)
-    options = {
-        "one": [(n, k, w) for n in (1, 2, 4, 8, 16) for k in (512, 1024, 2048) for w in (2, 4, 8)
-                if 4 <= n * k / (32 * w) <= 128],
-        "several": [(n, k, w) for n in (16, 32, 64) for k in (64, 128, 256) for w in (2, 4, 8)],
-    }  # fmt: skip
+    one = [(n, k, w) for n in (2, 4, 8, 16) for k in (512, 1024, 2048) for w in (4, 8) if 16 <= n * k / (32 * w) <= 64]
+    several = [(n, k, 4) for n in (16, 32) for k in (128, 256, 512)]
     try:
-        for kind, rows in (("one", 1), ("several", bench.sizes.beams)):
-            x = torch.randn(rows, weight.shape[1], device=bench.device, dtype=bench.dtype)
-
-            def call(x: torch.Tensor = x) -> torch.Tensor:
-                return project(x, [weight], residual=x, backend="triton")
-
-            usual = _replayed(bench, call)
-            for tile in options[kind]:
-                decoding_triton.TILE[kind] = tile
-                yield Row("tiles", f"{kind}: {tile}", "us", 1e6 * _replayed(bench, call), 1e6 * usual,
-                          1e6 * weight.numel() * weight.element_size() / bench.speed.bytes_per_second)  # fmt: skip
-            decoding_triton.TILE[kind] = chosen[kind]
+        for rows, options in ((1, one), (bench.sizes.beams, several)):
+            for name, (kind, work, weights) in _products(bench, rows).items():
+                kind = kind if rows == 1 else "rows"
+                moved = sum(w.numel() * w.element_size() for w in weights)
+                call = partial(work, backend="triton")
+                usual = _replayed(bench, call)
+                for tile in options:
+                    decoding_triton.TILE[kind] = tile
+                    yield Row("tiles", f"{name}, {rows} rows: {tile}", "us", 1e6 * _replayed(bench, call), 1e6 * usual,
+                              1e6 * moved / bench.speed.bytes_per_second)  # fmt: skip
+                decoding_triton.TILE[kind] = chosen[kind]
     finally:
         decoding_triton.TILE.update(chosen)
 
 
-def _replayed(bench: Bench, call: Callable[[], object], times: int = 20) -> float:
-    """Seconds a call inside a CUDA graph of several, the weights being too large for the cache to hold for long.
-
-    A matrix of the release (50 MB) just fits into the L2 cache of the largest GPUs; a large buffer is written before
-    every call to push it out, and its own time is taken off.
-    """
+def _replayed(bench: Bench, work: Callable[[nn.Module], object]) -> float:
+    """Seconds a layer of `work` in a CUDA graph over all layers, whose weights no cache can hold."""
     from ..model.static import capture
 
-    cold = torch.empty(2**27, dtype=torch.uint8, device=bench.device)
+    layers = bench.model.language_model.layers
 
-    def both() -> None:
-        for _ in range(times):
-            cold.zero_()
-            call()
-
-    def only() -> None:
-        for _ in range(times):
-            cold.zero_()
+    def chain() -> None:
+        for layer in layers:
+            work(layer)
 
     with torch.no_grad():
-        graphs = [capture(step, bench.device) for step in (both, only)]
-    whole, empty = (bench.clock.time(graph, 3) for graph in graphs)
-    return max(whole - empty, 1e-9) / times
+        graph = capture(chain, bench.device)
+    return bench.clock.time(graph, 4) / len(layers)

@@ -38,7 +38,7 @@ class TextSettings:
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     num_return_sequences: int = 1
-    cache_implementation: CacheImplementation = "dynamic"  # until recordings have run on a GPU
+    cache_implementation: CacheImplementation = "auto"
 
     def __post_init__(self) -> None:
         checks = [

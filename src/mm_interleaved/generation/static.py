@@ -29,7 +29,7 @@ from ..model.static import Pool, addresses, capture
 from ..model.visual_tokenizer import VisualFeatures
 from ..model.weights import readable
 from ..ops import attend, project, project_gated, promote, why_not_kernels
-from ..ops.decoding import rotate
+from ..ops.decoding import MOST_ROWS, rotate
 from ..ops.int8 import Int8Rows, Weights
 from .context import Context
 from .settings import CacheImplementation
@@ -37,6 +37,8 @@ from .settings import CacheImplementation
 log = logging.getLogger(__name__)
 
 KEPT = 3  # decoders a model keeps for later
+# Rows that the kernels multiply better than the library does, by the type of the weights (`mmi bench --only products`).
+PRODUCT_ROWS, INT8_PRODUCT_ROWS = 1, MOST_ROWS
 COLUMNS = {"cuda": 1024, "cpu": 64}  # room grows by so many columns: a captured step serves several turns of a session
 
 
@@ -116,7 +118,8 @@ class StaticDecoder:
         model: whose language model reads. Only a weak reference is kept.
         room: how much it holds.
         captured: whether to capture the step in a CUDA graph; None: on a CUDA device.
-        kernels: whether to use the Triton kernels of `ops.decoding`; None: if they can run.
+        kernels: whether to use the Triton kernels of `ops.decoding`, those of products where they are better than the
+            library; None: if they can run.
 
     Attributes:
         logits: [rows, vocab] of what comes next, float32 or better.
@@ -366,7 +369,9 @@ class StaticDecoder:
     def _weights(self, *linears: nn.Module) -> list[Weights] | None:
         """What kernels read of modules; None: they must be called."""
         found = [readable(m) for m in linears] if self.kernels else [None]
-        return None if any(w is None for w in found) or len({type(w) is Int8Rows for w in found}) > 1 else found
+        kinds = {type(w) is Int8Rows for w in found}
+        most = INT8_PRODUCT_ROWS if True in kinds else PRODUCT_ROWS
+        return None if any(w is None for w in found) or len(kinds) > 1 or self.room.rows > most else found
 
     def _project(self, x: Tensor, norm: nn.Module, maps: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
         weights = self._weights(*maps)
@@ -379,9 +384,11 @@ class StaticDecoder:
 
     def _add(self, residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
         weights = self._weights(linear)
-        if weights is None:
-            return residual + linear(x)
-        return project(x, weights, [linear.bias], residual=residual, backend="triton")
+        if weights is not None:
+            return project(x, weights, [linear.bias], residual=residual, backend="triton")
+        if type(linear) is nn.Linear and linear.bias is None:
+            return torch.addmm(residual, x, linear.weight.T)
+        return residual + linear(x)
 
     def _mlp(self, layer: MMFSDecoderLayer, hidden: Tensor) -> Tensor:
         mlp, norm = layer.mlp, layer.post_attention_layernorm

@@ -86,7 +86,7 @@ class StaticUNet:
         return self.prediction.clone()
 
     def _step(self) -> None:
-        unet = self._compiled or self._unet()
+        unet = self._unet() if self._compiled is None else self._compiled
         prediction = unet(self.latents, self.timestep, self.conditions, self.earlier, self.text)
         if self.prediction is None:
             self.prediction = torch.empty_like(prediction)

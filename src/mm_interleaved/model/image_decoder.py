@@ -93,7 +93,7 @@ class ImageSettings:
     unconditional_sees_images: bool = True
     preview_every: int = 0
     batch_size: int = 8
-    cache_implementation: CacheImplementation = "dynamic"  # until recordings have run on a GPU
+    cache_implementation: CacheImplementation = "auto"
     compile: bool = False
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
 

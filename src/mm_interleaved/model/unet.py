@@ -36,6 +36,8 @@ class EarlierImages:
         shapes: (height, width) of every level.
         visible: which of them each drawn picture sees; a group is one drawn picture.
         prepared: for every synchronizer what it derived from the features; None: derived anew in each call (training).
+        centres: by side of a map of the UNet, the points [1, side * side, 2] around which its cells look; None: made
+            anew in each call.
     """
 
     features: Tensor
@@ -43,6 +45,7 @@ class EarlierImages:
     shapes: Shapes
     visible: VisibleImages
     prepared: list[PreparedMMFS] | None = None
+    centres: dict[int, Tensor] | None = None
 
     @classmethod
     def build(cls, pyramid: list[Tensor], images: Tensor) -> EarlierImages:
@@ -100,15 +103,14 @@ class UNetSynchronizer(GradientCheckpointingLayer):
             prepared.output = self.mmfs.fold_output(self.conv.weight[:, :, 0, 0], self.conv.bias)
         return prepared
 
-    def forward(self, x: Tensor, earlier: EarlierImages, prepared: PreparedMMFS | None) -> Tensor:
-        """`x` [drawings, channels, side, side], a group of `earlier.visible` being one drawing."""
+    def forward(self, x: Tensor, earlier: EarlierImages, prepared: PreparedMMFS | None, centres: Tensor) -> Tensor:
+        """`x` [drawings, channels, side, side] around `centres`; a group of `earlier.visible` is one drawing."""
         if earlier.visible.images.shape[1] == 0:  # nobody sees anything: the same vector in every cell
             query = x.new_zeros(1, 1, x.shape[1])
         else:
             query = self.query_norm(x.flatten(2).transpose(1, 2)) + self.positions().to(x.dtype)
         if prepared is None:
             prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.normed)))
-        centres = cell_centres([self.side], x.device)[None]
         seen = self.mmfs(
             query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side
         )
@@ -171,7 +173,13 @@ class MMFSUNet(UNet2DConditionModel):
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
         """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
-        return replace(earlier, prepared=[synchronizer.prepare(earlier.normed) for synchronizer in self.synchronizers])
+        prepared = [synchronizer.prepare(earlier.normed) for synchronizer in self.synchronizers]
+        return replace(earlier, prepared=prepared, centres=self._centres(earlier.features.device))
+
+    def _centres(self, device: torch.device) -> dict[int, Tensor]:
+        """See `EarlierImages.centres`."""
+        sides = {synchronizer.side for synchronizer in self.synchronizers}
+        return {side: cell_centres([side], device)[None] for side in sides}
 
     def prepare_text(self, conditions: Tensor) -> KeptText:
         """Keys and values of `conditions` [drawings, tokens, cross_attention_dim], which no step changes."""
@@ -215,8 +223,9 @@ class MMFSUNet(UNet2DConditionModel):
 
         if earlier is not None and len(self.synchronizers):
             prepared = earlier.prepared or [None] * len(self.synchronizers)
+            centres = earlier.centres or self._centres(sample.device)
             tensors = zip(self.synchronizers, [*skips, sample], prepared, strict=True)
-            *skips, sample = (synchronizer(x, earlier, p) for synchronizer, x, p in tensors)
+            *skips, sample = (look(x, earlier, p, centres[look.side]) for look, x, p in tensors)
 
         for block in self.up_blocks:
             count = len(block.resnets)

@@ -25,7 +25,7 @@ from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, on_triton
 
 Backend = Literal["plain", "triton"]
 
-MOST_ROWS = 16  # that a kernel multiplies with a matrix at a time; more are a matter for matrix multiplication
+MOST_ROWS = 16  # that a kernel of products multiplies with a matrix at a time
 WIDEST_HEAD = 256
 
 
@@ -41,8 +41,6 @@ def why_not_kernels(x: Tensor, head_dim: int) -> str | None:
         return f"the kernels are for CUDA devices, and the model is on {x.device}"
     if x.dtype not in KERNEL_DTYPES:
         return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {x.dtype}"
-    if len(x) > MOST_ROWS:
-        return f"{len(x)} rows; the kernels take at most {MOST_ROWS}"
     if head_dim > WIDEST_HEAD or head_dim % 2:
         return f"heads of {head_dim} channels; the kernels take even numbers up to {WIDEST_HEAD}"
     return None
@@ -67,7 +65,7 @@ def project(
     """[rows, sum of outputs] linear maps of one input, side by side.
 
     Args:
-        x: [rows, width].
+        x: [rows, width]; at most `MOST_ROWS` rows for the kernel.
         weights: [outputs, width] each; at most 3, all plain or all of whole numbers.
         biases: [outputs] or None each; None: no biases.
         gain: [width] of an RMS norm before the maps; None: no norm.
