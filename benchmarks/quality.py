@@ -5,8 +5,13 @@ python benchmarks/quality.py runs/pretrain/final --samples 500 --device cuda
 
     captions    a picture and the caption's prompt; what the text states is compared with the scene
     questions   a picture and one question; the answer must be one that people give
+    typed       the same, up to `--each` questions of each of `--types` about a scene, for what is rarely asked
+    boxes       a picture and an expression for one thing in it; the box must overlap the thing's by half or more
     drawing     a caption; the picture is read by `toyworld.reader` and compared with what the caption states
     stories     text and first picture are given, later texts too; each picture is drawn from those drawn before it
+    frames      the same, each picture drawn from the true ones before it
+
+`typed`, `boxes` and `frames` are asked where `--tasks` names them. `n_...` is how often a type was asked.
 """
 
 from __future__ import annotations
@@ -24,21 +29,30 @@ import numpy as np
 import PIL.Image
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from mm_interleaved import Document, DocumentFinished, Image, ImageSettings, Text, TextSettings
 from mm_interleaved.bench.machine import describe
+from mm_interleaved.files import write_atomic
+from mm_interleaved.metrics.grounding import grounding_accuracy, parse_box
 from mm_interleaved.model.quantization import QUANTIZATIONS
 from mm_interleaved.pretrained import Loaded, load
-from mm_interleaved.toyworld.documents import CAPTION_PROMPT, VQA_SHORT
-from mm_interleaved.toyworld.draw import draw
-from mm_interleaved.toyworld.language import caption, questions, score_caption
+from mm_interleaved.toyworld.documents import CAPTION_PROMPT, REFER_PROMPT, VQA_SHORT, box_text
+from mm_interleaved.toyworld.draw import boxes, draw
+from mm_interleaved.toyworld.language import caption, questions, referring, score_caption
+from mm_interleaved.toyworld.language.questions import QUESTIONS, Question
 from mm_interleaved.toyworld.reader import Reader, Seen
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import Scene
 from mm_interleaved.toyworld.score import SceneScore, match
-from mm_interleaved.toyworld.stories import Story, story
+from mm_interleaved.toyworld.stories import Frame, Story, story
+from mm_interleaved.training.building import DTYPES
+from mm_interleaved.training.ema import FILE as AVERAGE
 
 T = TypeVar("T")
+TASKS = ("captions", "questions", "drawing", "stories", "typed", "boxes", "frames")
+BOX_TOKENS = 32  # "(012,045)(678,999)</box>" are 20
+MANY = 64  # questions about a scene, more than there are, of which those of the wanted types are asked
 say = Console(stderr=True).print
 
 
@@ -56,18 +70,19 @@ class Exam:
         self.size = self.processor.target_size
         self.image = ImageSettings(
             num_inference_steps=options.steps, guidance_scale=options.guidance, batch_size=options.batch,
-            seed=options.seed, scheduler=options.scheduler,
+            seed=options.seed, scheduler=options.scheduler, cache_implementation=options.implementation,
         )  # fmt: skip
 
-    def scenes(self, kind: int) -> Iterator[tuple[Scene, np.random.Generator]]:
+    def scenes(self, kind: int, count: int | None = None) -> Iterator[tuple[Scene, np.random.Generator]]:
         """Held-out scenes, others for every kind of task."""
-        for index in range(self.options.samples):
+        for index in range(count or self.options.samples):
             rng = scene_rng(self.options.seed + 1000 * kind, self.options.split, index)
             yield random_scene(rng, split=self.options.split), rng
 
     def write(self, documents: Sequence[Document], longest: int) -> list[str]:
         """Greedy continuations."""
-        settings = TextSettings(max_new_tokens=longest, min_new_tokens=1, num_beams=1)
+        settings = TextSettings(max_new_tokens=longest, min_new_tokens=1, num_beams=1,
+                                cache_implementation=self.options.implementation)  # fmt: skip
         texts = []
         for part in batches(documents, self.options.batch):
             batch = self.processor(list(part), padding_side="left").to(self.model.compute_device)
@@ -99,19 +114,40 @@ class Exam:
 
     def questions(self) -> dict[str, float]:
         """Answers that are right, in all and by what is asked."""
-        asked = [(scene, question) for scene, rng in self.scenes(2) for question in questions(scene, rng, 4)]
-        given = [Document([Image(draw(s, self.size)), Text(VQA_SHORT.format(question=q.question))]) for s, q in asked]
+        return self._answers([(scene, questions(scene, rng, 4)) for scene, rng in self.scenes(2)])
+
+    def typed(self) -> dict[str, float]:
+        """The same, of the types that are wanted up to so many for each scene."""
+        asked = []
+        for scene, rng in self.scenes(5):
+            found = questions(scene, rng, MANY)
+            by_type = [[q for q in found if q.type == name][: self.options.each] for name in self.options.types]
+            asked.append((scene, [q for some in by_type for q in some]))
+        return self._answers(asked)
+
+    def _answers(self, asked: Sequence[tuple[Scene, Sequence[Question]]]) -> dict[str, float]:
+        pairs = [(picture, q) for scene, some in asked for picture in [draw(scene, self.size)] for q in some]
+        given = [Document([Image(picture), Text(VQA_SHORT.format(question=q.question))]) for picture, q in pairs]
         right, count = Counter(), Counter()
-        for (_, question), text in zip(asked, self.write(given, 6), strict=True):
+        for (_, question), text in zip(pairs, self.write(given, 6), strict=True):
             said = text.strip().lower().rstrip(".")
             right[question.type] += said in {question.answer, *question.answers}
             count[question.type] += 1
         by_type = {name: right[name] / count[name] for name in sorted(count)}
-        return {"right": right.total() / count.total(), "questions": count.total(), **by_type}
+        counts = {f"n_{name}": count[name] for name in sorted(count)}
+        return {"right": right.total() / max(count.total(), 1), "questions": count.total(), **by_type, **counts}
+
+    def boxes(self) -> dict[str, float]:
+        """Things that are meant and found: boxes that overlap theirs by half or more; how much all do."""
+        asked = [(scene, referring(scene, rng)) for scene, rng in self.scenes(6)]
+        given = [Document([Image(draw(s, self.size)), Text(REFER_PROMPT.format(text=m.text))]) for s, m in asked]
+        told = [parse_box(box_text(boxes(s, self.size)[m.index], self.size)) for s, m in asked]
+        result = grounding_accuracy(dict(enumerate(self.write(given, BOX_TOKENS))), dict(enumerate(told)))
+        return {name: value / 100 for name, value in result.values.items()} | {"boxes": len(asked)}
 
     def drawing(self) -> dict[str, float]:
         """What is found of what the caption asked for."""
-        asked = [(scene, caption(scene, rng)) for scene, rng in self.scenes(3)]
+        asked = [(scene, caption(scene, rng)) for scene, rng in self.scenes(3, self.options.drawn)]
         blank = PIL.Image.new("RGB", (self.size, self.size), (128, 128, 128))
         pictures = self.paint([Document([Text(told.text), Image(blank)]) for _, told in asked])
         total = SceneScore()
@@ -123,22 +159,43 @@ class Exam:
 
     def stories(self) -> dict[str, float]:
         """Looks that no text tells and that are kept; things that are where and what the text makes them."""
-        told = []
-        for index in range(self.options.samples):
-            rng = scene_rng(self.options.seed + 4000, self.options.split, index)
-            told.append(story(rng, frames=(3, 5), split=self.options.split))
         total = SceneScore()
         shown: list[tuple[str, PIL.Image.Image]] = []
-        for part in batches(told, self.options.batch):
+        for part in batches(self._stories(), self.options.batch):
             for number, result in self._tell(part):
                 pictures = [s.source for s in result.segments if isinstance(s, Image)][1:]
-                for frame, picture, seen in zip(
-                    part[number].frames[1:], pictures, self._read(pictures), strict=True
-                ):  # fmt: skip
-                    total = total + match(frame.scene, seen, (), frame.unsaid)
-                    shown.append((frame.text, picture))
+                total = total + self._compared(part[number].frames[1:], pictures)
+                shown += zip([f.text for f in part[number].frames[1:]], pictures, strict=True)
         self._keep("stories", shown)
-        return total.rates() | {"frames": total.pictures, "unsaid": total.unsaid}
+        return self._rates(total)
+
+    def frames(self) -> dict[str, float]:
+        """The same where nothing that was drawn before can be wrong."""
+        given, asked = [], []
+        blank = PIL.Image.new("RGB", (self.size, self.size), (128, 128, 128))
+        for one in self._stories():
+            seen = [[Text(frame.text), Image(draw(frame.scene, self.size))] for frame in one.frames]
+            for number, frame in enumerate(one.frames[1:], 1):
+                before = [segment for pair in seen[:number] for segment in pair]
+                given.append(Document([*before, Text(frame.text), Image(blank)]))
+                asked.append(frame)
+        pictures = self.paint(given)
+        self._keep("frames", [(frame.text, picture) for frame, picture in zip(asked, pictures, strict=True)])
+        return self._rates(self._compared(asked, pictures))
+
+    def _stories(self) -> list[Story]:
+        rngs = [scene_rng(self.options.seed + 4000, self.options.split, i)
+                for i in range(self.options.drawn or self.options.samples)]  # fmt: skip
+        return [story(rng, frames=(3, 5), split=self.options.split) for rng in rngs]
+
+    def _compared(self, frames: Sequence[Frame], pictures: Sequence[PIL.Image.Image]) -> SceneScore:
+        found = [match(f.scene, seen, (), f.unsaid) for f, seen in zip(frames, self._read(pictures), strict=True)]
+        return sum(found, SceneScore())
+
+    @staticmethod
+    def _rates(total: SceneScore) -> dict[str, float]:
+        in_place = total.right_cell / total.requested if total.requested else 0.0
+        return total.rates() | {"in_place": in_place, "frames": total.pictures, "unsaid": total.unsaid}
 
     def _tell(self, part: Sequence[Story]) -> Iterator[tuple[int, Document]]:
         documents = []
@@ -151,6 +208,7 @@ class Exam:
             documents, self.processor, progress=False, force_image=True, replace_texts=True, num_beams=1,
             max_new_tokens=1, min_new_tokens=0, num_inference_steps=self.options.steps,
             guidance_scale=self.options.guidance, scheduler=self.options.scheduler, seed=self.options.seed,
+            batch_size=self.options.batch, cache_implementation=self.options.implementation,
         )  # fmt: skip
         for event in events:
             if isinstance(event, DocumentFinished):
@@ -172,35 +230,60 @@ class Exam:
         (self.options.pictures / f"{name}.txt").write_text("\n".join(text for text, _ in shown) + "\n")
 
 
-def main() -> None:
-    """Examine, print, and keep."""
+def averaged(folder: Path, model: torch.nn.Module) -> None:
+    """Give `model` the average that the checkpoint of a run keeps beside its weights, as its `final` folder has it."""
+    if (folder / AVERAGE).is_file():
+        average = load_file(folder / AVERAGE)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in average.items():
+                parameters[name].copy_(value)
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="small, or the folder of a checkpoint")
     parser.add_argument("--split", default="test")
     parser.add_argument("--samples", type=int, default=200, help="scenes a task")
+    parser.add_argument("--drawn", type=int, help="scenes or stories of each task that draws; default: as many")
+    parser.add_argument(
+        "--types", nargs="+", choices=sorted(QUESTIONS), default=["where", "count", "place", "relation"]
+    )
+    parser.add_argument("--each", type=int, default=2, help="questions of each of --types about a scene")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30, help="of each picture")
     parser.add_argument("--scheduler", default="DDPMScheduler", help="of diffusers")
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--implementation", choices=("auto", "static", "dynamic"), default="auto", help="of caches")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the language model")
-    parser.add_argument("--tasks", nargs="+", default=["captions", "questions", "drawing", "stories"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:4]))
     parser.add_argument("--pictures", type=Path, help="folder for sheets of what was drawn")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    loaded = load(options.model, torch.float32, options.device, options.quantization)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Examine, print, and keep."""
+    options = arguments()
+    loaded = load(options.model, DTYPES[options.dtype], options.device, options.quantization)
+    averaged(Path(options.model), loaded.model)
     exam = Exam(loaded, Reader.load(device=options.device), options)
     drawn = exam.model.image_decoder.settled(exam.image)
-    result: dict[str, object] = {**describe(), "image": asdict(drawn)}
+    seconds: dict[str, float] = {}
+    result: dict[str, object] = {**describe(), "image": asdict(drawn), "seconds": seconds}
     for task in options.tasks:
         begin = time.perf_counter()
         scores = {name: round(value, 4) for name, value in getattr(exam, task)().items()}
         result[task] = scores
-        say(f"{task} ({time.perf_counter() - begin:.0f} s):", scores)
+        seconds[task] = round(time.perf_counter() - begin, 1)
+        say(f"{task} ({seconds[task]:.0f} s):", scores)
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_atomic(options.output, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

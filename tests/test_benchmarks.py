@@ -55,3 +55,15 @@ def test_quality(tmp_path: Path) -> None:
     measure("quality.py", "small", "--samples", 1, "--steps", 1, "--output", tmp_path / "q.json")
     found = json.loads((tmp_path / "q.json").read_text())
     assert {"captions", "questions", "drawing", "stories"} <= found.keys()
+
+
+def test_quality_of_what_mmfs_is_for(tmp_path: Path) -> None:
+    """Places, boxes and pictures after others are asked for where they are named."""
+    sizes = ["--samples", 2, "--drawn", 1, "--each", 1, "--types", "where", "count", "--steps", 1]
+    tasks = ["--tasks", "typed", "boxes", "frames"]
+    measure("quality.py", "small", *sizes, *tasks, "--output", tmp_path / "q.json")
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert found["typed"]["n_where"] + found["typed"]["n_count"] == found["typed"]["questions"] > 0
+    assert found["boxes"].keys() >= {"accuracy", "mean_iou"}
+    assert found["boxes"]["boxes"] == 2
+    assert found["frames"]["frames"] in range(2, 5)

@@ -328,7 +328,7 @@ def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.Mon
     found = []
     for compiled in (False, True):
         if compiled:
-            compile_regions(small.model, "aot_eager")
+            compile_regions(small.model, "regional", "aot_eager")
         small.model.zero_grad()
         step = RecordedStep(shapes)
         found.append((step(small.model, inputs).loss, small.model.context_proj.weight.grad.clone()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -173,7 +174,7 @@ def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
         return from_components(config, *folders, torch.float32, MMInterleaved)
     if source.checkpoint is None:
         return MMInterleaved(config)
-    if source.mmfs.llm and source.mmfs.unet:
+    if source.mmfs.llm and source.mmfs.unet and not source.fresh:
         return MMInterleaved.from_pretrained(source.checkpoint, config=config, dtype=torch.float32)
     whole = config.to_dict()  # the checkpoint's synchronizers have to go somewhere to be left out
     whole["mmfs"]["enabled"] = whole["image_decoder"]["mmfs"]["enabled"] = True
@@ -181,8 +182,29 @@ def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
         source.checkpoint, config=MMInterleavedConfig(**whole), dtype=torch.float32
     ).state_dict()  # fmt: skip
     model = MMInterleaved(config)
-    model.load_state_dict({name: given[name] for name in model.state_dict()})
+    own = model.state_dict()
+    fresh = fresh_names(list(own), source.fresh)
+    model.load_state_dict({name: own[name] if name in fresh else given[name] for name in own})
     return model
+
+
+def fresh_names(names: list[str], patterns: list[str]) -> set[str]:
+    """Those of `names` in which one of `patterns` is found.
+
+    Raises:
+        ValueError: a pattern is no regular expression, or fits no name.
+    """
+    found = set()
+    for text in patterns:
+        try:
+            pattern = re.compile(text)
+        except re.error as error:
+            raise ValueError(f"model.fresh: '{text}' is not a regular expression: {error}") from None
+        fitting = {name for name in names if pattern.search(name)}
+        if not fitting:
+            raise ValueError(f"model.fresh: the pattern '{text}' fits no parameter of the model")
+        found |= fitting
+    return found
 
 
 def given_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved | None:

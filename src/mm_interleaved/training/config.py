@@ -11,7 +11,7 @@ from ..evaluation.config import TaskSuite
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "linear")
 PRECISIONS = ("float32", "bfloat16", "float16")
-COMPILES = ("none", "regional")
+COMPILES = ("none", "regional", "decoder")
 RESUMES = ("auto", "never")
 
 
@@ -127,7 +127,7 @@ class RunConfig:
         seed: seed of the initialisation and of every draw.
         accumulation: batches for each step.
         precision: type in which matrices are multiplied. Trainable weights are always kept in float32.
-        compile: "regional" compiles the parts of the model whose shapes hardly change.
+        compile: "regional" compiles the blocks that repeat, "decoder" only the layers of the language model.
         log_every, save_every, eval_every, sample_every: steps between two of each; 0: never.
         keep_checkpoints: how many of the newest stay.
         resume: "auto" (go on from the newest whole checkpoint, if there is one), "never", or a checkpoint folder.
@@ -211,6 +211,7 @@ class ModelConfig:
         language: folder of a language model that `mmi train-language` wrote, to start from.
         unet: folder of a model whose UNet is taken instead of its own.
         mmfs: which synchronizers there are.
+        fresh: parameters of the checkpoint whose name contains one of these regular expressions are initialised anew.
         overrides: values of the model's configuration, nested as there.
     """
 
@@ -223,6 +224,7 @@ class ModelConfig:
     language: str | None = None
     unet: str | None = None
     mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
+    fresh: list[str] = field(default_factory=list)
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -230,6 +232,8 @@ class ModelConfig:
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"'model' needs exactly one of 'preset', 'checkpoint' and 'components', not {found}")
+        if self.fresh and self.checkpoint is None:
+            raise ValueError("'model.fresh' names what is not taken from a checkpoint: give 'model.checkpoint'")
 
 
 @dataclass

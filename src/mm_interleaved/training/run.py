@@ -44,7 +44,11 @@ from .vision import WEIGHTS as VISION
 from .vision import VisionTask
 
 FINAL = "final"
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer, MMFSDecoderLayer, ResamplerLayer)
+BLOCKS = {  # what `compile` compiles, by its value
+    "none": (),
+    "regional": (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer, MMFSDecoderLayer, ResamplerLayer),
+    "decoder": (MMFSDecoderLayer,),
+}
 
 
 def train(
@@ -76,8 +80,7 @@ def train(
         model.keep_conditions(config.losses.conditions)
     if config.gradient_checkpointing:
         enable_checkpointing(model, config.selective_checkpointing)
-    if config.compile == "regional":
-        compile_regions(model)
+    compile_regions(model, config.compile)
     cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
     ranks = {"rank": args.process_index, "world_size": args.world_size}
     prepare = prepare_documents(model, config.losses, config.shapes)
@@ -123,6 +126,8 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
         if config.compile == "regional":
             task.vae.encoder.compile()
             task.vae.decoder.compile()
+        else:
+            compile_regions(task, config.compile)
         return task
 
     def finish(trainer: RunTrainer, folder: Path) -> None:
@@ -148,8 +153,7 @@ def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, d
             task.visual_tokenizer.load_state_dict(given.visual_tokenizer.state_dict())
         if config.model.vision is not None:
             load_vision(task.visual_tokenizer, config.model.vision)
-        if config.compile == "regional":
-            compile_regions(task)
+        compile_regions(task, config.compile)
         return task
 
     finish = _keep(VisionTask.weights, VISION)
@@ -172,8 +176,7 @@ def train_language(
             task.model.load_state_dict(given.state_dict())
         if config.model.language is not None:
             load_language(task.model, config.model.language)
-        if config.compile == "regional":
-            compile_regions(task)
+        compile_regions(task, config.compile)
         return task
 
     def texts(data: PicturesConfig) -> ToyTexts:
@@ -311,12 +314,23 @@ def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleav
                 processor.save_pretrained(aside)
 
 
-def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
+def compile_regions(model: nn.Module, which: str = "regional", backend: str = "inductor") -> None:
     """Compile the blocks that repeat, one by one: fewer and larger kernels, and what is alike is compiled once.
 
     Compiled whole, a small model had not made its first step after 80 s on an H200.
+
+    Args:
+        model: whatever is trained.
+        which: "regional" for all kinds of blocks; "decoder" for the language model's layers, of which there are two
+            kinds only, with MMFS and without; "none".
+        backend: of PyTorch's compiler.
+
+    Raises:
+        ValueError: there are no such blocks.
     """
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS[which])]
+    if not blocks and which != "none":
+        raise ValueError(f"compile: {which} finds nothing to compile in what is trained here; take none or regional")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # sizes of a UNet's blocks
-    for module in model.modules():
-        if isinstance(module, BLOCKS):
-            module.compile(dynamic=False, backend=backend)
+    for module in blocks:
+        module.compile(dynamic=False, backend=backend)
