@@ -74,7 +74,7 @@ def test_results_and_gradients_are_the_compositions(
 @with_triton
 def test_half_precision_is_as_exact_as_its_rounding() -> None:
     value, offsets, logits, reference = (x.to(DEVICE, torch.float32) for x in inputs(THREE))
-    exact = deformable_attention_around(value.bfloat16().float(), THREE, offsets, logits, reference)
+    exact = deformable_attention_around(value.bfloat16().float(), THREE, offsets, logits, reference, "plain")
     found = deformable_attention_around(value.bfloat16(), THREE, offsets, logits, reference, "triton")
     assert found.dtype == torch.bfloat16
     assert relative(found.float(), exact) < 2**-8
@@ -95,5 +95,5 @@ def test_the_adapters_attention_gives_the_same() -> None:
 
 def test_without_a_device_for_them_the_composition_runs() -> None:
     given = [x.float() for x in inputs(THREE)]
-    plain = deformable_attention_around(given[0], THREE, *given[1:])
+    plain = deformable_attention_around(given[0], THREE, *given[1:], "plain")
     assert torch.equal(deformable_attention_around(given[0], THREE, *given[1:], "auto"), plain)

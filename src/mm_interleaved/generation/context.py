@@ -6,6 +6,9 @@ W12).
 
 Rows of a batch grow unevenly. Each call of `append` adds as many columns as its longest row needs; where a row has
 nothing in a column, the column is masked out for it for good. A row's real tokens are always in order.
+
+What follows from token ids alone is computed by the host before the device has anything to do (`_Arrivals`). From then
+on nothing waits for the device, which otherwise would stand still while the host starts the language model's kernels.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory
@@ -37,6 +42,59 @@ def _join_memory(old: ImageMemory, new: ImageMemory) -> ImageMemory:
     return ImageMemory(torch.cat([old.features, new.features]), old.shapes, prepared)
 
 
+class FirstAsItIs(DynamicLayer):
+    """Keys and values of a layer that grow; the first ones, often thousands of columns, are kept and not copied.
+
+    But parts of something larger are copied, lest that is kept as well, or written over.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values [batch, key heads, columns, dim], the new ones included."""
+        if self.is_initialized or not (_is_whole(key_states) and _is_whole(value_states)):
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+def _is_whole(x: Tensor) -> bool:
+    return x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+@dataclass
+class _Arrivals:
+    """What the host knows of tokens that are about to be read; its tensors are on the CPU.
+
+    Attributes:
+        rows: of the whole pictures, in their order.
+        images: [batch, n, slots] pictures each token sees, most recent first, -1 = none.
+        visible: [batch, slots] those that the next token of each row sees.
+        gapless: whether every row has a token in every column.
+    """
+
+    rows: list[int]
+    images: Tensor
+    visible: Tensor
+    gapless: bool
+
+    @classmethod
+    def of(cls, model: MMInterleavedModel, ids: Tensor, mask: Tensor, visible: Tensor, first: int) -> _Arrivals:
+        """For `ids` and `mask` [batch, n] after tokens that left `visible` [batch, slots]; `first` numbers pictures."""
+        config = model.config
+        begins = (ids == config.soi_token_id) & (mask == 1)
+        followed = torch.cat([ids[:, 1:] == config.image_token_id, torch.zeros_like(begins[:, :1])], dim=1)
+        whole = ids.masked_fill(begins & ~followed, -1)  # without the SOI tokens of pictures still to be drawn
+        images = visible_images(whole, mask, config.bos_token_id, config.soi_token_id)
+        restarted = (ids == config.bos_token_id).cumsum(1) > 0
+        known = visible[:, None].masked_fill(restarted[..., None], -1)
+        images = _newest_first(torch.cat([torch.where(images >= 0, images + first, -1), known], dim=-1))
+        slots = max(images.shape[-1], visible.shape[1])
+        after = _at_last(_widen(images, slots), mask, _widen(visible, slots))
+        return cls((begins & followed).nonzero()[:, 0].tolist(), images, after, bool(mask.all()))
+
+
 @dataclass
 class Context:
     """State of `batch` rows.
@@ -54,6 +112,8 @@ class Context:
         pending: reads what belongs to the rows but has not been needed yet.
         tokens_read: tokens that went through the language model so far, padding included.
         images_read: pictures that were encoded so far.
+        gapless: whether every row is known to have a token in every column; then attention needs no mask.
+        eyes: encodes pictures [pictures, 3, side, side], perhaps by a recording; None: `model.encode_images`.
     """
 
     model: MMInterleavedModel
@@ -68,6 +128,8 @@ class Context:
     pending: Callable[[], object] | None = None
     tokens_read: int = 0
     images_read: int = 0
+    gapless: bool = True
+    eyes: Callable[[Tensor], VisualFeatures] | None = None
 
     @classmethod
     def empty(cls, model: MMInterleavedModel, batch: int) -> Context:
@@ -76,12 +138,17 @@ class Context:
         nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
         last = torch.zeros(batch, width, dtype=model.dtype, device=device)
         cache = DynamicCache(config=model.config.text_config)
+        cache.layers = [FirstAsItIs() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cls(model, cache, nothing, [], last, None, nothing, [[] for _ in range(batch)], [])
 
     @property
     def lengths(self) -> Tensor:
         """[batch] tokens of each row."""
         return self.mask.sum(1)
+
+    def encode(self, pixel_values: Tensor) -> VisualFeatures:
+        """Features of `pixel_values` [pictures, 3, image_size, image_size]."""
+        return (self.eyes or self.model.encode_images)(pixel_values)
 
     def defer(self, read: Callable[[], object]) -> None:
         """Call `read`, one of the `append` methods, as soon as something depends on it; perhaps never."""
@@ -106,39 +173,45 @@ class Context:
 
         Returns:
             Hidden states [batch, n, width] of the new columns.
+
+        Raises:
+            ValueError: the number of image tokens does not fit that of the pictures.
         """
         self.flush()
-        config, device = self.model.config, self.mask.device
-        input_ids, mask = input_ids.to(device), mask.to(device)
-        begins = (input_ids == config.soi_token_id) & (mask == 1)
-        followed = torch.cat([input_ids[:, 1:] == config.image_token_id, torch.zeros_like(begins[:, :1])], dim=1)
-        whole = input_ids.masked_fill(begins & ~followed, -1)  # without the SOI tokens of pictures still to be drawn
-        images = visible_images(whole, mask, config.bos_token_id, config.soi_token_id)
-        features = None
-        if pixel_values is not None and len(pixel_values):
-            features = self.model.encode_images(pixel_values)
-            first = self._add_images(features, (begins & followed).nonzero()[:, 0].tolist())
-            images = torch.where(images >= 0, images + first, -1)
-        restarted = (input_ids == config.bos_token_id).cumsum(1) > 0
-        known = self.visible[:, None].masked_fill(restarted[..., None], -1)
-        images = _newest_first(torch.cat([images, known], dim=-1))
-        hidden = self._read(self.model.embed(input_ids, features.tokens if features else None), mask, images)
-        slots = max(images.shape[-1], self.visible.shape[1])
-        self.visible = _at_last(_widen(images, slots), mask, _widen(self.visible, slots))
+        count = 0 if pixel_values is None else len(pixel_values)
+        ids = input_ids.cpu()
+        if count:
+            self.model.check_slots(ids, count)
+        first = 0 if self.memory is None or not count else len(self.memory)
+        new = _Arrivals.of(self.model, ids, mask.cpu(), self.visible.cpu(), first)
+        input_ids, mask, images, visible = (self._here(x) for x in (input_ids, mask, new.images, new.visible))
+        features = self.encode(pixel_values) if count else None
+        if features is not None:
+            self._add_images(features, new.rows)
+        embeds = self.model.embed(input_ids, features.tokens if features else None, checked=True)
+        hidden = self._read(embeds, mask, images, new.gapless)
+        self.visible = visible
         return hidden
+
+    def _here(self, x: Tensor) -> Tensor:
+        """`x` where the rows are, on its way there."""
+        device = self.mask.device
+        pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+        return pinned.to(device, non_blocking=True)
 
     @torch.no_grad()
     def append_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Like `append` for plain text without `<s>` and pictures; cheaper."""
         self.flush()
         images = self.visible[:, None].expand(-1, input_ids.shape[1], -1)
-        return self._read(self.model.embed(input_ids, None), mask, images)
+        gapless = mask.device.type == "cpu" and bool(mask.all())  # elsewhere the host would have to wait to know
+        return self._read(self.model.embed(input_ids, None), mask, images, gapless)
 
     @torch.no_grad()
     def append_images(self, rows: list[int], pixel_values: Tensor) -> None:
         """Read the pictures that `rows`, each ending with a begin-of-image token, have been waiting for."""
         self.flush()
-        self.append_features(rows, self.model.encode_images(pixel_values))
+        self.append_features(rows, self.encode(pixel_values))
 
     @torch.no_grad()
     def append_features(self, rows: list[int], features: VisualFeatures, read: Read | None = None) -> None:
@@ -153,15 +226,17 @@ class Context:
         embeds = torch.zeros(batch, count, features.tokens.shape[-1], dtype=features.tokens.dtype, device=mask.device)
         embeds[rows] = features.tokens
         images = torch.where(mask[..., None] == 1, self.visible[:, None], -1)
-        (read or self._read)(embeds, mask, images)
+        (read or partial(self._read, gapless=len(set(rows)) == batch))(embeds, mask, images)
 
-    def _read(self, embeds: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+    def _read(self, embeds: Tensor, mask: Tensor, images: Tensor, gapless: bool = False) -> Tensor:
         positions = (self.lengths[:, None] + mask.cumsum(1) - 1).clamp(min=0)
         self.mask = torch.cat([self.mask, mask], dim=1)
         images = images.masked_fill(mask[..., None] == 0, -1)
         if self.memory is None:
             self.memory = self.model.remember(self.model.empty_pyramid())
-        hidden = self.model.decode(embeds, self.memory, images, self.mask, positions, self.cache)
+        self.gapless &= gapless
+        seen = None if self.gapless else self.mask
+        hidden = self.model.decode(embeds, self.memory, images, seen, positions, self.cache)
         self._keep(hidden, mask)
         return hidden
 
@@ -177,7 +252,7 @@ class Context:
             hidden: [batch, n, width] last hidden states.
             mask: [batch, n], 0 where a row has nothing.
         """
-        self.mask = torch.cat([self.mask, mask], dim=1)
+        self.mask, self.gapless = torch.cat([self.mask, mask], dim=1), False
         self._keep(hidden, mask)
 
     def _add_images(self, features: VisualFeatures, rows: list[int]) -> int:
@@ -211,6 +286,8 @@ class Context:
             self.visible[rows],
             [list(self.row_images[r]) for r in chosen],
             list(self.pyramids),
+            gapless=self.gapless,
+            eyes=self.eyes,
         )
 
     def reorder(self, rows: Tensor) -> None:
@@ -222,7 +299,7 @@ class Context:
     def forget(self, row: int, since: int) -> None:
         """Take back the text of a row from column `since` on; `<s>` at least must stand before it."""
         self.flush()
-        self.mask[row, since:] = 0
+        self.mask[row, since:], self.gapless = 0, False
         self.hidden = [torch.cat(self.hidden, dim=1)]
         self.last[row] = self.hidden[0][row, self.mask[row].nonzero()[-1, 0]]
 

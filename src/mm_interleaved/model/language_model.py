@@ -6,6 +6,9 @@ MLP, norms, rotary positions, masks and caches. Only the decoder layer is ours, 
     x = x + self_attention(norm(x))
     x = x + tanh(gate) * MMFS(norm(x), norm(maps))        in layers 0, k, 2k, ...
     x = x + mlp(norm(x))
+
+What stands between its matrix products takes one kernel each: `RMSNorm` through PyTorch's own, `attend` and `gated`
+through `ops/pointwise.py`. They compute what the modules of the library compute, from the same weights.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
+from ..ops import rotary, silu_gate
 from ..ops.deformable import Shapes
 from .config import MMInterleavedConfig
+from .folding import FoldOnce
 from .mmfs import MMFS, PreparedMMFS, VisibleImages
 
 
@@ -41,6 +48,70 @@ class ImageMemory:
         return len(self.features)
 
 
+class RMSNorm(LlamaRMSNorm):
+    """The norm of all supported decoders (arXiv 1910.07467) in one kernel, forward and backward, on CUDA devices.
+
+    In half precision it rounds once, at the end; the library's rounds before the gain as well.
+    """
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> RMSNorm:
+        """One with the weight of a norm of the library, whichever decoder's."""
+        ours = cls(0, norm.variance_epsilon)
+        ours.weight = norm.weight
+        return ours.train(norm.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., width], normalised."""
+        if hidden_states.dtype != self.weight.dtype:  # half under autocast: the result is float32, as the library's
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def attend(
+    attention: nn.Module,
+    hidden: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    **kwargs: object,
+) -> Tensor:
+    """What the library's `attention(hidden, ...)` gives, with queries and keys turned by one kernel.
+
+    Args:
+        attention: of a supported decoder.
+        hidden: [batch, length, width].
+        position_embeddings: cos and sin, [batch or 1, length, head dim] each.
+        attention_mask, past_key_values, kwargs: as the library's decoder hands them to its attention.
+
+    Returns:
+        [batch, length, width].
+    """
+    config, heads = attention.config, (*hidden.shape[:-1], -1, attention.head_dim)
+    query, key, value = (m(hidden).view(heads) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = rotary(query, key, *position_embeddings)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    window = config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
+    mixed, _ = interface(
+        attention, query, key, value, attention_mask, dropout=dropout, scaling=attention.scaling,
+        sliding_window=window, **kwargs,
+    )  # fmt: skip
+    return attention.o_proj(mixed.reshape(*hidden.shape[:-1], -1))
+
+
+def gated(mlp: nn.Module, hidden: Tensor) -> Tensor:
+    """What the library's `mlp(hidden)` gives, with the gate in one kernel if it is a SwiGLU."""
+    if mlp.config.hidden_act != "silu":
+        return mlp(hidden)
+    return mlp.down_proj(silu_gate(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+
+
 class Synchronizer(nn.Module):
     """The gated MMFS of one decoder layer."""
 
@@ -50,9 +121,10 @@ class Synchronizer(nn.Module):
         eps = config.text_config.rms_norm_eps
         self.index = index
         self.base_size = config.mmfs.base_size or config.grid_size
-        self.query_norm = LlamaRMSNorm(width, eps)
-        self.feature_norm = LlamaRMSNorm(feature_width, eps)
+        self.query_norm = RMSNorm(width, eps)
+        self.feature_norm = RMSNorm(feature_width, eps)
         self.mmfs = MMFS(config.mmfs, width, feature_width)
+        self.folded = FoldOnce()
         self.gate = nn.Parameter(torch.zeros(1))
 
     def reset_parameters(self) -> None:
@@ -61,13 +133,15 @@ class Synchronizer(nn.Module):
 
     def prepare(self, features: Tensor, known: PreparedMMFS | None = None) -> PreparedMMFS:
         """What this layer keeps of `features` [pictures, positions, width]; `known` is what it keeps of others."""
-        return self.mmfs.prepare(self.feature_norm(features), None if known is None else known.folded)
+        folded = self.folded.of(self.mmfs) if known is None or known.folded is None else known.folded
+        return self.mmfs.prepare(self.feature_norm(features), folded)
 
     def forward(self, hidden: Tensor, memory: ImageMemory, visible: VisibleImages) -> Tensor:
         """What the tokens `hidden` [batch, length, width] see; a group of `visible` is one token."""
         if memory.prepared is not None:
             prepared = memory.prepared[self.index]
         else:
+            self.folded.forget()  # the weights are about to change
             prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(memory.features)))
         query = self.query_norm(hidden).flatten(0, 1)[:, None]
         centre = torch.full((1, 1, 2), 0.5, device=hidden.device)
@@ -81,7 +155,12 @@ class MMFSDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, layer: nn.Module, synchronizer: Synchronizer | None) -> None:
         super().__init__()
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
-        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        if hasattr(self.self_attn, "q_norm"):
+            self.self_attn.q_norm, self.self_attn.k_norm = (
+                RMSNorm.of(norm) for norm in (self.self_attn.q_norm, self.self_attn.k_norm)
+            )
+        self.input_layernorm = RMSNorm.of(layer.input_layernorm)
+        self.post_attention_layernorm = RMSNorm.of(layer.post_attention_layernorm)
         self.synchronizer = synchronizer
         if hasattr(layer, "attention_type"):  # read by the models that mix kinds of attention
             self.attention_type = layer.attention_type
@@ -95,11 +174,10 @@ class MMFSDecoderLayer(GradientCheckpointingLayer):
         **kwargs: object,
     ) -> Tensor:
         """`hidden_states` [batch, length, width]; `kwargs` are the library's own arguments for its attention."""
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + attend(self.self_attn, self.input_layernorm(hidden_states), **kwargs)
         if self.synchronizer is not None:
             hidden_states = hidden_states + self.synchronizer(hidden_states, memory, visible)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + gated(self.mlp, self.post_attention_layernorm(hidden_states))
 
 
 def build_language_model(config: MMInterleavedConfig) -> PreTrainedModel:
@@ -110,6 +188,7 @@ def build_language_model(config: MMInterleavedConfig) -> PreTrainedModel:
         wanted = config.mmfs.enabled and index % config.mmfs_every == 0
         layers.append(MMFSDecoderLayer(layer, Synchronizer(config, index // config.mmfs_every) if wanted else None))
     model.layers = nn.ModuleList(layers)
+    model.norm = RMSNorm.of(model.norm)
     return model
 
 

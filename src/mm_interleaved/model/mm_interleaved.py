@@ -21,7 +21,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import ModelOutput
 
-from ..ops import promote
+from ..ops import HAS_TRITON, promote
+from ..ops.mmfs_attention import KERNEL_DTYPES
 from .config import MMInterleavedConfig
 from .image_decoder import DiffusionDraws, ImageDecoder, LearnedTokens
 from .language_model import ImageMemory, build_language_model, image_memory, synchronizers
@@ -206,6 +207,18 @@ class MMInterleavedModel(PreTrainedModel):
         memory.prepared = [s.prepare(memory.features, b) for s, b in zip(layers, before, strict=True)]
         return memory
 
+    def check_slots(self, input_ids: Tensor, pictures: int) -> None:
+        """Refuse `input_ids` [batch, length] that do not hold num_image_tokens image tokens for each picture.
+
+        Raises:
+            ValueError: they hold another number.
+        """
+        found, each = int((input_ids == self.config.image_token_id).sum()), self.config.num_image_tokens
+        if found != pictures * each:
+            raise ValueError(
+                f"input_ids holds {found} image tokens, but {pictures} pictures need {pictures * each} ({each} each)"
+            )
+
     def embed(self, input_ids: Tensor, image_tokens: Tensor | None, checked: bool = False) -> Tensor:
         """Token embeddings [batch, length, width], with pictures in place and `soi_token` added to every SOI.
 
@@ -222,13 +235,10 @@ class MMInterleavedModel(PreTrainedModel):
         embeds = torch.where(is_soi, embeds + self.soi_token().to(embeds), embeds)
         if image_tokens is None:
             return embeds
+        if not checked:
+            self.check_slots(input_ids, len(image_tokens))
         flat = image_tokens.flatten(0, 1).to(embeds)
         is_slot = input_ids == self.config.image_token_id
-        if not checked and int(is_slot.sum()) != len(flat):
-            raise ValueError(
-                f"input_ids holds {int(is_slot.sum())} image tokens, but {len(image_tokens)} pictures need {len(flat)} "
-                f"({self.config.num_image_tokens} each)"
-            )
         if not len(flat):
             return embeds
         # Text reads a token as well, which is then not taken; each another one, or their gradients would queue up.
@@ -259,9 +269,7 @@ class MMInterleavedModel(PreTrainedModel):
         Returns:
             Hidden states after the last norm, [batch, length, width].
         """
-        visible = (
-            images if isinstance(images, VisibleImages) else VisibleImages.build(images.flatten(0, 1), len(memory))
-        )
+        visible = images if isinstance(images, VisibleImages) else self._visible(images.flatten(0, 1), len(memory))
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -271,6 +279,11 @@ class MMInterleavedModel(PreTrainedModel):
             memory=memory,
             visible=visible,
         ).last_hidden_state
+
+    def _visible(self, images: Tensor, count: int) -> VisibleImages:
+        """`images` [tokens, slots]; sorted by picture, which waits for the device, only where kernels do not do all."""
+        kernels = HAS_TRITON and images.device.type == "cuda" and self.dtype in KERNEL_DTYPES
+        return VisibleImages(images) if kernels else VisibleImages.build(images, count)
 
     def image_context(
         self, hidden: Tensor, positions: ImagePositions, longest: int | None = None

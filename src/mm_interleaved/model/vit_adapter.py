@@ -28,7 +28,10 @@ NUM_INTERACTIONS = 4  # one for each level of the pyramid
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of every pixel of an NCHW map, in float32 or better."""
+    """LayerNorm over the channels of every pixel of an NCHW map; sums run in float32 or better.
+
+    The result lies in memory with the channels last, as the norm needs them and as a GPU's convolutions want them.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -43,10 +46,9 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, channels, height, width], normalised."""
-        work = promote(x.dtype)
-        normed = F.layer_norm(
-            x.to(work).movedim(1, -1), self.weight.shape, self.weight.to(work), self.bias.to(work), self.eps
-        )
+        work = self.weight.dtype if self.weight.dtype == x.dtype else promote(x.dtype)  # alike: PyTorch sums well
+        weight, bias = self.weight.to(work), self.bias.to(work)
+        normed = F.layer_norm(x.to(work).movedim(1, -1), weight.shape, weight, bias, self.eps)
         return normed.movedim(-1, 1).to(x.dtype)
 
 
@@ -70,7 +72,7 @@ class SpatialPrior(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pixels [batch, 3, 16g, 16g] to four maps [batch, width, side, side], fine to coarse."""
-        c1 = self.stem(pixels)
+        c1 = self.stem(pixels.contiguous(memory_format=torch.channels_last))  # and so it stays, see `ChannelNorm`
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
@@ -83,7 +85,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, config: AdapterConfig, levels: int) -> None:
         super().__init__()
         self.heads, self.points, self.levels = config.num_heads, config.num_points, levels
-        self.backend: Backend = "plain"  # the kernels' speed here has not been measured yet
+        self.backend: Backend = "auto"
         inner = int(width * config.value_ratio)
         self.sampling_offsets = nn.Linear(width, self.heads * levels * self.points * 2)
         self.attention_weights = nn.Linear(width, self.heads * levels * self.points)

@@ -11,6 +11,7 @@ from .mmfs_attention import (
     softmax_plus_one,
     why_not_triton,
 )
+from .pointwise import rotary, silu_gate, why_not_pointwise
 
 __all__ = [
     "HAS_TRITON",
@@ -25,7 +26,10 @@ __all__ = [
     "project_gated",
     "promote",
     "rms_norm",
+    "rotary",
+    "silu_gate",
     "softmax_plus_one",
     "why_not_kernels",
+    "why_not_pointwise",
     "why_not_triton",
 ]

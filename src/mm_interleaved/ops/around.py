@@ -7,7 +7,7 @@ Two forms: the composition, and the kernels of MMFS. These know one picture with
 one more slot of logit 0, so each level is a call of its own, whose result m_l and denominator e^d_l = 1 + S_l, with S_l
 the sum of the exponentials, are put together:
 
-    out = sum_l m_l e^d_l / sum_l (e^d_l - 1)
+    out = sum_l m_l e^d_l / sum_l (e^d_l - 1)           of a single level: m / (1 - e^-d)
 
 Beforehand all logits are shifted so that the largest is `_LARGEST`: then the sum of S_l is some thousands, and the 1
 that is added and taken away costs no digits that count.
@@ -18,14 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .deformable import Shapes, deformable_attention, promote
+from .deformable import Shapes, deformable_attention
 from .mmfs_attention import Backend, mmfs_attention, why_not_triton
 
 _LARGEST = 8.0
 
 
 def deformable_attention_around(
-    value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, reference: Tensor, backend: Backend = "plain"
+    value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, reference: Tensor, backend: Backend = "auto"
 ) -> Tensor:
     """Sample `value` around `reference` and mix the samples.
 
@@ -35,7 +35,7 @@ def deformable_attention_around(
         offsets: [batch, queries, heads, levels, points, 2] (x, y) in pixels of each level; float32 or float64.
         logits: [batch, queries, heads, levels, points], of the same type.
         reference: [queries, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
-        backend: "triton", "plain" or "auto", as of `mmfs_attention`.
+        backend: "triton", "plain" or "auto", as of `mmfs_attention`: the kernels on a CUDA device if they can run.
 
     Returns:
         [batch, queries, heads * dim] in the type of `value`.
@@ -60,15 +60,17 @@ def _by_level(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, re
     logits = logits - logits.detach().amax((-2, -1), keepdim=True) + _LARGEST
     images = torch.arange(batch, device=value.device)[:, None]
     table = offsets.new_zeros(1, heads * points * 2)
-    mixed = offsets.new_zeros(batch, queries, heads, value.shape[-1], dtype=promote(value.dtype))
-    total = mixed.new_zeros(batch, queries, heads, 1)
     maps = value.split([height * width for height, width in shapes], dim=1)
+    mixed = total = None
     for level, (shape, level_map) in enumerate(zip(shapes, maps, strict=True)):
         own = offsets[:, :, :, level].reshape(batch, queries, heads * points * 2)
         part, left_out = mmfs_attention(
             level_map, own, logits[:, :, :, level].reshape(batch, queries, heads * points), table,
             table[:, : heads * points], reference[None], images, [shape], [1.0], backend="triton",
         )  # fmt: skip
+        if len(shapes) == 1:
+            return (part / (1 - left_out[..., None])).flatten(2).to(value.dtype)
         denominator = 1 / left_out[..., None]
-        mixed, total = mixed + part * denominator, total + denominator - 1
+        part, own_total = part * denominator, denominator - 1
+        mixed, total = (part, own_total) if mixed is None else (mixed + part, total + own_total)
     return (mixed / total).flatten(2).to(value.dtype)
