@@ -7,15 +7,23 @@ same source in NumPy: it finds wrong arithmetic and wrong addresses, not races b
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mm_interleaved.model.config import MMFSConfig
-from mm_interleaved.model.mmfs import MMFS, VisibleImages
+from mm_interleaved.model.mmfs import MMFS, PreparedMMFS, VisibleImages
 from mm_interleaved.ops import mmfs_attention, mmfs_attention_plain, why_not_triton
-from mm_interleaved.ops.mmfs_attention import HAS_TRITON, mmfs_attention_kernel
+from mm_interleaved.ops.mmfs_attention import HAS_TRITON, mmfs_attention_kernel, mmfs_output
 
 from ..conftest import awaken
 from .mmfs_inputs import LEAVES, arguments, cast, relative, run
@@ -156,31 +164,106 @@ def test_half_precision(dtype: torch.dtype, tile: None) -> None:
 
 
 @with_triton
-def test_deterministic_gradients(tile: None) -> None:
+def test_gradients_are_the_same_every_time(tile: None) -> None:
+    """Nothing is added up in an order that chance decides."""
     given = arguments(groups=5, device=DEVICE)
-    before = run(given, "triton")
-    torch.use_deterministic_algorithms(True)
-    try:
-        found, again = run(given, "triton"), run(given, "triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, x in before.items():
-        assert torch.equal(found[name], again[name])
-        assert relative(found[name], x) < 1e-6, name
+    first, second = run(given, "triton"), run(given, "triton")
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+@with_triton
+def test_packed_documents() -> None:
+    """A picture stands in another slot for every query, and some are in no document."""
+    given = arguments(groups=7, slots=3, pictures=6, device=DEVICE)
+    rows = [[-1, -1, -1], [0, -1, -1], [2, 0, -1], [4, 2, 0], [1, -1, -1], [5, 1, -1], [-1, 5, -1]]
+    given["images"] = torch.tensor(rows, device=DEVICE)
+    found = compare(given)
+    assert not found["values"][3].any()
+    assert all(found["values"][i].any() for i in (0, 1, 2, 4, 5))
+
+
+BLOCKS = {
+    "one part": {"QUERIES": 16},
+    "parts of the queries": {"QUERIES": 16, "FEW_TILES": 10**6},
+    "several tiles": {"CELLS": 16, "QUERIES": 16},
+}
+
+
+@with_triton
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("queries", [1, 23])
+def test_many_queries_of_a_picture(blocks: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a block of them, some of which come near a tile and some not; tokens, and maps of queries."""
+    from mm_interleaved.ops import mmfs_triton_backward
+
+    for name, value in BLOCKS[blocks].items():
+        monkeypatch.setattr(mmfs_triton_backward, name, value)
+    groups = 70 if queries == 1 else 4
+    given = arguments(groups=groups, queries=queries, slots=2, pictures=2, shapes=[(5, 18), (1, 1), (3, 2)], heads=1,
+                      points=3, dim=6, device=DEVICE)  # fmt: skip
+    given["scales"] = [1.0, 0.5, 0.25]
+    given["reference"] = torch.rand(groups, queries, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    given["offsets"] = given["offsets"] / 4
+    compare(given)
+
+
+@with_triton
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_a_query_does_not_see_cannot_harm_it(wrong: float, tile: None) -> None:
+    """Memory of pictures that are still to come may hold anything."""
+    given = arguments(groups=4, slots=2, pictures=3, device=DEVICE)
+    given["images"] = torch.tensor([[-1, -1], [1, -1], [2, 1], [-1, 2]], device=DEVICE)
+    expected = run(given, "triton")
+    given["values"][0] = wrong
+    found = run(given, "triton")
+    assert all(torch.equal(x, found[name]) for name, x in expected.items())
 
 
 @with_triton
 def test_a_gradient_that_is_no_number_is_seen() -> None:
-    """In the deterministic mode too, where sums are integers."""
     given = arguments(device=DEVICE)
-    torch.use_deterministic_algorithms(True)
-    try:
-        values = given["values"].requires_grad_()
-        mixed, _ = mmfs_attention(**(given | {"values": values}), backend="triton")
-        (mixed * float("nan")).sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    values = given["values"].requires_grad_()
+    mixed, _ = mmfs_attention(**(given | {"values": values}), backend="triton")
+    (mixed * float("nan")).sum().backward()
     assert values.grad.isnan().any()
+
+
+def output(given: dict, backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`mmfs_output` and the gradients of a sum of its squares."""
+    leaves = {k: given[k].detach().clone().requires_grad_() for k in (*LEAVES, "ignore")}
+    out = mmfs_output(**(given | leaves), dtype=dtype, backend=backend)
+    (out.double() ** 2).sum().backward()
+    return {"out": out.detach()} | {k: v.grad for k, v in leaves.items()}
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_something_in_the_slot_of_logit_zero(dtype: torch.dtype, tile: None) -> None:
+    """It is added by the kernel, and the result is rounded once to the wanted type, as are the gradients."""
+    given = arguments(groups=5, dtype=dtype, device=DEVICE)
+    given["ignore"] = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    exact = output(cast(given, torch.float64), "plain", torch.float64)
+    found = output(given, "triton", dtype)
+    assert found["out"].dtype == dtype
+    for name, x in exact.items():
+        assert relative(found[name], x) < (1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps), name
+
+
+@with_triton
+def test_without_gradients_the_operator_is_passed_by() -> None:
+    given = arguments(groups=5, device=DEVICE)
+    expected = mmfs_attention_kernel(*positional(given))[0]
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        found = mmfs_attention(**given, backend="triton")[0]
+    assert torch.equal(found, expected)
+    assert not any("mm_interleaved" in name for name in calls)
 
 
 @with_triton
@@ -193,10 +276,10 @@ def test_values_that_need_no_gradient() -> None:
     assert relative(found, offsets.grad) < 1e-5
 
 
-def positional(given: dict, *, deterministic: bool = False) -> tuple:
+def positional(given: dict) -> tuple:
     shapes = [size for shape in given["shapes"] for size in shape]
     tensors = [given[k] for k in (*LEAVES, "reference", "images")]
-    return (*tensors, shapes, given["scales"], deterministic)
+    return (*tensors, shapes, given["scales"], given.get("ignore"), torch.float32)
 
 
 @with_triton
@@ -205,6 +288,8 @@ def test_registration() -> None:
     given = arguments(groups=2, points=2, heads=1, device=DEVICE)
     for name in LEAVES:
         given[name].requires_grad_()
+    torch.library.opcheck(mmfs_attention_kernel, positional(given))
+    given["ignore"] = torch.randn(1, 16, device=DEVICE, requires_grad=True)
     torch.library.opcheck(mmfs_attention_kernel, positional(given))
 
 
@@ -256,6 +341,32 @@ def test_the_layer(folded: bool) -> None:
         assert relative(found, plain) < 1e-5
 
 
+class Adapted(torch.nn.Linear):
+    """What adapters are: a linear map that is more than its weights."""
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_training_folds_the_query_side(halved: bool) -> None:
+    """Where there are more queries than folded outputs: the same output and gradients, by another order of products."""
+    results = []
+    for kind in (Adapted, torch.nn.Linear):
+        torch.manual_seed(0)
+        mmfs = awaken(MMFS(CONFIG, query_size=10, feature_size=6))
+        mmfs.dynamic_offset_mask.__class__ = kind
+        query = torch.randn(2, 20, 10)
+        with torch.autocast("cpu", torch.bfloat16, enabled=halved):
+            assert (mmfs._folded_for(query, 2) is None) == (kind is Adapted)
+            assert mmfs._folded_for(query[:, :12], 2) is None
+            prepared = PreparedMMFS(mmfs.project(torch.randn(3, 20, 6)))
+            visible = VisibleImages.build(torch.tensor([[1, 0], [2, -1]]), 3)
+            out = mmfs(query, prepared, visible, [(4, 4), (2, 2)], torch.full((1, 20, 2), 0.5), 2)
+        out.float().square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in mmfs.parameters())])
+    for apart, folded in zip(*results, strict=True):
+        assert folded.dtype == apart.dtype
+        assert relative(folded, apart) < (5e-2 if halved else 1e-5)
+
+
 def test_gradcheck_of_the_twin() -> None:
     given = arguments(groups=2, queries=1, pictures=2, slots=2, shapes=[(3, 4), (2, 2)], heads=1, points=2, dim=2,
                       dtype=torch.float64)  # fmt: skip
@@ -294,6 +405,20 @@ def test_what_the_kernels_do_not_know() -> None:
 )
 def test_reasons(change, points: int, message: str) -> None:
     assert message in why_not_triton(change(arguments(device=DEVICE)["values"]), points)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="there is no assembler")
+@with_triton
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    """The interpreter lets pass what the compiler would not."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    program = [sys.executable, Path(__file__).with_name("compile_mmfs.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert len(sizes) == 20
+    assert all(size > 1000 for size in sizes.values())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..generation import Context, MMInterleaved
+from ..generation.settings import CacheImplementation
+from ..generation.static import eyes_of
 from ..model import MMInterleavedConfig
 from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS
@@ -213,10 +215,10 @@ def pixels(bench: Bench, pictures: int) -> Tensor:
     return torch.rand(pictures, 3, side, side, generator=torch.Generator().manual_seed(0)).to(bench.device)
 
 
-def read(bench: Bench, length: int, pictures: int) -> Context:
-    """A context of one row with so many tokens and pictures."""
+def read(bench: Bench, length: int, pictures: int, implementation: CacheImplementation = "auto") -> Context:
+    """A context of one row with so many tokens and pictures; on a GPU these are encoded by recordings."""
     model = bench.model
-    ids = document(model.config, length, pictures)[None].to(bench.device)
-    context = Context.empty(model, 1)
+    ids = document(model.config, length, pictures)[None]
+    context = Context.empty(model, 1, eyes_of(model, implementation))
     context.append(ids, torch.ones_like(ids), pixels(bench, pictures) if pictures else None)
     return context

@@ -32,6 +32,7 @@ from ..model.visual_tokenizer import VisualFeatures
 
 # Embeddings [batch, n, width], mask [batch, n] and visible pictures [batch, n, slots] of columns to read.
 Read = Callable[[Tensor, Tensor, Tensor], object]
+Eyes = Callable[[Tensor], VisualFeatures]  # of pictures [pictures, 3, side, side]
 
 
 def _join_memory(old: ImageMemory, new: ImageMemory) -> ImageMemory:
@@ -129,17 +130,17 @@ class Context:
     tokens_read: int = 0
     images_read: int = 0
     gapless: bool = True
-    eyes: Callable[[Tensor], VisualFeatures] | None = None
+    eyes: Eyes | None = None
 
     @classmethod
-    def empty(cls, model: MMInterleavedModel, batch: int) -> Context:
-        """Nothing read yet."""
+    def empty(cls, model: MMInterleavedModel, batch: int, eyes: Eyes | None = None) -> Context:
+        """Nothing read yet; `eyes` as of the class."""
         device, width = model.compute_device, model.config.text_config.hidden_size
         nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
         last = torch.zeros(batch, width, dtype=model.dtype, device=device)
         cache = DynamicCache(config=model.config.text_config)
         cache.layers = [FirstAsItIs() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        return cls(model, cache, nothing, [], last, None, nothing, [[] for _ in range(batch)], [])
+        return cls(model, cache, nothing, [], last, None, nothing, [[] for _ in range(batch)], [], eyes=eyes)
 
     @property
     def lengths(self) -> Tensor:

@@ -26,7 +26,7 @@ from ..processor.packing import TokenStream
 from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .context import Context
 from .settings import GenerationSettings
-from .static import read_column, read_images, uses_static
+from .static import eyes_of, read_column, read_images, uses_static
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
 
 Turn = Literal["text", "image"]
@@ -195,7 +195,8 @@ class InterleavedGenerator:
             generator = torch.Generator().manual_seed(seed)
             goes_on = bool(asked) or not slots
             self.rows.append(_Row(document, queue, asked or slots or usual, goes_on, generator, image_seed))
-        self.context = Context.empty(self.model, len(self.rows))
+        eyes = eyes_of(self.model, self.settings.text.cache_implementation)
+        self.context = Context.empty(self.model, len(self.rows), eyes)
 
     def _asked_turns(self, document: Document) -> int | None:
         """Most turns, if the settings or the document say; see `GenerationSettings.max_turns`."""

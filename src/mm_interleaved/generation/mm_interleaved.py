@@ -15,7 +15,8 @@ from ..model.unet import EarlierImages
 from ..processor import Batch, MMInterleavedProcessor
 from .context import Context
 from .interleaved import DocumentFinished, Event, InterleavedGenerator
-from .settings import GenerationSettings, ImageSettings, TextSettings, override
+from .settings import CacheImplementation, GenerationSettings, ImageSettings, TextSettings, override
+from .static import eyes_of
 from .text import WrittenText, score_options, write_beams, write_greedy
 
 
@@ -29,9 +30,9 @@ class MMInterleaved(MMInterleavedModel):
     """
 
     @torch.no_grad()
-    def read(self, batch: Batch) -> Context:
-        """What the model remembers after reading a batch."""
-        context = Context.empty(self, len(batch.input_ids))
+    def read(self, batch: Batch, cache_implementation: CacheImplementation = "auto") -> Context:
+        """What the model remembers after reading a batch; "static" and "auto" may record how pictures are encoded."""
+        context = Context.empty(self, len(batch.input_ids), eyes_of(self, cache_implementation))
         context.append(batch.input_ids, batch.attention_mask, batch.pixel_values)
         return context
 
@@ -49,7 +50,7 @@ class MMInterleaved(MMInterleavedModel):
             For each row its `num_return_sequences` texts, best first.
         """
         settings = settings or TextSettings()
-        context = self.read(batch)
+        context = self.read(batch, settings.cache_implementation)
         if settings.num_beams > 1:
             return write_beams(context, settings)
         state = None if generator is None else generator.get_state()

@@ -16,7 +16,7 @@ import logging
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,13 @@ from ..model.weights import readable
 from ..ops import attend, project, project_gated, promote, why_not_kernels
 from ..ops.decoding import MOST_ROWS, rotate
 from ..ops.int8 import Int8Rows, Weights
-from .context import Context
+from .context import Context, Eyes
 from .settings import CacheImplementation
 
 log = logging.getLogger(__name__)
 
 KEPT = 3  # decoders a model keeps for later
+MOST_SEEN = 8  # pictures that are encoded together, a power of two
 # Rows that the kernels multiply better than the library does, by the type of the weights (`mmi bench --only products`).
 PRODUCT_ROWS, INT8_PRODUCT_ROWS = 1, MOST_ROWS
 COLUMNS = {"cuda": 1024, "cpu": 64}  # room grows by so many columns: a captured step serves several turns of a session
@@ -45,7 +46,8 @@ COLUMNS = {"cuda": 1024, "cpu": 64}  # room grows by so many columns: a captured
 def why_not_static(model: MMInterleavedModel) -> str | None:
     """Why `model` cannot decode with a static cache; None: it can."""
     text, layers = model.config.text_config, model.language_model.layers
-    devices = {p.device for part in (model.language_model, model.lm_head) for p in part.parameters()}
+    parts = (model.visual_tokenizer, model.language_model, model.lm_head)
+    devices = {p.device for part in parts for p in part.parameters()}
     if len(devices) > 1 or any(d.type == "meta" for d in devices):
         return "its weights are offloaded, or spread over several devices"
     if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
@@ -386,8 +388,9 @@ class StaticDecoder:
         weights = self._weights(linear)
         if weights is not None:
             return project(x, weights, [linear.bias], residual=residual, backend="triton")
-        if type(linear) is nn.Linear and linear.bias is None:
-            return torch.addmm(residual, x, linear.weight.T)
+        plain = readable(linear)
+        if isinstance(plain, Tensor) and linear.bias is None:
+            return torch.addmm(residual, x, plain.T)
         return residual + linear(x)
 
     def _mlp(self, layer: MMFSDecoderLayer, hidden: Tensor) -> Tensor:
@@ -407,8 +410,9 @@ class StaticDecoder:
         both = project(hidden, [folded.weight], [folded.bias], gain=norm.weight, eps=norm.variance_epsilon,
                        backend="triton")  # fmt: skip
         sides = mmfs.split(both[:, None], folded.table[:slots])
-        mixed = mmfs.mix(sides, prepared.values, self.visible, self.memory.shapes, self.centre, synchronizer.base_size)
-        return project(mixed[:, 0].to(hidden.dtype), [weight], [bias], residual=hidden, backend="triton")
+        mixed = mmfs.mix(sides, prepared.values, self.visible, self.memory.shapes, self.centre, synchronizer.base_size,
+                         hidden.dtype)  # fmt: skip
+        return project(mixed[:, 0], [weight], [bias], residual=hidden, backend="triton")
 
 
 def read_column(context: Context, tokens: Tensor, reading: Tensor) -> None:
@@ -442,14 +446,35 @@ class StaticEyes:
         self.features = self._model().encode_images(self.pixels)
 
 
+@torch.no_grad()
+def see(model: MMInterleavedModel, pixel_values: Tensor) -> VisualFeatures:
+    """`MMInterleavedModel.encode_images` through recordings of 8, 4, 2 and 1 pictures, each made when first needed."""
+    pixels = pixel_values.to(model.compute_device)
+    weights, found, place = addresses(model.visual_tokenizer), [], 0
+    while place < len(pixels):
+        count = min(1 << (len(pixels) - place).bit_length() - 1, MOST_SEEN)
+        part = pixels[place : place + count]
+        with _eyes.borrow(model, (part.shape, part.dtype), weights, partial(StaticEyes, model, part)) as eyes:
+            found.append(eyes(part))
+        place += count
+    pyramids = zip(*(f.pyramid for f in found), strict=True)
+    return VisualFeatures(
+        torch.cat([f.tokens for f in found]),
+        [torch.cat(maps) for maps in pyramids],
+        torch.cat([f.last_hidden_state for f in found]),
+    )
+
+
+def eyes_of(model: MMInterleavedModel, implementation: CacheImplementation) -> Eyes | None:
+    """What a `Context` encodes pictures with; None: the model itself."""
+    return partial(see, model) if uses_static(model, implementation) else None
+
+
 def read_images(context: Context, rows: list[int], pixel_values: Tensor) -> None:
     """Let `context` read the pictures that `rows` have been waiting for; the twin of `Context.append_images`."""
     context.flush()
     model = context.model
-    pixels = pixel_values.to(model.compute_device)
-    key = (pixels.shape, pixels.dtype)
-    with _eyes.borrow(model, key, addresses(model.visual_tokenizer), lambda: StaticEyes(model, pixels)) as eyes:
-        features = eyes(pixels)
+    features = see(model, pixel_values)
 
     def read(embeds: Tensor, mask: Tensor, images: Tensor) -> None:
         count = embeds.shape[1]
@@ -463,7 +488,7 @@ def read_images(context: Context, rows: list[int], pixel_values: Tensor) -> None
 
 
 _pool: Pool[StaticDecoder] = Pool(KEPT)
-_eyes: Pool[StaticEyes] = Pool(KEPT)
+_eyes: Pool[StaticEyes] = Pool(MOST_SEEN.bit_length())
 
 
 def borrow(model: MMInterleavedModel, room: Room) -> AbstractContextManager[StaticDecoder]:

@@ -63,8 +63,8 @@ class RMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., width], normalised."""
-        if hidden_states.dtype != self.weight.dtype:  # half under autocast: the result is float32, as the library's
-            return super().forward(hidden_states)
+        if hidden_states.device.type != "cuda" or hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)  # under autocast the result is float32, as the library's
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 

@@ -12,8 +12,9 @@ for picture i, level l, point p:
 The published form (`mmfs_reference`) writes that one slot as n * levels slots of logit -ln(n * levels) and hides
 pictures with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0.
 `MMFS.forward` is the fast form: the query is projected once and not once per picture, invisible pictures are skipped,
-values come in already projected, and for inference the two query projections are folded into one. From there on it is
-one operator, `ops.mmfs_attention`, with Triton kernels on CUDA devices.
+values come in already projected, and the two query projections are folded into one: for inference once and for all, in
+training in every step with more queries than folded outputs, for then W_off W_dyn costs less than W_dyn q of all of
+them. From there on it is one operator, `ops.mmfs_attention`, with Triton kernels on CUDA devices.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import deformable_attention_reference, mmfs_attention, picture_routes, promote
+from ..ops import deformable_attention_reference, picture_routes, promote
 from ..ops.deformable import Shapes
-from ..ops.mmfs_attention import Backend
+from ..ops.mmfs_attention import Backend, mmfs_output
 from .config import MMFSConfig
 
 
@@ -139,17 +140,21 @@ class MMFS(nn.Module):
 
     def fold(self) -> FoldedQuery:
         """The folded query side, without the slots that are computed and overwritten in the published form."""
+        dtype = self.dynamic_offset_mask.weight.dtype
+        folded = self._folded_in(promote(dtype), self.config.max_images - 1)
+        return FoldedQuery(folded.weight.to(dtype), folded.bias.to(dtype), folded.table.to(dtype))
+
+    def _folded_in(self, dtype: torch.dtype, slots: int) -> FoldedQuery:
+        """The folded query side by products in `dtype`, with the table's first rows."""
         points, dynamic = self.config.num_points, self.dynamic_offset_mask
-        dtype = dynamic.weight.dtype
-        work = promote(dtype)
         used = self.attention_weights.weight.unflatten(0, (-1, points + 1))[:, :-1].flatten(0, 1)
         used_bias = self.attention_weights.bias.unflatten(0, (-1, points + 1))[:, :-1].flatten()
-        weight = torch.cat([self.sampling_offsets.weight, used]).to(work)
-        bias = torch.cat([self.sampling_offsets.bias, used_bias]).to(work)
+        weight = torch.cat([self.sampling_offsets.weight, used]).to(dtype)
+        bias = torch.cat([self.sampling_offsets.bias, used_bias]).to(dtype)
         return FoldedQuery(
-            weight=(weight @ dynamic.weight.to(work)).to(dtype),
-            bias=(weight @ dynamic.bias.to(work) + bias).to(dtype),
-            table=(self.query_relpos.weight[1:].to(work) @ weight.T).to(dtype),
+            weight=weight @ dynamic.weight.to(dtype),
+            bias=weight @ dynamic.bias.to(dtype) + bias,
+            table=self.query_relpos.weight[1 : slots + 1].to(dtype) @ weight.T,
         )
 
     def fold_output(self, weight: Tensor, bias: Tensor) -> FoldedOutput:
@@ -181,9 +186,27 @@ class MMFS(nn.Module):
             tables.append(rows[:-1] - rows[-1:])
         return self.sampling_offsets(z), self.attention_weights(z), tables[0], tables[1]
 
+    def _folded_for(self, query: Tensor, slots: int) -> FoldedQuery | None:
+        """The query side folded for these queries, with gradients; None where that pays not, or cannot be.
+
+        The weights must be those of plain linear maps, and at hand: adapters, quantized weights, and weights that come
+        when their module is called have a form of their own.
+        """
+        linears = (self.dynamic_offset_mask, self.sampling_offsets, self.attention_weights)
+        width, kind = query.shape[-1], query.device.type
+        plain = all(type(x) is nn.Linear and type(x.weight) in (Tensor, nn.Parameter) for x in linears)
+        plain = plain and all(x.weight.shape == (x.out_features, width) for x in linears)
+        outputs = self.config.num_heads * self.config.num_points * (2 + len(self.config.levels))
+        if not plain or any(x.weight.device != query.device for x in linears) or query.numel() <= outputs * width:
+            return None
+        halved = torch.is_autocast_enabled(kind) and query.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if halved else self.dynamic_offset_mask.weight.dtype
+        return self._folded_in(dtype, slots)
+
     def _query_side(self, query: Tensor, slots: int, folded: FoldedQuery | None) -> tuple[Tensor, ...]:
         """Offsets and logits of the queries, and the table of what each slot adds to either."""
         points = self.config.num_points
+        folded = folded or self._folded_for(query, slots)
         if folded is None:
             offsets, logits, offset_table, logit_table = self._separated(query, slots)
             logits, logit_table = (
@@ -194,8 +217,9 @@ class MMFS(nn.Module):
 
     def split(self, both: Tensor, table: Tensor) -> tuple[Tensor, ...]:
         """Offsets and logits apart, as `mix` takes them, out of a folded projection and its table."""
-        at = self.config.num_heads * self.config.num_points * 2
-        return both[..., :at], both[..., at:], table[:, :at], table[:, at:]
+        heads, points = self.config.num_heads, self.config.num_points
+        sizes = [heads * points * 2, heads * points * len(self.config.levels)]
+        return *both.split(sizes, -1), *table.split(sizes, -1)
 
     def forward(
         self,
@@ -236,8 +260,8 @@ class MMFS(nn.Module):
         if self.implementation == "reference":
             return self._forward_reference(query, prepared.values, visible, shapes, reference, base)
         sides = self._query_side(query, slots, prepared.folded)
-        mixed = self.mix(sides, prepared.values, visible, shapes, reference, base)
-        return self._project_out(mixed.to(query.dtype), output)
+        mixed = self.mix(sides, prepared.values, visible, shapes, reference, base, dtype=query.dtype)
+        return self._project_out(mixed, output)
 
     def mix(
         self,
@@ -247,6 +271,7 @@ class MMFS(nn.Module):
         shapes: Shapes,
         reference: Tensor,
         base: int,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """What the queries see, before the output projection.
 
@@ -254,16 +279,19 @@ class MMFS(nn.Module):
             sides: offsets and logits of the queries, and the tables of what each slot adds to them.
             values: [pictures, positions, heads, head dim].
             visible, shapes, reference, base: as in `forward`.
+            dtype: of the result; None: float32 or better.
 
         Returns:
-            [groups, queries, hidden size] in float32 or better.
+            [groups, queries, hidden size].
         """
         scales = [side / base for side in self.config.levels]
-        mixed, ignored = mmfs_attention(
-            values, *sides, reference, visible.images, shapes, scales, routes=visible.routes, backend=self.backend
-        )
         ignore = self.ignore_token.view(self.config.num_heads, -1)
-        return (mixed + ignored[..., None] * ignore).flatten(2)
+        dtype = dtype or promote(sides[0].dtype)
+        mixed = mmfs_output(
+            values, *sides, reference, visible.images, shapes, scales, ignore, dtype,
+            routes=visible.routes, backend=self.backend,
+        )  # fmt: skip
+        return mixed.flatten(2)
 
     def _forward_reference(
         self, query: Tensor, values: Tensor, visible: VisibleImages, shapes: Shapes, reference: Tensor, base: int

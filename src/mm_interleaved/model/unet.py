@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops.deformable import Shapes
 from .config import ImageDecoderConfig
+from .folding import FoldOnce
 from .mmfs import MMFS, PreparedMMFS, VisibleImages
 from .positions import PositionTable
 from .vit_adapter import cell_centres
@@ -85,6 +86,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         self.feature_norm = LearnedNorm(feature_size, eps=_EPS)
         self.positions = PositionTable.grid(config.latent_size, channels, resize_to=side)
         self.mmfs = MMFS(config.mmfs, channels, feature_size)
+        self.folded = FoldOnce()
         self.conv = nn.Conv2d(channels, channels, 1)
         self.reset_parameters()
 
@@ -98,7 +100,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
 
     def prepare(self, normed: Tensor) -> PreparedMMFS:
         """What this synchronizer keeps of `EarlierImages.normed` [pictures, positions, width]."""
-        prepared = self.mmfs.prepare(self.feature_norm(normed))
+        prepared = self.mmfs.prepare(self.feature_norm(normed), self.folded.of(self.mmfs))
         if prepared.folded is not None:
             prepared.output = self.mmfs.fold_output(self.conv.weight[:, :, 0, 0], self.conv.bias)
         return prepared
@@ -110,6 +112,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         else:
             query = self.query_norm(x.flatten(2).transpose(1, 2)) + self.positions().to(x.dtype)
         if prepared is None:
+            self.folded.forget()  # the weights are about to change
             prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.normed)))
         seen = self.mmfs(
             query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side

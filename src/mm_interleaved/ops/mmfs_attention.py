@@ -14,6 +14,7 @@ For group g, query q, head h; slot s is the s-th most recent picture of the grou
 Two forms. `mmfs_attention_plain` is a composition of PyTorch operators: the truth, and what runs on a CPU. The
 registered operator `mm_interleaved::mmfs_attention` runs the Triton kernels of `mmfs_triton.py`, which keep nothing but
 the result and the logarithm of the softmax's denominator. `mmfs_attention` chooses; `why_not_triton` says why.
+`mmfs_output` adds what the slot of logit 0 holds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn import Parameter
 
 from .deformable import Shapes, deformable_attention, promote
 
@@ -97,23 +99,71 @@ def mmfs_attention(
     Raises:
         ValueError: backend="triton", but the kernels cannot run; shapes that do not fit together.
     """
-    points = offsets.shape[-1] // (2 * values.shape[2])
-    _check(values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales)
-    reason = why_not_triton(values, points) if backend != "plain" else None
-    if backend == "triton" and reason is not None:
-        raise ValueError(f"MMFS attention cannot run through Triton: {reason}")
-    if backend == "plain" or reason is not None or (backend == "auto" and values.device.type != "cuda"):
-        return mmfs_attention_plain(
-            values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales, routes=routes
-        )
+    tensors = (values, offsets, logits, offset_table, logit_table, reference, images)
+    if not _takes_kernels(tensors, shapes, scales, backend):
+        return mmfs_attention_plain(*tensors, shapes, scales, routes=routes)
     if images.numel() == 0:
         return _nothing(values, offsets)
-    flat = [size for shape in shapes for size in shape]
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    mixed, lse = mmfs_attention_kernel(
-        values, offsets, logits, offset_table, logit_table, reference, images, flat, list(scales), deterministic
-    )
+    mixed, lse = _run_kernels(tensors, shapes, scales, None, torch.float32)
     return mixed, (-lse).exp()
+
+
+def mmfs_output(
+    values: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    offset_table: Tensor,
+    logit_table: Tensor,
+    reference: Tensor,
+    images: Tensor,
+    shapes: Shapes,
+    scales: Sequence[float],
+    ignore: Tensor,
+    dtype: torch.dtype,
+    *,
+    routes: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`mmfs_attention` with something in the slot of logit 0: mixed + ignored * `ignore`, in one pass of the kernel.
+
+    Args:
+        ignore: [heads, dim].
+        dtype: of the result; sums run in float32 or better.
+        values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales, routes, backend: as in
+            `mmfs_attention`.
+
+    Returns:
+        [groups, queries, heads, dim].
+    """
+    tensors = (values, offsets, logits, offset_table, logit_table, reference, images)
+    if images.numel() > 0 and _takes_kernels(tensors, shapes, scales, backend):
+        return _run_kernels(tensors, shapes, scales, ignore, dtype)[0]
+    mixed, ignored = mmfs_attention(*tensors, shapes, scales, routes=routes, backend=backend)
+    return (mixed + ignored[..., None] * ignore).to(dtype)
+
+
+def _takes_kernels(tensors: tuple[Tensor, ...], shapes: Shapes, scales: Sequence[float], backend: Backend) -> bool:
+    """Which form `backend` means for these arguments, which are looked at here."""
+    _check(*tensors, shapes, scales)
+    values, offsets = tensors[:2]
+    reason = why_not_triton(values, offsets.shape[-1] // (2 * values.shape[2])) if backend != "plain" else None
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"MMFS attention cannot run through Triton: {reason}")
+    return backend == "triton" or (backend == "auto" and reason is None and values.device.type == "cuda")
+
+
+def _run_kernels(
+    tensors: tuple[Tensor, ...], shapes: Shapes, scales: Sequence[float], ignore: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Through the registered operator where somebody wants to know of it; else past it, which costs the host less."""
+    flat = [size for shape in shapes for size in shape]
+    given = tensors if ignore is None else (*tensors, ignore)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if learns or torch.compiler.is_compiling() or any(type(x) not in (Tensor, Parameter) for x in given):
+        return mmfs_attention_kernel(*tensors, flat, list(scales), ignore, dtype)
+    from .mmfs_triton import forward
+
+    return forward(*tensors, flat, scales, ignore=ignore, dtype=dtype)
 
 
 def _check(
@@ -272,32 +322,32 @@ def mmfs_attention_kernel(
     images: Tensor,
     shapes: list[int],
     scales: list[float],
-    deterministic: bool,
+    ignore: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels; arguments as in `mmfs_attention`, `shapes` as height, width, height, ...
-
-    `deterministic` makes the gradient of the values independent of the order of its additions.
+    """The kernels; arguments as in `mmfs_output`, `shapes` as height, width, height, ...
 
     Returns:
-        Mixed samples [groups, queries, heads, dim] and the logarithm of the softmax's denominator
-        [groups, queries, heads], both float32. The ignored weight is exp of minus the latter.
+        Mixed samples [groups, queries, heads, dim], with `ignore` in the slot of logit 0, in `dtype`; the logarithm of
+        the softmax's denominator [groups, queries, heads], float32. The ignored weight is exp of minus the latter.
     """
     from .mmfs_triton import forward
 
-    return forward(values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales)
+    inputs = (values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales)
+    return forward(*inputs, ignore=ignore, dtype=dtype)
 
 
 @mmfs_attention_kernel.register_fake
-def _(values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales, deterministic):
+def _(values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales, ignore, dtype):
     groups, queries, _ = offsets.shape
-    mixed = values.new_empty((groups, queries, values.shape[2], values.shape[3]), dtype=torch.float32)
+    mixed = values.new_empty((groups, queries, values.shape[2], values.shape[3]), dtype=dtype)
     return mixed, values.new_empty((groups, queries, values.shape[2]), dtype=torch.float32)
 
 
 @custom_op("mm_interleaved::mmfs_attention_backward", mutates_args=())
 def mmfs_attention_backward(
     grad_mixed: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     mixed: Tensor,
     lse: Tensor,
     values: Tensor,
@@ -309,14 +359,13 @@ def mmfs_attention_backward(
     images: Tensor,
     shapes: list[int],
     scales: list[float],
-    deterministic: bool,
     for_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to values (an empty tensor without `for_values`), offsets, logits and the two tables."""
-    from .mmfs_triton import backward
+    from .mmfs_triton_backward import backward
 
     inputs = (values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales)
-    return backward(grad_mixed, grad_lse, mixed, lse, *inputs, deterministic=deterministic, for_values=for_values)
+    return backward(grad_mixed, grad_lse, mixed, lse, *inputs, for_values=for_values)
 
 
 @mmfs_attention_backward.register_fake
@@ -327,16 +376,23 @@ def _(grad_mixed, grad_lse, mixed, lse, values, offsets, logits, offset_table, l
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.shapes, ctx.scales, ctx.deterministic = inputs
+    *tensors, ctx.shapes, ctx.scales, ignore, _ = inputs
+    ctx.ignore_dtype = None if ignore is None else ignore.dtype
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors)
 
 
-def _gradients(ctx, grad_mixed: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, grad_mixed: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    mixed, lse, *inputs = ctx.saved_tensors
+    grad_mixed = torch.zeros_like(mixed) if grad_mixed is None else grad_mixed
     for_values = ctx.needs_input_grad[0]
     of_values, *others = mmfs_attention_backward(
-        grad_mixed, grad_lse, *ctx.saved_tensors, ctx.shapes, ctx.scales, ctx.deterministic, for_values
+        grad_mixed, grad_lse, mixed, lse, *inputs, ctx.shapes, ctx.scales, for_values
     )
-    return (of_values if for_values else None, *others, None, None, None, None, None)
+    of_ignore = None
+    if ctx.needs_input_grad[9]:
+        of_ignore = torch.einsum("gqh,gqhd->hd", (-lse).exp(), grad_mixed.float()).to(ctx.ignore_dtype)
+    return (of_values if for_values else None, *others, None, None, None, None, of_ignore, None)
 
 
 mmfs_attention_kernel.register_autograd(_gradients, setup_context=_keep)

@@ -1,20 +1,26 @@
-"""Triton kernels of `mmfs_attention`: one program for a block of queries and one head, forward and backward.
+"""The forward Triton kernel of `mmfs_attention`: one program for a block of queries and one head.
 
 Work is laid out in lanes: a lane is one (query, slot, point) of the block, and a tile [lanes, dim] holds one neighbour
 of the sample of every lane. With many queries a block has several of them and looks at one slot at a time; with few it
 has one query and looks at many slots at once, so that a single query still has enough loads in flight. Nothing is added
-up across lanes before the end. Slots behind the last visible one of a block are skipped.
+up across lanes before the end: every lane has a softmax of its own, that of the logits it has met, and what it has
+summed shrinks when a higher one comes. Slots behind the last visible one of a block are skipped.
 
-The softmax takes two loops: the first over the logits alone gives the denominator, the second samples. The slot of
-logit 0 starts the running maximum, which is therefore never negative.
+The slot of logit 0 starts the running maximum, which is therefore never negative.
 
 What the forward pass moves through device memory is its inputs and its result. The samples themselves, 4 neighbours of
-`dim` channels each, come from the caches: programs of one head run side by side and look at the same pictures.
+`dim` channels each, come from the caches: programs of one head run side by side and look at the same pictures. What
+takes time is issuing instructions, so a tile is loaded in two halves of the channels, and a thread serves fewer lanes
+for more channels; places are clamped to the map and shares are zeros outside, so that no load has a mask. For heads of
+64 bfloat16 channels a sample takes 28 instructions of a warp (sm_90, counted in the machine code), 17 of them to widen
+and to add up 4 times 64 numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,15 +28,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES = {"forward": (4096, 16), "backward": (2048, 8)}  # numbers in a tile [lanes, dim] with many queries, and a thread
+# Lanes of a program for heads of 64 channels, and numbers of its tile [lanes, dim] a thread.
+TILES = {"forward": {"many": (128, 64), "few": (128, 16)}, "backward": {"many": (64, 32), "few": (64, 8)}}
 FEW_PROGRAMS = 1024  # below this many (query, head) pairs, a program takes one query and many slots
-FIXED_POINT = 2.0**38  # the largest gradient in the deterministic mode; the sum over 2^24 queries fits into an int64
 
 
 @triton.jit
 def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
            ALL_SLOTS: tl.constexpr):  # fmt: skip
-    """Row, slot within the block of slots and point of every lane; the number of slots to look at."""
+    """Row, slot within the block and point of every lane; number of slots to look at; a picture of every query."""
     lane = tl.arange(0, BLOCK_Q * BLOCK_S * BLOCK_P)
     first = tl.program_id(0) * BLOCK_Q
     row = first + lane // (BLOCK_S * BLOCK_P)
@@ -39,7 +45,7 @@ def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.cons
     real = (own < rows)[:, None] & (every < slots)[None, :]
     seen = tl.load(images + (own // queries)[:, None] * slots + every[None, :], mask=real, other=-1)
     last = tl.max(tl.max(tl.where(seen >= 0, every[None, :] + 1, 0), axis=1), axis=0)
-    return row, lane // BLOCK_P % BLOCK_S, lane % BLOCK_P, last
+    return row, lane // BLOCK_P % BLOCK_S, lane % BLOCK_P, last, tl.max(seen, axis=1)
 
 
 @triton.jit
@@ -85,206 +91,114 @@ def _level(level, LEVELS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.conste
 
 
 @triton.jit
-def _pixel(reference, offset, scale, size):
-    """Pixel to the left (above) and the share of the one after it. Whatever lies outside stays just outside."""
-    x = reference * size + offset * scale - 0.5
-    x = tl.minimum(tl.maximum(x, -2.0), size + 1.0)
-    left = tl.floor(x)
-    return left.to(tl.int32), x - left
+def _hat(distance):
+    """The share that a cell at that distance has of a sample, along one axis."""
+    return tl.maximum(1.0 - tl.abs(distance), 0.0)
+
+
+@triton.jit
+def _neighbours(place, size):
+    """Two neighbouring cells of an axis: the first, how far the sample is behind it, the shares of both.
+
+    Both are cells of the map, for samples outside as well, so that no load needs a mask; there their shares are 0. A
+    map of one cell has no second: it is the first again, of share 0.
+    """
+    first = tl.maximum(tl.minimum(tl.floor(place), size - 2.0), 0.0)
+    behind = place - first
+    return first.to(tl.int32), behind, _hat(behind), tl.where(size > 1, _hat(behind - 1.0), 0.0)
+
+
+@triton.jit
+def _channels(place, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[lanes, channels] of one cell for every lane."""
+    place = place[:, None] + channel[None, :]
+    tile = tl.load(place) if DIM == BLOCK_D else tl.load(place, mask=(channel < DIM)[None, :], other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _to_lanes(by_query, BLOCK_Q: tl.constexpr, A_QUERY: tl.constexpr):
+    """A number of every query for each of its lanes."""
+    return tl.reshape(tl.broadcast_to(by_query[:, None], (BLOCK_Q, A_QUERY)), (BLOCK_Q * A_QUERY,))
 
 
 @triton.jit
 def _forward_kernel(
-    values, offsets, logits, offset_table, logit_table, reference, images, mixed, lse,
-    rows, queries, slots, positions, offsets_row, logits_row, offset_table_row, logit_table_row,
+    values, offsets, logits, offset_table, logit_table, reference, images, ignore, mixed, lse,
+    rows, queries, slots, picture_size, offsets_row, logits_row, offset_table_row, logit_table_row,
     reference_group, reference_query,
     HEADS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
     HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALL_SLOTS: tl.constexpr,
+    ALL_SLOTS: tl.constexpr, IGNORE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    row, slot_in_block, point, last = _block(images, rows, queries, slots, BLOCK_Q, BLOCK_S, BLOCK_P, ALL_SLOTS)
+    row, slot_in_block, point, last, newest = _block(images, rows, queries, slots, BLOCK_Q, BLOCK_S, BLOCK_P, ALL_SLOTS)
     LANES: tl.constexpr = BLOCK_Q * BLOCK_S * BLOCK_P
-
+    HALF: tl.constexpr = BLOCK_D // 2
+    STRIDE: tl.constexpr = HEADS * DIM
+    # A lane that sees nothing weighs nothing, but what it reads must be numbers: it reads what its query sees.
+    instead = _to_lanes(tl.maximum(newest, 0), BLOCK_Q, BLOCK_S * BLOCK_P)
+    real = (row < rows) & (point < POINTS)
+    own_x, own_y = _own_offset(offsets, row, (head * POINTS + point) * 2, real, offsets_row)
+    centre_x, centre_y = _reference(reference, row, real, queries, reference_group, reference_query)
+    channel = tl.arange(0, HALF)
     top = tl.zeros([LANES], tl.float32)
     total = tl.zeros([LANES], tl.float32)
+    low = tl.zeros([LANES, HALF], tl.float32)
+    high = tl.zeros([LANES, HALF], tl.float32)
     first = tl.zeros([], tl.int32)
     while first < last:
         slot = first + slot_in_block
-        seen = _pictures(images, row, slot, point, rows, queries, slots, POINTS) >= 0
+        picture = _pictures(images, row, slot, point, rows, queries, slots, POINTS)
+        seen = picture >= 0
+        higher = top
         for level in tl.static_range(LEVELS):
             column = (head * LEVELS + level) * POINTS + point
             logit = _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row)
-            higher = tl.maximum(top, logit)
-            total = total * tl.exp(top - higher) + tl.exp(logit - higher)
-            top = higher
-        first += BLOCK_S
-    by_query = tl.reshape(top, (BLOCK_Q, BLOCK_S * BLOCK_P))
-    highest = tl.max(by_query, axis=1)
-    parts = tl.reshape(total, (BLOCK_Q, BLOCK_S * BLOCK_P)) * tl.exp(by_query - highest[:, None])
-    denominator = tl.exp(-highest) + tl.sum(parts, axis=1)  # exp(-highest): the slot of logit 0
-    spread = tl.zeros([BLOCK_Q, BLOCK_S * BLOCK_P], tl.float32)
-    top = tl.reshape(spread + highest[:, None], (LANES,))
-    share = tl.reshape(spread + (1.0 / denominator)[:, None], (LANES,))
-
-    real = (row < rows) & (point < POINTS)
-    own_x, own_y = _own_offset(offsets, row, (head * POINTS + point) * 2, real, offsets_row)
-    centre_x, centre_y = _reference(reference, row, real, queries, reference_group, reference_query)
-    channel = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([LANES, BLOCK_D], tl.float32)
-    first = tl.zeros([], tl.int32)
-    while first < last:
-        slot = first + slot_in_block
-        picture = _pictures(images, row, slot, point, rows, queries, slots, POINTS)
-        seen = picture >= 0
+            higher = tl.maximum(higher, logit)
+        shrunk = tl.exp(top - higher)
+        top, total = higher, total * shrunk
+        low, high = low * shrunk[:, None], high * shrunk[:, None]
         more_x, more_y = _own_offset(offset_table, slot, (head * POINTS + point) * 2, seen, offset_table_row)
-        origin = values + tl.where(seen, picture, 0).to(tl.int64) * positions * (HEADS * DIM) + head * DIM
-        for level in range(LEVELS):
-            height, width, start, scale = _level(level, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
-            column = (head * LEVELS + level) * POINTS + point
-            logit = _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row)
-            weight = tl.exp(logit - top) * share
-            left, right_share = _pixel(centre_x, own_x + more_x, scale, width)
-            above, below_share = _pixel(centre_y, own_y + more_y, scale, height)
-            for corner in tl.static_range(4):
-                x, y = left + corner % 2, above + corner // 2
-                inside = seen & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                part_x = right_share if corner % 2 == 1 else 1 - right_share
-                part_y = below_share if corner // 2 == 1 else 1 - below_share
-                place = origin + (start + y * width + x) * (HEADS * DIM)
-                wanted = inside[:, None] & (channel < DIM)[None, :]
-                tile = tl.load(place[:, None] + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
-                acc += (weight * part_x * part_y)[:, None] * tile
-        first += BLOCK_S
-
-    own = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    result = tl.sum(tl.reshape(acc, (BLOCK_Q, BLOCK_S * BLOCK_P, BLOCK_D)), axis=1)
-    place = mixed + (own.to(tl.int64) * HEADS + head)[:, None] * DIM + channel[None, :]
-    tl.store(place, result, mask=(own < rows)[:, None] & (channel < DIM)[None, :])
-    tl.store(lse + own * HEADS + head, highest + tl.log(denominator), mask=own < rows)
-
-
-@triton.jit
-def _add_to_values(place, amount, wanted, fixed_point, FIXED: tl.constexpr):
-    """Atomically; integers add up to the same in any order."""
-    if FIXED:
-        tl.atomic_add(place, tl.floor(amount * fixed_point + 0.5).to(tl.int64), mask=wanted, sem="relaxed")
-    else:
-        tl.atomic_add(place, amount, mask=wanted, sem="relaxed")
-
-
-@triton.jit
-def _backward_kernel(
-    values, offsets, logits, offset_table, logit_table, reference, images, mixed, lse, grad_mixed, grad_lse,
-    grad_values, grad_offsets, grad_logits, offset_table_parts, logit_table_parts, fixed_point,
-    rows, queries, slots, positions, offsets_row, logits_row, offset_table_row, logit_table_row,
-    reference_group, reference_query,
-    HEADS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
-    HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALL_SLOTS: tl.constexpr, BLOCK_L: tl.constexpr, FOR_VALUES: tl.constexpr, FIXED: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1)
-    row, slot_in_block, point, last = _block(images, rows, queries, slots, BLOCK_Q, BLOCK_S, BLOCK_P, ALL_SLOTS)
-    LANES: tl.constexpr = BLOCK_Q * BLOCK_S * BLOCK_P
-    real = (row < rows) & (point < POINTS)
-    channel = tl.arange(0, BLOCK_D)
-    cell = row.to(tl.int64) * HEADS + head
-    place = cell[:, None] * DIM + channel[None, :]
-    present = real[:, None] & (channel < DIM)[None, :]
-    grad = tl.load(grad_mixed + place, mask=present, other=0.0)
-    # d logit_j = w_j (<grad, sample_j> - mean), where the mean counts the gradient of lse in.
-    mean = tl.sum(grad * tl.load(mixed + place, mask=present, other=0.0), axis=1)
-    mean -= tl.load(grad_lse + cell, mask=real, other=0.0)
-    top = tl.load(lse + cell, mask=real, other=0.0)
-    scale_up = tl.load(fixed_point) if FIXED else 1.0
-    own_x, own_y = _own_offset(offsets, row, (head * POINTS + point) * 2, real, offsets_row)
-    centre_x, centre_y = _reference(reference, row, real, queries, reference_group, reference_query)
-    all_x = tl.zeros([LANES], tl.float32)
-    all_y = tl.zeros([LANES], tl.float32)
-    all_logits = tl.zeros([LANES, BLOCK_L], tl.float32)
-    level_number = tl.arange(0, BLOCK_L)
-    part = tl.program_id(0).to(tl.int64) * slots
-    slot_of_column = tl.arange(0, BLOCK_S * BLOCK_P) // BLOCK_P
-    point_of_column = tl.arange(0, BLOCK_S * BLOCK_P) % BLOCK_P
-
-    first = tl.zeros([], tl.int32)
-    while first < last:
-        slot = first + slot_in_block
-        picture = _pictures(images, row, slot, point, rows, queries, slots, POINTS)
-        seen = picture >= 0
-        more_x, more_y = _own_offset(offset_table, slot, (head * POINTS + point) * 2, seen, offset_table_row)
-        origin = tl.where(seen, picture, 0).to(tl.int64) * positions * (HEADS * DIM) + head * DIM
-        table_row = part + first + slot_of_column
-        in_table = (first + slot_of_column < slots) & (point_of_column < POINTS)
-        slot_x = tl.zeros([LANES], tl.float32)
-        slot_y = tl.zeros([LANES], tl.float32)
+        origin = values + tl.where(seen, picture, instead).to(tl.int64) * picture_size + head * DIM
         for level in range(LEVELS):
             height, width, start, scale = _level(level, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
             column = (head * LEVELS + level) * POINTS + point
             logit = _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row)
             weight = tl.exp(logit - top)
-            left, right_share = _pixel(centre_x, own_x + more_x, scale, width)
-            above, below_share = _pixel(centre_y, own_y + more_y, scale, height)
-            sampled = tl.zeros([LANES], tl.float32)
-            along_x = tl.zeros([LANES], tl.float32)
-            along_y = tl.zeros([LANES], tl.float32)
-            for corner in tl.static_range(4):
-                x, y = left + corner % 2, above + corner // 2
-                inside = seen & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                part_x = right_share if corner % 2 == 1 else 1 - right_share
-                part_y = below_share if corner // 2 == 1 else 1 - below_share
-                place = origin + (start + y * width + x) * (HEADS * DIM)
-                place = place[:, None] + channel[None, :]
-                wanted = inside[:, None] & (channel < DIM)[None, :]
-                tile = tl.load(values + place, mask=wanted, other=0.0).to(tl.float32)
-                product = tl.sum(tile * grad, axis=1)
-                sampled += part_x * part_y * product
-                along_x += part_y * product * (2 * (corner % 2) - 1)
-                along_y += part_x * product * (2 * (corner // 2) - 1)
-                if FOR_VALUES:
-                    amount = (weight * part_x * part_y)[:, None] * grad
-                    _add_to_values(grad_values + place, amount, wanted, scale_up, FIXED)
-            grad_logit = weight * (sampled - mean)
-            all_logits += tl.where(level_number[None, :] == level, grad_logit[:, None], 0.0)
-            by_column = tl.sum(tl.reshape(grad_logit, (BLOCK_Q, BLOCK_S * BLOCK_P)), axis=0)
-            table_column = (head * LEVELS + level) * POINTS + point_of_column
-            tl.store(logit_table_parts + table_row * (HEADS * LEVELS * POINTS) + table_column, by_column, mask=in_table)
-            slot_x += weight * along_x * scale
-            slot_y += weight * along_y * scale
-        all_x += slot_x
-        all_y += slot_y
-        table_place = offset_table_parts + table_row * (HEADS * POINTS * 2) + (head * POINTS + point_of_column) * 2
-        by_x = tl.sum(tl.reshape(slot_x, (BLOCK_Q, BLOCK_S * BLOCK_P)), axis=0)
-        by_y = tl.sum(tl.reshape(slot_y, (BLOCK_Q, BLOCK_S * BLOCK_P)), axis=0)
-        tl.store(table_place, by_x, mask=in_table)
-        tl.store(table_place + 1, by_y, mask=in_table)
+            total += weight
+            left, _, x_near, x_far = _neighbours(centre_x * width + (own_x + more_x) * scale - 0.5, width)
+            above, _, y_near, y_far = _neighbours(centre_y * height + (own_y + more_y) * scale - 0.5, height)
+            corner = origin + (start + above * width + left) * STRIDE
+            right, below = tl.where(width > 1, STRIDE, 0), tl.where(height > 1, width * STRIDE, 0)
+            for number in tl.static_range(4):
+                share = weight * (y_far if number // 2 == 1 else y_near) * (x_far if number % 2 == 1 else x_near)
+                place = corner + (number // 2 * below + number % 2 * right)
+                low += share[:, None] * _channels(place, channel, DIM, BLOCK_D)
+                high += share[:, None] * _channels(place, channel + HALF, DIM, BLOCK_D)
         first += BLOCK_S
-    _store_query_gradients(
-        grad_offsets, grad_logits, all_x, all_y, all_logits, head, rows,
-        HEADS, POINTS, LEVELS, BLOCK_Q, BLOCK_S, BLOCK_P, BLOCK_L,
-    )  # fmt: skip
 
-
-@triton.jit
-def _store_query_gradients(
-    grad_offsets, grad_logits, all_x, all_y, all_logits, head, rows,
-    HEADS: tl.constexpr, POINTS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """Sums over the slots of a block, to [rows, heads * points * 2] and [rows, heads * levels * points]."""
-    row = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
-    point = tl.arange(0, BLOCK_P)[None, :]
-    real = (row < rows) & (point < POINTS)
-    place = grad_offsets + row.to(tl.int64) * (HEADS * POINTS * 2) + (head * POINTS + point) * 2
-    tl.store(place, tl.sum(tl.reshape(all_x, (BLOCK_Q, BLOCK_S, BLOCK_P)), axis=1), mask=real)
-    tl.store(place + 1, tl.sum(tl.reshape(all_y, (BLOCK_Q, BLOCK_S, BLOCK_P)), axis=1), mask=real)
-    summed = tl.sum(tl.reshape(all_logits, (BLOCK_Q, BLOCK_S, BLOCK_P, BLOCK_L)), axis=1)
-    level = tl.arange(0, BLOCK_L)[None, None, :]
-    column = (head * LEVELS + level) * POINTS + point[:, :, None]
-    place = grad_logits + row.to(tl.int64)[:, :, None] * (HEADS * LEVELS * POINTS) + column
-    tl.store(place, summed, mask=real[:, :, None] & (level < LEVELS))
+    by_query = tl.reshape(top, (BLOCK_Q, BLOCK_S * BLOCK_P))
+    highest = tl.max(by_query, axis=1)  # never negative: the slot of logit 0
+    factor = tl.exp(by_query - highest[:, None])
+    parts = tl.reshape(total, (BLOCK_Q, BLOCK_S * BLOCK_P)) * factor
+    denominator = tl.exp(-highest) + tl.sum(parts, axis=1)
+    share = tl.reshape(factor / denominator[:, None], (LANES,))[:, None]
+    own = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    cell = own.to(tl.int64) * HEADS + head
+    wanted, sees = (own < rows)[:, None], (newest >= 0)[:, None]
+    for half in tl.static_range(2):
+        acc = (low if half == 0 else high) * share
+        result = tl.sum(tl.reshape(acc, (BLOCK_Q, BLOCK_S * BLOCK_P, HALF)), axis=1)
+        at = channel + half * HALF
+        result = tl.where(sees, result, 0.0)
+        if IGNORE:
+            held = tl.load(ignore + head * DIM + at, mask=at < DIM, other=0.0).to(tl.float32)
+            result += (tl.exp(-highest) / denominator)[:, None] * held[None, :]
+        place = mixed + cell[:, None] * DIM + at[None, :]
+        tl.store(place, result, mask=wanted & (at < DIM)[None, :])
+    tl.store(lse + cell, highest + tl.log(denominator), mask=own < rows)
 
 
 @dataclass
@@ -303,17 +217,47 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tiles(rows: int, slots: int, heads: int, points: int, dim: int, direction: str) -> dict[str, int]:
-    """Block sizes of a launch in a `direction`, powers of two, and its warps."""
-    numbers, a_thread = TILES[direction]
-    block_p, block_d = triton.next_power_of_2(points), triton.next_power_of_2(dim)
-    lanes = max(min(numbers // block_d, 128), block_p)
-    if rows * heads >= FEW_PROGRAMS:
-        block_q, block_s = lanes // block_p, 1
-    else:
-        block_q, block_s = 1, min(triton.next_power_of_2(slots), max(2 * lanes // block_p, 1))
+def _whole_pictures(values: Tensor) -> Tensor:
+    """Values whose pictures are contiguous, each for itself: some levels of more are not copied."""
+    _, _, heads, dim = values.shape
+    return values if values.stride()[1:] == (heads * dim, dim, 1) else values.contiguous()
+
+
+def tiles(many: bool, slots: int, points: int, dim: int, direction: str) -> dict[str, int]:
+    """Block sizes of a launch in a `direction` for `many` queries or few, powers of two, and its warps."""
+    lanes, a_thread = TILES[direction]["many" if many else "few"]
+    block_p, block_d = triton.next_power_of_2(points), max(triton.next_power_of_2(dim), 16)
+    lanes = max(min(lanes * 64 // block_d, 128), block_p)
+    block_q, block_s = (lanes // block_p, 1) if many else (1, min(triton.next_power_of_2(slots), lanes // block_p))
     warps = max(1, min(8, block_q * block_s * block_p * block_d // (32 * a_thread)))
     return {"BLOCK_Q": block_q, "BLOCK_S": block_s, "BLOCK_P": block_p, "BLOCK_D": block_d, "num_warps": warps}
+
+
+@lru_cache(maxsize=1024)
+def _options(
+    many: bool,
+    slots: int,
+    heads: int,
+    points: int,
+    dim: int,
+    shapes: tuple[int, ...],
+    scales: tuple[float, ...],
+    direction: str,
+) -> dict[str, Any]:
+    """The constants of a launch, worked out once; not to be changed."""
+    maps = list(zip(shapes[::2], shapes[1::2], strict=True))
+    return {
+        "HEADS": heads,
+        "POINTS": points,
+        "DIM": dim,
+        "LEVELS": len(maps),
+        "HEIGHTS": tuple(h for h, _ in maps),
+        "WIDTHS": tuple(w for _, w in maps),
+        "STARTS": tuple(sum(h * w for h, w in maps[:i]) for i in range(len(maps))),
+        "SCALES": tuple(float(s) for s in scales),
+        "ALL_SLOTS": triton.next_power_of_2(slots),
+        **tiles(many, slots, points, dim, direction),
+    }
 
 
 def _launch(
@@ -324,79 +268,39 @@ def _launch(
     logit_table: Tensor,
     reference: Tensor,
     images: Tensor,
-    shapes: list[int],
-    scales: list[float],
+    shapes: Sequence[int],
+    scales: Sequence[float],
     direction: str,
 ) -> _Launch:
     groups, queries, _ = offsets.shape
-    _, positions, heads, dim = values.shape
+    heads, dim = values.shape[2:]
     rows, slots, points = groups * queries, images.shape[1], offsets.shape[-1] // (2 * heads)
-    maps = list(zip(shapes[::2], shapes[1::2], strict=True))
-    blocks = tiles(rows, slots, heads, points, dim, direction)
+    many = rows * heads >= FEW_PROGRAMS
+    options = _options(many, slots, heads, points, dim, tuple(shapes), tuple(scales), direction)
     tables = [_rows(x) for x in (offsets, logits, offset_table, logit_table)]
     reference = reference if reference.stride(-1) == 1 else reference.contiguous()
     reference_strides = [reference.stride(i) if reference.shape[i] > 1 else 0 for i in (0, 1)]
+    values = _whole_pictures(values)
     return _Launch(
-        grid=(triton.cdiv(rows, blocks["BLOCK_Q"]), heads),
-        inputs=(values.contiguous(), *tables, reference, images.contiguous()),
-        sizes=(rows, queries, slots, positions, *(x.stride(0) for x in tables), *reference_strides),
-        options={
-            "HEADS": heads,
-            "POINTS": points,
-            "DIM": dim,
-            "LEVELS": len(maps),
-            "HEIGHTS": tuple(h for h, _ in maps),
-            "WIDTHS": tuple(w for _, w in maps),
-            "STARTS": tuple(sum(h * w for h, w in maps[:i]) for i in range(len(maps))),
-            "SCALES": tuple(float(s) for s in scales),
-            "ALL_SLOTS": triton.next_power_of_2(slots),
-            **blocks,
-        },
+        grid=(triton.cdiv(rows, options["BLOCK_Q"]), heads),
+        inputs=(values, *tables, reference, images.contiguous()),
+        sizes=(rows, queries, slots, values.stride(0), *(x.stride(0) for x in tables), *reference_strides),
+        options=options,
     )
 
 
-def forward(values: Tensor, offsets: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def forward(
+    values: Tensor, offsets: Tensor, *others: Any, ignore: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Mixed samples and log-sum-exp; see `mmfs_attention_kernel`."""
     groups, queries, _ = offsets.shape
     heads, dim = values.shape[2:]
-    mixed = values.new_empty((groups, queries, heads, dim), dtype=torch.float32)
+    mixed = values.new_empty((groups, queries, heads, dim), dtype=dtype)
     lse = values.new_empty((groups, queries, heads), dtype=torch.float32)
     launch = _launch(values, offsets, *others, direction="forward")
+    held = lse if ignore is None else ignore.contiguous()
     with torch.cuda.device_of(values):
-        _forward_kernel[launch.grid](*launch.inputs, mixed, lse, *launch.sizes, **launch.options)
+        _forward_kernel[launch.grid](
+            *launch.inputs, held, mixed, lse, *launch.sizes, **launch.options, IGNORE=ignore is not None
+        )
     return mixed, lse
-
-
-def backward(
-    grad_mixed: Tensor,
-    grad_lse: Tensor,
-    mixed: Tensor,
-    lse: Tensor,
-    *inputs: Any,
-    deterministic: bool,
-    for_values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to values, offsets, logits and the two tables; see `mmfs_attention_backward`."""
-    values, offsets, logits, offset_table, logit_table = inputs[:5]
-    launch = _launch(*inputs, direction="backward")
-    grad_mixed = grad_mixed.contiguous()
-    kind = torch.int64 if deterministic else torch.float32
-    grad_values = torch.zeros(values.shape if for_values else (0,), dtype=kind, device=values.device)
-    largest = grad_mixed.abs().amax() if deterministic and for_values else grad_mixed.new_ones(())
-    fixed_point = FIXED_POINT / largest.clamp(min=torch.finfo(torch.float32).tiny * FIXED_POINT)
-    grad_offsets = torch.empty(offsets.shape, dtype=offsets.dtype, device=values.device)
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=values.device)
-    parts = [
-        torch.zeros((launch.grid[0], *x.shape), dtype=torch.float32, device=values.device)
-        for x in (offset_table, logit_table)
-    ]
-    with torch.cuda.device_of(values):
-        _backward_kernel[launch.grid](
-            *launch.inputs, mixed, lse, grad_mixed, grad_lse.contiguous(), grad_values, grad_offsets, grad_logits,
-            *parts, fixed_point, *launch.sizes, **launch.options, BLOCK_L=triton.next_power_of_2(len(inputs[-1])),
-            FOR_VALUES=for_values, FIXED=deterministic,
-        )  # fmt: skip
-    if deterministic and for_values:
-        grad_values = grad_values.to(torch.float32) / fixed_point
-    of_tables = [p.sum(0).to(x.dtype) for p, x in zip(parts, (offset_table, logit_table), strict=True)]
-    return grad_values.to(values.dtype), grad_offsets, grad_logits, of_tables[0], of_tables[1]

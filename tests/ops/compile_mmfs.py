@@ -1,0 +1,67 @@
+"""Compiles the kernels of MMFS for an H100 or H200, without one.
+
+A program of its own, because Triton decides for the interpreter when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mm_interleaved.ops import mmfs_triton, mmfs_triton_backward
+
+TARGET = GPUTarget("cuda", 90, 32)
+HEADS, POINTS, DIM = 16, 8, 64  # the release's
+FLOATS = ("lse", "grad_lse", "reference", "offset_table_parts", "logit_table_parts")
+HALVES = (
+    "values", "offsets", "logits", "offset_table", "logit_table", "ignore", "mixed", "grad_mixed", "grad_values",
+    "grad_offsets", "grad_logits",
+)  # fmt: skip
+TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+def kind(name: str, half: str) -> str:
+    """Type of a kernel's argument."""
+    if name in HALVES:
+        return f"*{half}"
+    return "*i64" if name in ("images", "entries") else "*fp32" if name in FLOATS else "i32"
+
+
+def compiled(kernel: Any, half: str, num_warps: int, **constants: Any) -> int:
+    """Bytes of the program for the device."""
+    names = [p.name for p in kernel.params]
+    signature = {n: "constexpr" if n in constants else kind(n, half) for n in names} | {"bounds": "*i32"}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {n: signature[n] for n in names}, fixed)
+    return len(triton.compile(source, TARGET, {"num_warps": num_warps}).asm["cubin"])
+
+
+def main() -> None:
+    """Compile all at the sizes of the release, for tokens and for maps of queries; print the sizes."""
+    found = {}
+    for sides, half in (((32, 16, 8), "bf16"), ((64, 32, 16, 8), "bf16"), ((32, 16, 8), "fp16"), ((32, 16, 8), "fp32")):
+        shapes, scales = tuple(x for side in sides for x in (side, side)), tuple(side / 8 for side in sides)
+        for many in (True, False):
+            name = f"{len(sides)} {half} {many}"
+            shared = (many, 15, HEADS, POINTS, DIM, shapes, scales)
+            options = mmfs_triton._options(*shared, "forward")
+            found[f"forward {name}"] = compiled(mmfs_triton._forward_kernel, half, **options, IGNORE=True)
+            options = mmfs_triton._options(*shared, "backward")
+            found[f"queries {name}"] = compiled(
+                mmfs_triton_backward._queries_kernel, half, **options, BLOCK_L=4, GRAD_LSE=True
+            )
+        fixed = {key: options[key] for key in mmfs_triton_backward.FIXED}
+        tile = mmfs_triton_backward.value_tile([(side, side) for side in sides], DIM)
+        found[f"values {len(sides)} {half}"] = compiled(
+            mmfs_triton_backward._values_kernel, half, **fixed, **tile, PRODUCT=TYPES[half]
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
