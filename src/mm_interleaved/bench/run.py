@@ -26,6 +26,7 @@ LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "layer": mmfs.layer,
     "adapter": pictures.adapter,
     "training": training.training,
+    "training-compiled": training.training_compiled,
     "session": session.session,
     "layer-by-pictures": mmfs.layer_by_pictures,
     "decode-by-pictures": text.decode_by_pictures,
@@ -33,7 +34,7 @@ LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "tiles": text.tiles,
     "layouts": pictures.layouts,
 }
-USUAL = [name for name in LINES if name not in ("products", "tiles", "layouts")]
+USUAL = [name for name in LINES if name not in ("products", "tiles", "layouts", "training-compiled")]
 
 
 def _triton_errors() -> tuple[type[BaseException], ...]:

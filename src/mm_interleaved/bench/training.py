@@ -1,4 +1,4 @@
-"""The line about training: one step, forward and backward."""
+"""Lines about training: one step, forward and backward."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ import torch
 from ..model.roofline import Need
 from ..training.checkpointing import disable_checkpointing, enable_checkpointing
 from ..training.flops import step_cost
+from ..training.run import compile_regions
 from .base import Bench, Row, document
 
 
 def training(bench: Bench) -> Iterator[Row]:
     """Both losses of a batch with gradient checkpointing, without the optimizer; the bound counts arithmetic only."""
+    for selective in (False, True):
+        yield _row(bench, selective, "selective checkpointing" if selective else "")
+
+
+def training_compiled(bench: Bench) -> Iterator[Row]:
+    """The same with the language model's layers compiled, which stay so: for a run of its own."""
+    compile_regions(bench.model, "decoder")
+    for selective in (False, True):
+        yield _row(bench, selective, f"layers compiled{', selective checkpointing' if selective else ''}")
+
+
+def _row(bench: Bench, selective: bool, name: str) -> Row:
     sizes, model, config = bench.sizes, bench.model, bench.model.config
     count = sizes.batch * sizes.batch_pictures
     ids = document(config, sizes.batch_length, sizes.batch_pictures).expand(sizes.batch, -1)
@@ -37,13 +50,11 @@ def training(bench: Bench) -> Iterator[Row]:
     case = f"{sizes.batch} rows of {sizes.batch_length} tokens with {sizes.batch_pictures} pictures each"
     model.freeze()
     model.train()
+    enable_checkpointing(model, selective)
     try:
-        for selective in (False, True):
-            enable_checkpointing(model, selective)
-            value, peak = bench.clock.time(step, 2), bench.clock.peak(step)
-            name = f"{case}, selective checkpointing" if selective else case
-            yield Row("training", name, "s", value, bound=bench.bound(need), peak_bytes=peak)
+        value, peak = bench.clock.time(step, 2), bench.clock.peak(step)
     finally:
         disable_checkpointing(model)
         model.eval()
         model.zero_grad(set_to_none=True)
+    return Row("training", f"{case}, {name}" if name else case, "s", value, bound=bench.bound(need), peak_bytes=peak)
