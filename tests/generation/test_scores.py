@@ -43,7 +43,9 @@ def test_the_prompt_and_its_picture_are_read_once(model: MMInterleaved, batch: B
     pictures, tokens = [], []
     hooks = [
         model.visual_tokenizer.register_forward_hook(lambda _m, a, _o: pictures.append(len(a[0]))),
-        model.language_model.layers[0].mlp.register_forward_hook(lambda _m, a, _o: tokens.append(a[0].shape[1])),
+        model.language_model.layers[0].mlp.gate_proj.register_forward_hook(
+            lambda _m, a, _o: tokens.append(a[0].shape[1])
+        ),
     ]
     model.score(batch, [OPTIONS[0] * 10, OPTIONS[1]])
     for hook in hooks:

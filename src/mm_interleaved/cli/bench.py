@@ -64,7 +64,7 @@ def bench(
     sizes = replace(sizes, rounds=rounds or sizes.rounds, steps=steps or sizes.steps)
     sizes = replace(sizes, twin_rounds=min(sizes.twin_rounds, sizes.rounds))
     subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, quantization, say=console.print)
-    result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "plain",
+    result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "auto",
               "quantization": quantization or "none", **vars(subject.speed),
               "rows": [], "trouble": []}  # fmt: skip
     for found in run.run_lines(subject, names, time_limit):

@@ -40,7 +40,10 @@ KEPT = 3  # decoders a model keeps for later
 MOST_SEEN = 8  # pictures that are encoded together, a power of two
 # Rows that the kernels multiply better than the library does, by the type of the weights (`mmi bench --only products`).
 PRODUCT_ROWS, INT8_PRODUCT_ROWS = 1, MOST_ROWS
-COLUMNS = {"cuda": 1024, "cpu": 64}  # room grows by so many columns: a captured step serves several turns of a session
+# Room grows by so many columns, so that a captured step serves several turns of a session; by fewer where many rows
+# would make them large (at the release's size a column of a row takes 0.8 MB).
+COLUMNS = {"cuda": 1024, "cpu": 64}
+FEWEST_COLUMNS, MOST_CELLS = 64, 16384  # columns, and rows times columns
 
 
 def why_not_static(model: MMInterleavedModel) -> str | None:
@@ -101,12 +104,14 @@ class Room:
     @classmethod
     def needed(cls, context: Context, width: int, steps: int) -> Room:
         """For `width` copies of every row of `context` and `steps` more tokens, rounded up."""
+        rows = len(context.mask) * width
         unit = COLUMNS.get(context.mask.device.type, COLUMNS["cpu"])
+        unit = max(min(unit, MOST_CELLS // _power_of_two(rows)), FEWEST_COLUMNS)
         columns = -(-(context.mask.shape[1] + steps) // unit) * unit
         slots = context.visible.shape[1]
         pictures = 0 if context.memory is None or slots == 0 else len(context.memory)
         most = context.model.config.mmfs.max_images - 1
-        return cls(len(context.mask) * width, columns, min(_power_of_two(slots), most), _power_of_two(pictures))
+        return cls(rows, columns, min(_power_of_two(slots), most), _power_of_two(pictures))
 
 
 def _power_of_two(count: int) -> int:

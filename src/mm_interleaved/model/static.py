@@ -59,12 +59,24 @@ class Pool(Generic[T]):
         idle[:] = [(k, x) for k, x in idle if k[1] == weights]
         key = (key, weights)
         place = next((i for i, (k, _) in enumerate(idle) if k == key), None)
-        found = make() if place is None else idle.pop(place)[1]
+        found = self._make(idle, make) if place is None else idle.pop(place)[1]
         try:
             yield found
         finally:
             idle.append((key, found))
             del idle[: -self.size]
+
+    @staticmethod
+    def _make(idle: list[tuple[Hashable, T]], make: Callable[[], T]) -> T:
+        """Another one; if there is no memory for it, in the place of those that are kept."""
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            if not idle:
+                raise
+        idle.clear()
+        torch.cuda.empty_cache()
+        return make()
 
     def clear(self) -> None:
         """Forget everything."""
