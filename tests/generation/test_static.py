@@ -72,6 +72,23 @@ def test_same_texts(model: MMInterleaved, ending: MMInterleaved, processor, kind
     assert any(e is not None for e in ends)
 
 
+def test_room_for_more_pictures_than_there_are(ending: MMInterleaved, processor, monkeypatch) -> None:
+    """As on a GPU, where a session does not record anew for each of its first pictures."""
+    monkeypatch.setitem(static.SLOTS, "cpu", 8)
+    batch = prompts(processor)
+    assert Room.needed(ending.read(batch), 1, 5).slots == 8
+    for settings in KINDS.values():
+        assert texts(ending, batch, settings, "static") == texts(ending, batch, settings, "dynamic")
+
+
+def test_room_for_many_rows_is_not_a_thousand_columns_each(model: MMInterleaved, processor, monkeypatch) -> None:
+    monkeypatch.setitem(static.COLUMNS, "cpu", 1024)
+    context = model.read(prompts(processor))
+    assert Room.needed(context, 1, 5).columns == 1024
+    many = Room.needed(context, 50, 5)
+    assert (many.rows, many.columns) == (150, 64 * (-(-(context.mask.shape[1] + 5) // 64)))
+
+
 @pytest.mark.parametrize("window", [2, 50])
 def test_how_far_ahead_does_not_matter(ending: MMInterleaved, processor, monkeypatch, window: int) -> None:
     monkeypatch.setitem(static_text.WINDOW, "cpu", window)

@@ -44,6 +44,7 @@ PRODUCT_ROWS, INT8_PRODUCT_ROWS = 1, MOST_ROWS
 # would make them large (at the release's size a column of a row takes 0.8 MB).
 COLUMNS = {"cuda": 1024, "cpu": 64}
 FEWEST_COLUMNS, MOST_CELLS = 64, 16384  # columns, and rows times columns
+SLOTS = {"cuda": 8, "cpu": 1}  # fewest pictures that there is room for once there is one, for the same reason
 
 
 def why_not_static(model: MMInterleavedModel) -> str | None:
@@ -105,17 +106,19 @@ class Room:
     def needed(cls, context: Context, width: int, steps: int) -> Room:
         """For `width` copies of every row of `context` and `steps` more tokens, rounded up."""
         rows = len(context.mask) * width
-        unit = COLUMNS.get(context.mask.device.type, COLUMNS["cpu"])
+        device = context.mask.device.type
+        unit, fewest = COLUMNS.get(device, COLUMNS["cpu"]), SLOTS.get(device, SLOTS["cpu"])
         unit = max(min(unit, MOST_CELLS // _power_of_two(rows)), FEWEST_COLUMNS)
         columns = -(-(context.mask.shape[1] + steps) // unit) * unit
         slots = context.visible.shape[1]
         pictures = 0 if context.memory is None or slots == 0 else len(context.memory)
         most = context.model.config.mmfs.max_images - 1
-        return cls(rows, columns, min(_power_of_two(slots), most), _power_of_two(pictures))
+        return cls(rows, columns, min(_power_of_two(slots, fewest), most), _power_of_two(pictures, fewest))
 
 
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length() if count else 0
+def _power_of_two(count: int, fewest: int = 1) -> int:
+    """The next one that is not less than `fewest`; 0 for 0."""
+    return 1 << (max(count, fewest) - 1).bit_length() if count else 0
 
 
 class StaticDecoder:
