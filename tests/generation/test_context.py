@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mm_interleaved import MMInterleaved
 from mm_interleaved.generation.context import Context, FirstAsItIs
-from mm_interleaved.generation.static import StaticEyes
+from mm_interleaved.generation.static_pictures import StaticEyes, see
 from mm_interleaved.model.mmfs import VisibleImages
 
 WAITING = {
@@ -161,3 +161,13 @@ def test_the_first_keys_and_values_are_not_copied() -> None:
     part = FirstAsItIs().update(larger[:, :, :3], larger[:, :, :3])
     larger += 1
     assert not part[0].any()
+
+
+def test_pictures_are_seen_in_parts(model: MMInterleaved) -> None:
+    """Eleven of them as 8, 2 and 1."""
+    side = model.config.vision_config.image_size
+    pixels = torch.rand(11, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = see(model, pixels), model.encode_images(pixels)
+    for a, b in zip((found.tokens, *found.pyramid), (expected.tokens, *expected.pyramid), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -24,6 +24,7 @@ from mm_interleaved import (
 )
 from mm_interleaved.generation import Context, InterleavedGenerator, static, static_text
 from mm_interleaved.generation.static import Room, StaticDecoder, borrow, why_not_static
+from mm_interleaved.generation.static_pictures import read_images
 from mm_interleaved.generation.text import write
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 
@@ -254,7 +255,7 @@ def test_pictures_that_rows_wait_for(debug_config: MMInterleavedConfig, processo
     model = other_model(debug_config, kind)
     pixels = torch.rand(2, 3, *[model.config.vision_config.image_size] * 2)
     contexts = []
-    for read in (static.read_images, Context.append_images):
+    for read in (read_images, Context.append_images):
         context = model.read(prompts(processor))
         for rows in ([0, 2], [1, 2]):
             soi = torch.full((3, 1), model.config.soi_token_id)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..generation import Context, MMInterleaved
 from ..generation.settings import CacheImplementation
-from ..generation.static import eyes_of
+from ..generation.static_pictures import eyes_of
 from ..model import MMInterleavedConfig
 from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS

@@ -26,7 +26,8 @@ from ..processor.packing import TokenStream
 from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .context import Context
 from .settings import GenerationSettings
-from .static import eyes_of, read_column, read_images, uses_static
+from .static import read_column, uses_static
+from .static_pictures import eyes_of, read_images
 from .text import WrittenText, add_tokens, end_tokens, write, write_beams
 
 Turn = Literal["text", "image"]

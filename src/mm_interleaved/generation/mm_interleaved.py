@@ -16,7 +16,7 @@ from ..processor import Batch, MMInterleavedProcessor
 from .context import Context
 from .interleaved import DocumentFinished, Event, InterleavedGenerator
 from .settings import CacheImplementation, GenerationSettings, ImageSettings, TextSettings, override
-from .static import eyes_of
+from .static_pictures import eyes_of
 from .text import WrittenText, score_options, write_beams, write_greedy
 
 

@@ -16,7 +16,7 @@ import logging
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,16 @@ from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
 from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
 from ..model.static import Pool, addresses, capture
-from ..model.visual_tokenizer import VisualFeatures
 from ..model.weights import readable
 from ..ops import attend, project, project_gated, promote, why_not_kernels
 from ..ops.decoding import MOST_ROWS, rotate
 from ..ops.int8 import Int8Rows, Weights
-from .context import Context, Eyes
+from .context import Context
 from .settings import CacheImplementation
 
 log = logging.getLogger(__name__)
 
 KEPT = 3  # decoders a model keeps for later
-MOST_SEEN = 8  # pictures that are encoded together, a power of two
 # Rows that the kernels multiply better than the library does, by the type of the weights (`mmi bench --only products`).
 PRODUCT_ROWS, INT8_PRODUCT_ROWS = 1, MOST_ROWS
 # Room grows by so many columns, so that a captured step serves several turns of a session; by fewer where many rows
@@ -431,72 +429,7 @@ def read_column(context: Context, tokens: Tensor, reading: Tensor) -> None:
         decoder.store(context, 1)
 
 
-class StaticEyes:
-    """The visual tokenizer for pictures of one shape; its twin is `MMInterleavedModel.encode_images`."""
-
-    def __init__(self, model: MMInterleavedModel, pixels: Tensor, captured: bool | None = None) -> None:
-        self._model = weakref.ref(model)
-        self.pixels = pixels.clone()
-        self.features: VisualFeatures | None = None
-        self.replay = None
-        if pixels.device.type == "cuda" if captured is None else captured:
-            self.replay = capture(self._step, pixels.device)
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> VisualFeatures:
-        """Features of `pixels` [pictures, 3, side, side]."""
-        self.pixels.copy_(pixels)
-        (self.replay or self._step)()
-        seen = self.features
-        return VisualFeatures(seen.tokens.clone(), [m.clone() for m in seen.pyramid], seen.last_hidden_state.clone())
-
-    def _step(self) -> None:
-        self.features = self._model().encode_images(self.pixels)
-
-
-@torch.no_grad()
-def see(model: MMInterleavedModel, pixel_values: Tensor) -> VisualFeatures:
-    """`MMInterleavedModel.encode_images` through recordings of 8, 4, 2 and 1 pictures, each made when first needed."""
-    pixels = pixel_values.to(model.compute_device)
-    weights, found, place = addresses(model.visual_tokenizer), [], 0
-    while place < len(pixels):
-        count = min(1 << (len(pixels) - place).bit_length() - 1, MOST_SEEN)
-        part = pixels[place : place + count]
-        with _eyes.borrow(model, (part.shape, part.dtype), weights, partial(StaticEyes, model, part)) as eyes:
-            found.append(eyes(part))
-        place += count
-    pyramids = zip(*(f.pyramid for f in found), strict=True)
-    return VisualFeatures(
-        torch.cat([f.tokens for f in found]),
-        [torch.cat(maps) for maps in pyramids],
-        torch.cat([f.last_hidden_state for f in found]),
-    )
-
-
-def eyes_of(model: MMInterleavedModel, implementation: CacheImplementation) -> Eyes | None:
-    """What a `Context` encodes pictures with; None: the model itself."""
-    return partial(see, model) if uses_static(model, implementation) else None
-
-
-def read_images(context: Context, rows: list[int], pixel_values: Tensor) -> None:
-    """Let `context` read the pictures that `rows` have been waiting for; the twin of `Context.append_images`."""
-    context.flush()
-    model = context.model
-    features = see(model, pixel_values)
-
-    def read(embeds: Tensor, mask: Tensor, images: Tensor) -> None:
-        count = embeds.shape[1]
-        with borrow(model, Room.needed(context, 1, count)) as decoder:
-            decoder.prepare_block(count)
-            decoder.load(context)
-            decoder.read_block(embeds, mask[:, 0] == 1)
-            decoder.store(context, count)
-
-    context.append_features(rows, features, read)
-
-
 _pool: Pool[StaticDecoder] = Pool(KEPT)
-_eyes: Pool[StaticEyes] = Pool(MOST_SEEN.bit_length())
 
 
 def borrow(model: MMInterleavedModel, room: Room) -> AbstractContextManager[StaticDecoder]:
