@@ -1,4 +1,7 @@
-"""A loader of a few documents, dealt out to ranks in turn; as a script, a short run on it, for torchrun."""
+"""A loader of a few documents, dealt out to ranks in turn; as a script, a short run on it, for torchrun.
+
+`--mixed` takes documents of several kinds; with `--shard`, FSDP shards on a CPU; `--gpu` takes GPUs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 
 import PIL.Image
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from mm_interleaved import MMInterleavedProcessor
 from mm_interleaved.configuration import load_config
@@ -30,14 +35,17 @@ class Colors:
         self.epoch, self.place = 0, 0
 
     def __iter__(self) -> Iterator[Batch]:
-        mine = COLORS[self.rank :: self.world_size]
+        mine = range(len(COLORS))[self.rank :: self.world_size]
         while self.place < len(mine):
-            name = mine[self.place]
+            number = mine[self.place]
             self.place += 1
-            picture = PIL.Image.new("RGB", (40, 40), name)
-            document = Document([Text(f"This is {name}."), Image(picture), Text("And again."), Image(picture)])
-            yield self.processor(document, training=True)
+            yield self.batch(number, PIL.Image.new("RGB", (40, 40), COLORS[number]))
         self.place = 0
+
+    def batch(self, number: int, picture: PIL.Image.Image) -> Batch:
+        """The batch about a colour."""
+        document = Document([Text(f"This is {COLORS[number]}."), Image(picture), Text("And again."), Image(picture)])
+        return self.processor(document, training=True)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -49,7 +57,37 @@ class Colors:
         self.place = state["place"]
 
 
+class Mixed(Colors):
+    """In turn two pictures, none at all, and one without anything before it, whose text is not learned."""
+
+    def batch(self, number: int, picture: PIL.Image.Image) -> Batch:
+        """The batch about a colour."""
+        text = Text(f"This is {COLORS[number]}.")
+        kinds = [[text, Image(picture), text, Image(picture)], [text], [Image(picture), text]]
+        batch = self.processor(Document(kinds[number % 3]), training=True)
+        batch.loss_text_weight = 0.0 if number % 3 == 2 else None
+        return batch
+
+
+def shard_on_cpu() -> None:
+    """Let accelerate take FSDP on a CPU, where it silently takes DDP. For tests only: it replaces a method of its."""
+    make = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        make(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        self.fsdp_plugin = fsdp_plugin or self.fsdp_plugin
+        if self.fsdp_plugin is not None:  # each time, for it is set back to the kind of the process
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    settings = load_config(ROOT / "configs/debug.yaml", TrainConfig, sys.argv[1:])
-    train(settings, FOLDER / "tokenizer", "cpu", Colors)
+    arguments = sys.argv[1:]
+    options = {a for a in arguments if a.startswith("--")}
+    if "--shard" in options:
+        shard_on_cpu()
+    settings = load_config(ROOT / "configs/debug.yaml", TrainConfig, [a for a in arguments if a not in options])
+    device = None if "--gpu" in options else "cpu"
+    train(settings, FOLDER / "tokenizer", device, Mixed if "--mixed" in options else Colors)

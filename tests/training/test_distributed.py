@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,16 @@ from .stand_in import COLORS
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def run_stand_in(run: Path, *changes: str, processes: int = 1) -> None:
+SHARD = "fsdp={fsdp_version: 2}"
+FROZEN = r"['image_decoder\.vae', 'language_model\.layers\.0', 'language_model\.embed', 'image_decoder\.unet\.down']"
+
+OTHERWISE = [
+    "precision=bfloat16", "gradient_checkpointing=true", "accumulation=2", f"model.overrides.frozen={FROZEN}"
+]  # fmt: skip
+
+
+def run_stand_in(run: Path, *changes: str, processes: int = 1, succeeds: bool = True) -> str:
+    """A run of `stand_in` with these settings; what it said."""
     launch = LAUNCH if processes > 1 else [sys.executable]
     launch = [*launch, "-m", "tests.training.stand_in"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -27,7 +37,12 @@ def run_stand_in(run: Path, *changes: str, processes: int = 1) -> None:
         [*launch, *arguments(run, "log_every=1", "save_every=0", *changes)],
         cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
+    return done.stderr
+
+
+def number(written: str) -> int:
+    return int(written.replace(",", ""))
 
 
 @pytest.mark.slow
@@ -46,12 +61,45 @@ def test_two_processes_learn_like_one_that_accumulates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_parameters_learn_the_same(tmp_path: Path) -> None:
-    run_stand_in(tmp_path / "ddp", "steps=3", processes=2)
-    run_stand_in(tmp_path / "fsdp", "steps=3", "fsdp={fsdp_version: 2}", processes=2)
+@pytest.mark.parametrize(("settings", "close"), [([], 1e-3), (OTHERWISE, 5e-3)], ids=["plain", "otherwise"])
+def test_sharded_parameters_learn_the_same(tmp_path: Path, settings: list[str], close: float) -> None:
+    """On batches that need other parts of the model in every process."""
+    run_stand_in(tmp_path / "ddp", "--mixed", "steps=4", *settings, processes=2)
+    settings = ["--mixed", "--shard", "steps=4", "save_every=2", SHARD, *settings]
+    said = run_stand_in(tmp_path / "whole", *settings, processes=2)
+    held, total = re.search(r"holds ([\d,]+) of all ([\d,]+) parameters", said).groups()
+    assert number(held) < 0.6 * number(total)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped", ignore=shutil.ignore_patterns("checkpoint-4", "final"))
+    run_stand_in(tmp_path / "stopped", *settings, processes=2)
+
+    ddp, whole, stopped = (logged(tmp_path / run) for run in ("ddp", "whole", "stopped"))
+    assert list(whole) == [1, 2, 3, 4]
+    assert list(whole.values()) == pytest.approx(list(ddp.values()), rel=close)
+    assert stopped == whole
+    ddp, whole, stopped = (load_file(tmp_path / run / "final/model.safetensors") for run in ("ddp", "whole", "stopped"))
+    assert {n: (w.shape, w.dtype) for n, w in whole.items()} == {n: (w.shape, w.dtype) for n, w in ddp.items()}
+    for name, weight in whole.items():
+        assert torch.equal(weight, stopped[name]), name
+        torch.testing.assert_close(weight, ddp[name], rtol=0, atol=close)
+
+
+@pytest.mark.slow
+def test_fsdp_does_not_silently_become_something_else(tmp_path: Path) -> None:
+    for settings, message in (
+        ([SHARD], "every process would hold all parameters"),
+        (["--shard", "fsdp={state_dict_type: SHARDED_STATE_DICT}"], "fsdp.state_dict_type must be FULL_STATE_DICT"),
+    ):
+        assert message in run_stand_in(tmp_path / "run", *settings, processes=2, succeeds=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_share_out_parameters(tmp_path: Path) -> None:
+    for run, settings in (("ddp", []), ("fsdp", [SHARD, "save_every=2"])):
+        run_stand_in(tmp_path / run, "--mixed", "--gpu", "steps=4", *settings, processes=2)
     ddp, fsdp = logged(tmp_path / "ddp"), logged(tmp_path / "fsdp")
     assert list(fsdp.values()) == pytest.approx(list(ddp.values()), rel=1e-3)
-    assert torch.isfinite(load_file(tmp_path / "fsdp/final/model.safetensors")["context_proj.weight"]).all()
+    assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "fsdp/final/model.safetensors").values())
 
 
 @pytest.mark.slow

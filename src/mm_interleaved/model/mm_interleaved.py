@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,14 @@ class KeptConditions:
         return self.weight * F.mse_loss(conditions.float(), wanted.float())
 
 
+@dataclass
+class Together:
+    """For which losses every `forward` calls all that they need, whatever its batch holds; see `keep_together`."""
+
+    text: bool
+    image: bool
+
+
 class MMInterleavedModel(PreTrainedModel):
     """Reads and writes rows of text and pictures, as tensors. `MMInterleaved` adds generation on top."""
 
@@ -131,6 +139,7 @@ class MMInterleavedModel(PreTrainedModel):
         self.context_positions = PositionTable.line(config.max_context_length, width)
         self.soi_token = LearnedTokens(1, width)
         self._kept: KeptConditions | None = None
+        self._together = Together(text=False, image=False)
         self.set_mmfs_implementation(config.mmfs_implementation)
         self.post_init()
         for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
@@ -362,20 +371,30 @@ class MMInterleavedModel(PreTrainedModel):
             if found != given:
                 raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {given} pictures")
             layout = self.plan(input_ids, attention_mask, document_starts, labels)
+        together = self._together
+        if (together.text or together.image) and (pixel_values is None or not len(pixel_values)):
+            pixel_values, known = self._blank(config.vision_config.image_size), True  # nothing sees it
         row = (input_ids, attention_mask, position_ids, pixel_values, layout)
         hidden, features = self._read(*row, checked=known)
 
         text_weight = config.loss_text_weight if loss_text_weight is None else loss_text_weight
         image_weight = config.loss_image_weight if loss_image_weight is None else loss_image_weight
-        loss_txt = self._text_loss(hidden, layout) if labels is not None and text_weight else None
-        loss_img = None
+        loss_txt = loss_img = loss_kept = None
+        idle = []  # what the batch does not need and is called all the same
+        if labels is not None and text_weight:
+            loss_txt = self._text_loss(hidden, layout)
+        elif together.text:
+            idle.append(self.lm_head(hidden[:1, :1]).float().mean())
         if target_pixel_values is not None and len(layout.drawn) and image_weight:
             draws = draws or self.image_decoder.draw(len(layout.drawn), generator)
             loss_img = self._image_loss(hidden, layout, features, target_pixel_values, image_loss_mask, draws)
-        loss_kept = None
+        elif together.image:
+            idle.append(self._idle_drawing(hidden, layout, features))
         if self._kept is not None and len(layout.drawn):
             loss_kept = self._kept.loss(self._conditions(hidden, layout), row)
-        losses = ((text_weight, loss_txt), (image_weight, loss_img), (1.0, loss_kept))
+        elif self._kept is not None and together.image:
+            idle.append(self._conditions(hidden, self._first_token(layout)).float().mean())
+        losses = ((text_weight, loss_txt), (image_weight, loss_img), (1.0, loss_kept), *((0.0, x) for x in idle))
         parts = [w * x for w, x in losses if x is not None]
         wants_logits = not parts if return_logits is None else return_logits
         logits = self.lm_head(hidden) if wants_logits else None
@@ -398,6 +417,37 @@ class MMInterleavedModel(PreTrainedModel):
             weight: of that mean squared error in the loss.
         """
         self._kept = KeptConditions(self, weight)
+
+    def keep_together(self, text: bool = True, image: bool = True) -> None:
+        """Let every `forward` call all that these losses need, for results that stay the same.
+
+        For weights that several processes hold together: all of them must ask for the same ones, in the same order.
+
+        Args:
+            text, image: whether any batch of any process has that loss.
+        """
+        self._together = Together(text, image)
+
+    def _blank(self, side: int) -> Tensor:
+        """One black picture, [1, 3, side, side]."""
+        return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.compute_device)
+
+    def _idle_drawing(self, hidden: Tensor, layout: Layout, features: VisualFeatures) -> Tensor:
+        """The loss of drawing a black picture out of a single token, which weighs nothing there either."""
+        zeros = torch.zeros(self.image_decoder.latent_shape(1), device=hidden.device)
+        draws = DiffusionDraws(zeros[:, 0, 0, 0], zeros, zeros, zeros[:, 0, 0, 0].long())
+        targets = self._blank(self.config.image_decoder.image_size)
+        return self._image_loss(hidden, self._first_token(layout), features, targets, None, draws)
+
+    @staticmethod
+    def _first_token(layout: Layout) -> Layout:
+        """`layout` with the first token as the context of the only drawing, which looks at no picture."""
+        first = layout.drawn.new_zeros(1)
+        nothing = first.new_zeros(1, 0)
+        return replace(
+            layout, drawn=first, contexts=ImagePositions(first, first, first), conditioning=nothing[0],
+            earlier=VisibleImages(nothing, nothing.view(0, 0)), context_length=1,
+        )  # fmt: skip
 
     def _read(
         self,

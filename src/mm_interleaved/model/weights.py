@@ -13,9 +13,10 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def stored(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that hold `tensor`: itself, or of a quantized one its numbers and scales."""
+    """The plain tensors that hold `tensor`: itself, a quantized one's numbers and scales, a sharded one's part."""
     flatten = getattr(tensor, "__tensor_flatten__", None)  # PyTorch's protocol for tensors that wrap others
-    return [tensor] if flatten is None else [part for name in flatten()[0] for part in stored(getattr(tensor, name))]
+    inner = [] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+    return [tensor] if flatten is None else [part for x in inner if isinstance(x, Tensor) for part in stored(x)]
 
 
 def readable(linear: nn.Module) -> Tensor | Int8Rows | None:

@@ -13,6 +13,7 @@ SCHEDULES = ("cosine", "constant", "linear")
 PRECISIONS = ("float32", "bfloat16", "float16")
 COMPILES = ("none", "regional", "decoder")
 RESUMES = ("auto", "never")
+SMALL = "'fsdp' is for whole models of documents; parts are small, leave it out"
 
 
 class TrainingError(RuntimeError):
@@ -132,7 +133,7 @@ class RunConfig:
         keep_checkpoints: how many of the newest stay.
         resume: "auto" (go on from the newest whole checkpoint, if there is one), "never", or a checkpoint folder.
         deepspeed: path of a DeepSpeed configuration, which then rules data parallelism; needs torchrun.
-        fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`); needs torchrun.
+        fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`); needs torchrun and accelerators.
         gradient_checkpointing: compute activations anew in the backward pass; a third more arithmetic, far less memory.
         selective_checkpointing: keep some of them after all, see `enable_checkpointing`.
         peak_tflops: of one device, for the MFU; None: known for common devices, else not shown.
@@ -443,6 +444,11 @@ class AutoencoderRunConfig(RunConfig):
     eval_data: PicturesConfig = field(default_factory=lambda: PicturesConfig(split="val", count=2048))
     eval_batches: int = 16
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fsdp:
+            raise ValueError(SMALL)
+
 
 @dataclass(kw_only=True)
 class PartRunConfig(RunConfig):
@@ -466,5 +472,7 @@ class PartRunConfig(RunConfig):
             raise ValueError("a part learns from the toy world, whose scenes have labels; leave data.folder out")
         if min(self.data.batch_size, self.eval_data.batch_size) < 2:
             raise ValueError("a part is told by how the scenes of a batch differ; data.batch_size must be at least 2")
+        if self.fsdp:
+            raise ValueError(SMALL)
         if self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing: parts are trained without it; leave it out")

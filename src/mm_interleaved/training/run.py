@@ -9,21 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
 from ..model.checkpoint import written_aside
 from ..model.language_model import MMFSDecoderLayer
-from ..model.resampler import ResamplerLayer
 from ..processor import MMInterleavedProcessor
+from . import sharding
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build, build_config, build_tokenizer, given_model, load_language, load_vision
 from .callbacks import DataKeeper, Housekeeping, Reporter
@@ -46,7 +43,7 @@ from .vision import VisionTask
 FINAL = "final"
 BLOCKS = {  # what `compile` compiles, by its value
     "none": (),
-    "regional": (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer, MMFSDecoderLayer, ResamplerLayer),
+    "regional": sharding.BLOCKS,
     "decoder": (MMFSDecoderLayer,),
 }
 
@@ -78,6 +75,8 @@ def train(
     model, processor = build(config, default_tokenizer)
     if config.losses.conditions:
         model.keep_conditions(config.losses.conditions)
+    if config.fsdp:
+        model.keep_together(*losses_of(config))
     if config.gradient_checkpointing:
         enable_checkpointing(model, config.selective_checkpointing)
     compile_regions(model, config.compile)
@@ -109,6 +108,14 @@ def train(
     if config.evaluate_every and config.evaluation is not None:
         trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor))
     return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
+
+
+def losses_of(config: TrainConfig) -> tuple[bool, bool]:
+    """Whether any batch has a loss of text, and whether any has one of pictures."""
+    sources = [s for data in (config.data, config.eval_data) if data is not None for s in data.sources]
+    text = config.losses.text or any(s.loss_text_weight for s in sources)
+    image = config.losses.image or config.losses.conditions or any(s.loss_image_weight for s in sources)
+    return bool(text), bool(image)
 
 
 def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -> str | None:
@@ -280,6 +287,8 @@ def run(
     """Train, and write the `final` folder when the end is reached; see `train`."""
     keeping = Housekeeping(trainer, config, console)
     trainer.add_callback(keeping)
+    if config.fsdp:
+        trainer.add_callback(sharding.Sharded(console))
     folder = Path(config.output) / FINAL
     done = folder.exists() and resume is not None and step_of(resume) >= config.steps
     if trainer.args.process_index == 0:

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..configuration import to_yaml
 from ..model.checkpoint import put_in_place
-from . import checkpoints
+from . import checkpoints, sharding
 from .config import RunConfig, ScheduleConfig, TrainingError
 from .ema import EMA
 from .feed import Feed
@@ -66,6 +66,8 @@ class RunTrainer(Trainer):
         self.recorded: RecordedStep | None = None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
+        if config.fsdp:
+            sharding.configure(self.accelerator, model)
         self.ema = EMA(model, config.ema) if config.ema.decay else None  # now that the weights are where they stay
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # losses are means over a batch
@@ -103,7 +105,9 @@ class RunTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss; its parts are remembered for the log."""
-        outputs = self.recorded(model, inputs) if self.recorded is not None and model.training else model(**inputs)
+        # accelerate puts autocast into models, but for FSDP2 it does not
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            outputs = self.recorded(model, inputs) if self.recorded is not None and model.training else model(**inputs)
         parts = {name: value for name, value in outputs.items() if name.startswith(PARTS)}
         if model.training:
             self.window.add(outputs["loss"], {**dict.fromkeys(self._part_names(outputs)), **parts})
