@@ -100,7 +100,7 @@ def checkpoint(run: Path, step: int) -> Path:
 
 def test_runs_are_compared_after_the_same_step(ablation, capsys) -> None:
     script, one = ablation
-    shipped = {"shipped": ROOT / "src/mm_interleaved/pretrained/small"}
+    shipped = {"shipped": Path("src/mm_interleaved/pretrained/small")}
     with pytest.raises(SystemExit, match="no step has a checkpoint of all four"):
         one.examined()
     for extra, name in enumerate(script.RUNS):
