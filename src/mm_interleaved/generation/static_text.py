@@ -36,9 +36,10 @@ class _Message:
     """Numbers on their way from the device to the host, which waits for them only when it wants to read them."""
 
     def __init__(self, numbers: Tensor) -> None:
-        self._numbers = numbers.to("cpu", non_blocking=True)
+        cuda = numbers.device.type == "cuda"
+        self._numbers = numbers.to("cpu", non_blocking=cuda)
         self._sent = None
-        if numbers.device.type == "cuda":
+        if cuda:
             self._sent = torch.cuda.current_stream(numbers.device).record_event()
 
     def read(self) -> Tensor:
@@ -50,9 +51,9 @@ class _Message:
 
 def _send(numbers: Tensor, device: torch.device) -> Tensor:
     """`numbers` on the device; the host does not wait until they have arrived."""
-    if numbers.device.type == "cpu" and device.type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return numbers.to(device)
+    return (numbers.pin_memory() if numbers.device.type == "cpu" else numbers).to(device, non_blocking=True)
 
 
 @dataclass
