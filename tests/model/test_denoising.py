@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -57,6 +58,15 @@ def test_same_latents(model: MMInterleaved, made: list, images: list, guidance: 
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert len(made) == 1
+
+
+def test_a_compiled_step_is_one_graph(model: MMInterleaved, made: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler is given, without the minutes that it takes to make code of it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    seen = earlier(model, [[0]])
+    found, expected = (latents(model, seen, kind, compile=kind == "static") for kind in ("static", "dynamic"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert made[0]._compiled is not None
 
 
 def test_another_picture_of_the_same_shape(model: MMInterleaved, made: list) -> None:

@@ -28,6 +28,8 @@ from ..model.vit_adapter import cell_centres
 from ..ops import mmfs_attention, why_not_triton
 from .base import Bench, Row
 
+AHEAD = 128  # times that a large buffer is written before what is timed: 8 ms on an H200
+
 
 @dataclass
 class Case:
@@ -169,12 +171,11 @@ def need(work: Work, part: str, gradients: bool) -> Need:
     return Need(operations, moved) * (3 if gradients else 1)
 
 
-AHEAD = 128  # times that a large buffer is written before what is timed: 8 ms on an H200
-
-
 def median(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Milliseconds; on a GPU those of its own work: it is kept busy first, so that the host, whose launches would take
-    longer than the kernels of a single layer, is ahead as it is in a training step. The caches hold nothing then.
+    """Milliseconds; on a GPU those of its own work.
+
+    It is kept busy first, so that the host, whose launches take longer than the kernels of a single layer, is ahead, as
+    it is in a training step. The caches hold nothing of use then.
     """
     for _ in range(2):
         work()

@@ -185,7 +185,9 @@ class Context:
             self.model.check_slots(ids, count)
         first = 0 if self.memory is None or not count else len(self.memory)
         new = _Arrivals.of(self.model, ids, mask.cpu(), self.visible.cpu(), first)
-        input_ids, mask, images, visible = (self._here(x) for x in (input_ids, mask, new.images, new.visible))
+        input_ids, mask, images, visible = (
+            send(x, self.mask.device) for x in (input_ids, mask, new.images, new.visible)
+        )
         features = self.encode(pixel_values) if count else None
         if features is not None:
             self._add_images(features, new.rows)
@@ -193,12 +195,6 @@ class Context:
         hidden = self._read(embeds, mask, images, new.gapless)
         self.visible = visible
         return hidden
-
-    def _here(self, x: Tensor) -> Tensor:
-        """`x` where the rows are, on its way there."""
-        device = self.mask.device
-        pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
-        return pinned.to(device, non_blocking=True)
 
     @torch.no_grad()
     def append_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -326,6 +322,13 @@ class Context:
         numbers = [[needed.index(i) for i in images] + [-1] * (width - len(images)) for images in seen]
         images = torch.tensor(numbers, dtype=torch.long, device=self.mask.device).view(len(rows), width)
         return EarlierImages.build(pyramid, images)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device; the host does not wait until it has arrived."""
+    if device.type != "cuda":
+        return x.to(device)
+    return (x.pin_memory() if x.device.type == "cpu" else x).to(device, non_blocking=True)
 
 
 def _newest_first(images: Tensor) -> Tensor:

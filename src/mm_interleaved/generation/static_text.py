@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .context import Context
+from .context import Context, send
 from .rules import (
     Hypotheses,
     TextStep,
@@ -47,13 +47,6 @@ class _Message:
         if self._sent is not None:
             self._sent.synchronize()
         return self._numbers
-
-
-def _send(numbers: Tensor, device: torch.device) -> Tensor:
-    """`numbers` on the device; the host does not wait until they have arrived."""
-    if device.type != "cuda":
-        return numbers.to(device)
-    return (numbers.pin_memory() if numbers.device.type == "cpu" else numbers).to(device, non_blocking=True)
 
 
 @dataclass
@@ -93,7 +86,7 @@ def write_static(
                     before = [g.get_state() for g in generators] if settings.do_sample else []
                     logits = decoder.logits.clone()
                     scores = processors(history, logits)
-                    numbers = _send(uniform(generators), device) if settings.do_sample else None
+                    numbers = send(uniform(generators), device) if settings.do_sample else None
                     tokens = scores.argmax(-1) if numbers is None else draw(scores, numbers)
                     tokens = torch.where(active, tokens, model.config.pad_token_id)
                     history = torch.cat([history, tokens[:, None]], dim=1)

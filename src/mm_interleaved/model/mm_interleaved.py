@@ -380,7 +380,7 @@ class MMInterleavedModel(PreTrainedModel):
         text_weight = config.loss_text_weight if loss_text_weight is None else loss_text_weight
         image_weight = config.loss_image_weight if loss_image_weight is None else loss_image_weight
         loss_txt = loss_img = loss_kept = None
-        idle = []  # what the batch does not need and is called all the same
+        idle = []  # what the batch does not need and is called all the same, in the same order on every process
         if labels is not None and text_weight:
             loss_txt = self._text_loss(hidden, layout)
         elif together.text:
