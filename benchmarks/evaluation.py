@@ -4,7 +4,8 @@ python benchmarks/evaluation.py --output benchmarks/results/evaluation.json     
 python benchmarks/evaluation.py --preset debug --device cpu --dtype float32 --samples 8         # to see that it runs
 
 Weights are random: what is written means nothing and costs the same. Pictures are toy pictures of 640 pixels, read from
-files as an evaluation reads them; prompts, beams and lengths are the release's.
+files as an evaluation reads them; prompts, beams and lengths are the release's. A run has eight batches at least, as
+the first one waits for its pictures.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mm_interleaved.toyworld.writers.base import Job
 
 TASKS = {"coco_karpathy": "coco", "vqav2": "vqav2"}
 SIDE = 640  # pixels, COCO's
+BATCHES = 8  # at least
 say = Console(stderr=True).print
 
 
@@ -37,7 +39,7 @@ def measure(loaded: Loaded, config: TaskConfig, batch_size: int, samples: int, f
     task = make_task(config)
     suite = TaskSuite([config], batch_size=batch_size)
     predictor = Predictor(loaded.model, loaded.processor, task, suite)
-    asked = list(task.samples())[:samples]
+    asked = list(task.samples())[: max(samples, BATCHES * batch_size)]
     batches = plan_batches(asked, batch_size)
     for name, part in (("warm", batches[:1]), ("timed", batches)):
         predictions = Predictions(folder / f"{config.task}-{batch_size}-{name}")
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--samples", type=int, default=64, help="of each task")
+    parser.add_argument("--samples", type=int, default=64, help="of each task, at least")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     loaded = fresh(options.preset, torch.device(options.device), getattr(torch, options.dtype))
@@ -61,7 +63,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for task, form in TASKS.items():
             data = Path(name) / form
-            write_dataset(form, data, Job(options.samples, "val", 0, SIDE))
+            most = max(options.samples, BATCHES * max(options.batches))
+            write_dataset(form, data, Job(most, "val", 0, SIDE))
             config = TaskConfig(task, images=str(data), annotations=str(data), phase="val")
             rows = []
             for size in options.batches:

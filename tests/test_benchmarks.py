@@ -39,6 +39,7 @@ def test_tasks(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "e.json").read_text())
     for task in ("coco_karpathy", "vqav2"):
         (row,) = found[task]
+        assert row["samples"] == 8 * 2  # batches
         assert row["samples_per_second"] > 0
         assert 0 < row["model_share"] <= 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
@@ -134,6 +135,60 @@ def test_only_some_tasks_run(task: MakeTask, run: Run) -> None:
     assert list(again.tasks) == ["gqa", "vqav2"]  # what is known of others is kept
     assert list(again.speed) == ["gqa"]
     assert list(run(*both, only=["gqa"], seed=1, folder="other").tasks) == ["gqa"]
+
+
+class TestEveryTaskIsWrittenAsSoonAsItIsScored:
+    @pytest.fixture
+    def stop(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+        """Let a run be interrupted in the second batch of a task."""
+
+        def before(name: str) -> None:
+            real, batches = Predictor.predict, iter(range(9))
+
+            def interrupted(self: Predictor, *given: object) -> object:
+                if self.task.name == name and next(batches):
+                    raise KeyboardInterrupt
+                return real(self, *given)
+
+            monkeypatch.setattr(Predictor, "predict", interrupted)
+
+        return before
+
+    def test_what_was_scored_before_an_interruption_is_there(
+        self, task: MakeTask, run: Run, tmp_path: Path, stop: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And nothing else; then the same run goes on."""
+        tasks = [task("llava_conversations"), task("gqa"), task("vqav2"), task("okvqa")]
+        stop("vqav2")
+        with pytest.raises(KeyboardInterrupt):
+            run(*tasks)
+        monkeypatch.undo()
+        found = figures(tmp_path / "out")
+        assert list(found) == ["llava_conversations", "gqa"]
+        assert "stands before a question" in found["llava_conversations"]["failed"]
+        assert found["gqa"]["metrics"]
+        assert len(lines(tmp_path / "out/gqa/scores.jsonl")) == 4
+        table = (tmp_path / "out/results.md").read_text()
+        assert ("| gqa |" in table, "| vqav2 |" in table) == (True, False)
+        again = run(*tasks)
+        assert [again.speed[name]["samples"] for name in ("gqa", "vqav2", "okvqa")] == [0, 2, 4]
+        run(*tasks, folder="whole")
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert list(figures(tmp_path / "out").items()) == list(figures(tmp_path / "whole").items())
+
+    def test_earlier_results_stand_beside_them(
+        self, task: MakeTask, run: Run, tmp_path: Path, stop: Callable[[str], None]
+    ) -> None:
+        """In the order of the settings, and until they are scored anew."""
+        run(task("gqa"), task("vqav2", limit=2), task("okvqa"), only=["vqav2", "okvqa"])
+        earlier = figures(tmp_path / "out")
+        stop("vqav2")
+        with pytest.raises(KeyboardInterrupt):
+            run(task("gqa"), task("vqav2", limit=6), task("okvqa"))
+        found = figures(tmp_path / "out")
+        assert list(found) == ["gqa", "vqav2", "okvqa"]
+        assert found["gqa"]["evaluated"] == 4
+        assert {name: found[name] for name in earlier} == earlier
 
 
 def test_a_task_can_run_twice_under_two_names(task: MakeTask, run: Run) -> None:

@@ -118,6 +118,21 @@ def test_a_batch_equals_its_documents_one_by_one(model: MMInterleaved, processor
         assert all(same(a, b) for a, b in zip(alone, expected, strict=True))
 
 
+def test_prepared_documents_are_only_run(
+    model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And more than once, if need be."""
+    documents = [Document([Text("a red house"), Image(), Text("and"), Image(picture(1)), Text()]), *ragged()]
+    generator = InterleavedGenerator(model, processor, GREEDY)
+    expected, ends = run(generator, documents)
+    prepared = [generator.prepare(document) for document in documents]
+    monkeypatch.setattr(processor, "encode", None)
+    for _ in range(2):
+        made, found = run(generator, prepared)
+        assert all(same(x, y) for a, b in zip(made, expected, strict=True) for x, y in zip(a, b, strict=True))
+        assert [e.reason for e in found] == [e.reason for e in ends]
+
+
 def test_same_seed_same_document(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     def make(seed: int) -> list:
         text, image = replace(GREEDY.text, do_sample=True), replace(GREEDY.image, seed=seed)

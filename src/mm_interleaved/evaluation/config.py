@@ -54,7 +54,7 @@ class TaskSuite:
         option_batch_size: candidate answers that are scored together.
         max_unreadable: largest share of samples that may be unreadable; above it a task fails.
         compat: do as the original where that is thought wrong (spec/data_eval 12), in every task.
-        workers: threads that read pictures ahead.
+        workers: threads that load samples ahead.
         metrics: what metrics need.
     """
 

@@ -2,6 +2,8 @@
 
 Batches are made of the whole task before it is dealt out, and every sample has its own seed. So a prediction depends
 neither on how many processes there are nor on where a run was interrupted.
+
+While the model has a batch, threads load the next one and write what came of the last.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,14 +24,16 @@ import torch
 
 from ..document import Document, DocumentError, Image, Text
 from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved, SegmentFinished
+from ..generation.interleaved import Prepared
 from ..generation.settings import override
 from ..metrics.clip import CLIP
 from ..processor import MMInterleavedProcessor
 from ..processor.images import CROPS, load_picture
+from ..processor.packing import TokenStream
 from ..processor.tokenizer import encode_text
 from ..tasks import Sample, Task, TaskError
 from .config import TaskSuite
-from .predictions import REFERENCES, Predictions, Record
+from .predictions import IMAGES, REFERENCES, Made, Predictions, Record, picture_name
 
 WINDOW = 32  # batches of samples that are sorted by length among themselves
 
@@ -65,7 +70,11 @@ class Speed:
 
     Attributes:
         samples: finished by this process; what was there already does not count.
-        seconds: of which `model_seconds` were spent in the model.
+        seconds: in all.
+        model_seconds: of these, from loaded batches to their texts, scores and pictures. The rest is waiting for files
+            to be read and written. What the host does for the model is part of it, and so is what the threads that
+            read and write cost the host, as they share Python's lock: a share of 1 means that the model never waits
+            for a batch, not that the device is never idle. Samples a second tell of both.
     """
 
     samples: int = 0
@@ -78,6 +87,21 @@ class Speed:
         rate = self.samples / self.seconds if self.seconds else 0.0
         return {"samples": self.samples, "seconds": round(self.seconds, 3), "samples_per_second": round(rate, 3),
                 "model_share": round(share, 3)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A sample that the model can be asked: nothing is left to do but what the model does.
+
+    Attributes:
+        sample: what is asked.
+        prepared: its document, with its pictures as the model sees them; without slots where options are scored.
+        options: the tokens of its candidate answers.
+    """
+
+    sample: Sample
+    prepared: Prepared
+    options: Sequence[list[int]]
 
 
 class Predictor:
@@ -110,98 +134,101 @@ class Predictor:
                                 f"task '{task.name}', 'metrics.clip'", "Fetch it again") from None  # fmt: skip
         self.generator = InterleavedGenerator(model, self.processor, self.settings, progress=False)
 
-    def load(self, sample: Sample) -> Document | str:
-        """The document with its pictures as the model sees them, or why it cannot be used. Any thread may call it."""
+    def load(self, sample: Sample) -> Ready | str:
+        """A sample ready for the model, or why it cannot be used. Any thread may call it."""
         if sample.problem:
             return sample.problem
-        segments = []
         try:
-            for segment in sample.document.segments:
-                if isinstance(segment, Image) and segment.source is not None:
-                    seen = CROPS[self.task.crop](load_picture(segment.source), self.processor.image_size)
-                    segment = replace(segment, source=PIL.Image.fromarray(seen))
-                segments.append(segment)
+            document = self._opened(sample.document)
             for path in _true_pictures(sample) if self.task.makes == "image" else ():
                 load_picture(path)  # a metric that meets a damaged one has no result at all
+            if self.task.makes == "scores":
+                document = replace(document, segments=[s for s in document.segments if not s.is_open])
+            return self._fitting(sample, document)
         except DocumentError as error:
             return str(error)
-        return replace(sample.document, segments=segments)
 
-    def problem(self, sample: Sample, document: Document) -> str:
-        """Why a document does not fit the model; "": it does."""
+    def _opened(self, document: Document) -> Document:
+        """A document with its pictures as the model sees them, which are small."""
+        segments = []
+        for segment in document.segments:
+            if isinstance(segment, Image) and segment.source is not None:
+                seen = CROPS[self.task.crop](load_picture(segment.source), self.processor.image_size)
+                segment = replace(segment, source=PIL.Image.fromarray(seen))
+            segments.append(segment)
+        return replace(document, segments=segments)
+
+    def _fitting(self, sample: Sample, document: Document) -> Ready:
+        """A sample in tokens, the model having room for them and for its longest option."""
         try:
-            self.generator.start([document])
-            if sample.options:
-                longest = max(len(ids) for ids in self._options(sample))
-                self.processor([_without_slots(document)], max_length=self.generator.limit - longest)
+            prepared = self.generator.prepare(document)
         except DocumentError as error:
-            return str(error)
-        return ""
+            raise error.at(document.name) from None
+        options = [encode_text(self.processor.tokenizer, option) for option in sample.options]
+        for option, ids in zip(sample.options, options, strict=True):
+            if not ids:
+                raise DocumentError(f"the option {option!r} has no tokens", f"sample {sample.id}", "Correct the file")
+        room = self.generator.limit - max(map(len, options), default=0)
+        tokens = sum(len(item) for item in prepared.plan if isinstance(item, TokenStream))
+        if tokens > room:
+            raise DocumentError(f"{tokens} tokens are more than the {room} that the model reads before an option",
+                                document.name, "Shorten it")  # fmt: skip
+        return Ready(sample, prepared, options)
 
-    def predict(self, samples: Sequence[Sample], documents: Sequence[Document], indices: Sequence[int],
-                predictions: Predictions) -> list[Record]:  # fmt: skip
-        """Records of samples, whose pictures are then in the folder."""
-        if self.task.makes == "scores":
-            made = self._score(samples, documents)
-        else:
-            made = self._generate(samples, documents, indices, predictions)
+    def predict(self, batch: Sequence[Ready], indices: Sequence[int]) -> list[Made]:
+        """What comes of samples; `indices` are their numbers in the task."""
+        contents = self._score(batch) if self.task.makes == "scores" else self._generate(batch, indices)
         return [
-            {"index": i, "id": s.id, **content} for i, s, content in zip(indices, samples, made, strict=True)
-        ]  # fmt: skip
+            replace(made, record={"index": index, "id": ready.sample.id, **made.record})
+            for index, ready, made in zip(indices, batch, contents, strict=True)
+        ]
 
-    def _generate(self, samples: Sequence[Sample], documents: Sequence[Document], indices: Sequence[int],
-                  predictions: Predictions) -> list[Record]:  # fmt: skip
-        seeds = [sample_seed(self.suite.seed, self.task.name, s.id) for s in samples]
-        finished: list[list[SegmentFinished]] = [[] for _ in samples]
-        reasons = [""] * len(samples)
-        for event in self.generator.run(documents, seeds):
+    def _generate(self, batch: Sequence[Ready], indices: Sequence[int]) -> list[Made]:
+        seeds = [sample_seed(self.suite.seed, self.task.name, ready.sample.id) for ready in batch]
+        finished: list[list[SegmentFinished]] = [[] for _ in batch]
+        reasons = [""] * len(batch)
+        for event in self.generator.run([ready.prepared for ready in batch], seeds):
             if isinstance(event, SegmentFinished):
                 finished[event.document].append(event)
             elif isinstance(event, DocumentFinished):
                 reasons[event.document] = event.reason
-        records = []
-        for sample, events, index, reason in zip(samples, finished, indices, reasons, strict=True):
-            if len(events) < sum(s.is_open for s in sample.document.segments):
-                records.append({"problem": f"ended by '{reason}' before all slots were filled; shorten it"})
+        found = []
+        for ready, events, index, reason in zip(batch, finished, indices, reasons, strict=True):
+            if len(events) < sum(s.is_open for s in ready.sample.document.segments):
+                found.append(Made({"problem": f"ended by '{reason}' before all slots were filled; shorten it"}))
             elif self.task.makes == "text":
                 text = " ".join(e.segment.text or "" for e in events if isinstance(e.segment, Text))
-                records.append({"text": text, "prediction": self.task.post(text)})
+                found.append(Made({"text": text, "prediction": self.task.post(text)}))
             else:
-                drawn = [e for e in events if e.candidates]
-                records.append(self._keep(sample, drawn, index, predictions))
-        return records
+                found.append(self._drawn(ready.sample, [e for e in events if e.candidates], index))
+        return found
 
-    def _keep(self, sample: Sample, drawn: Sequence[SegmentFinished], index: int, predictions: Predictions) -> Record:
-        """Choose among candidates and write the pictures, and the true ones if they are no files."""
+    def _drawn(self, sample: Sample, drawn: Sequence[SegmentFinished], index: int) -> Made:
+        """The pictures, chosen among candidates, and the true ones if they are no files."""
         record: Record = {"images": []}
+        pictures: dict[str, PIL.Image.Image] = {}
         for slot, event in enumerate(drawn):
             best = 0
             if self.clip is not None and len(event.candidates) > 1:
                 best, cosines = self.clip.rerank(event.candidates, str(sample.meta["caption"]))
                 record |= {"candidate": best, "cosines": [round(c, 6) for c in cosines]}
-            record["images"].append(predictions.save_picture(event.candidates[best], index, slot))
+            pictures[picture_name(IMAGES, index, slot)] = event.candidates[best]
+        record["images"] = list(pictures)
         references = sample.reference if isinstance(sample.reference, list) else []
         if any(isinstance(r, PIL.Image.Image) for r in references):
-            record["references"] = [
-                predictions.save_picture(r, index, slot, REFERENCES) for slot, r in enumerate(references)
-            ]
-        return record
+            true = {picture_name(REFERENCES, index, slot): r for slot, r in enumerate(references)}
+            record["references"] = list(true)
+            pictures |= true
+        return Made(record, pictures)
 
-    def _score(self, samples: Sequence[Sample], documents: Sequence[Document]) -> list[Record]:
-        options = [self._options(sample) for sample in samples]
-        batch = self.processor([_without_slots(d) for d in documents], padding_side="left")
-        scores = self.model.score(batch.to(self.model.compute_device), options, self.suite.option_batch_size)
+    def _score(self, batch: Sequence[Ready]) -> list[Made]:
+        options = [ready.options for ready in batch]
+        prompts = self.processor.collate([ready.prepared.plan[0] for ready in batch], padding_side="left")
+        scores = self.model.score(prompts.to(self.model.compute_device), options, self.suite.option_batch_size)
         return [
-            {"scores": row, "lengths": [len(ids) for ids in ids_of_row]}
+            Made({"scores": row, "lengths": [len(ids) for ids in ids_of_row]})
             for row, ids_of_row in zip(scores, options, strict=True)
         ]
-
-    def _options(self, sample: Sample) -> list[list[int]]:
-        found = [encode_text(self.processor.tokenizer, option) for option in sample.options]
-        for option, ids in zip(sample.options, found, strict=True):
-            if not ids:
-                raise DocumentError(f"the option {option!r} has no tokens", f"sample {sample.id}", "Correct the file")
-        return found
 
 
 def effective_settings(task: Task, suite: TaskSuite) -> GenerationSettings:
@@ -241,10 +268,6 @@ def _true_pictures(sample: Sample) -> list[str]:
     return [path for path in sample.reference if isinstance(path, str)]
 
 
-def _without_slots(document: Document) -> Document:
-    return replace(document, segments=[s for s in document.segments if not s.is_open])
-
-
 def run_batches(
     predictor: Predictor,
     samples: Sequence[Sample],
@@ -256,7 +279,7 @@ def run_batches(
     """Finish what is not done of some batches.
 
     A batch of which a part is done runs as a whole, so that its rounding is the same, and only the rest is written.
-    Samples that could not be read before are looked at again.
+    Samples that could not be read before are looked at again. What one batch gave is written while the next runs.
 
     Args:
         predictor: makes the predictions.
@@ -267,48 +290,42 @@ def run_batches(
         advance: told how many samples were finished.
     """
     speed, begin = Speed(), time.perf_counter()
-    for batch, pending, loaded in _ahead(predictor, samples, batches, done):
-        records, ready = [], {}
-        for index, document in zip(pending, loaded, strict=True):
-            problem = document if isinstance(document, str) else predictor.problem(samples[index], document)
-            if not problem:
-                ready[index] = document
-            elif done.get(index, {}).get("problem") != problem:
-                records.append({"index": index, "id": samples[index].id, "problem": problem})
-        if ready:
-            for index in batch:
-                if index not in pending:
-                    ready[index] = predictor.load(samples[index])
-            together = [index for index in batch if isinstance(ready.get(index), Document)]
-            start = time.perf_counter()
-            made = predictor.predict(
-                [samples[i] for i in together], [ready[i] for i in together], together, predictions
-            )  # fmt: skip
-            speed.model_seconds += time.perf_counter() - start
-            records += [record for record in made if record["index"] in pending]
-        if records:
-            predictions.add(records)
-        speed.samples += len(ready)
-        advance(len(batch))
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for batch, pending, loaded in _ahead(predictor, samples, batches, done):
+            made = [
+                Made({"index": i, "id": samples[i].id, "problem": loaded[i]})
+                for i in pending
+                if isinstance(loaded[i], str) and done.get(i, {}).get("problem") != loaded[i]
+            ]
+            if any(isinstance(loaded[i], Ready) for i in pending):
+                together = {i: loaded[i] for i in batch if isinstance(loaded[i], Ready)}
+                start = time.perf_counter()
+                found = predictor.predict(list(together.values()), list(together))
+                speed.model_seconds += time.perf_counter() - start
+                speed.samples += len(together)
+                made += [one for one in found if one.record["index"] in pending]
+            if made:
+                if writing is not None:
+                    writing.result()  # what went wrong there ends the run; and no more than one batch waits
+                writing = writer.submit(predictions.add, made)
+            advance(len(batch))
+        if writing is not None:
+            writing.result()
     speed.seconds = time.perf_counter() - begin
     return speed
 
 
 def _ahead(
     predictor: Predictor, samples: Sequence[Sample], batches: Sequence[Sequence[int]], done: Mapping[int, Record]
-) -> Iterator[tuple[Sequence[int], list[int], list[Document | str]]]:
-    """(batch, what is pending of it, that read); the pictures of the next batch are read meanwhile."""
-
-    def pending_of(batch: Sequence[int]) -> list[int]:
-        return [i for i in batch if i not in done or "problem" in done[i]]
-
+) -> Iterator[tuple[Sequence[int], list[int], dict[int, Ready | str]]]:
+    """(batch, what is pending of it, all of it loaded, if any is pending); the next batch is loaded meanwhile."""
+    waiting: deque[tuple[Sequence[int], list[int], dict[int, Future[Ready | str]]]] = deque()
     with ThreadPoolExecutor(predictor.suite.workers) as pool:
-        waiting: list[tuple[Sequence[int], list[int], list[Future[Document | str]]]] = []
-        for batch in batches:
-            pending = pending_of(batch)
-            waiting.append((batch, pending, [pool.submit(predictor.load, samples[i]) for i in pending]))
+        for batch in (*batches, ()):  # the empty one lets the last go
+            pending = [i for i in batch if i not in done or "problem" in done[i]]
+            loading = {i: pool.submit(predictor.load, samples[i]) for i in (batch if pending else ())}
+            waiting.append((batch, pending, loading))
             if len(waiting) > 1:
-                now, left, futures = waiting.pop(0)
-                yield now, left, [future.result() for future in futures]
-        for now, left, futures in waiting:
-            yield now, left, [future.result() for future in futures]
+                now, left, futures = waiting.popleft()
+                yield now, left, {i: future.result() for i, future in futures.items()}

@@ -16,7 +16,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ RUN, PREDICTIONS, PARTS = "run.json", "predictions.jsonl", "part-*.jsonl"
 IMAGES, REFERENCES = "images", "references"
 PART_ENDS = "asked_for"
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is to be written of a sample.
+
+    Attributes:
+        record: its line.
+        pictures: those that the line names, by their paths from the folder.
+    """
+
+    record: Record
+    pictures: Mapping[str, PIL.Image.Image] = field(default_factory=dict)
 
 
 class Predictions:
@@ -110,22 +124,23 @@ class Predictions:
         """What has been joined, by number of the sample."""
         return {record["index"]: record for record in read_records(self.path)}
 
-    def add(self, records: Iterable[Record]) -> None:
-        """Append lines to this process's file, in one go."""
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    def add(self, made: Sequence[Made]) -> None:
+        """Write pictures as PNG, then append the lines that name them to this process's file, in one go."""
+        for name, picture in ((name, picture) for one in made for name, picture in one.pictures.items()):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            write_atomic(self.folder / name, buffer.getvalue())
+        content = "".join(json.dumps(one.record, ensure_ascii=False) + "\n" for one in made).encode()
         with self.part.open("ab") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
-    def save_picture(self, picture: PIL.Image.Image, index: int, slot: int, kind: str = IMAGES) -> str:
-        """Write a picture as PNG; its path from the folder."""
-        name = f"{kind}/{index:06d}_{slot}.png"
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        (self.folder / kind).mkdir(exist_ok=True)
-        write_atomic(self.folder / name, buffer.getvalue())
-        return name
+
+def picture_name(kind: str, index: int, slot: int) -> str:
+    """Where a picture of a sample lies, from the folder."""
+    return f"{kind}/{index:06d}_{slot}.png"
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -84,7 +84,8 @@ def evaluate(
 ) -> Results | None:
     """Run tasks over a model and score what it makes of them.
 
-    Every process calls this with the same arguments. What is there in the folder already is kept.
+    Every process calls this with the same arguments. What is there in the folder already is kept. A process alone
+    scores and writes every task as soon as it is done, so that a run that is cut off leaves what it has.
 
     Args:
         config: the tasks.
@@ -110,23 +111,33 @@ def evaluate(
     digest = weights or on_main(state, lambda: weights_digest(model))
     on_main(state, lambda: _start(config, tasks, folder, digest))
     results = Results({"name": name, "weights": digest, "trained": trained}, plain(config), {})
-    for task in tasks:
-        try:
-            results.speed[task.name] = _predict(config, task, model, processor, folder, digest, state, console)
-            results.tasks[task.name] = TaskResult(task.kind.name, _phase(task))
-        except TaskError as error:
-            results.tasks[task.name] = TaskResult(task.kind.name, _phase(task), failed=str(error))
-            console.print(f"[red]{task.name}:[/] {_escaped(str(error))}", highlight=False)
-    if not state.is_main_process:
-        return None
-    now, others = results.tasks, _earlier(config, folder, digest)
-    results.tasks = {n: now.get(n) or others[n] for n in map(task_name, config.tasks) if n in now or n in others}
-    for task in tasks:
-        result = results.tasks[task.name]
+    known = _earlier(config, folder, digest)
+
+    def finish(task: Task, result: TaskResult) -> None:
+        """Score a task and write down all that is known by now."""
         if not result.failed:
             with console.status(f"scoring {task.name}"):
                 _score(config, task, result, folder / task.name, model.compute_device, on_scored)
+        known[task.name] = result
+        results.tasks = {name: known[name] for name in map(task_name, config.tasks) if name in known}
         _write(results, folder, state, model)
+
+    waiting = []
+    for task in tasks:
+        result = TaskResult(task.kind.name, _phase(task))
+        try:
+            results.speed[task.name] = _predict(config, task, model, processor, folder, digest, state, console)
+        except TaskError as error:
+            result.failed = str(error)
+            console.print(f"[red]{task.name}:[/] {_escaped(result.failed)}", highlight=False)
+        if state.num_processes == 1:
+            finish(task, result)
+        else:  # while the main one scored, the others would stand in the next task's first collective
+            waiting.append((task, result))
+    if not state.is_main_process:
+        return None
+    for task, result in waiting:
+        finish(task, result)
     return results
 
 

@@ -92,6 +92,19 @@ class DocumentFinished:
 Event = TextDelta | ImageProgress | SegmentFinished | DocumentFinished
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A document that was checked and turned into tokens.
+
+    Attributes:
+        document: as it was given.
+        plan: its given stretches and open slots in turn; the first is always a stretch.
+    """
+
+    document: Document
+    plan: Sequence[TokenStream | Turn]
+
+
 @dataclass
 class _Row:
     """One document on its way."""
@@ -167,11 +180,22 @@ class InterleavedGenerator:
             run, slot = [], segment
         return queue
 
-    def start(self, documents: Sequence[Document], seeds: Sequence[int] | None = None) -> None:
+    def prepare(self, document: Document) -> Prepared:
+        """What `start` does with a document before the model is needed; any thread may do it ahead.
+
+        Raises:
+            DocumentError: it cannot be used, or what it gives is more than the model reads.
+        """
+        _check_forced(document)
+        plan = self.plan(document)
+        self._check_length(plan)
+        return Prepared(document, plan)
+
+    def start(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> None:
         """Take documents in, without reading their pictures.
 
         Args:
-            documents: what is to be filled and continued.
+            documents: what is to be filled and continued, prepared or not.
             seeds: for each document, of its texts and its pictures, in place of the settings'; None: the settings'.
 
         Raises:
@@ -182,22 +206,25 @@ class InterleavedGenerator:
         self.rows: list[_Row] = []
         for index, document in enumerate(documents):
             try:
-                _check_forced(document)
-                queue = self.plan(document)
-                self._check_length(queue)
+                given = document if isinstance(document, Prepared) else self.prepare(document)
             except DocumentError as error:
                 raise error.at(document.place or f"document {index}") from None
-            slots = sum(1 for item in queue if isinstance(item, str))
-            asked = self._asked_turns(document)
-            usual = CHAT_TURNS if any(s.role for s in document.segments) else ORIGINAL_TURNS
             seed, image_seed = (
                 (self.settings.seed, self.settings.image.seed) if seeds is None else (seeds[index], seeds[index])
             )
-            generator = torch.Generator().manual_seed(seed)
-            goes_on = bool(asked) or not slots
-            self.rows.append(_Row(document, queue, asked or slots or usual, goes_on, generator, image_seed))
+            self.rows.append(self._row(given, seed, image_seed))
         eyes = eyes_of(self.model, self.settings.text.cache_implementation)
         self.context = Context.empty(self.model, len(self.rows), eyes)
+
+    def _row(self, given: Prepared, seed: int, image_seed: int) -> _Row:
+        """A document at its start."""
+        document = given.document
+        slots = sum(1 for item in given.plan if isinstance(item, str))
+        asked = self._asked_turns(document)
+        usual = CHAT_TURNS if any(s.role for s in document.segments) else ORIGINAL_TURNS
+        goes_on = bool(asked) or not slots
+        generator = torch.Generator().manual_seed(seed)
+        return _Row(document, deque(given.plan), asked or slots or usual, goes_on, generator, image_seed)
 
     def _asked_turns(self, document: Document) -> int | None:
         """Most turns, if the settings or the document say; see `GenerationSettings.max_turns`."""
@@ -221,11 +248,11 @@ class InterleavedGenerator:
                 fix="Leave some out",
             )
 
-    def run(self, documents: Sequence[Document], seeds: Sequence[int] | None = None) -> Iterator[Event]:
+    def run(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> Iterator[Event]:
         """Generate.
 
         Args:
-            documents: what is to be filled and continued.
+            documents: what is to be filled and continued, prepared or not.
             seeds: as for `start`.
 
         Raises:
