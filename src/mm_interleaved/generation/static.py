@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
+from ..model.mm_interleaved import TextHead
 from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
 from ..model.static import Pool, addresses, capture
 from ..model.weights import readable
@@ -294,9 +295,20 @@ class StaticDecoder:
         hidden = language.norm(hidden)
         self.hidden.index_copy_(0, self.column, hidden[None])
         self.last.copy_(torch.where(self.reading[:, None], hidden, self.last))
-        self.logits.copy_(model.lm_head(self.last))
+        self._say(model.lm_head)
         self.positions.add_(self.reading)
         self.column.add_(1)
+
+    def _say(self, head: TextHead) -> None:
+        """The logits after the last token of every row."""
+        weights = self._weights(head.head, head.new)
+        if weights is None:
+            self.logits.copy_(head(self.last))
+            return
+        both = project(self.last, weights, [head.head.bias, head.new.bias], backend="triton")
+        vocab = self.logits.shape[1]
+        self.logits.copy_(both[:, :vocab])
+        self.logits[:, vocab - head.num_new :] += both[:, vocab:]
 
     def _layer(self, layer: MMFSDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, index: int) -> Tensor:
         attention = layer.self_attn

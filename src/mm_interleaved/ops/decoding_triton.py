@@ -10,7 +10,6 @@ Attention splits the columns over several programs (as Flash-Decoding does), whi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .int8 import Weights
+from .overlap import overlap
 
 # Outputs, inputs and warps of a program: of one map and of several for one row, of gate and up, and for several rows.
 # Chosen on an H200 at the release's size, where one row reaches 94 to 98 % of the copy bandwidth with them.
 TILE = {"map": (8, 512, 4), "maps": (8, 1024, 4), "gated": (4, 1024, 4), "rows": (32, 256, 4)}
-OVERLAP = True  # on Hopper: a kernel for one row starts, and asks for its weights, while the one before it ends
 MANY_PROGRAMS = 2048  # how many programs attention is split into, if rows and heads do not make as many
 MOST_SPLITS = 32
 COLUMNS = 64  # of keys in a tile of attention
@@ -172,16 +171,8 @@ def _tile(kind: str, x: Tensor) -> dict[str, Any]:
     """Options of a product of `x` by its kind in `TILE`. Overlap was measured to hurt where there are several rows."""
     several = len(x) > 1
     block_n, block_k, warps = TILE["rows" if several else kind]
-    overlap = {"OVERLAP": False} if several else _overlap(x.device)
-    return {"ROWS": 16 if several else 1, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, **overlap}
-
-
-@cache
-def _overlap(device: torch.device) -> dict[str, Any]:
-    """Options of a launch that may begin before the kernel before it has ended (programmatic dependent launch)."""
-    if OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
+    begins = {"OVERLAP": False} if several else overlap(x.device)
+    return {"ROWS": 16 if several else 1, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, **begins}
 
 
 def _parts(weights: Sequence[Weights], nothing: Tensor) -> tuple[list[Tensor], list[Tensor], bool]:
@@ -353,9 +344,9 @@ def attend(
             query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
             columns, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0), scale,
             HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits,
-            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, **_overlap(query.device),
+            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, **overlap(query.device),
         )  # fmt: skip
         _join_kernel[(rows * heads,)](
-            parts, sums, tops, out, DIM=dim, SPLITS=splits, BLOCK_D=block_d, **_overlap(query.device)
+            parts, sums, tops, out, DIM=dim, SPLITS=splits, BLOCK_D=block_d, **overlap(query.device)
         )
     return out

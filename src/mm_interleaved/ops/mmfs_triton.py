@@ -1,10 +1,10 @@
-"""The forward Triton kernel of `mmfs_attention`: one program for a block of queries and one head.
+"""The forward Triton kernels of `mmfs_attention`: for many queries, and for few.
 
-Work is laid out in lanes: a lane is one (query, slot, point) of the block, and a tile [lanes, dim] holds one neighbour
-of the sample of every lane. With many queries a block has several of them and looks at one slot at a time; with few it
-has one query and looks at many slots at once, so that a single query still has enough loads in flight. Nothing is added
-up across lanes before the end: every lane has a softmax of its own, that of the logits it has met, and what it has
-summed shrinks when a higher one comes. Slots behind the last visible one of a block are skipped.
+Work is laid out in lanes: a lane is one (query, slot, point), and a tile [lanes, dim] holds one neighbour of the sample
+of every lane. With many queries a program has a block of them and one head, and looks at one slot after the other,
+level by level. Nothing is added up across lanes before the end: every lane has a softmax of its own, that of the logits
+it has met, and what it has summed shrinks when a higher one comes. Slots behind the last visible one of a block are
+skipped. With few queries a program has one of them, and one level of some slots; a second kernel joins the parts.
 
 The slot of logit 0 starts the running maximum, which is therefore never negative.
 
@@ -28,9 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Lanes of a program for heads of 64 channels, and numbers of its tile [lanes, dim] a thread.
-TILES = {"forward": {"many": (128, 64), "few": (128, 16)}, "backward": {"many": (64, 32), "few": (64, 8)}}
-FEW_PROGRAMS = 1024  # below this many (query, head) pairs, a program takes one query and many slots
+from .overlap import overlap
+
+# Lanes of a program for heads of 64 channels, numbers of its tile [lanes, dim] a thread, registers of one at most.
+# With the compiler's own choice of registers the passes over many queries take 1.15 times as long on an H200.
+TILES = {"forward": (64, 64, 128), "backward": (32, 32, 128), "backward of few": (64, 8, None)}
+FEW_PROGRAMS = 1024  # below this many (query, head) pairs, one query alone must fill the device
+FEW_SLOTS = 2  # that a program of the forward pass looks at then
+FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCALES")  # what all kernels know
 
 
 @triton.jit
@@ -201,6 +206,80 @@ def _forward_kernel(
     tl.store(lse + cell, highest + tl.log(denominator), mask=own < rows)
 
 
+@triton.jit
+def _few_kernel(
+    values, offsets, logits, offset_table, logit_table, reference, images, parts, sums, tops,
+    queries, slots, picture_size, offsets_row, logits_row, offset_table_row, logit_table_row,
+    reference_group, reference_query,
+    HEADS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
+    HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """What one query and head sees in one level of some slots, before the parts are joined."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    height, width, start, scale = _level(part % LEVELS, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
+    lane = tl.arange(0, BLOCK_S * BLOCK_P)
+    slot, point = part // LEVELS * BLOCK_S + lane // BLOCK_P, lane % BLOCK_P
+    real = (slot < slots) & (point < POINTS)
+    picture = tl.load(images + (row // queries) * slots + slot, mask=real, other=-1)
+    seen = picture >= 0
+    own_x, own_y = _own_offset(offsets, row, (head * POINTS + point) * 2, real, offsets_row)
+    more_x, more_y = _own_offset(offset_table, slot, (head * POINTS + point) * 2, seen, offset_table_row)
+    centre_x, centre_y = _reference(reference, row, row >= 0, queries, reference_group, reference_query)
+    column = (head * LEVELS + part % LEVELS) * POINTS + point
+    logit = _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row)
+    top = tl.maximum(tl.max(logit, axis=0), -1.0e30)  # a part may see nothing
+    weight = tl.exp(logit - top)
+    left, _, x_near, x_far = _neighbours(centre_x * width + (own_x + more_x) * scale - 0.5, width)
+    above, _, y_near, y_far = _neighbours(centre_y * height + (own_y + more_y) * scale - 0.5, height)
+    STRIDE: tl.constexpr = HEADS * DIM
+    right, below = tl.where(width > 1, STRIDE, 0), tl.where(height > 1, width * STRIDE, 0)
+    corner = tl.maximum(picture, 0).to(tl.int64) * picture_size + head * DIM + (start + above * width + left) * STRIDE
+    channel = tl.arange(0, BLOCK_D)
+    wanted = seen[:, None] & (channel < DIM)[None, :]
+    acc = tl.zeros([BLOCK_S * BLOCK_P, BLOCK_D], tl.float32)
+    for number in tl.static_range(4):
+        share = weight * (y_far if number // 2 == 1 else y_near) * (x_far if number % 2 == 1 else x_near)
+        place = corner + (number // 2 * below + number % 2 * right)
+        tile = tl.load(values + place[:, None] + channel[None, :], mask=wanted, other=0.0)
+        acc += share[:, None] * tile.to(tl.float32)
+    index = (row * HEADS + head) * PARTS + part
+    tl.store(parts + index * DIM + channel, tl.sum(acc, axis=0), mask=channel < DIM)
+    tl.store(sums + index, tl.sum(weight, axis=0))
+    tl.store(tops + index, top)
+
+
+@triton.jit
+def _join_kernel(
+    parts, sums, tops, ignore, mixed, lse,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    IGNORE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The parts of one query and head, and the slot of logit 0, as one."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    cell = tl.program_id(0)
+    part, channel = tl.arange(0, ALL_PARTS), tl.arange(0, BLOCK_D)
+    here, at = part < PARTS, channel < DIM
+    top = tl.load(tops + cell * PARTS + part, mask=here, other=-1.0e30)
+    highest = tl.maximum(tl.max(top, axis=0), 0.0)
+    factor = tl.exp(top - highest)
+    total = tl.sum(factor * tl.load(sums + cell * PARTS + part, mask=here, other=0.0), axis=0)
+    denominator = tl.exp(-highest) + total
+    place = (cell * PARTS + part)[:, None] * DIM + channel[None, :]
+    summed = tl.load(parts + place, mask=here[:, None] & at[None, :], other=0.0)
+    result = tl.sum((factor / denominator)[:, None] * summed, axis=0)
+    if IGNORE:
+        held = tl.load(ignore + cell % HEADS * DIM + channel, mask=at, other=0.0).to(tl.float32)
+        result += tl.exp(-highest) / denominator * held
+    tl.store(mixed + cell * DIM + channel, result, mask=at)
+    tl.store(lse + cell, highest + tl.log(denominator))
+
+
 @dataclass
 class _Launch:
     """What both kernels are launched with: the grid, the inputs in the form they read them, sizes and strides."""
@@ -209,6 +288,7 @@ class _Launch:
     inputs: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     options: dict[str, Any]
+    few: bool  # queries: one alone must fill the device
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -223,26 +303,28 @@ def _whole_pictures(values: Tensor) -> Tensor:
     return values if values.stride()[1:] == (heads * dim, dim, 1) else values.contiguous()
 
 
-def tiles(many: bool, slots: int, points: int, dim: int, direction: str) -> dict[str, int]:
-    """Block sizes of a launch in a `direction` for `many` queries or few, powers of two, and its warps."""
-    lanes, a_thread = TILES[direction]["many" if many else "few"]
+def tiles(kind: str, slots: int, points: int, dim: int) -> dict[str, int | None]:
+    """Block sizes of a launch of that `kind` of `TILES`, powers of two, with its warps and registers."""
+    lanes, a_thread, registers = TILES[kind]
     block_p, block_d = triton.next_power_of_2(points), max(triton.next_power_of_2(dim), 16)
     lanes = max(min(lanes * 64 // block_d, 128), block_p)
-    block_q, block_s = (lanes // block_p, 1) if many else (1, min(triton.next_power_of_2(slots), lanes // block_p))
+    block_q, block_s = lanes // block_p, 1
+    if kind == "backward of few":
+        block_q, block_s = 1, min(triton.next_power_of_2(slots), lanes // block_p)
     warps = max(1, min(8, block_q * block_s * block_p * block_d // (32 * a_thread)))
-    return {"BLOCK_Q": block_q, "BLOCK_S": block_s, "BLOCK_P": block_p, "BLOCK_D": block_d, "num_warps": warps}
+    sizes = {"BLOCK_Q": block_q, "BLOCK_S": block_s, "BLOCK_P": block_p, "BLOCK_D": block_d}
+    return {**sizes, "num_warps": warps, "maxnreg": registers}
 
 
 @lru_cache(maxsize=1024)
 def _options(
-    many: bool,
+    kind: str,
     slots: int,
     heads: int,
     points: int,
     dim: int,
     shapes: tuple[int, ...],
     scales: tuple[float, ...],
-    direction: str,
 ) -> dict[str, Any]:
     """The constants of a launch, worked out once; not to be changed."""
     maps = list(zip(shapes[::2], shapes[1::2], strict=True))
@@ -256,7 +338,7 @@ def _options(
         "STARTS": tuple(sum(h * w for h, w in maps[:i]) for i in range(len(maps))),
         "SCALES": tuple(float(s) for s in scales),
         "ALL_SLOTS": triton.next_power_of_2(slots),
-        **tiles(many, slots, points, dim, direction),
+        **tiles(kind, slots, points, dim),
     }
 
 
@@ -276,7 +358,8 @@ def _launch(
     heads, dim = values.shape[2:]
     rows, slots, points = groups * queries, images.shape[1], offsets.shape[-1] // (2 * heads)
     many = rows * heads >= FEW_PROGRAMS
-    options = _options(many, slots, heads, points, dim, tuple(shapes), tuple(scales), direction)
+    kind = direction if many or direction == "forward" else "backward of few"
+    options = _options(kind, slots, heads, points, dim, tuple(shapes), tuple(scales))
     tables = [_rows(x) for x in (offsets, logits, offset_table, logit_table)]
     reference = reference if reference.stride(-1) == 1 else reference.contiguous()
     reference_strides = [reference.stride(i) if reference.shape[i] > 1 else 0 for i in (0, 1)]
@@ -286,7 +369,26 @@ def _launch(
         inputs=(values, *tables, reference, images.contiguous()),
         sizes=(rows, queries, slots, values.stride(0), *(x.stride(0) for x in tables), *reference_strides),
         options=options,
+        few=not many,
     )
+
+
+def _forward_few(launch: _Launch, held: Tensor, mixed: Tensor, lse: Tensor, ignore: bool) -> None:
+    """A query's slots and levels are spread over programs, so that one query alone fills the device."""
+    rows, *sizes = launch.sizes
+    heads, dim = mixed.shape[2:]
+    fixed = {name: launch.options[name] for name in (*FIXED, "BLOCK_P", "BLOCK_D")}
+    count = fixed["LEVELS"] * triton.cdiv(sizes[1], FEW_SLOTS)
+    parts = torch.empty((rows, heads, count, dim), dtype=torch.float32, device=mixed.device)
+    sums, tops = (torch.empty((rows, heads, count), dtype=torch.float32, device=mixed.device) for _ in range(2))
+    begins = overlap(mixed.device)
+    _few_kernel[(rows, heads, count)](
+        *launch.inputs, parts, sums, tops, *sizes, **fixed, BLOCK_S=FEW_SLOTS, PARTS=count, **begins
+    )
+    _join_kernel[(rows * heads,)](
+        parts, sums, tops, held, mixed, lse, HEADS=heads, DIM=dim, PARTS=count,
+        ALL_PARTS=triton.next_power_of_2(count), BLOCK_D=fixed["BLOCK_D"], IGNORE=ignore, **begins,
+    )  # fmt: skip
 
 
 def forward(
@@ -300,7 +402,10 @@ def forward(
     launch = _launch(values, offsets, *others, direction="forward")
     held = lse if ignore is None else ignore.contiguous()
     with torch.cuda.device_of(values):
-        _forward_kernel[launch.grid](
-            *launch.inputs, held, mixed, lse, *launch.sizes, **launch.options, IGNORE=ignore is not None
-        )
+        if launch.few:
+            _forward_few(launch, held, mixed, lse, ignore is not None)
+        else:
+            _forward_kernel[launch.grid](
+                *launch.inputs, held, mixed, lse, *launch.sizes, **launch.options, IGNORE=ignore is not None
+            )
     return mixed, lse

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .mmfs_triton import (
+    FIXED,
     _block,
     _channels,
     _hat,
@@ -38,8 +39,8 @@ from .mmfs_triton import (
     _reference,
 )
 
-CELLS, QUERIES = 128, 64  # of a program that has a part of the values' gradient, at most
-FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCALES")  # what all kernels know
+CELLS, QUERIES = 64, 128  # of a program that has a part of the values' gradient, at most
+REGISTERS = 168  # a thread of such a program at most: more programs run at a time, and it is 0.9 times as long
 FEW_TILES = 264  # below this many tiles the queries of one are spread over several programs; 2 for each processor
 
 
@@ -190,10 +191,10 @@ def _tile(HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, LEVELS: tl.constexpr, BLO
 
 
 @triton.jit
-def _places(own, added, at, middle_x, middle_y, scale):
+def _places(own, added, at, rows, middle_x, middle_y, scale):
     """Pixels (x, y) of one sample of every query, with its offset from the query and from the slot."""
-    x = tl.load(own + at).to(tl.float32) + tl.load(added + at).to(tl.float32)
-    y = tl.load(own + at + 1).to(tl.float32) + tl.load(added + at + 1).to(tl.float32)
+    x = tl.load(own + at * rows).to(tl.float32) + tl.load(added + at).to(tl.float32)
+    y = tl.load(own + (at + 1) * rows).to(tl.float32) + tl.load(added + at + 1).to(tl.float32)
     return middle_x + x * scale, middle_y + y * scale
 
 
@@ -205,14 +206,17 @@ def _either(a, b):
 @triton.jit
 def _values_kernel(
     offsets, logits, offset_table, logit_table, reference, lse, grad_mixed, entries, bounds, grad_values,
-    queries, slots, positions, offsets_row, logits_row, offset_table_row, logit_table_row,
-    reference_group, reference_query, splits, split_stride,
+    rows, queries, slots, positions, offset_table_row, logit_table_row, reference_group, reference_query, splits,
+    split_stride,
     HEADS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
     HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """`entries` are the (group, slot) that name a picture, those of picture i from bounds[i] to bounds[i + 1]."""
+    """`entries` are the (group, slot) that name a picture, those of picture i from bounds[i] to bounds[i + 1].
+
+    `offsets`, `logits` and `lse` have the queries as their last dimension, since a block reads one number of many.
+    """
     head = tl.program_id(1)
     picture, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     level, top, left = _tile(HEIGHTS, WIDTHS, LEVELS, BLOCK_Y, BLOCK_X)
@@ -236,24 +240,26 @@ def _values_kernel(
         centre = reference + (row // queries) * reference_group + (row % queries) * reference_query
         middle_x = tl.load(centre).to(tl.float32) * width - 0.5 - (left + reach_x)
         middle_y = tl.load(centre + 1).to(tl.float32) * height - 0.5 - (top + reach_y)
-        own = offsets + (row.to(tl.int64) * offsets_row + head * (POINTS * 2))
+        own = offsets + (head * (POINTS * 2) * rows + row)
         added = offset_table + (slot.to(tl.int64) * offset_table_row + head * (POINTS * 2))
         bits = tl.zeros([BLOCK_Q], tl.int32)
         for p in tl.static_range(POINTS):
-            x, y = _places(own, added, 2 * p, middle_x, middle_y, scale)
+            x, y = _places(own, added, 2 * p, rows, middle_x, middle_y, scale)
             near = (tl.abs(x) < reach_x + 1) & (tl.abs(y) < reach_y + 1)
             bits |= tl.where(near, 1 << p, 0)
         points_near = tl.reduce(bits, 0, _either)
         if points_near != 0:
             matrix = tl.zeros([BLOCK_Y, BLOCK_X, BLOCK_Q], tl.float32)
             cell = row.to(tl.int64) * HEADS + head
-            denominator = tl.where(real, tl.load(lse + cell), float("inf"))
-            own_logit = logits + (row.to(tl.int64) * logits_row + (head * LEVELS + level) * POINTS)
+            denominator = tl.where(real, tl.load(lse + (head * rows + row)), float("inf"))
+            own_logit = logits + ((head * LEVELS + level) * POINTS * rows + row)
             added_logit = logit_table + (slot.to(tl.int64) * logit_table_row + (head * LEVELS + level) * POINTS)
             for point in range(POINTS):
                 if (points_near >> point) & 1 != 0:
-                    at_x, at_y = _places(own, added, 2 * point, middle_x, middle_y, scale)
-                    logit = tl.load(own_logit + point).to(tl.float32) + tl.load(added_logit + point).to(tl.float32)
+                    at_x, at_y = _places(own, added, 2 * point, rows, middle_x, middle_y, scale)
+                    logit = tl.load(own_logit + point * rows).to(tl.float32) + tl.load(added_logit + point).to(
+                        tl.float32
+                    )
                     of_x = _hat(cell_x - at_x[None, :])
                     of_y = tl.exp(logit - denominator)[None, :] * _hat(cell_y - at_y[None, :])
                     matrix += of_y[:, None, :] * of_x[None, :, :]
@@ -288,8 +294,8 @@ def value_tile(maps: list[tuple[int, int]], dim: int) -> dict[str, int]:
     block_x = _up_to(max(w for _, w in maps), 16)
     block_y = max(_up_to(max(h for h, _ in maps), CELLS // block_x), 16 // block_x)
     block_d = max(triton.next_power_of_2(dim), 16)
-    warps = 4 if block_d <= 64 else 8
-    return {"BLOCK_Y": block_y, "BLOCK_X": block_x, "BLOCK_Q": QUERIES, "BLOCK_D": block_d, "num_warps": warps}
+    blocks = {"BLOCK_Y": block_y, "BLOCK_X": block_x, "BLOCK_Q": QUERIES, "BLOCK_D": block_d}
+    return {**blocks, "num_warps": 4 if block_d <= 64 else 8, "maxnreg": REGISTERS}
 
 
 def _product_type(kernel: Any, values: Tensor) -> tl.dtype:
@@ -300,9 +306,9 @@ def _product_type(kernel: Any, values: Tensor) -> tl.dtype:
 
 def _gradient_of_values(launch: _Launch, grad_mixed: Tensor, lse: Tensor) -> Tensor:
     """Like the values. Where tiles are few, several programs have a part of the queries each, and parts are added."""
-    values, *inputs, images = launch.inputs
+    values, offsets, logits, *others, images = launch.inputs
     pictures, positions, heads, dim = values.shape
-    rows, queries, slots, _, *strides = launch.sizes
+    rows, queries, slots, _, _, _, *strides = launch.sizes
     fixed = {name: launch.options[name] for name in FIXED}
     maps = list(zip(fixed["HEIGHTS"], fixed["WIDTHS"], strict=True))
     tile = value_tile(maps, dim)
@@ -313,9 +319,10 @@ def _gradient_of_values(launch: _Launch, grad_mixed: Tensor, lse: Tensor) -> Ten
     parts = torch.empty((splits, *values.shape), dtype=kind, device=values.device)
     if pictures > 0:
         entries, bounds = _seen_by(images, pictures)
+        offsets, logits, lse = (x.t().contiguous() for x in (offsets, logits, lse.view(rows, heads)))
         _values_kernel[(tiles, heads, pictures * splits)](
-            *inputs, lse, grad_mixed, entries, bounds, parts, queries, slots, positions, *strides, splits,
-            values.numel(), **fixed, **tile, PRODUCT=_product_type(_values_kernel, values),
+            offsets, logits, *others, lse, grad_mixed, entries, bounds, parts, rows, queries, slots, positions,
+            *strides, splits, values.numel(), **fixed, **tile, PRODUCT=_product_type(_values_kernel, values),
         )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0).to(values.dtype)
 
