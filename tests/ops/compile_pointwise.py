@@ -15,7 +15,8 @@ from triton.compiler import ASTSource
 from mm_interleaved.ops import pointwise_triton as kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
-POINTERS = ("query", "key", "query_out", "key_out", "cos", "sin", "gate", "up", "out", "grad", "grad_gate", "grad_up")
+POINTERS = ("query", "key", "query_out", "key_out", "cos", "sin", "gate", "up", "out", "grad", "grad_gate", "grad_up",
+            "both", "grad_both")  # fmt: skip
 
 
 def compiled(kernel: Any, kind: str, warps: int = 4, **constants: Any) -> int:
@@ -36,6 +37,9 @@ def main() -> None:
             )
         found[f"gate {kind}"] = compiled(kernels._gate_kernel, kind, BLOCK=kernels.ELEMENTS)
         found[f"gate backward {kind}"] = compiled(kernels._gate_backward_kernel, kind, BLOCK=kernels.ELEMENTS)
+        block = {"BLOCK_R": kernels.ROWS, "BLOCK_C": kernels.COLUMNS}
+        found[f"gelu {kind}"] = compiled(kernels._gelu_gate_kernel, kind, **block)
+        found[f"gelu backward {kind}"] = compiled(kernels._gelu_gate_backward_kernel, kind, **block)
     print(json.dumps(found))
 
 

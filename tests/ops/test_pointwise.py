@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mm_interleaved.ops import rotary, silu_gate
+from mm_interleaved.ops import gelu_gate, rotary, silu_gate
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
-from mm_interleaved.ops.pointwise import rotary_kernel, silu_gate_kernel, why_not_pointwise
+from mm_interleaved.ops.pointwise import gelu_gate_kernel, rotary_kernel, silu_gate_kernel, why_not_pointwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -31,18 +31,23 @@ def gates(*shape: int) -> list[Tensor]:
     return [4 * torch.randn(*shape, dtype=torch.float64) for _ in range(2)]
 
 
+def halves(*shape: int) -> list[Tensor]:
+    return [4 * torch.randn(*shape, dtype=torch.float64)]
+
+
 def run(call: Callable[..., object], given: list[Tensor], kind: torch.dtype, backend: str) -> list[Tensor]:
-    """Results, and gradients of the first two inputs."""
+    """Results, and gradients of the first inputs."""
     leaves = [x.to(DEVICE, kind, copy=True).requires_grad_(i < 2) for i, x in enumerate(given)]
     found = call(*leaves, backend)
     found = [found] if isinstance(found, Tensor) else list(found)
     weights = [torch.linspace(-1, 1, x.numel(), device=DEVICE, dtype=torch.float64).view_as(x) for x in found]
     sum((x.double() * w).sum() for x, w in zip(found, weights, strict=True)).backward()
-    return [*(x.detach() for x in found), leaves[0].grad, leaves[1].grad]
+    return [*(x.detach() for x in found), *(x.grad for x in leaves[:2])]
 
 
 CASES = [*((rotary, turning(*shape)) for shape in SHAPES), (rotary, turning(3, 4, 2, 1, 8, rows=1)),
-         (silu_gate, gates(3, 5, 7)), (silu_gate, gates(2, 1024))]  # fmt: skip
+         (silu_gate, gates(3, 5, 7)), (gelu_gate, halves(3, 5, 14)), (gelu_gate, halves(2, 600)),
+         (silu_gate, gates(2, 1024))]  # fmt: skip
 
 
 @with_triton
@@ -59,7 +64,7 @@ def test_results_and_gradients_are_the_operators(call: Callable[..., object], gi
 
 @with_triton
 @pytest.mark.parametrize("kind", list(HALF), ids=str)
-@pytest.mark.parametrize(("call", "given"), [CASES[0], CASES[-1]], ids=["rotary", "gate"])
+@pytest.mark.parametrize(("call", "given"), [CASES[0], CASES[-2], CASES[-1]], ids=["rotary", "gelu", "silu"])
 def test_half_precision_is_rounded_once(call: Callable[..., object], given: list[Tensor], kind: torch.dtype) -> None:
     given = [x.to(kind).double() for x in given]
     exact = run(call, given, torch.float64, "plain")
@@ -108,6 +113,8 @@ def test_the_registered_operators_keep_pytorchs_rules() -> None:
     torch.library.opcheck(rotary_kernel, (query.requires_grad_(), key.requires_grad_(), cos, sin, False),
                           test_utils=tests)  # fmt: skip
     torch.library.opcheck(silu_gate_kernel, (gate, up), test_utils=tests)
+    both = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(gelu_gate_kernel, (both,), test_utils=tests)
 
 
 @with_triton
@@ -115,6 +122,14 @@ def test_nothing_is_nothing() -> None:
     empty = torch.zeros(0, 3, 2, 4, device=DEVICE)
     assert rotary(empty, empty, empty[..., 0, :], empty[..., 0, :], "triton")[0].shape == empty.shape
     assert silu_gate(empty, empty, "triton").shape == empty.shape
+    assert gelu_gate(empty, "triton").shape == (0, 3, 2, 2)
+
+
+@with_triton
+def test_large_gates_are_finite() -> None:
+    both = torch.tensor([[1.0, 2.0, 1e4, -1e4]], device=DEVICE, requires_grad=True)
+    gelu_gate(both, "triton").sum().backward()
+    torch.testing.assert_close(both.grad, torch.tensor([[1e4, 0.0, 1.0, 0.0]], device=DEVICE))
 
 
 def test_errors_say_why() -> None:

@@ -11,7 +11,7 @@ from .mmfs_attention import (
     softmax_plus_one,
     why_not_triton,
 )
-from .pointwise import rotary, silu_gate, why_not_pointwise
+from .pointwise import gelu_gate, rotary, silu_gate, why_not_pointwise
 
 __all__ = [
     "HAS_TRITON",
@@ -19,6 +19,7 @@ __all__ = [
     "deformable_attention",
     "deformable_attention_around",
     "deformable_attention_reference",
+    "gelu_gate",
     "mmfs_attention",
     "mmfs_attention_plain",
     "picture_routes",

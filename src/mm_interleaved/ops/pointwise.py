@@ -1,7 +1,8 @@
-"""What stands between the matrix products of a decoder layer and reads every number once: rotary positions, gates.
+"""What stands between the matrix products of a layer and reads every number once: rotary positions, gates.
 
     rotary      q, k -> q cos + rotated(q) sin, k cos + rotated(k) sin         (RoFormer, arXiv 2104.09864)
     silu_gate   g, u -> silu(g) * u                                            (GLU variants, arXiv 2002.05202)
+    gelu_gate   (u, g) -> u * gelu(g), both halves of one tensor
 
 Each is a handful of PyTorch operators, all of them bound by memory, or one Triton kernel (`pointwise_triton.py`) that
 reads its inputs once and writes its result once, forward and backward. The kernels compute in float32 and round once,
@@ -71,6 +72,14 @@ def silu_gate(gate: Tensor, up: Tensor, backend: Backend = "auto") -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu_gate(both: Tensor, backend: Backend = "auto") -> Tensor:
+    """u * gelu(g), with the exact GELU, of `both` [..., 2 * width] = (u, g); `backend` and errors as of `rotary`."""
+    if _on_kernels(backend, both):
+        return gelu_gate_kernel(both)
+    up, gate = both.chunk(2, dim=-1)
+    return up * F.gelu(gate)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The registered operators. Triton is imported by the first launch.
 
@@ -135,3 +144,40 @@ def _gate_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 silu_gate_kernel.register_autograd(_gate_gradients, setup_context=_keep_both)
+
+
+@custom_op("mm_interleaved::gelu_gate", mutates_args=())
+def gelu_gate_kernel(both: Tensor) -> Tensor:
+    """The kernel; arguments as of `gelu_gate`."""
+    from .pointwise_triton import gelu_gate as fused
+
+    return fused(both)
+
+
+@gelu_gate_kernel.register_fake
+def _(both):
+    return both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
+
+
+@custom_op("mm_interleaved::gelu_gate_backward", mutates_args=())
+def gelu_gate_backward(grad: Tensor, both: Tensor) -> Tensor:
+    """Gradient to `both`."""
+    from .pointwise_triton import gelu_gate_backward as fused
+
+    return fused(grad, both)
+
+
+@gelu_gate_backward.register_fake
+def _(grad, both):
+    return both.new_empty(both.shape)
+
+
+def _keep_halves(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _halves_gradient(ctx, grad: Tensor) -> Tensor:
+    return gelu_gate_backward(grad, *ctx.saved_tensors)
+
+
+gelu_gate_kernel.register_autograd(_halves_gradient, setup_context=_keep_halves)

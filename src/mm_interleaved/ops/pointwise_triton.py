@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ELEMENTS = 1024  # of a gate in one program: with 4 warps 8 a thread, one load of 16 bytes
+ROWS, COLUMNS = 4, 256  # of such a gate's result in one program, if its halves lie side by side
 HEAD_ELEMENTS = 512  # half channels of the heads in one program, with 2 warps 8 a thread as well
 
 
@@ -109,4 +112,65 @@ def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
         with torch.cuda.device_of(gate):
             grid = (triton.cdiv(gate.numel(), ELEMENTS),)
             _gate_backward_kernel[grid](grad, gate, up, *found, gate.numel(), BLOCK=ELEMENTS)
+    return found
+
+
+@triton.jit
+def _halves(both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Both halves of a block, where it lies in a tensor as wide as either, in one twice as wide, and what is real."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = (row < count) & (column < width)
+    wide = row * (2 * width) + column
+    up = tl.load(both + wide, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(both + wide + width, mask=inside, other=0.0).to(tl.float32)
+    return up, gate, row * width + column, wide, inside
+
+
+@triton.jit
+def _normal(gate):
+    """The normal distribution's integral up to `gate`."""
+    return 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+
+
+@triton.jit
+def _gelu_gate_kernel(both, out, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    up, gate, narrow, _, inside = _halves(both, count, width, BLOCK_R, BLOCK_C)
+    tl.store(out + narrow, up * gate * _normal(gate), mask=inside)
+
+
+@triton.jit
+def _gelu_gate_backward_kernel(grad, both, grad_both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """With N the normal distribution: d(u g N(g)) = g N(g) du + u (N(g) + g N'(g)) dg."""
+    up, gate, narrow, wide, inside = _halves(both, count, width, BLOCK_R, BLOCK_C)
+    d = tl.load(grad + narrow, mask=inside, other=0.0).to(tl.float32)
+    normal = _normal(gate)
+    density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    tl.store(grad_both + wide, d * gate * normal, mask=inside)
+    tl.store(grad_both + wide + width, d * up * (normal + gate * density), mask=inside)
+
+
+def _launch_halves(kernel: Any, both: Tensor, *others: Tensor) -> None:
+    """`others` come before `both` but for the last, which is the result."""
+    width = both.shape[-1] // 2
+    count = both.numel() // max(2 * width, 1)
+    grid = (triton.cdiv(count, ROWS), triton.cdiv(width, COLUMNS))
+    if both.numel():
+        with torch.cuda.device_of(both):
+            kernel[grid](*others[:-1], both, others[-1], count, width, BLOCK_R=ROWS, BLOCK_C=COLUMNS)
+
+
+def gelu_gate(both: Tensor) -> Tensor:
+    """The first half of the last dimension times gelu of the second."""
+    both = both.contiguous()
+    out = both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
+    _launch_halves(_gelu_gate_kernel, both, out)
+    return out
+
+
+def gelu_gate_backward(grad: Tensor, both: Tensor) -> Tensor:
+    """Gradient to `both`."""
+    both = both.contiguous()
+    found = torch.empty_like(both)
+    _launch_halves(_gelu_gate_backward_kernel, both, grad.contiguous(), found)
     return found
