@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
 
 from mm_interleaved import MMInterleaved
+from mm_interleaved.generation import static_pictures
 from mm_interleaved.generation.context import Context, FirstAsItIs
 from mm_interleaved.generation.static_pictures import StaticEyes, see
 from mm_interleaved.model.mmfs import VisibleImages
@@ -129,7 +130,7 @@ def test_other_eyes(model: MMInterleaved) -> None:
     """Pictures encoded by a recording, which here is only called, are read as always."""
     ids, pixels = tokens(model, 2)
     usual, other = (Context.empty(model, 1) for _ in range(2))
-    other.eyes = StaticEyes(model, torch.zeros_like(pixels), captured=False)
+    other.eyes = StaticEyes(model, 2, pixels, captured=False)
     found = [context.append(ids, torch.ones_like(ids), pixels) for context in (usual, other)]
     assert torch.equal(*found)
     assert other.select(torch.tensor([0])).eyes is other.eyes
@@ -164,10 +165,30 @@ def test_the_first_keys_and_values_are_not_copied() -> None:
 
 
 def test_pictures_are_seen_in_parts(model: MMInterleaved) -> None:
-    """Eleven of them as 8, 2 and 1."""
+    """Eleven of them as 8 and 3, for which there are 4 places."""
     side = model.config.vision_config.image_size
     pixels = torch.rand(11, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, expected = see(model, pixels), model.encode_images(pixels)
     for a, b in zip((found.tokens, *found.pyramid), (expected.tokens, *expected.pyramid), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "places"), [(1, 1), (2, 2), (3, 4), (5, 4), (6, 8), (7, 8), (9, 8), (13, 8), (15, 16), (40, 16)]
+)
+def test_recordings_have_few_places_to_spare(count: int, places: int) -> None:
+    assert static_pictures._places(count) == places
+
+
+def test_a_selection_of_all_rows_shares_what_was_read(model: MMInterleaved) -> None:
+    """And reads on without touching where it came from."""
+    ids, pixels = tokens(model, 2)
+    context = Context.empty(model, 1)
+    context.append(ids, torch.ones_like(ids), pixels)
+    branch = context.select(torch.tensor([0]))
+    before = [layer.keys for layer in context.cache.layers]
+    assert all(a.keys is b for a, b in zip(branch.cache.layers, before, strict=True))
+    branch.append_text(torch.tensor([[20]]), torch.ones(1, 1, dtype=torch.long))
+    assert all(layer.keys is b for layer, b in zip(context.cache.layers, before, strict=True))
+    assert branch.mask.shape[1] == context.mask.shape[1] + 1

@@ -163,6 +163,13 @@ class Bench:
         """The model itself."""
         return self.loaded.model
 
+    @cached_property
+    def noise(self) -> Tensor:
+        """Pixels of as many pictures as any line takes, on the device, so that no line has to make them."""
+        side, sizes = self.model.config.vision_config.image_size, self.sizes
+        most = max(sizes.pictures, *sizes.counts, *(count for _, count in sizes.texts))
+        return torch.rand(most, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
+
     def bound(self, need: Need) -> float:
         """Seconds that the machine needs at least."""
         return need.seconds(self.speed.bytes_per_second, self.speed.operations_per_second)
@@ -209,16 +216,10 @@ def document(config: MMInterleavedConfig, length: int, pictures: int) -> Tensor:
     return torch.tensor(ids + [20] * (length - len(ids)))
 
 
-def pixels(bench: Bench, pictures: int) -> Tensor:
-    """[pictures, 3, side, side] of noise, on the device."""
-    side = bench.model.config.vision_config.image_size
-    return torch.rand(pictures, 3, side, side, generator=torch.Generator().manual_seed(0)).to(bench.device)
-
-
 def read(bench: Bench, length: int, pictures: int, implementation: CacheImplementation = "auto") -> Context:
     """A context of one row with so many tokens and pictures; on a GPU these are encoded by recordings."""
     model = bench.model
     ids = document(model.config, length, pictures)[None]
     context = Context.empty(model, 1, eyes_of(model, implementation))
-    context.append(ids, torch.ones_like(ids), pixels(bench, pictures) if pictures else None)
+    context.append(ids, torch.ones_like(ids), bench.noise[:pictures] if pictures else None)
     return context

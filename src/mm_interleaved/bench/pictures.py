@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from ..generation import IMAGE_PRESETS, Context, ImageSettings
+from ..generation.static_pictures import eyes_of
 from ..model import MMInterleavedConfig, denoising, roofline
 from ..model.vit_adapter import DeformableAttention, cell_centres
 from ..ops import why_not_triton
@@ -85,23 +86,25 @@ def pixels(bench: Bench) -> Iterator[Row]:
 
 
 def encode(bench: Bench) -> Iterator[Row]:
-    """Seeing one picture: visual tokens, maps, values for every layer; the twin derives from the weights anew."""
-    from .base import pixels as noise
+    """Seeing pictures: visual tokens, maps, values for every layer; the twin launches all and folds anew."""
+    model = bench.model
+    see = eyes_of(model, "auto") or model.encode_images
+    for count in (1, bench.sizes.pictures):
+        pictures = bench.noise[:count]
+        with torch.no_grad():
+            known = model.remember(see(pictures).pyramid)
 
-    model, pictures = bench.model, noise(bench, 1)
-    with torch.no_grad():
-        known = model.remember(model.encode_images(pictures).pyramid)
+            def fast(pictures=pictures, known=known) -> object:
+                return model.remember(see(pictures).pyramid, known)
 
-        def fast() -> object:
-            return model.remember(model.encode_images(pictures).pyramid, known)
+            def plain(pictures=pictures) -> object:
+                return model.remember(model.encode_images(pictures).pyramid)
 
-        def plain() -> object:
-            return model.remember(model.encode_images(pictures).pyramid)
-
-        value, twin = (bench.clock.time(work, bench.sizes.repeats) for work in (fast, plain))
-        peak = bench.clock.peak(fast)
-    need = roofline.Need(2 * bench.cost.encode_image)
-    yield Row("encode", "1 picture", "ms", 1e3 * value, 1e3 * twin, 1e3 * bench.bound(need), peak)
+            value, twin = (bench.clock.time(work, bench.sizes.repeats) for work in (fast, plain))
+            peak = bench.clock.peak(fast)
+        need = roofline.Need(2 * bench.cost.encode_image * count)
+        case = f"{count} picture{'s' if count > 1 else ''}"
+        yield Row("encode", case, "ms", 1e3 * value, 1e3 * twin, 1e3 * bench.bound(need), peak)
 
 
 def adapter(bench: Bench) -> Iterator[Row]:

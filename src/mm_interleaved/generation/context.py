@@ -271,8 +271,9 @@ class Context:
         self.flush()
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.reorder_cache(rows)
         chosen = rows.tolist()
+        if chosen != list(range(len(self.mask))):  # what grows makes new tensors, so that all rows can be shared
+            cache.reorder_cache(rows)
         return Context(
             self.model,
             cache,

@@ -15,43 +15,62 @@ from .context import Context, Eyes
 from .settings import CacheImplementation
 from .static import Room, borrow, uses_static
 
-MOST_SEEN = 8  # pictures that are encoded together, a power of two
+MOST_SEEN = 16  # pictures that are encoded together, a power of two
+MOST_SPARE = 2  # places of a recording that may stay empty: one more recording would take longer
 
 
 class StaticEyes:
-    """The visual tokenizer for pictures of one shape; its twin is `MMInterleavedModel.encode_images`."""
+    """The visual tokenizer for at most so many pictures; its twin is `MMInterleavedModel.encode_images`.
 
-    def __init__(self, model: MMInterleavedModel, pixels: Tensor, captured: bool | None = None) -> None:
+    Args:
+        model: whose it is.
+        places: pictures that it encodes at a time, of which some may be whatever was there before.
+        like: pictures [pictures, 3, side, side] as they will be.
+        captured: whether it is recorded; None: on a CUDA device.
+    """
+
+    def __init__(self, model: MMInterleavedModel, places: int, like: Tensor, captured: bool | None = None) -> None:
         self._model = weakref.ref(model)
-        self.pixels = pixels.clone()
+        self.pixels = like.new_zeros(places, *like.shape[1:])
         self.features: VisualFeatures | None = None
         self.replay = None
-        if pixels.device.type == "cuda" if captured is None else captured:
-            self.replay = capture(self._step, pixels.device)
+        if like.device.type == "cuda" if captured is None else captured:
+            self.replay = capture(self._step, like.device)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> VisualFeatures:
-        """Features of `pixels` [pictures, 3, side, side]."""
-        self.pixels.copy_(pixels)
+        """Features of `pixels` [pictures, 3, side, side], at most as many as there are places."""
+        count = len(pixels)
+        self.pixels[:count] = pixels
         (self.replay or self._step)()
         seen = self.features
-        return VisualFeatures(seen.tokens.clone(), [m.clone() for m in seen.pyramid], seen.last_hidden_state.clone())
+        return VisualFeatures(
+            seen.tokens[:count].clone(), [m[:count].clone() for m in seen.pyramid],
+            seen.last_hidden_state[:count].clone(),
+        )  # fmt: skip
 
     def _step(self) -> None:
         self.features = self._model().encode_images(self.pixels)
 
 
+def _places(count: int) -> int:
+    """In a recording for how many of `count` pictures to begin."""
+    enough = 1 << (count - 1).bit_length()
+    few_spare = enough - count <= min(MOST_SPARE, enough // 4)
+    return min(enough if few_spare else enough // 2, MOST_SEEN)
+
+
 @torch.no_grad()
 def see(model: MMInterleavedModel, pixel_values: Tensor) -> VisualFeatures:
-    """`MMInterleavedModel.encode_images` through recordings of 8, 4, 2 and 1 pictures, each made when first needed."""
-    pixels = pixel_values.to(model.compute_device)
-    weights, found, place = addresses(model.visual_tokenizer), [], 0
-    while place < len(pixels):
-        count = min(1 << (len(pixels) - place).bit_length() - 1, MOST_SEEN)
-        part = pixels[place : place + count]
-        with _eyes.borrow(model, (part.shape, part.dtype), weights, partial(StaticEyes, model, part)) as eyes:
-            found.append(eyes(part))
-        place += count
+    """`MMInterleavedModel.encode_images` by recordings of 16, 8, 4, 2 and 1 pictures, each made when first needed."""
+    left = pixel_values.to(model.compute_device)
+    weights, found = addresses(model.visual_tokenizer), []
+    while len(left):
+        places = _places(len(left))
+        key = (places, left.shape[1:], left.dtype)
+        with _eyes.borrow(model, key, weights, partial(StaticEyes, model, places, left)) as eyes:
+            found.append(eyes(left[:places]))
+        left = left[places:]
     pyramids = zip(*(f.pyramid for f in found), strict=True)
     return VisualFeatures(
         torch.cat([f.tokens for f in found]),

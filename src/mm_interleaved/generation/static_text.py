@@ -90,7 +90,7 @@ def write_static(
                     tokens = scores.argmax(-1) if numbers is None else draw(scores, numbers)
                     tokens = torch.where(active, tokens, model.config.pad_token_id)
                     history = torch.cat([history, tokens[:, None]], dim=1)
-                    read = active & ~torch.isin(tokens, ends)
+                    read = active & (tokens[:, None] != ends).all(-1)
                     told = _Message(torch.stack([tokens, active.long(), read.long()]))
                     decoder.read(tokens, read)
                     under_way.append(_Step(told, logits, before))
