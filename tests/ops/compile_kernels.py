@@ -26,7 +26,7 @@ def kind(name: str, weights: str) -> str:
         return f"*{weights}"
     if name in ("source", "column"):
         return "*i64"
-    if name in FLOATS or ("scale" in name and name != "scale" and weights == "i8"):
+    if name in FLOATS or ("scale" in name and name != "scale" and weights != "bf16"):
         return "*fp32"
     if name in ("eps", "scale"):
         return "fp32"
@@ -48,8 +48,8 @@ def main() -> None:
     """Compile all, print the sizes."""
     found = {}
     for rows, kind_of_tile in ((1, "map"), (1, "maps"), (16, "rows")):
-        for weights in ("bf16", "i8"):
-            shared = {"INPUTS": WIDTH, "SCALED": weights == "i8", "ROWS": rows, "OVERLAP": rows == 1}
+        for weights in ("bf16", "i8", "fp8e4nv"):
+            shared = {"INPUTS": WIDTH, "SCALED": weights != "bf16", "ROWS": rows, "OVERLAP": rows == 1}
             maps, name = 1 if kind_of_tile == "map" else 3, f"{kind_of_tile} {weights}"
             for bias, residual in ((False, False), (True, True)):
                 options = {"MAPS": maps, "NORM": not residual, "BIAS": bias, "RESIDUAL": residual, **shared}

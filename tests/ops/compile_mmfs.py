@@ -60,7 +60,7 @@ def main() -> None:
                 mmfs_triton_backward._queries_kernel, half, **options, BLOCK_L=4, GRAD_LSE=True
             )
         fixed = {key: options[key] for key in mmfs_triton.FIXED}
-        tile = mmfs_triton_backward.value_tile([(side, side) for side in sides], DIM)
+        tile = mmfs_triton_backward.value_tile([(side, side) for side in sides], DIM, 1)
         found[f"values {len(sides)} {half}"] = compiled(
             mmfs_triton_backward._values_kernel, half, **fixed, **tile, PRODUCT=TYPES[half]
         )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mm_interleaved.ops import attend, project, project_gated, why_not_kernels
-from mm_interleaved.ops.int8 import Int8Rows
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
+from mm_interleaved.ops.scaled_rows import ScaledRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = [1, 3]
@@ -56,26 +56,31 @@ def test_project_gated(rows: int) -> None:
     close(*(project_gated(x, gate, up, gain=gain, eps=1e-6, backend=b) for b in ("triton", "plain")))
 
 
-def whole_numbers(outputs: int, dtype: torch.dtype = torch.float32) -> Int8Rows:
-    data = torch.randint(-127, 128, (outputs, 40), dtype=torch.int8)
-    return Int8Rows(data.to(DEVICE), draw(outputs, dtype=dtype).abs())
+BYTES = [torch.int8, torch.float8_e4m3fn]
+
+
+def scaled_rows(outputs: int, kind: torch.dtype, dtype: torch.dtype = torch.float32) -> ScaledRows:
+    data = torch.randint(-127, 128, (outputs, 40)).float().to(kind)
+    return ScaledRows(data.to(DEVICE), draw(outputs, dtype=dtype).abs())
 
 
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", BYTES, ids=str)
 @pytest.mark.parametrize("sizes", [(24, 8, 9), (21,)])
-def test_whole_numbers_with_scales(rows: int, sizes: tuple[int, ...]) -> None:
-    x, weights, biases = draw(rows, 40), [whole_numbers(n) for n in sizes], [draw(n) for n in sizes]
+def test_weights_of_one_byte_with_scales(rows: int, kind: torch.dtype, sizes: tuple[int, ...]) -> None:
+    x, weights, biases = draw(rows, 40), [scaled_rows(n, kind) for n in sizes], [draw(n) for n in sizes]
     settings = {"gain": draw(40), "eps": 1e-6, "biases": biases, "residual": draw(rows, sum(sizes))}
     found, expected = (project(x, weights, **settings, backend=b) for b in ("triton", "plain"))
     close(found, expected)
     close(expected, project(x, [w.widened(torch.float32) for w in weights], **settings), 1e-6)
-    gate, up = whole_numbers(26), whole_numbers(26)
+    gate, up = scaled_rows(26, kind), scaled_rows(26, kind)
     close(*(project_gated(x, gate, up, gain=draw(40).fill_(0.01), eps=1e-6, backend=b) for b in ("triton", "plain")))
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_whole_numbers_in_half_precision(rows: int) -> None:
-    x, weight = draw(rows, 40, dtype=torch.float16), whole_numbers(24, torch.float16)
+@pytest.mark.parametrize("kind", BYTES, ids=str)
+def test_weights_of_one_byte_in_half_precision(rows: int, kind: torch.dtype) -> None:
+    x, weight = draw(rows, 40, dtype=torch.float16), scaled_rows(24, kind, torch.float16)
     exact = project(x.float(), [weight.widened(torch.float32)])
     found = project(x, [weight], backend="triton")
     assert found.dtype == torch.float16

@@ -14,7 +14,9 @@ from ..generation.settings import CacheImplementation
 from ..generation.static import Room, StaticDecoder
 from ..generation.text import write, write_beams
 from ..model import roofline
+from ..model.weights import readable
 from ..ops import project, project_gated
+from ..ops.scaled_rows import Weights
 from .base import Bench, Row, read
 
 
@@ -116,13 +118,19 @@ def products(bench: Bench) -> Iterator[Row]:
         raise ValueError("the kernels are for CUDA devices")
     for rows in (1, bench.sizes.beams):
         for name, (_, work, weights) in _products(bench, rows).items():
-            moved = sum(w.numel() * w.element_size() for w in weights)
+            moved = _bytes(weights)
             fused, plain = (_replayed(bench, partial(work, backend=backend)) for backend in ("triton", "plain"))
             yield Row("products", f"{name}, {rows} rows", "us", 1e6 * fused, 1e6 * plain,
                       1e6 * moved / bench.speed.bytes_per_second, note=f"{moved / fused / 1e12:.2f} TB/s")  # fmt: skip
 
 
-def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., object], list[torch.Tensor]]]:
+def _bytes(weights: list[Weights]) -> int:
+    """That a product reads."""
+    parts = [x for w in weights for x in ((w,) if isinstance(w, torch.Tensor) else (w.data, w.scale))]
+    return sum(x.numel() * x.element_size() for x in parts)
+
+
+def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., object], list[Weights]]]:
     """By name: kind of tile, the work in one layer (`layer`, `backend`), and the weights that it reads."""
     layers = bench.model.language_model.layers
     width, wide = bench.model.config.text_config.hidden_size, layers[0].mlp.down_proj.in_features
@@ -131,18 +139,18 @@ def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., obj
     norm = layers[0].input_layernorm
     normed = {"gain": norm.weight, "eps": norm.variance_epsilon}
 
-    def maps(layer: nn.Module) -> list[torch.Tensor]:
+    def maps(layer: nn.Module) -> list[Weights]:
         attention = layer.self_attn
-        return [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        return [readable(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
-    def both(layer: nn.Module) -> list[torch.Tensor]:
-        return [layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]
+    def both(layer: nn.Module) -> list[Weights]:
+        return [readable(layer.mlp.gate_proj), readable(layer.mlp.up_proj)]
 
-    def down(layer: nn.Module) -> list[torch.Tensor]:
-        return [layer.mlp.down_proj.weight]
+    def down(layer: nn.Module) -> list[Weights]:
+        return [readable(layer.mlp.down_proj)]
 
-    def out(layer: nn.Module) -> list[torch.Tensor]:
-        return [layer.self_attn.o_proj.weight]
+    def out(layer: nn.Module) -> list[Weights]:
+        return [readable(layer.self_attn.o_proj)]
 
     first = layers[0]
     return {
@@ -164,7 +172,7 @@ def tiles(bench: Bench) -> Iterator[Row]:
         for rows, options in ((1, one), (bench.sizes.beams, several)):
             for name, (kind, work, weights) in _products(bench, rows).items():
                 kind = kind if rows == 1 else "rows"
-                moved = sum(w.numel() * w.element_size() for w in weights)
+                moved = _bytes(weights)
                 call = partial(work, backend="triton")
                 usual = _replayed(bench, call)
                 for tile in options:

@@ -30,7 +30,7 @@ from ..model.static import Pool, addresses, capture
 from ..model.weights import readable
 from ..ops import attend, project, project_gated, promote, why_not_kernels
 from ..ops.decoding import MOST_ROWS, rotate
-from ..ops.int8 import Int8Rows, Weights
+from ..ops.scaled_rows import ScaledRows, Weights
 from .context import Context
 from .settings import CacheImplementation
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 KEPT = 3  # decoders a model keeps for later
 # Rows that the kernels multiply better than the library does, by the type of the weights (`mmi bench --only products`).
-PRODUCT_ROWS, INT8_PRODUCT_ROWS = 1, MOST_ROWS
+PRODUCT_ROWS, SCALED_PRODUCT_ROWS = 1, MOST_ROWS
 # Room grows by so many columns, so that a captured step serves several turns of a session; by fewer where many rows
 # would make them large (at the release's size a column of a row takes 0.8 MB).
 COLUMNS = {"cuda": 1024, "cpu": 64}
@@ -389,8 +389,8 @@ class StaticDecoder:
     def _weights(self, *linears: nn.Module) -> list[Weights] | None:
         """What kernels read of modules; None: they must be called."""
         found = [readable(m) for m in linears] if self.kernels else [None]
-        kinds = {type(w) is Int8Rows for w in found}
-        most = INT8_PRODUCT_ROWS if True in kinds else PRODUCT_ROWS
+        kinds = {type(w) is ScaledRows for w in found}
+        most = SCALED_PRODUCT_ROWS if True in kinds else PRODUCT_ROWS
         return None if any(w is None for w in found) or len(kinds) > 1 or self.room.rows > most else found
 
     def _project(self, x: Tensor, norm: nn.Module, maps: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:

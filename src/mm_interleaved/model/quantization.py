@@ -27,8 +27,7 @@ def quantize(model: MMInterleavedModel, kind: Quantization) -> None:
 
     Args:
         model: on any device; the CPU if the weights are to fit the device only afterwards.
-        kind: "int8", whole numbers from -127 to 127, which the decoding kernels read directly; "fp8", 8-bit floats
-            (e4m3), which are widened for every product.
+        kind: "int8", whole numbers from -127 to 127; "fp8", 8-bit floats (e4m3). The decoding kernels read both.
 
     Raises:
         ValueError: there is no such kind, torchao is not installed, or the model is quantized already.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from ..ops.int8 import Int8Rows
+from ..ops.scaled_rows import ScaledRows
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -19,7 +20,7 @@ def stored(tensor: Tensor) -> list[Tensor]:
     return [tensor] if flatten is None else [part for x in inner if isinstance(x, Tensor) for part in stored(x)]
 
 
-def readable(linear: nn.Module) -> Tensor | Int8Rows | None:
+def readable(linear: nn.Module) -> Tensor | ScaledRows | None:
     """The weights of a linear layer as the decoding kernels read them.
 
     None: only the module itself knows what to do (LoRA, other kinds of quantization).
@@ -29,8 +30,10 @@ def readable(linear: nn.Module) -> Tensor | Int8Rows | None:
     weight = linear.weight
     if type(weight) in (nn.Parameter, Tensor):
         return weight
-    from torchao.quantization import Int8Tensor
+    from torchao.quantization import Float8Tensor, Int8Tensor
 
-    if isinstance(weight, Int8Tensor) and weight.scale.shape == (len(weight), 1) and weight.act_quant_kwargs is None:
-        return Int8Rows(weight.qdata, weight.scale[:, 0])
+    if not isinstance(weight, (Int8Tensor, Float8Tensor)) or weight.act_quant_kwargs is not None:
+        return None
+    if weight.scale.shape == (len(weight), 1) and weight.qdata.dtype in (torch.int8, torch.float8_e4m3fn):
+        return ScaledRows(weight.qdata, weight.scale[:, 0])
     return None

@@ -3,6 +3,7 @@
 from .around import deformable_attention_around
 from .decoding import attend, project, project_gated, rms_norm, why_not_kernels
 from .deformable import deformable_attention, deformable_attention_reference, promote
+from .group_norm import GroupNorm, channels_last, why_not_group_norm
 from .mmfs_attention import (
     HAS_TRITON,
     mmfs_attention,
@@ -15,7 +16,9 @@ from .pointwise import gelu_gate, rotary, silu_gate, why_not_pointwise
 
 __all__ = [
     "HAS_TRITON",
+    "GroupNorm",
     "attend",
+    "channels_last",
     "deformable_attention",
     "deformable_attention_around",
     "deformable_attention_reference",
@@ -30,6 +33,7 @@ __all__ = [
     "rotary",
     "silu_gate",
     "softmax_plus_one",
+    "why_not_group_norm",
     "why_not_kernels",
     "why_not_pointwise",
     "why_not_triton",

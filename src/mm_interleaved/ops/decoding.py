@@ -3,7 +3,7 @@
 Every function has a plain form, made of PyTorch's own operators, and a Triton kernel (`decoding_triton.py`) that fuses
 what stands around the product. With few rows all of them are bound by reading memory once: weights, keys and values.
 
-    project         [norm] -> one or several linear layers -> [+ residual]; weights may be whole numbers with scales
+    project         [norm] -> one or several linear layers -> [+ residual]; weights may be of one byte, with scales
     project_gated   norm -> silu(gate) * up
     attend          rotary positions, the new key and value into their place, attention over all columns
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .deformable import promote
-from .int8 import Weights
 from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, on_triton
+from .scaled_rows import Weights
 
 Backend = Literal["plain", "triton"]
 
@@ -66,7 +66,7 @@ def project(
 
     Args:
         x: [rows, width]; at most `MOST_ROWS` rows for the kernel.
-        weights: [outputs, width] each; at most 3, all plain or all of whole numbers.
+        weights: [outputs, width] each; at most 3, all plain or all of one byte a number.
         biases: [outputs] or None each; None: no biases.
         gain: [width] of an RMS norm before the maps; None: no norm.
         eps: of the norm.

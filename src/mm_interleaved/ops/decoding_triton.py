@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .int8 import Weights
 from .overlap import overlap
+from .scaled_rows import Weights
 
 # Outputs, inputs and warps of a program: of one map and of several for one row, of gate and up, and for several rows.
 # Chosen on an H200 at the release's size, where one row reaches 94 to 98 % of the copy bandwidth with them.
@@ -84,7 +84,7 @@ def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.conste
         if NORM:
             square += piece * piece
             piece = piece * tl.load(gain + k, mask=k < INPUTS, other=0.0).to(tl.float32)[None, :]
-        work = x.dtype.element_ty  # holds the whole numbers of quantized weights exactly
+        work = x.dtype.element_ty  # holds whole numbers and 8-bit floats exactly
         acc = tl.dot(w.to(work), tl.trans(piece.to(work)), acc, input_precision="ieee")
     if NORM:
         acc = acc / tl.sqrt(tl.sum(square, axis=1) / INPUTS + eps)[None, :]

@@ -32,7 +32,7 @@ from .overlap import overlap
 
 # Lanes of a program for heads of 64 channels, numbers of its tile [lanes, dim] a thread, registers of one at most.
 # With the compiler's own choice of registers the passes over many queries take 1.15 times as long on an H200.
-TILES = {"forward": (64, 64, 128), "backward": (32, 32, 128), "backward of few": (64, 8, None)}
+TILES = {"forward": (32, 64, 168), "backward": (16, 32, 128), "backward of few": (64, 8, None)}
 FEW_PROGRAMS = 1024  # below this many (query, head) pairs, one query alone must fill the device
 FEW_SLOTS = 2  # that a program of the forward pass looks at then
 FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCALES")  # what all kernels know

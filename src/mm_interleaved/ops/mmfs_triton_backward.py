@@ -11,8 +11,9 @@ picture. Bilinear weights are products of two hat functions, so those of a block
 
 of one multiplication and addition for each point, and A times the queries' gradients is a product for tensor cores.
 Most of A is zero. A point that comes near the tile from no query of the block is left out, and so is a block without
-any, as most are where a map looks at another. For 128 cells and 64 queries a warp has 160 instructions a point, of
-which 64 multiply and add, and 700 besides. In half precision A and the gradients are rounded to the type of the values.
+any, as most are where a map looks at another. One number of many queries is read at a time, so what belongs to them is
+transposed first: read where it lies, every load was 32 of the cache, and they took most of the time. In half precision
+A and the gradients are rounded to the type of the values.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .mmfs_triton import (
 )
 
 CELLS, QUERIES = 64, 128  # of a program that has a part of the values' gradient, at most
-REGISTERS = 168  # a thread of such a program at most: more programs run at a time, and it is 0.9 times as long
+REGISTERS = 168  # of a thread of such a program at most; left to the compiler, an H200 takes 1.26 times as long
 FEW_TILES = 264  # below this many tiles the queries of one are spread over several programs; 2 for each processor
 
 
@@ -289,9 +290,13 @@ def _up_to(size: int, most: int) -> int:
     return min(triton.next_power_of_2(size), most)
 
 
-def value_tile(maps: list[tuple[int, int]], dim: int) -> dict[str, int]:
-    """Block sizes of the kernel for the values, and its warps. Products want 16 cells and 16 channels at least."""
-    block_x = _up_to(max(w for _, w in maps), 16)
+def value_tile(maps: list[tuple[int, int]], dim: int, queries: int) -> dict[str, int | None]:
+    """Block sizes of the kernel for the values, its warps and registers, with so many queries of a group.
+
+    Queries of a map come row by row, so that flat tiles meet fewer blocks of them. Products want 16 cells and 16
+    channels at least.
+    """
+    block_x = _up_to(max(w for _, w in maps), 8 if queries == 1 else 16)
     block_y = max(_up_to(max(h for h, _ in maps), CELLS // block_x), 16 // block_x)
     block_d = max(triton.next_power_of_2(dim), 16)
     blocks = {"BLOCK_Y": block_y, "BLOCK_X": block_x, "BLOCK_Q": QUERIES, "BLOCK_D": block_d}
@@ -311,7 +316,7 @@ def _gradient_of_values(launch: _Launch, grad_mixed: Tensor, lse: Tensor) -> Ten
     rows, queries, slots, _, _, _, *strides = launch.sizes
     fixed = {name: launch.options[name] for name in FIXED}
     maps = list(zip(fixed["HEIGHTS"], fixed["WIDTHS"], strict=True))
-    tile = value_tile(maps, dim)
+    tile = value_tile(maps, dim, queries)
     tiles = sum(triton.cdiv(h, tile["BLOCK_Y"]) * triton.cdiv(w, tile["BLOCK_X"]) for h, w in maps)
     few = FEW_TILES // max(tiles * heads * pictures, 1)
     splits = max(1, min(few, triton.cdiv(rows, 4 * tile["BLOCK_Q"])))

@@ -1,4 +1,4 @@
-"""Matrices of whole numbers, each row with its own scale."""
+"""Matrices of one byte a number, each row with its own scale."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Int8Rows:
-    """A matrix as whole numbers, each row with its own scale.
+class ScaledRows:
+    """A matrix as whole numbers or 8-bit floats, each row with its own scale.
 
     Attributes:
-        data: [outputs, width] int8.
+        data: [outputs, width] int8 or float8_e4m3fn.
         scale: [outputs], what the numbers are multiplied by.
     """
 
@@ -28,4 +28,4 @@ class Int8Rows:
         return self.data.to(dtype) * self.scale.to(dtype)[:, None]
 
 
-Weights = Tensor | Int8Rows
+Weights = Tensor | ScaledRows

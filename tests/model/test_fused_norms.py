@@ -1,0 +1,175 @@
+"""Group norms with SiLU inside, in the UNet and the VAE, against diffusers' own modules with the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from mm_interleaved import MMInterleaved
+from mm_interleaved.model import MMInterleavedConfig
+from mm_interleaved.model.image_decoder import ImageDecoder
+from mm_interleaved.model.unet import MMFSUNet, fuse_norms
+from mm_interleaved.ops import GroupNorm
+
+RESAMPLING = {
+    "down_block_types": ["ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+    "block_out_channels": [16, 32],
+    "attention_head_dim": [2, 4],
+}
+UNETS = {
+    "as it is": {},
+    "with convolutions around attention": {"use_linear_projection": False},
+    "other activation": {"act_fn": "gelu"},
+    "scaled by time": {"resnet_time_scale_shift": "scale_shift"},
+    "residual blocks resample": RESAMPLING,
+    "some skip the activation": RESAMPLING | {"resnet_skip_time_act": True},
+}
+
+
+def unet_of(config: MMInterleavedConfig, changes: dict) -> tuple[MMFSUNet, UNet2DConditionModel]:
+    """A UNet of ours without synchronizers, and diffusers' own with its weights."""
+    decoder = copy.deepcopy(config.image_decoder)
+    decoder.mmfs.enabled = False
+    decoder.unet |= changes
+    ours = ImageDecoder(decoder, 32, config.vision_config.hidden_size).train().unet
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    theirs = UNet2DConditionModel(**decoder.unet)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def vae_of(decoder: ImageDecoder) -> AutoencoderKL:
+    """diffusers' own VAE with the weights of `decoder`'s."""
+    theirs = AutoencoderKL(**decoder.config.vae)
+    theirs.load_state_dict(decoder.vae.state_dict())
+    return theirs.to(decoder.vae.device).eval()
+
+
+@pytest.mark.parametrize("changes", UNETS.values(), ids=UNETS)
+def test_the_unet_is_the_librarys(debug_config: MMInterleavedConfig, changes: dict) -> None:
+    """Bit by bit, with its gradients; the same parameters in the same order."""
+    ours, theirs = unet_of(debug_config, changes)
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    sample, time, conditions = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 6, 32)
+    found, expected = ours(sample, time, conditions, None), theirs(sample, time, conditions).sample
+    assert torch.equal(found, expected)
+    for y in (found, expected):
+        y.square().sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5 * float(b.grad.abs().max()), msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_vae_is_the_librarys(model: MMInterleaved, training: bool) -> None:
+    decoder = copy.deepcopy(model.image_decoder).train(training)
+    theirs = vae_of(decoder)
+    assert list(decoder.vae.state_dict()) == list(theirs.state_dict())
+    pictures, latents = torch.rand(2, 3, 32, 32), torch.randn(decoder.latent_shape(2))
+    posterior = theirs.encode(2 * pictures - 1).latent_dist
+    scale = decoder.vae.config.scaling_factor
+    noise = torch.randn_like(latents)
+    assert torch.equal(decoder.encode(pictures, noise), (posterior.mean + posterior.std * noise) * scale)
+    expected = (theirs.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(decoder.decode(latents), expected)
+
+
+def test_every_group_norm_is_ours_and_activations_are_inside(model: MMInterleaved) -> None:
+    for part in (model.image_decoder.unet, model.image_decoder.vae):
+        kinds = Counter(type(m) for m in part.modules())
+        assert kinds[GroupNorm]
+        assert not kinds[nn.GroupNorm]
+        for block in (m for m in part.modules() if isinstance(m, ResnetBlock2D)):
+            assert block.norm1.silu
+            assert block.norm2.silu
+            assert isinstance(block.nonlinearity, nn.Identity)
+    attention = model.image_decoder.unet.mid_block.attentions[0]
+    assert not attention.norm.silu
+
+
+def test_a_block_that_does_something_else_keeps_all_as_they_are(debug_config: MMInterleavedConfig) -> None:
+    for changes, fused in zip(UNETS.values(), (True, True, False, False, True, False), strict=True):
+        assert unet_of(debug_config, changes)[0].silu_before_blocks == fused
+    assert fuse_norms(nn.Sequential(nn.Conv2d(1, 1, 1)))  # nothing to do
+
+
+def test_residual_blocks_do_not_copy_maps_in_training(model: MMInterleaved) -> None:
+    """Their dropout trains all the same."""
+    decoder = copy.deepcopy(model.image_decoder).train()
+    blocks = [m for m in decoder.modules() if isinstance(m, ResnetBlock2D)]
+    assert decoder.unet.training
+    assert all(block.dropout.training and not block.training for block in blocks)
+    assert not any(block.dropout.training for block in blocks if not decoder.eval().training)
+
+
+@pytest.fixture
+def _exact_products() -> Iterator[None]:
+    """Float32 convolutions in full precision."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def watch(part: nn.Module) -> list[Tensor]:
+    """What comes out of convolutions and residual blocks of `part` from now on."""
+    seen: list[Tensor] = []
+    for module in part.modules():
+        if isinstance(module, (nn.Conv2d, ResnetBlock2D)):
+            module.register_forward_hook(lambda _m, _a, y: seen.append(y))
+    return seen
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.usefixtures("_exact_products")
+def test_the_vae_on_a_gpu_is_the_librarys(tf32: bool) -> None:
+    """At the release's widths; with TF32, which rounds products to 11 bits, within what the library's own is off."""
+    torch.backends.cudnn.allow_tf32 = tf32
+    config = MMInterleavedConfig.preset("debug").image_decoder
+    config.vae = dict(MMInterleavedConfig.preset("release").image_decoder.vae)
+    config.image_size = 256
+    config.unet["sample_size"] = 32
+    with torch.device("cuda"):
+        vae = AutoencoderKL(**config.vae).eval()
+    theirs = copy.deepcopy(vae)
+    fuse_norms(vae)
+    exact = copy.deepcopy(theirs).double()
+    pictures = torch.randn(2, 3, 256, 256, device="cuda")
+    last = pictures.contiguous(memory_format=torch.channels_last)
+    seen = watch(vae)
+    latents = vae.encode(last).latent_dist.mean
+    pixels = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
+    for found, given, way in ((latents, pictures, "encode"), (pixels, latents, "decode")):
+        expected, truth = (
+            v.encode(x).latent_dist.mean if way == "encode" else v.decode(x).sample
+            for v, x in ((theirs, given), (exact, given.double()))
+        )
+        ours, library = (float((y.double() - truth).norm() / truth.norm()) for y in (found, expected))
+        assert ours < (max(2 * library, 1e-3) if tf32 else 1e-5), (ours, library)
+
+
+@pytest.mark.gpu
+def test_maps_of_the_unet_lie_channels_last_on_a_gpu(debug_config: MMInterleavedConfig) -> None:
+    """In training, too; its result and gradients are the library's."""
+    ours, theirs = (unet.cuda() for unet in unet_of(debug_config, {}))
+    inputs = torch.randn(2, 4, 8, 8).cuda(), torch.tensor([3, 700]).cuda(), torch.randn(2, 6, 32).cuda()
+    seen = watch(ours)
+    found, expected = ours(*inputs, None), theirs(*inputs).sample
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    for y in (found, expected):
+        y.square().mean().backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=3e-2, atol=3e-2 * float(b.grad.abs().max()), msg=name)
