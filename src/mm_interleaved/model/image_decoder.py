@@ -21,15 +21,16 @@ from typing import Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import promote
+from ..ops import channels_last, promote
 from .config import ImageDecoderConfig
 from .denoising import CacheImplementation, borrow, why_not_static
 from .resampler import Resampler
-from .unet import EarlierImages, MMFSUNet
+from .unet import EarlierImages, MMFSUNet, fuse_norms
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timestep) to the predicted noise
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all pictures of a call, or one per picture
@@ -186,6 +187,18 @@ class ImageDecoder(nn.Module):
         self.negative_prompt = LearnedTokens(1, config.resampler.num_queries, config.resampler.hidden_size)
         self.unet = MMFSUNet(config, feature_size)
         self.vae = AutoencoderKL(**config.vae)
+        fuse_norms(self.vae)
+
+    def train(self, mode: bool = True) -> ImageDecoder:
+        """As usual, except for residual blocks themselves: when they train, they copy maps to channels first.
+
+        They do so lest DDP warns of the strides of gradients; their dropout, a module of its own, trains as usual.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.training = False
+        return self
 
     @cached_property
     def scheduler(self) -> DDPMScheduler:
@@ -255,7 +268,7 @@ class ImageDecoder(nn.Module):
         means, deviations = [], []
         with torch.autocast(images.device.type, enabled=False):  # the VAE computes in its own type
             for batch in images.split(self.config.vae_batch_size):
-                posterior = self.vae.encode((2 * batch - 1).to(dtype)).latent_dist
+                posterior = self.vae.encode(channels_last((2 * batch - 1).to(dtype))).latent_dist
                 means.append(posterior.mean)
                 deviations.append(posterior.std)
             mean, deviation = (torch.cat(x).repeat(repeats, 1, 1, 1) for x in (means, deviations))
@@ -266,8 +279,8 @@ class ImageDecoder(nn.Module):
         """Pictures [pictures, 3, size, size] in [0, 1], float32, out of scaled latents; `half` computes in bfloat16."""
         dtype = self.vae.dtype
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
-            parts = [self.vae.decode((part / self.vae.config.scaling_factor).to(dtype)).sample.to(dtype)
-                     for part in latents.split(self.config.vae_batch_size)]  # fmt: skip
+            scaled = channels_last((latents / self.vae.config.scaling_factor).to(dtype))
+            parts = [self.vae.decode(part).sample.to(dtype) for part in scaled.split(self.config.vae_batch_size)]
         return (torch.cat(parts).to(promote(dtype)) / 2 + 0.5).clamp(0, 1)
 
     def loss(

@@ -2,7 +2,7 @@
 
 The down path and the middle run as in diffusers; then every skip tensor and the middle's output pass a synchronizer,
 each a residual through a zero-initialised 1x1 convolution; then the up path runs. So the down path never sees a
-picture.
+picture. On a CUDA device maps lie channels last from convolution to convolution (`ops/group_norm.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..ops import GroupNorm, channels_last, gelu_gate
 from ..ops.deformable import Shapes
 from .config import ImageDecoderConfig
 from .folding import FoldOnce
@@ -153,6 +158,58 @@ class KeptTextProcessor(AttnProcessor2_0):
         return attn.to_out[0](mixed) / attn.rescale_output_factor
 
 
+class GatedGELU(GEGLU):
+    """diffusers' GEGLU with both halves of its map in one kernel; its parameters have the same names."""
+
+    @classmethod
+    def of(cls, gate: GEGLU) -> GatedGELU:
+        """One with the weights of `gate`."""
+        with torch.device("meta"):
+            ours = cls(gate.proj.in_features, gate.proj.out_features // 2, bias=gate.proj.bias is not None)
+        ours.proj = gate.proj
+        return ours.train(gate.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., width] to [..., inner width]."""
+        return gelu_gate(self.proj(hidden_states))
+
+
+def fuse_norms(model: nn.Module) -> bool:
+    """Give a model of diffusers our group norm for its own, which also does the SiLU that follows; weights stay.
+
+    Residual blocks then apply no SiLU themselves, to the time embedding neither. If one of them does something else
+    than group norm and SiLU, all keep their own.
+
+    Returns:
+        Whether residual blocks want a time embedding that SiLU was applied to.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, (ResnetBlock2D, ResnetBlockCondNorm2D))]
+    fused = all(_norms_before_silu(block) for block in blocks)
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if type(norm) is nn.GroupNorm:
+                setattr(module, name, GroupNorm.of(norm))
+        if fused and isinstance(module, ResnetBlock2D):
+            module.norm1.silu = module.norm2.silu = module.skip_time_act = True
+            module.nonlinearity = nn.Identity()
+        end = getattr(module, "conv_norm_out", None)
+        if isinstance(end, GroupNorm) and isinstance(module.conv_act, nn.SiLU):
+            end.silu, module.conv_act = True, nn.Identity()
+    return fused
+
+
+def _norms_before_silu(block: nn.Module) -> bool:
+    """Whether nothing comes between the norms of a residual block and SiLU, and its time goes through SiLU."""
+    if not isinstance(block, ResnetBlock2D) or block.time_embedding_norm == "scale_shift" or block.skip_time_act:
+        return False  # "group", as the VAE's decoder says, is as good as "default"
+    return isinstance(block.nonlinearity, nn.SiLU)
+
+
+def _back_to_channels_last(module: nn.Module, given: tuple, output: tuple[Tensor]) -> tuple[Tensor]:
+    """A hook behind attention over a map, which leaves the map channels first."""
+    return (channels_last(output[0]),)
+
+
 class MMFSUNet(UNet2DConditionModel):
     """A diffusers UNet of the Stable Diffusion family with a synchronizer on each skip connection and on the middle."""
 
@@ -173,6 +230,12 @@ class MMFSUNet(UNet2DConditionModel):
             else []
         )
         self.set_attn_processor({name: KeptTextProcessor(name) for name in self.attn_processors})
+        self.silu_before_blocks = fuse_norms(self)
+        for module in list(self.modules()):
+            if isinstance(module, FeedForward) and type(module.net[0]) is GEGLU:
+                module.net[0] = GatedGELU.of(module.net[0])
+            if isinstance(module, Transformer2DModel):
+                module.register_forward_hook(_back_to_channels_last)
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
         """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
@@ -214,7 +277,8 @@ class MMFSUNet(UNet2DConditionModel):
             [drawings, latent channels, side, side].
         """
         time = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep))
-        sample = self.conv_in(sample)
+        time = F.silu(time) if self.silu_before_blocks else time
+        sample = self.conv_in(channels_last(sample))
         skips = [sample]
         kept = None if text is None else {"kept": text}
         crossing = {"encoder_hidden_states": conditions, "cross_attention_kwargs": kept}

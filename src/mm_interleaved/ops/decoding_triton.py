@@ -26,6 +26,7 @@ TILE = {"map": (8, 512, 4), "maps": (8, 1024, 4), "gated": (4, 1024, 4), "rows":
 MANY_PROGRAMS = 2048  # how many programs attention is split into, if rows and heads do not make as many
 MOST_SPLITS = 32
 COLUMNS = 64  # of keys in a tile of attention
+WARPS = 4
 
 
 @triton.jit
@@ -33,6 +34,18 @@ def _weights(start, k, real, INPUTS: tl.constexpr):
     """Columns `k` of the rows that begin at `start`; each is read once, so it need not stay in any cache."""
     inside = real[:, None] & (k < INPUTS)[None, :]
     return tl.load(start[:, None] + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _widened(w):
+    """Weights in float32.
+
+    A whole number becomes the last bits of 2^23 + 128 + w: a GPU converts at an eighth of the rate of its other work.
+    """
+    if w.dtype == tl.int8:
+        bits = (w.to(tl.uint8, bitcast=True) ^ 128).to(tl.int32) | 0x4B000000
+        return bits.to(tl.float32, bitcast=True) - 8388736.0
+    return w.to(tl.float32)
 
 
 @triton.jit
@@ -58,7 +71,7 @@ def _one_row_sums(x, start, gain, real, eps, INPUTS: tl.constexpr, NORM: tl.cons
         ahead = _weights(start, first + BLOCK_K + lane, real, INPUTS)
         piece, scaled = _normed(x, gain, first + lane, INPUTS, NORM)
         square += piece * piece
-        wide += w.to(tl.float32) * scaled[None, :]
+        wide += _widened(w) * scaled[None, :]
         w = ahead
     acc = tl.sum(wide, axis=1)
     if NORM:
@@ -85,7 +98,7 @@ def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.conste
             square += piece * piece
             piece = piece * tl.load(gain + k, mask=k < INPUTS, other=0.0).to(tl.float32)[None, :]
         work = x.dtype.element_ty  # holds whole numbers and 8-bit floats exactly
-        acc = tl.dot(w.to(work), tl.trans(piece.to(work)), acc, input_precision="ieee")
+        acc = tl.dot(_widened(w).to(work), tl.trans(piece.to(work)), acc, input_precision="ieee")
     if NORM:
         acc = acc / tl.sqrt(tl.sum(square, axis=1) / INPUTS + eps)[None, :]
     return acc
@@ -242,16 +255,17 @@ def _rotated(x, cos, sin, d, real, DIM: tl.constexpr):
 def _attend_kernel(
     query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
     columns, query_row, key_row, value_row, cos_row, sin_row, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     split, key_head = tl.program_id(1), head // GROUP
-    now = tl.load(column)
+    now = tl.load(column)  # the last token left it so
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     span = tl.cdiv(tl.cdiv(now + 1, SPLITS), BLOCK_C) * BLOCK_C
     d = tl.arange(0, BLOCK_D)
     real = d < DIM
@@ -267,8 +281,12 @@ def _attend_kernel(
         place = first + tl.arange(0, BLOCK_C)
         found = tl.load(source + row * columns + place, mask=place < end, other=-1)
         seen = found >= 0
-        start = ((tl.where(seen, found, 0) * KEY_HEADS + key_head) * columns + place) * DIM
-        wanted = seen[:, None] & real[None, :]
+        if ALONE:  # its columns are its own, so nothing waits to learn whose they are
+            start = (key_head * columns + place) * DIM
+            wanted = (place < end)[:, None] & real[None, :]
+        else:
+            start = ((tl.where(seen, found, 0) * KEY_HEADS + key_head) * columns + place) * DIM
+            wanted = seen[:, None] & real[None, :]
         k = tl.load(keys + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
         v = tl.load(values + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
         score = tl.where(seen, tl.sum(k * q[None, :], axis=1), -1.0e30)
@@ -276,7 +294,7 @@ def _attend_kernel(
         share = tl.where(seen, tl.exp(score - higher), 0.0)
         shrink = tl.exp(top - higher)
         total = total * shrink + tl.sum(share, axis=0)
-        acc = acc * shrink + tl.sum(share[:, None] * v, axis=0)
+        acc = acc * shrink + tl.sum(tl.where(seen[:, None], share[:, None] * v, 0.0), axis=0)
         top = higher
         first += BLOCK_C
 
@@ -343,8 +361,9 @@ def attend(
         _attend_kernel[(rows * heads, splits)](
             query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
             columns, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0), scale,
-            HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits,
-            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, **overlap(query.device),
+            HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits, ALONE=rows == 1,
+            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, num_warps=WARPS,
+            **overlap(query.device),
         )  # fmt: skip
         _join_kernel[(rows * heads,)](
             parts, sums, tops, out, DIM=dim, SPLITS=splits, BLOCK_D=block_d, **overlap(query.device)

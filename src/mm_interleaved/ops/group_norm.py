@@ -1,0 +1,163 @@
+"""Group norm (arXiv 1803.08494), with SiLU behind it if one follows, for maps that lie in memory channels last.
+
+    y = (x - mean) / sqrt(variance + eps) * weight + bias, over a group of channels and all pixels;  or silu(y)
+
+PyTorch copies such a map to channels first, has one program for each group of a picture, and passes the map once more
+for SiLU. The Triton kernels (`group_norm_triton.py`) read it twice and write it once, in as many programs as fill a
+GPU; backward they read it and its gradient twice and write once. So maps stay channels last from convolution to
+convolution, as the matrix units want them. They compute in float32 and round once, at the end, to the type of `x`.
+
+Under autocast PyTorch's group norm returns float32, which the next convolution rounds to half; the kernels return the
+half type of `x` right away, so that what the convolution sees is the same. Weights may be float32 when `x` is not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.library import custom_op
+from torch.nn import functional as F
+
+from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, Backend, on_triton
+
+KERNELS = True  # False: "auto" takes PyTorch's operators everywhere, and maps keep the memory that they come in
+
+
+def why_not_group_norm(x: Tensor) -> str | None:
+    """Why the kernels cannot run on `x` [batch, channels, ...]; None: they can."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not on_triton(x.device):
+        return f"the kernels are for CUDA devices, and the map is on {x.device}"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {x.dtype}"
+    return None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` [batch, channels, height, width] laid out for the kernels if it is where they run; else as it is."""
+    if KERNELS and x.is_cuda and why_not_group_norm(x) is None:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    silu: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Group norm, then SiLU if `silu`.
+
+    Args:
+        x: [batch, channels, ...].
+        groups: of neighbouring channels; divides their number.
+        weight, bias: [channels], of any floating type; None: PyTorch's operators.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        backend: "triton", "plain" or "auto", which takes the kernels on a CUDA device if they can run and `x` lies
+            channels last.
+
+    Returns:
+        Like `x`. From the kernels in its type and memory, also under autocast.
+
+    Raises:
+        ValueError: backend="triton", but the kernels cannot run.
+    """
+    if _on_kernels(x, weight, bias, backend):
+        return group_norm_kernel(x, groups, weight, bias, eps, silu)[0]
+    normed = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(normed) if silu else normed
+
+
+def _on_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: Backend) -> bool:
+    """Whether to run the kernels: "auto" takes them on CUDA devices only, not in the interpreter."""
+    wanted = KERNELS and x.is_cuda and x.movedim(1, -1).is_contiguous() if backend == "auto" else backend == "triton"
+    if not wanted:
+        return False
+    reason = "it lacks gain or bias" if weight is None or bias is None else why_not_group_norm(x)
+    if reason is not None and backend == "triton":
+        raise ValueError(f"group norm cannot run through Triton: {reason}")
+    return reason is None
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm through `group_norm`, with SiLU behind it if `silu`; its parameters have the same names."""
+
+    silu: bool = False
+
+    @classmethod
+    def of(cls, norm: nn.GroupNorm, silu: bool = False) -> GroupNorm:
+        """One with the weights of `norm`."""
+        ours = cls(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
+        ours.weight, ours.bias, ours.silu = norm.weight, norm.bias, silu
+        return ours.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, channels, ...], normalised."""
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+    def extra_repr(self) -> str:
+        """PyTorch's, and whether SiLU follows."""
+        return f"{super().extra_repr()}, silu={self.silu}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The registered operators. Triton is imported by the first launch.
+
+
+@custom_op("mm_interleaved::group_norm", mutates_args=())
+def group_norm_kernel(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernels; arguments as of `group_norm`. Also means and reciprocal deviations [2, batch, groups], float32."""
+    from .group_norm_triton import group_norm as fused
+
+    return fused(_rows(x), groups, weight, bias, eps, silu)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` [batch, channels, ...] with the channels of a pixel side by side in memory; a copy if need be."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@group_norm_kernel.register_fake
+def _(x, groups, weight, bias, eps, silu):
+    return torch.empty_like(_rows(x)), x.new_empty((2, len(x), groups), dtype=torch.float32)
+
+
+@custom_op("mm_interleaved::group_norm_backward", mutates_args=())
+def group_norm_backward(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient to `x`, and those to bias and weight for each picture: [2, batch, channels], float32."""
+    from .group_norm_triton import group_norm_backward as fused
+
+    return fused(_rows(grad), _rows(x), stats, weight, bias, silu)
+
+
+@group_norm_backward.register_fake
+def _(grad, x, stats, weight, bias, silu):
+    return torch.empty_like(_rows(x)), stats.new_empty((2, *x.shape[:2]))
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, _, weight, bias, _, ctx.silu = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], weight, bias)
+
+
+def _gradients(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    x, stats, weight, bias = ctx.saved_tensors
+    of_x, sums = group_norm_backward(grad, x, stats, weight, bias, ctx.silu)
+    of_weight = sums[1].sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+    of_bias = sums[0].sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+    return of_x, None, of_weight, of_bias, None, None
+
+
+group_norm_kernel.register_autograd(_gradients, setup_context=_keep)
