@@ -57,7 +57,7 @@ def main() -> None:
             if kind_of_tile != "map":
                 gated = "gated" if rows == 1 else "rows"
                 found[f"gated {name}"] = compiled(kernels._gated_kernel, weights, gated, **shared)
-    found["attend"] = compiled(kernels._attend_kernel, "bf16", None, HEADS=40, GROUP=1, DIM=128, SPLITS=32, ALONE=True,
+    found["attend"] = compiled(kernels._attend_kernel, "bf16", None, HEADS=40, GROUP=1, DIM=128, SPLITS=32,
                                BLOCK_C=kernels.COLUMNS, BLOCK_D=128, OVERLAP=True)  # fmt: skip
     found["join"] = compiled(kernels._join_kernel, "bf16", None, DIM=128, SPLITS=32, BLOCK_D=128, OVERLAP=True)
     print(json.dumps(found))

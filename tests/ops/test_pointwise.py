@@ -133,7 +133,7 @@ def test_large_gates_are_finite() -> None:
 
 
 def test_errors_say_why() -> None:
-    x = torch.zeros(1, 1, 1, 6, dtype=torch.float64)
+    x = torch.zeros(1, 1, 1, 6, dtype=torch.float64, device=DEVICE)
     assert "float64" in why_not_pointwise(x) or not HAS_TRITON
     with pytest.raises(ValueError, match="cannot run through Triton"):
         rotary(x, x, x[:, :, 0], x[:, :, 0], "triton")

@@ -171,7 +171,8 @@ def tiles(bench: Bench) -> Iterator[Row]:
     try:
         for rows, options in ((1, one), (bench.sizes.beams, several)):
             for name, (kind, work, weights) in _products(bench, rows).items():
-                kind = kind if rows == 1 else "rows"
+                of_bytes = not isinstance(weights[0], torch.Tensor)
+                kind = "rows" if rows > 1 else f"{kind} of bytes" if of_bytes else kind
                 moved = _bytes(weights)
                 call = partial(work, backend="triton")
                 usual = _replayed(bench, call)

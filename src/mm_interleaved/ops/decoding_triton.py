@@ -21,12 +21,13 @@ from .overlap import overlap
 from .scaled_rows import Weights
 
 # Outputs, inputs and warps of a program: of one map and of several for one row, of gate and up, and for several rows.
-# Chosen on an H200 at the release's size, where one row reaches 94 to 98 % of the copy bandwidth with them.
-TILE = {"map": (8, 512, 4), "maps": (8, 1024, 4), "gated": (4, 1024, 4), "rows": (32, 256, 4)}
+# Chosen on an H200 at the release's size, where one row reaches 94 to 98 % of the copy bandwidth with them, and 68 to
+# 76 % with weights of a byte, which take more instructions.
+TILE = {"map": (8, 512, 4), "maps": (8, 1024, 4), "gated": (4, 1024, 4), "rows": (32, 256, 4),
+        "map of bytes": (8, 512, 8), "maps of bytes": (16, 512, 4), "gated of bytes": (8, 512, 4)}  # fmt: skip
 MANY_PROGRAMS = 2048  # how many programs attention is split into, if rows and heads do not make as many
 MOST_SPLITS = 32
 COLUMNS = 64  # of keys in a tile of attention
-WARPS = 4
 
 
 @triton.jit
@@ -180,10 +181,10 @@ def _gated_kernel(
     tl.store(out + line[None, :] * outputs + own[:, None], result.to(out.dtype.element_ty), mask=wanted)
 
 
-def _tile(kind: str, x: Tensor) -> dict[str, Any]:
+def _tile(kind: str, x: Tensor, scaled: bool) -> dict[str, Any]:
     """Options of a product of `x` by its kind in `TILE`. Overlap was measured to hurt where there are several rows."""
     several = len(x) > 1
-    block_n, block_k, warps = TILE["rows" if several else kind]
+    block_n, block_k, warps = TILE["rows" if several else f"{kind} of bytes" if scaled else kind]
     begins = {"OVERLAP": False} if several else overlap(x.device)
     return {"ROWS": 16 if several else 1, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, **begins}
 
@@ -207,7 +208,7 @@ def project(
     """See `decoding.project`."""
     rows, inputs = x.shape
     sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
-    tile = _tile("map" if len(weights) == 1 else "maps", x)
+    tile = _tile("map" if len(weights) == 1 else "maps", x, not isinstance(weights[0], Tensor))
     blocks = [triton.cdiv(size, tile["BLOCK_N"]) for size in sizes]
     out = x.new_empty(rows, sum(sizes))
     nothing = x  # stands where a kernel wants a pointer that it does not follow
@@ -229,7 +230,7 @@ def project(
 def project_gated(x: Tensor, gate: Weights, up: Weights, gain: Tensor, eps: float) -> Tensor:
     """See `decoding.project_gated`."""
     rows, inputs = x.shape
-    tile = _tile("gated", x)
+    tile = _tile("gated", x, not isinstance(gate, Tensor))
     out = x.new_empty(rows, len(gate))
     matrices, scales, scaled = _parts([gate, up], x)
     with torch.cuda.device_of(x):
@@ -255,17 +256,16 @@ def _rotated(x, cos, sin, d, real, DIM: tl.constexpr):
 def _attend_kernel(
     query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
     columns, query_row, key_row, value_row, cos_row, sin_row, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, ALONE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     split, key_head = tl.program_id(1), head // GROUP
-    now = tl.load(column)  # the last token left it so
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+    now = tl.load(column)
     span = tl.cdiv(tl.cdiv(now + 1, SPLITS), BLOCK_C) * BLOCK_C
     d = tl.arange(0, BLOCK_D)
     real = d < DIM
@@ -281,12 +281,8 @@ def _attend_kernel(
         place = first + tl.arange(0, BLOCK_C)
         found = tl.load(source + row * columns + place, mask=place < end, other=-1)
         seen = found >= 0
-        if ALONE:  # its columns are its own, so nothing waits to learn whose they are
-            start = (key_head * columns + place) * DIM
-            wanted = (place < end)[:, None] & real[None, :]
-        else:
-            start = ((tl.where(seen, found, 0) * KEY_HEADS + key_head) * columns + place) * DIM
-            wanted = seen[:, None] & real[None, :]
+        start = ((tl.where(seen, found, 0) * KEY_HEADS + key_head) * columns + place) * DIM
+        wanted = seen[:, None] & real[None, :]
         k = tl.load(keys + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
         v = tl.load(values + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
         score = tl.where(seen, tl.sum(k * q[None, :], axis=1), -1.0e30)
@@ -294,7 +290,7 @@ def _attend_kernel(
         share = tl.where(seen, tl.exp(score - higher), 0.0)
         shrink = tl.exp(top - higher)
         total = total * shrink + tl.sum(share, axis=0)
-        acc = acc * shrink + tl.sum(tl.where(seen[:, None], share[:, None] * v, 0.0), axis=0)
+        acc = acc * shrink + tl.sum(share[:, None] * v, axis=0)
         top = higher
         first += BLOCK_C
 
@@ -361,9 +357,8 @@ def attend(
         _attend_kernel[(rows * heads, splits)](
             query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
             columns, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0), scale,
-            HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits, ALONE=rows == 1,
-            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, num_warps=WARPS,
-            **overlap(query.device),
+            HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits,
+            BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, **overlap(query.device),
         )  # fmt: skip
         _join_kernel[(rows * heads,)](
             parts, sums, tops, out, DIM=dim, SPLITS=splits, BLOCK_D=block_d, **overlap(query.device)

@@ -59,7 +59,7 @@ def group_norm(
         eps: added to the variance.
         silu: whether SiLU follows.
         backend: "triton", "plain" or "auto", which takes the kernels on a CUDA device if they can run and `x` lies
-            channels last.
+            channels last, but not in what is compiled, since the compiler does well by itself there.
 
     Returns:
         Like `x`. From the kernels in its type and memory, also under autocast.
@@ -75,7 +75,10 @@ def group_norm(
 
 def _on_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: Backend) -> bool:
     """Whether to run the kernels: "auto" takes them on CUDA devices only, not in the interpreter."""
-    wanted = KERNELS and x.is_cuda and x.movedim(1, -1).is_contiguous() if backend == "auto" else backend == "triton"
+    if backend == "auto":
+        wanted = KERNELS and x.is_cuda and not torch.compiler.is_compiling() and x.movedim(1, -1).is_contiguous()
+    else:
+        wanted = backend == "triton"
     if not wanted:
         return False
     reason = "it lacks gain or bias" if weight is None or bias is None else why_not_group_norm(x)
