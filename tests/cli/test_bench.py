@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mm_interleaved.bench import LINES, Bench, Row, run
+from mm_interleaved.bench.base import SIZES
 
 QUICK = ("bench", "--preset", "debug", "--device", "cpu")
 
@@ -42,7 +45,7 @@ def test_a_failing_line_does_not_stop_the_others(mmi, monkeypatch: pytest.Monkey
     assert outcome.code == 2
     assert "decode: RuntimeError: no kernel for this" in outcome.err
     result = json.loads((tmp_path / "x.json").read_text())
-    assert [row["line"] for row in result["rows"]] == ["decode", "encode"]
+    assert [row["line"] for row in result["rows"]] == ["decode", "encode", "encode"]
     assert result["trouble"][0]["line"] == "decode"
 
 
@@ -51,6 +54,16 @@ def test_the_time_limit(mmi) -> None:
     assert outcome.code == 2
     assert "encode: the time limit of 0 s was reached" in outcome.err
     assert "ms/token" not in outcome.out
+
+
+def test_a_session_ends_where_the_context_does() -> None:
+    said: list[str] = []
+    sizes = replace(SIZES["debug"], rounds=4, round_tokens=200, twin_rounds=0, steps=1)
+    bench = Bench("debug", torch.device("cpu"), torch.float32, sizes, say=said.append)
+    limit = bench.model.config.text_config.max_position_embeddings
+    rows = list(LINES["session"](bench))
+    assert 1 <= len(rows) == limit // (200 + 1 + bench.model.config.num_image_tokens) < 4
+    assert f"{limit} tokens, all that the model reads, are full after {len(rows)} rounds" in said[-1]
 
 
 def test_kernel_lines_need_a_gpu(mmi) -> None:

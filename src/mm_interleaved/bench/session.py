@@ -31,20 +31,23 @@ class Session:
         self.clock, self.seconds = bench.clock, 0.0
         self.made: list[object] = []
 
-    def round(self) -> None:
-        """Go on until the next picture is finished."""
-        begin = self.clock()
+    def round(self) -> bool:
+        """Go on until the next picture is finished; whether there was room for one."""
+        begin, drawn = self.clock(), False
         for event in self.events:
             if isinstance(event, SegmentFinished):
                 self.made.append(event.segment.source if isinstance(event.segment, Image) else event.ids)
-                if isinstance(event.segment, Image):
+                drawn = isinstance(event.segment, Image)
+                if drawn:
                     break
         self.seconds += self.clock() - begin
+        return drawn
 
 
 def session(bench: Bench) -> Iterator[Row]:
     """A row for every round; the twin reads and encodes everything anew at every turn, and records nothing.
 
+    It ends when the model's context is full: at the release's size after 15 rounds of 60 tokens, 20 of 30.
     The fast way is played once before it is measured: a server records its steps once, and compiles them if asked to.
     """
     sizes, model = bench.sizes, bench.model
@@ -55,7 +58,10 @@ def session(bench: Bench) -> Iterator[Row]:
     plain = Session(RecomputingGenerator, bench, "dynamic")
     bound, room = 0.0, 0
     for number in range(1, sizes.rounds + 1):
-        fast.round()
+        if not fast.round():
+            limit = fast.generator.limit
+            bench.say(f"session: {limit} tokens, all that the model reads, are full after {number - 1} rounds")
+            return
         twin = number <= sizes.twin_rounds
         if twin:
             plain.round()
