@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mm_interleaved.ops import mmfs_triton, mmfs_triton_backward
+from mm_interleaved.ops import mmfs_triton, mmfs_triton_backward, mmfs_triton_shared
 
 TARGET = GPUTarget("cuda", 90, 32)
 HEADS, POINTS, DIM = 16, 8, 64  # the release's
@@ -47,19 +47,19 @@ def main() -> None:
     for sides, half in (((32, 16, 8), "bf16"), ((64, 32, 16, 8), "bf16"), ((32, 16, 8), "fp16"), ((32, 16, 8), "fp32")):
         shapes, scales = tuple(x for side in sides for x in (side, side)), tuple(side / 8 for side in sides)
         shared = (15, HEADS, POINTS, DIM, shapes, scales)
-        options = mmfs_triton._options("forward", *shared)
+        options = mmfs_triton_shared._options("forward", *shared)
         found[f"forward {len(sides)} {half}"] = compiled(mmfs_triton._forward_kernel, half, **options, IGNORE=True)
-        fixed = {key: options[key] for key in (*mmfs_triton.FIXED, "BLOCK_P", "BLOCK_D")}
+        fixed = {key: options[key] for key in (*mmfs_triton_shared.FIXED, "BLOCK_P", "BLOCK_D")}
         few = {"BLOCK_S": mmfs_triton.FEW_SLOTS, "PARTS": 24, "OVERLAP": True}
         found[f"few {len(sides)} {half}"] = compiled(mmfs_triton._few_kernel, half, **fixed, **few)
         joined = {"HEADS": HEADS, "DIM": DIM, "PARTS": 24, "ALL_PARTS": 32, "BLOCK_D": DIM, "IGNORE": True}
         found[f"join {len(sides)} {half}"] = compiled(mmfs_triton._join_kernel, half, **joined, OVERLAP=True)
         for kind in ("backward", "backward of few"):
-            options = mmfs_triton._options(kind, *shared)
+            options = mmfs_triton_shared._options(kind, *shared)
             found[f"queries {kind} {len(sides)} {half}"] = compiled(
                 mmfs_triton_backward._queries_kernel, half, **options, BLOCK_L=4, GRAD_LSE=True
             )
-        fixed = {key: options[key] for key in mmfs_triton.FIXED}
+        fixed = {key: options[key] for key in mmfs_triton_shared.FIXED}
         tile = mmfs_triton_backward.value_tile([(side, side) for side in sides], DIM, 1)
         found[f"values {len(sides)} {half}"] = compiled(
             mmfs_triton_backward._values_kernel, half, **fixed, **tile, PRODUCT=TYPES[half]

@@ -29,9 +29,9 @@ with_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed
 @pytest.fixture(params=["one query and many slots", "many queries"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both shapes of a block of work, whatever the size of the problem."""
-    from mm_interleaved.ops import mmfs_triton
+    from mm_interleaved.ops import mmfs_triton_shared
 
-    monkeypatch.setattr(mmfs_triton, "FEW_PROGRAMS", 10**9 if request.param.startswith("one") else 0)
+    monkeypatch.setattr(mmfs_triton_shared, "FEW_PROGRAMS", 10**9 if request.param.startswith("one") else 0)
 
 
 def compare(given: dict, bound: float = 1e-5) -> dict[str, torch.Tensor]:

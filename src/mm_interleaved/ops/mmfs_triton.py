@@ -12,15 +12,12 @@ What the forward pass moves through device memory is its inputs and its result. 
 `dim` channels each, come from the caches: programs of one head run side by side and look at the same pictures. What
 takes time is issuing instructions, so a tile is loaded in two halves of the channels, and a thread serves fewer lanes
 for more channels; places are clamped to the map and shares are zeros outside, so that no load has a mask. For heads of
-64 bfloat16 channels a sample takes 28 instructions of a warp (sm_90, counted in the machine code), 17 of them to widen
+64 bfloat16 channels a sample takes 25 instructions of a warp (sm_90, counted in the machine code), 17 of them to widen
 and to add up 4 times 64 numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,97 +25,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .mmfs_triton_shared import (
+    FIXED,
+    _block,
+    _channels,
+    _Launch,
+    _launch,
+    _level,
+    _logit,
+    _neighbours,
+    _own_offset,
+    _pictures,
+    _reference,
+)
 from .overlap import overlap
 
-# Lanes of a program for heads of 64 channels, numbers of its tile [lanes, dim] a thread, registers of one at most.
-# With the compiler's own choice of registers the passes over many queries take 1.15 times as long on an H200.
-TILES = {"forward": (32, 64, 168), "backward": (16, 32, 128), "backward of few": (64, 8, None)}
-FEW_PROGRAMS = 1024  # below this many (query, head) pairs, one query alone must fill the device
-FEW_SLOTS = 2  # that a program of the forward pass looks at then
-FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCALES")  # what all kernels know
-
-
-@triton.jit
-def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-           ALL_SLOTS: tl.constexpr):  # fmt: skip
-    """Row, slot within the block and point of every lane; number of slots to look at; a picture of every query."""
-    lane = tl.arange(0, BLOCK_Q * BLOCK_S * BLOCK_P)
-    first = tl.program_id(0) * BLOCK_Q
-    row = first + lane // (BLOCK_S * BLOCK_P)
-    own = first + tl.arange(0, BLOCK_Q)
-    every = tl.arange(0, ALL_SLOTS)
-    real = (own < rows)[:, None] & (every < slots)[None, :]
-    seen = tl.load(images + (own // queries)[:, None] * slots + every[None, :], mask=real, other=-1)
-    last = tl.max(tl.max(tl.where(seen >= 0, every[None, :] + 1, 0), axis=1), axis=0)
-    return row, lane // BLOCK_P % BLOCK_S, lane % BLOCK_P, last, tl.max(seen, axis=1)
-
-
-@triton.jit
-def _pictures(images, row, slot, point, rows, queries, slots, POINTS: tl.constexpr):
-    """The picture of every lane, -1 where it has none."""
-    real = (row < rows) & (slot < slots) & (point < POINTS)
-    return tl.load(images + (row // queries) * slots + slot, mask=real, other=-1)
-
-
-@triton.jit
-def _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row):
-    """Logits of one level, -inf where a lane sees nothing."""
-    own = tl.load(logits + row.to(tl.int64) * logits_row + column, mask=seen, other=0.0).to(tl.float32)
-    added = tl.load(logit_table + slot * logit_table_row + column, mask=seen, other=0.0).to(tl.float32)
-    return tl.where(seen, own + added, float("-inf"))
-
-
-@triton.jit
-def _own_offset(offsets, row, column, real, offsets_row):
-    """The query's part of the offset (x, y)."""
-    place = offsets + row.to(tl.int64) * offsets_row + column
-    return tl.load(place, mask=real, other=0.0).to(tl.float32), tl.load(place + 1, mask=real, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _reference(reference, row, real, queries, reference_group, reference_query):
-    """The reference point (x, y) of every lane."""
-    place = reference + (row // queries) * reference_group + (row % queries) * reference_query
-    return tl.load(place, mask=real, other=0.0).to(tl.float32), tl.load(place + 1, mask=real, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _level(level, LEVELS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr,
-           SCALES: tl.constexpr):  # fmt: skip
-    """Height, width, first position and scale of a level. Its number is no constant: unrolled, levels spill."""
-    height, width, start, scale = HEIGHTS[0], WIDTHS[0], STARTS[0], SCALES[0]
-    for other in tl.static_range(1, LEVELS):
-        height = tl.where(level == other, HEIGHTS[other], height)
-        width = tl.where(level == other, WIDTHS[other], width)
-        start = tl.where(level == other, STARTS[other], start)
-        scale = tl.where(level == other, SCALES[other], scale)
-    return height, width, start, scale
-
-
-@triton.jit
-def _hat(distance):
-    """The share that a cell at that distance has of a sample, along one axis."""
-    return tl.maximum(1.0 - tl.abs(distance), 0.0)
-
-
-@triton.jit
-def _neighbours(place, size):
-    """Two neighbouring cells of an axis: the first, how far the sample is behind it, the shares of both.
-
-    Both are cells of the map, for samples outside as well, so that no load needs a mask; there their shares are 0. A
-    map of one cell has no second: it is the first again, of share 0.
-    """
-    first = tl.maximum(tl.minimum(tl.floor(place), size - 2.0), 0.0)
-    behind = place - first
-    return first.to(tl.int32), behind, _hat(behind), tl.where(size > 1, _hat(behind - 1.0), 0.0)
-
-
-@triton.jit
-def _channels(place, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[lanes, channels] of one cell for every lane."""
-    place = place[:, None] + channel[None, :]
-    tile = tl.load(place) if DIM == BLOCK_D else tl.load(place, mask=(channel < DIM)[None, :], other=0.0)
-    return tile.to(tl.float32)
+FEW_SLOTS = 2  # that a program looks at where queries are few
 
 
 @triton.jit
@@ -278,99 +200,6 @@ def _join_kernel(
         result += tl.exp(-highest) / denominator * held
     tl.store(mixed + cell * DIM + channel, result, mask=at)
     tl.store(lse + cell, highest + tl.log(denominator))
-
-
-@dataclass
-class _Launch:
-    """What both kernels are launched with: the grid, the inputs in the form they read them, sizes and strides."""
-
-    grid: tuple[int, int]
-    inputs: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    options: dict[str, Any]
-    few: bool  # queries: one alone must fill the device
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., width] as [rows, width] with neighbouring columns; a copy only where the strides demand it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _whole_pictures(values: Tensor) -> Tensor:
-    """Values whose pictures are contiguous, each for itself: some levels of more are not copied."""
-    _, _, heads, dim = values.shape
-    return values if values.stride()[1:] == (heads * dim, dim, 1) else values.contiguous()
-
-
-def tiles(kind: str, slots: int, points: int, dim: int) -> dict[str, int | None]:
-    """Block sizes of a launch of that `kind` of `TILES`, powers of two, with its warps and registers."""
-    lanes, a_thread, registers = TILES[kind]
-    block_p, block_d = triton.next_power_of_2(points), max(triton.next_power_of_2(dim), 16)
-    lanes = max(min(lanes * 64 // block_d, 128), block_p)
-    block_q, block_s = lanes // block_p, 1
-    if kind == "backward of few":
-        block_q, block_s = 1, min(triton.next_power_of_2(slots), lanes // block_p)
-    warps = max(1, min(8, block_q * block_s * block_p * block_d // (32 * a_thread)))
-    sizes = {"BLOCK_Q": block_q, "BLOCK_S": block_s, "BLOCK_P": block_p, "BLOCK_D": block_d}
-    return {**sizes, "num_warps": warps, "maxnreg": registers}
-
-
-@lru_cache(maxsize=1024)
-def _options(
-    kind: str,
-    slots: int,
-    heads: int,
-    points: int,
-    dim: int,
-    shapes: tuple[int, ...],
-    scales: tuple[float, ...],
-) -> dict[str, Any]:
-    """The constants of a launch, worked out once; not to be changed."""
-    maps = list(zip(shapes[::2], shapes[1::2], strict=True))
-    return {
-        "HEADS": heads,
-        "POINTS": points,
-        "DIM": dim,
-        "LEVELS": len(maps),
-        "HEIGHTS": tuple(h for h, _ in maps),
-        "WIDTHS": tuple(w for _, w in maps),
-        "STARTS": tuple(sum(h * w for h, w in maps[:i]) for i in range(len(maps))),
-        "SCALES": tuple(float(s) for s in scales),
-        "ALL_SLOTS": triton.next_power_of_2(slots),
-        **tiles(kind, slots, points, dim),
-    }
-
-
-def _launch(
-    values: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    offset_table: Tensor,
-    logit_table: Tensor,
-    reference: Tensor,
-    images: Tensor,
-    shapes: Sequence[int],
-    scales: Sequence[float],
-    direction: str,
-) -> _Launch:
-    groups, queries, _ = offsets.shape
-    heads, dim = values.shape[2:]
-    rows, slots, points = groups * queries, images.shape[1], offsets.shape[-1] // (2 * heads)
-    many = rows * heads >= FEW_PROGRAMS
-    kind = direction if many or direction == "forward" else "backward of few"
-    options = _options(kind, slots, heads, points, dim, tuple(shapes), tuple(scales))
-    tables = [_rows(x) for x in (offsets, logits, offset_table, logit_table)]
-    reference = reference if reference.stride(-1) == 1 else reference.contiguous()
-    reference_strides = [reference.stride(i) if reference.shape[i] > 1 else 0 for i in (0, 1)]
-    values = _whole_pictures(values)
-    return _Launch(
-        grid=(triton.cdiv(rows, options["BLOCK_Q"]), heads),
-        inputs=(values, *tables, reference, images.contiguous()),
-        sizes=(rows, queries, slots, values.stride(0), *(x.stride(0) for x in tables), *reference_strides),
-        options=options,
-        few=not many,
-    )
 
 
 def _forward_few(launch: _Launch, held: Tensor, mixed: Tensor, lse: Tensor, ignore: bool) -> None:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mmfs_triton import (
+from .mmfs_triton_shared import (
     FIXED,
     _block,
     _channels,
