@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_interleaved.ops import GroupNorm, channels_last, why_not_group_norm
-from mm_interleaved.ops.group_norm import group_norm, group_norm_kernel
+from mm_interleaved.ops.group_norm import group_norm
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,14 +145,6 @@ def test_gradients_of_the_plain_form() -> None:
 
 
 @with_triton
-def test_the_registered_operator_keeps_pytorchs_rules() -> None:
-    x, gain, bias = (leaf.to(DEVICE, torch.float32).requires_grad_() for leaf in drawn((2, 4, 3, 2)))
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    for given in (last(x.detach()).requires_grad_(), x):
-        torch.library.opcheck(group_norm_kernel, (given, 2, gain, bias, 1e-5, True), test_utils=tests)
-
-
-@with_triton
 def test_computed_anew_in_the_backward_pass() -> None:
     x, gain, bias = (leaf.to(DEVICE, torch.float32).requires_grad_() for leaf in drawn((1, 4, 3, 3)))
 
@@ -226,7 +218,7 @@ def test_auto_takes_the_kernels_for_maps_with_channels_last_only(monkeypatch: py
     assert channels_last(x).is_contiguous(memory_format=torch.channels_last)
     for given, taken in ((x, False), (channels_last(x), True), (channels_last(x).double(), False)):
         y = norm.to(given.dtype)(given.requires_grad_())
-        assert ("mm_interleaved" in type(y.grad_fn).__name__) == taken
+        assert (type(y.grad_fn).__name__ == "_KernelsBackward") == taken
     monkeypatch.setattr("mm_interleaved.ops.group_norm.KERNELS", False)
     assert channels_last(x) is x
 
@@ -238,11 +230,6 @@ def test_recorded_and_compiled() -> None:
     with torch.no_grad():
         expected = norm(x)
         torch.testing.assert_close(torch.compile(norm, fullgraph=True)(x), expected)  # by the compiler's own kernels
-
-        def by_kernels(x: Tensor) -> Tensor:
-            return group_norm(x, 4, norm.weight, norm.bias, norm.eps, True, backend="triton")
-
-        assert torch.equal(torch.compile(by_kernels, fullgraph=True)(x), expected)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = norm(x)

@@ -13,9 +13,11 @@ half type of `x` right away, so that what the convolution sees is the same. Weig
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.library import custom_op
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, Backend, on_triton
@@ -58,8 +60,8 @@ def group_norm(
         weight, bias: [channels], of any floating type; None: PyTorch's operators.
         eps: added to the variance.
         silu: whether SiLU follows.
-        backend: "triton", "plain" or "auto", which takes the kernels on a CUDA device if they can run and `x` lies
-            channels last, but not in what is compiled, since the compiler does well by itself there.
+        backend: "triton" (not in compiled code), "plain" or "auto", which takes the kernels on a CUDA device if they
+            can run and `x` lies channels last, but not in compiled code, since the compiler does well by itself there.
 
     Returns:
         Like `x`. From the kernels in its type and memory, also under autocast.
@@ -68,7 +70,7 @@ def group_norm(
         ValueError: backend="triton", but the kernels cannot run.
     """
     if _on_kernels(x, weight, bias, backend):
-        return group_norm_kernel(x, groups, weight, bias, eps, silu)[0]
+        return _Kernels.apply(x, groups, weight, bias, eps, silu)
     normed = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(normed) if silu else normed
 
@@ -108,59 +110,35 @@ class GroupNorm(nn.GroupNorm):
         return f"{super().extra_repr()}, silu={self.silu}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The registered operators. Triton is imported by the first launch.
-
-
-@custom_op("mm_interleaved::group_norm", mutates_args=())
-def group_norm_kernel(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
-) -> tuple[Tensor, Tensor]:
-    """The kernels; arguments as of `group_norm`. Also means and reciprocal deviations [2, batch, groups], float32."""
-    from .group_norm_triton import group_norm as fused
-
-    return fused(_rows(x), groups, weight, bias, eps, silu)
-
-
 def _rows(x: Tensor) -> Tensor:
     """`x` [batch, channels, ...] with the channels of a pixel side by side in memory; a copy if need be."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-@group_norm_kernel.register_fake
-def _(x, groups, weight, bias, eps, silu):
-    return torch.empty_like(_rows(x)), x.new_empty((2, len(x), groups), dtype=torch.float32)
+class _Kernels(torch.autograd.Function):
+    """The kernels with their gradients. Triton is imported by the first launch.
 
+    No registered operator, as the others are: a UNet has sixty of these, the dispatcher would cost the host 0.1 ms for
+    each, and compiled code does not call them.
+    """
 
-@custom_op("mm_interleaved::group_norm_backward", mutates_args=())
-def group_norm_backward(
-    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, silu: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradient to `x`, and those to bias and weight for each picture: [2, batch, channels], float32."""
-    from .group_norm_triton import group_norm_backward as fused
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+        from .group_norm_triton import group_norm as fused
 
-    return fused(_rows(grad), _rows(x), stats, weight, bias, silu)
+        x = _rows(x)
+        out, stats = fused(x, groups, weight, bias, eps, silu)
+        ctx.silu = silu
+        ctx.save_for_backward(x, stats, weight, bias)
+        return out
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from .group_norm_triton import group_norm_backward as fused
 
-@group_norm_backward.register_fake
-def _(grad, x, stats, weight, bias, silu):
-    return torch.empty_like(_rows(x)), stats.new_empty((2, *x.shape[:2]))
-
-
-def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, _, weight, bias, _, ctx.silu = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], weight, bias)
-
-
-def _gradients(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
-    x, stats, weight, bias = ctx.saved_tensors
-    of_x, sums = group_norm_backward(grad, x, stats, weight, bias, ctx.silu)
-    of_weight = sums[1].sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-    of_bias = sums[0].sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
-    return of_x, None, of_weight, of_bias, None, None
-
-
-group_norm_kernel.register_autograd(_gradients, setup_context=_keep)
+        x, stats, weight, bias = ctx.saved_tensors
+        of_x, sums = fused(_rows(grad), x, stats, weight, bias, ctx.silu)
+        of_weight = sums[1].sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        of_bias = sums[0].sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+        return of_x, None, of_weight, of_bias, None, None
