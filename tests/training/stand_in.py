@@ -21,7 +21,7 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.pretrained import FOLDER
 from mm_interleaved.processor import Batch
 from mm_interleaved.training.config import TrainConfig
-from mm_interleaved.training.run import train
+from mm_interleaved.training.run import leave, train
 
 ROOT = Path(__file__).parents[2]
 COLORS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange"]
@@ -91,3 +91,4 @@ if __name__ == "__main__":
     settings = load_config(ROOT / "configs/debug.yaml", TrainConfig, [a for a in arguments if a not in options])
     device = None if "--gpu" in options else "cpu"
     train(settings, FOLDER / "tokenizer", device, Mixed if "--mixed" in options else Colors)
+    leave()

@@ -26,6 +26,7 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
 
     with _errors():
         run.train(loaded, FOLDER / "tokenizer", device)
+        run.leave()
 
 
 def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
@@ -35,6 +36,7 @@ def train_vae(config: ConfigFile, settings: Settings = None, device: Device = No
 
     with _errors():
         run.train_autoencoder(loaded, device)
+        run.leave()
 
 
 def train_vision(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
@@ -44,6 +46,7 @@ def train_vision(config: ConfigFile, settings: Settings = None, device: Device =
 
     with _errors():
         run.train_vision(loaded, FOLDER / "tokenizer", device)
+        run.leave()
 
 
 def train_language(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
@@ -53,6 +56,7 @@ def train_language(config: ConfigFile, settings: Settings = None, device: Device
 
     with _errors():
         run.train_language(loaded, FOLDER / "tokenizer", device)
+        run.leave()
 
 
 def train_log(

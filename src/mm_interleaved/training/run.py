@@ -312,6 +312,15 @@ def run(
     return None
 
 
+def leave() -> None:
+    """Take leave of the other processes, at the end of a program.
+
+    If that is left to the end of the interpreter, threads that still listen to them may abort it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleavedProcessor, folder: Path) -> None:
     """The trained model, averaged if an average was kept, as a folder that everything else loads."""
     with trainer.averaged():
