@@ -47,7 +47,7 @@ class Session:
 def session(bench: Bench) -> Iterator[Row]:
     """A row for every round; the twin reads and encodes everything anew at every turn, and records nothing.
 
-    It ends when the model's context is full: at the release's size after 15 rounds of 60 tokens, 20 of 30.
+    It ends when the model's context is full: at the release's size after 15 rounds of 60 tokens.
     The fast way is played once before it is measured: a server records its steps once, and compiles them if asked to.
     """
     sizes, model = bench.sizes, bench.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -22,41 +23,29 @@ Device = Annotated[str | None, typer.Option(help="cpu, to stay there; else an ac
 def train(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train a model of documents, or go on where an interrupted run stopped."""
     loaded = load_config(config, TrainConfig, settings or [])
-    from ..training import run
-
-    with _errors():
+    with _training() as run:
         run.train(loaded, FOLDER / "tokenizer", device)
-        run.leave()
 
 
 def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the picture autoencoder of a small model."""
     loaded = load_config(config, AutoencoderRunConfig, settings or [])
-    from ..training import run
-
-    with _errors():
+    with _training() as run:
         run.train_autoencoder(loaded, device)
-        run.leave()
 
 
 def train_vision(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the visual tokenizer of a small model, before the model itself."""
     loaded = load_config(config, PartRunConfig, settings or [])
-    from ..training import run
-
-    with _errors():
+    with _training() as run:
         run.train_vision(loaded, FOLDER / "tokenizer", device)
-        run.leave()
 
 
 def train_language(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the language model of a small model on text alone, before the model itself."""
     loaded = load_config(config, PartRunConfig, settings or [])
-    from ..training import run
-
-    with _errors():
+    with _training() as run:
         run.train_language(loaded, FOLDER / "tokenizer", device)
-        run.leave()
 
 
 def train_log(
@@ -68,6 +57,16 @@ def train_log(
 
     with _errors():
         plot(runs, output)
+
+
+@contextmanager
+def _training() -> Iterator[ModuleType]:
+    """The module of runs, for one of them, with which the program ends."""
+    from ..training import run
+
+    with _errors():
+        yield run
+        run.leave()
 
 
 @contextmanager

@@ -216,7 +216,7 @@ class StaticDecoder:
         self.positions.copy_(mask.sum(1))
         self.last.copy_(context.last.repeat_interleave(width, 0))
         self._load_pictures(context, width)
-        self.logits.copy_(context.model.lm_head(self.last))
+        self._say(context.model.lm_head)
 
     def _load_pictures(self, context: Context, width: int) -> None:
         images, routes, slots = self.visible.images, self.visible.routes, context.visible.shape[1]
@@ -350,7 +350,7 @@ class StaticDecoder:
         hidden = language.norm(hidden)
         self.hidden.index_copy_(0, columns, hidden.transpose(0, 1).contiguous())
         self.last.copy_(torch.where(self.reading[:, None], hidden[:, -1], self.last))
-        self.logits.copy_(model.lm_head(self.last))
+        self._say(model.lm_head)
         self.positions.add_(self.reading * count)
         self.column.add_(count)
 

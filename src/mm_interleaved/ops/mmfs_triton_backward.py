@@ -241,7 +241,7 @@ def _values_kernel(
         centre = reference + (row // queries) * reference_group + (row % queries) * reference_query
         middle_x = tl.load(centre).to(tl.float32) * width - 0.5 - (left + reach_x)
         middle_y = tl.load(centre + 1).to(tl.float32) * height - 0.5 - (top + reach_y)
-        own = offsets + (head * (POINTS * 2) * rows + row)
+        own = offsets + head.to(tl.int64) * (POINTS * 2) * rows + row
         added = offset_table + (slot.to(tl.int64) * offset_table_row + head * (POINTS * 2))
         bits = tl.zeros([BLOCK_Q], tl.int32)
         for p in tl.static_range(POINTS):
@@ -252,8 +252,8 @@ def _values_kernel(
         if points_near != 0:
             matrix = tl.zeros([BLOCK_Y, BLOCK_X, BLOCK_Q], tl.float32)
             cell = row.to(tl.int64) * HEADS + head
-            denominator = tl.where(real, tl.load(lse + (head * rows + row)), float("inf"))
-            own_logit = logits + ((head * LEVELS + level) * POINTS * rows + row)
+            denominator = tl.where(real, tl.load(lse + head.to(tl.int64) * rows + row), float("inf"))
+            own_logit = logits + (head * LEVELS + level).to(tl.int64) * POINTS * rows + row
             added_logit = logit_table + (slot.to(tl.int64) * logit_table_row + (head * LEVELS + level) * POINTS)
             for point in range(POINTS):
                 if (points_near >> point) & 1 != 0:
