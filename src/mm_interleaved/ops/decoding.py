@@ -1,13 +1,16 @@
-"""What one new token of each row costs: products of few rows with large matrices, and attention over kept columns.
+"""One new token a row: products of few rows with large matrices, and attention over the KV cache.
 
-Every function has a plain form, made of PyTorch's own operators, and a Triton kernel (`decoding_triton.py`) that fuses
-what stands around the product. With few rows all of them are bound by reading memory once: weights, keys and values.
+Every function has a reference implementation, made of PyTorch's own operators, and a Triton kernel
+(`decoding_triton.py`) that fuses what stands around the product. With few rows all of them are bound by reading memory
+once: weights, keys and values.
 
     project         [norm] -> one or several linear layers -> [+ residual]; weights may be of one byte, with scales
     project_gated   norm -> silu(gate) * up
-    attend          rotary positions, the new key and value into their place, attention over all columns
+    attend          rotary positions, the new key and value into the KV cache, attention over the row's columns
 
 Nothing here waits for the device or depends on its numbers, so all of it can be captured in a CUDA graph.
+
+Axes: B rows, C columns of the KV cache, N heads, K key heads, H width of a head.
 """
 
 from __future__ import annotations
@@ -103,40 +106,39 @@ def attend(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    source: Tensor,
-    column: Tensor,
+    columns: Tensor,
     scale: float,
+    source: Tensor | None = None,
     *,
     backend: Backend = "plain",
 ) -> Tensor:
-    """Attention of one new token a row over all that the row has read, itself included.
+    """Attention of one new token a row over all tokens of its row, itself included, and the write into the KV cache.
 
     Args:
-        query: [rows, heads * dim] before rotary positions.
-        key, value: [rows, key heads * dim] of the new token, `key` before rotary positions.
-        cos, sin: [rows, dim] of the token's position.
-        keys, values: [rows, key heads, columns, dim] of all tokens, keys with their positions; the new ones are written
-            into `column` of their own row.
-        source: [rows, columns] int64: in which row of `keys` and `values` the row finds a column; -1: it has none.
-            So beams share what they have in common, and nothing is copied when they change places.
-        column: [1] int64, the new token's column; nothing after it is looked at.
+        query: [B, N * H] before rotary positions.
+        key, value: [B, K * H] of the new tokens, `key` before rotary positions; K key heads.
+        cos, sin: [B, H] of the positions of the new tokens.
+        keys, values: [B, K, C, H] the KV cache, keys with their positions. The new token of row b is written into
+            column `columns[b]` of row b.
+        columns: [B] int64, the column of each new token. A row sees the columns up to its own.
         scale: of the scores.
+        source: [B, C] int64, the row of `keys` and `values` that holds a column of row b, so that beams share columns;
+            None: every row holds its own.
 
     Returns:
-        [rows, heads * dim]; whatever in a row that has no column at all.
+        [B, N * H].
     """
     if backend == "triton":
         from .decoding_triton import attend as fused
 
-        return fused(query, key, value, cos, sin, keys, values, source, column, scale)
-    rows, key_heads, columns, dim = keys.shape
+        return fused(query, key, value, cos, sin, keys, values, columns, scale, source)
+    rows, key_heads, capacity, dim = keys.shape
     query, key = (rotate(x.unflatten(-1, (-1, dim)), cos[:, None], sin[:, None]) for x in (query, key))
-    keys.index_copy_(2, column, key[:, :, None])
-    values.index_copy_(2, column, value.unflatten(-1, (-1, dim))[:, :, None])
-    place = torch.arange(columns, device=keys.device)
-    seen = (source >= 0) & (place <= column)
-    found = [x[source.clamp(min=0), :, place].transpose(1, 2) for x in (keys, values)]
-    mask = query.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(query.dtype).min)[:, None, None]
+    own, place = torch.arange(rows, device=keys.device), torch.arange(capacity, device=keys.device)
+    keys[own, :, columns] = key
+    values[own, :, columns] = value.unflatten(-1, (-1, dim))
+    found = [keys, values] if source is None else [x[source, :, place].transpose(1, 2) for x in (keys, values)]
+    mask = (place <= columns[:, None])[:, None, None]
     grouped = query.shape[1] != key_heads
     out = F.scaled_dot_product_attention(query[:, :, None], *found, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.reshape(rows, -1)

@@ -254,9 +254,9 @@ def _rotated(x, cos, sin, d, real, DIM: tl.constexpr):
 
 @triton.jit
 def _attend_kernel(
-    query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
-    columns, query_row, key_row, value_row, cos_row, sin_row, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    query, key, value, cos, sin, keys, values, columns, source, parts, sums, tops,
+    capacity, query_row, key_row, value_row, cos_row, sin_row, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -265,7 +265,7 @@ def _attend_kernel(
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     split, key_head = tl.program_id(1), head // GROUP
-    now = tl.load(column)
+    now = tl.load(columns + row)
     span = tl.cdiv(tl.cdiv(now + 1, SPLITS), BLOCK_C) * BLOCK_C
     d = tl.arange(0, BLOCK_D)
     real = d < DIM
@@ -279,9 +279,12 @@ def _attend_kernel(
     first = split * span
     while first < end:
         place = first + tl.arange(0, BLOCK_C)
-        found = tl.load(source + row * columns + place, mask=place < end, other=-1)
-        seen = found >= 0
-        start = ((tl.where(seen, found, 0) * KEY_HEADS + key_head) * columns + place) * DIM
+        seen = place < end
+        if SHARED:
+            holder = tl.load(source + row * capacity + place, mask=seen, other=0)
+        else:
+            holder = tl.zeros([BLOCK_C], tl.int64) + row
+        start = ((holder * KEY_HEADS + key_head) * capacity + place) * DIM
         wanted = seen[:, None] & real[None, :]
         k = tl.load(keys + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
         v = tl.load(values + start[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32)
@@ -299,13 +302,12 @@ def _attend_kernel(
         k = k.to(keys.dtype.element_ty)
         v = tl.load(value + row * value_row + key_head * DIM + d, mask=real, other=0.0)
         if head % GROUP == 0:
-            start = ((row.to(tl.int64) * KEY_HEADS + key_head) * columns + now) * DIM
+            start = ((row.to(tl.int64) * KEY_HEADS + key_head) * capacity + now) * DIM
             tl.store(keys + start + d, k, mask=real)
             tl.store(values + start + d, v, mask=real)
-        own = tl.load(source + row * columns + now)
-        score = tl.where(own >= 0, tl.sum(k.to(tl.float32) * q, axis=0), -1.0e30)
+        score = tl.sum(k.to(tl.float32) * q, axis=0)
         higher = tl.maximum(top, score)
-        share = tl.where(own >= 0, tl.exp(score - higher), 0.0)
+        share = tl.exp(score - higher)
         shrink = tl.exp(top - higher)
         total = total * shrink + share
         acc = acc * shrink + share * v.to(tl.float32)
@@ -341,12 +343,12 @@ def attend(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    source: Tensor,
-    column: Tensor,
+    columns: Tensor,
     scale: float,
+    source: Tensor | None,
 ) -> Tensor:
     """See `decoding.attend`."""
-    rows, key_heads, columns, dim = keys.shape
+    rows, key_heads, capacity, dim = keys.shape
     heads = query.shape[1] // dim
     splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(MANY_PROGRAMS, rows * heads)))
     parts = torch.empty(rows * heads, splits, dim, dtype=torch.float32, device=query.device)
@@ -355,9 +357,10 @@ def attend(
     block_d = triton.next_power_of_2(dim)
     with torch.cuda.device_of(query):
         _attend_kernel[(rows * heads, splits)](
-            query, key, value, cos, sin, keys, values, source, column, parts, sums, tops,
-            columns, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0), scale,
-            HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits,
+            query, key, value, cos, sin, keys, values, columns, columns if source is None else source,
+            parts, sums, tops,
+            capacity, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0), scale,
+            HEADS=heads, GROUP=heads // key_heads, DIM=dim, SPLITS=splits, SHARED=source is not None,
             BLOCK_C=max(COLUMNS * 128 // max(block_d, 128), 16), BLOCK_D=block_d, **overlap(query.device),
         )  # fmt: skip
         _join_kernel[(rows * heads,)](

@@ -1,0 +1,176 @@
+"""One layer of the language model, for training, prefill and decode steps alike.
+
+The layer has a transformers decoder layer's own parts (Llama, Mistral, Qwen2 or Qwen3) and, in every k-th layer, a
+synchronizer:
+
+    x = x + self_attention(norm(x))
+    x = x + tanh(gate) * MMFS(norm(x), norm(maps))        in layers 0, k, 2k, ...
+    x = x + mlp(norm(x))
+
+It computes what the library's layer computes, from the same weights. What differs is which kernels run: `fused.py`
+chooses them for linear maps, `Attention` for the KV cache.
+
+Axes: B batch, L new tokens, D width, N heads, K key heads, H width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from ..ops import attend, rotary, silu_gate
+from .fused import add_linear, gated, kernels_for, linears
+from .kv_cache import KVCache
+from .mmfs import VisibleImages
+from .rms_norm import RMSNorm
+from .synchronizer import ImageFeatures, Synchronizer
+from .weights import is_intercepted
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions, made of the parts of a library's attention, under the same names."""
+
+    is_causal = True
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.config, self.layer_idx = attention.config, attention.layer_idx
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.num_key_value_groups = attention.num_key_value_groups  # read by the library's attention functions
+        self.attention_dropout = attention.attention_dropout
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.o_proj = attention.o_proj
+        self.q_norm = self.k_norm = None
+        if hasattr(attention, "q_norm"):  # Qwen3
+            self.q_norm, self.k_norm = RMSNorm.of(attention.q_norm), RMSNorm.of(attention.k_norm)
+        mistral = self.config.model_type == "mistral"
+        window = self.config.sliding_window if mistral else getattr(attention, "sliding_window", None)
+        self.window: int | None = window
+        self.train(attention.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        norm: nn.Module | None = None,
+        residual: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden_states: [B, L, D].
+            position_embeddings: cos and sin, [B or 1, L, H] each.
+            attention_mask: as the library's decoder makes it; a `KVCache` does without.
+            past_key_values: a cache to read and extend; None: none.
+            norm: applied to `hidden_states` first; None: nothing.
+            residual: [B, L, D], added to the result; None: nothing.
+            **kwargs: what the library's decoder hands on to its attention functions.
+
+        Returns:
+            [B, L, D].
+        """
+        query, key, value = linears(hidden_states, (self.q_proj, self.k_proj, self.v_proj), norm)
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if isinstance(past_key_values, KVCache):
+            mixed = self._attend_cache(query, key, value, position_embeddings, past_key_values)
+        else:
+            query, key = rotary(query, key, *position_embeddings)
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            mixed, _ = interface(
+                self, query, key, value, attention_mask, scaling=self.scaling, sliding_window=self.window,
+                dropout=self.attention_dropout if self.training else 0.0, **kwargs,
+            )  # fmt: skip
+        mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(mixed) if residual is None else add_linear(residual, mixed, self.o_proj)
+
+    def _attend_cache(
+        self, query: Tensor, key: Tensor, value: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: KVCache
+    ) -> Tensor:
+        """Attention over the KV cache, [B, L, N, H], of `query`, `key` and `value` [B, L, heads, H] without positions."""
+        layer, place = cache.layers[self.layer_idx], cache.placement
+        single = query.shape[1] == 1 and place.rows is None and self.window is None
+        if single and layer.is_initialized and kernels_for(query[:, 0], self.head_dim):
+            cos, sin = (x[:, 0].expand(len(query), -1) for x in position_embeddings)
+            flat = (x[:, 0].flatten(1) for x in (query, key, value))
+            mixed = attend(*flat, cos, sin, layer.keys, layer.values, place.columns[:, 0], self.scaling, cache.source,
+                           backend="triton")  # fmt: skip
+            return mixed.unflatten(-1, (-1, self.head_dim))[:, None]
+        query, key = rotary(query, key, *position_embeddings)
+        keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+        return cache.attention(query.transpose(1, 2), keys, values, self.scaling, self.window).transpose(1, 2)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), made of the parts of a library's MLP, under the same names."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self.is_swiglu = mlp.config.hidden_act == "silu"
+        self.train(mlp.training)
+
+    def forward(self, hidden_states: Tensor, norm: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+        """[B, L, D]; `norm` and `residual` as of `Attention.forward`."""
+        inner = None
+        if norm is not None and self.is_swiglu:
+            inner = gated(hidden_states, self.gate_proj, self.up_proj, norm)
+        if inner is None:
+            hidden_states = hidden_states if norm is None else norm(hidden_states)
+            gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+            inner = silu_gate(gate, up) if self.is_swiglu else self.act_fn(gate) * up
+        return self.down_proj(inner) if residual is None else add_linear(residual, inner, self.down_proj)
+
+
+def add_block(hidden: Tensor, block: Attention | GatedMLP, norm: nn.Module, **kwargs: Any) -> Tensor:
+    """hidden + block(norm(hidden)), [B, L, D].
+
+    The block computes norm and sum itself, where a kernel can join them to its linear maps. A hook on the block sees
+    the usual input and output, without norm and sum.
+    """
+    if is_intercepted(block):
+        return hidden + block(norm(hidden), **kwargs)
+    return block(hidden, norm=norm, residual=hidden, **kwargs)
+
+
+class MMFSDecoderLayer(GradientCheckpointingLayer):
+    """A library decoder layer's own parts, with an optional synchronizer between attention and MLP."""
+
+    def __init__(self, layer: nn.Module, synchronizer: Synchronizer | None) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(layer.self_attn), GatedMLP(layer.mlp)
+        self.input_layernorm = RMSNorm.of(layer.input_layernorm)
+        self.post_attention_layernorm = RMSNorm.of(layer.post_attention_layernorm)
+        self.synchronizer = synchronizer
+        if hasattr(layer, "attention_type"):  # read by the models that mix kinds of attention
+            self.attention_type = layer.attention_type
+
+    def forward(
+        self, hidden_states: Tensor, *, images: ImageFeatures, visible: VisibleImages, **kwargs: Any
+    ) -> Tensor:
+        """[B, L, D].
+
+        Args:
+            hidden_states: [B, L, D].
+            images: what the synchronizer looks at.
+            visible: the images of each token; a group is one token.
+            **kwargs: the library's own arguments for its attention.
+        """
+        hidden = add_block(hidden_states, self.self_attn, self.input_layernorm, **kwargs)
+        if self.synchronizer is not None:
+            hidden = self.synchronizer(hidden, images, visible)
+        return add_block(hidden, self.mlp, self.post_attention_layernorm)
