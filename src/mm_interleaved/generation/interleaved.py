@@ -1,9 +1,11 @@
-"""The interleaved generator: documents with open slots go in, events come out while text is written and pictures drawn.
+"""The interleaved generator: documents with open slots go in, events come out while text and images are generated.
 
-A document is read up to its first open slot, once. A text slot is written until `</s>` or a begin-of-image token; a
-picture slot is drawn from everything read so far, shown to the model, and reading goes on. After the last slot a
-document may go on by itself: text, and a picture whenever the text asks for one. Documents of a batch take their turns
-together: first all that write, then all that draw.
+A document is read up to its first open slot, once. A text slot is filled until `</s>` or a begin-of-image token; an
+image slot is filled from everything read so far, the image is read, and the document goes on. After the last slot a
+document may go on by itself: text, and an image whenever the text asks for one. Documents of a batch take their turns
+together: first all texts, then all images.
+
+What a turn made is read when its document goes on, and not before: the last text or image of a document is never read.
 """
 
 from __future__ import annotations

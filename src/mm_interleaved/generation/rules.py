@@ -1,4 +1,4 @@
-"""What writing text is, whatever runs it: processors of scores, end tokens, draws, hypotheses of beams.
+"""The rules of generating text: processors of scores, end tokens, the choice of a token, hypotheses of beams.
 
 The rules are those of the library version that the original was pinned to, because released settings depend on them:
 the processors see `<s>` and what was written, never the prompt; beams keep (1 + end tokens) * num_beams candidates a
@@ -28,17 +28,19 @@ from .settings import TextSettings
 
 @dataclass
 class WrittenText:
-    """One text that was written.
+    """One generated text.
 
     Attributes:
         ids: its tokens, without `<s>` and without the end token.
-        end: the token that closed it; None: it reached max_new_tokens.
+        end: the token that closed it; None: it reached a limit.
         score: for beams, the score that ranked it.
+        at_context_end: whether the limit was the end of the model's context, before max_new_tokens.
     """
 
     ids: list[int]
     end: int | None = None
     score: float | None = None
+    at_context_end: bool = False
 
     @property
     def all_ids(self) -> list[int]:
@@ -67,17 +69,16 @@ def end_tokens(model: MMInterleavedModel) -> list[int]:
 
 
 def rows_to_write(
-    model: MMInterleavedModel, settings: TextSettings, mask: Tensor, active: Tensor | None, limits: Tensor | None
+    model: MMInterleavedModel, rows: int, device: torch.device, active: Tensor | None, limits: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How writing begins: the history [batch, 1], which rows are written in, and the most tokens of each.
+    """How generation begins: the history [rows, 1], which rows are active [rows], and the most tokens of each [rows].
 
-    `mask` is the context's, [batch, length]; None for the others stands for all rows and for `settings.max_new_tokens`.
+    `active` is [rows] bool; None: all rows. A row whose limit is 0 is not active.
     """
-    batch, device = len(mask), mask.device
-    history = torch.full((batch, 1), model.config.bos_token_id, device=device)
-    limits = torch.full((batch,), settings.max_new_tokens, device=device) if limits is None else limits.to(device)
-    active = (torch.ones(batch, dtype=torch.bool, device=device) if active is None else active) & (limits > 0)
-    return history, active, limits
+    history = torch.full((rows, 1), model.config.bos_token_id, device=device)
+    most = torch.tensor(limits, device=device)
+    on = torch.ones(rows, dtype=torch.bool, device=device) if active is None else active.to(device)
+    return history, on & (most > 0), most
 
 
 def score_processors(
@@ -106,7 +107,7 @@ def uniform(generators: Sequence[torch.Generator]) -> Tensor:
     return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
 
 
-def draw(scores: Tensor, numbers: Tensor) -> Tensor:
+def choose_token(scores: Tensor, numbers: Tensor) -> Tensor:
     """One token a row from softmax(scores): the cumulative distribution is inverted at `numbers` [rows] in [0, 1)."""
     cumulative = scores.softmax(-1).cumsum(-1)
     token = torch.searchsorted(cumulative, (numbers * cumulative[:, -1].float())[:, None].to(cumulative), right=True)

@@ -1,129 +1,163 @@
-"""Writing text: greedy, sampling and beam search over a `Context`, by the rules of `rules.py`.
+"""Generating text: greedy search, sampling, beam search, and scores of given texts, over a `GenerationState`.
 
-`write` and `write_beams` choose by `TextSettings.cache_implementation`: the loops here, whose caches grow with every
-token and which wait for the device at each, or those of `static_text.py`, for which these are the plain twins.
+The next tokens are chosen on the device, and with CUDA graphs a few steps are under way before the host looks at the
+first of them. Steps that turn out to be too many read nothing.
+
+Axes: R rows, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..model.kv_cache import send
 from ..ops import promote
-from .context import Context
 from .rules import (
     Hypotheses,
     TextStep,
     WrittenText,
     beam_candidates,
-    draw,
+    choose_token,
     end_tokens,
     rows_to_write,
     score_processors,
     uniform,
 )
 from .settings import TextSettings
-from .static import uses_static
-from .static_text import write_beams_static, write_static
+from .state import GenerationState
+
+STEPS_AHEAD = 3  # decode steps under way at a time with CUDA graphs; without them nothing is gained from more than one
 
 
-def _logits(context: Context) -> Tensor:
-    """What comes next in every row: [batch, vocab]."""
-    context.flush()
-    logits = context.model.lm_head(context.last)
-    return logits.to(promote(logits.dtype))
+class _Message:
+    """Numbers on their way from the device to the host, which waits for them only when it wants to read them."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        cuda = numbers.device.type == "cuda"
+        self._numbers = numbers.to("cpu", non_blocking=cuda)
+        self._sent = None
+        if cuda:
+            self._sent = torch.cuda.current_stream(numbers.device).record_event()
+
+    def read(self) -> Tensor:
+        """The numbers."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._numbers
 
 
-def write(
-    context: Context,
-    settings: TextSettings,
-    generators: Sequence[torch.Generator],
-    active: Tensor | None = None,
-    limits: Tensor | None = None,
-    banned: Sequence[int] = (),
-) -> Iterator[TextStep]:
-    """Write by greedy search or sampling, a token for every active row at a time.
+@dataclass
+class _Step:
+    """One step under way: its message to the host, its logits, and the state of the generators before it."""
 
-    Afterwards every token written belongs to the context, except the ones that closed a row. Until then it may lag
-    behind: with a static cache, `context` is as it was before until the writing ends.
-
-    Args:
-        context: what has been read; it reads on.
-        settings: with num_beams 1.
-        generators: one for each row; used when sampling.
-        active: [batch] bool, the rows to write in; None: all.
-        limits: [batch] most tokens for each row; None: settings.max_new_tokens for all.
-        banned: tokens that are never written.
-
-    Raises:
-        ValueError: a static cache was asked for, but the model cannot have one.
-    """
-    kind = write_static if uses_static(context.model, settings.cache_implementation) else write_dynamic
-    return kind(context, settings, generators, active, limits, banned)
+    message: _Message  # [3, R] tokens, rows that got one, rows that had read one before
+    logits: Tensor
+    before: list[Tensor]
 
 
-def write_beams(context: Context, settings: TextSettings, banned: Sequence[int] = ()) -> list[list[WrittenText]]:
-    """Beam search in every row of `context`, which is left as it was; the best texts of each row, best first.
-
-    Raises:
-        ValueError: a static cache was asked for, but the model cannot have one.
-    """
-    kind = write_beams_static if uses_static(context.model, settings.cache_implementation) else write_beams_dynamic
-    return kind(context, settings, banned)
+def text_limits(state: GenerationState, settings: TextSettings) -> list[int]:
+    """Most tokens that each row may get: `max_new_tokens`, or what is left of the context."""
+    return [max(min(settings.max_new_tokens, state.model.context_length - n), 0) for n in state.lengths]
 
 
 @torch.no_grad()
-def write_dynamic(
-    context: Context,
+def write(
+    state: GenerationState,
     settings: TextSettings,
     generators: Sequence[torch.Generator],
     active: Tensor | None = None,
-    limits: Tensor | None = None,
+    limits: Sequence[int] | None = None,
     banned: Sequence[int] = (),
 ) -> Iterator[TextStep]:
-    """`write` with caches that grow."""
-    model, device = context.model, context.mask.device
+    """Generate text by greedy search or sampling, a token for every active row at a time.
+
+    A token is read when its row goes on after it. So afterwards the state has read every token but the one that ended a
+    row: an end token, or the last token of a row that reached its limit. If the steps are not taken to the end, it has
+    read all but the last tokens that were shown.
+
+    Args:
+        state: what has been read; it reads on.
+        settings: with num_beams 1.
+        generators: one for each row, used when sampling.
+        active: [R] bool, the rows to generate in; None: all.
+        limits: most tokens for each row; None: `text_limits`. A row never runs past the context.
+        banned: tokens that are never chosen.
+    """
+    model, device = state.model, state.device
+    limits = [min(a, b) for a, b in zip(text_limits(state, settings), limits or text_limits(state, settings), strict=True)]
     processors = score_processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
-    history, active, limits = rows_to_write(model, settings, context.mask, active, limits)
-    while bool(active.any()):
-        logits = _logits(context)
-        scores = processors(history, logits)
-        tokens = draw(scores, uniform(generators).to(device)) if settings.do_sample else scores.argmax(-1)
-        tokens = torch.where(active, tokens, model.config.pad_token_id)
-        history = torch.cat([history, tokens[:, None]], dim=1)
-        yield TextStep(tokens, active, logits)
-        read = active & ~torch.isin(tokens, ends)
-        if bool(read.any()):
-            context.defer(partial(context.append_text, tokens[:, None], read[:, None].long()))
-        active = read & (history.shape[1] - 1 < limits)
+    history, active, most_of = rows_to_write(model, state.rows, device, active, limits)
+    most = max((n for n, on in zip(limits, active.tolist(), strict=True) if on), default=0)
+    if most == 0:
+        return
+    state.reserve_steps(most)
+    ahead = STEPS_AHEAD if state.graphs else 1
+    under_way: deque[_Step] = deque()
+    counts, start = [0] * state.rows, list(state.lengths)
+    tokens, reading = history[:, 0], torch.zeros_like(active)
+    try:
+        while True:
+            while len(under_way) < ahead and history.shape[1] <= most:
+                before = [g.get_state() for g in generators] if settings.do_sample else []
+                logits = state.next_logits() if history.shape[1] == 1 else state.decode_step(tokens, reading)
+                logits = logits.clone()  # the next step overwrites them
+                scores = processors(history, logits)
+                numbers = send(uniform(generators), device) if settings.do_sample else None
+                tokens = scores.argmax(-1) if numbers is None else choose_token(scores, numbers)
+                tokens = torch.where(active, tokens, model.config.pad_token_id)
+                history = torch.cat([history, tokens[:, None]], dim=1)
+                message = _Message(torch.stack([tokens, active.long(), reading.long()]))
+                under_way.append(_Step(message, logits, before))
+                active = reading = active & (tokens[:, None] != ends).all(-1) & (history.shape[1] - 1 < most_of)
+            if not under_way:
+                return
+            chosen, got, had_read = under_way[0].message.read()
+            if not got.any():
+                return
+            counts = [n + int(r) for n, r in zip(counts, had_read.tolist(), strict=True)]
+            yield TextStep(chosen, got.bool(), under_way.popleft().logits)
+    finally:
+        for generator, past in zip(generators, under_way[0].before if under_way else (), strict=False):
+            generator.set_state(past)  # steps too many: their numbers are given back
+        _settle(state, [a + b for a, b in zip(start, counts, strict=True)])
+
+
+def _settle(state: GenerationState, lengths: Sequence[int]) -> None:
+    """Let the state have read so many tokens of each row, and no more."""
+    cache = state.workspace.cache
+    ahead = cache.device_lengths.tolist() if state.graphs else list(cache.lengths)
+    cache.set_lengths(lengths)
+    for row, (now, wanted) in enumerate(zip(ahead, lengths, strict=True)):
+        if now != wanted:
+            state.truncate(row, wanted)
 
 
 def write_greedy(
-    context: Context, settings: TextSettings, generators: Sequence[torch.Generator]
+    state: GenerationState, settings: TextSettings, generators: Sequence[torch.Generator]
 ) -> list[list[WrittenText]]:
-    """Write in every row; with several sequences a row (sampling), the rows of `context` are multiplied first."""
+    """Generate in every row; with several sequences a row (sampling) in copies of `state`."""
     copies = settings.num_return_sequences
     if copies > 1:
-        rows = torch.arange(len(context.mask), device=context.mask.device).repeat_interleave(copies)
-        context = context.select(rows)
+        rows = [r for r in range(state.rows) for _ in range(copies)]
+        state = state.branch(rows, tokens=settings.max_new_tokens)
         generators = [g for g in generators for _ in range(copies)]
-    texts = [WrittenText([]) for _ in range(len(context.mask))]
-    collect(write(context, settings, generators), texts, end_tokens(context.model))
+    texts = [WrittenText([]) for _ in range(state.rows)]
+    limits = text_limits(state, settings)
+    for step in write(state, settings, generators):
+        add_tokens(step, texts, end_tokens(state.model))
+    for text, limit in zip(texts, limits, strict=True):
+        text.at_context_end = text.end is None and limit < settings.max_new_tokens
     return [texts[i : i + copies] for i in range(0, len(texts), copies)]
 
 
-def collect(steps: Iterator[TextStep], texts: list[WrittenText], ends: list[int]) -> None:
-    """Run `steps` and put their tokens into `texts`, one for each row."""
-    for step in steps:
-        add_tokens(step, texts, ends)
-
-
 def add_tokens(step: TextStep, texts: list[WrittenText], ends: list[int]) -> None:
-    """Put the tokens of one step into `texts`."""
+    """Put the tokens of one step into `texts`, one for each row."""
     for text, token, active in zip(texts, step.tokens.tolist(), step.active.tolist(), strict=True):
         if active and token in ends:
             text.end = token
@@ -131,80 +165,148 @@ def add_tokens(step: TextStep, texts: list[WrittenText], ends: list[int]) -> Non
             text.ids.append(token)
 
 
-@torch.no_grad()
-def write_beams_dynamic(
-    context: Context, settings: TextSettings, banned: Sequence[int] = ()
+class _Finished:
+    """The best finished texts of every row, on the device; see `rules.Hypotheses`.
+
+    Args:
+        batch, size: rows, and texts that each keeps.
+        lengths: [steps + 2] float64, what a score is divided by for every length.
+    """
+
+    def __init__(self, batch: int, size: int, lengths: Tensor) -> None:
+        device = lengths.device
+        self.lengths = lengths
+        self.scores = torch.full((batch, size), -torch.inf, dtype=torch.float64, device=device)
+        self.ends, self.steps, self.parents = (
+            torch.full((batch, size), -1, dtype=torch.long, device=device) for _ in range(3)
+        )
+        self.done = torch.zeros(batch, dtype=torch.bool, device=device)
+
+    def add(self, step: int, scores: Tensor, ends: Tensor, parents: Tensor, finished: Tensor) -> None:
+        """Candidates [batch, n] of step number `step`, best first; those count that are `finished`."""
+        size = self.scores.shape[1]
+        finished = finished & ~self.done[:, None]
+        scores = torch.where(finished, scores.double() / self.lengths[step + 1], -torch.inf)
+        best = torch.cat([self.scores, scores], dim=1).sort(dim=1, descending=True, stable=True)
+        chosen = best.indices[:, :size]  # stable: among equals, what came first stays
+        self.scores = best.values[:, :size]
+        others = [(self.ends, ends), (self.steps, torch.full_like(ends, step)), (self.parents, parents)]
+        self.ends, self.steps, self.parents = (torch.cat(x, dim=1).gather(1, chosen) for x in others)
+
+    def check(self, step: int, best_running: Tensor) -> None:
+        """Rows are done when no running beam can still overtake their worst finished text."""
+        worst = self.scores[:, -1]
+        self.done = self.done | ((worst > -torch.inf) & (worst >= best_running.double() / self.lengths[step + 2]))
+
+
+def write_beams(
+    state: GenerationState, settings: TextSettings, limits: Sequence[int] | None = None, banned: Sequence[int] = ()
 ) -> list[list[WrittenText]]:
-    """`write_beams` with caches that grow."""
-    model, device, width = context.model, context.mask.device, settings.num_beams
-    batch, ends, pad = len(context.mask), end_tokens(model), model.config.pad_token_id
-    candidates = beam_candidates(model, width)
+    """Beam search in every row of `state`, which is left as it was; the best texts of each row, best first.
+
+    Args:
+        limits: most tokens for each row; None: `text_limits`. Rows with the same limit are searched together.
+        settings, banned: as of `write`.
+    """
+    room = text_limits(state, settings)
+    limits = [min(a, b) for a, b in zip(room, limits or room, strict=True)]
+    found: list[list[WrittenText]] = [[WrittenText([])] for _ in range(state.rows)]
+    for limit in sorted(set(limits) - {0}):
+        rows = [r for r in range(state.rows) if limits[r] == limit]
+        texts = _search(state, rows, replace(settings, max_new_tokens=limit), banned)
+        for row, best in zip(rows, texts, strict=True):
+            found[row] = best
+    for row, limit in enumerate(limits):
+        for text in found[row]:
+            text.at_context_end = text.end is None and limit == room[row] < settings.max_new_tokens
+    return found
+
+
+@torch.no_grad()
+def _search(
+    state: GenerationState, rows: Sequence[int], settings: TextSettings, banned: Sequence[int]
+) -> list[list[WrittenText]]:
+    """Beam search in some rows. Beams share what they have in common, and change places by number."""
+    model, device, width, most = state.model, state.device, settings.num_beams, settings.max_new_tokens
+    batch, pad, count = len(rows), model.config.pad_token_id, beam_candidates(model, settings.num_beams)
     processors = score_processors(model, settings, device, banned)
-    start = torch.arange(batch, device=device).repeat_interleave(width)
-    beams = context.select(start)
-    rows = [Hypotheses(width, settings.length_penalty) for _ in range(batch)]
+    ends = torch.tensor(end_tokens(model), device=device)
     history = torch.full((batch * width, 1), model.config.bos_token_id, device=device)
-    scores = torch.full((batch, width), -1e9, device=device)
+    first = torch.arange(batch, device=device)[:, None] * width
+    lengths = torch.tensor([max(n, 1) ** settings.length_penalty for n in range(most + 3)], dtype=torch.float64)
+    finished = _Finished(batch, width, lengths.to(device))
+    trace: list[tuple[Tensor, Tensor]] = []  # parents and tokens of every step
+    under_way: deque[_Message] = deque()  # of every step, whether all rows are done after it
+    beams = state.branch(rows, width, tokens=most)
+    logits = beams.next_logits()
+    everyone = torch.ones(batch * width, dtype=torch.bool, device=device)
+    ahead = STEPS_AHEAD if state.graphs else 1
+    scores = torch.full((batch, width), -1e9, device=device, dtype=logits.dtype)
     scores[:, 0] = 0
-    scores = scores.view(-1)
-    while True:
-        log_probabilities = processors(history, _logits(beams).log_softmax(-1)) + scores[:, None]
-        vocab = log_probabilities.shape[-1]
-        best, index = log_probabilities.view(batch, -1).topk(candidates, dim=1)
-        parents, tokens = index // vocab, index % vocab
-        plan = [
-            _advance(rows[b], b * width, history, best[b].tolist(), parents[b].tolist(), tokens[b].tolist(), ends, pad)
-            for b in range(batch)
-        ]
-        parent = torch.tensor([p for row in plan for p, _, _ in row], device=device)
-        token = torch.tensor([t for row in plan for _, t, _ in row], device=device)
-        scores = torch.tensor([s for row in plan for _, _, s in row], device=device, dtype=scores.dtype)
-        history = torch.cat([history[parent], token[:, None]], dim=1)
-        if all(row.done for row in rows) or history.shape[1] > settings.max_new_tokens:
+    for step in range(most):
+        ranked = processors(history, logits.log_softmax(-1)) + scores.view(-1)[:, None]
+        vocab = ranked.shape[-1]
+        best, index = ranked.view(batch, -1).topk(count, dim=1)
+        parents, tokens = first + index // vocab, index % vocab
+        ending = torch.isin(tokens, ends)
+        finished.add(step, best[:, :width], tokens[:, :width], parents[:, :width], ending[:, :width])
+        running = ending.int().argsort(dim=1, stable=True)[:, :width]
+        parents, tokens, scores = (x.gather(1, running) for x in (parents, tokens, best))
+        done = finished.done[:, None]
+        parents, tokens, scores = (torch.where(done, a, b) for a, b in (
+            (first, parents), (pad, tokens), (0.0, scores)))  # fmt: skip
+        finished.check(step, best[:, 0])
+        parents, tokens = parents.flatten(), tokens.flatten()
+        history = torch.cat([history[parents], tokens[:, None]], dim=1)
+        trace.append((parents, tokens))
+        under_way.append(_Message(finished.done.all()))
+        if step + 1 == most or (len(under_way) == ahead and under_way.popleft().read()):
             break
-        beams.reorder(parent)
-        beams.defer(partial(beams.append_text, token[:, None], torch.ones_like(token[:, None])))
-    for b, row in enumerate(rows):
-        for i in range(b * width, (b + 1) * width):
-            if not row.done:
-                row.add(history[i].tolist(), None, float(scores[i]))
-    return [row.finished[: settings.num_return_sequences] for row in rows]
+        beams.reorder(parents)
+        logits = beams.decode_step(tokens, everyone)
+    return _texts(finished, trace, scores, history, settings)
 
 
-def _advance(
-    row: Hypotheses,
-    first: int,
+def _texts(
+    finished: _Finished,
+    trace: list[tuple[Tensor, Tensor]],
+    scores: Tensor,
     history: Tensor,
-    best: list[float],
-    parents: list[int],
-    tokens: list[int],
-    ends: list[int],
-    pad: int,
-) -> list[tuple[int, int, float]]:
-    """Sort one row's candidates into finished texts and `num_beams` running beams (parent, token, score)."""
-    if row.done:
-        return [(first, pad, 0.0)] * row.size
-    running = []
-    for rank, (score, parent, token) in enumerate(zip(best, parents, tokens, strict=True)):
-        if token in ends:
-            if rank < row.size:  # an end token ranked lower does not count
-                row.add(history[first + parent].tolist(), token, score)
-            continue
-        running.append((first + parent, token, score))
-        if len(running) == row.size:
-            break
-    row.check(max(best), history.shape[1] + 1)
-    return running
+    settings: TextSettings,
+) -> list[list[WrittenText]]:
+    """The finished texts of every row, followed back from their ends; running ones count where a row is not done."""
+    parents, tokens = (torch.stack(x).tolist() for x in zip(*trace, strict=True))
+
+    def back(step: int, beam: int) -> list[int]:
+        ids = []
+        for at in range(step - 1, -1, -1):
+            ids.append(tokens[at][beam])
+            beam = parents[at][beam]
+        return ids[::-1]
+
+    columns = (finished.scores, finished.ends, finished.steps, finished.parents, finished.done, scores)
+    found = []
+    for score, end, step, parent, done, running in zip(*(x.tolist() for x in columns), strict=True):
+        row = Hypotheses(settings.num_beams, settings.length_penalty)
+        row.finished = [
+            WrittenText(back(at, beam), token, value)
+            for value, token, at, beam in zip(score, end, step, parent, strict=True) if at >= 0
+        ]  # fmt: skip
+        if not done:
+            for beam, value in enumerate(running, len(found) * settings.num_beams):
+                row.add(history[beam].tolist(), None, value)
+        found.append(row.finished[: settings.num_return_sequences])
+    return found
 
 
 @torch.no_grad()
 def score_options(
-    context: Context, options: Sequence[Sequence[Sequence[int]]], batch_size: int = 4
+    state: GenerationState, options: Sequence[Sequence[Sequence[int]]], batch_size: int = 4
 ) -> list[list[float]]:
-    """Log-probabilities of given continuations, not normalised by length; the context is read only once.
+    """Log-probabilities of given continuations, not normalised by length; what was read is read only once.
 
     Args:
-        context: rows of prompts; left as it was.
+        state: rows of prompts; left as it was.
         options: for each row the ids of its options.
         batch_size: options read at a time.
 
@@ -212,26 +314,26 @@ def score_options(
         For each row the sum of log p over each option's tokens.
 
     Raises:
-        ValueError: an option has no tokens.
+        ValueError: an option has no tokens, or does not fit into the context.
     """
     for row, row_options in enumerate(options):
         for number, ids in enumerate(row_options):
             if not len(ids):
                 raise ValueError(f"option {number} of row {row} has no tokens, and so no probability")
-    device, pad = context.mask.device, context.model.config.pad_token_id
+    pad = state.model.config.pad_token_id
     jobs = [(row, ids) for row, row_options in enumerate(options) for ids in row_options]
     totals: list[float] = []
     for begin in range(0, len(jobs), batch_size):
         part = jobs[begin : begin + batch_size]
         longest = max(len(ids) for _, ids in part)
-        tokens = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for _, ids in part], device=device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids in part], device=device)
-        branch = context.select(torch.tensor([row for row, _ in part], device=device))
-        before = branch.last
-        hidden = branch.append_text(tokens, mask)
-        logits = context.model.lm_head(torch.cat([before[:, None], hidden[:, :-1]], dim=1))
+        tokens = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for _, ids in part])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids in part])
+        branch = state.branch([row for row, _ in part], tokens=longest)
+        before = branch.last.clone()
+        hidden = branch.prefill(tokens, mask)
+        logits = state.model.compute_logits(torch.cat([before[:, None], hidden[:, :-1]], dim=1))
         log_probabilities = logits.to(promote(logits.dtype)).log_softmax(-1)
-        chosen = log_probabilities.gather(-1, tokens[..., None])[..., 0]
-        totals += (chosen * mask).sum(-1).tolist()
+        chosen = log_probabilities.gather(-1, tokens.to(logits.device)[..., None])[..., 0]
+        totals += (chosen * mask.to(chosen)).sum(-1).tolist()
     counts = iter(totals)
     return [[next(counts) for _ in row_options] for row_options in options]

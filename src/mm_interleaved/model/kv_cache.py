@@ -29,6 +29,7 @@ class Placement:
 
     Attributes:
         columns: [B, L] column of each new token. A token sees the columns of its row up to its own.
+        positions: [B, L] position of each new token; 0 for padding.
         bound: number of columns that any of them sees.
         rows: [B] row of the cache for each row of the batch; None: row b is row b.
         start: the first column of every row, if the tokens of all rows lie in `start`, `start + 1`, ...; else None.
@@ -36,6 +37,7 @@ class Placement:
     """
 
     columns: Tensor
+    positions: Tensor
     bound: int
     rows: Tensor | None = None
     start: int | None = None
@@ -69,9 +71,11 @@ class KVCacheLayer(CacheLayerMixin):
         """Take memory of the type and on the device of `key_states` [B, K, L, H]."""
         rows, capacity = self._cache.rows, self._cache.capacity
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            x.new_zeros(rows, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
-        )
+        with torch.inference_mode(False):  # others could not write into tensors of inference mode
+            self.keys, self.values = (
+                torch.zeros(rows, x.shape[1], capacity, x.shape[3], dtype=self.dtype, device=self.device)
+                for x in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -134,7 +138,7 @@ class KVCache(Cache):
         self.device_lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.own = torch.arange(rows, device=device)
         self.source = self.own[:, None].repeat(1, capacity) if shared else None
-        self.placement = Placement(self.device_lengths[:, None], 0)
+        self.placement = Placement(self.own[:0, None], self.own[:0, None], 0)
 
     def place(self, mask: Tensor, rows: Sequence[int] | None = None) -> Placement:
         """Make place for the tokens of `mask` [B, L] (on the CPU, 1 = a token) behind the last token of `rows`.
@@ -148,8 +152,8 @@ class KVCache(Cache):
         after = [a + b for a, b in zip(before, counts, strict=True)]
         if max(after, default=0) >= self.capacity:
             raise ValueError(f"{max(after)} tokens do not fit into a KV cache of {self.capacity - 1}")
-        columns = torch.tensor(before)[:, None] + mask.cumsum(1) - 1
-        columns = torch.where(mask == 1, columns, self.capacity - 1)
+        positions = torch.where(mask == 1, torch.tensor(before)[:, None] + mask.cumsum(1) - 1, 0)
+        columns = torch.where(mask == 1, positions, self.capacity - 1)
         gapless = all(count == mask.shape[1] for count in counts) and len(set(before)) == 1
         bound = max(after, default=0)
         everyone = list(chosen) == list(range(self.rows))
@@ -158,8 +162,8 @@ class KVCache(Cache):
             self.lengths[row] = length
         self.device_lengths.copy_(send(torch.tensor(self.lengths), device))
         self.placement = Placement(
-            send(columns, device), bound, None if everyone else send(torch.tensor(list(chosen)), device),
-            before[0] if gapless else None,
+            send(columns, device), send(positions, device), bound,
+            None if everyone else send(torch.tensor(list(chosen)), device), before[0] if gapless else None,
         )  # fmt: skip
         return self.placement
 
@@ -172,14 +176,15 @@ class KVCache(Cache):
             known: whether `lengths` are those before this step and all rows read as one; attention is then limited to
                 the columns in use. In a CUDA graph it cannot be.
         """
-        steps = self.device_lengths[:, None] + torch.arange(count, device=self.own.device)
+        columns = positions = self.device_lengths[:, None] + torch.arange(count, device=self.own.device)
         if count > 1:
-            steps = torch.where(reading[:, None], steps, self.capacity - 1)
+            columns = torch.where(reading[:, None], positions, self.capacity - 1)
+            positions = torch.where(reading[:, None], positions, 0)
         alike = known and len(set(self.lengths)) == 1
         bound = min(max(self.lengths) + count, self.capacity) if known else self.capacity
         if self.source is not None:
-            self.source.scatter_(1, steps, self.own[:, None].expand(-1, count))
-        self.placement = Placement(steps, bound, None, self.lengths[0] if alike and count == 1 else None)
+            self.source.scatter_(1, columns, self.own[:, None].expand(-1, count))
+        self.placement = Placement(columns, positions, bound, None, self.lengths[0] if alike and count == 1 else None)
         self.device_lengths.add_(reading.long() * count)
         return self.placement
 

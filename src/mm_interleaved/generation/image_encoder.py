@@ -1,0 +1,92 @@
+"""Encoding images by CUDA graphs of 16, 8, 4, 2 and 1 images, each captured when it is first needed."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..model import MMInterleavedModel
+from ..model.static import Pool, capture
+from ..model.visual_tokenizer import VisualFeatures
+from ..model.weights import state_of, why_not_captured
+
+LARGEST_GRAPH = 16  # images that are encoded together, a power of two
+MOST_SPARE = 2  # places of a graph that may stay empty: one more graph would take longer
+
+
+class GraphedImageEncoder:
+    """The visual tokenizer for at most so many images; its reference implementation is `encode_images` of the model.
+
+    Args:
+        model: whose it is. Only a weak reference is kept.
+        places: images that it encodes at a time, of which some may be whatever was there before.
+        like: images [I, 3, side, side] as they will be.
+        captured: whether it is captured; None: on a CUDA device.
+    """
+
+    def __init__(self, model: MMInterleavedModel, places: int, like: Tensor, captured: bool | None = None) -> None:
+        self._model = weakref.ref(model)
+        self.pixels = torch.zeros(places, *like.shape[1:], dtype=like.dtype, device=like.device)
+        self.features: VisualFeatures | None = None
+        self.replay = None
+        if like.device.type == "cuda" if captured is None else captured:
+            self.replay = capture(self._step, like.device)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> VisualFeatures:
+        """Features of `pixels` [I, 3, side, side], at most as many as there are places."""
+        count = len(pixels)
+        self.pixels[:count] = pixels
+        (self.replay or self._step)()
+        found = self.features
+        return VisualFeatures(
+            found.tokens[:count].clone(), [m[:count].clone() for m in found.pyramid],
+            found.last_hidden_state[:count].clone(),
+        )  # fmt: skip
+
+    def _step(self) -> None:
+        self.features = self._model().encode_images(self.pixels)
+
+
+def _places(count: int) -> int:
+    """The graph of how many images `count` images begin with."""
+    enough = 1 << (count - 1).bit_length()
+    few_spare = enough - count <= min(MOST_SPARE, enough // 4)
+    return min(enough if few_spare else enough // 2, LARGEST_GRAPH)
+
+
+@torch.no_grad()
+def encode_images(model: MMInterleavedModel, pixel_values: Tensor, graphs: bool) -> VisualFeatures:
+    """Features of `pixel_values` [I, 3, side, side].
+
+    Args:
+        graphs: whether to replay captured graphs, where the visual tokenizer can be captured.
+    """
+    if not graphs or why_not_captured(model.visual_tokenizer) is not None:
+        return model.encode_images(pixel_values)
+    return encode_by_graphs(model, pixel_values)
+
+
+@torch.no_grad()
+def encode_by_graphs(model: MMInterleavedModel, pixel_values: Tensor) -> VisualFeatures:
+    """Features of `pixel_values` [I, 3, side, side] by graphs of some of them at a time."""
+    left = pixel_values.to(model.compute_device)
+    state, found = state_of(model.visual_tokenizer), []
+    while len(left):
+        places = _places(len(left))
+        key = (places, left.shape[1:], left.dtype)
+        with _pool.borrow(model, key, state, partial(GraphedImageEncoder, model, places, left)) as encoder:
+            found.append(encoder(left[:places]))
+        left = left[places:]
+    pyramids = zip(*(f.pyramid for f in found), strict=True)
+    return VisualFeatures(
+        torch.cat([f.tokens for f in found]),
+        [torch.cat(maps) for maps in pyramids],
+        torch.cat([f.last_hidden_state for f in found]),
+    )
+
+
+_pool: Pool[GraphedImageEncoder] = Pool(LARGEST_GRAPH.bit_length())

@@ -1,0 +1,401 @@
+"""What the model has read of some rows of text and images, and how it reads on.
+
+Reading is incremental and exact: attention is causal, positions never change, and a token sees only images before it.
+So keys, values, hidden states and MMFS values of images stay valid for as long as a row grows.
+
+Rows are independent: each has its own length and its own images, and reading some rows leaves the others alone. What
+follows from token ids alone is computed by the host before the device has anything to do. From then on nothing waits
+for the device.
+
+Axes: R rows, B rows of one call, L new tokens, D width, I images, S slots for images that a token sees.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..model import MMInterleavedModel
+from ..model.image_settings import CacheImplementation
+from ..model.kv_cache import send
+from ..model.language_model import image_features, synchronizers
+from ..model.layout import visible_images
+from ..model.mmfs import VisibleImages
+from ..model.unet import EarlierImages
+from ..model.visual_tokenizer import VisualFeatures
+from .image_encoder import encode_images
+from .workspace import POOL, Capacity, Workspace, uses_graphs
+
+Images = list[int]  # numbers of images, most recent first
+
+
+@dataclass
+class _Arrivals:
+    """What the host knows of tokens that are about to be read.
+
+    Attributes:
+        rows: place in the batch of each whole image, in their order.
+        images: [B, L, S] images that each token sees, most recent first, -1 = none.
+        visible: for each row those that its next token sees.
+    """
+
+    rows: list[int]
+    images: Tensor
+    visible: list[Images]
+
+    @classmethod
+    def of(
+        cls, model: MMInterleavedModel, ids: Tensor, mask: Tensor, visible: Sequence[Images], first: int
+    ) -> _Arrivals:
+        """For `ids` and `mask` [B, L] on the CPU after tokens that left `visible`; `first` numbers the new images."""
+        config = model.config
+        begins = (ids == config.soi_token_id) & (mask == 1)
+        followed = torch.cat([ids[:, 1:] == config.image_token_id, torch.zeros_like(begins[:, :1])], dim=1)
+        whole = ids.masked_fill(begins & ~followed, -1)  # without the SOI tokens of images still to be generated
+        images = visible_images(whole, mask, config.bos_token_id, config.soi_token_id)
+        restarted = (ids == config.bos_token_id).cumsum(1) > 0
+        known = _padded(visible)[:, None].masked_fill(restarted[..., None], -1)
+        known = known.expand(-1, ids.shape[1], -1)
+        images = _newest_first(torch.cat([torch.where(images >= 0, images + first, -1), known], dim=-1))
+        images = images.masked_fill(mask[..., None] == 0, -1)
+        after = [list(v) for v in visible]
+        for row, tokens in enumerate(mask):
+            real = tokens.nonzero()[:, 0]
+            if len(real):
+                after[row] = [i for i in images[row, real[-1]].tolist() if i >= 0]
+        return cls((begins & followed).nonzero()[:, 0].tolist(), images, after)
+
+
+class GenerationState:
+    """Rows of text and images that the model has read, and can read on from.
+
+    Its memory is leased (`workspace.py`): it goes back for the next session when the state is gone. Weights derived
+    from others are computed when a state is made, so that one state is one generation call.
+
+    Args:
+        model: that reads.
+        rows: number of rows, R.
+        graphs: whether decode steps and image reads are captured in CUDA graphs.
+        tokens, slots, images: that there will be room for at once; there is more when it is needed.
+        shared: whether rows share columns (beams).
+
+    Attributes:
+        visible: for each row the images that its next token sees, most recent first.
+        row_images: the images of each row, oldest first.
+        pyramids: for each image its four maps [vision width, side, side], as long as the image decoder may need them.
+        tokens_read: tokens that went through the language model so far, padding included.
+        images_read: images that were encoded so far.
+    """
+
+    def __init__(
+        self,
+        model: MMInterleavedModel,
+        rows: int,
+        graphs: bool = False,
+        *,
+        tokens: int = 0,
+        slots: int = 0,
+        images: int = 0,
+        shared: bool = False,
+    ) -> None:
+        self.model, self.graphs = model, graphs
+        self.visible: list[Images] = [[] for _ in range(rows)]
+        self.row_images: list[list[int]] = [[] for _ in range(rows)]
+        self.pyramids: list[list[Tensor] | None] = []
+        self.tokens_read = self.images_read = 0
+        self._logits_known = False
+        self._lease(Capacity(rows, tokens + 1, slots, images, shared))
+
+    @classmethod
+    def empty(
+        cls, model: MMInterleavedModel, rows: int, implementation: CacheImplementation = "auto", tokens: int = 0
+    ) -> GenerationState:
+        """Nothing read yet; `tokens` is what there will be room for at once.
+
+        Raises:
+            ValueError: `implementation` is "static", but the model cannot be captured.
+        """
+        return cls(model, rows, uses_graphs(model, implementation), tokens=tokens)
+
+    # ---- what has been read
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return len(self.visible)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return self.workspace.cache.lengths
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.workspace.last.device
+
+    @property
+    def last(self) -> Tensor:
+        """[R, D] hidden state of each row's last token."""
+        return self.workspace.last
+
+    def hidden(self, row: int) -> Tensor:
+        """[length, D] hidden states of all tokens of a row."""
+        return self.workspace.hidden[row, : self.lengths[row]]
+
+    @torch.no_grad()
+    def next_logits(self) -> Tensor:
+        """[R, V] what comes next in every row, float32 or better; overwritten by the next decode step."""
+        if not self._logits_known:
+            self.workspace.logits.copy_(self.model.compute_logits(self.last))
+            self._logits_known = True
+        return self.workspace.logits
+
+    # ---- memory
+
+    def _lease(self, need: Capacity) -> None:
+        workspace = POOL.lease(self.model, need, self.graphs)
+        self.workspace: Workspace = workspace
+        self._give_back = weakref.finalize(self, POOL.give_back, weakref.ref(self.model), workspace)
+
+    def _reserve(self, tokens: int, slots: int, images: int) -> None:
+        """Have room for rows of so many tokens, and so many images; what has been read stays.
+
+        Raises:
+            ValueError: a row would see more images than the model tells apart.
+        """
+        most = self.model.config.mmfs.max_images - 1
+        if slots > most:
+            raise ValueError(
+                f"{slots} images are visible at once, but this model distinguishes at most {most}; split the document"
+            )
+        before = self.workspace
+        need = Capacity(self.rows, tokens + 1, slots, images, before.capacity.shared)
+        if before.capacity.holds(need):
+            return
+        held = before.capacity
+        if tokens + 1 > held.columns and self.device.type == "cpu":
+            tokens = max(tokens, 2 * held.columns)  # growing copies, so that it should be rare
+        give_back = self._give_back
+        self._lease(Capacity(self.rows, max(tokens + 1, held.columns), max(slots, held.slots),
+                             max(images, held.images), held.shared))  # fmt: skip
+        self.workspace.take_over(before, list(range(self.rows)), 1, len(self.pyramids))
+        self._show_images()
+        give_back()
+
+    def branch(self, rows: Sequence[int], width: int = 1, tokens: int = 0) -> GenerationState:
+        """A state of the given rows (any may repeat), which reads on without touching this one.
+
+        Args:
+            rows: of this state.
+            width: copies of each; they share what has been read. The copies of the first row come first.
+            tokens: that there will be room for at once behind what has been read.
+        """
+        longest = max((self.lengths[r] for r in rows), default=0)
+        chosen = [r for r in rows for _ in range(width)]
+        slots = max((len(self.visible[r]) for r in rows), default=0)
+        count = len(self.pyramids) if slots else 0
+        state = GenerationState(
+            self.model, len(chosen), self.graphs, tokens=longest + tokens, slots=slots, images=count, shared=width > 1
+        )
+        state.workspace.take_over(self.workspace, list(rows), width, count)
+        state.visible = [list(self.visible[r]) for r in chosen]
+        state.row_images = [list(self.row_images[r]) for r in chosen]
+        state.pyramids = list(self.pyramids)
+        state._show_images()
+        return state
+
+    def _show_images(self) -> None:
+        """Tell the device which images each row sees."""
+        slots = self.workspace.capacity.slots
+        self.workspace.visible.copy_(send(_padded(self.visible, slots), self.device))
+
+    # ---- reading
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, mask: Tensor, pixel_values: Tensor | None = None, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Read text and whole images.
+
+        Args:
+            input_ids: [B, L]; may hold whole images, and a begin-of-image token at the end of a row whose image is
+                still to be generated.
+            mask: [B, L], 0 where a row has nothing.
+            pixel_values: [I, 3, image_size, image_size] of the whole images, row by row.
+            rows: the row of the state for each row of the batch; None: all, in order.
+
+        Returns:
+            Hidden states [B, L, D] of the new tokens.
+
+        Raises:
+            ValueError: the number of image tokens does not fit that of the images, or a row becomes longer than the
+                model reads.
+        """
+        chosen = list(range(self.rows)) if rows is None else list(rows)
+        ids, mask = input_ids.cpu(), mask.cpu()
+        count = 0 if pixel_values is None else len(pixel_values)
+        if count:
+            self.model.check_image_tokens(ids, count)
+        longest = max(self.lengths[r] + n for r, n in zip(chosen, mask.sum(1).tolist(), strict=True))
+        if longest > self.model.context_length:
+            raise ValueError(f"{longest} tokens are more than the {self.model.context_length} that the model reads")
+        first = len(self.pyramids)
+        new = _Arrivals.of(self.model, ids, mask, [self.visible[r] for r in chosen], first)
+        self._reserve(longest, max(new.images.shape[-1], *(len(v) for v in new.visible), 0), first + count)
+        ids = send(ids, self.device)
+        features = self._encode(pixel_values, [chosen[r] for r in new.rows]) if count else None
+        embeds = self.model.embed(ids, features.tokens if features else None, checked=True)
+        hidden = self._forward(embeds, mask, new.images, rows)
+        for row, visible in zip(chosen, new.visible, strict=True):
+            self.visible[row] = visible
+        self._show_images()
+        return hidden
+
+    @torch.no_grad()
+    def append_images(self, rows: Sequence[int], pixel_values: Tensor) -> None:
+        """Read the images [B, 3, image_size, image_size] for which `rows`, each ending with a begin-of-image token,
+        have been waiting."""
+        count, first = self.model.config.num_image_tokens, len(self.pyramids)
+        for offset, row in enumerate(rows):
+            self.visible[row] = [first + offset, *self.visible[row]]
+        longest = max(self.lengths[r] for r in rows) + count
+        self._reserve(longest, max(len(v) for v in self.visible), first + len(rows))
+        tokens = self._encode(pixel_values, list(rows)).tokens
+        self._show_images()
+        if self.graphs:
+            self._append_block(list(rows), tokens)
+            return
+        images = _padded([self.visible[r] for r in rows])[:, None].expand(-1, count, -1)
+        self._forward(tokens, torch.ones(len(rows), count, dtype=torch.long), images, rows)
+
+    def _append_block(self, rows: list[int], tokens: Tensor) -> None:
+        """Read the tokens [B, L, D] of one image in each of `rows` by a captured step."""
+        workspace, count = self.workspace, tokens.shape[1]
+        index = send(torch.tensor(rows), self.device)
+        workspace.block[index] = tokens.to(workspace.block.dtype)
+        workspace.reading.copy_(send(torch.tensor([r in rows for r in range(self.rows)]), self.device))
+        workspace.step_block()
+        for row in rows:
+            workspace.cache.lengths[row] += count
+        self.tokens_read += self.rows * count
+        self._logits_known = True
+
+    @torch.no_grad()
+    def decode_step(self, tokens: Tensor, reading: Tensor) -> Tensor:
+        """Read one plain token in some rows.
+
+        With CUDA graphs nothing waits for the device, and `lengths` stay as they are: say `settle` afterwards.
+
+        Args:
+            tokens: [R]; any in rows that do not read.
+            reading: [R] bool.
+
+        Returns:
+            What comes next [R, V], as `next_logits`.
+        """
+        workspace = self.workspace
+        workspace.tokens.copy_(tokens)
+        workspace.reading.copy_(reading)
+        workspace.step(len(self.pyramids), max(map(len, self.visible)))
+        if not self.graphs:
+            self.settle(reading.long().tolist())
+        self.tokens_read += self.rows
+        self._logits_known = True
+        return workspace.logits
+
+    def settle(self, counts: Sequence[int]) -> None:
+        """Take note of how many tokens each row has read in decode steps."""
+        cache = self.workspace.cache
+        cache.set_lengths([a + b for a, b in zip(cache.lengths, counts, strict=True)])
+
+    def reserve_steps(self, steps: int) -> None:
+        """Have room for so many decode steps, which then find nothing to grow."""
+        self._reserve(max(self.lengths, default=0) + steps, max(map(len, self.visible)), len(self.pyramids))
+
+    def truncate(self, row: int, length: int) -> None:
+        """Take back the plain text of a row from position `length` on; at least one token must stay."""
+        self.workspace.cache.truncate(row, length)
+        self.last[row] = self.workspace.hidden[row, length - 1]
+        self._logits_known = False
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i what row `rows[i]` was; both must be copies of one row (see `branch`)."""
+        self.workspace.cache.reorder_cache(rows)
+        self.last.copy_(self.last[rows])
+
+    def _forward(self, embeds: Tensor, mask: Tensor, images: Tensor, rows: Sequence[int] | None) -> Tensor:
+        """Read `embeds` [B, L, D] in `rows`; `mask` [B, L] and `images` [B, L, S] are on the CPU."""
+        workspace = self.workspace
+        place = workspace.cache.place(mask, rows)
+        visible = VisibleImages.build(send(images.flatten(0, 1), self.device), len(self.pyramids))
+        known = workspace.images_of(len(self.pyramids))
+        hidden = self.model.decode(embeds, known, visible, None, place.positions, workspace.cache)
+        own = workspace.cache.own if place.rows is None else place.rows
+        workspace.hidden[own[:, None], place.columns] = hidden.to(workspace.hidden.dtype)
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        found = hidden[torch.arange(len(hidden), device=hidden.device), send(last, self.device)]
+        some = send(mask.any(1), self.device)[:, None]
+        workspace.last[own] = torch.where(some, found, workspace.last[own]).to(workspace.last.dtype)
+        self.tokens_read += mask.numel()
+        self._logits_known = False
+        return hidden
+
+    def _encode(self, pixel_values: Tensor, rows: list[int]) -> VisualFeatures:
+        """Encode images, and keep what later tokens and drawings need of them; `rows` say whose they are."""
+        features = encode_images(self.model, pixel_values, self.graphs)
+        first = len(self.pyramids)
+        maps = image_features(self.model.config, features.pyramid).features
+        for kept, synchronizer in zip(
+            self.workspace.images.values, synchronizers(self.model.language_model), strict=True
+        ):
+            kept[first : first + len(maps)] = synchronizer.project(maps)
+        self.images_read += len(rows)
+        keep = self.model.config.image_decoder.previous_images
+        for offset, row in enumerate(rows):
+            self.row_images[row].append(first + offset)
+            self.pyramids.append([m[offset] for m in features.pyramid])
+        needed = {image for images in self.row_images for image in images[-keep:]}
+        self.pyramids = [p if i in needed else None for i, p in enumerate(self.pyramids)]
+        return features
+
+    # ---- for the image decoder
+
+    def image_context(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """All that was read of `rows`, last token first: projected [B, longest, D], mask [B, longest]."""
+        texts = [self.hidden(row).flip(0) for row in rows]
+        context = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        lengths = send(torch.tensor([len(t) for t in texts]), self.device)
+        mask = (torch.arange(context.shape[1], device=self.device) < lengths[:, None]).long()
+        return self.model.project_context(context, mask), mask
+
+    def earlier_images(self, rows: Sequence[int]) -> EarlierImages:
+        """The images that condition the next generated image of each of `rows`."""
+        keep = self.model.config.image_decoder.previous_images
+        seen = [self.row_images[row][-keep:][::-1] for row in rows]
+        needed = sorted({image for images in seen for image in images})
+        pyramid = self.model.empty_pyramid()
+        if needed:
+            pyramid = [torch.stack(maps) for maps in zip(*(self.pyramids[i] for i in needed), strict=True)]
+        width = max(len(images) for images in seen)
+        numbers = [[needed.index(i) for i in images] + [-1] * (width - len(images)) for images in seen]
+        images = torch.tensor(numbers, dtype=torch.long, device=self.device).view(len(rows), width)
+        return EarlierImages.build(pyramid, images)
+
+
+def _padded(visible: Sequence[Images], slots: int | None = None) -> Tensor:
+    """[B, S] lists of images followed by -1."""
+    slots = max(map(len, visible), default=0) if slots is None else slots
+    rows = [[*images, *[-1] * (slots - len(images))] for images in visible]
+    return torch.tensor(rows, dtype=torch.long).view(len(visible), slots)
+
+
+def _newest_first(images: Tensor) -> Tensor:
+    """Entries in order, all -1 moved to the end: [..., S] to [..., fewest slots that hold them]."""
+    order = torch.argsort((images < 0).int(), dim=-1, stable=True)
+    images = images.gather(-1, order)
+    return images[..., : int((images >= 0).sum(-1).max()) if images.numel() else 0]
