@@ -16,9 +16,9 @@ from .document import Document
 from .files import load_documents
 from .folder import Folder
 from .forms import ORIGINAL_TURNS, ROLES, SEGMENT_FIELDS, interleave
-from .segments import DocumentError, FileSlice, Image, Segment, Text
+from .segments import DocumentError, FileSlice, Generated, Image, Segment, Text
 
 __all__ = [
-    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "FileSlice", "Folder", "Image", "Segment",
-    "Text", "interleave", "load_documents",
+    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "FileSlice", "Folder", "Generated", "Image",
+    "Segment", "Text", "interleave", "load_documents",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
@@ -21,6 +21,23 @@ class DocumentError(ValueError):
 
 
 @dataclass(frozen=True)
+class Generated:
+    """How a model generated a segment.
+
+    Attributes:
+        turn: number of the document's turn that it was made in, from 0.
+        ids: for text, its tokens with the end token.
+        text: for text, what the model generated, also where a forced text of the document stands in its place.
+        candidates: for an image, all candidates; the first is the segment's source.
+    """
+
+    turn: int
+    ids: tuple[int, ...] = ()
+    text: str | None = None
+    candidates: tuple[PIL.Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
 class Text:
     """A run of text. Neighbouring texts are joined by a space, unless one of them brings white space along.
 
@@ -29,12 +46,14 @@ class Text:
         supervise: whether training learns to write it.
         role: who speaks (`system`, `user` or `assistant`), in a conversation.
         attached: whether it continues the text before it without a space.
+        generated: how a model generated it; None: it was given. It does not count in comparisons.
     """
 
     text: str | None = None
     supervise: bool = True
     role: str | None = None
     attached: bool = False
+    generated: Generated | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_open(self) -> bool:
@@ -75,12 +94,14 @@ class Image:
         supervise: whether training learns to draw it (and to announce it).
         role: who shows it, in a conversation.
         target: another picture for the image decoder to learn in its place; None: the picture itself.
+        generated: as of `Text`.
     """
 
     source: str | Path | FileSlice | PIL.Image.Image | None = None
     supervise: bool = True
     role: str | None = None
     target: str | Path | FileSlice | PIL.Image.Image | None = None
+    generated: Generated | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_open(self) -> bool:

@@ -1,6 +1,5 @@
-"""Generation: text, pictures, option scores, and documents in which both alternate."""
+"""Generation: text, images, option scores, and documents in which both alternate."""
 
-from .context import Context
 from .interleaved import (
     DocumentFinished,
     Event,
@@ -12,14 +11,15 @@ from .interleaved import (
 from .mm_interleaved import MMInterleaved
 from .rules import WrittenText
 from .settings import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, ImagePreset, ImageSettings, TextSettings
+from .state import GenerationState
 
 __all__ = [
     "IMAGE_PRESETS",
     "TEXT_PRESETS",
-    "Context",
     "DocumentFinished",
     "Event",
     "GenerationSettings",
+    "GenerationState",
     "ImagePreset",
     "ImageProgress",
     "ImageSettings",

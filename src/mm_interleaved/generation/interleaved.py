@@ -16,24 +16,26 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import PIL.Image
 import torch
+from torch import Tensor
 
-from ..document import ORIGINAL_TURNS, Document, DocumentError, Image, Segment, Text
+from ..document import ORIGINAL_TURNS, Document, DocumentError, Generated, Image, Segment, Text
 from ..model import MMInterleavedModel
 from ..model.image_decoder import DenoisingStep
 from ..processor import MMInterleavedProcessor
 from ..processor.images import to_picture
 from ..processor.packing import TokenStream
 from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
-from .context import Context
+from .rules import WrittenText, end_tokens
 from .settings import GenerationSettings
-from .static import read_column, uses_static
-from .static_pictures import eyes_of, read_images
-from .text import WrittenText, add_tokens, end_tokens, write, write_beams
+from .state import GenerationState
+from .text import add_tokens, write, write_beams
+from .workspace import uses_graphs
 
 Turn = Literal["text", "image"]
-CHAT_TURNS = 4  # most texts and pictures of an answer that does not end by itself
+CHAT_TURNS = 4  # most texts and images of an answer that does not end by itself
 
 
 @dataclass
@@ -46,7 +48,7 @@ class TextDelta:
 
 @dataclass
 class ImageProgress:
-    """One denoising step of a document's current picture; `preview` only when one was asked for."""
+    """One denoising step of a document's current image; `preview` only when one was asked for."""
 
     document: int
     candidate: int
@@ -57,14 +59,14 @@ class ImageProgress:
 
 @dataclass
 class SegmentFinished:
-    """A text or a picture is finished.
+    """A text or an image is finished.
 
     Attributes:
         document: number of the document in the batch.
         turn: which of the document's turns it was, from 0.
-        segment: what was made.
+        segment: what was generated.
         ids: for text, its tokens with the end token.
-        candidates: for a picture, all candidates; the first is `segment.source`, which the document goes on from.
+        candidates: for an image, all candidates; the first is `segment.source`, which the document goes on from.
         replaced_by: the forced text that the document goes on from instead, if there was one.
     """
 
@@ -82,7 +84,7 @@ class DocumentFinished:
 
     Attributes:
         document: its number in the batch.
-        result: the document with its slots filled and what was added.
+        result: the document with its slots filled and what was added; `Segment.generated` says which is which.
         reason: `slots` (all filled), `eos`, `turns`, `segments`, `tokens`, `images` or `context` (no more room).
     """
 
@@ -107,18 +109,43 @@ class Prepared:
     plan: Sequence[TokenStream | Turn]
 
 
+def _plain(ids: Sequence[int]) -> TokenStream:
+    """Text tokens as a stream."""
+    return TokenStream(np.array(ids, np.int64), np.zeros(len(ids), bool), [])
+
+
 @dataclass
 class _Row:
-    """One document on its way."""
+    """One document on its way.
+
+    Attributes:
+        document: as it was given.
+        queue: its stretches and open slots that are still to come.
+        max_turns: most texts and images to generate.
+        goes_on: whether it continues by itself after its last slot.
+        generator: for sampled text.
+        image_seed: of its images.
+        ids: all its tokens so far.
+        images: all its images so far.
+        unread_image: pixels [3, side, side] of an image whose begin-of-image token was read, but not the image.
+        unread: the tokens after that which the model has not read.
+        next_turn: what it does next.
+        turns: number of texts and images generated.
+        made: what was generated.
+        tokens: number of text tokens generated.
+        reason: why it ended; None: it has not.
+    """
 
     document: Document
     queue: deque[TokenStream | Turn]
     max_turns: int
-    goes_on: bool  # whether it continues by itself after its last slot
+    goes_on: bool
     generator: torch.Generator
     image_seed: int
     ids: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+    unread_image: Tensor | None = None
+    unread: TokenStream = field(default_factory=TokenStream.empty)
     next_turn: Turn = "text"
     turns: int = 0
     made: list[Segment] = field(default_factory=list)
@@ -143,12 +170,12 @@ class _Row:
 
 
 class InterleavedGenerator:
-    """Runs a batch of documents. `rows` and `context` may be looked at between events.
+    """Runs a batch of documents. `rows` and `state` may be looked at between events.
 
     Args:
-        model: what reads, writes and draws.
-        processor: turns documents into tokens and pictures into pixels.
-        settings: how; what they leave open is as the model has it.
+        model: that reads and generates.
+        processor: turns documents into tokens and images into pixels.
+        settings: how; what they leave open is as the model's configuration says.
         progress: whether to give an event for every denoising step.
     """
 
@@ -162,9 +189,9 @@ class InterleavedGenerator:
         self.model, self.processor, self.progress = model, processor, progress
         self.settings = replace(settings, image=model.image_decoder.settled(settings.image))
         config = model.config
-        self.limit = min(config.text_config.max_position_embeddings, config.max_context_length)
+        self.limit = model.context_length
         self.most_images = config.mmfs.max_images - 1
-        self.banned = [config.image_token_id]  # an image slot in the text would have no picture
+        self.banned = [config.image_token_id]  # an image token in the text would have no image
 
     def plan(self, document: Document) -> deque[TokenStream | Turn]:
         """A document as given stretches and open slots in turn; the first is always a stretch."""
@@ -194,29 +221,44 @@ class InterleavedGenerator:
         return Prepared(document, plan)
 
     def start(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> None:
-        """Take documents in, without reading their pictures.
+        """Take documents in, without reading their images.
 
         Args:
             documents: what is to be filled and continued, prepared or not.
-            seeds: for each document, of its texts and its pictures, in place of the settings'; None: the settings'.
+            seeds: for each document, of its texts and its images, in place of the settings'; None: the settings'.
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
-            ValueError: pictures cannot be drawn with these settings.
+            ValueError: images cannot be generated with these settings.
         """
         self.model.image_decoder.sampler(self.settings.image)
-        self.rows: list[_Row] = []
+        given = self.prepare_all(documents)
+        seed, image_seed = self.settings.seed, self.settings.image.seed
+        chosen = [(seed, image_seed)] * len(given) if seeds is None else [(s, s) for s in seeds]
+        self.rows: list[_Row] = [self._row(one, *pair) for one, pair in zip(given, chosen, strict=True)]
+        self.state = None  # its memory goes back before more is taken
+        self.state: GenerationState = self._new_state(given)
+
+    def prepare_all(self, documents: Sequence[Document | Prepared]) -> list[Prepared]:
+        """`prepare` for several documents; an error says which one it is about."""
+        prepared = []
         for index, document in enumerate(documents):
             try:
-                given = document if isinstance(document, Prepared) else self.prepare(document)
+                prepared.append(document if isinstance(document, Prepared) else self.prepare(document))
             except DocumentError as error:
                 raise error.at(document.place or f"document {index}") from None
-            seed, image_seed = (
-                (self.settings.seed, self.settings.image.seed) if seeds is None else (seeds[index], seeds[index])
-            )
-            self.rows.append(self._row(given, seed, image_seed))
-        eyes = eyes_of(self.model, self.settings.text.cache_implementation)
-        self.context = Context.empty(self.model, len(self.rows), eyes)
+        return prepared
+
+    def _new_state(self, given: Sequence[Prepared]) -> GenerationState:
+        """A state with room for the beginning of each document and for its images, as far as they are known."""
+        images = [sum(len(x.images) if isinstance(x, TokenStream) else x == "image" for x in one.plan) for one in given]
+        images = [count + row.goes_on for count, row in zip(images, self.rows, strict=True)]
+        first = max((len(one.plan[0]) for one in given), default=0)
+        tokens = first + self.settings.text.max_new_tokens + self.model.config.num_image_tokens
+        return GenerationState(
+            self.model, len(given), uses_graphs(self.model, self.settings.text.cache_implementation),
+            tokens=min(tokens, self.limit), slots=min(max(images, default=0), self.most_images), images=sum(images),
+        )  # fmt: skip
 
     def _row(self, given: Prepared, seed: int, image_seed: int) -> _Row:
         """A document at its start."""
@@ -246,7 +288,7 @@ class InterleavedGenerator:
             )
         if images > self.most_images:
             raise DocumentError(
-                f"{images} pictures are more than the {self.most_images} that the model tells apart",
+                f"{images} images are more than the {self.most_images} that the model tells apart",
                 fix="Leave some out",
             )
 
@@ -259,7 +301,7 @@ class InterleavedGenerator:
 
         Raises:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
-            ValueError: pictures cannot be drawn with these settings.
+            ValueError: images cannot be generated with these settings.
         """
         self.start(documents, seeds)
         size = self.settings.image.batch_size
@@ -276,26 +318,40 @@ class InterleavedGenerator:
         return [i for i, row in enumerate(self.rows) if row.reason is None and row.next_turn == turn]
 
     def _advance(self) -> Iterator[Event]:
-        """Read what stands before the next slot of each row; decide what each does next; end those that are done."""
-        streams = [TokenStream.empty()] * len(self.rows)
-        for index, row in enumerate(self.rows):
-            if row.reason is None and row.queue and isinstance(row.queue[0], TokenStream):
-                if not self._fits(row, len(row.queue[0]), len(row.queue[0].images)):
-                    row.reason = "context"
-                    yield DocumentFinished(index, row.result(), row.reason)
-                    continue
-                streams[index] = row.queue.popleft()
-                row.ids += streams[index].ids.tolist()
-                row.images += streams[index].images
-        if any(len(stream) for stream in streams):
-            batch = self.processor.collate(streams, padding_side="left")
-            self.context.append(batch.input_ids, batch.attention_mask, batch.pixel_values)
+        """Decide what each row does next, end those that are done, and read what the others have not read yet."""
         for index, row in enumerate(self.rows):
             if row.reason is None:
-                row.next_turn = row.queue[0] if row.queue else row.next_turn
-                row.reason = self._why_done(row)
+                self._take_stretch(row)
                 if row.reason is not None:
                     yield DocumentFinished(index, row.result(), row.reason)
+        self._read([i for i, row in enumerate(self.rows) if row.reason is None])
+
+    def _take_stretch(self, row: _Row) -> None:
+        """Take the given text and images before the next slot of a row in, or end it."""
+        if row.queue and isinstance(row.queue[0], TokenStream):
+            if not self._fits(row, len(row.queue[0]), len(row.queue[0].images)):
+                row.reason = "context"
+                return
+            stretch = row.queue.popleft()
+            row.unread += stretch
+            row.ids += stretch.ids.tolist()
+            row.images += stretch.images
+        row.next_turn = row.queue[0] if row.queue else row.next_turn
+        row.reason = self._why_done(row)
+
+    def _read(self, chosen: Sequence[int]) -> None:
+        """Read what `chosen` rows have not read yet."""
+        waiting = [i for i in chosen if self.rows[i].unread_image is not None]
+        if waiting:
+            self.state.append_images(waiting, torch.stack([self.rows[i].unread_image for i in waiting]))
+        for index in waiting:
+            self.rows[index].unread_image = None
+        waiting = [i for i in chosen if len(self.rows[i].unread)]
+        if waiting:
+            batch = self.processor.collate([self.rows[i].unread for i in waiting], padding_side="left")
+            self.state.prefill(batch.input_ids, batch.attention_mask, batch.pixel_values, waiting)
+        for index in waiting:
+            self.rows[index].unread = TokenStream.empty()
 
     def _fits(self, row: _Row, tokens: int, images: int) -> bool:
         return len(row.ids) + tokens <= self.limit and len(row.images) + images <= self.most_images
@@ -321,30 +377,36 @@ class InterleavedGenerator:
     # ---- text
 
     def _write(self, chosen: list[int]) -> Iterator[Event]:
-        self.context.flush()
-        start = self.context.mask.shape[1]
-        rooms = [self._room(row) for row in self.rows]
+        start = list(self.state.lengths)
+        limits = [self._most_tokens(row) for row in self.rows]
         if self.settings.text.num_beams > 1:
-            texts = self._write_beams(chosen, rooms)
+            best = write_beams(self.state, self.settings.text, self._only(chosen, limits), self.banned)
+            texts = {index: best[index][0] for index in chosen}
         else:
-            texts = yield from self._write_stream(chosen, rooms)
+            texts = yield from self._write_stream(chosen, limits)
         for index in chosen:
-            yield from self._after_text(index, texts[index], start)
+            yield from self._after_text(index, texts[index], start[index])
 
-    def _room(self, row: _Row) -> int:
-        """Most tokens that may be written in this turn."""
+    @staticmethod
+    def _only(chosen: Sequence[int], limits: Sequence[int]) -> list[int]:
+        """`limits`, 0 for all other rows."""
+        return [limit if index in chosen else 0 for index, limit in enumerate(limits)]
+
+    def _most_tokens(self, row: _Row) -> int:
+        """Most tokens that may be generated in this turn."""
         most = [self.settings.text.max_new_tokens, self.limit - len(row.ids)]
         if self.settings.max_tokens is not None:
             most.append(self.settings.max_tokens - row.tokens)
         return min(most)
 
-    def _write_stream(self, chosen: list[int], rooms: list[int]) -> Generator[Event, None, dict[int, WrittenText]]:
-        """Write token by token; returns the texts by row."""
+    def _write_stream(self, chosen: list[int], limits: list[int]) -> Generator[Event, None, dict[int, WrittenText]]:
+        """Generate token by token; returns the texts by row."""
         texts = [WrittenText([]) for _ in self.rows]
         shown = [""] * len(self.rows)
-        active = torch.tensor([i in chosen for i in range(len(self.rows))], device=self.context.mask.device)
+        active = torch.tensor([i in chosen for i in range(len(self.rows))])
         generators = [row.generator for row in self.rows]
-        for step in write(self.context, self.settings.text, generators, active, torch.tensor(rooms), self.banned):
+        limits = self._only(chosen, limits)
+        for step in write(self.state, self.settings.text, generators, active, limits, self.banned):
             add_tokens(step, texts, end_tokens(self.model))
             for index in chosen:
                 text = self.processor.decode_text(texts[index].ids)
@@ -353,28 +415,8 @@ class InterleavedGenerator:
                     shown[index] = text
         return {i: texts[i] for i in chosen}
 
-    def _write_beams(self, chosen: list[int], rooms: list[int]) -> dict[int, WrittenText]:
-        texts: dict[int, WrittenText] = {}
-        for room in sorted({rooms[i] for i in chosen}):  # together, but none is cut short by another's lack of room
-            rows = [i for i in chosen if rooms[i] == room]
-            context = self.context.select(torch.tensor(rows, device=self.context.mask.device))
-            settings = replace(self.settings.text, max_new_tokens=room)
-            texts |= zip(rows, (found[0] for found in write_beams(context, settings, self.banned)), strict=True)
-        self._read_text({index: text.ids for index, text in texts.items()})
-        return texts
-
-    def _read_text(self, ids: dict[int, list[int]]) -> None:
-        """Let rows read plain text, when it is needed."""
-        tokens = torch.full((len(self.rows), max(len(i) for i in ids.values())), self.model.config.pad_token_id)
-        mask = torch.zeros_like(tokens)
-        for row, text in ids.items():
-            tokens[row, : len(text)] = torch.tensor(text, dtype=torch.long)
-            mask[row, : len(text)] = 1
-        if mask.any():
-            self.context.defer(partial(self.context.append, tokens, mask))
-
     def _after_text(self, index: int, text: WrittenText, start: int) -> Iterator[Event]:
-        """What a finished text means for its row."""
+        """What a finished text means for its row, of which `start` tokens were read before it."""
         row, config = self.rows[index], self.model.config
         segment, ids, end = Text(self.processor.decode_text(text.ids)), text.ids, text.end
         forced = row.document.forced_texts[row.turns] if row.turns < len(row.document.forced_texts) else ""
@@ -386,12 +428,14 @@ class InterleavedGenerator:
                 row.reason = "context"
                 yield DocumentFinished(index, row.result(), row.reason)
                 return
-        if forced is not None or config.bos_token_id in ids:  # <s> starts a document: what follows sees no picture
-            self.context.forget(index, start)
-            self._read_text({index: ids})
+        if forced is not None or config.bos_token_id in ids:  # <s> starts a document: what follows sees no image
+            self.state.truncate(index, start)
+        row.unread = _plain(ids[self.state.lengths[index] - start :])
         row.ids += ids
         row.tokens += len(text.all_ids)
-        row.made.append(segment if forced is None else Text(forced))
+        generated = Generated(row.turns, ids=tuple(text.all_ids), text=segment.text)
+        segment = replace(segment, generated=generated)
+        row.made.append(segment if forced is None else Text(forced, generated=generated))
         row.take_slot()
         yield SegmentFinished(index, row.turns, segment, text.all_ids, replaced_by=forced)
         row.turns += 1
@@ -404,14 +448,14 @@ class InterleavedGenerator:
         choices = (self.settings.stop_at_eos, document.stop_at_eos, True)
         return next(choice for choice in choices if choice is not None)
 
-    # ---- pictures
+    # ---- images
 
     def _draw(self, chosen: list[int]) -> Iterator[Event]:
         self._announce(chosen)
         decoder, settings = self.model.image_decoder, self.settings.image
         with torch.no_grad():
-            conditions = decoder.resampler(*self.context.image_context(chosen))
-        earlier = self.context.earlier_images(chosen)
+            conditions = decoder.resampler(*self.state.image_context(chosen))
+        earlier = self.state.earlier_images(chosen)
         candidates: list[list[PIL.Image.Image]] = [[] for _ in chosen]
         decode = partial(decoder.decode, half=True) if settings.decode_dtype == "bfloat16" else decoder.decode
         for number in range(settings.num_candidates):
@@ -421,45 +465,46 @@ class InterleavedGenerator:
             for step in decoder.denoise(conditions, earlier, settings, generators):
                 if self.progress:
                     yield from _progress(chosen, number, step)
-            for pictures, values in zip(candidates, decode(step.latents), strict=True):
-                pictures.append(to_picture(values.float().cpu().numpy()))
-        first = self.processor.pixels([pictures[0] for pictures in candidates])
-        if uses_static(self.model, self.settings.text.cache_implementation):
-            self.context.defer(partial(read_images, self.context, chosen, first))
-        else:
-            self.context.defer(partial(self.context.append_images, chosen, first))
-        for index, pictures in zip(chosen, candidates, strict=True):
-            row = self.rows[index]
-            row.ids += [self.model.config.image_token_id] * self.model.config.num_image_tokens
-            row.made.append(Image(pictures[0]))
-            row.images.append(row.made[-1])
-            row.take_slot()
-            yield SegmentFinished(index, row.turns, row.made[-1], candidates=pictures)
-            row.turns += 1
-            row.next_turn = "text"
+            for images, values in zip(candidates, decode(step.latents), strict=True):
+                images.append(to_picture(values.float().cpu().numpy()))
+        pixels = self.processor.pixels([images[0] for images in candidates])
+        for index, images, first in zip(chosen, candidates, pixels, strict=True):
+            yield self._after_image(index, images, first)
+
+    def _after_image(self, index: int, candidates: list[PIL.Image.Image], pixels: Tensor) -> SegmentFinished:
+        """What a finished image means for its row."""
+        row, config = self.rows[index], self.model.config
+        row.unread_image = pixels
+        row.ids += [config.image_token_id] * config.num_image_tokens
+        row.made.append(Image(candidates[0], generated=Generated(row.turns, candidates=tuple(candidates))))
+        row.images.append(row.made[-1])
+        row.take_slot()
+        event = SegmentFinished(index, row.turns, row.made[-1], candidates=candidates)
+        row.turns += 1
+        row.next_turn = "text"
+        return event
 
     def _announce(self, chosen: list[int]) -> None:
-        """Read the begin-of-image token in the rows that draw."""
-        device = self.context.mask.device
-        ids = torch.full((len(self.rows),), self.model.config.soi_token_id, device=device)
-        draws = torch.tensor([i in chosen for i in range(len(self.rows))], device=device)
-        if uses_static(self.model, self.settings.text.cache_implementation):
-            read_column(self.context, ids, draws)
-        else:
-            self.context.append(ids[:, None], draws[:, None].long())
+        """Read the begin-of-image token in the rows that get an image."""
+        state = self.state
+        state.reserve_steps(1)
+        draws = torch.tensor([i in chosen for i in range(len(self.rows))])
+        state.decode_step(torch.full((len(self.rows),), self.model.config.soi_token_id), draws)
+        if state.graphs:
+            state.settle(draws.long().tolist())
         for index in chosen:
             self.rows[index].ids.append(self.model.config.soi_token_id)
 
 
 def _check_forced(document: Document) -> None:
-    """A forced text may ask for a picture by ending in a begin-of-image token; it cannot show one."""
+    """A forced text may ask for an image by ending in a begin-of-image token; it cannot hold one."""
     field_name = "forced_texts" if document.record is None else "multiround_context"
     for index, text in enumerate(document.forced_texts):
         before = text.rstrip().removesuffix(SOI_TOKEN)
         for token in (SOI_TOKEN, IMAGE_TOKEN):
             if token in before:
                 raise DocumentError(f"the text contains the reserved token '{token}'", f"{field_name}[{index}]",
-                                    f"Only '{SOI_TOKEN}' may stand there, at the very end, for a picture")  # fmt: skip
+                                    f"Only '{SOI_TOKEN}' may stand there, at the very end, for an image")  # fmt: skip
 
 
 def _progress(chosen: list[int], candidate: int, step: DenoisingStep) -> Iterator[Event]:

@@ -13,11 +13,12 @@ from ..model import MMInterleavedModel
 from ..model.layout import ImagePositions, find_images, previous_images, visible_images
 from ..model.unet import EarlierImages
 from ..processor import Batch, MMInterleavedProcessor
-from .context import Context
 from .interleaved import DocumentFinished, Event, InterleavedGenerator
 from .settings import CacheImplementation, GenerationSettings, ImageSettings, TextSettings, override
-from .static_pictures import eyes_of
-from .text import WrittenText, score_options, write_beams, write_greedy
+from .rules import WrittenText
+from .state import GenerationState
+from .text import score_options, write_beams, write_greedy
+from .workspace import uses_graphs
 
 
 class MMInterleaved(MMInterleavedModel):
@@ -30,11 +31,25 @@ class MMInterleaved(MMInterleavedModel):
     """
 
     @torch.no_grad()
-    def read(self, batch: Batch, cache_implementation: CacheImplementation = "auto") -> Context:
-        """What the model remembers after reading a batch; "static" and "auto" may record how pictures are encoded."""
-        context = Context.empty(self, len(batch.input_ids), eyes_of(self, cache_implementation))
-        context.append(batch.input_ids, batch.attention_mask, batch.pixel_values)
-        return context
+    def prefill(
+        self, batch: Batch, cache_implementation: CacheImplementation = "auto", max_new_tokens: int = 0
+    ) -> GenerationState:
+        """The state of generation after reading a batch; one generation call, see `GenerationState`.
+
+        Args:
+            batch: rows of text and images, padded on any side.
+            cache_implementation: as of `TextSettings`.
+            max_new_tokens: that there is room for at once.
+
+        Raises:
+            ValueError: a row is longer than the model reads, or "static" is not possible.
+        """
+        rows, length = batch.input_ids.shape
+        images = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        state = GenerationState(self, rows, uses_graphs(self, cache_implementation), tokens=length + max_new_tokens,
+                                slots=min(images, 1), images=images)  # fmt: skip
+        state.prefill(batch.input_ids, batch.attention_mask, batch.pixel_values)
+        return state
 
     def generate_text(
         self, batch: Batch, settings: TextSettings | None = None, generator: torch.Generator | None = None
@@ -50,16 +65,15 @@ class MMInterleaved(MMInterleavedModel):
             For each row its `num_return_sequences` texts, best first.
         """
         settings = settings or TextSettings()
-        context = self.read(batch, settings.cache_implementation)
+        more = settings.max_new_tokens if settings.num_beams == 1 else 0
+        state = self.prefill(batch, settings.cache_implementation, more)
         if settings.num_beams > 1:
-            return write_beams(context, settings)
-        state = None if generator is None else generator.get_state()
-        generators = []
-        for _ in range(len(batch.input_ids)):
-            own = torch.Generator()
-            own.manual_seed(0) if state is None else own.set_state(state)
-            generators.append(own)
-        return write_greedy(context, settings, generators)
+            return write_beams(state, settings)
+        start = torch.Generator().manual_seed(0) if generator is None else generator
+        generators = [torch.Generator() for _ in range(state.rows)]
+        for own in generators:
+            own.set_state(start.get_state())
+        return write_greedy(state, settings, generators)
 
     @torch.no_grad()
     def generate_images(
@@ -90,7 +104,7 @@ class MMInterleaved(MMInterleavedModel):
         targets = list(range(count)) if targets is None else list(targets)
         if not targets or not all(0 <= t < count for t in targets):
             raise ValueError(f"targets {targets} are not among the {count} pictures of the batch")
-        features, memory = self._look(batch.pixel_values)
+        features, memory = self._encode(batch.pixel_values)
         if len(memory) != count:
             raise ValueError(f"input_ids holds {count} begin-of-image tokens, but there are {len(memory)} pictures")
         images = visible_images(input_ids, mask, self.config.bos_token_id, self.config.soi_token_id)
@@ -126,7 +140,7 @@ class MMInterleaved(MMInterleavedModel):
         Raises:
             ValueError: an option has no tokens.
         """
-        return score_options(self.read(batch), options, batch_size)
+        return score_options(self.prefill(batch), options, batch_size)
 
     def generate_interleaved(
         self,

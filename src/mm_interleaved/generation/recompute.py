@@ -1,17 +1,17 @@
-"""The plain twin of the interleaved generator: reads everything anew at every turn, as the original does.
+"""The reference implementation of the interleaved generator: it reads everything anew at every turn, as the original does.
 
-For tests, which hold the two together, and for benchmarks, which show what the caches save.
+For tests, which hold the two together, and for benchmarks, which show what the KV cache saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..processor.packing import TokenStream
-from .context import Context
-from .interleaved import Event, InterleavedGenerator
+from .interleaved import InterleavedGenerator
+from .state import GenerationState
 
 
 class RecomputingGenerator(InterleavedGenerator):
@@ -24,16 +24,17 @@ class RecomputingGenerator(InterleavedGenerator):
     tokens_read = 0
     images_read = 0
 
-    def _advance(self) -> Iterator[Event]:
-        yield from super()._advance()
-        if all(row.reason is not None for row in self.rows):
-            return
+    def _read(self, chosen: Sequence[int]) -> None:
         streams = []
-        for row in self.rows:
+        for index, row in enumerate(self.rows):
+            if index in chosen:
+                row.unread, row.unread_image = TokenStream.empty(), None
             ids = np.array(row.ids, np.int64)
             streams.append(TokenStream(ids, np.ones(len(ids), bool), list(row.images)))
-        batch = self.processor.collate(streams, padding_side="left")
-        self.context = Context.empty(self.model, len(self.rows))
-        self.context.append(batch.input_ids, batch.attention_mask, batch.pixel_values)
-        self.tokens_read += self.context.tokens_read
-        self.images_read += self.context.images_read
+        if not chosen:
+            return
+        batch = self.processor.collate([streams[i] for i in chosen], padding_side="left")
+        self.state = GenerationState(self.model, len(self.rows))
+        self.state.prefill(batch.input_ids, batch.attention_mask, batch.pixel_values, chosen)
+        self.tokens_read += self.state.tokens_read
+        self.images_read += self.state.images_read

@@ -21,14 +21,16 @@ from transformers import Cache, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import ModelOutput
 
-from ..ops import HAS_TRITON, promote
-from ..ops.mmfs_attention import KERNEL_DTYPES
+from ..ops import promote
 from .config import MMInterleavedConfig
+from .fused import linears
 from .image_decoder import DiffusionDraws, ImageDecoder, LearnedTokens
-from .language_model import ImageMemory, build_language_model, image_memory, synchronizers
+from .kv_cache import KVCache
+from .language_model import build_language_model, image_features, synchronizers
 from .layout import ImagePositions, Layout, document_mask, plan, reversed_context
 from .mmfs import VisibleImages
 from .positions import PositionTable
+from .synchronizer import ImageFeatures
 from .unet import EarlierImages
 from .visual_tokenizer import VisualFeatures, VisualTokenizer
 from .weights import is_quantized
@@ -80,9 +82,9 @@ class TextHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] to [..., vocab]."""
-        logits = self.head(hidden)
+        logits, added = linears(hidden, (self.head, self.new))
         old, new = logits.split([logits.shape[-1] - self.num_new, self.num_new], dim=-1)
-        return torch.cat([old, new + self.new(hidden)], dim=-1)
+        return torch.cat([old, new + added], dim=-1)
 
 
 class KeptConditions:
@@ -202,30 +204,29 @@ class MMInterleavedModel(PreTrainedModel):
             mmfs.implementation = implementation
 
     def encode_images(self, pixel_values: Tensor) -> VisualFeatures:
-        """Visual tokens and maps of `pixel_values` [pictures, 3, image_size, image_size] in [0, 1], or uint8."""
+        """Image tokens and maps of `pixel_values` [I, 3, image_size, image_size] in [0, 1], or uint8 in [0, 255]."""
         return self.visual_tokenizer(unit_range(pixel_values.to(self.compute_device)))
 
-    def remember(self, pyramid: list[Tensor], known: ImageMemory | None = None) -> ImageMemory:
-        """The pictures as the decoder sees them, with every layer's values projected once (for inference).
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a row: positions of the language model, and of what the image decoder reads."""
+        return min(self.config.text_config.max_position_embeddings, self.config.max_context_length)
 
-        `known` are other pictures, remembered with the same weights: what follows from the weights is taken from there.
-        """
-        memory = image_memory(self.config, pyramid)
-        layers = synchronizers(self.language_model)
-        before = [None] * len(layers) if known is None else known.prepared
-        memory.prepared = [s.prepare(memory.features, b) for s, b in zip(layers, before, strict=True)]
-        return memory
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Text logits [..., vocabulary] of hidden states [..., D], float32 or better."""
+        logits = self.lm_head(hidden)
+        return logits.to(promote(logits.dtype))
 
-    def check_slots(self, input_ids: Tensor, pictures: int) -> None:
-        """Refuse `input_ids` [batch, length] that do not hold num_image_tokens image tokens for each picture.
+    def check_image_tokens(self, input_ids: Tensor, images: int) -> None:
+        """Refuse `input_ids` [B, L] that do not hold num_image_tokens image tokens for each of so many images.
 
         Raises:
             ValueError: they hold another number.
         """
         found, each = int((input_ids == self.config.image_token_id).sum()), self.config.num_image_tokens
-        if found != pictures * each:
+        if found != images * each:
             raise ValueError(
-                f"input_ids holds {found} image tokens, but {pictures} pictures need {pictures * each} ({each} each)"
+                f"input_ids holds {found} image tokens, but {images} images need {images * each} ({each} each)"
             )
 
     def embed(self, input_ids: Tensor, image_tokens: Tensor | None, checked: bool = False) -> Tensor:
@@ -245,7 +246,7 @@ class MMInterleavedModel(PreTrainedModel):
         if image_tokens is None:
             return embeds
         if not checked:
-            self.check_slots(input_ids, len(image_tokens))
+            self.check_image_tokens(input_ids, len(image_tokens))
         flat = image_tokens.flatten(0, 1).to(embeds)
         is_slot = input_ids == self.config.image_token_id
         if not len(flat):
@@ -258,8 +259,8 @@ class MMInterleavedModel(PreTrainedModel):
     def decode(
         self,
         embeds: Tensor,
-        memory: ImageMemory,
-        images: Tensor | VisibleImages,
+        images: ImageFeatures,
+        visible: Tensor | VisibleImages,
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -267,32 +268,30 @@ class MMInterleavedModel(PreTrainedModel):
         """Run the language model.
 
         Args:
-            embeds: [batch, length, width].
-            memory: the pictures.
-            images: [batch, length, slots] pictures each token sees, most recent first, -1 = none.
-            attention_mask: [batch, past + length] 1 = real, or an additive mask [batch, 1, length, length]; None: all
-                real.
-            position_ids: [batch, length]; None: counted from 0.
+            embeds: [B, L, D].
+            images: what the synchronizers look at.
+            visible: [B, L, slots] images that each token sees, most recent first, -1 = none.
+            attention_mask: [B, past + L] 1 = real, or an additive mask [B, 1, L, L]; None: all real. A `KVCache` knows
+                by itself which tokens are real.
+            position_ids: [B, L]; None: counted from 0.
             past_key_values: a cache to read and extend; None: none.
 
         Returns:
-            Hidden states after the last norm, [batch, length, width].
+            Hidden states after the last norm, [B, L, D].
         """
-        visible = images if isinstance(images, VisibleImages) else self._visible(images.flatten(0, 1), len(memory))
+        if isinstance(visible, Tensor):
+            visible = VisibleImages.build(visible.flatten(0, 1), len(images))
+        if isinstance(past_key_values, KVCache):  # a mask of four axes keeps the library from making one
+            attention_mask = embeds.new_zeros(1, 1, 1, 1)
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            memory=memory,
+            images=images,
             visible=visible,
         ).last_hidden_state
-
-    def _visible(self, images: Tensor, count: int) -> VisibleImages:
-        """`images` [tokens, slots]; sorted by picture, which waits for the device, only where kernels do not do all."""
-        kernels = HAS_TRITON and images.device.type == "cuda" and self.dtype in KERNEL_DTYPES
-        return VisibleImages(images) if kernels else VisibleImages.build(images, count)
 
     def image_context(
         self, hidden: Tensor, positions: ImagePositions, longest: int | None = None
@@ -459,7 +458,7 @@ class MMInterleavedModel(PreTrainedModel):
         checked: bool = True,
     ) -> tuple[Tensor, VisualFeatures | None]:
         """Hidden states [batch, length, width] of planned rows, and the features of their pictures."""
-        features, memory = self._look(pixel_values)
+        features, memory = self._encode(pixel_values)
         embeds = self.embed(input_ids, features.tokens if features else None, checked=checked)
         mask = attention_mask if layout.padded else None
         if self.config.isolate_documents:
@@ -470,16 +469,16 @@ class MMInterleavedModel(PreTrainedModel):
         """What the image decoder is told of each drawn picture, [drawn, tokens, width]."""
         return self.image_decoder.resampler(*self.image_context(hidden, layout.contexts, layout.context_length))
 
-    def _look(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageMemory]:
+    def _encode(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageFeatures]:
         """Features of the pictures, and an (empty, if there are none) memory of them."""
         if pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values)
-            return features, image_memory(self.config, features.pyramid)
+            return features, image_features(self.config, features.pyramid)
         return None, self.no_images()
 
-    def no_images(self) -> ImageMemory:
+    def no_images(self) -> ImageFeatures:
         """The memory of no picture at all."""
-        return image_memory(self.config, self.empty_pyramid())
+        return image_features(self.config, self.empty_pyramid())
 
     def empty_pyramid(self) -> list[Tensor]:
         """The maps of no picture at all."""
