@@ -14,8 +14,8 @@ from ..model.layout import ImagePositions, find_images, previous_images, visible
 from ..model.unet import EarlierImages
 from ..processor import Batch, MMInterleavedProcessor
 from .interleaved import DocumentFinished, Event, InterleavedGenerator
-from .settings import CacheImplementation, GenerationSettings, ImageSettings, TextSettings, override
 from .rules import WrittenText
+from .settings import CacheImplementation, GenerationSettings, ImageSettings, TextSettings, override
 from .state import GenerationState
 from .text import score_options, write_beams, write_greedy
 from .workspace import uses_graphs

@@ -13,14 +13,14 @@ Axes: R rows, B rows of one call, L new tokens, D width, I images, S slots for i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..model import MMInterleavedModel
-from ..model.image_settings import CacheImplementation
+from ..model.denoising import CacheImplementation
 from ..model.kv_cache import send
 from ..model.language_model import image_features, synchronizers
 from ..model.layout import visible_images
@@ -198,7 +198,7 @@ class GenerationState:
         longest = max((self.lengths[r] for r in rows), default=0)
         chosen = [r for r in rows for _ in range(width)]
         slots = max((len(self.visible[r]) for r in rows), default=0)
-        count = len(self.pyramids) if slots else 0
+        count = len(self.pyramids)
         state = GenerationState(
             self.model, len(chosen), self.graphs, tokens=longest + tokens, slots=slots, images=count, shared=width > 1
         )
@@ -259,7 +259,8 @@ class GenerationState:
     @torch.no_grad()
     def append_images(self, rows: Sequence[int], pixel_values: Tensor) -> None:
         """Read the images [B, 3, image_size, image_size] for which `rows`, each ending with a begin-of-image token,
-        have been waiting."""
+        have been waiting.
+        """
         count, first = self.model.config.num_image_tokens, len(self.pyramids)
         for offset, row in enumerate(rows):
             self.visible[row] = [first + offset, *self.visible[row]]

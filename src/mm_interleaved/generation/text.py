@@ -89,7 +89,9 @@ def write(
         banned: tokens that are never chosen.
     """
     model, device = state.model, state.device
-    limits = [min(a, b) for a, b in zip(text_limits(state, settings), limits or text_limits(state, settings), strict=True)]
+    limits = [
+        min(a, b) for a, b in zip(text_limits(state, settings), limits or text_limits(state, settings), strict=True)
+    ]
     processors = score_processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
     history, active, most_of = rows_to_write(model, state.rows, device, active, limits)

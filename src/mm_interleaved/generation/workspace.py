@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from ..model import MMInterleavedModel
-from ..model.image_settings import CacheImplementation
+from ..model.denoising import CacheImplementation
 from ..model.kv_cache import KVCache
 from ..model.language_model import synchronizers
 from ..model.mmfs import VisibleImages

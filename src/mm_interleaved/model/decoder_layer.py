@@ -88,9 +88,7 @@ class Attention(nn.Module):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             mixed, _ = interface(
                 self, query, key, value, attention_mask, scaling=self.scaling, sliding_window=self.window,
                 dropout=self.attention_dropout if self.training else 0.0, **kwargs,
@@ -120,7 +118,12 @@ class GatedMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
         self.is_swiglu = mlp.config.hidden_act == "silu"
         self.train(mlp.training)
 
@@ -159,9 +162,7 @@ class MMFSDecoderLayer(GradientCheckpointingLayer):
         if hasattr(layer, "attention_type"):  # read by the models that mix kinds of attention
             self.attention_type = layer.attention_type
 
-    def forward(
-        self, hidden_states: Tensor, *, images: ImageFeatures, visible: VisibleImages, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, images: ImageFeatures, visible: VisibleImages, **kwargs: Any) -> Tensor:
         """[B, L, D].
 
         Args:

@@ -78,7 +78,9 @@ class KVCacheLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, K, L, H] where the placement says.
 
         Returns:
