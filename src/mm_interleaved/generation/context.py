@@ -26,7 +26,6 @@ from transformers.cache_utils import DynamicLayer
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory
 from ..model.layout import visible_images
-from ..model.mmfs import PreparedMMFS
 from ..model.unet import EarlierImages
 from ..model.visual_tokenizer import VisualFeatures
 
@@ -37,10 +36,8 @@ Eyes = Callable[[Tensor], VisualFeatures]  # of pictures [pictures, 3, side, sid
 
 def _join_memory(old: ImageMemory, new: ImageMemory) -> ImageMemory:
     """Both lists of pictures; what was folded from the weights is kept."""
-    prepared = [
-        PreparedMMFS(torch.cat([a.values, b.values]), a.folded) for a, b in zip(old.prepared, new.prepared, strict=True)
-    ]
-    return ImageMemory(torch.cat([old.features, new.features]), old.shapes, prepared)
+    values = [torch.cat(pair) for pair in zip(old.values, new.values, strict=True)]
+    return ImageMemory(torch.cat([old.features, new.features]), old.shapes, values, old.derived)
 
 
 class FirstAsItIs(DynamicLayer):

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from ..model import MMInterleavedModel
 from ..model.language_model import ImageMemory, MMFSDecoderLayer, Synchronizer, synchronizers
 from ..model.mm_interleaved import TextHead
-from ..model.mmfs import FoldedQuery, PreparedMMFS, VisibleImages
-from ..model.static import Pool, addresses, capture
-from ..model.weights import readable
+from ..model.mmfs import VisibleImages
+from ..model.static import Pool, capture
+from ..model.weights import readable, state_of
 from ..ops import attend, project, project_gated, promote, why_not_kernels
 from ..ops.decoding import MOST_ROWS, rotate
 from ..ops.scaled_rows import ScaledRows, Weights
@@ -175,20 +175,10 @@ class StaticDecoder:
         mmfs, cells = model.config.mmfs, sum(side * side for side in model.config.mmfs.levels)
         like = {"dtype": self.last.dtype, "device": self.last.device}
         shape = (self.room.pictures, cells, mmfs.num_heads, mmfs.hidden_size // mmfs.num_heads)
-        rows = mmfs.num_heads * mmfs.num_points * (2 + len(mmfs.levels))
-        prepared = [
-            PreparedMMFS(
-                torch.zeros(shape, **like),
-                FoldedQuery(
-                    torch.zeros(rows, self.last.shape[1], **like),
-                    torch.zeros(rows, **like),
-                    torch.zeros(mmfs.max_images - 1, rows, **like),
-                ),
-            )
-            for _ in synchronizers(model.language_model)
-        ]
+        layers = synchronizers(model.language_model)
+        values, derived = [torch.zeros(shape, **like) for _ in layers], [s.mmfs.derive_query() for s in layers]
         nothing = torch.zeros(0, cells, model.config.vision_config.hidden_size, **like)
-        return ImageMemory(nothing, [(side, side) for side in mmfs.levels], prepared)
+        return ImageMemory(nothing, [(side, side) for side in mmfs.levels], values, derived)
 
     def _empty_outputs(self, model: MMInterleavedModel) -> list[tuple[Tensor, Tensor]]:
         """Room for the output projection of every MMFS layer, its gate multiplied in."""
@@ -230,10 +220,11 @@ class StaticDecoder:
         entry = self.own * self.room.slots + seen.int().argmax(-1)
         routes.copy_(torch.where(seen.any(-1), entry, -1))
         count = len(context.memory)
-        for ours, theirs in zip(self.memory.prepared, context.memory.prepared, strict=True):
-            ours.values[:count] = theirs.values
-            for name in ("weight", "bias", "table"):
-                getattr(ours.folded, name).copy_(getattr(theirs.folded, name))
+        for ours, theirs in zip(self.memory.values, context.memory.values, strict=True):
+            ours[:count] = theirs
+        for ours, synchronizer in zip(self.memory.derived, synchronizers(context.model.language_model), strict=True):
+            if ours is not None:
+                synchronizer.mmfs.derive_query(ours)
         for (weight, bias), synchronizer in zip(self.outputs, synchronizers(context.model.language_model), strict=True):
             gate, output = synchronizer.gate.tanh(), synchronizer.mmfs.output_proj
             weight.copy_(gate * output.weight)
@@ -421,14 +412,14 @@ class StaticDecoder:
 
     def _look(self, synchronizer: Synchronizer, hidden: Tensor) -> Tensor:
         mmfs, norm, slots = synchronizer.mmfs, synchronizer.query_norm, self.room.slots
-        if self._weights(mmfs.output_proj) is None or not slots or mmfs.implementation != "fast":
+        derived = self.memory.derived[synchronizer.index]
+        if derived is None or self._weights(mmfs.output_proj) is None or not slots or mmfs.implementation != "fast":
             return hidden + synchronizer(hidden[:, None], self.memory, self.visible)[:, 0]
-        prepared, (weight, bias) = self.memory.prepared[synchronizer.index], self.outputs[synchronizer.index]
-        folded = prepared.folded
-        both = project(hidden, [folded.weight], [folded.bias], gain=norm.weight, eps=norm.variance_epsilon,
+        (weight, bias), values = self.outputs[synchronizer.index], self.memory.values[synchronizer.index]
+        both = project(hidden, [derived.weight], [derived.bias], gain=norm.weight, eps=norm.variance_epsilon,
                        backend="triton")  # fmt: skip
-        sides = mmfs.split(both[:, None], folded.table[:slots])
-        mixed = mmfs.mix(sides, prepared.values, self.visible, self.memory.shapes, self.centre, synchronizer.base_size,
+        sides = mmfs.split(both[:, None], derived.table[:slots])
+        mixed = mmfs.mix(sides, values, self.visible, self.memory.shapes, self.centre, synchronizer.base_size,
                          hidden.dtype)  # fmt: skip
         return project(mixed[:, 0], [weight], [bias], residual=hidden, backend="triton")
 
@@ -446,5 +437,5 @@ _pool: Pool[StaticDecoder] = Pool(KEPT)
 
 def borrow(model: MMInterleavedModel, room: Room) -> AbstractContextManager[StaticDecoder]:
     """A decoder with that room, for nobody else until it is given back."""
-    weights = addresses(model.language_model, model.lm_head)
+    weights = state_of(model.language_model, model.lm_head)
     return _pool.borrow(model, room, weights, lambda: StaticDecoder(model, room))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..model import MMInterleavedModel
-from ..model.static import Pool, addresses, capture
+from ..model.static import Pool, capture
 from ..model.visual_tokenizer import VisualFeatures
+from ..model.weights import state_of
 from .context import Context, Eyes
 from .settings import CacheImplementation
 from .static import Room, borrow, uses_static
@@ -64,7 +65,7 @@ def _places(count: int) -> int:
 def see(model: MMInterleavedModel, pixel_values: Tensor) -> VisualFeatures:
     """`MMInterleavedModel.encode_images` by recordings of 16, 8, 4, 2 and 1 pictures, each made when first needed."""
     left = pixel_values.to(model.compute_device)
-    weights, found = addresses(model.visual_tokenizer), []
+    weights, found = state_of(model.visual_tokenizer), []
     while len(left):
         places = _places(len(left))
         key = (places, left.shape[1:], left.dtype)

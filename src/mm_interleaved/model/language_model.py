@@ -26,8 +26,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from ..ops import rotary, silu_gate
 from ..ops.deformable import Shapes
 from .config import MMInterleavedConfig
-from .folding import FoldOnce
-from .mmfs import MMFS, PreparedMMFS, VisibleImages
+from .mmfs import MMFS, DerivedQuery, VisibleImages
+from .weights import plain_class
 
 
 @dataclass
@@ -37,17 +37,20 @@ class ImageMemory:
     Attributes:
         features: [pictures, positions, vision width], the levels of `mmfs.levels` one after the other.
         shapes: (height, width) of every level.
-        prepared: for every MMFS layer what it derived from the features; None: derived anew in each call (training).
+        values: for every MMFS layer its values of the images; None: projected anew in each call (training).
+        derived: for every MMFS layer its query maps as one; None: the maps themselves.
     """
 
     features: Tensor
     shapes: Shapes
-    prepared: list[PreparedMMFS] | None = None
+    values: list[Tensor] | None = None
+    derived: list[DerivedQuery | None] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
 
+@plain_class
 class RMSNorm(LlamaRMSNorm):
     """The norm of all supported decoders (arXiv 1910.07467) in one kernel, forward and backward, on CUDA devices.
 
@@ -124,28 +127,23 @@ class Synchronizer(nn.Module):
         self.query_norm = RMSNorm(width, eps)
         self.feature_norm = RMSNorm(feature_width, eps)
         self.mmfs = MMFS(config.mmfs, width, feature_width)
-        self.folded = FoldOnce()
         self.gate = nn.Parameter(torch.zeros(1))
 
     def reset_parameters(self) -> None:
         """The gate starts closed."""
         nn.init.zeros_(self.gate)
 
-    def prepare(self, features: Tensor, known: PreparedMMFS | None = None) -> PreparedMMFS:
-        """What this layer keeps of `features` [pictures, positions, width]; `known` is what it keeps of others."""
-        folded = self.folded.of(self.mmfs) if known is None or known.folded is None else known.folded
-        return self.mmfs.prepare(self.feature_norm(features), folded)
+    def project(self, features: Tensor) -> Tensor:
+        """The values [images, positions, heads, head dim] of `features` [images, positions, width]."""
+        return self.mmfs.project(self.feature_norm(features))
 
     def forward(self, hidden: Tensor, memory: ImageMemory, visible: VisibleImages) -> Tensor:
         """What the tokens `hidden` [batch, length, width] see; a group of `visible` is one token."""
-        if memory.prepared is not None:
-            prepared = memory.prepared[self.index]
-        else:
-            self.folded.forget()  # the weights are about to change
-            prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(memory.features)))
+        values = self.project(memory.features) if memory.values is None else memory.values[self.index]
+        derived = None if memory.derived is None else memory.derived[self.index]
         query = self.query_norm(hidden).flatten(0, 1)[:, None]
         centre = torch.full((1, 1, 2), 0.5, device=hidden.device)
-        seen = self.mmfs(query, prepared, visible, memory.shapes, centre, self.base_size)
+        seen = self.mmfs(query, values, visible, memory.shapes, centre, self.base_size, derived)
         return (self.gate.tanh() * seen.view_as(hidden)).to(hidden.dtype)
 
 

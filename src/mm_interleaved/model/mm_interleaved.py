@@ -21,8 +21,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import ModelOutput
 
-from ..ops import HAS_TRITON, promote
-from ..ops.mmfs_attention import KERNEL_DTYPES
+from ..ops import promote
 from .config import MMInterleavedConfig
 from .image_decoder import DiffusionDraws, ImageDecoder, LearnedTokens
 from .language_model import ImageMemory, build_language_model, image_memory, synchronizers
@@ -212,8 +211,8 @@ class MMInterleavedModel(PreTrainedModel):
         """
         memory = image_memory(self.config, pyramid)
         layers = synchronizers(self.language_model)
-        before = [None] * len(layers) if known is None else known.prepared
-        memory.prepared = [s.prepare(memory.features, b) for s, b in zip(layers, before, strict=True)]
+        memory.values = [s.project(memory.features) for s in layers]
+        memory.derived = [s.mmfs.derive_query() for s in layers] if known is None else known.derived
         return memory
 
     def check_slots(self, input_ids: Tensor, pictures: int) -> None:
@@ -290,9 +289,8 @@ class MMInterleavedModel(PreTrainedModel):
         ).last_hidden_state
 
     def _visible(self, images: Tensor, count: int) -> VisibleImages:
-        """`images` [tokens, slots]; sorted by picture, which waits for the device, only where kernels do not do all."""
-        kernels = HAS_TRITON and images.device.type == "cuda" and self.dtype in KERNEL_DTYPES
-        return VisibleImages(images) if kernels else VisibleImages.build(images, count)
+        """`images` [tokens, slots], sorted by image where that does not wait for the device."""
+        return VisibleImages.build(images, count)
 
     def image_context(
         self, hidden: Tensor, positions: ImagePositions, longest: int | None = None

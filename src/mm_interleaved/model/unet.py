@@ -23,10 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..ops import GroupNorm, channels_last, gelu_gate
 from ..ops.deformable import Shapes
 from .config import ImageDecoderConfig
-from .folding import FoldOnce
-from .mmfs import MMFS, PreparedMMFS, VisibleImages
+from .mmfs import MMFS, DerivedOutput, DerivedQuery, VisibleImages
 from .positions import PositionTable
 from .vit_adapter import cell_centres
+from .weights import is_intercepted, is_plain, plain_class
 
 _EPS = 1e-6  # of all LayerNorms here
 
@@ -41,7 +41,7 @@ class EarlierImages:
             of it they share.
         shapes: (height, width) of every level.
         visible: which of them each drawn picture sees; a group is one drawn picture.
-        prepared: for every synchronizer what it derived from the features; None: derived anew in each call (training).
+        values: for every synchronizer its values of the images; None: projected anew in each call (training).
         centres: by side of a map of the UNet, the points [1, side * side, 2] around which its cells look; None: made
             anew in each call.
     """
@@ -50,7 +50,7 @@ class EarlierImages:
     normed: Tensor
     shapes: Shapes
     visible: VisibleImages
-    prepared: list[PreparedMMFS] | None = None
+    values: list[Tensor] | None = None
     centres: dict[int, Tensor] | None = None
 
     @classmethod
@@ -73,12 +73,26 @@ class EarlierImages:
         return replace(self, visible=visible)
 
 
+@plain_class
 class LearnedNorm(nn.LayerNorm):
     """A LayerNorm for vectors that are normalised already: gain and bias alone."""
 
     def forward(self, normed: Tensor) -> Tensor:
         """[..., width]."""
         return normed * self.weight + self.bias
+
+
+@dataclass
+class DerivedWeights:
+    """What a generation call derives from the weights of a synchronizer; None: its modules are called instead.
+
+    Attributes:
+        query: the query maps as one.
+        output: the output projection and the convolution after it as one.
+    """
+
+    query: DerivedQuery | None
+    output: DerivedOutput | None
 
 
 class UNetSynchronizer(GradientCheckpointingLayer):
@@ -91,7 +105,6 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         self.feature_norm = LearnedNorm(feature_size, eps=_EPS)
         self.positions = PositionTable.grid(config.latent_size, channels, resize_to=side)
         self.mmfs = MMFS(config.mmfs, channels, feature_size)
-        self.folded = FoldOnce()
         self.conv = nn.Conv2d(channels, channels, 1)
         self.reset_parameters()
 
@@ -103,27 +116,46 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
-    def prepare(self, normed: Tensor) -> PreparedMMFS:
-        """What this synchronizer keeps of `EarlierImages.normed` [pictures, positions, width]."""
-        prepared = self.mmfs.prepare(self.feature_norm(normed), self.folded.of(self.mmfs))
-        if prepared.folded is not None:
-            prepared.output = self.mmfs.fold_output(self.conv.weight[:, :, 0, 0], self.conv.bias)
-        return prepared
+    def project(self, normed: Tensor) -> Tensor:
+        """The values [images, positions, heads, head dim] of `EarlierImages.normed` [images, positions, width]."""
+        return self.mmfs.project(self.feature_norm(normed))
 
-    def forward(self, x: Tensor, earlier: EarlierImages, prepared: PreparedMMFS | None, centres: Tensor) -> Tensor:
-        """`x` [drawings, channels, side, side] around `centres`; a group of `earlier.visible` is one drawing."""
+    def derive(self, out: DerivedWeights | None = None) -> DerivedWeights:
+        """The derived weights of this moment, written into `out` if it is given."""
+        out = out or DerivedWeights(None, None)
+        output = None
+        if is_plain(self.conv) and not is_intercepted(self.mmfs):  # or a hook would see what the convolution makes
+            output = self.mmfs.derive_output(self.conv.weight[:, :, 0, 0], self.conv.bias, out.output)
+        return DerivedWeights(self.mmfs.derive_query(out.query), output)
+
+    def empty(self) -> DerivedWeights:
+        """Room for what `derive` writes."""
+        return DerivedWeights(self.mmfs.empty_query(), self.mmfs.empty_output(self.conv.weight))
+
+    def forward(
+        self,
+        x: Tensor,
+        earlier: EarlierImages,
+        values: Tensor | None,
+        centres: Tensor,
+        derived: DerivedWeights | None = None,
+    ) -> Tensor:
+        """`x` [batch, channels, side, side] around `centres`; a group of `earlier.visible` is one image of the batch.
+
+        `values` are `project(earlier.normed)`, `derived` is `derive()`; None: made anew, or not used.
+        """
+        derived = derived or DerivedWeights(None, None)
         if earlier.visible.images.shape[1] == 0:  # nobody sees anything: the same vector in every cell
             query = x.new_zeros(1, 1, x.shape[1])
         else:
             query = self.query_norm(x.flatten(2).transpose(1, 2)) + self.positions().to(x.dtype)
-        if prepared is None:
-            self.folded.forget()  # the weights are about to change
-            prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.normed)))
+        values = self.project(earlier.normed) if values is None else values
         seen = self.mmfs(
-            query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side
-        )
+            query, values, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side,
+            derived.query, derived.output,
+        )  # fmt: skip
         seen = seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1))
-        done = prepared.output is not None and self.mmfs.implementation == "fast"  # the convolution is folded in
+        done = derived.output is not None and self.mmfs.implementation == "fast"  # the convolution is folded in
         return x + (seen if done else self.conv(seen))
 
 
@@ -239,8 +271,13 @@ class MMFSUNet(UNet2DConditionModel):
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
         """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
-        prepared = [synchronizer.prepare(earlier.normed) for synchronizer in self.synchronizers]
-        return replace(earlier, prepared=prepared, centres=self._centres(earlier.features.device))
+        values = [synchronizer.project(earlier.normed) for synchronizer in self.synchronizers]
+        return replace(earlier, values=values, centres=self._centres(earlier.features.device))
+
+    def derive(self, out: list[DerivedWeights] | None = None) -> list[DerivedWeights]:
+        """The derived weights of every synchronizer, written into `out` if it is given; rebuilt for each image."""
+        places = [None] * len(self.synchronizers) if out is None else out
+        return [s.derive(place) for s, place in zip(self.synchronizers, places, strict=True)]
 
     def _centres(self, device: torch.device) -> dict[int, Tensor]:
         """See `EarlierImages.centres`."""
@@ -263,6 +300,7 @@ class MMFSUNet(UNet2DConditionModel):
         conditions: Tensor,
         earlier: EarlierImages | None,
         text: KeptText | None = None,
+        derived: list[DerivedWeights] | None = None,
     ) -> Tensor:
         """Predict the noise.
 
@@ -272,6 +310,7 @@ class MMFSUNet(UNet2DConditionModel):
             conditions: [drawings, tokens, cross_attention_dim].
             earlier: the earlier pictures; None: the plain UNet.
             text: `prepare_text(conditions)`; None: projected anew.
+            derived: `derive()`; None: the synchronizers' own modules.
 
         Returns:
             [drawings, latent channels, side, side].
@@ -289,10 +328,11 @@ class MMFSUNet(UNet2DConditionModel):
         sample = self.mid_block(sample, time, **crossing)
 
         if earlier is not None and len(self.synchronizers):
-            prepared = earlier.prepared or [None] * len(self.synchronizers)
+            nothing = [None] * len(self.synchronizers)
+            values, derived = earlier.values or nothing, derived or nothing
             centres = earlier.centres or self._centres(sample.device)
-            tensors = zip(self.synchronizers, [*skips, sample], prepared, strict=True)
-            *skips, sample = (look(x, earlier, p, centres[look.side]) for look, x, p in tensors)
+            each = zip(self.synchronizers, [*skips, sample], values, derived, strict=True)
+            *skips, sample = (look(x, earlier, v, centres[look.side], d) for look, x, v, d in each)
 
         for block in self.up_blocks:
             count = len(block.resnets)
