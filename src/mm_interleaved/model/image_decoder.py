@@ -20,8 +20,7 @@ from typing import Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,8 +28,9 @@ from torch.nn import functional as F
 from ..ops import channels_last, promote
 from .config import ImageDecoderConfig
 from .denoising import CacheImplementation, borrow
+from .diffusion_blocks import VAE
 from .resampler import Resampler
-from .unet import DerivedWeights, EarlierImages, MMFSUNet, fuse_norms
+from .unet import DerivedWeights, EarlierImages, MMFSUNet
 from .weights import why_not_captured
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timestep) to the predicted noise
@@ -187,19 +187,7 @@ class ImageDecoder(nn.Module):
         self.resampler = Resampler(config.resampler, context_size)
         self.negative_prompt = LearnedTokens(1, config.resampler.num_queries, config.resampler.hidden_size)
         self.unet = MMFSUNet(config, feature_size)
-        self.vae = AutoencoderKL(**config.vae)
-        fuse_norms(self.vae)
-
-    def train(self, mode: bool = True) -> ImageDecoder:
-        """As usual, except for residual blocks themselves: when they train, they copy maps to channels first.
-
-        They do so lest DDP warns of the strides of gradients; their dropout, a module of its own, trains as usual.
-        """
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, ResnetBlock2D):
-                module.training = False
-        return self
+        self.vae = VAE(**config.vae)
 
     @cached_property
     def scheduler(self) -> DDPMScheduler:

@@ -11,18 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..ops import GroupNorm, channels_last, gelu_gate
+from ..ops import channels_last
 from ..ops.deformable import Shapes
 from .config import ImageDecoderConfig
+from .diffusion_blocks import ResnetBlock, norm_and_activation, use_own_blocks
 from .mmfs import MMFS, DerivedOutput, DerivedQuery, VisibleImages
 from .positions import PositionTable
 from .vit_adapter import cell_centres
@@ -190,58 +187,6 @@ class KeptTextProcessor(AttnProcessor2_0):
         return attn.to_out[0](mixed) / attn.rescale_output_factor
 
 
-class GatedGELU(GEGLU):
-    """diffusers' GEGLU with both halves of its map in one kernel; its parameters have the same names."""
-
-    @classmethod
-    def of(cls, gate: GEGLU) -> GatedGELU:
-        """One with the weights of `gate`."""
-        with torch.device("meta"):
-            ours = cls(gate.proj.in_features, gate.proj.out_features // 2, bias=gate.proj.bias is not None)
-        ours.proj = gate.proj
-        return ours.train(gate.training)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., width] to [..., inner width]."""
-        return gelu_gate(self.proj(hidden_states))
-
-
-def fuse_norms(model: nn.Module) -> bool:
-    """Give a model of diffusers our group norm for its own, which also does the SiLU that follows; weights stay.
-
-    Residual blocks then apply no SiLU themselves, to the time embedding neither. If one of them does something else
-    than group norm and SiLU, all keep their own.
-
-    Returns:
-        Whether residual blocks want a time embedding that SiLU was applied to.
-    """
-    blocks = [m for m in model.modules() if isinstance(m, (ResnetBlock2D, ResnetBlockCondNorm2D))]
-    fused = all(_norms_before_silu(block) for block in blocks)
-    for module in list(model.modules()):
-        for name, norm in list(module.named_children()):
-            if type(norm) is nn.GroupNorm:
-                setattr(module, name, GroupNorm.of(norm))
-        if fused and isinstance(module, ResnetBlock2D):
-            module.norm1.silu = module.norm2.silu = module.skip_time_act = True
-            module.nonlinearity = nn.Identity()
-        end = getattr(module, "conv_norm_out", None)
-        if isinstance(end, GroupNorm) and isinstance(module.conv_act, nn.SiLU):
-            end.silu, module.conv_act = True, nn.Identity()
-    return fused
-
-
-def _norms_before_silu(block: nn.Module) -> bool:
-    """Whether nothing comes between the norms of a residual block and SiLU, and its time goes through SiLU."""
-    if not isinstance(block, ResnetBlock2D) or block.time_embedding_norm == "scale_shift" or block.skip_time_act:
-        return False  # "group", as the VAE's decoder says, is as good as "default"
-    return isinstance(block.nonlinearity, nn.SiLU)
-
-
-def _back_to_channels_last(module: nn.Module, given: tuple, output: tuple[Tensor]) -> tuple[Tensor]:
-    """A hook behind attention over a map, which leaves the map channels first."""
-    return (channels_last(output[0]),)
-
-
 class MMFSUNet(UNet2DConditionModel):
     """A diffusers UNet of the Stable Diffusion family with a synchronizer on each skip connection and on the middle."""
 
@@ -262,12 +207,12 @@ class MMFSUNet(UNet2DConditionModel):
             else []
         )
         self.set_attn_processor({name: KeptTextProcessor(name) for name in self.attn_processors})
-        self.silu_before_blocks = fuse_norms(self)
-        for module in list(self.modules()):
-            if isinstance(module, FeedForward) and type(module.net[0]) is GEGLU:
-                module.net[0] = GatedGELU.of(module.net[0])
-            if isinstance(module, Transformer2DModel):
-                module.register_forward_hook(_back_to_channels_last)
+        use_own_blocks(self)
+        blocks = [m for m in self.modules() if isinstance(m, ResnetBlock)]
+        self.silu_before_blocks = all(block.activates_time for block in blocks)
+        if self.silu_before_blocks:  # once for all of them
+            for block in blocks:
+                block.skip_time_act = True
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
         """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
@@ -339,4 +284,4 @@ class MMFSUNet(UNet2DConditionModel):
             skips, taken = skips[:-count], tuple(skips[-count:])
             extra = crossing if getattr(block, "has_cross_attention", False) else {}
             sample = block(hidden_states=sample, temb=time, res_hidden_states_tuple=taken, **extra)
-        return self.conv_out(self.conv_act(self.conv_norm_out(sample)))
+        return self.conv_out(norm_and_activation(self.conv_norm_out, self.conv_act, sample))
