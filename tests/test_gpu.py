@@ -23,7 +23,7 @@ from mm_interleaved import (
     TextSettings,
 )
 from mm_interleaved.model.image_decoder import DiffusionDraws
-from mm_interleaved.ops import mmfs_attention
+from mm_interleaved.ops import MMFSInputs, mmfs_attention
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.processor import Batch
 from mm_interleaved.training.config import LossConfig, ShapesConfig
@@ -219,14 +219,14 @@ def test_mmfs_kernels_in_half_precision(case: str, dtype: torch.dtype) -> None:
 def test_mmfs_kernels_are_the_choice_and_run_in_a_graph() -> None:
     """One token, recorded once: no host takes part in a replay, whatever pictures it sees then."""
     given = arguments(**REAL["one token"], dtype=torch.bfloat16, device="cuda")
-    assert torch.equal(mmfs_attention(**given)[0], mmfs_attention(**given, backend="triton")[0])
+    assert torch.equal(mmfs_attention(MMFSInputs(**given))[0], mmfs_attention(MMFSInputs(**given), backend="triton")[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        mixed, ignored = mmfs_attention(**given)
+        mixed, ignored = mmfs_attention(MMFSInputs(**given))
     given["images"].copy_(torch.where(torch.arange(15, device="cuda") < 4, given["images"], -1))
     given["values"].normal_()
     graph.replay()
-    expected = mmfs_attention(**given)
+    expected = mmfs_attention(MMFSInputs(**given))
     torch.testing.assert_close((mixed, ignored), expected, rtol=0, atol=0)
 
 

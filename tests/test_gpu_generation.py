@@ -13,7 +13,7 @@ from torch import Tensor
 from mm_interleaved import GenerationSettings, ImageSettings, MMInterleaved, TextSettings
 from mm_interleaved.generation import Context, InterleavedGenerator
 from mm_interleaved.generation.static import Room, StaticDecoder
-from mm_interleaved.model.mmfs import MMFS
+from mm_interleaved.model.mmfs import MMFS, VisibleImages
 from mm_interleaved.model.quantization import quantize
 from mm_interleaved.ops import attend, project, project_gated
 from mm_interleaved.pretrained import Loaded
@@ -150,7 +150,7 @@ def drawn(model: MMInterleaved, images: list[list[int]], kind: str, seed: int = 
 def earlier_on(model: MMInterleaved, images: list[list[int]], seed: int):
     seen = earlier(model, images, seed)
     seen.features, seen.normed = (x.to("cuda", model.dtype) for x in (seen.features, seen.normed))
-    seen.visible.images, seen.visible.routes = seen.visible.images.cuda(), seen.visible.routes.cuda()
+    seen.visible = VisibleImages(seen.visible.images.cuda())
     return seen
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_interleaved.model.image_decoder import DiffusionDraws
 from mm_interleaved.model.layout import visible_images
-from mm_interleaved.model.mmfs import MMFS, PreparedMMFS, VisibleImages, mmfs_reference
+from mm_interleaved.model.mmfs import MMFS, VisibleImages, mmfs_reference
 from mm_interleaved.model.original import derived_tensors
 from mm_interleaved.model.unet import EarlierImages
 from mm_interleaved.ops import deformable_attention, deformable_attention_reference
@@ -78,7 +78,7 @@ def _dense_mask(mask: Tensor, length: int) -> Tensor:
     return mask if mask.shape[1] == length else mask[:, -1:].expand(-1, length, -1)
 
 
-@pytest.mark.parametrize("form", ["reference", "fast", "folded"])
+@pytest.mark.parametrize("form", ["reference", "fast", "derived"])
 @kind("mmfs")
 def test_mmfs(golden: GoldenSet, case: str, form: str) -> None:
     module, base = _mmfs(golden, case)
@@ -96,12 +96,13 @@ def test_mmfs(golden: GoldenSet, case: str, form: str) -> None:
     else:
         x.leave("sampling_locations|attention_weights")
         flat = features.flatten(0, 1)
-        prepared = module.prepare(flat) if form == "folded" else PreparedMMFS(module.project(flat))
+        derived = module.derive_query() if form == "derived" else None
         visible = VisibleImages.from_mask(_dense_mask(x["in.mask"], length))
         points = reference.expand(batch, -1, -1).reshape(-1, 1, 2)
-        out = module(query.reshape(-1, 1, width), prepared, visible, shapes, points, base).view(query.shape)
+        given = module.project(flat), visible, shapes, points, base, derived
+        out = module(query.reshape(-1, 1, width), *given).view(query.shape)
     golden.close(case, "output", out, x["out.output"])
-    if form == "folded":  # for inference only
+    if form == "derived":  # for inference only
         x.leave("grad_.*")
         return
     out.backward(x["in.cotangent"])

@@ -24,7 +24,7 @@ from mm_interleaved import (
 from mm_interleaved.model.config import ResamplerConfig
 from mm_interleaved.model.image_decoder import find_scheduler
 from mm_interleaved.model.layout import find_images, previous_images, visible_images
-from mm_interleaved.model.mmfs import PreparedMMFS, VisibleImages, mmfs_reference
+from mm_interleaved.model.mmfs import VisibleImages, mmfs_reference
 from mm_interleaved.model.positions import sincos_1d
 from mm_interleaved.model.resampler import ResamplerAttention
 from mm_interleaved.model.vit_adapter import ChannelNorm
@@ -44,7 +44,7 @@ def test_k1_the_learned_ignore_logits_are_dead(model: MMInterleaved) -> None:
     config, shapes = mmfs.config, [(s, s) for s in mmfs.config.levels]
     values = torch.randn(2, sum(h * w for h, w in shapes), config.num_heads, config.hidden_size // config.num_heads)
     query, visible = torch.randn(1, 1, 32), VisibleImages.build(torch.tensor([[1, 0]]), 2)
-    arguments = (PreparedMMFS(values), visible, shapes, torch.full((1, 1, 2), 0.5), 4)
+    arguments = (values, visible, shapes, torch.full((1, 1, 2), 0.5), 4)
     before = mmfs(query, *arguments)
     with torch.no_grad():
         mmfs.attention_weights.bias.unflatten(0, (-1, config.num_points + 1))[:, -1] += 100

@@ -1,4 +1,4 @@
-"""A denoising step over fixed memory against the UNet called step by step; on a CPU without the recording."""
+"""A denoising step over fixed memory against the UNet called step by step; on a CPU without the capture."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .test_image_decoder import conditions
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The `StaticUNet`s that are made during a test."""
+    """The `GraphedUNet`s that are made during a test."""
     made = []
 
-    class Watched(denoising.StaticUNet):
+    class Watched(denoising.GraphedUNet):
         def __init__(self, *args: object, **kwargs: object) -> None:
             made.append(self)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(denoising, "StaticUNet", Watched)
+    monkeypatch.setattr(denoising, "GraphedUNet", Watched)
     denoising._pool.clear()
     return made
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mm_interleaved.model import MMInterleavedConfig
-from mm_interleaved.model.language_model import RMSNorm, Synchronizer, attend, build_language_model, gated
+from mm_interleaved.model.language_model import RMSNorm, attend, build_language_model, gated
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -157,71 +154,3 @@ def test_decoders_are_composed_with_our_norms_and_their_weights() -> None:
     config = MMInterleavedConfig.preset("debug")
     names = set(build_language_model(config).state_dict())
     assert {n for n in names if "synchronizer" not in n} == set(AutoModel.from_config(config.text_config).state_dict())
-
-
-@pytest.fixture
-def synchronizer(debug_config: MMInterleavedConfig) -> Synchronizer:
-    return Synchronizer(debug_config, 0)
-
-
-def features(config: MMInterleavedConfig) -> Tensor:
-    return torch.randn(1, sum(side * side for side in config.mmfs.levels), config.vision_config.hidden_size)
-
-
-@torch.no_grad()
-def test_query_maps_are_folded_once(synchronizer: Synchronizer, debug_config: MMInterleavedConfig) -> None:
-    first, second = (synchronizer.prepare(features(debug_config)) for _ in range(2))
-    assert second.folded is first.folded
-    assert synchronizer.prepare(features(debug_config), replace(first, folded=None)).folded is first.folded
-    assert copy.deepcopy(synchronizer).prepare(features(debug_config)).folded is not first.folded
-
-
-@pytest.mark.parametrize("how", ["in place", "loaded", "optimizer", "replaced", "data", "type"])
-def test_weights_that_changed_are_noticed(
-    synchronizer: Synchronizer, debug_config: MMInterleavedConfig, how: str
-) -> None:
-    given, mmfs = features(debug_config), synchronizer.mmfs
-    with torch.no_grad():
-        before = synchronizer.prepare(given).folded
-        if how == "in place":
-            mmfs.query_relpos.weight.add_(1)
-        elif how == "loaded":
-            mmfs.load_state_dict({name: x + 1 for name, x in mmfs.state_dict().items()})
-        elif how == "replaced":
-            mmfs.sampling_offsets.bias = nn.Parameter(mmfs.sampling_offsets.bias + 1)
-        elif how == "data":
-            mmfs.attention_weights.weight.data = mmfs.attention_weights.weight + 1
-        elif how == "type":
-            synchronizer.double()
-            given = given.double()
-    if how == "optimizer":
-        mmfs.dynamic_offset_mask(torch.ones(1, mmfs.dynamic_offset_mask.in_features)).sum().backward()
-        torch.optim.AdamW([mmfs.dynamic_offset_mask.weight]).step()
-    with torch.no_grad():
-        after, fresh = synchronizer.prepare(given).folded, mmfs.fold()
-    assert after is not before
-    for name in ("weight", "bias", "table"):
-        assert torch.equal(getattr(after, name), getattr(fresh, name))
-
-
-@torch.no_grad()
-def test_foldings_go_with_their_module(debug_config: MMInterleavedConfig) -> None:
-    synchronizer = Synchronizer(debug_config, 0)
-    folded = weakref.ref(synchronizer.prepare(features(debug_config)).folded)
-    gc.collect()
-    assert folded() is not None
-    synchronizer.folded.forget()
-    assert folded() is None
-    folded, weights = (
-        weakref.ref(synchronizer.prepare(features(debug_config)).folded),
-        weakref.ref(synchronizer.mmfs.query_relpos.weight),
-    )
-    del synchronizer
-    gc.collect()
-    assert folded() is None
-    assert weights() is None
-
-
-def test_gradients_have_foldings_of_their_own(synchronizer: Synchronizer, debug_config: MMInterleavedConfig) -> None:
-    assert synchronizer.prepare(features(debug_config)).folded.weight.requires_grad
-    assert synchronizer.folded._kept is None

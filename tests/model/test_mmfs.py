@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mm_interleaved.model.config import MMFSConfig
-from mm_interleaved.model.mmfs import MMFS, PreparedMMFS, VisibleImages, mmfs_reference
+from mm_interleaved.model.mmfs import MMFS, VisibleImages, mmfs_reference
 from mm_interleaved.ops import softmax_plus_one
 
 from ..conftest import awaken
@@ -34,8 +34,10 @@ def run(mmfs: MMFS, query: Tensor, features: Tensor, mask: Tensor, form: str, sh
     dense = dense if dense.shape[1] == length else dense[:, -1:].expand(-1, length, -1)
     visible = VisibleImages.from_mask(dense)
     flat = features.flatten(0, 1)
-    prepared = mmfs.prepare(flat) if form == "folded" else PreparedMMFS(mmfs.project(flat))
-    return mmfs(query.reshape(-1, 1, width), prepared, visible, shapes, centre, 2).view(batch, length, -1)
+    derived = mmfs.derive_query() if form == "derived" else None
+    assert (derived is None) == (form != "derived")
+    given = mmfs.project(flat), visible, shapes, centre, 2, derived
+    return mmfs(query.reshape(-1, 1, width), *given).view(batch, length, -1)
 
 
 def data(batch: int, length: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ def test_fast_forms_equal_the_published_one(batch: int, length: int, n: int, see
     mask = torch.randint(0, 2, shape, generator=generator)
     mmfs = module(seed % 7)
     plain = run(mmfs, query, features, mask.double() if kind != "2d" else mask, "reference")
-    for form in ("fast", "folded"):
+    for form in ("fast", "derived"):
         torch.testing.assert_close(run(mmfs, query, features, mask, form), plain, rtol=0, atol=1e-12)
 
 
@@ -77,7 +79,7 @@ def test_maps_of_other_sizes_than_the_nominal_ones() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
-@pytest.mark.parametrize("form", ["reference", "fast", "folded"])
+@pytest.mark.parametrize("form", ["reference", "fast", "derived"])
 def test_half_precision_of_every_form(form: str, dtype: torch.dtype, bound: float) -> None:
     """Relative error against float64 with the same rounded weights and input: about four roundings."""
     query, features = data(2, 3, 3, dtype=dtype)
@@ -117,9 +119,7 @@ def test_gradcheck_of_all_parameters() -> None:
         visible, flat = VisibleImages.from_mask(mask), values[1].flatten(0, 1)
 
         def call(module_: MMFS) -> Tensor:
-            return module_(
-                values[0].reshape(-1, 1, 10), PreparedMMFS(module_.project(flat)), visible, SHAPES, CENTRE, 2
-            )
+            return module_(values[0].reshape(-1, 1, 10), module_.project(flat), visible, SHAPES, CENTRE, 2)
 
         return torch.func.functional_call(_Caller(mmfs, call), {f"mmfs.{k}": v for k, v in parameters.items()}, ())
 
@@ -143,7 +143,7 @@ def test_a_query_that_sees_nothing_gets_a_constant() -> None:
     mmfs = module()
     query, features = data(2, 2, 3)
     constant = mmfs.output_proj(mmfs.ignore_token.view(-1))
-    for form in ("reference", "fast", "folded"):
+    for form in ("reference", "fast", "derived"):
         out = run(mmfs, query, features, torch.zeros(2, 2, 3).double(), form)
         torch.testing.assert_close(out, constant.expand(2, 2, -1), rtol=0, atol=1e-12)
 
@@ -177,7 +177,7 @@ def test_groups_of_queries_share_their_pictures() -> None:
     points = torch.rand(1, 5, 2, dtype=torch.float64)
     mask = torch.tensor([[1, 0], [1, 1]])
     visible = VisibleImages.build(torch.tensor([[0, -1], [3, 2]]), 4)
-    grouped = mmfs(query, PreparedMMFS(mmfs.project(features.flatten(0, 1))), visible, SHAPES, points, 2)
+    grouped = mmfs(query, mmfs.project(features.flatten(0, 1)), visible, SHAPES, points, 2)
     plain, _, _ = mmfs_reference(mmfs, query, mmfs.project(features), mask, SHAPES, points, 2)
     torch.testing.assert_close(grouped, plain, rtol=0, atol=1e-12)
 
@@ -201,7 +201,7 @@ def test_float32_is_tight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", ["fast", "folded"])
+@pytest.mark.parametrize("form", ["fast", "derived"])
 def test_half_precision_bound(dtype: torch.dtype, form: str) -> None:
     """Inputs and weights rounded to `dtype` differ by eps / 2 each; a chain of five products stays within 8 eps."""
     mmfs, exact = module(dtype=dtype), module()
@@ -233,7 +233,7 @@ def test_softmax_plus_one() -> None:
 
 def test_more_pictures_than_the_table_tells_apart() -> None:
     query, features = data(1, 1, 6)
-    with pytest.raises(ValueError, match="6 pictures are visible at once, but this model distinguishes at most 5"):
+    with pytest.raises(ValueError, match="6 images are visible at once, but this model distinguishes at most 5"):
         run(module(), query, features, torch.ones(1, 1, 6), "fast")
 
 

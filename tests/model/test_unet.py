@@ -105,7 +105,7 @@ def test_the_down_path_and_the_middle_see_no_picture(unet: MMFSUNet, debug_confi
 def test_prepared_values_change_nothing(unet: MMFSUNet, debug_config: MMInterleavedConfig) -> None:
     sample, time, conditions, earlier = inputs(debug_config, [[0], [-1], [1]])
     torch.testing.assert_close(
-        unet(sample, time, conditions, unet.prepare(earlier)),
+        unet(sample, time, conditions, unet.prepare(earlier), derived=unet.derive()),
         unet(sample, time, conditions, earlier),
         rtol=0,
         atol=3e-6,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_interleaved.ops import mmfs_attention
+from mm_interleaved.ops import MMFSInputs, mmfs_attention
 
 LEAVES = ("values", "offsets", "logits", "offset_table", "logit_table")
 SQUARE = [(8, 8), (4, 4), (2, 2)]
@@ -63,7 +63,7 @@ def cast(given: Arguments, dtype: torch.dtype) -> Arguments:
 def run(given: Arguments, backend: str) -> dict[str, Tensor]:
     """Both results, and the gradients of a random sum of them."""
     leaves = {k: given[k].detach().clone().requires_grad_() for k in LEAVES}
-    mixed, ignored = mmfs_attention(**(given | leaves), backend=backend)
+    mixed, ignored = mmfs_attention(MMFSInputs(**(given | leaves)), backend=backend)
     generator = torch.Generator().manual_seed(1)
     loss = mixed.new_zeros(())
     for x in (mixed, ignored):

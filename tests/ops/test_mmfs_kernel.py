@@ -6,7 +6,6 @@ same source in NumPy: it finds wrong arithmetic and wrong addresses, not races b
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -15,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mm_interleaved.model.config import MMFSConfig
-from mm_interleaved.model.mmfs import MMFS, PreparedMMFS, VisibleImages
-from mm_interleaved.ops import mmfs_attention, mmfs_attention_plain, why_not_triton
+from mm_interleaved.model.mmfs import MMFS, VisibleImages
+from mm_interleaved.ops import MMFSInputs, mmfs_attention, mmfs_attention_reference, why_not_triton
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON, mmfs_attention_kernel, mmfs_output
 
 from ..conftest import awaken
@@ -92,7 +91,7 @@ def test_nothing_at_all(none: str) -> None:
         given |= {k: given[k][:0] for k in ("offsets", "logits", "images")}
     if none == "pictures":
         given |= {"values": given["values"][:0], "images": torch.full_like(given["images"], -1)}
-    mixed, ignored = mmfs_attention(**given, backend="triton")
+    mixed, ignored = mmfs_attention(MMFSInputs(**given), backend="triton")
     assert mixed.shape == (*given["offsets"].shape[:2], *given["values"].shape[2:])
     assert not mixed.any()
     assert (ignored == 1).all()
@@ -140,7 +139,7 @@ def test_non_contiguous_inputs(tile: None) -> None:
         "offset_table": given["offset_table"].T.contiguous().T,
     }
     assert not any(strided[k].is_contiguous() for k in ("offsets", "logits", "values", "images", "reference"))
-    mixed, ignored = mmfs_attention(**strided, backend="triton")
+    mixed, ignored = mmfs_attention(MMFSInputs(**strided), backend="triton")
     torch.testing.assert_close(mixed, expected["mixed"])
     torch.testing.assert_close(ignored, expected["ignored"])
 
@@ -217,7 +216,7 @@ def test_what_a_query_does_not_see_cannot_harm_it(wrong: float, tile: None) -> N
 def test_a_gradient_that_is_no_number_is_seen() -> None:
     given = arguments(device=DEVICE)
     values = given["values"].requires_grad_()
-    mixed, _ = mmfs_attention(**(given | {"values": values}), backend="triton")
+    mixed, _ = mmfs_attention(MMFSInputs(**(given | {"values": values})), backend="triton")
     (mixed * float("nan")).sum().backward()
     assert values.grad.isnan().any()
 
@@ -225,7 +224,8 @@ def test_a_gradient_that_is_no_number_is_seen() -> None:
 def output(given: dict, backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """`mmfs_output` and the gradients of a sum of its squares."""
     leaves = {k: given[k].detach().clone().requires_grad_() for k in (*LEAVES, "ignore")}
-    out = mmfs_output(**(given | leaves), dtype=dtype, backend=backend)
+    inputs = {k: v for k, v in (given | leaves).items() if k != "ignore"}
+    out = mmfs_output(MMFSInputs(**inputs), leaves["ignore"], dtype, backend=backend)
     (out.double() ** 2).sum().backward()
     return {"out": out.detach()} | {k: v.grad for k, v in leaves.items()}
 
@@ -255,7 +255,7 @@ def test_without_gradients_the_operator_is_passed_by() -> None:
             return func(*args, **(kwargs or {}))
 
     with Calls():
-        found = mmfs_attention(**given, backend="triton")[0]
+        found = mmfs_attention(MMFSInputs(**given), backend="triton")[0]
     assert torch.equal(found, expected)
     assert not any("mm_interleaved" in name for name in calls)
 
@@ -264,9 +264,9 @@ def test_without_gradients_the_operator_is_passed_by() -> None:
 def test_values_that_need_no_gradient() -> None:
     given = arguments(device=DEVICE)
     offsets = given["offsets"].requires_grad_()
-    mmfs_attention(**given, backend="triton")[0].square().sum().backward()
+    mmfs_attention(MMFSInputs(**given), backend="triton")[0].square().sum().backward()
     found, offsets.grad = offsets.grad, None
-    mmfs_attention(**given, backend="plain")[0].square().sum().backward()
+    mmfs_attention(MMFSInputs(**given), backend="plain")[0].square().sum().backward()
     assert relative(found, offsets.grad) < 1e-5
 
 
@@ -295,7 +295,7 @@ def test_compiled_and_checkpointed(way: str) -> None:
     values = given["values"].clone().requires_grad_()
 
     def call(values: torch.Tensor) -> torch.Tensor:
-        mixed, ignored = mmfs_attention(**(given | {"values": values}), backend="triton")
+        mixed, ignored = mmfs_attention(MMFSInputs(**(given | {"values": values})), backend="triton")
         return mixed + ignored[..., None]
 
     if way == "compiled":
@@ -313,8 +313,8 @@ CONFIG = MMFSConfig(hidden_size=8, levels=[4, 2], num_heads=2, num_points=3, max
 
 
 @with_triton
-@pytest.mark.parametrize("folded", [True, False])
-def test_the_layer(folded: bool) -> None:
+@pytest.mark.parametrize("derive", [True, False])
+def test_the_layer(derive: bool) -> None:
     """MMFS with the kernels inside: output, and gradients of all its parameters."""
     results = []
     for backend in ("plain", "triton"):
@@ -324,13 +324,12 @@ def test_the_layer(folded: bool) -> None:
         query, features = torch.randn(4, 1, 10), torch.randn(3, 20, 6)
         mmfs, query, features = mmfs.to(DEVICE), query.to(DEVICE), features.to(DEVICE)
         visible = VisibleImages.build(torch.tensor([[-1, -1], [0, -1], [1, 0], [2, -1]], device=DEVICE), 3)
-        prepared = mmfs.prepare(features)
-        if not folded:
-            prepared = dataclasses.replace(prepared, folded=None)
         centre = torch.full((1, 1, 2), 0.5, device=DEVICE)
-        out = mmfs(query, prepared, visible, [(4, 4), (2, 2)], centre, 2)
+        derived = mmfs.derive_query() if derive else None
+        out = mmfs(query, mmfs.project(features), visible, [(4, 4), (2, 2)], centre, 2, derived)
         out.square().sum().backward()
-        results.append([out.detach(), *(p.grad for p in mmfs.parameters())])
+        gradients = [p.grad for p in mmfs.parameters() if not derive or p.grad is not None]
+        results.append([out.detach(), *gradients])
     for plain, found in zip(*results, strict=True):
         assert relative(found, plain) < 1e-5
 
@@ -351,9 +350,9 @@ def test_training_folds_the_query_side(halved: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=halved):
             assert (mmfs._folded_for(query, 2) is None) == (kind is Adapted)
             assert mmfs._folded_for(query[:, :12], 2) is None
-            prepared = PreparedMMFS(mmfs.project(torch.randn(3, 20, 6)))
+            values = mmfs.project(torch.randn(3, 20, 6))
             visible = VisibleImages.build(torch.tensor([[1, 0], [2, -1]]), 3)
-            out = mmfs(query, prepared, visible, [(4, 4), (2, 2)], torch.full((1, 20, 2), 0.5), 2)
+            out = mmfs(query, values, visible, [(4, 4), (2, 2)], torch.full((1, 20, 2), 0.5), 2)
         out.float().square().sum().backward()
         results.append([out.detach(), *(p.grad for p in mmfs.parameters())])
     for apart, folded in zip(*results, strict=True):
@@ -367,14 +366,14 @@ def test_gradcheck_of_the_twin() -> None:
     leaves = [given[k].requires_grad_() for k in LEAVES]
 
     def call(*leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return mmfs_attention_plain(**(given | dict(zip(LEAVES, leaves, strict=True))))
+        return mmfs_attention_reference(MMFSInputs(**(given | dict(zip(LEAVES, leaves, strict=True)))))
 
     assert torch.autograd.gradcheck(call, leaves, eps=1e-7, atol=1e-5)
 
 
 def test_the_plain_form_is_the_choice_on_a_cpu() -> None:
     given = arguments()
-    chosen, plain = mmfs_attention(**given), mmfs_attention_plain(**given)
+    chosen, plain = mmfs_attention(MMFSInputs(**given)), mmfs_attention_reference(MMFSInputs(**given))
     assert all(torch.equal(a, b) for a, b in zip(chosen, plain, strict=True))
 
 
@@ -384,7 +383,7 @@ def test_what_the_kernels_do_not_know() -> None:
     reason = why_not_triton(given["values"], 4)
     assert reason
     with pytest.raises(ValueError, match="MMFS attention cannot run through Triton: "):
-        mmfs_attention(**given, backend="triton")
+        mmfs_attention(MMFSInputs(**given), backend="triton")
 
 
 @with_triton
@@ -414,4 +413,4 @@ def test_reasons(change, points: int, message: str) -> None:
 )
 def test_shapes_that_do_not_fit(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mmfs_attention(**(arguments() | changes))
+        mmfs_attention(MMFSInputs(**(arguments() | changes)))

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..model import MMInterleavedConfig
 from ..model.config import MMFSConfig
-from ..model.mmfs import MMFS, PreparedMMFS, VisibleImages
+from ..model.mmfs import MMFS, VisibleImages
 from ..model.roofline import Need
 from ..model.static import capture
 from ..model.vit_adapter import cell_centres
-from ..ops import mmfs_attention, why_not_triton
+from ..ops import MMFSInputs, mmfs_attention, why_not_triton
 from .base import Bench, Row
 
 AHEAD = 128  # times that a large buffer is written before what is timed: 8 ms on an H200
@@ -95,29 +95,28 @@ class Work:
         groups, positions = len(case.images), sum(h * w for h, w in case.shapes)
         self.query = torch.randn(groups, case.queries, case.width, device=device, dtype=dtype)
         self.maps = torch.randn(case.pictures, positions, case.features, device=device, dtype=dtype)
-        visible = VisibleImages.build(case.images, case.pictures)
+        visible = VisibleImages.build(case.images, case.pictures)  # the plain form is timed without sorting
         self.visible = VisibleImages(visible.images.to(device), visible.routes.to(device))
         centre = torch.full((1, 1, 2), 0.5, device=device)
         self.reference = centre if case.side is None else cell_centres([case.side], device)[None]
         with torch.no_grad():
-            self.prepared = self.mmfs.prepare(self.maps)
-            sides = self.mmfs._query_side(self.query, case.images.shape[1], self.prepared.folded)
-        self.inputs = [x.detach().contiguous() for x in (self.prepared.values, *sides)]
+            self.values, self.derived = self.mmfs.project(self.maps), self.mmfs.derive_query()
+            sides = self.mmfs._query_side(self.query, case.images.shape[1], self.derived)
+        self.inputs = [x.detach().contiguous() for x in (self.values, *sides)]
 
     def operator(self, backend: str) -> Tensor:
         """The attention alone."""
         case = self.case
         scales = [side / case.base for side in case.config.levels]
-        return mmfs_attention(
-            *self.inputs, self.reference, self.visible.images, case.shapes, scales,
-            routes=self.visible.routes, backend=backend,
-        )[0]  # fmt: skip
+        given = MMFSInputs(*self.inputs, self.reference, self.visible.images, case.shapes, scales, self.visible.routes)
+        return mmfs_attention(given, backend=backend)[0]
 
     def layer(self, backend: str, training: bool) -> Tensor:
         """The synchronizer."""
         self.mmfs.backend = backend
-        prepared = PreparedMMFS(self.mmfs.project(self.maps)) if training else self.prepared
-        return self.mmfs(self.query, prepared, self.visible, self.case.shapes, self.reference, self.case.base)
+        values, derived = (self.mmfs.project(self.maps), None) if training else (self.values, self.derived)
+        place = self.visible, self.case.shapes, self.reference, self.case.base
+        return self.mmfs(self.query, values, *place, derived)
 
     def call(self, part: str, backend: str, gradients: bool) -> Callable[[], Tensor]:
         """What is timed; with gradients it goes back from a fixed random gradient."""
@@ -201,7 +200,7 @@ def median(work: Callable[[], object], device: torch.device, repeats: int) -> fl
 def measured(bench: Bench, work: Work, line: str, gradients: bool) -> Row:
     """One row: kernels where they can run, and the plain composition."""
     device = bench.device
-    reason = why_not_triton(work.prepared.values, work.case.config.num_points) if device.type == "cuda" else "on a CPU"
+    reason = why_not_triton(work.values, work.case.config.num_points) if device.type == "cuda" else "on a CPU"
     graph = device.type == "cuda" and work.case.name.startswith("decode")
     part, found, times, peaks = "operator" if line == "op" else "layer", [], [], []
     for backend in ("plain",) if reason else ("triton", "plain"):

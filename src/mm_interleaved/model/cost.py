@@ -107,9 +107,9 @@ def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Co
         earlier = EarlierImages.of(pyramid, seen)
         latents, time = torch.empty(decoder.latent_shape(2)), torch.empty(2, dtype=torch.long)
         with torch.no_grad():
-            prepared = decoder.unet.prepare(earlier)
+            prepared, derived = decoder.unet.prepare(earlier), [s.empty() for s in decoder.unet.synchronizers]
             values = _macs(lambda: [s.mmfs.project(s.feature_norm(earlier.normed)) for s in decoder.unet.synchronizers])
-            step = _macs(lambda: decoder.unet(latents, time, conditions, prepared))
+            step = _macs(lambda: decoder.unet(latents, time, conditions, prepared, derived=derived))
         around = _macs(lambda: decoder.vae.decode(latents[:1])) + _macs(lambda: decoder.resampler(context))
         encode = _macs(lambda: model.encode_images(pixels)) + projection
         token, with_images = _token(model, pyramid, 0), _token(model, pyramid, images)
@@ -137,7 +137,8 @@ def _token(model: MMInterleavedModel, pyramid: list[Tensor], images: int) -> int
     """One token that sees `images` pictures, whose values are at hand."""
     memory = image_memory(model.config, [m.expand(images, -1, -1, -1) for m in pyramid])
     with torch.no_grad():
-        memory.prepared = [s.prepare(memory.features) for s in _layers(model)]
+        memory.values = [s.project(memory.features) for s in _layers(model)]
+        memory.derived = [s.mmfs.empty_query() for s in _layers(model)]
     slots = torch.empty(1, images, dtype=torch.long)
     visible = VisibleImages(slots, torch.empty(images, 1, dtype=torch.long))
     embeds = torch.empty(1, 1, model.config.text_config.hidden_size)

@@ -1,7 +1,8 @@
-"""One call of the UNet over tensors that never move, recorded once and replayed for every denoising step.
+"""One call of the UNet over tensors that never move, captured once in a CUDA graph and replayed for every step.
 
-What does not change from step to step is prepared once a picture: the values of the earlier pictures for every
-synchronizer, the text's keys and values, the maps folded for inference. Its twin is a call of the UNet itself.
+What does not change from step to step is prepared once for each image: the values of the earlier images for every
+synchronizer, the text's keys and values, the derived weights. Where nothing is captured, the same call runs directly,
+so a CPU tests all but the capture. The reference implementation is a call of the UNet itself.
 """
 
 from __future__ import annotations
@@ -14,32 +15,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .static import Pool, addresses, capture
+from .static import Pool, capture
 from .unet import EarlierImages, KeptText, MMFSUNet
+from .weights import state_of
 
 CacheImplementation = Literal["auto", "static", "dynamic"]
 LAYOUT = torch.channels_last  # of convolutions on a CUDA device
-KEPT = 4  # recordings a UNet keeps: with and without earlier pictures, with and without guidance
+KEPT = 4  # graphs a UNet keeps: with and without earlier images, with and without guidance
 
 
-def why_not_static(unet: MMFSUNet) -> str | None:
-    """Why a step of `unet` cannot be recorded; None: it can."""
-    devices = {p.device for p in unet.parameters()}
-    if len(devices) > 1 or any(d.type == "meta" for d in devices):
-        return "its weights are offloaded, or spread over several devices"
-    return None
-
-
-class StaticUNet:
-    """The UNet for drawings, conditions and earlier pictures of one shape.
+class GraphedUNet:
+    """The UNet for latents, conditions and earlier images of one shape.
 
     Args:
         unet: of which only a weak reference is kept. On a CUDA device its convolutions are laid out channels last.
-        latents: [drawings, channels, side, side] of the shape and type of all that will come.
+        latents: [batch, channels, side, side] of the shape and type of all that will come.
         timestep: a scalar of the type of all that will come.
-        conditions: [drawings, tokens, cross_attention_dim].
-        earlier: prepared.
-        captured: whether to record the step in a CUDA graph; None: on a CUDA device.
+        conditions: [batch, tokens, cross_attention_dim].
+        earlier: with values.
+        captured: whether to capture the step in a CUDA graph; None: on a CUDA device.
         compiled: whether to compile the UNet first, which takes minutes; what is compiled holds on to `unet`.
     """
 
@@ -63,6 +57,7 @@ class StaticUNet:
         self.conditions = conditions.clone()
         with torch.no_grad():
             self.text = {k: (key.clone(), value.clone()) for k, (key, value) in unet.prepare_text(conditions).items()}
+        self.derived = unet.derive()
         self.earlier = _clone(earlier)
         self.prediction: Tensor | None = None
         self.replay = None
@@ -71,9 +66,11 @@ class StaticUNet:
 
     @torch.no_grad()
     def load(self, conditions: Tensor, earlier: EarlierImages) -> None:
-        """Take new conditions and earlier pictures, of the same shapes."""
+        """Take new conditions and earlier images, of the same shapes, and the weights of this moment."""
+        unet = self._unet()
+        unet.derive(self.derived)
         self.conditions.copy_(conditions)
-        ours, theirs = _tensors(self.text, self.earlier), _tensors(self._unet().prepare_text(conditions), earlier)
+        ours, theirs = _tensors(self.text, self.earlier), _tensors(unet.prepare_text(conditions), earlier)
         for mine, given in zip(ours, theirs, strict=True):
             mine.copy_(given)
 
@@ -87,40 +84,29 @@ class StaticUNet:
 
     def _step(self) -> None:
         unet = self._unet() if self._compiled is None else self._compiled
-        prediction = unet(self.latents, self.timestep, self.conditions, self.earlier, self.text)
+        prediction = unet(self.latents, self.timestep, self.conditions, self.earlier, self.text, self.derived)
         if self.prediction is None:
             self.prediction = torch.empty_like(prediction)
         self.prediction.copy_(prediction)
 
 
 def _tensors(text: KeptText, earlier: EarlierImages) -> list[Tensor]:
-    """Everything that changes from picture to picture, in a fixed order."""
-    found = [x for pair in text.values() for x in pair] + [earlier.visible.images]
-    if earlier.visible.routes is not None:
-        found.append(earlier.visible.routes)
-    for p in earlier.prepared:
-        found += [p.values, p.folded.weight, p.folded.bias, p.folded.table, p.output.weight, p.output.bias]
-    return found
+    """Everything that changes from image to image, in a fixed order."""
+    found = [x for pair in text.values() for x in pair] + [earlier.visible.images, *earlier.values]
+    return found if earlier.visible.routes is None else [*found, earlier.visible.routes]
 
 
 def _clone(earlier: EarlierImages) -> EarlierImages:
-    """The same prepared pictures in memory of their own, without the maps that they were prepared from."""
+    """The same images in memory of their own, without the maps that their values were projected from."""
     given = vars(earlier.visible)
     visible = replace(earlier.visible, **{k: None if v is None else v.clone() for k, v in given.items()})
-    prepared = [
-        replace(
-            p,
-            values=p.values.clone(),
-            folded=replace(p.folded, **{k: v.clone() for k, v in vars(p.folded).items()}),
-            output=replace(p.output, **{k: v.clone() for k, v in vars(p.output).items()}),
-        )
-        for p in earlier.prepared
-    ]
     nothing = earlier.features[:0]
-    return replace(earlier, features=nothing, normed=nothing, visible=visible, prepared=prepared)
+    return replace(
+        earlier, features=nothing, normed=nothing, visible=visible, values=[v.clone() for v in earlier.values]
+    )
 
 
-_pool: Pool[StaticUNet] = Pool(KEPT)
+_pool: Pool[GraphedUNet] = Pool(KEPT)
 
 
 def borrow(
@@ -131,17 +117,17 @@ def borrow(
     earlier: EarlierImages,
     captured: bool | None = None,
     compiled: bool = False,
-) -> AbstractContextManager[StaticUNet]:
-    """A `StaticUNet` for these shapes, loaded, for nobody else until it is given back."""
+) -> AbstractContextManager[GraphedUNet]:
+    """A `GraphedUNet` for these shapes, for nobody else until it is given back. `load` it before the first call."""
     if conditions.device.type == "cuda" and captured is not False:
         lay_out(unet, LAYOUT)
     kinds = [(x.shape, x.dtype) for x in (latents, timestep, conditions, *_tensors({}, earlier))]
     key = (tuple(kinds), tuple(earlier.shapes), captured, compiled)
 
-    def make() -> StaticUNet:
-        return StaticUNet(unet, latents, timestep, conditions, earlier, captured, compiled)
+    def make() -> GraphedUNet:
+        return GraphedUNet(unet, latents, timestep, conditions, earlier, captured, compiled)
 
-    return _pool.borrow(unet, key, addresses(unet), make)
+    return _pool.borrow(unet, key, state_of(unet), make)
 
 
 def lay_out(unet: MMFSUNet, layout: torch.memory_format) -> None:

@@ -20,17 +20,18 @@ from typing import Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import channels_last, promote
 from .config import ImageDecoderConfig
-from .denoising import CacheImplementation, borrow, why_not_static
+from .denoising import CacheImplementation, borrow
+from .diffusion_blocks import VAE
 from .resampler import Resampler
-from .unet import EarlierImages, MMFSUNet, fuse_norms
+from .unet import DerivedWeights, EarlierImages, MMFSUNet
+from .weights import why_not_captured
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timestep) to the predicted noise
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all pictures of a call, or one per picture
@@ -186,19 +187,7 @@ class ImageDecoder(nn.Module):
         self.resampler = Resampler(config.resampler, context_size)
         self.negative_prompt = LearnedTokens(1, config.resampler.num_queries, config.resampler.hidden_size)
         self.unet = MMFSUNet(config, feature_size)
-        self.vae = AutoencoderKL(**config.vae)
-        fuse_norms(self.vae)
-
-    def train(self, mode: bool = True) -> ImageDecoder:
-        """As usual, except for residual blocks themselves: when they train, they copy maps to channels first.
-
-        They do so lest DDP warns of the strides of gradients; their dropout, a module of its own, trains as usual.
-        """
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, ResnetBlock2D):
-                module.training = False
-        return self
+        self.vae = VAE(**config.vae)
 
     @cached_property
     def scheduler(self) -> DDPMScheduler:
@@ -369,20 +358,27 @@ class ImageDecoder(nn.Module):
             earlier = earlier.for_guidance(settings.unconditional_sees_images)
         earlier = self.unet.prepare(earlier)
         if not self._static(settings, conditions.device):
-            call = partial(self._call, conditions=conditions, earlier=earlier)
+            call = partial(self._call, conditions=conditions, earlier=earlier, derived=self.unet.derive())
             yield self._guided(call, scale) if guided else call
             return
         latents = torch.zeros(self.latent_shape(len(conditions)), dtype=self.dtype, device=conditions.device)
-        made = borrow(self.unet, latents, timestep, conditions, earlier, compiled=settings.compile)
-        with made as static:
-            static.load(conditions, earlier)
-            yield self._guided(static, scale) if guided else static
+        leased = borrow(self.unet, latents, timestep, conditions, earlier, compiled=settings.compile)
+        with leased as graphed:
+            graphed.load(conditions, earlier)
+            yield self._guided(graphed, scale) if guided else graphed
 
-    def _call(self, latents: Tensor, timestep: Tensor, conditions: Tensor, earlier: EarlierImages) -> Tensor:
-        return self.unet(latents, timestep, conditions, earlier)
+    def _call(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditions: Tensor,
+        earlier: EarlierImages,
+        derived: list[DerivedWeights],
+    ) -> Tensor:
+        return self.unet(latents, timestep, conditions, earlier, derived=derived)
 
     def _static(self, settings: ImageSettings, device: torch.device) -> bool:
-        """Whether steps go through a `StaticUNet`.
+        """Whether steps go through a `GraphedUNet`.
 
         Raises:
             ValueError: that was asked for, but the model cannot.
@@ -390,11 +386,11 @@ class ImageDecoder(nn.Module):
         wanted = settings.cache_implementation
         if wanted == "dynamic" or (wanted == "auto" and device.type != "cuda"):
             return False
-        reason = why_not_static(self.unet)
+        reason = why_not_captured(self.unet)
         if reason is not None and wanted == "static":
             raise ValueError(f"cache_implementation='static' is not possible for this model: {reason}; take 'dynamic'")
         if reason is not None:
-            log.warning("drawing step by step, which is slower: %s", reason)
+            log.warning("calling the UNet in each denoising step, which is slower: %s", reason)
         return reason is None
 
     @staticmethod

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import picture_routes
+from ..ops import image_routes
 from .mmfs import VisibleImages
 
 
@@ -173,7 +173,7 @@ def plan(
         drawn,
         positions[drawn],
         conditioning,
-        VisibleImages(places, picture_routes(places, len(conditioning)) if routes else None),
+        VisibleImages(places, image_routes(places, len(conditioning)) if routes else None),
         int(lengths.max()) if len(lengths) else 0,
         labelled,
         targets,

@@ -126,7 +126,7 @@ class MMInterleavedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ("MMFSDecoderLayer", "ViTAdapter", "Resampler", "ResnetBlock2D", "UNetSynchronizer")
+    _no_split_modules = ("MMFSDecoderLayer", "ViTAdapter", "Resampler", "ResnetBlock", "UNetSynchronizer")
     _keep_in_fp32_modules_strict = ("image_decoder.vae",)
     _skip_keys_device_placement = ("past_key_values",)
 

@@ -1,20 +1,24 @@
 """MMFS, the multi-modal feature synchronizer (MM-Interleaved, arXiv 2401.10208, section 3.2).
 
-A query (a text token, a cell of a UNet map) samples the multi-scale maps of the pictures before it. Per query and head,
-for picture i, level l, point p:
+Axes: I images, S spatial positions of all levels, N heads, D channels of a head, V levels, P points, Q queries;
+G groups of queries that see the same images, R slots of a group for images, the most recent one first.
 
-    z_i    = W_dyn q + b_dyn + R[r_i]                   r_i: 1 for the most recent visible picture, 2 before it, ...
+A query (a text token, a cell of a UNet map) samples the multi-scale maps of the images before it. Per query and head,
+for image i, level l, point p:
+
+    z_i    = W_dyn q + b_dyn + R[r_i]                   r_i: 1 for the most recent visible image, 2 before it, ...
     a_ilp  = (W_att z_i + b_att)_lp                     logits
     o_ip   = (W_off z_i + b_off)_p                      offsets, the same for all levels
     w      = softmax over all visible (i, l, p) and one more slot, whose logit is 0 and whose value is `ignore_token`
     out    = W_out (sum_ilp w_ilp * bilinear(V_il, reference + o_ip / base) + w_ignore * ignore_token) + b_out
 
 The published form (`mmfs_reference`) writes that one slot as n * levels slots of logit -ln(n * levels) and hides
-pictures with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0.
-`MMFS.forward` is the fast form: the query is projected once and not once per picture, invisible pictures are skipped,
-values come in already projected, and the two query projections are folded into one: for inference once and for all, in
-training in every step with more queries than folded outputs, for then W_off W_dyn costs less than W_dyn q of all of
-them. From there on it is one operator, `ops.mmfs_attention`, with Triton kernels on CUDA devices.
+images with a penalty of -10000; the two agree to rounding for every mask, because e^-10000 is exactly 0.
+`MMFS.forward` is the fast form: the query is projected once and not once per image, invisible images are skipped,
+values come in already projected, and the query maps are one product, W_off W_dyn and W_att W_dyn: in generation derived
+once per call (`derive_query`), in training in every step with more queries than outputs, for then the product of the
+weights costs less than W_dyn q of all queries. From there on it is one operator, `ops.mmfs_attention`, with Triton
+kernels on CUDA devices.
 """
 
 from __future__ import annotations
@@ -26,20 +30,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import deformable_attention_reference, picture_routes, promote
+from ..ops import MMFSInputs, deformable_attention_reference, image_routes, promote
 from ..ops.deformable import Shapes
 from ..ops.mmfs_attention import Backend, mmfs_output
 from .config import MMFSConfig
+from .weights import is_plain
 
 
 @dataclass
 class VisibleImages:
-    """Which pictures each group of queries sees.
+    """Which images each group of queries sees.
 
     Attributes:
-        images: [groups, slots] indices into the list of pictures, most recent first; -1 where there is none.
-        routes: [pictures, longest] for every picture the positions in `images.view(-1)` that name it, padded with -1;
-            None: sorted where the plain form needs them. The kernels need none.
+        images: [G, R] indices into the list of images, most recent first; -1 where there is none.
+        routes: [I, longest] for every image the positions in `images.view(-1)` that name it, padded with -1; None:
+            sorted by each call of the reference implementation. The kernels need none.
     """
 
     images: Tensor
@@ -47,12 +52,12 @@ class VisibleImages:
 
     @classmethod
     def build(cls, images: Tensor, num_images: int) -> VisibleImages:
-        """Sort the entries of `images` [groups, slots] by picture, once for all layers."""
-        return cls(images, picture_routes(images, num_images))
+        """With `images` [G, R] sorted by image, once for all layers; not on CUDA devices, where it would wait."""
+        return cls(images, None if images.is_cuda else image_routes(images, num_images))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> VisibleImages:
-        """From a dense mask [batch, queries, n], 1 = visible, where row b owns the pictures b*n to b*n + n - 1.
+        """From a dense mask [batch, queries, n], 1 = visible, where row b owns the images b*n to b*n + n - 1.
 
         There are batch * queries groups of one query each.
         """
@@ -65,45 +70,43 @@ class VisibleImages:
         return cls.build(images, batch * n)
 
     def mask(self, num_images: int) -> Tensor:
-        """[groups, num_images], 1 = visible."""
-        pictures = torch.arange(num_images, device=self.images.device)
-        return (self.images[..., None] == pictures).any(1).long()
+        """[G, num_images], 1 = visible."""
+        numbers = torch.arange(num_images, device=self.images.device)
+        return (self.images[..., None] == numbers).any(1).long()
 
 
 @dataclass
-class FoldedQuery:
-    """W_off and W_att times W_dyn, with the dead rows left out: the query side of MMFS for inference."""
-
-    weight: Tensor  # [heads * points * (2 + levels), query width]
-    bias: Tensor
-    table: Tensor  # [max_images - 1, heads * points * (2 + levels)] contribution of r = 1, 2, ...
-
-
-@dataclass
-class FoldedOutput:
-    """Another linear map times W_out: what follows the samples, for inference."""
-
-    weight: Tensor  # [outputs, hidden size]
-    bias: Tensor
-
-
-@dataclass
-class PreparedMMFS:
-    """What one MMFS layer keeps between calls.
+class DerivedQuery:
+    """W_off W_dyn and W_att W_dyn as one linear map, without rows whose results the published form overwrites.
 
     Attributes:
-        values: [pictures, positions, heads, head dim], projected once per picture.
-        folded: the folded query side, or None where the weights are not at hand (offloaded).
-        output: stands for the output projection and the map after it; None: only the former.
+        weight: [N * P * (2 + V), query width].
+        bias: [N * P * (2 + V)].
+        table: [max_images - 1, N * P * (2 + V)], what recency r = 1, 2, ... adds.
     """
 
-    values: Tensor
-    folded: FoldedQuery | None = None
-    output: FoldedOutput | None = None
+    weight: Tensor
+    bias: Tensor
+    table: Tensor
+
+
+@dataclass
+class DerivedOutput:
+    """Another linear map after W_out, as one linear map.
+
+    Attributes:
+        weight: [outputs, hidden size].
+        bias: [outputs].
+    """
+
+    weight: Tensor
+    bias: Tensor
 
 
 class MMFS(nn.Module):
     """The synchronizer for queries of width `query_size` into maps of width `feature_size`."""
+
+    switches = ("implementation", "backend")  # a captured graph keeps them; see `weights.state_of`
 
     def __init__(self, config: MMFSConfig, query_size: int, feature_size: int) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class MMFS(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initialisation that training starts from (spec/model 3.1, LLM column)."""
+        """The initialisation that training starts from (of the language model's synchronizers)."""
         for linear in (self.dynamic_offset_mask, self.attention_weights):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -135,45 +138,95 @@ class MMFS(nn.Module):
         nn.init.zeros_(self.ignore_token)
 
     def project(self, features: Tensor) -> Tensor:
-        """Maps [pictures, positions, features] to values [pictures, positions, heads, head dim]."""
+        """Maps [I, S, features] to values [I, S, N, D], which serve every query that sees these images."""
         return self.value_proj(features).unflatten(-1, (self.config.num_heads, -1))
 
-    def fold(self) -> FoldedQuery:
-        """The folded query side, without the slots that are computed and overwritten in the published form."""
-        dtype = self.dynamic_offset_mask.weight.dtype
-        folded = self._folded_in(promote(dtype), self.config.max_images - 1)
-        return FoldedQuery(folded.weight.to(dtype), folded.bias.to(dtype), folded.table.to(dtype))
+    def empty_query(self) -> DerivedQuery:
+        """Room for what `derive_query` writes."""
+        weight, outputs = self.dynamic_offset_mask.weight, self.num_query_outputs
+        return DerivedQuery(
+            weight.new_empty(outputs, self.dynamic_offset_mask.in_features),
+            weight.new_empty(outputs),
+            weight.new_empty(self.config.max_images - 1, outputs),
+        )
 
-    def _folded_in(self, dtype: torch.dtype, slots: int) -> FoldedQuery:
-        """The folded query side by products in `dtype`, with the table's first rows."""
-        points, dynamic = self.config.num_points, self.dynamic_offset_mask
-        used = self.attention_weights.weight.unflatten(0, (-1, points + 1))[:, :-1].flatten(0, 1)
-        used_bias = self.attention_weights.bias.unflatten(0, (-1, points + 1))[:, :-1].flatten()
-        weight = torch.cat([self.sampling_offsets.weight, used]).to(dtype)
-        bias = torch.cat([self.sampling_offsets.bias, used_bias]).to(dtype)
-        return FoldedQuery(
+    def empty_output(self, weight: Tensor) -> DerivedOutput:
+        """Room for what `derive_output` of `weight` [outputs, query size] writes."""
+        return DerivedOutput(weight.new_empty(len(weight), self.config.hidden_size), weight.new_empty(len(weight)))
+
+    @property
+    def num_query_outputs(self) -> int:
+        """N * P * (2 + V), the offsets and logits of a query."""
+        return self.config.num_heads * self.config.num_points * (2 + len(self.config.levels))
+
+    @torch.no_grad()
+    def derive_query(self, out: DerivedQuery | None = None) -> DerivedQuery | None:
+        """The query maps as one, from the weights of this moment; no gradients, nothing waits for the device.
+
+        Args:
+            out: tensors to write into, whose addresses a captured graph knows; None: new ones.
+
+        Returns:
+            `out` or new tensors in the type of the weights; None where one of the maps must be called as a module.
+        """
+        dynamic, recency = self.dynamic_offset_mask, self.query_relpos
+        if not is_plain(dynamic, recency, self.sampling_offsets, self.attention_weights):
+            return None
+        out = out or self.empty_query()
+        weight, bias = self._query_maps()
+        out.weight.copy_(_product(weight, dynamic.weight))
+        # The bias passes the same map as the rows of the table, so it goes along as one more row.
+        rows = _product(torch.cat([recency.weight[1:], dynamic.bias[None]]), weight.T)
+        out.table.copy_(rows[:-1])
+        out.bias.copy_(rows[-1] + bias)
+        return out
+
+    @torch.no_grad()
+    def derive_output(
+        self, weight: Tensor, bias: Tensor | None, out: DerivedOutput | None = None
+    ) -> DerivedOutput | None:
+        """The output projection and the linear map after it as one; like `derive_query` otherwise.
+
+        Args:
+            weight: [outputs, query size] of the map after it.
+            bias: [outputs]; None: it has none.
+            out: tensors to write into; None: new ones.
+        """
+        if not is_plain(self.output_proj):
+            return None
+        out = out or self.empty_output(weight)
+        out.weight.copy_(_product(weight, self.output_proj.weight))
+        passed = _product(weight, self.output_proj.bias[:, None])[:, 0]
+        out.bias.copy_(passed if bias is None else passed + bias)
+        return out
+
+    def _query_maps(self) -> tuple[Tensor, Tensor]:
+        """W_off and W_att one above the other [N * P * (2 + V), width], without overwritten rows; and their biases."""
+        points, attention = self.config.num_points, self.attention_weights
+        used = attention.weight.unflatten(0, (-1, points + 1))[:, :-1].flatten(0, 1)
+        used_bias = attention.bias.unflatten(0, (-1, points + 1))[:, :-1].flatten()
+        return torch.cat([self.sampling_offsets.weight, used]), torch.cat([self.sampling_offsets.bias, used_bias])
+
+    def _folded_for(self, query: Tensor, slots: int) -> DerivedQuery | None:
+        """The query maps as one for these queries of a training step, with gradients.
+
+        None where that does not pay, or where the maps must be called as modules.
+        """
+        dynamic = self.dynamic_offset_mask
+        linears = (dynamic, self.sampling_offsets, self.attention_weights)
+        width, kind = query.shape[-1], query.device.type
+        if query.numel() <= self.num_query_outputs * width or not is_plain(*linears, self.query_relpos):
+            return None
+        if any(x.weight.device != query.device for x in linears):
+            return None
+        halved = torch.is_autocast_enabled(kind) and query.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if halved else dynamic.weight.dtype
+        weight, bias = (x.to(dtype) for x in self._query_maps())
+        return DerivedQuery(
             weight=weight @ dynamic.weight.to(dtype),
             bias=weight @ dynamic.bias.to(dtype) + bias,
             table=self.query_relpos.weight[1 : slots + 1].to(dtype) @ weight.T,
         )
-
-    def fold_output(self, weight: Tensor, bias: Tensor) -> FoldedOutput:
-        """The output projection and the map `weight` [outputs, width], `bias` [outputs] after it, as one."""
-        dtype = weight.dtype
-        work = promote(dtype)
-        both = weight.to(work) @ self.output_proj.weight.to(work)
-        return FoldedOutput(both.to(dtype), (weight.to(work) @ self.output_proj.bias.to(work) + bias).to(dtype))
-
-    def prepare(self, features: Tensor, folded: FoldedQuery | None = None) -> PreparedMMFS:
-        """Everything about `features` [pictures, positions, width] that does not depend on a query.
-
-        `folded` is the folded query side, if it is at hand.
-        """
-        offloaded = self.dynamic_offset_mask.weight.is_meta and not features.is_meta
-        return PreparedMMFS(self.project(features), None if offloaded else folded or self.fold())
-
-    def _project_out(self, mixed: Tensor, output: FoldedOutput | None) -> Tensor:
-        return self.output_proj(mixed) if output is None else F.linear(mixed, output.weight, output.bias)
 
     def _separated(self, query: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Offsets and logits of the query, and what each slot adds to them (the linear maps split over the sum z)."""
@@ -186,81 +239,72 @@ class MMFS(nn.Module):
             tables.append(rows[:-1] - rows[-1:])
         return self.sampling_offsets(z), self.attention_weights(z), tables[0], tables[1]
 
-    def _folded_for(self, query: Tensor, slots: int) -> FoldedQuery | None:
-        """The query side folded for these queries, with gradients; None where that pays not, or cannot be.
-
-        The weights must be those of plain linear maps, and at hand: adapters, quantized weights, and weights that come
-        when their module is called have a form of their own.
-        """
-        linears = (self.dynamic_offset_mask, self.sampling_offsets, self.attention_weights)
-        width, kind = query.shape[-1], query.device.type
-        plain = all(type(x) is nn.Linear and type(x.weight) in (Tensor, nn.Parameter) for x in linears)
-        plain = plain and all(x.weight.shape == (x.out_features, width) for x in linears)
-        outputs = self.config.num_heads * self.config.num_points * (2 + len(self.config.levels))
-        if not plain or any(x.weight.device != query.device for x in linears) or query.numel() <= outputs * width:
-            return None
-        halved = torch.is_autocast_enabled(kind) and query.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(kind) if halved else self.dynamic_offset_mask.weight.dtype
-        return self._folded_in(dtype, slots)
-
-    def _query_side(self, query: Tensor, slots: int, folded: FoldedQuery | None) -> tuple[Tensor, ...]:
+    def _query_side(self, query: Tensor, slots: int, derived: DerivedQuery | None) -> tuple[Tensor, ...]:
         """Offsets and logits of the queries, and the table of what each slot adds to either."""
         points = self.config.num_points
-        folded = folded or self._folded_for(query, slots)
-        if folded is None:
+        derived = derived or self._folded_for(query, slots)
+        if derived is None:
             offsets, logits, offset_table, logit_table = self._separated(query, slots)
             logits, logit_table = (
                 x.unflatten(-1, (-1, points + 1))[..., :points].flatten(-2) for x in (logits, logit_table)
             )
             return offsets, logits, offset_table, logit_table
-        return self.split(F.linear(query, folded.weight, folded.bias), folded.table[:slots])
+        return self.split(F.linear(query, derived.weight, derived.bias), derived.table[:slots])
 
     def split(self, both: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        """Offsets and logits apart, as `mix` takes them, out of a folded projection and its table."""
+        """Offsets and logits apart, as `mix` takes them, out of the product with a `DerivedQuery` and its table."""
         heads, points = self.config.num_heads, self.config.num_points
         sizes = [heads * points * 2, heads * points * len(self.config.levels)]
         return *both.split(sizes, -1), *table.split(sizes, -1)
 
+    def _project_out(self, mixed: Tensor, derived: DerivedOutput | None) -> Tensor:
+        return self.output_proj(mixed) if derived is None else F.linear(mixed, derived.weight, derived.bias)
+
     def forward(
         self,
         query: Tensor,
-        prepared: PreparedMMFS,
+        values: Tensor,
         visible: VisibleImages,
         shapes: Shapes,
         reference: Tensor,
         base: int,
+        derived_query: DerivedQuery | None = None,
+        derived_output: DerivedOutput | None = None,
     ) -> Tensor:
-        """Look at the pictures.
+        """Look at the images.
 
         Args:
-            query: [groups, queries, width]; all queries of a group see the same pictures.
-            prepared: the values of all pictures.
-            visible: the pictures of each group.
+            query: [G, Q, width]; all queries of a group see the same images.
+            values: [I, S, N, D] of all images, from `project`.
+            visible: the images of each group.
             shapes: (height, width) of every level.
-            reference: [groups or 1, queries, 2] the (x, y) in [0, 1] around which each query samples.
-            base: offsets count in 1/base of the picture's side.
+            reference: [G or 1, Q, 2] the (x, y) in [0, 1] around which each query samples.
+            base: offsets count in 1/base of the image's side.
+            derived_query: `derive_query()`; None: the maps themselves.
+            derived_output: `derive_output(...)`, which stands for the output projection and the map after it. Both are
+                ignored by `implementation = "reference"`.
 
         Returns:
-            [groups, queries, width], or what `prepared.output` makes of it (in the fast form).
+            [G, Q, width], or [G, Q, outputs of `derived_output`].
 
         Raises:
-            ValueError: a query sees more pictures than the relative-position table has rows for.
+            ValueError: a query sees more images than the relative-position table has rows for.
         """
         slots = visible.images.shape[1]
         if slots >= self.config.max_images:
             raise ValueError(
-                f"{slots} pictures are visible at once, but this model distinguishes at most "
+                f"{slots} images are visible at once, but this model distinguishes at most "
                 f"{self.config.max_images - 1}; split the document"
             )
         ignore = self.ignore_token.view(self.config.num_heads, -1)
-        output = prepared.output if self.implementation == "fast" else None
+        output = derived_output if self.implementation == "fast" else None
         if slots == 0:
             constant = self._project_out(ignore.reshape(-1).to(query.dtype), output)
             return constant.expand(*query.shape[:-1], -1)
         if self.implementation == "reference":
-            return self._forward_reference(query, prepared.values, visible, shapes, reference, base)
-        sides = self._query_side(query, slots, prepared.folded)
-        mixed = self.mix(sides, prepared.values, visible, shapes, reference, base, dtype=query.dtype)
+            return self._forward_reference(query, values, visible, shapes, reference, base)
+        sides = self._query_side(query, slots, derived_query)
+        mixed = self.mix(sides, values, visible, shapes, reference, base, dtype=query.dtype)
         return self._project_out(mixed, output)
 
     def mix(
@@ -277,26 +321,22 @@ class MMFS(nn.Module):
 
         Args:
             sides: offsets and logits of the queries, and the tables of what each slot adds to them.
-            values: [pictures, positions, heads, head dim].
+            values: [I, S, N, D].
             visible, shapes, reference, base: as in `forward`.
             dtype: of the result; None: float32 or better.
 
         Returns:
-            [groups, queries, hidden size].
+            [G, Q, hidden size].
         """
         scales = [side / base for side in self.config.levels]
+        inputs = MMFSInputs(values, *sides, reference, visible.images, shapes, scales, visible.routes)
         ignore = self.ignore_token.view(self.config.num_heads, -1)
-        dtype = dtype or promote(sides[0].dtype)
-        mixed = mmfs_output(
-            values, *sides, reference, visible.images, shapes, scales, ignore, dtype,
-            routes=visible.routes, backend=self.backend,
-        )  # fmt: skip
-        return mixed.flatten(2)
+        return mmfs_output(inputs, ignore, dtype or promote(sides[0].dtype), backend=self.backend).flatten(2)
 
     def _forward_reference(
         self, query: Tensor, values: Tensor, visible: VisibleImages, shapes: Shapes, reference: Tensor, base: int
     ) -> Tensor:
-        """Through the published form: every query weighs every picture, those it does not see with a penalty."""
+        """Through the published form: every query weighs every image, those it does not see with a penalty."""
         groups, queries, _ = query.shape
         mask = visible.mask(len(values))[:, None].expand(-1, queries, -1).flatten(0, 1)
         reference = reference.expand(groups, queries, 2).flatten(0, 1)
@@ -309,12 +349,12 @@ class MMFS(nn.Module):
 def mmfs_reference(
     mmfs: MMFS, query: Tensor, values: Tensor, mask: Tensor, shapes: Shapes, reference: Tensor, base: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The published form, as slow as it is plain; the twin of `MMFS.forward`.
+    """The published form: the reference implementation of `MMFS.forward`.
 
     Args:
         mmfs: the layer whose parameters are used.
         query: [batch, queries, width].
-        values: [batch, n, positions, heads, head dim] the pictures of each row.
+        values: [batch, n, positions, heads, head dim] the images of each row.
         mask: [batch, queries, n] or [batch, n], 1 = visible. A mask of another length than the query counts with its
             last row only (the release's cached decoding).
         shapes, base: as in `MMFS.forward`.
@@ -349,3 +389,12 @@ def mmfs_reference(
     ignored = weights[..., points].sum(-1)[..., None] * mmfs.ignore_token.view(heads, -1)
     out = mmfs.output_proj((sampled + ignored.flatten(2)).to(query.dtype))
     return out, locations, weights[..., :points]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with sums in float32 or better, in that type: rounding is left to whoever copies the result."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(a, b, out_dtype=torch.float32)  # exact inputs: the type of the products need not be float32
+        work = promote(a.dtype)
+        return a.to(work) @ b.to(work)

@@ -1,7 +1,8 @@
-"""Work over tensors that never move: recorded once in a CUDA graph, kept for the next time, tied to the weights' place.
+"""Capture of CUDA graphs, and a pool that leases them: a new generation call finds one and captures nothing.
 
-A recorded step reads its inputs, its weights and its memory where they were when it was recorded. So whoever records
-one copies inputs into fixed tensors, and forgets it when the weights have moved.
+A captured step reads its inputs, its weights and its memory at the addresses of the capture, and runs no Python. So
+whoever captures one copies inputs into fixed tensors, and drops it when the state of its modules has changed
+(`weights.state_of`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from .weights import stored
-
 T = TypeVar("T")
 
 
 def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`step`, recorded in a CUDA graph; a call replays it. `step` runs a few times first, on whatever is there."""
+    """`step` as a captured CUDA graph; a call replays it. `step` runs a few times first, on whatever is there."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream), torch.no_grad():
@@ -33,13 +32,8 @@ def capture(step: Callable[[], object], device: torch.device) -> Callable[[], ob
     return graph.replay
 
 
-def addresses(*modules: nn.Module) -> tuple[int, ...]:
-    """Where the weights of `modules` lie."""
-    return tuple(t.data_ptr() for module in modules for p in module.parameters() for t in stored(p))
-
-
 class Pool(Generic[T]):
-    """Things made for a module and kept for the next time, the most recently used ones.
+    """Leases what was made for a module, and keeps the most recently used ones.
 
     Args:
         size: how many to keep for each module.
@@ -50,14 +44,15 @@ class Pool(Generic[T]):
         self._idle: weakref.WeakKeyDictionary[nn.Module, list[tuple[Hashable, T]]] = weakref.WeakKeyDictionary()
 
     @contextmanager
-    def borrow(self, owner: nn.Module, key: Hashable, weights: tuple[int, ...], make: Callable[[], T]) -> Iterator[T]:
-        """One made for `key`, for nobody else until the end; those made for weights elsewhere are dropped.
+    def borrow(self, owner: nn.Module, key: Hashable, state: Hashable, make: Callable[[], T]) -> Iterator[T]:
+        """One made for `key`, for nobody else until the end; those made in another `state` of the modules are dropped.
 
-        What is made must not hold on to `owner`, or neither would ever be freed.
+        What is made must not hold on to `owner`, or neither would ever be freed. It is made outside of inference mode,
+        because others could not write into its tensors.
         """
         idle = self._idle.setdefault(owner, [])
-        idle[:] = [(k, x) for k, x in idle if k[1] == weights]
-        key = (key, weights)
+        idle[:] = [(k, x) for k, x in idle if k[1] == state]
+        key = (key, state)
         place = next((i for i, (k, _) in enumerate(idle) if k == key), None)
         found = self._make(idle, make) if place is None else idle.pop(place)[1]
         try:
@@ -69,14 +64,15 @@ class Pool(Generic[T]):
     @staticmethod
     def _make(idle: list[tuple[Hashable, T]], make: Callable[[], T]) -> T:
         """Another one; if there is no memory for it, in the place of those that are kept."""
-        try:
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                return make()
+            except torch.OutOfMemoryError:
+                if not idle:
+                    raise
+            idle.clear()
+            torch.cuda.empty_cache()
             return make()
-        except torch.OutOfMemoryError:
-            if not idle:
-                raise
-        idle.clear()
-        torch.cuda.empty_cache()
-        return make()
 
     def clear(self) -> None:
         """Forget everything."""

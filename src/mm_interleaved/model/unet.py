@@ -11,22 +11,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..ops import GroupNorm, channels_last, gelu_gate
+from ..ops import channels_last
 from ..ops.deformable import Shapes
 from .config import ImageDecoderConfig
-from .folding import FoldOnce
-from .mmfs import MMFS, PreparedMMFS, VisibleImages
+from .diffusion_blocks import ResnetBlock, norm_and_activation, use_own_blocks
+from .mmfs import MMFS, DerivedOutput, DerivedQuery, VisibleImages
 from .positions import PositionTable
 from .vit_adapter import cell_centres
+from .weights import is_intercepted, is_plain, plain_class
 
 _EPS = 1e-6  # of all LayerNorms here
 
@@ -41,7 +38,7 @@ class EarlierImages:
             of it they share.
         shapes: (height, width) of every level.
         visible: which of them each drawn picture sees; a group is one drawn picture.
-        prepared: for every synchronizer what it derived from the features; None: derived anew in each call (training).
+        values: for every synchronizer its values of the images; None: projected anew in each call (training).
         centres: by side of a map of the UNet, the points [1, side * side, 2] around which its cells look; None: made
             anew in each call.
     """
@@ -50,7 +47,7 @@ class EarlierImages:
     normed: Tensor
     shapes: Shapes
     visible: VisibleImages
-    prepared: list[PreparedMMFS] | None = None
+    values: list[Tensor] | None = None
     centres: dict[int, Tensor] | None = None
 
     @classmethod
@@ -73,12 +70,26 @@ class EarlierImages:
         return replace(self, visible=visible)
 
 
+@plain_class
 class LearnedNorm(nn.LayerNorm):
     """A LayerNorm for vectors that are normalised already: gain and bias alone."""
 
     def forward(self, normed: Tensor) -> Tensor:
         """[..., width]."""
         return normed * self.weight + self.bias
+
+
+@dataclass
+class DerivedWeights:
+    """What a generation call derives from the weights of a synchronizer; None: its modules are called instead.
+
+    Attributes:
+        query: the query maps as one.
+        output: the output projection and the convolution after it as one.
+    """
+
+    query: DerivedQuery | None
+    output: DerivedOutput | None
 
 
 class UNetSynchronizer(GradientCheckpointingLayer):
@@ -91,7 +102,6 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         self.feature_norm = LearnedNorm(feature_size, eps=_EPS)
         self.positions = PositionTable.grid(config.latent_size, channels, resize_to=side)
         self.mmfs = MMFS(config.mmfs, channels, feature_size)
-        self.folded = FoldOnce()
         self.conv = nn.Conv2d(channels, channels, 1)
         self.reset_parameters()
 
@@ -103,27 +113,46 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
-    def prepare(self, normed: Tensor) -> PreparedMMFS:
-        """What this synchronizer keeps of `EarlierImages.normed` [pictures, positions, width]."""
-        prepared = self.mmfs.prepare(self.feature_norm(normed), self.folded.of(self.mmfs))
-        if prepared.folded is not None:
-            prepared.output = self.mmfs.fold_output(self.conv.weight[:, :, 0, 0], self.conv.bias)
-        return prepared
+    def project(self, normed: Tensor) -> Tensor:
+        """The values [images, positions, heads, head dim] of `EarlierImages.normed` [images, positions, width]."""
+        return self.mmfs.project(self.feature_norm(normed))
 
-    def forward(self, x: Tensor, earlier: EarlierImages, prepared: PreparedMMFS | None, centres: Tensor) -> Tensor:
-        """`x` [drawings, channels, side, side] around `centres`; a group of `earlier.visible` is one drawing."""
+    def derive(self, out: DerivedWeights | None = None) -> DerivedWeights:
+        """The derived weights of this moment, written into `out` if it is given."""
+        out = out or DerivedWeights(None, None)
+        output = None
+        if is_plain(self.conv) and not is_intercepted(self.mmfs):  # or a hook would see what the convolution makes
+            output = self.mmfs.derive_output(self.conv.weight[:, :, 0, 0], self.conv.bias, out.output)
+        return DerivedWeights(self.mmfs.derive_query(out.query), output)
+
+    def empty(self) -> DerivedWeights:
+        """Room for what `derive` writes."""
+        return DerivedWeights(self.mmfs.empty_query(), self.mmfs.empty_output(self.conv.weight))
+
+    def forward(
+        self,
+        x: Tensor,
+        earlier: EarlierImages,
+        values: Tensor | None,
+        centres: Tensor,
+        derived: DerivedWeights | None = None,
+    ) -> Tensor:
+        """`x` [batch, channels, side, side] around `centres`; a group of `earlier.visible` is one image of the batch.
+
+        `values` are `project(earlier.normed)`, `derived` is `derive()`; None: made anew, or not used.
+        """
+        derived = derived or DerivedWeights(None, None)
         if earlier.visible.images.shape[1] == 0:  # nobody sees anything: the same vector in every cell
             query = x.new_zeros(1, 1, x.shape[1])
         else:
             query = self.query_norm(x.flatten(2).transpose(1, 2)) + self.positions().to(x.dtype)
-        if prepared is None:
-            self.folded.forget()  # the weights are about to change
-            prepared = PreparedMMFS(self.mmfs.project(self.feature_norm(earlier.normed)))
+        values = self.project(earlier.normed) if values is None else values
         seen = self.mmfs(
-            query, prepared, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side
-        )
+            query, values, earlier.visible, earlier.shapes, centres, self.mmfs.config.base_size or self.side,
+            derived.query, derived.output,
+        )  # fmt: skip
         seen = seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1))
-        done = prepared.output is not None and self.mmfs.implementation == "fast"  # the convolution is folded in
+        done = derived.output is not None and self.mmfs.implementation == "fast"  # the convolution is folded in
         return x + (seen if done else self.conv(seen))
 
 
@@ -158,58 +187,6 @@ class KeptTextProcessor(AttnProcessor2_0):
         return attn.to_out[0](mixed) / attn.rescale_output_factor
 
 
-class GatedGELU(GEGLU):
-    """diffusers' GEGLU with both halves of its map in one kernel; its parameters have the same names."""
-
-    @classmethod
-    def of(cls, gate: GEGLU) -> GatedGELU:
-        """One with the weights of `gate`."""
-        with torch.device("meta"):
-            ours = cls(gate.proj.in_features, gate.proj.out_features // 2, bias=gate.proj.bias is not None)
-        ours.proj = gate.proj
-        return ours.train(gate.training)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., width] to [..., inner width]."""
-        return gelu_gate(self.proj(hidden_states))
-
-
-def fuse_norms(model: nn.Module) -> bool:
-    """Give a model of diffusers our group norm for its own, which also does the SiLU that follows; weights stay.
-
-    Residual blocks then apply no SiLU themselves, to the time embedding neither. If one of them does something else
-    than group norm and SiLU, all keep their own.
-
-    Returns:
-        Whether residual blocks want a time embedding that SiLU was applied to.
-    """
-    blocks = [m for m in model.modules() if isinstance(m, (ResnetBlock2D, ResnetBlockCondNorm2D))]
-    fused = all(_norms_before_silu(block) for block in blocks)
-    for module in list(model.modules()):
-        for name, norm in list(module.named_children()):
-            if type(norm) is nn.GroupNorm:
-                setattr(module, name, GroupNorm.of(norm))
-        if fused and isinstance(module, ResnetBlock2D):
-            module.norm1.silu = module.norm2.silu = module.skip_time_act = True
-            module.nonlinearity = nn.Identity()
-        end = getattr(module, "conv_norm_out", None)
-        if isinstance(end, GroupNorm) and isinstance(module.conv_act, nn.SiLU):
-            end.silu, module.conv_act = True, nn.Identity()
-    return fused
-
-
-def _norms_before_silu(block: nn.Module) -> bool:
-    """Whether nothing comes between the norms of a residual block and SiLU, and its time goes through SiLU."""
-    if not isinstance(block, ResnetBlock2D) or block.time_embedding_norm == "scale_shift" or block.skip_time_act:
-        return False  # "group", as the VAE's decoder says, is as good as "default"
-    return isinstance(block.nonlinearity, nn.SiLU)
-
-
-def _back_to_channels_last(module: nn.Module, given: tuple, output: tuple[Tensor]) -> tuple[Tensor]:
-    """A hook behind attention over a map, which leaves the map channels first."""
-    return (channels_last(output[0]),)
-
-
 class MMFSUNet(UNet2DConditionModel):
     """A diffusers UNet of the Stable Diffusion family with a synchronizer on each skip connection and on the middle."""
 
@@ -230,17 +207,22 @@ class MMFSUNet(UNet2DConditionModel):
             else []
         )
         self.set_attn_processor({name: KeptTextProcessor(name) for name in self.attn_processors})
-        self.silu_before_blocks = fuse_norms(self)
-        for module in list(self.modules()):
-            if isinstance(module, FeedForward) and type(module.net[0]) is GEGLU:
-                module.net[0] = GatedGELU.of(module.net[0])
-            if isinstance(module, Transformer2DModel):
-                module.register_forward_hook(_back_to_channels_last)
+        use_own_blocks(self)
+        blocks = [m for m in self.modules() if isinstance(m, ResnetBlock)]
+        self.silu_before_blocks = all(block.activates_time for block in blocks)
+        if self.silu_before_blocks:  # once for all of them
+            for block in blocks:
+                block.skip_time_act = True
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
         """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
-        prepared = [synchronizer.prepare(earlier.normed) for synchronizer in self.synchronizers]
-        return replace(earlier, prepared=prepared, centres=self._centres(earlier.features.device))
+        values = [synchronizer.project(earlier.normed) for synchronizer in self.synchronizers]
+        return replace(earlier, values=values, centres=self._centres(earlier.features.device))
+
+    def derive(self, out: list[DerivedWeights] | None = None) -> list[DerivedWeights]:
+        """The derived weights of every synchronizer, written into `out` if it is given; rebuilt for each image."""
+        places = [None] * len(self.synchronizers) if out is None else out
+        return [s.derive(place) for s, place in zip(self.synchronizers, places, strict=True)]
 
     def _centres(self, device: torch.device) -> dict[int, Tensor]:
         """See `EarlierImages.centres`."""
@@ -263,6 +245,7 @@ class MMFSUNet(UNet2DConditionModel):
         conditions: Tensor,
         earlier: EarlierImages | None,
         text: KeptText | None = None,
+        derived: list[DerivedWeights] | None = None,
     ) -> Tensor:
         """Predict the noise.
 
@@ -272,6 +255,7 @@ class MMFSUNet(UNet2DConditionModel):
             conditions: [drawings, tokens, cross_attention_dim].
             earlier: the earlier pictures; None: the plain UNet.
             text: `prepare_text(conditions)`; None: projected anew.
+            derived: `derive()`; None: the synchronizers' own modules.
 
         Returns:
             [drawings, latent channels, side, side].
@@ -289,14 +273,15 @@ class MMFSUNet(UNet2DConditionModel):
         sample = self.mid_block(sample, time, **crossing)
 
         if earlier is not None and len(self.synchronizers):
-            prepared = earlier.prepared or [None] * len(self.synchronizers)
+            nothing = [None] * len(self.synchronizers)
+            values, derived = earlier.values or nothing, derived or nothing
             centres = earlier.centres or self._centres(sample.device)
-            tensors = zip(self.synchronizers, [*skips, sample], prepared, strict=True)
-            *skips, sample = (look(x, earlier, p, centres[look.side]) for look, x, p in tensors)
+            each = zip(self.synchronizers, [*skips, sample], values, derived, strict=True)
+            *skips, sample = (look(x, earlier, v, centres[look.side], d) for look, x, v, d in each)
 
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, taken = skips[:-count], tuple(skips[-count:])
             extra = crossing if getattr(block, "has_cross_attention", False) else {}
             sample = block(hidden_states=sample, temb=time, res_hidden_states_tuple=taken, **extra)
-        return self.conv_out(self.conv_act(self.conv_norm_out(sample)))
+        return self.conv_out(norm_and_activation(self.conv_norm_out, self.conv_act, sample))

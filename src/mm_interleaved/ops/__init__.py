@@ -1,4 +1,4 @@
-"""Numerical operators of the project, each with a plain twin it is tested against."""
+"""Numerical operators of the project, each with a reference implementation that it is tested against."""
 
 from .around import deformable_attention_around
 from .decoding import attend, project, project_gated, rms_norm, why_not_kernels
@@ -6,9 +6,10 @@ from .deformable import deformable_attention, deformable_attention_reference, pr
 from .group_norm import GroupNorm, channels_last, why_not_group_norm
 from .mmfs_attention import (
     HAS_TRITON,
+    MMFSInputs,
+    image_routes,
     mmfs_attention,
-    mmfs_attention_plain,
-    picture_routes,
+    mmfs_attention_reference,
     softmax_plus_one,
     why_not_triton,
 )
@@ -17,15 +18,16 @@ from .pointwise import gelu_gate, rotary, silu_gate, why_not_pointwise
 __all__ = [
     "HAS_TRITON",
     "GroupNorm",
+    "MMFSInputs",
     "attend",
     "channels_last",
     "deformable_attention",
     "deformable_attention_around",
     "deformable_attention_reference",
     "gelu_gate",
+    "image_routes",
     "mmfs_attention",
-    "mmfs_attention_plain",
-    "picture_routes",
+    "mmfs_attention_reference",
     "project",
     "project_gated",
     "promote",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .deformable import Shapes, deformable_attention
-from .mmfs_attention import Backend, mmfs_attention, why_not_triton
+from .mmfs_attention import Backend, MMFSInputs, mmfs_attention, why_not_triton
 
 _LARGEST = 8.0
 
@@ -64,10 +64,11 @@ def _by_level(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, re
     mixed = total = None
     for level, (shape, level_map) in enumerate(zip(shapes, maps, strict=True)):
         own = offsets[:, :, :, level].reshape(batch, queries, heads * points * 2)
-        part, left_out = mmfs_attention(
+        inputs = MMFSInputs(
             level_map, own, logits[:, :, :, level].reshape(batch, queries, heads * points), table,
-            table[:, : heads * points], reference[None], images, [shape], [1.0], backend="triton",
+            table[:, : heads * points], reference[None], images, [shape], [1.0],
         )  # fmt: skip
+        part, left_out = mmfs_attention(inputs, backend="triton")
         if len(shapes) == 1:
             return (part / (1 - left_out[..., None])).flatten(2).to(value.dtype)
         denominator = 1 / left_out[..., None]

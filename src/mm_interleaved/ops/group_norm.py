@@ -90,24 +90,11 @@ def _on_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: 
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm through `group_norm`, with SiLU behind it if `silu`; its parameters have the same names."""
+    """nn.GroupNorm through `group_norm`; its parameters have the same names."""
 
-    silu: bool = False
-
-    @classmethod
-    def of(cls, norm: nn.GroupNorm, silu: bool = False) -> GroupNorm:
-        """One with the weights of `norm`."""
-        ours = cls(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
-        ours.weight, ours.bias, ours.silu = norm.weight, norm.bias, silu
-        return ours.train(norm.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, ...], normalised."""
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
-
-    def extra_repr(self) -> str:
-        """PyTorch's, and whether SiLU follows."""
-        return f"{super().extra_repr()}, silu={self.silu}"
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        """[batch, channels, ...], normalised, with SiLU behind it if `silu`."""
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
-"""The attention of MMFS: a weighted sum of bilinear samples from every picture that a query sees.
+"""The attention of MMFS: a weighted sum of bilinear samples from every image that a query sees.
 
-For group g, query q, head h; slot s is the s-th most recent picture of the group, l a level, p a point:
+Axes: I images, S spatial positions of all levels, N heads, D channels of a head, V levels, P points, Q queries;
+G groups of queries that see the same images, R slots of a group for images, the most recent one first.
 
-    o_sp    = offsets[g, q, h, p] + offset_table[s, h, p]
-    a_slp   = logits[g, q, h, l, p] + logit_table[s, h, l, p]
-    x_slp   = reference[g, q] * size_l + o_sp * scales[l] - 1/2              in pixels of level l
-    w       = softmax over all visible (s, l, p) and one more slot of logit 0
-    mixed   = sum over (s, l, p) of w_slp * bilinear(value_l[images[g, s], :, h], x_slp)
+For group g, query q, head n; slot r is the r-th most recent image of the group, v a level, p a point:
+
+    o_rp    = offsets[g, q, n, p] + offset_table[r, n, p]
+    a_rvp   = logits[g, q, n, v, p] + logit_table[r, n, v, p]
+    x_rvp   = reference[g, q] * size_v + o_rp * scales[v] - 1/2              in pixels of level v
+    w       = softmax over all visible (r, v, p) and one more slot of logit 0
+    mixed   = sum over (r, v, p) of w_rvp * bilinear(value_v[images[g, r], :, n], x_rvp)
     ignored = the weight of the slot of logit 0
 
 (MM-Interleaved, arXiv 2401.10208, section 3.2, with the softmax in the form that `model/mmfs.py` derives.)
 
-Two forms. `mmfs_attention_plain` is a composition of PyTorch operators: the truth, and what runs on a CPU. The
-registered operator `mm_interleaved::mmfs_attention` runs the Triton kernels of `mmfs_triton.py`, which keep nothing but
-the result and the logarithm of the softmax's denominator. `mmfs_attention` chooses; `why_not_triton` says why.
-`mmfs_output` adds what the slot of logit 0 holds.
+Two forms. `mmfs_attention_reference` is a composition of PyTorch operators: the reference implementation, and what runs
+on a CPU. The registered operator `mm_interleaved::mmfs_attention` runs the Triton kernels of `mmfs_triton.py`, which
+keep nothing but the result and the logarithm of the softmax's denominator. `mmfs_attention` chooses; `why_not_triton`
+says why. `mmfs_output` adds what the slot of logit 0 holds.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -45,7 +49,7 @@ def on_triton(device: torch.device) -> bool:
 
 
 def why_not_triton(values: Tensor, points: int) -> str | None:
-    """Why the Triton kernels cannot run on `values` [pictures, positions, heads, dim]; None: they can.
+    """Why the Triton kernels cannot run on `values` [I, S, N, D]; None: they can.
 
     On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before Triton was imported; that is for
     tests, and `backend="auto"` does not choose it.
@@ -63,185 +67,180 @@ def why_not_triton(values: Tensor, points: int) -> str | None:
     return None
 
 
-def mmfs_attention(
-    values: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    offset_table: Tensor,
-    logit_table: Tensor,
-    reference: Tensor,
-    images: Tensor,
-    shapes: Shapes,
-    scales: Sequence[float],
-    *,
-    routes: Tensor | None = None,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Sample the pictures that each query sees, and mix the samples.
+@dataclass
+class MMFSInputs:
+    """What MMFS attention computes from.
 
-    Args:
-        values: [pictures, positions, heads, dim], the levels one after the other, each row-major.
-        offsets: [groups, queries, heads * points * 2], (x, y) last; shared by the levels.
-        logits: [groups, queries, heads * levels * points].
-        offset_table: [slots, heads * points * 2], what the slot adds to `offsets`.
-        logit_table: [slots, heads * levels * points], what it adds to `logits`.
-        reference: [groups or 1, queries, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
-        images: [groups, slots] numbers of pictures, most recent first; -1 where there is none.
+    Attributes:
+        values: [I, S, N, D], the levels one after the other, each row-major.
+        offsets: [G, Q, N * P * 2], (x, y) last; shared by the levels.
+        logits: [G, Q, N * V * P].
+        offset_table: [R, N * P * 2], what the slot adds to `offsets`.
+        logit_table: [R, N * V * P], what it adds to `logits`.
+        reference: [G or 1, Q, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
+        images: [G, R] numbers of images, most recent first; -1 where there is none.
         shapes: (height, width) of every level.
         scales: pixels of every level that an offset of 1 spans.
-        routes: `picture_routes(images, pictures)`, if it is at hand; only the plain form needs it.
-        backend: "auto" takes the kernels on a CUDA device unless `why_not_triton` has a reason, else the plain form.
+        routes: `image_routes(images, I)`, if it is at hand; only the reference implementation needs it.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    logits: Tensor
+    offset_table: Tensor
+    logit_table: Tensor
+    reference: Tensor
+    images: Tensor
+    shapes: Shapes
+    scales: Sequence[float]
+    routes: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the registered operator takes, in its order."""
+        return (
+            self.values, self.offsets, self.logits, self.offset_table, self.logit_table, self.reference, self.images,
+        )  # fmt: skip
+
+    @property
+    def heads(self) -> int:
+        """Their number."""
+        return self.values.shape[2]
+
+    @property
+    def points(self) -> int:
+        """The number that a head samples from a level of an image."""
+        return self.offsets.shape[-1] // (2 * self.heads)
+
+    def check(self) -> None:
+        """Refuse shapes that do not fit together; they would make a kernel read foreign memory.
+
+        Raises:
+            ValueError: which shapes those are.
+        """
+        offsets, logits, images, reference = self.offsets, self.logits, self.images, self.reference
+        levels, slots = len(self.shapes), images.shape[1]
+        tables = tuple(self.offset_table.shape), tuple(self.logit_table.shape)
+        positions = self.values.shape[1]
+        wrong = None
+        if positions != sum(h * w for h, w in self.shapes):
+            wrong = f"values have {positions} positions, but shapes are {list(self.shapes)}"
+        elif len(self.scales) != levels:
+            wrong = f"{len(self.scales)} scales for {levels} levels"
+        elif offsets.shape[-1] != self.heads * self.points * 2:
+            wrong = f"offsets of width {offsets.shape[-1]} for {self.heads} heads"
+        elif logits.shape != (*offsets.shape[:2], self.heads * levels * self.points):
+            wrong = (
+                f"logits {tuple(logits.shape)} for offsets {tuple(offsets.shape)}, {self.heads} heads, {levels} levels"
+            )
+        elif images.shape[0] != offsets.shape[0]:
+            wrong = f"{images.shape[0]} rows of images for {offsets.shape[0]} groups"
+        elif tables != ((slots, offsets.shape[-1]), (slots, logits.shape[-1])):
+            wrong = f"tables {tables[0]} and {tables[1]} for {slots} slots"
+        elif reference.shape[0] not in (1, offsets.shape[0]) or reference.shape[1] != offsets.shape[1]:
+            wrong = f"reference {tuple(reference.shape)} for offsets {tuple(offsets.shape)}"
+        if wrong is not None:
+            raise ValueError(f"MMFS attention: {wrong}")
+
+    def take_kernels(self, backend: Backend) -> bool:
+        """Whether `backend` means the kernels for these inputs.
+
+        Raises:
+            ValueError: backend="triton", but the kernels cannot run.
+        """
+        if backend == "plain":
+            return False
+        reason = why_not_triton(self.values, self.points)
+        if backend == "triton" and reason is not None:
+            raise ValueError(f"MMFS attention cannot run through Triton: {reason}")
+        return backend == "triton" or (reason is None and self.values.device.type == "cuda")
+
+
+def mmfs_attention(inputs: MMFSInputs, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Sample the images that each query sees, and mix the samples.
+
+    Args:
+        inputs: what to compute from.
+        backend: "auto" takes the kernels on a CUDA device unless `why_not_triton` has a reason, else PyTorch's
+            operators.
 
     Returns:
-        Mixed samples [groups, queries, heads, dim] and ignored weights [groups, queries, heads], in float32 (float64
-        for float64).
+        Mixed samples [G, Q, N, D] and ignored weights [G, Q, N], in float32 (float64 for float64).
 
     Raises:
         ValueError: backend="triton", but the kernels cannot run; shapes that do not fit together.
     """
-    tensors = (values, offsets, logits, offset_table, logit_table, reference, images)
-    if not _takes_kernels(tensors, shapes, scales, backend):
-        return mmfs_attention_plain(*tensors, shapes, scales, routes=routes)
-    if images.numel() == 0:
-        return _nothing(values, offsets)
-    mixed, lse = _run_kernels(tensors, shapes, scales, None, torch.float32)
+    inputs.check()
+    if not inputs.take_kernels(backend):
+        return mmfs_attention_reference(inputs)
+    if inputs.images.numel() == 0:
+        return _nothing(inputs)
+    mixed, lse = _run_kernels(inputs, None, torch.float32)
     return mixed, (-lse).exp()
 
 
-def mmfs_output(
-    values: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    offset_table: Tensor,
-    logit_table: Tensor,
-    reference: Tensor,
-    images: Tensor,
-    shapes: Shapes,
-    scales: Sequence[float],
-    ignore: Tensor,
-    dtype: torch.dtype,
-    *,
-    routes: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+def mmfs_output(inputs: MMFSInputs, ignore: Tensor, dtype: torch.dtype, *, backend: Backend = "auto") -> Tensor:
     """`mmfs_attention` with something in the slot of logit 0: mixed + ignored * `ignore`, in one pass of the kernel.
 
     Args:
-        ignore: [heads, dim].
+        inputs: what to compute from.
+        ignore: [N, D].
         dtype: of the result; sums run in float32 or better.
-        values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales, routes, backend: as in
-            `mmfs_attention`.
+        backend: as in `mmfs_attention`, as are the errors.
 
     Returns:
-        [groups, queries, heads, dim].
+        [G, Q, N, D].
     """
-    tensors = (values, offsets, logits, offset_table, logit_table, reference, images)
-    if images.numel() > 0 and _takes_kernels(tensors, shapes, scales, backend):
-        return _run_kernels(tensors, shapes, scales, ignore, dtype)[0]
-    mixed, ignored = mmfs_attention(*tensors, shapes, scales, routes=routes, backend=backend)
+    inputs.check()
+    if inputs.images.numel() > 0 and inputs.take_kernels(backend):
+        return _run_kernels(inputs, ignore, dtype)[0]
+    mixed, ignored = mmfs_attention(inputs, backend=backend)
     return (mixed + ignored[..., None] * ignore).to(dtype)
 
 
-def _takes_kernels(tensors: tuple[Tensor, ...], shapes: Shapes, scales: Sequence[float], backend: Backend) -> bool:
-    """Which form `backend` means for these arguments, which are looked at here."""
-    _check(*tensors, shapes, scales)
-    values, offsets = tensors[:2]
-    reason = why_not_triton(values, offsets.shape[-1] // (2 * values.shape[2])) if backend != "plain" else None
-    if backend == "triton" and reason is not None:
-        raise ValueError(f"MMFS attention cannot run through Triton: {reason}")
-    return backend == "triton" or (backend == "auto" and reason is None and values.device.type == "cuda")
-
-
-def _run_kernels(
-    tensors: tuple[Tensor, ...], shapes: Shapes, scales: Sequence[float], ignore: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _run_kernels(inputs: MMFSInputs, ignore: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Through the registered operator where somebody wants to know of it; else past it, which costs the host less."""
-    flat = [size for shape in shapes for size in shape]
+    tensors, flat = inputs.tensors, [size for shape in inputs.shapes for size in shape]
     given = tensors if ignore is None else (*tensors, ignore)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if learns or torch.compiler.is_compiling() or any(type(x) not in (Tensor, Parameter) for x in given):
-        return mmfs_attention_kernel(*tensors, flat, list(scales), ignore, dtype)
+        return mmfs_attention_kernel(*tensors, flat, list(inputs.scales), ignore, dtype)
     from .mmfs_triton import forward
 
-    return forward(*tensors, flat, scales, ignore=ignore, dtype=dtype)
+    return forward(*tensors, flat, inputs.scales, ignore=ignore, dtype=dtype)
 
 
-def _check(
-    values: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    offset_table: Tensor,
-    logit_table: Tensor,
-    reference: Tensor,
-    images: Tensor,
-    shapes: Shapes,
-    scales: Sequence[float],
-) -> None:
-    """Shapes that do not fit together would make a kernel read foreign memory."""
-    _, positions, heads, _ = values.shape
-    points, slots = offsets.shape[-1] // (2 * heads), images.shape[1]
-    wrong = None
-    if positions != sum(h * w for h, w in shapes):
-        wrong = f"values have {positions} positions, shapes {list(shapes)} others"
-    elif len(scales) != len(shapes):
-        wrong = f"{len(scales)} scales for {len(shapes)} levels"
-    elif offsets.shape[-1] != heads * points * 2:
-        wrong = f"offsets of width {offsets.shape[-1]} for {heads} heads"
-    elif logits.shape != (*offsets.shape[:2], heads * len(shapes) * points):
-        wrong = f"logits {tuple(logits.shape)} for offsets {tuple(offsets.shape)}, {heads} heads, {len(shapes)} levels"
-    elif images.shape[0] != offsets.shape[0]:
-        wrong = f"{images.shape[0]} rows of images for {offsets.shape[0]} groups"
-    elif offset_table.shape != (slots, offsets.shape[-1]) or logit_table.shape != (slots, logits.shape[-1]):
-        wrong = f"tables {tuple(offset_table.shape)} and {tuple(logit_table.shape)} for {slots} slots"
-    elif reference.shape[0] not in (1, offsets.shape[0]) or reference.shape[1] != offsets.shape[1]:
-        wrong = f"reference {tuple(reference.shape)} for offsets {tuple(offsets.shape)}"
-    if wrong is not None:
-        raise ValueError(f"MMFS attention: {wrong}")
-
-
-def _nothing(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Where nobody sees a picture."""
-    groups, queries, _ = offsets.shape
-    work = promote(offsets.dtype)
-    mixed = offsets.new_zeros(groups, queries, *values.shape[2:], dtype=work)
-    return mixed, offsets.new_ones(groups, queries, values.shape[2], dtype=work)
+def _nothing(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
+    """Where nobody sees an image."""
+    groups, queries, _ = inputs.offsets.shape
+    work = promote(inputs.offsets.dtype)
+    mixed = inputs.offsets.new_zeros(groups, queries, *inputs.values.shape[2:], dtype=work)
+    return mixed, inputs.offsets.new_ones(groups, queries, inputs.heads, dtype=work)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The plain form
+# The reference implementation
 
 
-def mmfs_attention_plain(
-    values: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    offset_table: Tensor,
-    logit_table: Tensor,
-    reference: Tensor,
-    images: Tensor,
-    shapes: Shapes,
-    scales: Sequence[float],
-    *,
-    routes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The twin of the kernels in PyTorch's own operators; arguments and results as in `mmfs_attention`.
+def mmfs_attention_reference(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
+    """`mmfs_attention` in PyTorch's own operators.
 
-    Every picture is sampled by the queries that see it, together, and the samples are added up.
+    Every image is sampled by the queries that see it, together, and the samples are added up.
     """
+    values, images = inputs.values, inputs.images
     if images.shape[1] == 0:
-        return _nothing(values, offsets)
-    heads, levels = values.shape[2], len(shapes)
-    points = offsets.shape[-1] // (2 * heads)
-    work = promote(offsets.dtype)
-    offsets = offsets.to(work)[..., None, :] + offset_table.to(work)
-    logits = logits.to(work)[..., None, :] + logit_table.to(work)
-    offsets = offsets.unflatten(-1, (heads, points, 2)).transpose(2, 3)  # [groups, queries, heads, slots, points, 2]
-    logits = logits.unflatten(-1, (heads, levels, points)).transpose(2, 3)
+        return _nothing(inputs)
+    heads, points, levels = inputs.heads, inputs.points, len(inputs.shapes)
+    work = promote(inputs.offsets.dtype)
+    offsets = inputs.offsets.to(work)[..., None, :] + inputs.offset_table.to(work)
+    logits = inputs.logits.to(work)[..., None, :] + inputs.logit_table.to(work)
+    offsets = offsets.unflatten(-1, (heads, points, 2)).transpose(2, 3)  # [G, Q, N, R, P, 2]
+    logits = logits.unflatten(-1, (heads, levels, points)).transpose(2, 3)  # [G, Q, N, R, V, P]
     hidden = (images < 0)[:, None, None, :, None, None]
     weights, ignored = softmax_plus_one(logits.masked_fill(hidden, -math.inf))
-    locations = _locations(offsets, reference, shapes, scales)
-    routes = picture_routes(images, len(values)) if routes is None else routes
-    mixed = _sample(values, images, routes, shapes, locations, weights)
+    locations = _locations(offsets, inputs.reference, inputs.shapes, inputs.scales)
+    routes = image_routes(images, len(values)) if inputs.routes is None else inputs.routes
+    mixed = _sample(values, images, routes, inputs.shapes, locations, weights)
     return mixed.unflatten(-1, values.shape[2:]), ignored
 
 
@@ -249,32 +248,32 @@ def softmax_plus_one(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last three axes together with one more slot of logit 0.
 
     Args:
-        logits: [groups, queries, heads, slots, levels, points]; -inf where there is no picture.
+        logits: [G, Q, N, R, V, P]; -inf where there is no image.
 
     Returns:
-        Weights of the same shape, and the weight of the extra slot [groups, queries, heads].
+        Weights of the same shape, and the weight of the extra slot [G, Q, N].
     """
     flat = logits.flatten(-3)
     both = torch.cat([torch.zeros_like(flat[..., :1]), flat], dim=-1).softmax(-1)
     return both[..., 1:].view_as(logits), both[..., 0]
 
 
-def picture_routes(images: Tensor, num_images: int) -> Tensor:
-    """[pictures, longest]: for every picture the positions in `images.view(-1)` that name it, padded with -1."""
+def image_routes(images: Tensor, num_images: int) -> Tensor:
+    """[I, longest]: for every image the positions in `images.view(-1)` that name it, padded with -1."""
     flat = images.reshape(-1)
     entries = (flat >= 0).nonzero()[:, 0]
     order = torch.argsort(flat[entries], stable=True)
-    entries, picture = entries[order], flat[entries][order]
-    counts = torch.bincount(picture, minlength=num_images)
-    rank = torch.arange(len(entries), device=flat.device) - (counts.cumsum(0) - counts)[picture]
+    entries, image = entries[order], flat[entries][order]
+    counts = torch.bincount(image, minlength=num_images)
+    rank = torch.arange(len(entries), device=flat.device) - (counts.cumsum(0) - counts)[image]
     longest = int(counts.max()) if len(entries) else 0
     routes = flat.new_full((num_images, longest), -1)
-    routes[picture, rank] = entries
+    routes[image, rank] = entries
     return routes
 
 
 def _locations(offsets: Tensor, reference: Tensor, shapes: Shapes, scales: Sequence[float]) -> Tensor:
-    """[groups, queries, heads, slots, levels or 1, points, 2] in units of the map's size."""
+    """[G, Q, N, R, V or 1, P, 2] in units of the map's size."""
     reference = reference.to(offsets.dtype)[:, :, None, None, None, None, :]
     steps = [(scale / width, scale / height) for (height, width), scale in zip(shapes, scales, strict=True)]
     if all(math.isclose(step, steps[0][0], rel_tol=1e-15) for pair in steps for step in pair):
@@ -285,7 +284,7 @@ def _locations(offsets: Tensor, reference: Tensor, shapes: Shapes, scales: Seque
 def _sample(
     values: Tensor, images: Tensor, routes: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Sum of weighted samples [groups, queries, heads * dim], picture by picture."""
+    """Sum of weighted samples [G, Q, N * D], image by image."""
     groups, slots = images.shape
     total = weights.new_zeros((groups, weights.shape[1], values.shape[2] * values.shape[3]))
     if routes.numel() == 0:
@@ -296,13 +295,13 @@ def _sample(
     spread = torch.arange(routes.numel(), device=routes.device).view_as(routes) % (groups * slots)
     entry = torch.where(used, routes, spread)
 
-    def by_picture(x: Tensor) -> Tensor:
-        """[groups, queries, heads, slots, ...] to [pictures, longest * queries, heads, ...]."""
+    def by_image(x: Tensor) -> Tensor:
+        """[G, Q, N, R, ...] to [I, longest * Q, N, ...]."""
         rows = x.movedim(3, 1).flatten(0, 1).index_select(0, entry.flatten())
         return rows.unflatten(0, entry.shape).flatten(1, 2)
 
-    shares = by_picture(weights) * used.repeat_interleave(weights.shape[1], dim=1)[:, :, None, None, None]
-    taken = deformable_attention(values, shapes, by_picture(locations), shares)
+    shares = by_image(weights) * used.repeat_interleave(weights.shape[1], dim=1)[:, :, None, None, None]
+    taken = deformable_attention(values, shapes, by_image(locations), shares)
     taken = taken.to(weights.dtype).reshape(routes.numel(), weights.shape[1], -1)
     return total.index_add(0, (entry // slots).reshape(-1), taken)
 
@@ -325,11 +324,11 @@ def mmfs_attention_kernel(
     ignore: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels; arguments as in `mmfs_output`, `shapes` as height, width, height, ...
+    """The kernels; arguments as in `MMFSInputs` and `mmfs_output`, `shapes` as height, width, height, ...
 
     Returns:
-        Mixed samples [groups, queries, heads, dim], with `ignore` in the slot of logit 0, in `dtype`; the logarithm of
-        the softmax's denominator [groups, queries, heads], float32. The ignored weight is exp of minus the latter.
+        Mixed samples [G, Q, N, D], with `ignore` in the slot of logit 0, in `dtype`; the logarithm of the softmax's
+        denominator [G, Q, N], float32. The ignored weight is exp of minus the latter.
     """
     from .mmfs_triton import forward
 

@@ -1,4 +1,4 @@
-"""Group norms with SiLU inside, in the UNet and the VAE, against diffusers' own modules with the same weights."""
+"""Our blocks in the UNet and the VAE against diffusers' own with the same weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from mm_interleaved import MMInterleaved
 from mm_interleaved.model import MMInterleavedConfig
+from mm_interleaved.model.diffusion_blocks import VAE, ResnetBlock, Transformer2D, norm_and_activation
 from mm_interleaved.model.image_decoder import ImageDecoder
-from mm_interleaved.model.unet import MMFSUNet, fuse_norms
+from mm_interleaved.model.unet import MMFSUNet
+from mm_interleaved.model.weights import is_intercepted
 from mm_interleaved.ops import GroupNorm
 
 RESAMPLING = {
@@ -84,32 +88,101 @@ def test_the_vae_is_the_librarys(model: MMInterleaved, training: bool) -> None:
     assert torch.equal(decoder.decode(latents), expected)
 
 
-def test_every_group_norm_is_ours_and_activations_are_inside(model: MMInterleaved) -> None:
+def test_every_block_is_ours(model: MMInterleaved) -> None:
     for part in (model.image_decoder.unet, model.image_decoder.vae):
         kinds = Counter(type(m) for m in part.modules())
         assert kinds[GroupNorm]
-        assert not kinds[nn.GroupNorm]
-        for block in (m for m in part.modules() if isinstance(m, ResnetBlock2D)):
-            assert block.norm1.silu
-            assert block.norm2.silu
-            assert isinstance(block.nonlinearity, nn.Identity)
-    attention = model.image_decoder.unet.mid_block.attentions[0]
-    assert not attention.norm.silu
+        assert kinds[ResnetBlock]
+        assert not any(kinds[theirs] for theirs in (nn.GroupNorm, ResnetBlock2D, Transformer2DModel, GEGLU))
+        assert not any(is_intercepted(m) for m in part.modules())
 
 
-def test_a_block_that_does_something_else_keeps_all_as_they_are(debug_config: MMInterleavedConfig) -> None:
-    for changes, fused in zip(UNETS.values(), (True, True, False, False, True, False), strict=True):
-        assert unet_of(debug_config, changes)[0].silu_before_blocks == fused
-    assert fuse_norms(nn.Sequential(nn.Conv2d(1, 1, 1)))  # nothing to do
+def test_the_time_goes_through_silu_once_if_all_blocks_want_that(debug_config: MMInterleavedConfig) -> None:
+    for changes, once in zip(UNETS.values(), (True, True, False, True, True, False), strict=True):
+        assert unet_of(debug_config, changes)[0].silu_before_blocks == once
+
+
+@pytest.mark.parametrize("which", ["norm1", "norm2", "nonlinearity"])
+def test_hooks_on_a_norm_or_an_activation_see_what_they_see_in_the_library(
+    debug_config: MMInterleavedConfig, which: str
+) -> None:
+    """And what they return counts."""
+    both = unet_of(debug_config, {})
+    sample, time, conditions = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 6, 32)
+    before = both[0](sample, time, conditions, None)
+    seen: list[list[Tensor]] = []
+    for unet in both:
+        outputs: list[Tensor] = []
+
+        def change(_module: nn.Module, _given: tuple, y: Tensor, outputs: list[Tensor] = outputs) -> Tensor:
+            if y.dim() == 4:  # the time is activated once for all blocks
+                outputs.append(y.detach())
+            return 2 * y if y.dim() == 4 else y
+
+        getattr(unet.up_blocks[0].resnets[0], which).register_forward_hook(change)
+        seen.append(outputs)
+    found, expected = both[0](sample, time, conditions, None), both[1](sample, time, conditions).sample
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, before)
+    assert len(seen[0]) == len(seen[1]) == (2 if which == "nonlinearity" else 1)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_a_norm_without_hooks_takes_silu_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr(GroupNorm, "forward", lambda _self, x, silu=False: given.append(silu) or x)
+    norm, x = GroupNorm(2, 4), torch.randn(1, 4, 2, 2)
+    for activation in (nn.SiLU(), nn.GELU()):
+        norm_and_activation(norm, activation, x)
+    norm.register_forward_hook(lambda *_: None)
+    norm_and_activation(norm, nn.SiLU(), x)
+    assert given == [True, False, False]
 
 
 def test_residual_blocks_do_not_copy_maps_in_training(model: MMInterleaved) -> None:
-    """Their dropout trains all the same."""
+    """diffusers copies them to channels first."""
     decoder = copy.deepcopy(model.image_decoder).train()
-    blocks = [m for m in decoder.modules() if isinstance(m, ResnetBlock2D)]
-    assert decoder.unet.training
-    assert all(block.dropout.training and not block.training for block in blocks)
-    assert not any(block.dropout.training for block in blocks if not decoder.eval().training)
+    block = next(m for m in decoder.modules() if isinstance(m, ResnetBlock) and m.conv_shortcut is not None)
+    seen: list[Tensor] = []
+    block.conv_shortcut.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
+    x = torch.randn(2, block.in_channels, 4, 4).contiguous(memory_format=torch.channels_last)
+    time = None if block.time_emb_proj is None else torch.randn(2, block.time_emb_proj.in_features)
+    block(x, time)
+    assert block.training
+    assert seen[0] is x
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_checkpointing_gives_the_same_gradients(model: MMInterleaved, part: str) -> None:
+    decoder = copy.deepcopy(model.image_decoder).train()
+    network = getattr(decoder, part).requires_grad_(True)
+    sample, time, conditions = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 6, 32)
+    images, gradients = torch.randn(1, 3, 16, 16), []
+    for checkpointed in (False, True):
+        calls: list[str] = []
+        (network.enable_gradient_checkpointing if checkpointed else network.disable_gradient_checkpointing)()
+        for module in network.modules():
+            if checkpointed and hasattr(module, "_gradient_checkpointing_func"):
+                inner = module._gradient_checkpointing_func
+
+                def counted(block: nn.Module, *args: object, inner=inner, calls=calls) -> object:
+                    calls.append(type(block).__name__)
+                    return inner(block, *args)
+
+                module._gradient_checkpointing_func = counted
+        network.zero_grad()
+        out = network(sample, time, conditions, None) if part == "unet" else network(images).sample
+        out.square().sum().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+        assert bool(calls) == checkpointed
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_transformer_refuses_a_form_that_it_does_not_return(model: MMInterleaved) -> None:
+    block = next(m for m in model.image_decoder.unet.modules() if isinstance(m, Transformer2D))
+    with pytest.raises(ValueError, match="return_dict=False"):
+        block(torch.randn(1, block.in_channels, 2, 2), return_dict=True)
 
 
 @pytest.fixture
@@ -137,9 +210,10 @@ def test_the_vae_on_a_gpu_is_the_librarys(tf32: bool) -> None:
     """At the release's widths, as near to float64 as the library's own is, or nearer than the bound that is stated."""
     torch.backends.cudnn.allow_tf32 = tf32
     with torch.device("cuda"):
-        vae = AutoencoderKL(**MMInterleavedConfig.preset("release").image_decoder.vae).eval()
-    theirs = copy.deepcopy(vae)
-    fuse_norms(vae)
+        vae, theirs = (
+            v(**MMInterleavedConfig.preset("release").image_decoder.vae).eval() for v in (VAE, AutoencoderKL)
+        )
+    theirs.load_state_dict(vae.state_dict())
     exact = copy.deepcopy(theirs).double()
     pictures = torch.randn(2, 3, 256, 256, device="cuda")
     last = pictures.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,168 @@
+"""Blocks of diffusers' UNet and VAE with a forward of our own: what stands between convolutions takes one kernel each.
+
+Axes: B batch, C channels, h and w height and width, L tokens, D width.
+
+Each class is a subclass of the block that it stands for, with the same parameters under the same names, and computes
+the same: on a CPU bit by bit. On CUDA devices maps lie channels last from convolution to convolution
+(`ops/group_norm.py`). A model of diffusers takes them over at the end of its constructor, by `use_own_blocks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.activations import GEGLU
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from ..ops import GroupNorm, channels_last, gelu_gate
+from .weights import is_intercepted
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def norm_and_activation(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """`activation(norm(x))` of a map [B, C, h, w]: one kernel, if it is a group norm and SiLU without hooks."""
+    if type(norm) is GroupNorm and type(activation) is nn.SiLU and not is_intercepted(norm, activation):
+        return norm(x, silu=True)
+    return activation(norm(x))
+
+
+def _checkpointed(owner: nn.Module, block: nn.Module, *args: Tensor | None) -> Tensor:
+    """`block(*args)`; activations are computed anew in the backward pass if `owner` is told so."""
+    if torch.is_grad_enabled() and owner.gradient_checkpointing:
+        return owner._gradient_checkpointing_func(block, *args)
+    return block(*args)
+
+
+class ResnetBlock(ResnetBlock2D):
+    """Residual block: two convolutions, each after group norm and activation; the time embedding comes in between.
+
+    With `skip_time_act` the time embedding comes in activated.
+    """
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        """[B, C, h, w] to [B, C', h', w']; `temb` [B, time width], or None in a VAE."""
+        x = norm_and_activation(self.norm1, self.nonlinearity, input_tensor)
+        resample = self.upsample if self.upsample is not None else self.downsample
+        if resample is not None:
+            input_tensor, x = resample(input_tensor), resample(x)
+        x = self.conv1(x)
+        if self.time_emb_proj is not None:
+            temb = temb if self.skip_time_act else self.nonlinearity(temb)
+            temb = self.time_emb_proj(temb)[:, :, None, None]
+        if self.time_embedding_norm == "scale_shift":
+            scale, shift = temb.chunk(2, dim=1)
+            x = self.nonlinearity(self.norm2(x) * (1 + scale) + shift)
+        else:
+            x = x if self.time_emb_proj is None else x + temb
+            x = norm_and_activation(self.norm2, self.nonlinearity, x)
+        x = self.conv2(self.dropout(x))
+        if self.conv_shortcut is not None:
+            # diffusers copies the map to channels first in training, lest DDP warns of the strides of gradients.
+            input_tensor = self.conv_shortcut(input_tensor)
+        return (input_tensor + x) / self.output_scale_factor
+
+    @property
+    def activates_time(self) -> bool:
+        """Whether the block itself applies SiLU to the time embedding."""
+        return self.time_emb_proj is not None and not self.skip_time_act and type(self.nonlinearity) is nn.SiLU
+
+
+class Transformer2D(Transformer2DModel):
+    """Transformer blocks over the cells of a map, which comes out channels last."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """`hidden_states` [B, C, h, w] attend to themselves and to `encoder_hidden_states` [B, L, D].
+
+        Raises:
+            ValueError: `return_dict`, which the blocks around never ask for.
+        """
+        if return_dict:
+            raise ValueError("Transformer2D returns a tuple; call it with return_dict=False")
+        (output,) = super().forward(
+            hidden_states,
+            encoder_hidden_states,
+            cross_attention_kwargs=cross_attention_kwargs,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=False,
+        )
+        return (channels_last(output),)
+
+
+class GatedGELU(GEGLU):
+    """GEGLU with both halves of its map in one kernel."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., width] to [..., inner width]."""
+        return gelu_gate(self.proj(hidden_states))
+
+
+class VAEEncoder(Encoder):
+    """The VAE's encoder."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """Images [B, 3, h, w] to moments of the latents [B, 2 C, h / 8, w / 8]."""
+        sample = self.conv_in(sample)
+        for block in (*self.down_blocks, self.mid_block):
+            sample = _checkpointed(self, block, sample)
+        return self.conv_out(norm_and_activation(self.conv_norm_out, self.conv_act, sample))
+
+
+class VAEDecoder(Decoder):
+    """The VAE's decoder."""
+
+    def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
+        """Latents [B, C, h, w] to images [B, 3, 8 h, 8 w]; there is no norm here that takes `latent_embeds`."""
+        sample = self.conv_in(sample)
+        for block in (self.mid_block, *self.up_blocks):
+            sample = _checkpointed(self, block, sample, latent_embeds)
+        return self.conv_out(norm_and_activation(self.conv_norm_out, self.conv_act, sample))
+
+
+_OWN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: GroupNorm,
+    ResnetBlock2D: ResnetBlock,
+    Transformer2DModel: Transformer2D,
+    GEGLU: GatedGELU,
+    Encoder: VAEEncoder,
+    Decoder: VAEDecoder,
+}
+
+
+def use_own_blocks(model: nn.Module) -> None:
+    """Put our blocks in the places of diffusers' own, with their weights; for the end of a constructor."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            own = _OWN.get(type(child))
+            if own is not None:
+                setattr(module, name, _with_parts_of(child, own))
+
+
+def _with_parts_of(module: nn.Module, cls: type[M]) -> M:
+    """A `cls` with the attributes, parameters and children of `module`, whose class is its base."""
+    ours = cls.__new__(cls)
+    ours.__dict__.update(module.__dict__)
+    return ours
+
+
+class VAE(AutoencoderKL):
+    """diffusers' AutoencoderKL, made of our blocks."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        use_own_blocks(self)
