@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..model.image_decoder import check_seed
+from ..model.image_settings import check_seed
 from ..model.quantization import QUANTIZATIONS
 from ..tasks import TASKS, TaskConfig
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from ..model.denoising import CacheImplementation
-from ..model.image_decoder import ImageSettings, check_seed
+from ..model.image_settings import ImageSettings, check_seed
 
 
 @dataclass(frozen=True)
