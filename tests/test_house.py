@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
-    "document", "files", "configuration", "toyworld", "ops", "model", "processor", "generation", "data", "metrics",
-    "tasks", "evaluation", "training", "pretrained", "bench", "integrations", "cli",
+    "document", "files", "validation", "configuration", "toyworld", "ops", "model", "processor", "generation", "data",
+    "metrics", "tasks", "evaluation", "training", "pretrained", "bench", "integrations", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -22,7 +22,7 @@ from mm_interleaved import (
     Text,
 )
 from mm_interleaved.model.config import ResamplerConfig
-from mm_interleaved.model.image_decoder import find_scheduler
+from mm_interleaved.model.image_settings import find_scheduler
 from mm_interleaved.model.layout import find_images, previous_images, visible_images
 from mm_interleaved.model.mmfs import VisibleImages, mmfs_reference
 from mm_interleaved.model.positions import sincos_1d

@@ -12,7 +12,7 @@ from torch import Tensor
 from mm_interleaved import MMInterleaved
 from mm_interleaved.generation import IMAGE_PRESETS
 from mm_interleaved.model import denoising
-from mm_interleaved.model.image_decoder import ImageSettings
+from mm_interleaved.model.image_settings import ImageSettings
 from mm_interleaved.model.unet import EarlierImages
 
 from .test_image_decoder import conditions

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..model.image_decoder import check_seed
 from ..model.quantization import QUANTIZATIONS
 from ..tasks import TASKS, TaskConfig
+from ..validation import check_seed
 
 DTYPES = ("float32", "bfloat16", "float16")
 HERE = "."  # the root of a task that names none
@@ -75,7 +75,7 @@ class TaskSuite:
                 raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"'max_unreadable' is a share and must lie in [0, 1], not {self.max_unreadable}")
-        check_seed(self.seed)
+        self.seed = check_seed(self.seed)
         names = [task_name(task) for task in self.tasks]
         if not names:
             raise ValueError(f"'tasks' is empty; tasks are {', '.join(TASKS)}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 from ..model.denoising import CacheImplementation
-from ..model.image_decoder import ImageSettings, check_seed
+from ..model.image_settings import ImageSettings
+from ..validation import check_count, count_field, nearest_name, number_field, seed_field, validate
 
 
 @dataclass(frozen=True)
@@ -28,42 +29,24 @@ class TextSettings:
             "auto": static on a CUDA device, if the model can, else dynamic. The texts are the same.
     """
 
-    max_new_tokens: int = 30
-    min_new_tokens: int = 7
-    num_beams: int = 5
+    max_new_tokens: int = count_field(30, least=1)
+    min_new_tokens: int = count_field(7, least=0)
+    num_beams: int = count_field(5, least=1)
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 0.9
-    repetition_penalty: float = 1.0
-    length_penalty: float = 1.0
-    num_return_sequences: int = 1
+    temperature: float = number_field(1.0, least=1e-6, advice="use do_sample=False for the likeliest tokens")
+    top_k: int = count_field(50, least=0)
+    top_p: float = number_field(0.9, above=0.0, most=1.0)
+    repetition_penalty: float = number_field(1.0, least=1e-6, most=1e6)
+    length_penalty: float = number_field(1.0, least=-10.0, most=10.0)
+    num_return_sequences: int = count_field(1, least=1)
     cache_implementation: CacheImplementation = "auto"
 
     def __post_init__(self) -> None:
-        checks = [
-            (self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}"),
-            (self.min_new_tokens >= 0, f"min_new_tokens must not be negative, but is {self.min_new_tokens}"),
-            (self.num_beams >= 1, f"num_beams must be at least 1, not {self.num_beams}"),
-            (not (self.do_sample and self.num_beams > 1), "do_sample needs num_beams=1; beams are not sampled"),
-            (self.temperature > 0, f"temperature must be positive, not {self.temperature}; use do_sample=False for 0"),
-            (self.top_k >= 0, f"top_k must not be negative, but is {self.top_k}"),
-            (0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}"),
-            (self.repetition_penalty > 0, f"repetition_penalty must be positive, not {self.repetition_penalty}"),
-            (self.num_return_sequences >= 1, "num_return_sequences must be at least 1"),
-            (
-                self.do_sample or self.num_return_sequences <= self.num_beams,
-                f"num_return_sequences={self.num_return_sequences} needs as many beams, or do_sample",
-            ),
-            (
-                self.cache_implementation in get_args(CacheImplementation),
-                f"cache_implementation must be one of {', '.join(get_args(CacheImplementation))}, "
-                f"not '{self.cache_implementation}'",
-            ),
-        ]
-        for holds, message in checks:
-            if not holds:
-                raise ValueError(message)
+        validate(self)
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError("do_sample needs num_beams=1; beams are not sampled")
+        if not self.do_sample and self.num_return_sequences > self.num_beams:
+            raise ValueError(f"num_return_sequences={self.num_return_sequences} needs as many beams, or do_sample")
 
 
 @dataclass(frozen=True)
@@ -86,22 +69,18 @@ class GenerationSettings:
 
     text: TextSettings = field(default_factory=TextSettings)
     image: ImageSettings = field(default_factory=ImageSettings)
-    seed: int = 0
-    max_turns: int | None = None
+    seed: int = seed_field(0)
+    max_turns: int | None = count_field(None, least=1)
     stop_at_eos: bool | None = None
-    max_segments: int | None = None
-    max_tokens: int | None = None
-    max_images: int | None = None
+    max_segments: int | None = count_field(None, least=1)
+    max_tokens: int | None = count_field(None, least=1)
+    max_images: int | None = count_field(None, least=1)
     force_image: bool = False
     replace_texts: bool = False
     vary_noise: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_segments", "max_tokens", "max_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        check_seed(self.seed)
+        validate(self)
 
 
 # spec/model 6.1. The original counts `<s>` in its min_length; here tokens are counted, so its 8 is 7.
@@ -158,7 +137,7 @@ def from_original(**arguments: Any) -> GenerationSettings:
     chosen: dict[str, dict[str, Any]] = {"text": {}, "image": {}}
     for name, value in arguments.items():
         if name == "min_length":
-            chosen["text"]["min_new_tokens"] = max(value - 1, 0)
+            chosen["text"]["min_new_tokens"] = max(check_count(name, value, least=0) - 1, 0)
         elif name in renamed:
             part, ours = renamed[name]
             chosen[part][ours] = value
@@ -180,9 +159,10 @@ def override(settings: GenerationSettings, **changes: Any) -> GenerationSettings
     parts: dict[str, dict[str, Any]] = {"": {}, "text": {}, "image": {}}
     kinds = {"": GenerationSettings, "text": TextSettings, "image": ImageSettings}
     owners = {part: {f.name for f in fields(kind)} - {"text", "image"} for part, kind in kinds.items()}
+    known = sorted(set().union(*owners.values()))
     for name, value in changes.items():
-        if not any(name in names for names in owners.values()):
-            raise ValueError(f"there is no setting '{name}'")
+        if name not in known:
+            raise ValueError(f"there is no setting '{name}'; {nearest_name(name, known)}")
         for part, names in owners.items():
             if name in names and value is not None:
                 parts[part][name] = value

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..model import MMInterleavedModel
-from ..model.denoising import CacheImplementation
+from ..model.image_settings import CacheImplementation
 from ..model.kv_cache import send
 from ..model.language_model import image_features, synchronizers
 from ..model.layout import visible_images

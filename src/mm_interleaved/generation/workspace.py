@@ -19,7 +19,7 @@ from functools import cache
 import torch
 
 from ..model import MMInterleavedModel
-from ..model.denoising import CacheImplementation
+from ..model.image_settings import CacheImplementation
 from ..model.kv_cache import KVCache
 from ..model.language_model import synchronizers
 from ..model.mmfs import VisibleImages

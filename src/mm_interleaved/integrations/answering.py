@@ -59,13 +59,14 @@ def to_settings(arguments: Mapping[str, Any]) -> TextSettings:
 
     Unknown arguments are left alone: each task has its own, for other models.
     """
-    temperature, beams = float(arguments.get("temperature") or 0), int(arguments.get("num_beams") or 1)
+    temperature, beams = float(arguments.get("temperature") or 0), arguments.get("num_beams") or 1
+    length_penalty = arguments.get("length_penalty")
     sampling = bool(arguments.get("do_sample")) and temperature > 0 and beams == 1
     return TextSettings(
-        max_new_tokens=int(arguments.get("max_new_tokens") or 128), min_new_tokens=0, num_beams=beams,
+        max_new_tokens=arguments.get("max_new_tokens") or 128, min_new_tokens=0, num_beams=beams,
         do_sample=sampling, temperature=temperature if sampling else 1.0,
-        top_p=float(arguments.get("top_p") or 1.0) if sampling else 1.0, top_k=0,
-        length_penalty=float(arguments.get("length_penalty") or 1.0),
+        top_p=(arguments.get("top_p") or 1.0) if sampling else 1.0, top_k=0,
+        length_penalty=1.0 if length_penalty is None else length_penalty,
     )  # fmt: skip
 
 
