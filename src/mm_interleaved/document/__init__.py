@@ -19,6 +19,6 @@ from .forms import ORIGINAL_TURNS, ROLES, SEGMENT_FIELDS, interleave
 from .segments import DocumentError, FileSlice, Generated, Image, Segment, Text
 
 __all__ = [
-    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "FileSlice", "Folder", "Generated", "Image",
-    "Segment", "Text", "interleave", "load_documents",
+    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "FileSlice", "Folder", "Generated",
+    "Image", "Segment", "Text", "interleave", "load_documents",
 ]  # fmt: skip

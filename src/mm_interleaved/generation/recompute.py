@@ -1,4 +1,4 @@
-"""The reference implementation of the interleaved generator: it reads everything anew at every turn, as the original does.
+"""Reference implementation of the interleaved generator: it reads everything anew at every turn, as the original does.
 
 For tests, which hold the two together, and for benchmarks, which show what the KV cache saves.
 """

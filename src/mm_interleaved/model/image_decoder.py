@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ..ops import channels_last, promote
 from .config import ImageDecoderConfig
 from .denoising import borrow
+from .diffusion_blocks import VAE
 from .image_settings import SCHEDULER_ADVICE, ImageSettings, find_scheduler
 from .resampler import Resampler
 from .unet import DerivedWeights, EarlierImages, MMFSUNet
