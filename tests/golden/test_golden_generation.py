@@ -121,7 +121,8 @@ class _PixelsOnly:
         self.first: Batch | None = None
 
     def pixels(self, pictures: list[PIL.Image.Image]) -> Tensor:
-        return torch.stack([torch.from_numpy(to_array(center_crop(p, self.size))) for p in pictures])
+        found = [torch.from_numpy(to_array(center_crop(p, self.size))) for p in pictures]
+        return torch.stack(found) if found else torch.zeros(0, 3, self.size, self.size)
 
     def decode_text(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

@@ -488,10 +488,10 @@ class InterleavedGenerator:
         """Read the begin-of-image token in the rows that get an image."""
         state = self.state
         state.reserve_steps(1)
+        before = list(state.lengths)
         draws = torch.tensor([i in chosen for i in range(len(self.rows))])
         state.decode_step(torch.full((len(self.rows),), self.model.config.soi_token_id), draws)
-        if state.graphs:
-            state.settle(draws.long().tolist())
+        state.settle([n + (i in chosen) for i, n in enumerate(before)])
         for index in chosen:
             self.rows[index].ids.append(self.model.config.soi_token_id)
 

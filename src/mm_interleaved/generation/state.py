@@ -290,7 +290,7 @@ class GenerationState:
     def decode_step(self, tokens: Tensor, reading: Tensor) -> Tensor:
         """Read one plain token in some rows.
 
-        With CUDA graphs nothing waits for the device, and `lengths` stay as they are: say `settle` afterwards.
+        With CUDA graphs nothing waits for the device, and `lengths` stay as they are until `settle`.
 
         Args:
             tokens: [R]; any in rows that do not read.
@@ -304,15 +304,19 @@ class GenerationState:
         workspace.reading.copy_(reading)
         workspace.step(len(self.pyramids), max(map(len, self.visible)))
         if not self.graphs:
-            self.settle(reading.long().tolist())
+            workspace.cache.lengths = [a + b for a, b in zip(self.lengths, reading.long().tolist(), strict=True)]
         self.tokens_read += self.rows
         self._logits_known = True
         return workspace.logits
 
-    def settle(self, counts: Sequence[int]) -> None:
-        """Take note of how many tokens each row has read in decode steps."""
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens each row has, after decode steps; what was read beyond is taken back."""
         cache = self.workspace.cache
-        cache.set_lengths([a + b for a, b in zip(cache.lengths, counts, strict=True)])
+        read = cache.device_lengths.tolist() if self.graphs else list(cache.lengths)
+        cache.set_lengths(lengths)
+        for row, (now, wanted) in enumerate(zip(read, lengths, strict=True)):
+            if now != wanted:
+                self.truncate(row, wanted)
 
     def reserve_steps(self, steps: int) -> None:
         """Have room for so many decode steps, which then find nothing to grow."""

@@ -127,21 +127,14 @@ def write(
     finally:
         for generator, past in zip(generators, under_way[0].before if under_way else (), strict=False):
             generator.set_state(past)  # steps too many: their numbers are given back
-        _settle(state, [a + b for a, b in zip(start, counts, strict=True)])
-
-
-def _settle(state: GenerationState, lengths: Sequence[int]) -> None:
-    """Let the state have read so many tokens of each row, and no more."""
-    cache = state.workspace.cache
-    ahead = cache.device_lengths.tolist() if state.graphs else list(cache.lengths)
-    cache.set_lengths(lengths)
-    for row, (now, wanted) in enumerate(zip(ahead, lengths, strict=True)):
-        if now != wanted:
-            state.truncate(row, wanted)
+        state.settle([a + b for a, b in zip(start, counts, strict=True)])
 
 
 def write_greedy(
-    state: GenerationState, settings: TextSettings, generators: Sequence[torch.Generator]
+    state: GenerationState,
+    settings: TextSettings,
+    generators: Sequence[torch.Generator],
+    banned: Sequence[int] = (),
 ) -> list[list[WrittenText]]:
     """Generate in every row; with several sequences a row (sampling) in copies of `state`."""
     copies = settings.num_return_sequences
@@ -151,7 +144,7 @@ def write_greedy(
         generators = [g for g in generators for _ in range(copies)]
     texts = [WrittenText([]) for _ in range(state.rows)]
     limits = text_limits(state, settings)
-    for step in write(state, settings, generators):
+    for step in write(state, settings, generators, banned=banned):
         add_tokens(step, texts, end_tokens(state.model))
     for text, limit in zip(texts, limits, strict=True):
         text.at_context_end = text.end is None and limit < settings.max_new_tokens

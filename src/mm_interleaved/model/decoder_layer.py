@@ -99,7 +99,7 @@ class Attention(nn.Module):
     def _attend_cache(
         self, query: Tensor, key: Tensor, value: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: KVCache
     ) -> Tensor:
-        """Attention over the KV cache [B, L, N, H]; `query`, `key` and `value` [B, L, heads, H] have no positions yet."""
+        """Attention over the KV cache [B, L, N, H], of `query`, `key`, `value` [B, L, heads, H] without positions."""
         layer, place = cache.layers[self.layer_idx], cache.placement
         single = query.shape[1] == 1 and place.rows is None and self.window is None
         if single and layer.is_initialized and kernels_for(query[:, 0], self.head_dim):
