@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 from pathlib import Path
 
@@ -21,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; only tests of kernels choose Triton
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 
 # The same examples every time, so that what fails is what was changed; HYPOTHESIS_PROFILE=explore tries new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
@@ -29,6 +30,11 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
+
+
+def golden_bytes(path: Path) -> bytes:
+    """The content of a golden set's file, which may be stored compressed, as `NAME.xz`."""
+    return path.read_bytes() if path.exists() else lzma.decompress(path.with_name(f"{path.name}.xz").read_bytes())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,7 +89,7 @@ def debug_config() -> MMInterleavedConfig:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> MMInterleavedTokenizer:
-    return MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    return MMInterleavedTokenizer.from_vocab(TOKENIZER)
 
 
 @pytest.fixture(scope="session")

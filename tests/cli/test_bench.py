@@ -29,7 +29,7 @@ def test_lines_files_and_comparison(mmi, tmp_path: Path) -> None:
         assert row["of_bound"] == pytest.approx(row["bound"] / row["value"])
     assert all(row["note"] == "same document" for row in result["rows"] if row["line"] == "session")
     assert "| decode | 60 tokens, 2 pictures |" in file.with_suffix(".md").read_text()
-    assert {p.name for p in file.parent.glob("*.svg")} == {"debug-session.svg", "debug-layer-by-pictures.svg"}
+    assert {p.name for p in file.parent.glob("*.png")} == {"debug-session.png", "debug-layer-by-pictures.png"}
     compared = mmi("bench", "--compare", file, file)
     assert "decode" in compared.out
     assert "1.00" in compared.out

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from mm_interleaved.generation import MMInterleaved
 from mm_interleaved.model import MMInterleavedConfig
 from mm_interleaved.model.original import NameTable, config_from_original, derived_tensors
 from mm_interleaved.processor import Batch
+
+from ..conftest import golden_bytes
 
 
 def kind(name: str) -> Callable:
@@ -72,7 +74,7 @@ class GoldenSet:
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
         """The original's, in float32."""
-        tensors = load_file(self.folder / "state_dict.safetensors")
+        tensors = load(golden_bytes(self.folder / "state_dict.safetensors"))
         return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
     @cached_property

@@ -17,7 +17,7 @@ from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS
 from ..model.quantization import Quantization, quantize
 from ..model.roofline import Need
-from ..pretrained import FOLDER, Loaded
+from ..pretrained import TOKENIZER, Loaded
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from .machine import Clock, Speed
 
@@ -200,7 +200,7 @@ def fresh(preset: str, device: torch.device, dtype: torch.dtype) -> Loaded:
                     parameter.normal_(std=0.02)
             model.lm_head.head.bias[words:] = -1e4  # the tokenizer knows no more tokens
     model.image_decoder.vae.float()
-    tokenizer = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    tokenizer = MMInterleavedTokenizer.from_vocab(TOKENIZER)
     return Loaded(model, MMInterleavedProcessor.for_model(config, tokenizer), trained=False, name=preset)
 
 

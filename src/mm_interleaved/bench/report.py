@@ -115,8 +115,8 @@ def plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             _curves(axes[0, 1], rows, [("fast", "peak_bytes"), ("plain twin", "twin_peak_bytes")], 2**20)
             axes[0, 1].set(xlabel=across, ylabel="MiB", title="memory beyond its inputs")
         figure.tight_layout()
-        written.append(folder / f"{stem}-{name}.svg")
-        figure.savefig(written[-1], metadata={"Date": None})
+        written.append(folder / f"{stem}-{name}.png")
+        figure.savefig(written[-1], dpi=100)
         plt.close(figure)
     return written
 
