@@ -136,7 +136,8 @@ def make_results(folder: Path) -> None:
 def make_demo(folder: Path) -> None:
     """As `make demo`, on the CPU."""
     with tempfile.TemporaryDirectory() as name:
-        mmi("generate", "examples/demo.json", "--output", f"{name}/demo", "--seed", 7, "--device", "cpu", cwd=ROOT)
+        shutil.copytree(ROOT / "examples", Path(name, "examples"))
+        mmi("generate", "examples/demo.json", "--output", "demo", "--seed", 7, "--device", "cpu", cwd=Path(name))
         folder.mkdir()
         for path in sorted(Path(name, "demo").rglob("*")):
             if path.suffix == ".png" or path.name == "results.json":
