@@ -155,8 +155,8 @@ class GoldenSet:
         assert name in self.committed.get(case, {}), f"{case}: {name} is not in errors.json; see tests/golden/README.md"
         before = self.committed[case][name]
         assert error <= max(2 * before, noise or 0.0, EPSILON * scale), (
-            f"{case}: error of {name} was {before:.1e} and is now {error:.1e}; if that is wanted, write errors.json anew "
-            "(tests/golden/README.md)"
+            f"{case}: error of {name} was {before:.1e} and is now {error:.1e}; if that is meant, write errors.json "
+            "anew (tests/golden/README.md)"
         )
 
     def close_stats(self, case: str, name: str, measured: Tensor, expected: Tensor) -> None:
