@@ -19,7 +19,7 @@ import torch
 from mm_interleaved.bench.machine import describe
 from mm_interleaved.configuration import load_config
 from mm_interleaved.data import build_loader
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 from mm_interleaved.training.building import build_config, build_tokenizer
 from mm_interleaved.training.config import ModelConfig, TrainConfig
@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_config(options.config, TrainConfig, options.changes)
     given = ModelConfig(preset=options.preset) if options.preset else config.model
-    model, tokenizer = (make(given, FOLDER / "tokenizer") for make in (build_config, build_tokenizer))
+    model, tokenizer = (make(given, TOKENIZER) for make in (build_config, build_tokenizer))
     processor = MMInterleavedProcessor.for_model(model, tokenizer)
     found = [measure(config, processor, workers, options.seconds) for workers in options.workers]
     for rates in found:

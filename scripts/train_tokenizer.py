@@ -17,7 +17,7 @@ import sentencepiece
 from mm_interleaved.document import Text
 from mm_interleaved.toyworld.documents import toy_document
 
-TARGET = Path(__file__).parents[1] / "src/mm_interleaved/pretrained/tokenizer/tokenizer.model"
+TARGET = Path(__file__).parents[1] / "src/mm_interleaved/pretrained/small/tokenizer.model"
 VOCAB_SIZE = 2048
 WORDS = """
 a about above across after again all along also always am an and animal another any apple are around as asleep at away

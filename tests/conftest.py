@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import lzma
 import os
 from pathlib import Path
 
@@ -21,7 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; only tests of kernels choose Triton
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 
 # The same examples every time, so that what fails is what was changed; HYPOTHESIS_PROFILE=explore tries new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
@@ -29,10 +32,32 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
+GOLDEN_ERRORS = Path(__file__).parent / "golden" / "errors.json"
+
+
+def golden_bytes(path: Path) -> bytes:
+    """The content of a golden set's file, which may be stored compressed, as `NAME.xz`."""
+    return path.read_bytes() if path.exists() else lzma.decompress(path.with_name(f"{path.name}.xz").read_bytes())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", default=str(GOLDEN_DATA), help="folder of golden tensors (tests/golden/README.md)")
+    parser.addoption("--write-golden-errors", action="store_true", help="write tests/golden/errors.json anew")
+
+
+def golden_identity(folder: Path) -> str:
+    """A digest that tells a golden set from others."""
+    return hashlib.sha256(b"".join(golden_bytes(folder / name) for name in ("config.json", "cases.json"))).hexdigest()
+
+
+def write_errors(folder: Path, rows: list[tuple[str, str, float, float, float | None]]) -> Path:
+    """Write the largest error of every tensor of a set, as measured now."""
+    errors: dict[str, dict[str, float]] = {}
+    for case, name, error, _, _ in rows:
+        of_case = errors.setdefault(case, {})
+        of_case[name] = max(of_case.get(name, 0.0), float(f"{error:.3e}"))
+    GOLDEN_ERRORS.write_text(json.dumps({"set": golden_identity(folder), "errors": errors}, indent=1) + "\n")
+    return GOLDEN_ERRORS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     reports = [r for kind in ("", "passed", "failed") for r in terminalreporter.stats.get(kind, [])]
     rows = sorted(
         row for r in reports for name, rows in r.user_properties if name == "golden" for row in map(tuple, rows)
@@ -59,6 +84,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for case, name, error, allowed, noise in rows:
         floor = "-" if noise is None else f"{noise:.1e}"
         terminalreporter.write_line(f"{case:44} {name:52} {error:9.1e} {allowed:9.1e} {floor:>13}")
+    if config.getoption("--write-golden-errors"):
+        terminalreporter.write_line(f"written: {write_errors(Path(config.getoption('--golden-dir')), rows)}")
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +110,7 @@ def debug_config() -> MMInterleavedConfig:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> MMInterleavedTokenizer:
-    return MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    return MMInterleavedTokenizer.from_vocab(TOKENIZER)
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,29 @@ def test_lines_files_and_comparison(mmi, tmp_path: Path) -> None:
         assert row["of_bound"] == pytest.approx(row["bound"] / row["value"])
     assert all(row["note"] == "same document" for row in result["rows"] if row["line"] == "session")
     assert "| decode | 60 tokens, 2 pictures |" in file.with_suffix(".md").read_text()
-    assert {p.name for p in file.parent.glob("*.svg")} == {"debug-session.svg", "debug-layer-by-pictures.svg"}
+    assert {p.name for p in file.parent.glob("*.png")} == {"debug-session.png", "debug-layer-by-pictures.png"}
     compared = mmi("bench", "--compare", file, file)
     assert "decode" in compared.out
     assert "1.00" in compared.out
+
+
+def test_requests_as_a_server_and_an_evaluation_send_them(mmi, tmp_path: Path) -> None:
+    outcome = mmi(*QUICK, "--only", "first-token,two-sessions,evaluation", "--output", tmp_path / "r.json")
+    assert outcome.code == 0, outcome.err
+    rows = {row["line"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows["first-token"]["case"] == "60 tokens, 2 images"
+    assert rows["first-token"]["value"] > rows["first-token"]["bound"] > 0
+    assert rows["two-sessions"]["twin"] > 0
+    assert rows["evaluation"]["case"] == "batch of 3, 5 beams, 20 tokens"
+    assert all(row["reserved_bytes"] is None for row in rows.values())  # measured on a GPU only
+
+
+@pytest.mark.gpu
+def test_the_memory_that_a_row_holds() -> None:
+    bench = Bench("debug", torch.device("cuda"), torch.float32, SIZES["debug"])
+    (row,) = run.run_lines(bench, ["first-token"])
+    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+    assert row.reserved_bytes > weights + row.peak_bytes // 2
 
 
 def test_a_failing_line_does_not_stop_the_others(mmi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ import torch
 from mm_interleaved import MMInterleaved
 from mm_interleaved.model.checkpoint import read_weights
 from mm_interleaved.model.original import NameTable, derived_tensors
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 
-from ..conftest import GOLDEN_DATA, awaken
+from ..conftest import GOLDEN_DATA, awaken, golden_bytes
 from .conftest import EXAMPLES, Outcome
 
 Mmi = Callable[..., Outcome]
-WORDS = FOLDER / "tokenizer"
+WORDS = TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,9 @@ def test_there_and_back(mmi: Mmi, tmp_path: Path, original: Path) -> None:
 
 def test_a_golden_set_by_its_settings(mmi: Mmi, tmp_path: Path) -> None:
     """The golden set's own configuration file says what is in its checkpoint."""
+    (tmp_path / "state_dict.safetensors").write_bytes(golden_bytes(GOLDEN_DATA / "state_dict.safetensors"))
     done = mmi(
-        "convert", GOLDEN_DATA / "state_dict.safetensors", tmp_path / "ours", "--config", GOLDEN_DATA / "config.json"
+        "convert", tmp_path / "state_dict.safetensors", tmp_path / "ours", "--config", GOLDEN_DATA / "config.json"
     )
     assert done.code == 0, done.err
     assert "without --tokenizer" in done.err

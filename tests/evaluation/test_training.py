@@ -9,7 +9,7 @@ import pytest
 
 from mm_interleaved.configuration import load_config, to_yaml
 from mm_interleaved.evaluation import TaskSuite
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.tasks import TaskConfig, TaskError
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.run import train
@@ -17,8 +17,6 @@ from mm_interleaved.training.run import train
 from ..training.conftest import ROOT, arguments, logged
 from .conftest import MakeTask, figures, lines
 from .worker import finish, start
-
-TOKENIZER = FOLDER / "tokenizer"
 
 
 def settings(folder: Path, *tasks: TaskConfig) -> TrainConfig:

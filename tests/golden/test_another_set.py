@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from mm_interleaved.generation.settings import from_original
 from mm_interleaved.model.checkpoint import convert_from_original, convert_to_original, read_weights
 from mm_interleaved.model.original import config_from_original
 
-from ..conftest import awaken
+from ..conftest import awaken, golden_bytes
 from .golden_set import CaseTensors, GoldenSet
 from .test_golden import test_state_dict_is_used_completely as check_state_dict
 from .test_golden_generation import _generator
@@ -192,3 +193,24 @@ def test_a_tensor_that_nothing_compares_is_named(written: tuple[GoldenSet, MMInt
         golden.check_nothing_was_left_out()
     assert x["out.c"] == 0
     golden.check_nothing_was_left_out()
+
+
+def test_errors_are_held_against_the_committed_ones_of_their_own_set(written: tuple[GoldenSet, MMInterleaved]) -> None:
+    golden = GoldenSet(written[0].folder)
+    assert golden.committed is None
+    golden.record("1_case", "a", 1.0, allowed=1.0)  # tolerances only
+    golden.committed, golden.noise = {"1_case": {"a": 1e-4, "b": 0.0}}, {"1_case": {"b": 3e-5}}
+    golden.record("1_case", "a", 1.9e-4, allowed=1e-2)
+    golden.record("1_case", "b", 2e-5, allowed=1e-2)  # the original's own noise
+    golden.record("1_case", "b", 1e-4, allowed=1e-2, scale=1e3)  # one rounding of the largest value
+    for name, error in (("a", 2.1e-4), ("b", 4e-5)):
+        with pytest.raises(AssertionError, match=f"error of {name} was .* and is now"):
+            golden.record("1_case", name, error, allowed=1e-2)
+    with pytest.raises(AssertionError, match=r"1_case: c is not in errors\.json"):
+        golden.record("1_case", "c", 0.0, allowed=1e-2)
+
+
+def test_a_set_may_be_compressed(written: tuple[GoldenSet, MMInterleaved], tmp_path: Path) -> None:
+    plain = (written[0].folder / "state_dict.safetensors").read_bytes()
+    (tmp_path / "state_dict.safetensors.xz").write_bytes(lzma.compress(plain, preset=0))
+    assert golden_bytes(tmp_path / "state_dict.safetensors") == plain

@@ -19,6 +19,7 @@ from mm_interleaved.model.unet import EarlierImages
 from mm_interleaved.ops import deformable_attention, deformable_attention_reference
 from mm_interleaved.processor import build_labels
 
+from ..conftest import golden_bytes
 from . import test_golden_generation
 from .golden_set import GoldenSet, kind, strided
 
@@ -284,7 +285,7 @@ def _check_earlier(golden: GoldenSet, case: str, x: dict[str, Tensor], earlier: 
 
 def _check_gradients(golden: GoldenSet, case: str, x: dict[str, Tensor]) -> None:
     parameters = dict(golden.model.named_parameters())
-    stored = json.loads((golden.folder / "cases" / f"{case}.grad_norms.json").read_text())
+    stored = json.loads(golden_bytes(golden.folder / "cases" / f"{case}.grad_norms.json"))
     norms = stored.get("grad_norms") or stored["norms"]
     assert x["out.grad_norms"].tolist() == [norms[name] for name in sorted(norms)]
     ill_conditioned = set(stored["ill_conditioned"])
@@ -299,7 +300,7 @@ def _check_gradients(golden: GoldenSet, case: str, x: dict[str, Tensor]) -> None
         allowed = 1e-2 if name in ill_conditioned else 2e-3
         assert error <= allowed * expected, f"{name}: gradient norm off by {error / expected:.1e}"
         worst = max(worst, error / expected)
-    golden.report.append((case, "gradient norms (largest relative error)", worst, 2e-3, None))
+    golden.record(case, "gradient norms (largest relative error)", worst, 2e-3)
     with_gradient = {golden.names.theirs(n) for n, p in parameters.items() if p.grad is not None}
     assert with_gradient == set(norms)
     for name in x:

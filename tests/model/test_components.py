@@ -26,7 +26,7 @@ from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProc
 from mm_interleaved.cli import main
 from mm_interleaved.model.checkpoint import CheckpointError
 from mm_interleaved.model.components import config_from_components, from_components
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 
 CHANGES = {  # the new parts at a size for tests
     "adapter": {"stem_channels": 4, "num_heads": 2},
@@ -43,7 +43,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
     llama = AutoConfig.for_model("llama", vocab_size=2048, max_position_embeddings=256, **sizes)
     AutoModelForCausalLM.from_config(llama).save_pretrained(root / "llama")
-    MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer").save_vocabulary(str(root / "llama"))
+    MMInterleavedTokenizer.from_vocab(TOKENIZER).save_vocabulary(str(root / "llama"))
     qwen = AutoConfig.for_model(
         "qwen2", vocab_size=400, max_position_embeddings=256, num_key_value_heads=1, tie_word_embeddings=True, **sizes
     )

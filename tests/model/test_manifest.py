@@ -12,12 +12,12 @@ import torch
 from mm_interleaved.model import MMInterleavedConfig, MMInterleavedModel
 from mm_interleaved.model.original import NameTable, derived_tensors
 
-from ..conftest import GOLDEN_DATA
+from ..conftest import GOLDEN_DATA, golden_bytes
 
 
 @cache
 def manifest() -> dict[str, Any]:
-    return json.loads((GOLDEN_DATA / "manifest.json").read_text())
+    return json.loads(golden_bytes(GOLDEN_DATA / "manifest.json"))
 
 
 @cache

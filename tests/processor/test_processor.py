@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from mm_interleaved import Document, DocumentError, Image, MMInterleavedConfig, MMInterleavedProcessor, Text
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedTokenizer
 from mm_interleaved.processor.images import center_crop
 from mm_interleaved.processor.tokenizer import encode_text
@@ -127,7 +127,7 @@ SEGMENTS = st.lists(
 
 @given(SEGMENTS)
 def test_documents_to_tensors_and_back(segments: list) -> None:
-    tokenizer = MMInterleavedTokenizer.from_vocab(Path(__file__).parents[2] / "src/mm_interleaved/pretrained/tokenizer")
+    tokenizer = MMInterleavedTokenizer.from_vocab(TOKENIZER)
     processor = MMInterleavedProcessor.for_model(MMInterleavedConfig.preset("debug"), tokenizer)
     document = Document([Image(picture(s)) if isinstance(s, int) else s for s in segments])
     batch = processor(document)
@@ -225,7 +225,7 @@ def test_tokenizer_of_another_model() -> None:
     config = MMInterleavedConfig.preset("release")
     with pytest.raises(ValueError, match="the tokenizer's soi_token_id is 2048, but the model's is 32000"):
         MMInterleavedProcessor.for_model(config, MMInterleavedTokenizer.from_vocab(
-            Path(__file__).parents[2] / "src/mm_interleaved/pretrained/tokenizer"))  # fmt: skip
+            TOKENIZER))  # fmt: skip
 
 
 def test_save_and_load(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
@@ -264,7 +264,7 @@ def test_a_record_has_the_ids_of_its_assembled_string(
         "image_first": [not after for _, after in spots],
     }
     processor = MMInterleavedProcessor.for_model(
-        MMInterleavedConfig.preset("debug"), MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+        MMInterleavedConfig.preset("debug"), MMInterleavedTokenizer.from_vocab(TOKENIZER)
     )
     found = processor.encode(Document.from_dict(record).segments).ids.tolist()
     assert found == [processor.tokenizer.bos_token_id, *encode_text(processor.tokenizer, " ".join(marked).strip())]

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mm_interleaved import MMInterleavedTokenizer
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
 
-SHIPPED = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+SHIPPED = MMInterleavedTokenizer.from_vocab(TOKENIZER)
 
 
 def pieces(text: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_every_text_survives(text: str) -> None:
 
 def test_padding_piece_in_a_text_is_not_special() -> None:
     """With Vicuna the padding id is an ordinary piece, which text may contain (K10)."""
-    tokenizer = MMInterleavedTokenizer(str(FOLDER / "tokenizer/tokenizer.model"), pad_token="▁cat")
+    tokenizer = MMInterleavedTokenizer(str(TOKENIZER), pad_token="▁cat")
     assert encode_text(tokenizer, "a cat sat") == encode_text(SHIPPED, "a cat sat")
 
 

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from mm_interleaved import MMInterleavedProcessor
 from mm_interleaved.configuration import load_config
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import Batch
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.run import leave, train
@@ -90,5 +90,5 @@ if __name__ == "__main__":
         shard_on_cpu()
     settings = load_config(ROOT / "configs/debug.yaml", TrainConfig, [a for a in arguments if a not in options])
     device = None if "--gpu" in options else "cpu"
-    train(settings, FOLDER / "tokenizer", device, Mixed if "--mixed" in options else Colors)
+    train(settings, TOKENIZER, device, Mixed if "--mixed" in options else Colors)
     leave()

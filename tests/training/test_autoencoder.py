@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.pretrained import FOLDER, load
+from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training.autoencoder import (
     AutoencoderTask,
     edge_loss,
@@ -70,7 +70,7 @@ def test_a_trained_autoencoder_becomes_the_models_own(settings, tmp_path: Path) 
         [f"output={tmp_path / 'model'}", "tensorboard=false", "steps=1", "save_every=0", "sample_every=0",
          "eval_data=null", f"model.vae={run / 'final'}"],
     )  # fmt: skip
-    train(config, FOLDER / "tokenizer", "cpu", Colors)
+    train(config, TOKENIZER, "cpu", Colors)
     decoder = load(tmp_path / "model/final").model.image_decoder
     assert decoder.latent_shape(1) == (1, 8, 16, 16)
     assert torch.equal(decoder.vae.decoder.conv_in.weight, vae.decoder.conv_in.weight)

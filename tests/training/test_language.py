@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.toyworld.language import caption, paragraph
 from mm_interleaved.toyworld.language.phrases import CELL_NAMES
 from mm_interleaved.toyworld.reader import TRAITS
@@ -26,8 +26,6 @@ from mm_interleaved.training.run import train_language
 from mm_interleaved.training.told import THINGS, TOLD, told
 
 from .conftest import PART, ROOT, logged, whole_model
-
-TOKENIZER = FOLDER / "tokenizer"
 
 
 def settings(output: Path, *changes: str) -> PartRunConfig:

@@ -11,13 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mm_interleaved.pretrained import FOLDER, load
+from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training.checkpoints import ASIDE, list_checkpoints
 from mm_interleaved.training.run import train
 
 from .conftest import logged, start
-
-TOKENIZER = FOLDER / "tokenizer"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedConfig, Text
 from mm_interleaved.cli import main
 from mm_interleaved.configuration import ConfigError, load_config
-from mm_interleaved.pretrained import FOLDER, load
+from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training import graphs
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import (
@@ -33,8 +33,6 @@ from mm_interleaved.training.run import compile_regions, train
 from ..conftest import picture
 from .conftest import ROOT, arguments, logged
 from .stand_in import Colors
-
-TOKENIZER = FOLDER / "tokenizer"
 
 
 def test_a_debug_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

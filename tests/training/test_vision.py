@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.toyworld.reader import TRAITS
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import SIZES
@@ -22,8 +22,6 @@ from mm_interleaved.training.run import train_vision
 from mm_interleaved.training.vision import VisionTask, cell_traits
 
 from .conftest import PART, ROOT, logged, whole_model
-
-TOKENIZER = FOLDER / "tokenizer"
 
 
 def settings(output: Path, *changes: str) -> PartRunConfig:

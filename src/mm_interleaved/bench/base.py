@@ -17,7 +17,7 @@ from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS
 from ..model.quantization import Quantization, quantize
 from ..model.roofline import Need
-from ..pretrained import FOLDER, Loaded
+from ..pretrained import TOKENIZER, Loaded
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from .machine import Clock, Speed
 
@@ -33,6 +33,7 @@ class Row:
         twin: of its plain twin in the same run; None: there is none.
         bound: what the machine allows.
         peak_bytes, twin_peak_bytes: memory needed beyond what was there; None: not measured.
+        reserved_bytes: most memory that the process held on the GPU while the row was measured, the weights among it.
         lossless: whether the fast way's results are the twin's.
         note: whatever else is worth knowing.
         x: number of pictures or rounds, for plots.
@@ -46,6 +47,7 @@ class Row:
     bound: float | None = None
     peak_bytes: int | None = None
     twin_peak_bytes: int | None = None
+    reserved_bytes: int | None = None
     lossless: bool = True
     note: str = ""
     x: int | None = None
@@ -73,6 +75,7 @@ class Sizes:
         drawing: (tokens, pictures) of the context that a picture is drawn from; `steps` denoising steps.
         rounds, round_tokens: of a session; `twin_rounds` of its twin.
         batch, batch_length, batch_pictures: of a training step.
+        captions: of a batch of the evaluation.
         counts: numbers of pictures over which lines are drawn.
         repeats: of short work.
     """
@@ -91,6 +94,7 @@ class Sizes:
     batch: int = 4
     batch_length: int = 2048
     batch_pictures: int = 8
+    captions: int = 64
     counts: Sequence[int] = (1, 2, 5, 10, 15, 20, 30)
     repeats: int = 20
 
@@ -101,8 +105,8 @@ SIZES = {
                    rounds=4, round_tokens=16, twin_rounds=4, batch=2, batch_length=256, batch_pictures=3, repeats=5,
                    counts=(1, 5, 15, 30)),
     "debug": Sizes(texts=((60, 2),), tokens=4, twin_tokens=4, beams=2, length=60, pictures=2, drawing=(40, 1), steps=2,
-                   rounds=2, round_tokens=3, twin_rounds=2, batch=1, batch_length=64, batch_pictures=2, counts=(1, 3),
-                   repeats=2),
+                   rounds=2, round_tokens=3, twin_rounds=2, batch=1, batch_length=64, batch_pictures=2, captions=3,
+                   counts=(1, 3), repeats=2),
 }  # fmt: skip
 
 
@@ -200,7 +204,7 @@ def fresh(preset: str, device: torch.device, dtype: torch.dtype) -> Loaded:
                     parameter.normal_(std=0.02)
             model.lm_head.head.bias[words:] = -1e4  # the tokenizer knows no more tokens
     model.image_decoder.vae.float()
-    tokenizer = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    tokenizer = MMInterleavedTokenizer.from_vocab(TOKENIZER)
     return Loaded(model, MMInterleavedProcessor.for_model(config, tokenizer), trained=False, name=preset)
 
 

@@ -56,6 +56,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._reserved = 0  # most so far, as `peak` resets the device's own statistics
 
     def __call__(self) -> float:
         """Now, after everything before has happened."""
@@ -78,11 +79,24 @@ class Clock:
             work()
             return None
         torch.cuda.synchronize()
+        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+    def reset_reserved(self) -> None:
+        """Begin anew to look for the most memory that the process holds on the device."""
+        if self.device.type == "cuda":
+            self._reserved = 0
+            torch.cuda.reset_peak_memory_stats()
+
+    def reserved(self) -> int | None:
+        """Most bytes that the process held on the device since `reset_reserved`; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return max(self._reserved, torch.cuda.max_memory_reserved())
 
     def speed(self, dtype: torch.dtype) -> Speed:
         """Measured: a large copy, which reads and writes, and a large product."""

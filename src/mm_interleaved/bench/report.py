@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .base import Row
 
-COLUMNS = ("line", "case", "value", "twin", "ratio", "bound", "of bound", "peak", "twin's peak", "")
+COLUMNS = ("line", "case", "value", "twin", "ratio", "bound", "of bound", "peak", "twin's peak", "held", "")
 
 
 def cells(row: Row) -> list[str]:
@@ -24,6 +24,7 @@ def cells(row: Row) -> list[str]:
         "-" if row.bound is None else number(row.bound),
         "-" if row.of_bound is None else f"{row.of_bound:.0%}",
         *peaks,
+        "-" if row.reserved_bytes is None else f"{row.reserved_bytes / 2**30:.1f} GiB",
         "; ".join(x for x in ("" if row.lossless else "lossy", row.note) if x),
     ]
 
@@ -35,7 +36,7 @@ def number(value: float) -> str:
 
 def line(row: Row) -> str:
     """A row for the screen, as soon as it is measured."""
-    _, case, value, twin, ratio, bound, share, peak, twin_peak, note = cells(row)
+    _, case, value, twin, ratio, bound, share, peak, twin_peak, held, note = cells(row)
     parts = [f"{row.line:18} {case:58} {value:>16}"]
     if row.twin is not None:
         parts.append(f"twin {twin} ({ratio})")
@@ -43,6 +44,8 @@ def line(row: Row) -> str:
         parts.append(f"bound {bound} ({share})")
     if row.peak_bytes is not None:
         parts.append(f"peak {peak}" + ("" if row.twin_peak_bytes is None else f", twin's {twin_peak}"))
+    if row.reserved_bytes is not None:
+        parts.append(f"holds {held}")
     return "; ".join([*parts, *([note] if note else [])])
 
 
@@ -61,7 +64,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['bytes_per_second'] / 1e12:.3g} TB/s, multiplies {result['operations_per_second'] / 1e12:.3g} "
         "TFLOP/s; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
-        "Less is better. *twin* is the plain way in the same run, *bound* what the machine allows.",
+        "Less is better. *twin* is the plain way in the same run, *bound* what the machine allows, *peak* the memory "
+        "that the work needs beyond what was there, *held* all that the process held on the GPU meanwhile.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---:|" * (len(COLUMNS) - 3) + "---|",
@@ -115,8 +119,8 @@ def plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             _curves(axes[0, 1], rows, [("fast", "peak_bytes"), ("plain twin", "twin_peak_bytes")], 2**20)
             axes[0, 1].set(xlabel=across, ylabel="MiB", title="memory beyond its inputs")
         figure.tight_layout()
-        written.append(folder / f"{stem}-{name}.svg")
-        figure.savefig(written[-1], metadata={"Date": None})
+        written.append(folder / f"{stem}-{name}.png")
+        figure.savefig(written[-1], dpi=100)
         plt.close(figure)
     return written
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops.mmfs_attention import HAS_TRITON
-from . import mmfs, pictures, session, text, training
+from . import mmfs, pictures, requests, session, text, training
 from .base import Bench, Row
 
 __all__ = ["LINES", "USUAL", "Bench", "Row", "Trouble", "run_lines"]
@@ -28,6 +28,9 @@ LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "training": training.training,
     "training-compiled": training.training_compiled,
     "session": session.session,
+    "first-token": requests.first_token,
+    "two-sessions": requests.two_sessions,
+    "evaluation": requests.evaluation,
     "layer-by-pictures": mmfs.layer_by_pictures,
     "decode-by-pictures": text.decode_by_pictures,
     "products": text.products,
@@ -81,8 +84,11 @@ def run_lines(bench: Bench, names: Iterable[str], time_limit: float | None = Non
             yield Trouble(name, f"the time limit of {time_limit:.0f} s was reached before it", skipped=True)
             continue
         try:
+            bench.clock.reset_reserved()
             for row in LINES[name](bench):
+                row.reserved_bytes = bench.clock.reserved()
                 yield row
+                bench.clock.reset_reserved()
                 if time_limit is not None and time.perf_counter() - begin > time_limit:
                     yield Trouble(name, f"the time limit of {time_limit:.0f} s was reached; more rows are missing")
                     break

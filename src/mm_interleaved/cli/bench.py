@@ -28,7 +28,7 @@ def bench(
     quantization: Annotated[str | None, typer.Option(help="int8 or fp8 for the language model's matrices.")] = None,
     mmfs: Annotated[str | None, typer.Option(help="Backend of MMFS in the model: plain, triton or auto.")] = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output", help="JSON file to write; a table (.md) and plots (.svg) go beside it.")
+        Path | None, typer.Option("--output", help="JSON file to write; a table (.md) and plots (.png) go beside it.")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two JSON files to set beside each other; nothing is measured.")

@@ -19,7 +19,7 @@ from ..data.report import COUNTS
 from ..data.sheet import contact_sheet
 from ..evaluation import EvaluateConfig
 from ..files import write_atomic
-from ..pretrained import FOLDER
+from ..pretrained import TOKENIZER
 from ..processor import Batch, MMInterleavedProcessor
 from ..tasks import TASKS, TaskConfig
 from ..training.building import build_processor
@@ -76,7 +76,7 @@ def _check_training(config: Path, overrides: list[str], batches: int, seconds: f
     """Read a sample of every source of a training run."""
     settings = load_config(config, CheckConfig, overrides, partial=True)
     try:
-        processor = build_processor(settings.model, FOLDER / "tokenizer")
+        processor = build_processor(settings.model, TOKENIZER)
     except ValueError as error:
         raise UsageError(str(error)) from None
     failed, samples = [], []

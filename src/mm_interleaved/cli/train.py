@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..configuration import load_config
-from ..pretrained import FOLDER
+from ..pretrained import TOKENIZER
 from ..training.config import AutoencoderRunConfig, PartRunConfig, TrainConfig, TrainingError
 from .results import UsageError
 
@@ -24,7 +24,7 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
     """Train a model of documents, or go on where an interrupted run stopped."""
     loaded = load_config(config, TrainConfig, settings or [])
     with _training() as run:
-        run.train(loaded, FOLDER / "tokenizer", device)
+        run.train(loaded, TOKENIZER, device)
 
 
 def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
@@ -38,14 +38,14 @@ def train_vision(config: ConfigFile, settings: Settings = None, device: Device =
     """Train the visual tokenizer of a small model, before the model itself."""
     loaded = load_config(config, PartRunConfig, settings or [])
     with _training() as run:
-        run.train_vision(loaded, FOLDER / "tokenizer", device)
+        run.train_vision(loaded, TOKENIZER, device)
 
 
 def train_language(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the language model of a small model on text alone, before the model itself."""
     loaded = load_config(config, PartRunConfig, settings or [])
     with _training() as run:
-        run.train_language(loaded, FOLDER / "tokenizer", device)
+        run.train_language(loaded, TOKENIZER, device)
 
 
 def train_log(

@@ -19,6 +19,7 @@ from ..model.quantization import Quantization, quantize
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 
 FOLDER = Path(__file__).parent
+TOKENIZER = FOLDER / "small" / "tokenizer.model"  # of every model here; a preset with random weights has no other
 SHIPPED = ("small", "debug")
 # What the libraries raise for files that are missing, damaged, or something else.
 _UNUSABLE = (
@@ -101,4 +102,4 @@ def _untrained(preset: str) -> tuple[MMInterleaved, MMInterleavedProcessor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MMInterleaved(config)
-    return model, MMInterleavedProcessor.for_model(config, MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer"))
+    return model, MMInterleavedProcessor.for_model(config, MMInterleavedTokenizer.from_vocab(TOKENIZER))

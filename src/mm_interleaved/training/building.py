@@ -104,7 +104,7 @@ def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizer
         folder = default
     else:
         raise ValueError("model.tokenizer must name the folder of a tokenizer")
-    if not folder.is_dir():
+    if not folder.exists():
         raise ValueError(f"the tokenizer's folder '{folder}' does not exist")
     try:
         if (folder / "tokenizer_config.json").is_file():

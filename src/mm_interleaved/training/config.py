@@ -206,7 +206,7 @@ class ModelConfig:
         preset: `release`, `small` or `debug`, with fresh weights.
         checkpoint: folder of a model to go on from (weights only; to go on with a run, see `resume`).
         components: base models to build on.
-        tokenizer: folder of a tokenizer; None: the checkpoint's or language model's own, or the one that ships.
+        tokenizer: folder or SentencePiece file; None: the checkpoint's or language model's own, or the one that ships.
         vae: folder of a diffusers VAE that replaces the image decoder's; the UNet's channels and size follow.
         vision: folder of a visual tokenizer that `mmi train-vision` wrote, to start from.
         language: folder of a language model that `mmi train-language` wrote, to start from.

@@ -58,7 +58,7 @@ def train(
 
     Args:
         config: the run.
-        default_tokenizer: folder of the tokenizer for presets that name none.
+        default_tokenizer: folder or file of the tokenizer for presets that name none.
         device: "cpu" to stay there; None: an accelerator if there is one.
         make_loader: makes the loader of `data` and of `eval_data`, called as `data.build_loader` is.
 
