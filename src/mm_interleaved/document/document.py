@@ -9,9 +9,10 @@ from typing import Any
 
 import PIL.Image
 
+from .errors import DocumentError
 from .folder import Folder
 from .forms import read_form
-from .segments import DocumentError, FileSlice, Image, Segment, Text
+from .segments import FileSlice, Image, Segment, Text
 
 
 @dataclass
