@@ -30,6 +30,7 @@ from .language_model import build_language_model, image_features, synchronizers
 from .layout import ImagePositions, Layout, document_mask, plan, reversed_context
 from .mmfs import VisibleImages
 from .positions import PositionTable
+from .resizing import ResizableVocabulary
 from .synchronizer import ImageFeatures
 from .unet import EarlierImages
 from .visual_tokenizer import VisualFeatures, VisualTokenizer
@@ -117,7 +118,7 @@ class Together:
     image: bool
 
 
-class MMInterleavedModel(PreTrainedModel):
+class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     """Reads and writes rows of text and pictures, as tensors. `MMInterleaved` adds generation on top."""
 
     config_class = MMInterleavedConfig
