@@ -53,8 +53,15 @@ class MMInterleavedTokenizer(SentencePieceBackend):
         return cls(str(path))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Pieces to text, with byte pieces joined into characters."""
-        return self.sp_model.decode_pieces([t for t in tokens if t not in (SOI_TOKEN, IMAGE_TOKEN)])
+        """Pieces to text, with byte pieces joined into characters and special tokens as they are written."""
+        special = set(self.all_special_tokens) - {self.unk_token}  # the model has a sign of its own for the latter
+        text, run = "", []
+        for token in tokens:
+            if token not in special:
+                run.append(token)
+                continue
+            text, run = text + self.sp_model.decode_pieces(run) + token, []
+        return text + self.sp_model.decode_pieces(run)
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
