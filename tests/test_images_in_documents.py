@@ -108,6 +108,22 @@ def test_what_is_no_image_is_refused_when_it_is_made(source: object, words: str)
         Image(picture(), target=source)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"segments": "A cat."}, "segments must be a list, not str"),
+        ({"segments": Text("A cat.")}, "segments must be a list, not Text"),
+        ({"segments": [Text("A cat."), "a.png"]}, r"segments\[1\]: must be a Text or an Image, not str"),
+        ({"segments": [], "max_turns": 0}, "max_turns: must be at least 1"),
+        ({"segments": [], "max_turns": 2.5}, "max_turns: must be a whole number"),
+        ({"segments": [], "forced_texts": "A cat."}, "forced_texts: must be a list"),
+    ],
+)
+def test_documents_are_checked_when_they_are_made(arguments: dict, words: str) -> None:
+    with pytest.raises(DocumentError, match=words):
+        Document(**arguments)
+
+
 def test_texts_and_roles_are_checked_when_they_are_made() -> None:
     with pytest.raises(DocumentError, match="a text must be a string or None, not bytes"):
         Text(b"A cat.")
