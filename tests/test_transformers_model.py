@@ -6,6 +6,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -460,3 +461,22 @@ def test_decoding(processor: MMInterleavedProcessor) -> None:
     ids = processor(Document([Text("A cat."), Image(picture())]), training=True).input_ids[0]
     assert processor.decode(ids) == "<s>A cat.<|beginofimage|>" + "<|image|>" * 4 + "</s>"
     assert processor.post_process_image_text_to_text(ids[None]) == ["A cat."]
+
+
+# ---- documentation
+
+
+def test_the_examples_of_the_documentation(
+    folder: Path, processor: MMInterleavedProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text()
+    picture().save(tmp_path / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    names = {"folder": folder, "image": picture(), "Document": Document, "Text": Text, "Image": Image}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        for line in re.split(r"(?<=# the same\n)|(?=^batch = processor\(Doc)", block, flags=re.MULTILINE):
+            before = names.get("batch")
+            exec(line, names)
+            if line.rstrip().endswith("# the same"):
+                assert all(torch.equal(names["batch"][key], before[key]) for key in before)
+    assert names["model"].config.vocab_size == len(names["processor"].tokenizer) == 2052

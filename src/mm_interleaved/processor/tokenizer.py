@@ -54,7 +54,7 @@ class MMInterleavedTokenizer(SentencePieceBackend):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Pieces to text, with byte pieces joined into characters and special tokens as they are written."""
-        special = set(self.all_special_tokens) - {self.unk_token}  # the model has a sign of its own for the latter
+        special = {self.bos_token, self.eos_token, self.pad_token, SOI_TOKEN, IMAGE_TOKEN}  # added ones are pieces
         text, run = "", []
         for token in tokens:
             if token not in special:
