@@ -159,6 +159,16 @@ def test_bad_overrides_are_explained(file: Path, override: str, message: str) ->
     assert f"override '{override}'" in str(raised.value)
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(file: Path, tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"override 'optimizer.lr=.*: 'optimizer.lr' must be a finite number"):
+        load_config(file, Schema, [f"optimizer.lr={value}"])
+    other = tmp_path / "other.yaml"
+    other.write_text(f"name: x\nsources:\n- {{type: documents, weight: {value}}}\n")
+    with pytest.raises(ConfigError, match=r"other\.yaml: 'sources\.0\.weight' must be a finite number"):
+        load_config(other, Schema)
+
+
 def test_extends_merges_mappings_and_replaces_lists(file: Path, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     child = write(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from .document import Document, DocumentError, Image, Text, load_documents
 from .generation import (
@@ -34,6 +34,7 @@ __version__ = version("mm-interleaved")
 
 AutoConfig.register("mm_interleaved", MMInterleavedConfig)
 AutoModel.register(MMInterleavedConfig, MMInterleaved)
+AutoModelForImageTextToText.register(MMInterleavedConfig, MMInterleaved)
 AutoProcessor.register(MMInterleavedConfig, MMInterleavedProcessor)
 AutoTokenizer.register(MMInterleavedConfig, slow_tokenizer_class=MMInterleavedTokenizer)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -139,6 +140,7 @@ def _read(path: Path) -> DictConfig:
 def _merge(config: DictConfig, data: DictConfig, schema: type, where: str) -> DictConfig:
     content = OmegaConf.to_container(data, resolve=False)
     _check_keys(content, schema, "", where)
+    _check_finite(content, "", where)
     try:
         return OmegaConf.merge(config, data)
     except (OmegaConfBaseException, TypeError) as error:
@@ -161,6 +163,7 @@ def _override(config: DictConfig, schema: type, override: str) -> DictConfig:
     for part in reversed(parts):
         nested = {part: nested}
     _check_keys(nested, schema, "", where)
+    _check_finite(nested, "", where)
     changed = config.copy()
     try:
         _set(changed, parts, value)
@@ -207,6 +210,15 @@ def _check_keys(data: Any, kind: Any, prefix: str, where: str) -> None:
                 raise ConfigError(f"{where}: unknown key '{prefix}{key}'; {hint}")
     for key, value in data.items() if isinstance(data, dict) else enumerate(data):
         _check_keys(value, _inner(kind, str(key)), f"{prefix}{key}.", where)
+
+
+def _check_finite(data: Any, key: str, where: str) -> None:
+    """Refuse NaN and infinite numbers: comparisons let them pass, and no setting means anything with them."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ConfigError(f"{where}: '{key}' must be a finite number, not {data}")
+    if isinstance(data, (dict, list)):
+        for name, value in data.items() if isinstance(data, dict) else enumerate(data):
+            _check_finite(value, f"{key}.{name}" if key else str(name), where)
 
 
 def _alternatives(kind: Any) -> list[Any]:

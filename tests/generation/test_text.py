@@ -235,7 +235,7 @@ def test_presets_are_the_originals() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"num_beams": 2, "do_sample": True}, "do_sample needs num_beams=1"),
-        ({"temperature": 0}, "temperature must be at least 1e-06, not 0; use do_sample=False"),
+        ({"temperature": 0}, "temperature must be at least 1e-06, not 0.0; use do_sample=False"),
         ({"top_p": 0}, "top_p must be at most 1.0 and greater than 0.0"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 needs as many beams"),

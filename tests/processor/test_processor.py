@@ -114,7 +114,7 @@ def test_strings_with_placeholders(processor: MMInterleavedProcessor) -> None:
 
 
 def test_more_slots_than_pictures(processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(DocumentError, match="2 image slots, but 1 pictures"):
+    with pytest.raises(DocumentError, match="2 image slots, but 1 images"):
         processor(text=f"{IMAGE_TOKEN} {IMAGE_TOKEN}", images=[picture()])
 
 

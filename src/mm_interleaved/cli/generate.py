@@ -30,6 +30,7 @@ from ..processor.images import load_picture
 from .console import console, output
 from .results import ResultsFolder, UsageError, refuse_occupied
 
+OPTIONS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_candidates": "--candidates"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -114,7 +115,7 @@ def generate(
             num_candidates=candidates, scheduler=scheduler,
         )  # fmt: skip
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(_with_option(str(error))) from None
     where = _device(device)
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root)
@@ -142,6 +143,12 @@ def generate(
             report = folder.finish()
             output.print(f"{folder.done} of {len(documents)} documents in {folder.folder}")
             output.print(str(report))
+
+
+def _with_option(message: str) -> str:
+    """`message`, which begins with the name of a setting, behind the option that sets it if that is named otherwise."""
+    option = OPTIONS.get(message.split(" ", 1)[0])
+    return message if option is None else f"{option}: {message}"
 
 
 def _check_pictures(document: Document) -> None:

@@ -13,10 +13,11 @@ Paths are relative to the file and may not lead out of its folder; `data:image/.
 """
 
 from .document import Document
+from .errors import DocumentError
 from .files import load_documents
 from .folder import Folder
-from .forms import ORIGINAL_TURNS, ROLES, SEGMENT_FIELDS, interleave
-from .segments import DocumentError, FileSlice, Generated, Image, Segment, Text
+from .forms import ORIGINAL_TURNS, SEGMENT_FIELDS, interleave
+from .segments import ROLES, FileSlice, Generated, Image, Segment, Text
 
 __all__ = [
     "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "FileSlice", "Folder", "Generated",

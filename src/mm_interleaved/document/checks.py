@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from .segments import DocumentError
+from .errors import DocumentError
+from .segments import check_characters
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", bool: "true or false"}
 
@@ -20,15 +20,13 @@ def check(value: Any, kind: type, where: str, fix: str = "") -> Any:
     return value
 
 
-def check_characters(data: dict[str, Any]) -> None:
-    """Refuse half characters (surrogates): JSON can spell them as escapes, but nothing can write them."""
+def check_all_characters(data: dict[str, Any]) -> None:
+    """`check_characters` for every string of a decoded object."""
     rest: list[tuple[str, Any]] = [("", data)]
     while rest:
         where, value = rest.pop()
         if isinstance(value, str):
-            if half := re.search("[\ud800-\udfff]", value):
-                raise DocumentError(f"half a character, \\u{ord(half[0]):04x}, at position {half.start()}", where,
-                                    "Write the whole character, or remove it")  # fmt: skip
+            check_characters(value, where)
         elif isinstance(value, list):
             rest += [(f"{where}[{i}]", item) for i, item in enumerate(value)]
         elif isinstance(value, dict):

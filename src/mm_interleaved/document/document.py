@@ -9,9 +9,11 @@ from typing import Any
 
 import PIL.Image
 
+from .checks import check_list, positive
+from .errors import DocumentError
 from .folder import Folder
 from .forms import read_form
-from .segments import DocumentError, FileSlice, Image, Segment, Text
+from .segments import FileSlice, Image, Segment, Text
 
 
 @dataclass
@@ -27,6 +29,9 @@ class Document:
         stop_at_eos: whether `</s>` ends it; None: as the settings say. Records of the original do not end there.
         record: the original's record that it was read from, as it stood in the file.
         place: where it was read from, for messages.
+
+    Raises:
+        DocumentError: a segment is something else, or max_turns is no whole number from 1 on.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -36,6 +41,18 @@ class Document:
     stop_at_eos: bool | None = None
     record: dict[str, Any] | None = None
     place: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.segments, (str, Text, Image)):
+            raise DocumentError(f"segments must be a list, not {type(self.segments).__name__}",
+                                fix="Write Document([...])")  # fmt: skip
+        self.segments = list(self.segments)
+        for index, segment in enumerate(self.segments):
+            if not isinstance(segment, (Text, Image)):
+                raise DocumentError(f"must be a Text or an Image, not {type(segment).__name__}", f"segments[{index}]")
+        if self.max_turns is not None:
+            positive(self.max_turns, "max_turns")
+        check_list(self.forced_texts, str, "forced_texts")
 
     @property
     def name(self) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .document import Document
+from .errors import DocumentError
 from .folder import Folder
-from .segments import DocumentError
 
 
 def load_documents(path: str | Path, image_root: str | Path | None = None) -> list[Document]:

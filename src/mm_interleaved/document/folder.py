@@ -11,7 +11,7 @@ from typing import Any
 import PIL.Image
 
 from .checks import check
-from .segments import DocumentError
+from .errors import UNREADABLE_IMAGE, DocumentError
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def _inline_picture(url: str, where: str) -> PIL.Image.Image:
         raise DocumentError("the data URL is not base64", where, "Write data:image/png;base64,...")
     try:
         return PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
-    except (ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError):  # what base64 and PIL's readers raise
+    except (*UNREADABLE_IMAGE, PIL.Image.DecompressionBombError):
         raise DocumentError("the data URL holds no picture that can be read", where,
                             "Write data:image/png;base64,... with all of a PNG or JPEG") from None  # fmt: skip

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import PIL.Image
-
-from .checks import check, check_characters, check_fields, check_list, listed, positive
+from .checks import check, check_all_characters, check_fields, check_list, listed, positive
+from .errors import DocumentError
 from .folder import Folder
-from .segments import DocumentError, Image, Segment, Text
+from .segments import ROLES, Image, Segment, Text
 
-ROLES = ("system", "user", "assistant")
 SEGMENT_FIELDS = ("text", "image", "supervise", "role", "attached", "target")
 DOCUMENT_FIELDS = ("segments", "id", "max_turns", "forced_texts", "stop_at_eos")
 RECORD_FIELDS = (
@@ -31,7 +29,7 @@ Fields = dict[str, Any]  # of a `Document`, by its attributes' names
 def read_form(data: Any, folder: Folder) -> Fields:
     """See `Document.from_dict`, which makes a document of what this gives."""
     data = check(data, dict, "document", 'Write {"segments": [{"text": ...}, {"image": "path"}]}')
-    check_characters(data)
+    check_all_characters(data)
     for key, reader in (("segments", _from_segments), ("messages", _from_messages), ("sentences", _from_record)):
         if key in data:
             return reader(data, folder)
@@ -114,9 +112,12 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
         for key in ("path", "image", "url"):
             if key in part:
                 source = part[key]
-                if not isinstance(source, PIL.Image.Image):
+                if isinstance(source, str) or source is None:
                     source = folder.picture(source, f"{where}.{key}")
-                return Image(source, supervise, role)
+                try:
+                    return Image(source, supervise, role)
+                except DocumentError as error:
+                    raise error.at(f"{where}.{key}") from None
         raise DocumentError("an image part needs 'path', 'image' or 'url'", where)
     raise DocumentError(f"unknown kind of content {kind!r}", f"{where}.type", "Kinds are text, image and image_url")
 

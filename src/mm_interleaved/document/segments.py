@@ -1,23 +1,24 @@
-"""What stands in a document, plain data, and what is said of one that cannot be used."""
+"""The segments of a document: plain data, checked when it is made."""
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import PIL.Image
 
+from .arrays import image_from_array, is_array
+from .errors import DocumentError
 
-class DocumentError(ValueError):
-    """A document that cannot be used: what is wrong, where, and what to do about it."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
-    def __init__(self, problem: str, where: str = "", fix: str = "") -> None:
-        self.problem, self.where, self.fix = problem, where, fix
-        super().__init__(f"{where + ': ' if where else ''}{problem}{'. ' + fix if fix else ''}")
 
-    def at(self, place: str) -> DocumentError:
-        """The same error, seen from further out."""
-        return DocumentError(self.problem, f"{place}, {self.where}" if self.where else place, self.fix)
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Text:
         role: who speaks (`system`, `user` or `assistant`), in a conversation.
         attached: whether it continues the text before it without a space.
         generated: how a model generated it; None: it was given. It does not count in comparisons.
+
+    Raises:
+        DocumentError: the text is no string or holds half a character, or there is no such role.
     """
 
     text: str | None = None
@@ -54,6 +58,13 @@ class Text:
     role: str | None = None
     attached: bool = False
     generated: Generated | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.text is not None:
+            if not isinstance(self.text, str):
+                raise DocumentError(f"a text must be a string or None, not {type(self.text).__name__}")
+            check_characters(self.text)
+        _check_role(self.role)
 
     @property
     def is_open(self) -> bool:
@@ -63,7 +74,7 @@ class Text:
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A picture that is a part of a larger file, such as a member of a tar archive.
+    """An image that is a part of a larger file, such as a member of a tar archive.
 
     Attributes:
         path: the file.
@@ -87,21 +98,31 @@ class FileSlice:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture.
+    """An image.
 
     Attributes:
-        source: path of a file, part of a file, or a PIL image; None: an open slot.
-        supervise: whether training learns to draw it (and to announce it).
+        source: path of a file, part of a file, a PIL image, a NumPy array or a PyTorch tensor (see `arrays`; kept as a
+            PIL image of 8 bits a channel); None: an open slot.
+        supervise: whether training learns to generate it (and to announce it).
         role: who shows it, in a conversation.
-        target: another picture for the image decoder to learn in its place; None: the picture itself.
+        target: another image for the image decoder to learn in its place; None: the image itself.
         generated: as of `Text`.
+
+    Raises:
+        DocumentError: the source or the target is of another kind, or an array of another shape or range, or there is
+            no such role.
     """
 
-    source: str | Path | FileSlice | PIL.Image.Image | None = None
+    source: str | Path | FileSlice | PIL.Image.Image | np.ndarray | Tensor | None = None
     supervise: bool = True
     role: str | None = None
-    target: str | Path | FileSlice | PIL.Image.Image | None = None
+    target: str | Path | FileSlice | PIL.Image.Image | np.ndarray | Tensor | None = None
     generated: Generated | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", _checked_source(self.source))
+        object.__setattr__(self, "target", _checked_source(self.target))
+        _check_role(self.role)
 
     @property
     def is_open(self) -> bool:
@@ -110,3 +131,34 @@ class Image:
 
 
 Segment = Text | Image
+
+
+def check_characters(text: str, where: str = "") -> None:
+    """Refuse half characters (surrogates): JSON can spell them as escapes, but nothing can write them.
+
+    Raises:
+        DocumentError: there is one.
+    """
+    if half := re.search("[\ud800-\udfff]", text):
+        raise DocumentError(f"half a character, \\u{ord(half[0]):04x}, at position {half.start()}", where,
+                            "Write the whole character, or remove it")  # fmt: skip
+
+
+def _check_role(role: Any) -> None:
+    if role is not None and role not in ROLES:
+        raise DocumentError(f"unknown role {role!r}", fix=f"Roles are {', '.join(ROLES)}")
+
+
+def _checked_source(source: Any) -> str | Path | FileSlice | PIL.Image.Image | None:
+    if is_array(source):
+        return image_from_array(source)
+    if isinstance(source, (str, Path)) and "\0" in str(source):
+        raise DocumentError("the path holds a null character", fix="Remove it")
+    if source is None or isinstance(source, (str, Path, FileSlice, PIL.Image.Image)):
+        return source
+    if isinstance(source, os.PathLike):
+        return Path(source)
+    raise DocumentError(
+        f"an image must be a path, a PIL image, an array or a tensor, not {type(source).__name__}",
+        fix="Bytes are opened with PIL.Image.open(io.BytesIO(data))",
+    )

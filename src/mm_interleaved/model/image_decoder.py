@@ -119,7 +119,8 @@ class ImageDecoder(nn.Module):
         trained = self.scheduler.config.num_train_timesteps
         try:
             scheduler = find_scheduler(settings.scheduler).from_config(self.scheduler.config)
-            scheduler.set_timesteps(settings.num_inference_steps, device=device)
+            # more steps than there are get a message below, not all the memory that they would take
+            scheduler.set_timesteps(min(settings.num_inference_steps, trained + 1), device=device)
         except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"scheduler '{settings.scheduler}' cannot be used with num_inference_steps="
                              f"{settings.num_inference_steps}: {error}") from None  # fmt: skip

@@ -29,7 +29,9 @@ from .kv_cache import KVCache
 from .language_model import build_language_model, image_features, synchronizers
 from .layout import ImagePositions, Layout, document_mask, plan, reversed_context
 from .mmfs import VisibleImages
+from .placement import compute_device
 from .positions import PositionTable
+from .resizing import ResizableVocabulary
 from .synchronizer import ImageFeatures
 from .unet import EarlierImages
 from .visual_tokenizer import VisualFeatures, VisualTokenizer
@@ -117,7 +119,7 @@ class Together:
     image: bool
 
 
-class MMInterleavedModel(PreTrainedModel):
+class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     """Reads and writes rows of text and pictures, as tensors. `MMInterleaved` adds generation on top."""
 
     config_class = MMInterleavedConfig
@@ -165,10 +167,7 @@ class MMInterleavedModel(PreTrainedModel):
     @property
     def compute_device(self) -> torch.device:
         """Where inputs go: the device of the weights that are in memory, or where offloaded weights are brought."""
-        hook = getattr(self, "_hf_hook", None)
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-        return next((p.device for p in self.parameters() if not p.is_meta), self.device)
+        return compute_device(self)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,11 +38,19 @@ def resize_grid(table: Tensor, side: int) -> Tensor:
     return grid.flatten(2)[0].T
 
 
+def _line(length: int, width: int) -> Tensor:
+    return torch.from_numpy(sincos_1d(np.arange(length), width))
+
+
+def _grid(side: int, width: int, resize_to: int) -> Tensor:
+    return resize_grid(torch.from_numpy(sincos_2d(side, width)), resize_to)
+
+
 class PositionTable(nn.Module):
     """A fixed table, held as a buffer that is not saved; `reset_parameters` fills it.
 
     Args:
-        table: computes the float32 values.
+        table: computes the float32 values; a function that can be pickled, as models are.
         shape: (rows, channels) of what `table` returns.
     """
 
@@ -54,13 +63,13 @@ class PositionTable(nn.Module):
     @classmethod
     def line(cls, length: int, width: int) -> PositionTable:
         """1-D positions 0 to length - 1."""
-        return cls(lambda: torch.from_numpy(sincos_1d(np.arange(length), width)), (length, width))
+        return cls(partial(_line, length, width), (length, width))
 
     @classmethod
     def grid(cls, side: int, width: int, resize_to: int | None = None) -> PositionTable:
         """A square grid, resized to another side if asked."""
         size = resize_to or side
-        return cls(lambda: resize_grid(torch.from_numpy(sincos_2d(side, width)), size), (size * size, width))
+        return cls(partial(_grid, side, width, size), (size * size, width))
 
     def reset_parameters(self) -> None:
         """Compute the table; on the meta device there is nothing to fill."""

@@ -14,6 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from ..document import DocumentError, FileSlice
+from ..document.errors import UNREADABLE_IMAGE
 
 MAX_PIXELS = 178_956_970  # where PIL itself suspects a decompression bomb (about 13400 x 13400)
 
@@ -22,13 +23,17 @@ def open_picture(source: str | Path | FileSlice | PIL.Image.Image, where: str = 
     """A picture whose header has been read, but not yet its pixels.
 
     Raises:
-        DocumentError: missing, empty, too large, or in no format that PIL reads.
+        DocumentError: missing, empty, without pixels, too large, closed, or in no format that PIL reads.
     """
     with _explained(source, where), warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         image = source
         if not isinstance(source, PIL.Image.Image):
             image = PIL.Image.open(BytesIO(source.read()) if isinstance(source, FileSlice) else source)
+        if not image.width * image.height:
+            raise DocumentError(
+                f"{_name(source)} has no pixels ({image.width} x {image.height})", where, "Leave it out"
+            )
         if image.width * image.height > MAX_PIXELS:
             raise PIL.Image.DecompressionBombError
         return image
@@ -46,7 +51,8 @@ def load_picture(
             pictures; the pixels differ a little.
 
     Raises:
-        DocumentError: missing, empty, truncated, too large, or in no format that PIL reads.
+        DocumentError: missing, empty, truncated, too large, closed, in no format that PIL reads, or in a mode whose
+            values have no known range.
     """
     image = open_picture(source, where)
     with _explained(source, where):
@@ -60,9 +66,11 @@ def load_picture(
 @contextmanager
 def _explained(source: str | Path | FileSlice | PIL.Image.Image, where: str) -> Iterator[None]:
     """What PIL raises as errors for people."""
-    name = "the picture" if isinstance(source, PIL.Image.Image) else f"'{source}'"
+    name = _name(source)
     try:
         yield
+    except DocumentError as error:
+        raise (error if error.where or not where else error.at(where)) from None
     except FileNotFoundError:
         raise DocumentError(f"{name} does not exist", where, "Check the path") from None
     except PIL.UnidentifiedImageError:
@@ -73,8 +81,18 @@ def _explained(source: str | Path | FileSlice | PIL.Image.Image, where: str) -> 
         raise DocumentError(
             f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels", where, "Scale it down"
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL's decoders raise for damaged data
-        raise DocumentError(f"{name} is damaged: {error}", where, "Restore it from its source") from None
+    except UNREADABLE_IMAGE as error:
+        if isinstance(source, PIL.Image.Image) and (isinstance(error, AssertionError) or "closed" in str(error)):
+            raise DocumentError(f"the file of {name} is closed", where,
+                                "Call load() before it is closed, or give its path") from None  # fmt: skip
+        if isinstance(error, OSError) and error.strerror:  # from the system, not from a decoder
+            raise DocumentError(f"{name} cannot be read: {error.strerror}", where, "Check the path") from None
+        reason = str(error) or type(error).__name__
+        raise DocumentError(f"{name} is damaged: {reason}", where, "Restore it from its source") from None
+
+
+def _name(source: str | Path | FileSlice | PIL.Image.Image) -> str:
+    return "the image" if isinstance(source, PIL.Image.Image) else f"'{str(source)[:200]}'"
 
 
 def _size(source: str | Path | FileSlice | PIL.Image.Image) -> int | None:
@@ -84,14 +102,24 @@ def _size(source: str | Path | FileSlice | PIL.Image.Image) -> int | None:
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """8-bit RGB. PIL clips 16-bit greys to white; they are scaled here instead."""
+    """8-bit RGB. PIL clips 16-bit greys to white; they are scaled here instead.
+
+    Raises:
+        DocumentError: it is unknown which value is white.
+    """
+    if image.mode == "F":
+        raise DocumentError("an image of mode F has no known range", fix="Convert it to mode L or RGB")
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.float64)
-        return PIL.Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        least, most = grey.min(), grey.max()
+        if image.mode == "I" and (least < 0 or most > 65535 or 0 < most <= 255):
+            raise DocumentError(f"an image of mode I with values from {least:.0f} to {most:.0f} has no known range",
+                                fix="Convert it to mode L (0 to 255) or I;16 (0 to 65535)")  # fmt: skip
+        return PIL.Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "RGB":
         image.load()
         return image
-    return image.convert("RGB")
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
 def halved(image: PIL.Image.Image, size: int) -> PIL.Image.Image:

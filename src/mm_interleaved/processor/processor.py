@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,8 +13,10 @@ import PIL.Image
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..document import Document, DocumentError, Image, Segment, Text
+from ..document import Document, DocumentError, FileSlice, Image, Segment, Text
+from ..document.arrays import is_array
 from ..model.config import MMInterleavedConfig
+from ..validation import nearest_name
 from .batch import Batch, build_labels
 from .images import CROPS, halved, load_picture
 from .packing import Cut, TokenStream, pack
@@ -80,7 +84,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         """The processor that fits a model.
 
         Raises:
-            ValueError: the tokenizer's ids are not the model's.
+            ValueError: the tokenizer's ids are not the model's, or it has more of them.
         """
         processor = cls(
             tokenizer,
@@ -98,6 +102,9 @@ class MMInterleavedProcessor(ProcessorMixin):
         for name, found in pairs.items():
             if found != getattr(config, name):
                 raise ValueError(f"the tokenizer's {name} is {found}, but the model's is {getattr(config, name)}")
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, but the model has {config.vocab_size}; call "
+                             "model.resize_token_embeddings(len(tokenizer)) after add_tokens")  # fmt: skip
         return processor
 
     # ---- documents to token streams
@@ -202,8 +209,61 @@ class MMInterleavedProcessor(ProcessorMixin):
             written += _with_images(prompt[len(said) :], images, supervise=False)
         return written + slots
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **variables: Any,
+    ) -> str | list[str] | torch.Tensor | Batch:
+        """Conversations written out through the chat template, as strings or as a batch.
+
+        Args:
+            conversation: messages with a `role` and a `content`, or a list of conversations.
+            chat_template: another Jinja template than the processor's.
+            add_generation_prompt: end with the words that make the assistant speak.
+            continue_final_message: leave the last message open.
+            tokenize: give token ids instead of strings.
+            return_dict: with `tokenize`, give the whole batch, for `model.generate(**batch)`.
+            return_tensors: as in `__call__`.
+            return_assistant_tokens_mask: not supported; `processor(documents, training=True)` has labels.
+            processor_kwargs: arguments of `__call__`, such as `padding_side`.
+            **variables: further variables of the template; arguments of `__call__` are taken out.
+
+        Raises:
+            DocumentError: a message or an image cannot be used; names conversation and part.
+        """
+        if return_assistant_tokens_mask:
+            raise ValueError("return_assistant_tokens_mask is not supported; processor(documents, training=True) gives "
+                             "labels for what the assistant says")  # fmt: skip
+        names = ("padding", "padding_side", "truncation", "max_length")
+        options = {name: variables.pop(name) for name in names if name in variables} | (processor_kwargs or {})
+        single = bool(conversation) and isinstance(conversation[0], dict)
+        conversations = [conversation] if single else list(conversation)
+        images = []
+        for index, messages in enumerate(conversations):
+            try:
+                images.append([image.source for image in Document.from_messages(list(messages)).images])
+            except DocumentError as error:
+                raise (error if single else error.at(f"conversation {index}")) from None
+        written = super().apply_chat_template(
+            [_with_image_parts(messages) for messages in conversations], chat_template, tokenize=False,
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, **variables,
+        )  # fmt: skip
+        if not tokenize:
+            return written[0] if single else written
+        batch = self(text=written, images=images, return_tensors=return_tensors, **options)
+        return batch if return_dict else batch.input_ids
+
     def _write(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        return self.apply_chat_template(messages, add_generation_prompt=prompt)
+        return super().apply_chat_template(messages, add_generation_prompt=prompt)
 
     # ---- batches
 
@@ -221,14 +281,16 @@ class MMInterleavedProcessor(ProcessorMixin):
         max_length: int | None = None,
         truncation: bool = False,
         ignore_text_before_image: bool | Sequence[bool] = False,
+        padding: bool | str = True,
+        return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> Batch:
         """Documents as one batch.
 
         Args:
             documents: one or several.
-            text: instead of documents, strings with one `<|image|>` for each picture ...
-            images: ... and the pictures, in order: a list for one string, a list of lists for several.
+            text: instead of documents, strings with one `<|image|>` for each image ...
+            images: ... and the images, in order: a list for one string, a list of lists for several.
             training: close documents with `</s>` and add labels, targets and the image-loss mask.
             padding_side: where shorter rows are filled up; left for text generation.
             packing: join documents into rows of `max_length` tokens instead of one row each.
@@ -238,34 +300,37 @@ class MMInterleavedProcessor(ProcessorMixin):
             truncation: cut longer rows (before a picture that does not fit) instead of refusing them.
             ignore_text_before_image: do not learn text before the first picture, for all documents or for each
                 (spec/model 7.1; with packing one value for all).
-            **kwargs: what transformers passes for other modalities; must be empty.
+            padding: True or "longest", as transformers calls what is done to shorter rows.
+            return_tensors: "pt"; the processor gives PyTorch tensors only.
+            **kwargs: what transformers passes for other modalities; must be None.
 
         Raises:
             DocumentError: a document cannot be used; names document and segment.
             ValueError: arguments that do not fit together.
         """
-        given = [name for name, value in kwargs.items() if value is not None]
-        if given:
-            raise ValueError(f"the processor takes no argument '{given[0]}'")
+        _check_arguments(kwargs, padding, return_tensors)
         if (documents is None) == (text is None):
             raise ValueError("give either documents, or text (with images)")
         if documents is None:
             documents = _from_strings(text, images)
-        documents = [documents] if isinstance(documents, Document) else list(documents)
-        if not documents:
-            raise ValueError("there are no documents")
+        documents = _listed(documents)
         limit = max_length or self.max_length
-        streams = []
+        streams: list[TokenStream] = []
+        places: dict[int, str] = {}  # of the images, by identity: rows are packed and shortened
         for index, document in enumerate(documents):
             try:
                 streams.append(self.encode(self.render(document), close=training))
             except DocumentError as error:
                 raise error.at(_name(index, document)) from None
+            numbers = (i for i, segment in enumerate(document.segments) if isinstance(segment, Image))
+            for number, image in zip(numbers, streams[-1].images, strict=True):
+                places.setdefault(id(image), f"{_name(index, document)}, segments[{number}]")
         if packing:
             streams = self._pack(streams, limit, cut, max_images)
         else:
             streams = [self._fit(s, i, documents[i], limit, truncation) for i, s in enumerate(streams)]
-        return self.collate(streams, training, padding_side, ignore_text_before_image)
+        views = [self.views(image, training, where=places[id(image)]) for stream in streams for image in stream.images]
+        return self.collate(streams, training, padding_side, ignore_text_before_image, views)
 
     def _pack(self, streams: list[TokenStream], limit: int, cut: Cut, max_images: int | None) -> list[TokenStream]:
         rows = list(
@@ -312,12 +377,12 @@ class MMInterleavedProcessor(ProcessorMixin):
             training: add labels, targets and the image-loss mask.
             padding_side: where shorter rows are filled up.
             ignore_text_before_image: as in `__call__`.
-            views: the pictures as `views` returns them; None: they are read here.
+            views: the images as `views` returns them; None: they are read here.
             pad_to: shortest length of the rows.
             eight_bit: leave pictures as uint8, a quarter of the memory on their way to the model.
 
         Raises:
-            DocumentError: a picture cannot be read.
+            DocumentError: an image cannot be read; names its row and its number there.
         """
         longest = max(pad_to, *(len(s) for s in streams))
         ids = np.full((len(streams), longest), self.tokenizer.pad_token_id, np.int64)
@@ -334,7 +399,12 @@ class MMInterleavedProcessor(ProcessorMixin):
         input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
         images = [image for stream in streams for image in stream.images]
         rows = [row for row, stream in enumerate(streams) for _ in stream.images]
-        views = [self.views(image, training) for image in images] if views is None else views
+        if views is None:
+            views = [
+                self.views(image, training, where=f"row {row}, image {number}")
+                for row, stream in enumerate(streams)
+                for number, image in enumerate(stream.images)
+            ]
         batch = Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -362,25 +432,30 @@ class MMInterleavedProcessor(ProcessorMixin):
         size = size or self.image_size
         return _stack([CROPS[self.crop](picture, size) for picture in pictures], size)
 
-    def views(self, image: Image, training: bool, draft: bool = False) -> Views:
-        """A picture as the model sees it and, for training, as it is to draw it; both from one decoding.
+    def views(self, image: Image, training: bool, draft: bool = False, where: str = "") -> Views:
+        """An image as the model reads it and, for training, as it generates it; both from one decoding.
 
         Args:
             image: the segment.
-            training: whether the view to draw is needed.
+            training: whether the view to generate is needed.
             draft: decode large JPEGs at a fraction of their size; see `load_picture`.
+            where: the place to name in errors.
 
         Raises:
             DocumentError: it cannot be read.
         """
         crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
-        picture = load_picture(image.source, draft=least)
+        picture = load_picture(image.source, where, least)
         if self.crop == "center" and training:
             picture = halved(picture, max(self.image_size, self.target_size))  # the first halvings serve both views
         seen = crop(picture, self.image_size)
         if not training:
             return Views(seen, None)
-        target = picture if image.target is None else load_picture(image.target, draft=least)
+        target = (
+            picture
+            if image.target is None
+            else load_picture(image.target, f"{where}, target" if where else "target", least)
+        )
         if image.target is None and self.target_size == self.image_size:
             return Views(seen, seen)
         return Views(seen, crop(target, self.target_size))
@@ -425,6 +500,32 @@ def _stack(pictures: Sequence[np.ndarray], size: int, eight_bit: bool = False) -
     return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
+def _check_arguments(others: dict[str, Any], padding: bool | str, return_tensors: str | None) -> None:
+    """Refuse what the processor does not do."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        known = [
+            n for n in inspect.signature(MMInterleavedProcessor.__call__).parameters if n not in ("self", "kwargs")
+        ]
+        raise ValueError(f"the processor takes no argument '{given[0]}'; {nearest_name(given[0], known)}")
+    if padding not in (True, "longest"):
+        raise ValueError(f"padding must be True or 'longest', not {padding!r}: shorter rows are always padded")
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors must be 'pt', not {return_tensors!r}: the processor gives PyTorch tensors")
+
+
+def _listed(documents: Any) -> list[Document]:
+    """One document or several, as a list."""
+    listed = [documents] if isinstance(documents, (Document, str)) else list(documents)
+    if not listed:
+        raise ValueError("there are no documents")
+    for index, document in enumerate(listed):
+        if not isinstance(document, Document):
+            raise ValueError(f"documents[{index}] must be a Document, not {type(document).__name__}; strings are given "
+                             "as text=...")  # fmt: skip
+    return listed
+
+
 def _name(index: int, document: Document) -> str:
     return document.name if document.place or document.id else f"document {index}"
 
@@ -436,6 +537,15 @@ def _check_segment(segment: Segment, index: int) -> None:
         if isinstance(segment, Text) and token in segment.text:
             raise DocumentError(f"the text contains the reserved token '{token}'", f"segments[{index}]",
                                 "Pictures are segments of their own")  # fmt: skip
+
+
+def _with_image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` with every kind of image part as the kind that templates know, without what it shows."""
+    parts = {"image": {"type": "image"}, "image_url": {"type": "image"}}
+    return [
+        m if isinstance(m["content"], str) else m | {"content": [parts.get(p["type"], p) for p in m["content"]]}
+        for m in messages
+    ]
 
 
 def _join(texts: Sequence[Text]) -> str:
@@ -459,21 +569,31 @@ def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Se
 
 
 def _from_strings(text: str | Sequence[str], images: Any) -> list[Document]:
-    """Strings with placeholders and their pictures as documents."""
+    """Strings with placeholders and their images as documents."""
     texts = [text] if isinstance(text, str) else list(text)
     if images is None:
         images = [[] for _ in texts]
-    elif isinstance(images, (str, PIL.Image.Image)) or (len(images) and not isinstance(images[0], (list, tuple))):
-        images = [[images] if isinstance(images, (str, PIL.Image.Image)) else list(images)]
+    elif isinstance(images, (str, Path, FileSlice, PIL.Image.Image)) or (is_array(images) and images.ndim < 4):
+        images = [[images]]
+    elif len(images) and not isinstance(images[0], (list, tuple)):
+        images = [list(images)]
     if len(images) != len(texts):
-        raise ValueError(f"{len(texts)} texts have {len(images)} lists of pictures; give one list for each text")
+        raise ValueError(f"{len(texts)} texts have {len(images)} lists of images; give one list for each text")
     documents = []
-    for index, (string, pictures) in enumerate(zip(texts, images, strict=True)):
+    for index, (string, given) in enumerate(zip(texts, images, strict=True)):
+        if not isinstance(string, str):
+            raise DocumentError(f"a text must be a string, not {type(string).__name__}", f"document {index}")
         slots = string.count(IMAGE_TOKEN)
-        if slots != len(pictures):
+        if slots != len(given):
             raise DocumentError(
-                f"{slots} image slots, but {len(pictures)} pictures", f"document {index}",
-                f"Write one {IMAGE_TOKEN} for each picture",
+                f"{slots} image slots, but {len(given)} images", f"document {index}",
+                f"Write one {IMAGE_TOKEN} for each image",
             )  # fmt: skip
-        documents.append(Document(_with_images(string, iter([Image(p) for p in pictures]), supervise=True)))
+        segments = []
+        for number, source in enumerate(given):
+            try:
+                segments.append(Image(source))
+            except DocumentError as error:
+                raise error.at(f"document {index}, images[{number}]") from None
+        documents.append(Document(_with_images(string, iter(segments), supervise=True)))
     return documents

@@ -53,8 +53,15 @@ class MMInterleavedTokenizer(SentencePieceBackend):
         return cls(str(path))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Pieces to text, with byte pieces joined into characters."""
-        return self.sp_model.decode_pieces([t for t in tokens if t not in (SOI_TOKEN, IMAGE_TOKEN)])
+        """Pieces to text, with byte pieces joined into characters and special tokens as they are written."""
+        special = {self.bos_token, self.eos_token, self.pad_token, SOI_TOKEN, IMAGE_TOKEN}  # added ones are pieces
+        text, run = "", []
+        for token in tokens:
+            if token not in special:
+                run.append(token)
+                continue
+            text, run = text + self.sp_model.decode_pieces(run) + token, []
+        return text + self.sp_model.decode_pieces(run)
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -65,25 +72,40 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text`, every stretch between special tokens encoded on its own; no `<s>` in front.
+    """Ids of `text`, every stretch between special and added tokens encoded on its own; no `<s>` in front.
 
-    White space next to the image tokens is dropped, next to `<s>`, `</s>` and `<unk>` it is kept.
+    White space next to the image tokens is dropped, next to `<s>`, `</s>` and `<unk>` it is kept; next to tokens that a
+    user has added, it is as their `AddedToken` says, and one space after them is the word-boundary mark.
     """
-    image_tokens = (SOI_TOKEN, IMAGE_TOKEN)
-    others = [t for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) if t]
-    special = "|".join(re.escape(t) for t in (*image_tokens, *others))
-    pieces = re.split(f"({special})", text)  # text, token, text, token, ..., text
+    own = [t for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) if t]
+    tokens = {t: AddedToken(t) for t in own} | _added_tokens(tokenizer, own)
+    longest_first = sorted(tokens.values(), key=lambda token: -len(token.content))
+    pieces = re.split(f"({'|'.join(_pattern(t) for t in longest_first)})", text)  # text, token, text, token, ..., text
     ids: list[int] = []
     for index, piece in enumerate(pieces):
         if index % 2:
             ids.append(tokenizer.convert_tokens_to_ids(piece))
             continue
-        if index > 0 and pieces[index - 1] in image_tokens:
+        if index > 0 and tokens[pieces[index - 1]].rstrip:
             piece = piece.lstrip()
-        if index + 1 < len(pieces) and pieces[index + 1] in image_tokens:
+        elif index > 0 and pieces[index - 1] not in own and piece.strip():
+            piece = piece.removeprefix(" ")  # the stretch starts with the word-boundary mark anyway
+        if index + 1 < len(pieces) and tokens[pieces[index + 1]].lstrip:
             piece = piece.rstrip()
         ids += _encode_stretch(tokenizer, piece)
     return ids
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, own: list[str]) -> dict[str, AddedToken]:
+    """The image tokens, and what was added to a SentencePiece model; other tokenizers find that by themselves."""
+    added = tokenizer.added_tokens_decoder.values() if isinstance(tokenizer, SentencePieceBackend) else ()
+    tokens = {t.content: t for t in added if t.content not in own}
+    return tokens | {t: AddedToken(t, lstrip=True, rstrip=True) for t in (SOI_TOKEN, IMAGE_TOKEN)}
+
+
+def _pattern(token: AddedToken) -> str:
+    written = re.escape(token.content)
+    return rf"(?<!\w){written}(?!\w)" if token.single_word else written
 
 
 def _encode_stretch(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
