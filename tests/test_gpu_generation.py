@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mm_interleaved.generation.static import Room, StaticDecoder
 from torch import Tensor
 
 from mm_interleaved import GenerationSettings, ImageSettings, MMInterleaved, TextSettings
 from mm_interleaved.generation import Context, InterleavedGenerator
-from mm_interleaved.generation.static import Room, StaticDecoder
 from mm_interleaved.model.mmfs import MMFS, VisibleImages
 from mm_interleaved.model.quantization import quantize
 from mm_interleaved.ops import attend, project, project_gated
