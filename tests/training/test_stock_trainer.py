@@ -179,3 +179,16 @@ def test_lora_for_causal_language_models(
     for name, parameter in adapted.named_parameters():
         assert not name.endswith("lora_B.default.weight") or parameter.any(), name
         assert parameter.requires_grad or torch.equal(parameter, frozen[name]), name
+
+
+@torch.no_grad()
+def test_a_lora_model_generates(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    base = copy.deepcopy(model)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, config).eval()
+    prompts = processor(UNEQUAL[:2], padding_side="left")
+    settings = {"max_new_tokens": 4, "num_beams": 1}
+    found = adapted.generate(prompts, **settings)
+    assert torch.equal(found, base.generate(prompts, **settings))
+    with adapted.disable_adapter():
+        assert torch.equal(adapted.generate(prompts, **settings), model.generate(prompts, **settings))

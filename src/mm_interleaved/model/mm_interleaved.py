@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import ModelOutput
 
@@ -159,6 +159,7 @@ class MMInterleavedModel(PreTrainedModel):
         self.context_proj = nn.Linear(width, width)
         self.context_positions = PositionTable.line(config.max_context_length, width)
         self.soi_token = LearnedTokens(1, width)
+        self.generation_config = GenerationConfig.from_model_config(config)  # PEFT hands it on
         self.set_mmfs_implementation(config.mmfs_implementation)
         self.post_init()
         for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
