@@ -27,8 +27,8 @@ from mm_interleaved.ops import MMFSInputs, mmfs_attention
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.processor import Batch
 from mm_interleaved.training.config import LossConfig, ShapesConfig
-from mm_interleaved.training.feed import prepare_documents
 from mm_interleaved.training.graphs import RecordedStep
+from mm_interleaved.training.pipeline import prepare_documents
 
 from .conftest import awaken, picture
 from .ops.mmfs_inputs import LEAVES, arguments, cast, run
@@ -83,7 +83,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_losses_and_gradients_are_the_cpus(model: MMInterleaved, there: MMInterleaved, batch: Batch) -> None:
-    outs = [m(**batch.to(d), draws=draws(m), return_logits=True) for m, d in ((model, "cpu"), (there, "cuda"))]
+    outs = [
+        m(**Batch(**batch).to(d), noise_samples=draws(m), return_logits=True)
+        for m, d in ((model, "cpu"), (there, "cuda"))
+    ]
     assert relative(outs[1].logits, outs[0].logits) < 1e-4
     torch.testing.assert_close(outs[1].loss.cpu(), outs[0].loss, rtol=1e-5, atol=0)
     for m, out in zip((model, there), outs, strict=True):
@@ -100,7 +103,9 @@ def test_both_forms_of_mmfs_agree(there: MMInterleaved, batch: Batch) -> None:
     plain = copy.deepcopy(there)
     plain.set_mmfs_implementation("reference")
     with torch.no_grad():
-        fast, slow = (m(**batch.to("cuda"), draws=draws(m), return_logits=True) for m in (there, plain))
+        fast, slow = (
+            m(**Batch(**batch).to("cuda"), noise_samples=draws(m), return_logits=True) for m in (there, plain)
+        )
     assert relative(fast.logits, slow.logits) < 1e-5
 
 
@@ -148,7 +153,7 @@ def test_half_precision(small: Loaded, dtype: torch.dtype) -> None:
     exact = copy.deepcopy(half).float()
     batch = small.processor(documents(), training=True).to("cuda")
     with torch.no_grad():
-        a, b = (m(**batch, draws=draws(m)) for m in (half, exact))
+        a, b = (m(**batch, noise_samples=draws(m)) for m in (half, exact))
     real = batch.attention_mask.bool()
     assert relative(a.last_hidden_state.float()[real], b.last_hidden_state[real]) < BOUNDS[dtype]
     torch.testing.assert_close(a.loss, b.loss, rtol=BOUNDS[dtype], atol=0)
@@ -163,7 +168,7 @@ def test_compiled(small: Loaded) -> None:
     there = copy.deepcopy(small.model).to("cuda")
     compiled = torch.compile(copy.deepcopy(there), dynamic=False)
     batch = small.processor(documents(), training=True).to("cuda")
-    expected, found = (m(**batch, draws=draws(m), return_logits=True) for m in (there, compiled))
+    expected, found = (m(**batch, noise_samples=draws(m), return_logits=True) for m in (there, compiled))
     assert relative(found.logits, expected.logits) < 1e-3
     found.loss.backward()
     expected.loss.backward()
@@ -178,7 +183,7 @@ def test_offloading(model: MMInterleaved, there: MMInterleaved, batch: Batch, tm
     places = {name: 0 for name, _ in model.named_children()} | {"language_model": "cpu"}
     offloaded = MMInterleaved.from_pretrained(tmp_path, device_map=places, dtype=torch.float32)
     with torch.no_grad():
-        a, b = (m(**batch.to("cuda"), draws=draws(m)).loss for m in (offloaded, there))
+        a, b = (m(**Batch(**batch).to("cuda"), noise_samples=draws(m)).loss for m in (offloaded, there))
     torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-5)
 
 
@@ -270,9 +275,9 @@ def test_a_recorded_step_computes_the_same(small: Loaded, halved: bool, bounds: 
         fill = {"input_ids": small.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         for name, value in fill.items():
             row = batch[name]
-            setattr(batch, name, torch.nn.functional.pad(row, (0, 128 - row.shape[1]), value=value))
+            batch[name] = torch.nn.functional.pad(row, (0, 128 - row.shape[1]), value=value)
         inputs = prepare(batch, seed, torch.device("cuda"))
-        inputs.pop("counts")
+        inputs.pop("stats")
         found = []
         for call in (lambda m, x: m(**x), step):
             model.zero_grad()

@@ -245,7 +245,7 @@ def test_training(golden: GoldenSet, case: str) -> None:
         image_loss_mask=x.get("in.image_loss_mask"),
         loss_text_weight=params.get("loss_txt_weight"),
         loss_image_weight=params.get("loss_img_weight"),
-        draws=draws,
+        noise_samples=draws,
     )
     for hook in hooks:
         hook.remove()

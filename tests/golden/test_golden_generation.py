@@ -104,7 +104,10 @@ def test_scores(golden: GoldenSet, case: str) -> None:
         ids, mask = x[f"in.text_ids_{sample}"][None], x[f"in.attention_mask_{sample}"][None]
         pixels = golden.pixels(x["in.image_idx"][sample : sample + 1])
         zero = torch.zeros(1, dtype=torch.long)
-        batch = Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), pixels, zero, zero)
+        batch = Batch(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), pixel_values=pixels,
+            image_rows=zero, document_starts=zero,
+        )  # fmt: skip
         options, lengths = x[f"in.options_ids_{sample}"], x[f"in.options_attn_masks_{sample}"].sum(1)
         chosen = [o[:n].tolist() for o, n in zip(options, lengths, strict=True)]
         scores.append(model.score(batch, [chosen]))
@@ -133,7 +136,10 @@ class _PixelsOnly:
         ids = torch.from_numpy(streams[0].ids)[None]
         zero = torch.zeros(1, dtype=torch.long)
         pixels = self.pixels([image.source for image in streams[0].images])
-        return Batch(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None], pixels, zero, zero)
+        return Batch(
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None],
+            pixel_values=pixels, image_rows=zero, document_starts=zero,
+        )  # fmt: skip
 
 
 def _pixels_equal(measured: Tensor, expected: Tensor) -> None:

@@ -47,23 +47,23 @@ def test_a_planned_batch_has_the_same_losses(model: MMInterleaved, batch) -> Non
     draws = model.image_decoder.draw(3, torch.Generator().manual_seed(1))
     layout = model.plan(batch.input_ids, batch.attention_mask, batch.document_starts, batch.labels)
     with torch.no_grad():
-        plain = model(**batch, draws=draws)
-        planned = model(**batch, draws=draws, layout=layout)
-        masked = model(**batch, draws=draws, layout=layout.__class__(**{**vars(layout), "padded": True}))
+        plain = model(**batch, noise_samples=draws)
+        planned = model(**batch, noise_samples=draws, layout=layout)
+        masked = model(**batch, noise_samples=draws, layout=layout.__class__(**{**vars(layout), "padded": True}))
     assert planned.loss == plain.loss
     assert masked.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
 
 
 def test_some_pictures_several_times_is_the_mean_over_the_draws(model: MMInterleaved, batch) -> None:
     """With two draws of pictures 0 and 2, the loss is the mean of the losses with each."""
-    drawn, losses = torch.tensor([0, 2]), []
+    targets, losses = torch.tensor([0, 2]), []
     single = [model.image_decoder.draw(2, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     both = single[0].__class__(**{k: torch.cat([getattr(d, k) for d in single]) for k in vars(single[0])})
-    arguments = (batch.input_ids, batch.attention_mask, batch.document_starts, batch.labels, drawn)
+    arguments = (batch.input_ids, batch.attention_mask, batch.document_starts, batch.labels, targets)
     with torch.no_grad():
         for draws in single:
-            losses.append(model(**batch, draws=draws, layout=model.plan(*arguments)).loss_img)
-        together = model(**batch, draws=both, layout=model.plan(*arguments, repeats=2)).loss_img
+            losses.append(model(**batch, noise_samples=draws, layout=model.plan(*arguments)).loss_img)
+        together = model(**batch, noise_samples=both, layout=model.plan(*arguments, repeats=2)).loss_img
     assert together.item() == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-5)
 
 

@@ -35,7 +35,7 @@ def test_one_document(processor: MMInterleavedProcessor) -> None:
     assert batch.document_starts.tolist() == [0]
     expected = center_crop(image, 56).transpose(2, 0, 1) / np.float32(255)
     assert np.array_equal(batch.pixel_values[0].numpy(), expected)
-    assert batch.labels is None
+    assert "labels" not in batch
     assert set(batch) == {
         "input_ids", "attention_mask", "position_ids", "pixel_values", "image_rows", "document_starts",
     }  # fmt: skip

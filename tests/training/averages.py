@@ -10,8 +10,8 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.pretrained import load
 from mm_interleaved.training import graphs
 from mm_interleaved.training.config import LossConfig, ShapesConfig
-from mm_interleaved.training.feed import prepare_documents
 from mm_interleaved.training.graphs import RecordedStep
+from mm_interleaved.training.pipeline import prepare_documents
 
 from ..conftest import picture
 
@@ -33,9 +33,9 @@ def main() -> None:
         fill = {"input_ids": loaded.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         for name, value in fill.items():
             row = batch[name]
-            setattr(batch, name, torch.nn.functional.pad(row, (0, 60 - row.shape[1]), value=value))
+            batch[name] = torch.nn.functional.pad(row, (0, 60 - row.shape[1]), value=value)
         inputs = prepare(batch, number, torch.device("cpu"))
-        inputs.pop("counts")
+        inputs.pop("stats")
         loaded.model.zero_grad()
         loaded.model(**inputs).loss.backward()
         own = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])

@@ -21,7 +21,7 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import Batch
 from mm_interleaved.training.config import TrainConfig
-from mm_interleaved.training.run import leave, train
+from mm_interleaved.training.run import destroy_process_group, train
 
 ROOT = Path(__file__).parents[2]
 COLORS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange"]
@@ -65,7 +65,8 @@ class Mixed(Colors):
         text = Text(f"This is {COLORS[number]}.")
         kinds = [[text, Image(picture), text, Image(picture)], [text], [Image(picture), text]]
         batch = self.processor(Document(kinds[number % 3]), training=True)
-        batch.loss_text_weight = 0.0 if number % 3 == 2 else None
+        if number % 3 == 2:
+            batch["loss_text_weight"] = 0.0
         return batch
 
 
@@ -91,4 +92,4 @@ if __name__ == "__main__":
     settings = load_config(ROOT / "configs/debug.yaml", TrainConfig, [a for a in arguments if a not in options])
     device = None if "--gpu" in options else "cpu"
     train(settings, TOKENIZER, device, Mixed if "--mixed" in options else Colors)
-    leave()
+    destroy_process_group()

@@ -21,7 +21,7 @@ from mm_interleaved.data import build_loader
 from mm_interleaved.pretrained import load
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import TrainConfig
-from mm_interleaved.training.feed import prepare_documents
+from mm_interleaved.training.pipeline import prepare_documents
 
 from .conftest import ROOT, whole_model
 
@@ -50,7 +50,7 @@ def first_losses(file: str, folder: Path, *changes: str) -> tuple[MMInterleaved,
     model, processor = build(config)
     batch = next(iter(build_loader(config.data, processor, rank=0, world_size=1)))
     inputs = prepare_documents(model.train(), config.losses, config.shapes)(batch, 7, torch.device("cpu"))
-    inputs.pop("counts")
+    inputs.pop("stats")
     with torch.no_grad():
         outputs = model(**inputs)
     return model, (float(outputs.loss_txt), float(outputs.loss_img))

@@ -26,8 +26,8 @@ from mm_interleaved.training.config import (
     TrainingError,
 )
 from mm_interleaved.training.ema import EMA
-from mm_interleaved.training.feed import choose_pictures, prepare_documents, seed_of
 from mm_interleaved.training.graphs import RecordedStep
+from mm_interleaved.training.pipeline import choose_targets, prepare_documents, seed_of
 from mm_interleaved.training.run import compile_regions, train
 
 from ..conftest import picture
@@ -200,18 +200,18 @@ def test_seeds_differ_and_do_not_depend_on_the_process() -> None:
 
 
 def test_some_pictures_are_chosen() -> None:
-    assert choose_pictures(7, 1.0, 3, ShapesConfig()) is None
-    chosen = choose_pictures(7, 0.5, 3, ShapesConfig())
+    assert choose_targets(7, 1.0, 3, ShapesConfig()) is None
+    chosen = choose_targets(7, 0.5, 3, ShapesConfig())
     assert chosen is not None
     assert len(chosen) == len(set(chosen.tolist())) == 4
-    assert {tuple(choose_pictures(7, 0.5, s, ShapesConfig()).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
+    assert {tuple(choose_targets(7, 0.5, s, ShapesConfig()).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
 
 
 def test_pictures_that_count_are_chosen_first() -> None:
     weights = torch.tensor([0.0, 1.0, 0.0, 0.5, 1.0, 0.0])
-    chosen = [choose_pictures(6, 0.5, s, ShapesConfig(), weights).tolist() for s in range(20)]
+    chosen = [choose_targets(6, 0.5, s, ShapesConfig(), weights).tolist() for s in range(20)]
     assert chosen == [[1, 3, 4]] * 20
-    more = [choose_pictures(6, 0.8, s, ShapesConfig(), weights).tolist() for s in range(20)]
+    more = [choose_targets(6, 0.8, s, ShapesConfig(), weights).tolist() for s in range(20)]
     assert all({1, 3, 4} < set(m) for m in more)
     assert {tuple(m) for m in more} == {tuple(sorted({1, 3, 4, a, b})) for a, b in [(0, 2), (0, 5), (2, 5)]}
 
@@ -226,7 +226,7 @@ def test_padded_shapes_change_no_loss() -> None:
     fixed = ShapesConfig(1, pictures=7, drawn=3, conditioning=3, context=50, labelled=99, visible=4)
     for shapes in (ShapesConfig(), ShapesConfig(8), fixed):
         inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
-        inputs.pop("counts")
+        inputs.pop("stats")
         small.model.zero_grad()
         outputs = small.model(**inputs)
         outputs.loss.backward()
@@ -235,8 +235,8 @@ def test_padded_shapes_change_no_loss() -> None:
     assert len(padded["pixel_values"]) == 8
     assert padded["layout"].context_length % 8 == 0
     layout = fixed["layout"]
-    assert (len(fixed["pixel_values"]), len(layout.conditioning), layout.context_length) == (7, 3, 50)
-    assert (len(layout.labelled), layout.visible.images.shape[1]) == (99, 4)
+    assert (len(fixed["pixel_values"]), len(layout.conditioning_images), layout.context_length) == (7, 3, 50)
+    assert (len(layout.label_positions), layout.visible.images.shape[1]) == (99, 4)
     for _, outputs, also in found[1:]:
         torch.testing.assert_close(outputs.loss_txt, expected.loss_txt, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(outputs.loss_img, expected.loss_img, rtol=1e-4, atol=1e-5)
@@ -247,7 +247,7 @@ def test_padded_shapes_change_no_loss() -> None:
     ("count", "fraction", "multiple", "drawn"), [(10, 0.5, 1, 5), (70, 0.5, 32, 32), (9, 1, 4, 8), (3, 1, 4, 3)]
 )
 def test_how_many_pictures_are_drawn(count: int, fraction: float, multiple: int, drawn: int) -> None:
-    chosen = choose_pictures(count, fraction, 0, ShapesConfig(multiple))
+    chosen = choose_targets(count, fraction, 0, ShapesConfig(multiple))
     assert (count if chosen is None else len(set(chosen.tolist()))) == drawn
 
 
@@ -270,7 +270,7 @@ def test_a_planned_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     shapes = ShapesConfig(1, pictures=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3)
     batch = small.processor(documents, training=True)
     inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
-    inputs.pop("counts")
+    inputs.pop("stats")
     with Waits():
         small.model(**inputs).loss.backward()
 
@@ -294,9 +294,9 @@ def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPat
         fill = {"input_ids": small.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         for name, value in fill.items():
             row = batch[name]
-            setattr(batch, name, torch.nn.functional.pad(row, (0, 60 - row.shape[1]), value=value))
+            batch[name] = torch.nn.functional.pad(row, (0, 60 - row.shape[1]), value=value)
         inputs = prepare(batch, seed, torch.device("cpu"))
-        inputs.pop("counts")
+        inputs.pop("stats")
         found = []
         for call in (lambda m, x: m(**x), step):
             small.model.zero_grad()
@@ -321,7 +321,7 @@ def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.Mon
     inputs = prepare_documents(small.model, LossConfig(), shapes)(
         small.processor(document, training=True), 0, torch.device("cpu")
     )
-    inputs.pop("counts")
+    inputs.pop("stats")
     torch._dynamo.utils.counters.clear()  # of whatever was compiled before
     found = []
     for compiled in (False, True):
@@ -345,7 +345,7 @@ def test_batches_without_earlier_pictures_are_recorded_too(monkeypatch: pytest.M
         small.processor(Document([Text("a red house"), Image(picture(0))]), training=True),
     )
     inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 0, torch.device("cpu"))
-    inputs.pop("counts")
+    inputs.pop("stats")
     expected = small.model(**inputs).loss
     assert torch.equal(step(small.model, inputs).loss, expected)
     assert step.replayed == 1

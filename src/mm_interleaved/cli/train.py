@@ -66,7 +66,7 @@ def _training() -> Iterator[ModuleType]:
 
     with _errors():
         yield run
-        run.leave()
+        run.destroy_process_group()
 
 
 @contextmanager

@@ -294,7 +294,9 @@ class _Parcels:
             eight_bit=True,
         )
         batch.source = drawn.name
-        batch.loss_text_weight, batch.loss_image_weight = sources[0].loss_text_weight, sources[0].loss_image_weight
+        for name in ("loss_text_weight", "loss_image_weight"):
+            if (weight := getattr(sources[0], name)) is not None:
+                batch[name] = weight
         return batch
 
     def _look(self, row: TokenStream, index: int) -> tuple[TokenStream, list[Views]] | None:

@@ -51,7 +51,7 @@ def contact_sheet(batches: Sequence[Batch], processor: MMInterleavedProcessor, r
 def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterator[_Piece]:
     mask = batch.attention_mask[row].bool()
     ids = batch.input_ids[row][mask].tolist()
-    learned = (np.ones(len(ids), bool) if batch.labels is None else (batch.labels[row][mask] != -100).numpy()).tolist()
+    learned = ((batch.labels[row][mask] != -100).numpy() if "labels" in batch else np.ones(len(ids), bool)).tolist()
     pictures = iter(np.flatnonzero(batch.image_rows.numpy() == row).tolist())
     run: list[int] = []
     flag = False
@@ -64,8 +64,8 @@ def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterat
             yield _Piece(None, False)
         elif token == processor.soi_token_id:
             index = next(pictures)
-            drawn = batch.image_loss_mask is None or bool(batch.image_loss_mask[index])
-            yield _Piece(PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy()), drawn)
+            supervised = "image_loss_mask" not in batch or bool(batch.image_loss_mask[index])
+            yield _Piece(PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy()), supervised)
         elif token is not None and token != processor.image_token_id:
             run.append(token)
             flag = is_learned

@@ -173,6 +173,9 @@ class MMInterleavedConfig(PreTrainedConfig):
     """
 
     model_type = "mm_interleaved"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [  # transformers' Trainer predicts logits alone
+        "past_key_values", "loss_txt", "loss_img", "last_hidden_state", "conditions"
+    ]  # fmt: skip
     sub_configs: ClassVar[dict] = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
 
     text_config: Any = None

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import MMInterleavedConfig
-from .language_model import image_memory, synchronizers
+from .language_model import image_features, synchronizers
 from .mm_interleaved import MMInterleavedModel
 from .mmfs import VisibleImages
+from .synchronizer import DerivedSynchronizer
 from .unet import EarlierImages
 
 
@@ -98,7 +99,9 @@ def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Co
         pixels = torch.empty(1, 3, config.vision_config.image_size, config.vision_config.image_size)
         pyramid = model.encode_images(pixels).pyramid
         with torch.no_grad():
-            projection = _macs(lambda: [s.mmfs.project(image_memory(config, pyramid).features) for s in _layers(model)])
+            projection = _macs(
+                lambda: [s.mmfs.project(image_features(config, pyramid).features) for s in _layers(model)]
+            )
         context = torch.empty(1, config.max_context_length, width)
         conditions = torch.empty(
             2, config.image_decoder.resampler.num_queries, config.image_decoder.resampler.hidden_size
@@ -135,17 +138,18 @@ def _layers(model: MMInterleavedModel) -> list:
 
 def _token(model: MMInterleavedModel, pyramid: list[Tensor], images: int) -> int:
     """One token that sees `images` pictures, whose values are at hand."""
-    memory = image_memory(model.config, [m.expand(images, -1, -1, -1) for m in pyramid])
+    seen = image_features(model.config, [m.expand(images, -1, -1, -1) for m in pyramid])
     with torch.no_grad():
-        memory.values = [s.project(memory.features) for s in _layers(model)]
-        memory.derived = [s.mmfs.empty_query() for s in _layers(model)]
+        seen.values = [s.project(seen.features) for s in _layers(model)]
+        seen.derived = [
+            DerivedSynchronizer(s.mmfs.empty_query(), s.mmfs.empty_output(s.mmfs.output_proj.weight))
+            for s in _layers(model)
+        ]
     slots = torch.empty(1, images, dtype=torch.long)
     visible = VisibleImages(slots, torch.empty(images, 1, dtype=torch.long))
     embeds = torch.empty(1, 1, model.config.text_config.hidden_size)
 
     def run() -> Tensor:
-        return model.lm_head(
-            model.language_model(inputs_embeds=embeds, memory=memory, visible=visible).last_hidden_state
-        )
+        return model.lm_head(model.language_model(inputs_embeds=embeds, images=seen, visible=visible).last_hidden_state)
 
     return _macs(run)

@@ -1,7 +1,10 @@
-"""Where the pictures stand in rows of tokens, and who may look at them. Index arithmetic only; no learned part.
+"""Where the images stand in rows of tokens, and which images each token sees. Index arithmetic, no learned part.
 
-A row holds one or more documents, each opened by `<s>`. A picture is one begin-of-image token (SOI) followed by its
-visual tokens. Pictures are numbered through the batch in the order of their SOI tokens, row by row.
+A row holds one or more documents, each opened by `<s>`. An image is one begin-of-image token (SOI) followed by its
+image tokens. Images are numbered through the batch in the order of their SOI tokens, row by row.
+
+Axes: B rows of the batch, L tokens of a row, I images of the batch, T target images of the image loss, K slots for the
+images that a token or a target image sees (most recent first, -1 = none), D width.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..ops import image_routes
 from .mmfs import VisibleImages
@@ -18,12 +22,12 @@ from .mmfs import VisibleImages
 
 @dataclass
 class ImagePositions:
-    """Where each picture of a batch stands.
+    """Where some images stand.
 
     Attributes:
-        rows: [pictures] row of its SOI.
-        columns: [pictures] column of its SOI.
-        starts: [pictures] column where its document starts.
+        rows: [I] row of the SOI.
+        columns: [I] column of the SOI.
+        starts: [I] column where the document of the image starts.
     """
 
     rows: Tensor
@@ -31,8 +35,13 @@ class ImagePositions:
     starts: Tensor
 
     def __getitem__(self, index: Tensor) -> ImagePositions:
-        """The positions of some of the pictures."""
+        """The positions of some of the images."""
         return ImagePositions(self.rows[index], self.columns[index], self.starts[index])
+
+    @property
+    def lengths(self) -> Tensor:
+        """[I] tokens of each image's context: its document up to and with its SOI."""
+        return self.columns - self.starts + 1
 
 
 @dataclass
@@ -42,56 +51,57 @@ class Layout:
     Computed on the CPU beside the batch, it lets a training step run on an accelerator without waiting for it.
 
     Attributes:
-        visible: the pictures that each token sees; a group is one token.
-        drawn: [drawn pictures] numbers of the pictures that the image loss looks at.
-        contexts: where they stand.
-        conditioning: numbers of the pictures that condition some drawing; more may follow, see `filled`.
-        earlier: those that condition each drawing, as places in `conditioning`; a group is one drawing, all of `drawn`
-            once, then again.
-        context_length: tokens of the longest context of a drawn picture.
-        labelled: [labelled] index into the flattened rows of each token that predicts a labelled one; None: no labels.
-        targets: [labelled] the tokens they predict, -100 where nothing is learned after all; None: no labels.
+        visible: the images that each token sees; a group is one token.
+        target_images: [T] numbers of the images that the image loss is about.
+        target_positions: where they stand.
+        conditioning_images: numbers of the images that some target image sees; more may follow, see `filled`.
+        earlier: the images that each target image sees, as indices into `conditioning_images`; a group is one target
+            image; all of `target_images` once, then again for every further noise sample.
+        context_length: tokens of the longest context of a target image.
+        label_positions: [labels] index into the flattened rows of each token that predicts a label; None: no labels.
+        label_ids: [labels] the tokens that are predicted, -100 where nothing is learned after all; None: no labels.
         padded: whether padding must be masked. Rows padded on the right need no mask: no real token comes after it.
     """
 
     visible: VisibleImages
-    drawn: Tensor
-    contexts: ImagePositions
-    conditioning: Tensor
+    target_images: Tensor
+    target_positions: ImagePositions
+    conditioning_images: Tensor
     earlier: VisibleImages
     context_length: int
-    labelled: Tensor | None
-    targets: Tensor | None
+    label_positions: Tensor | None
+    label_ids: Tensor | None
     padded: bool
 
     def filled(
-        self, pictures: int = 0, visible: int = 0, conditioning: int = 0, context: int = 0, labelled: int = 0
+        self, images: int = 0, visible: int = 0, conditioning_images: int = 0, context: int = 0, labels: int = 0
     ) -> Layout:
-        """At least of these sizes, for the same results: what is added is seen by nothing and weighs nothing.
+        """At least of these sizes, for the same results: what is added is seen by nothing and has no weight.
 
         Args:
-            pictures: how many pictures there will be, in the routes of `visible`.
-            visible: slots for the pictures that a token sees.
-            conditioning: pictures in `conditioning`; some stand there again. (Where there are none, none are added.)
+            images: how many images there will be, in the routes of `visible`.
+            visible: slots for the images that a token sees.
+            conditioning_images: entries of `conditioning_images`; some are repeated. (If there are none, none are
+                added.)
             context: `context_length`.
-            labelled: entries of `labelled`.
+            labels: entries of `label_positions`.
         """
-        used = len(self.conditioning)
-        count = max(conditioning, used) if used else 0
-        places = torch.arange(count, device=self.conditioning.device) % max(used, 1)
-        learned = self.labelled, self.targets
-        if self.labelled is not None and self.targets is not None:
-            more = torch.arange(max(0, labelled - len(self.labelled)), device=self.labelled.device)
+        used = len(self.conditioning_images)
+        count = max(conditioning_images, used) if used else 0
+        places = torch.arange(count, device=self.conditioning_images.device) % max(used, 1)
+        positions, ids = self.label_positions, self.label_ids
+        if positions is not None and ids is not None:
+            more = torch.arange(max(0, labels - len(positions)), device=positions.device)
             more = more % len(self.visible.images)  # spread: gradients of one and the same entry would queue up
-            learned = torch.cat([self.labelled, more]), torch.cat([self.targets, torch.full_like(more, -100)])
+            positions, ids = torch.cat([positions, more]), torch.cat([ids, torch.full_like(more, -100)])
         return replace(
             self,
-            visible=_widened(self.visible, visible, pictures),
-            conditioning=self.conditioning[places],
+            visible=_widened(self.visible, visible, images),
+            conditioning_images=self.conditioning_images[places],
             earlier=_widened(self.earlier, 0, count),
             context_length=max(context, self.context_length),
-            labelled=learned[0],
-            targets=learned[1],
+            label_positions=positions,
+            label_ids=ids,
         )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Layout:
@@ -109,16 +119,15 @@ def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
     return value
 
 
-def _widened(visible: VisibleImages, slots: int, pictures: int) -> VisibleImages:
-    """With at least so many slots, and routes of at least so many pictures."""
-    images, routes = visible.images, visible.routes
-    wider = max(slots, images.shape[1])
+def _widened(visible: VisibleImages, slots: int, images: int) -> VisibleImages:
+    """With at least so many slots, and routes of at least so many images."""
+    numbers, routes = visible.images, visible.routes
+    wider = max(slots, numbers.shape[1])
     if routes is not None:
-        if images.shape[1]:  # a place in the flattened slots is group * slots + slot
-            routes = torch.where(routes < 0, -1, routes // images.shape[1] * wider + routes % images.shape[1])
-        routes = torch.nn.functional.pad(routes, (0, 0, 0, max(0, pictures - len(routes))), value=-1)
-    images = torch.nn.functional.pad(images, (0, wider - images.shape[1]), value=-1)
-    return VisibleImages(images, routes)
+        if numbers.shape[1]:  # a place in the flattened slots is group * slots + slot
+            routes = torch.where(routes < 0, -1, routes // numbers.shape[1] * wider + routes % numbers.shape[1])
+        routes = F.pad(routes, (0, 0, 0, max(0, images - len(routes))), value=-1)
+    return VisibleImages(F.pad(numbers, (0, wider - numbers.shape[1]), value=-1), routes)
 
 
 def plan(
@@ -130,63 +139,74 @@ def plan(
     soi_token_id: int,
     previous: int,
     labels: Tensor | None = None,
-    drawn: Tensor | None = None,
+    target_images: Tensor | None = None,
     repeats: int = 1,
     routes: bool = True,
 ) -> Layout:
     """The layout of a batch.
 
     Args:
-        input_ids: [batch, length].
-        attention_mask: [batch, length], 0 at padding.
-        document_starts: [pictures]; see `find_images`.
+        input_ids: [B, L].
+        attention_mask: [B, L], 0 at padding.
+        document_starts: [I]; see `find_images`.
         bos_token_id, soi_token_id: ids of `<s>` and of the begin-of-image token.
-        previous: how many earlier pictures a drawing looks at.
-        labels: [batch, length], -100 where nothing is learned.
-        drawn: numbers of the pictures that the image loss looks at; None: all.
-        repeats: how often each of them is drawn.
-        routes: whether to sort tokens and drawings by the pictures they see; see `VisibleImages.routes`.
+        previous: how many earlier images a target image sees.
+        labels: [B, L], -100 where nothing is learned.
+        target_images: [T] numbers of the images that the image loss is about; None: all.
+        repeats: noise samples of each of them.
+        routes: whether to sort tokens and target images by the images they see; see `VisibleImages.routes`.
 
     Raises:
-        ValueError: `document_starts` is not one number a picture.
+        ValueError: `document_starts` is not one number an image.
     """
     positions = find_images(input_ids, attention_mask, soi_token_id, document_starts)
     if len(positions.starts) != len(positions.rows):
-        raise ValueError(f"document_starts has {len(positions.starts)} entries for {len(positions.rows)} pictures")
+        raise ValueError(f"document_starts has {len(positions.starts)} entries for {len(positions.rows)} images")
     images = visible_images(input_ids, attention_mask, bos_token_id, soi_token_id)
-    if drawn is None:
-        drawn = torch.arange(len(positions.rows), device=input_ids.device)
-    lengths = (positions.columns - positions.starts + 1)[drawn]
-    earlier = previous_images(positions, previous)[drawn]
-    conditioning = earlier[earlier >= 0].unique()
-    places = torch.where(earlier >= 0, torch.searchsorted(conditioning, earlier), -1).repeat(repeats, 1)
-    labelled = targets = None
-    if labels is not None:
-        wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-        labelled = (wanted != -100).nonzero()[:, 0]
-        targets = wanted[labelled]
+    if target_images is None:
+        target_images = torch.arange(len(positions.rows), device=input_ids.device)
+    targets = positions[target_images]
+    conditioning, earlier = _conditioning(previous_images(positions, previous)[target_images], repeats, routes)
+    label_positions, label_ids = _label_targets(labels)
+    visible = VisibleImages(
+        images.flatten(0, 1),
+        token_routes(input_ids, attention_mask, images, positions, bos_token_id) if routes else None,
+    )
     return Layout(
-        VisibleImages(
-            images.flatten(0, 1),
-            token_routes(input_ids, attention_mask, images, positions, bos_token_id) if routes else None,
-        ),
-        drawn,
-        positions[drawn],
-        conditioning,
-        VisibleImages(places, image_routes(places, len(conditioning)) if routes else None),
-        int(lengths.max()) if len(lengths) else 0,
-        labelled,
-        targets,
+        visible=visible,
+        target_images=target_images,
+        target_positions=targets,
+        conditioning_images=conditioning,
+        earlier=earlier,
+        context_length=int(targets.lengths.max()) if len(target_images) else 0,
+        label_positions=label_positions,
+        label_ids=label_ids,
         padded=not bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()),
     )
+
+
+def _conditioning(earlier: Tensor, repeats: int, routes: bool) -> tuple[Tensor, VisibleImages]:
+    """`Layout.conditioning_images` and `Layout.earlier` of `earlier` [T, K] image numbers."""
+    images = earlier[earlier >= 0].unique()
+    places = torch.where(earlier >= 0, torch.searchsorted(images, earlier), -1).repeat(repeats, 1)
+    return images, VisibleImages(places, image_routes(places, len(images)) if routes else None)
+
+
+def _label_targets(labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`Layout.label_positions` and `Layout.label_ids` of `labels` [B, L]: the token before a label predicts it."""
+    if labels is None:
+        return None, None
+    wanted = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    positions = (wanted != -100).nonzero()[:, 0]
+    return positions, wanted[positions]
 
 
 def token_routes(
     input_ids: Tensor, attention_mask: Tensor, images: Tensor, positions: ImagePositions, bos_token_id: int
 ) -> Tensor:
-    """`VisibleImages.routes` of `images` [batch, length, slots] from `visible_images`, without sorting.
+    """`VisibleImages.routes` of `images` [B, L, K] from `visible_images`, without sorting.
 
-    The tokens that see a picture are those from its SOI to the end of its document.
+    The tokens that see an image are those from its SOI to the end of its document.
     """
     slots, length = images.shape[2], input_ids.shape[1]
     rows, number = positions.rows, torch.arange(len(positions.rows), device=input_ids.device)
@@ -201,18 +221,20 @@ def token_routes(
     inside = columns < ends[:, None]
     columns = columns.clamp(max=length - 1)
     inside &= attention_mask[rows[:, None], columns] != 0
-    slot = images[rows[:, None], columns, 0] - number[:, None]  # the most recent picture has slot 0
+    slot = images[rows[:, None], columns, 0] - number[:, None]  # the most recent image has slot 0
     return torch.where(inside, (rows[:, None] * length + columns) * slots + slot, -1)
 
 
 def find_images(
     input_ids: Tensor, attention_mask: Tensor, soi_token_id: int, document_starts: Tensor | None
 ) -> ImagePositions:
-    """The pictures of `input_ids` [batch, length].
+    """The images of `input_ids` [B, L].
 
     Args:
-        attention_mask: [batch, length], 0 at padding.
-        document_starts: [pictures] column of the `<s>` before each picture; None: the first real column of its row.
+        input_ids: [B, L].
+        attention_mask: [B, L], 0 at padding.
+        soi_token_id: id of the begin-of-image token.
+        document_starts: [I] column of the `<s>` before each image; None: the first real column of its row.
     """
     rows, columns = (input_ids == soi_token_id).nonzero(as_tuple=True)
     if document_starts is None:
@@ -221,16 +243,16 @@ def find_images(
 
 
 def visible_images(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int, soi_token_id: int) -> Tensor:
-    """The pictures that each token sees through MMFS: those of its own document that began before it.
+    """The images that each token sees through MMFS: those of its own document that began before it.
 
-    A SOI does not see its own picture; the picture's visual tokens do (spec/model 4.3).
+    A SOI does not see its own image; the image's tokens do.
 
     Returns:
-        [batch, length, slots] picture numbers, most recent first, -1 where there is none. `slots` is the largest number
-        of pictures that any token sees.
+        [B, L, K] image numbers, most recent first, -1 where there is none. K is the largest number of images that any
+        token sees.
     """
     is_soi = (input_ids == soi_token_id).long()
-    before = is_soi.cumsum(1) - is_soi  # pictures of the row that began before this token
+    before = is_soi.cumsum(1) - is_soi  # images of the row that began before this token
     is_bos = input_ids == bos_token_id
     hidden = torch.where(is_bos, before, 0).cummax(1).values  # those of them that belong to earlier documents
     real = attention_mask.bool()
@@ -243,13 +265,12 @@ def visible_images(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int,
 
 
 def previous_images(positions: ImagePositions, width: int) -> Tensor:
-    """The pictures that condition the drawing of each picture: up to `width` of those just before it.
+    """The images that the image decoder sees for each image: up to `width` of those just before it.
 
-    They must lie in the same row and their SOI at or after the picture's document start (spec/model 5.2; the release
-    has width 1).
+    They must lie in the same row and their SOI at or after the image's document start. The release has width 1.
 
     Returns:
-        [pictures, slots] picture numbers, most recent first, -1 where there is none; slots <= width.
+        [I, K] image numbers, most recent first, -1 where there is none; K <= width.
     """
     rows, columns, starts = positions.rows, positions.columns, positions.starts
     number = torch.arange(len(rows), device=rows.device)
@@ -262,18 +283,17 @@ def previous_images(positions: ImagePositions, width: int) -> Tensor:
 
 
 def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | None = None) -> tuple[Tensor, Tensor]:
-    """The tokens of each picture's document up to its SOI, last one first.
+    """The tokens of each image's document up to its SOI, last one first.
 
     Args:
-        hidden: [batch, length, width].
-        positions: the pictures.
+        hidden: [B, L, D].
+        positions: of I images.
         longest: length of the longest context, if it is known.
 
     Returns:
-        Context [pictures, longest, width], padded with whatever, and its mask
-        [pictures, longest], 1 on real entries.
+        Context [I, longest, D], padded with any values, and its mask [I, longest], 1 on real entries.
     """
-    lengths = positions.columns - positions.starts + 1
+    lengths = positions.lengths
     if longest is None:
         longest = int(lengths.max()) if len(lengths) else 0
     steps = torch.arange(longest, device=hidden.device)
@@ -284,7 +304,7 @@ def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | N
 
 
 def document_mask(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask [batch, 1, length, length] that keeps the documents of a packed row apart."""
+    """Additive causal mask [B, 1, L, L] that keeps the documents of a packed row apart."""
     length = input_ids.shape[1]
     document = (input_ids == bos_token_id).cumsum(1)
     causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()

@@ -1,23 +1,25 @@
 """The whole wiring of MM-Interleaved: tensors in, tensors out.
 
-pixels ──► visual tokenizer ──► visual tokens ──┐ (into the text at the image tokens)
-                │ pyramid                       ▼
+pixels ──► visual tokenizer ──► image tokens ───┐ (into the text at the image tokens)
+                │ feature pyramid               ▼
                 ├──────────── MMFS ──────► language model ──► text logits
                 │                               │ hidden states up to <begin-of-image>, reversed
-                └──────────── MMFS ──────► image decoder ──► picture
+                └──────────── MMFS ──────► image decoder ──► image
+
+Axes: B rows of the batch, L tokens of a row, I images of the batch, T target images of the image loss, K slots for the
+images that a token sees (most recent first, -1 = none), D width, h and w height and width of an image.
 """
 
 from __future__ import annotations
 
 import re
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils import ModelOutput
 
@@ -27,7 +29,7 @@ from .fused import linears
 from .image_decoder import DiffusionDraws, ImageDecoder, LearnedTokens
 from .kv_cache import KVCache
 from .language_model import build_language_model, image_features, synchronizers
-from .layout import ImagePositions, Layout, document_mask, plan, reversed_context
+from .layout import ImagePositions, Layout, document_mask, plan, reversed_context, visible_images
 from .mmfs import VisibleImages
 from .placement import compute_device
 from .positions import PositionTable
@@ -40,27 +42,42 @@ from .weights import is_quantized
 
 @dataclass
 class MMInterleavedOutput(ModelOutput):
-    """Result of `MMInterleaved.forward`.
+    """Result of `MMInterleavedModel.forward`.
 
     Attributes:
-        loss: weighted sum of the losses that were computed; None without labels and without targets.
-        loss_txt: mean cross-entropy over the labelled tokens.
-        loss_img: mean squared error of the predicted noise.
-        loss_kept: see `keep_conditions`.
-        logits: [batch, length, vocab] in float32, on request.
-        last_hidden_state: [batch, length, width] after the decoder's last norm.
+        loss: weighted sum of the losses that were computed; None without labels and without target images.
+        loss_txt: cross-entropy of the labels, a mean over them or, with `num_items_in_batch`, this batch's share.
+        loss_img: squared error of the predicted noise, a mean over the target images or this batch's share likewise.
+        logits: [B, L, vocabulary] in float32, on request.
+        last_hidden_state: [B, L, D] after the language model's last norm.
+        conditions: [T, tokens, width] what the image decoder is conditioned on for each target image, on request.
+        past_key_values: the KV cache, with `use_cache`.
     """
 
     loss: Tensor | None = None
     loss_txt: Tensor | None = None
     loss_img: Tensor | None = None
-    loss_kept: Tensor | None = None
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    conditions: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class SeenImages:
+    """The images that the rows of a KV cache have seen; `forward` keeps it on the cache, as `cache.seen_images`.
+
+    Attributes:
+        features: the images.
+        visible: [B, K] those that the next token of each row sees.
+    """
+
+    features: ImageFeatures
+    visible: Tensor
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """Pictures in [0, 1]: uint8 ones divided by 255, others as they are."""
+    """Images in [0, 1]: uint8 ones divided by 255, others as they are."""
     return pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
 
 
@@ -89,38 +106,39 @@ class TextHead(nn.Module):
         return torch.cat([old, new + added], dim=-1)
 
 
-class KeptConditions:
-    """The conditions of drawings as a model said them at one time; no part of that model, of which it has a copy.
-
-    Args:
-        model: as it is now.
-        weight: of the loss.
-    """
-
-    def __init__(self, model: MMInterleavedModel, weight: float) -> None:
-        self.weight = weight
-        decoder = model.image_decoder
-        left_out = {id(part): nn.Identity() for part in (decoder.unet, decoder.vae)}  # by deepcopy's memo
-        self.before = deepcopy(model, left_out).requires_grad_(False).eval()
-
-    def loss(self, conditions: Tensor, row: tuple[Any, ...]) -> Tensor:
-        """Weighted mean squared error of `conditions` [drawn, tokens, width], from the same inputs."""
-        before = self.before.to(conditions.device)
-        with torch.no_grad():
-            wanted = before._conditions(before._read(*row)[0], row[-1])
-        return self.weight * F.mse_loss(conditions.float(), wanted.float())
-
-
-@dataclass
-class Together:
-    """For which losses every `forward` calls all that they need, whatever its batch holds; see `keep_together`."""
-
-    text: bool
-    image: bool
-
-
 class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
-    """Reads and writes rows of text and pictures, as tensors. `MMInterleaved` adds generation on top."""
+    """Reads and writes rows of text and images, as tensors. `MMInterleaved` adds generation on top.
+
+    Arguments of `forward`, all of them optional but `input_ids`:
+        input_ids: [B, L].
+        attention_mask: [B, L], or [B, columns of the cache + L], 0 at padding; None: no padding.
+        position_ids: [B, L]; None: counted on from the columns of the cache, or from 0.
+        pixel_values: [I, 3, h, w] in [0, 1], or uint8 in [0, 255], in the order of their SOI tokens; with a `layout`,
+            more may follow, which nothing sees (see `Layout.filled`).
+        document_starts: [I] column of the `<s>` that opens each image's document; None: its row's start.
+        image_rows: [I] the row of each image; only compared with `input_ids`.
+        labels: [B, L] the token expected at each position, -100 where none is (the shift is done here).
+        target_pixel_values: [I, 3, h, w] likewise, what the image decoder learns to generate.
+        image_loss_mask: [I] weight of each image in the image loss; None: all 1.
+        loss_text_weight, loss_image_weight: instead of the configuration's.
+        num_items_in_batch: labels of all micro-batches of an optimizer step, as transformers' Trainer counts them. The
+            text loss is then the sum over this micro-batch by that count, so the micro-batches add up to the loss of
+            the whole batch, whatever they hold. None: the mean over this micro-batch.
+        num_images_in_batch: target images of all micro-batches, likewise for the image loss. None, with
+            `num_items_in_batch`: the mean of this micro-batch by its share of the labels. The sum of the micro-batches
+            is then the mean of the whole batch if their shares of images and of labels agree, for instance if all
+            have as many of both; `training.counting.CountingTrainer` counts images for all other batches.
+        noise_samples: random numbers of the image loss, for all of `layout.target_images` once or several times; None:
+            once, from `generator`, or else from PyTorch's own.
+        layout: what `plan` made of this batch, if that was done beforehand; nothing is checked then.
+        return_logits: None: only when there is no loss to compute.
+        return_conditions: whether to return what the image decoder is conditioned on.
+        logits_to_keep: logits of so many last tokens, or of the tokens of these numbers; 0: of all.
+        past_key_values, use_cache: a KV cache of transformers that is read and extended. It also keeps which images its
+            rows have seen, so only the call that fills it takes images.
+        inputs_embeds, output_attentions, output_hidden_states, return_dict: what other libraries pass; only None, and
+            what it stands for, is supported.
+    """
 
     config_class = MMInterleavedConfig
     base_model_prefix = ""
@@ -131,6 +149,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     _no_split_modules = ("MMFSDecoderLayer", "ViTAdapter", "Resampler", "ResnetBlock", "UNetSynchronizer")
     _keep_in_fp32_modules_strict = ("image_decoder.vae",)
     _skip_keys_device_placement = ("past_key_values",)
+    accepts_loss_kwargs = True  # transformers' Trainer may pass `num_items_in_batch`
 
     def __init__(self, config: MMInterleavedConfig) -> None:
         super().__init__(config)
@@ -142,13 +161,17 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         self.context_proj = nn.Linear(width, width)
         self.context_positions = PositionTable.line(config.max_context_length, width)
         self.soi_token = LearnedTokens(1, width)
-        self._kept: KeptConditions | None = None
-        self._together = Together(text=False, image=False)
+        self.generation_config = GenerationConfig.from_model_config(config)  # PEFT hands it on
         self.set_mmfs_implementation(config.mmfs_implementation)
         self.post_init()
         for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
             synchronizer.mmfs.reset_parameters()
         self.freeze()
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has transformers' own generation loop; `MMInterleaved` has one of its own."""
+        return issubclass(cls, GenerationMixin)
 
     def freeze(self) -> None:
         """Let gradients flow to everything but what `config.frozen` names."""
@@ -292,20 +315,36 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             visible=visible,
         ).last_hidden_state
 
+    def _encode(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageFeatures]:
+        """Features of the images, and what the language model looks at: no image at all if there are none."""
+        if pixel_values is not None and len(pixel_values):
+            features = self.encode_images(pixel_values)
+            return features, image_features(self.config, features.pyramid)
+        return None, self.no_images()
+
+    def no_images(self) -> ImageFeatures:
+        """The features of no image at all."""
+        return image_features(self.config, self.empty_pyramid())
+
+    def empty_pyramid(self) -> list[Tensor]:
+        """The maps of no image at all."""
+        width = self.config.vision_config.hidden_size
+        shapes = [(0, width, side, side) for side in self.config.pyramid_sides]
+        return [torch.zeros(shape, dtype=self.dtype, device=self.compute_device) for shape in shapes]
+
     def image_context(
         self, hidden: Tensor, positions: ImagePositions, longest: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the image decoder reads for each picture: its document up to the SOI, reversed (spec/model 5.1).
+        """What the image decoder reads for each image: its document up to the SOI, reversed.
 
         Returns:
-            [pictures, longest, width] projected and with positions counted back from the SOI, and the mask
-            [pictures, longest].
+            [I, longest, D] projected and with positions counted back from the SOI, and the mask [I, longest].
         """
         context, mask = reversed_context(hidden, positions, longest)
         return self.project_context(context, mask), mask
 
     def project_context(self, context: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states [pictures, longest, width], SOI first, ready for the image decoder.
+        """Hidden states [I, longest, D], SOI first, ready for the image decoder.
 
         Raises:
             ValueError: a context is longer than the table of positions.
@@ -314,176 +353,72 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         table = self.context_positions()
         if context.shape[1] > len(table):
             raise ValueError(
-                f"the context of a picture has {context.shape[1]} tokens, but the model knows {len(table)} positions "
+                f"the context of an image has {context.shape[1]} tokens, but the model knows {len(table)} positions "
                 "(max_context_length)"
             )
         projected = self.context_proj(context)
         return projected + table[: context.shape[1]].to(projected)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        document_starts: Tensor | None = None,
-        labels: Tensor | None = None,
-        target_pixel_values: Tensor | None = None,
-        image_loss_mask: Tensor | None = None,
-        loss_text_weight: float | None = None,
-        loss_image_weight: float | None = None,
-        draws: DiffusionDraws | None = None,
-        generator: torch.Generator | None = None,
-        layout: Layout | None = None,
-        return_logits: bool | None = None,
-        **kwargs: object,
-    ) -> MMInterleavedOutput:
-        """Losses and logits of a batch. A loss whose weight is 0 is not computed.
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        document_starts: Tensor | None = None, image_rows: Tensor | None = None,
+        labels: Tensor | None = None, target_pixel_values: Tensor | None = None, image_loss_mask: Tensor | None = None,
+        loss_text_weight: float | None = None, loss_image_weight: float | None = None,
+        num_items_in_batch: Tensor | int | None = None, num_images_in_batch: Tensor | int | None = None,
+        noise_samples: DiffusionDraws | None = None, generator: torch.Generator | None = None,
+        layout: Layout | None = None, return_logits: bool | None = None, return_conditions: bool = False,
+        logits_to_keep: int | Tensor = 0, past_key_values: Cache | None = None, use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
+    ) -> MMInterleavedOutput:  # fmt: skip
+        """Losses, logits and hidden states of a batch; the class explains the arguments.
 
-        Args:
-            input_ids: [batch, length].
-            attention_mask: [batch, length], 0 at padding; None: no padding.
-            position_ids: [batch, length]; None: 0, 1, 2, ...
-            pixel_values: [pictures, 3, image_size, image_size] in [0, 1], or uint8 in [0, 255], in the order of their
-                SOI tokens; with a `layout`, more may follow, which nothing sees (see `Layout.filled`).
-            document_starts: [pictures] column of the `<s>` that opens each picture's document; None: its row's start.
-            labels: [batch, length], the token expected at each position, -100 where none is (the shift is done here).
-            target_pixel_values: [pictures, 3, decoder size, decoder size] likewise, what the image decoder shall draw.
-            image_loss_mask: [pictures] weight of each picture in the image loss; None: all 1.
-            loss_text_weight, loss_image_weight: override the configuration's.
-            draws: the random numbers of the image loss, for every picture of `layout.drawn` once or several times;
-                None: once, drawn from `generator`, or else from PyTorch's own.
-            layout: what `plan` made of this batch, if that was done beforehand.
-            return_logits: None: only when there is no loss to compute.
+        A loss whose weight is 0 is not computed.
 
         Raises:
-            ValueError: pictures and image tokens do not match.
+            ValueError: images and image tokens do not match, or an argument is not supported.
         """
+        _refuse_unsupported(
+            input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states, return_dict
+        )
+        cache = self._cache(past_key_values, use_cache, input_ids)
+        past = _columns(cache)
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        config = self.config
-        known = layout is not None
+            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
+        planned = layout is not None
         if layout is None:
-            found = int((input_ids == config.soi_token_id).sum())
-            given = 0 if pixel_values is None else len(pixel_values)
-            if found != given:
-                raise ValueError(f"input_ids holds {found} begin-of-image tokens, but there are {given} pictures")
-            layout = self.plan(input_ids, attention_mask, document_starts, labels)
-        together = self._together
-        if (together.text or together.image) and (pixel_values is None or not len(pixel_values)):
-            pixel_values, known = self._blank(config.vision_config.image_size), True  # nothing sees it
-        row = (input_ids, attention_mask, position_ids, pixel_values, layout)
-        hidden, features = self._read(*row, checked=known)
+            per_image = (pixel_values, target_pixel_values, image_loss_mask, image_rows)
+            layout = self._plan_checked(input_ids, attention_mask[:, past:], document_starts, labels, *per_image)
 
-        text_weight = config.loss_text_weight if loss_text_weight is None else loss_text_weight
-        image_weight = config.loss_image_weight if loss_image_weight is None else loss_image_weight
-        loss_txt = loss_img = loss_kept = None
-        idle = []  # what the batch does not need and is called all the same, in the same order on every process
-        if labels is not None and text_weight:
-            loss_txt = self._text_loss(hidden, layout)
-        elif together.text:
-            idle.append(self.lm_head(hidden[:1, :1]).float().mean())
-        if target_pixel_values is not None and len(layout.drawn) and image_weight:
-            draws = draws or self.image_decoder.draw(len(layout.drawn), generator)
-            loss_img = self._image_loss(hidden, layout, features, target_pixel_values, image_loss_mask, draws)
-        elif together.image:
-            idle.append(self._idle_drawing(hidden, layout, features))
-        if self._kept is not None and len(layout.drawn):
-            loss_kept = self._kept.loss(self._conditions(hidden, layout), row)
-        elif self._kept is not None and together.image:
-            idle.append(self._conditions(hidden, self._first_token(layout)).float().mean())
-        losses = ((text_weight, loss_txt), (image_weight, loss_img), (1.0, loss_kept), *((0.0, x) for x in idle))
-        parts = [w * x for w, x in losses if x is not None]
-        wants_logits = not parts if return_logits is None else return_logits
-        logits = self.lm_head(hidden) if wants_logits else None
+        features, images = self._encode_for(pixel_values, cache)
+        embeds = self.embed(input_ids, features.tokens if features else None, checked=planned)
+        hidden = self._hidden_states(embeds, input_ids, attention_mask, position_ids, layout, images, cache)
+
+        text_weight = self.config.loss_text_weight if loss_text_weight is None else loss_text_weight
+        image_weight = self.config.loss_image_weight if loss_image_weight is None else loss_image_weight
+        loss_txt = loss_img = None
+        if layout.label_ids is not None and text_weight:
+            loss_txt = self._text_loss(hidden, layout, num_items_in_batch)
+        if target_pixel_values is not None and len(layout.target_images) and image_weight:
+            share = _image_share(layout, num_items_in_batch, num_images_in_batch)
+            noise_samples = noise_samples or self.image_decoder.draw(len(layout.target_images), generator)
+            loss_img = share * self._image_loss(
+                hidden, layout, features, target_pixel_values, image_loss_mask, noise_samples
+            )
+        losses = [w * x for w, x in ((text_weight, loss_txt), (image_weight, loss_img)) if x is not None]
+        wants_logits = not losses if return_logits is None else return_logits
         return MMInterleavedOutput(
-            loss=sum(parts) if parts else None,
+            loss=sum(losses) if losses else None,
             loss_txt=loss_txt,
             loss_img=loss_img,
-            loss_kept=loss_kept,
-            logits=logits.to(promote(logits.dtype)) if wants_logits else None,
+            logits=self._logits(hidden, logits_to_keep) if wants_logits else None,
             last_hidden_state=hidden,
+            conditions=self.conditions_of(hidden, layout) if return_conditions else None,
+            past_key_values=cache,
         )
 
-    def keep_conditions(self, weight: float) -> None:
-        """Let `forward` add `loss_kept`: how far what drawings are told has moved from what it is now.
-
-        For a language model that learns to read while an image decoder, elsewhere, learns from what this one said: Li
-        and Hoiem 2016, "Learning without Forgetting", on conditions. Needs memory for a second language model.
-
-        Args:
-            weight: of that mean squared error in the loss.
-        """
-        self._kept = KeptConditions(self, weight)
-
-    def keep_together(self, text: bool = True, image: bool = True) -> None:
-        """Let every `forward` call all that these losses need, for results that stay the same.
-
-        For weights that several processes hold together: all of them must ask for the same ones, in the same order.
-
-        Args:
-            text, image: whether any batch of any process has that loss.
-        """
-        self._together = Together(text, image)
-
-    def _blank(self, side: int) -> Tensor:
-        """One black picture, [1, 3, side, side]."""
-        return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.compute_device)
-
-    def _idle_drawing(self, hidden: Tensor, layout: Layout, features: VisualFeatures) -> Tensor:
-        """The loss of drawing a black picture out of a single token, which weighs nothing there either."""
-        zeros = torch.zeros(self.image_decoder.latent_shape(1), device=hidden.device)
-        draws = DiffusionDraws(zeros[:, 0, 0, 0], zeros, zeros, zeros[:, 0, 0, 0].long())
-        targets = self._blank(self.config.image_decoder.image_size)
-        return self._image_loss(hidden, self._first_token(layout), features, targets, None, draws)
-
-    @staticmethod
-    def _first_token(layout: Layout) -> Layout:
-        """`layout` with the first token as the context of the only drawing, which looks at no picture."""
-        first = layout.drawn.new_zeros(1)
-        nothing = first.new_zeros(1, 0)
-        return replace(
-            layout, drawn=first, contexts=ImagePositions(first, first, first), conditioning=nothing[0],
-            earlier=VisibleImages(nothing, nothing.view(0, 0)), context_length=1,
-        )  # fmt: skip
-
-    def _read(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        layout: Layout,
-        checked: bool = True,
-    ) -> tuple[Tensor, VisualFeatures | None]:
-        """Hidden states [batch, length, width] of planned rows, and the features of their pictures."""
-        features, memory = self._encode(pixel_values)
-        embeds = self.embed(input_ids, features.tokens if features else None, checked=checked)
-        mask = attention_mask if layout.padded else None
-        if self.config.isolate_documents:
-            mask = document_mask(input_ids, attention_mask, self.config.bos_token_id, embeds.dtype)
-        return self.decode(embeds, memory, layout.visible, mask, position_ids), features
-
-    def _conditions(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """What the image decoder is told of each drawn picture, [drawn, tokens, width]."""
-        return self.image_decoder.resampler(*self.image_context(hidden, layout.contexts, layout.context_length))
-
-    def _encode(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageFeatures]:
-        """Features of the pictures, and an (empty, if there are none) memory of them."""
-        if pixel_values is not None and len(pixel_values):
-            features = self.encode_images(pixel_values)
-            return features, image_features(self.config, features.pyramid)
-        return None, self.no_images()
-
-    def no_images(self) -> ImageFeatures:
-        """The memory of no picture at all."""
-        return image_features(self.config, self.empty_pyramid())
-
-    def empty_pyramid(self) -> list[Tensor]:
-        """The maps of no picture at all."""
-        width = self.config.vision_config.hidden_size
-        shapes = [(0, width, side, side) for side in self.config.pyramid_sides]
-        return [torch.zeros(shape, dtype=self.dtype, device=self.compute_device) for shape in shapes]
+    # ---- plan
 
     def plan(
         self,
@@ -491,7 +426,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         attention_mask: Tensor,
         document_starts: Tensor | None = None,
         labels: Tensor | None = None,
-        drawn: Tensor | None = None,
+        target_images: Tensor | None = None,
         repeats: int = 1,
         routes: bool = True,
     ) -> Layout:
@@ -504,16 +439,187 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             soi_token_id=self.config.soi_token_id,
             previous=self.config.image_decoder.previous_images,
             labels=labels,
-            drawn=drawn,
+            target_images=target_images,
             repeats=repeats,
             routes=routes,
         )
 
-    def _text_loss(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """Cross-entropy over the labelled positions; 0, with a gradient of 0, if there are none."""
-        logits = self.lm_head(hidden.flatten(0, 1)[layout.labelled])  # only where something is to be learned
-        total = F.cross_entropy(logits.to(promote(logits.dtype)), layout.targets, reduction="sum")
-        return total / (layout.targets != -100).sum().clamp(min=1)
+    def _plan_checked(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        document_starts: Tensor | None,
+        labels: Tensor | None,
+        pixel_values: Tensor | None,
+        target_pixel_values: Tensor | None,
+        image_loss_mask: Tensor | None,
+        image_rows: Tensor | None,
+    ) -> Layout:
+        """The layout of a batch whose parts fit together; arguments as of `forward`.
+
+        Raises:
+            ValueError: something is there more or less often than it should.
+        """
+        rows = (input_ids == self.config.soi_token_id).nonzero()[:, 0]
+        given = 0 if pixel_values is None else len(pixel_values)
+        if len(rows) != given:
+            raise ValueError(f"input_ids holds {len(rows)} begin-of-image tokens, but there are {given} images")
+        per_image = {"target_pixel_values": target_pixel_values, "image_loss_mask": image_loss_mask}
+        for name, value in per_image.items():
+            if value is not None and len(value) != given:
+                raise ValueError(f"{name} has {len(value)} entries for {given} images")
+        if image_rows is not None and image_rows.tolist() != rows.tolist():
+            raise ValueError(f"image_rows is {image_rows.tolist()}, but input_ids has images in rows {rows.tolist()}")
+        for name, value in {
+            "attention_mask, after the columns of the cache,": attention_mask,
+            "labels": labels,
+        }.items():
+            if value is not None and value.shape != input_ids.shape:
+                raise ValueError(f"{name} is {list(value.shape)}, but input_ids is {list(input_ids.shape)}")
+        return self.plan(input_ids, attention_mask, document_starts, labels)
+
+    # ---- encode
+
+    def _encode_for(
+        self, pixel_values: Tensor | None, cache: Cache | None
+    ) -> tuple[VisualFeatures | None, ImageFeatures]:
+        """As `_encode`; for a cache whose rows have seen images, those.
+
+        Raises:
+            ValueError: there are further images for a cache that has seen some.
+        """
+        seen: SeenImages | None = getattr(cache, "seen_images", None)
+        if seen is None:
+            features, images = self._encode(pixel_values)
+            if cache is not None and not torch.is_grad_enabled():  # projected once for all calls with this cache
+                images.values = [s.project(images.features) for s in synchronizers(self.language_model)]
+            return features, images
+        if pixel_values is not None and len(pixel_values):
+            raise ValueError(
+                f"pixel_values has {len(pixel_values)} images, but only the call that fills past_key_values takes "
+                "images; leave them out, or let `generate_interleaved` add images to a document"
+            )
+        return None, seen.features
+
+    # ---- language model
+
+    def _hidden_states(
+        self,
+        embeds: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        layout: Layout,
+        images: ImageFeatures,
+        cache: Cache | None,
+    ) -> Tensor:
+        """[B, L, D] after the language model's last norm; a cache is extended and keeps which images were seen."""
+        past = _columns(cache)
+        visible = self._visible_images(input_ids, layout, cache)
+        mask = self._mask(input_ids, attention_mask, layout, embeds.dtype, past)
+        hidden = self.decode(embeds, images, visible, mask, position_ids, cache)
+        if cache is not None:
+            self._keep_seen_images(cache, input_ids, attention_mask[:, past:], images)
+        return hidden
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, input_ids: Tensor) -> Cache | None:
+        """The cache to read and extend; None: none.
+
+        Raises:
+            ValueError: documents of one row shall not attend to each other, and a cache does not tell them apart.
+        """
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        if past_key_values is not None and self.config.isolate_documents:
+            documents = (input_ids == self.config.bos_token_id).sum(1) + (_columns(past_key_values) > 0)
+            if int(documents.max()) > 1:
+                raise ValueError("with isolate_documents a cache takes one document a row; put others into other rows")
+        return past_key_values
+
+    def _mask(
+        self, input_ids: Tensor, attention_mask: Tensor, layout: Layout, dtype: torch.dtype, past: int
+    ) -> Tensor | None:
+        """What masks attention of tokens [B, L] after `past` columns: a 2D mask, an additive one, or nothing."""
+        if self.config.isolate_documents and not past:
+            return document_mask(input_ids, attention_mask, self.config.bos_token_id, dtype)
+        return attention_mask if past or layout.padded else None
+
+    def _visible_images(self, input_ids: Tensor, layout: Layout, cache: Cache | None) -> VisibleImages | Tensor:
+        """The images that each token sees: the layout's, or [B, L, K] of those that the cache's rows have seen.
+
+        Raises:
+            ValueError: the cache has other rows.
+        """
+        seen: SeenImages | None = getattr(cache, "seen_images", None)
+        if seen is None:
+            return layout.visible
+        if len(seen.visible) != len(input_ids):
+            raise ValueError(f"past_key_values has {len(seen.visible)} rows, but input_ids has {len(input_ids)}")
+        restarted = (input_ids == self.config.bos_token_id).cumsum(1) > 0  # a document does not see another's images
+        return torch.where(restarted[..., None], -1, seen.visible[:, None])
+
+    def _keep_seen_images(self, cache: Cache, input_ids: Tensor, attention_mask: Tensor, images: ImageFeatures) -> None:
+        """Keep on a cache which images the next token of each row sees; tokens and mask [B, L] are the latest."""
+        seen: SeenImages | None = getattr(cache, "seen_images", None)
+        if seen is not None:
+            restarted = (input_ids == self.config.bos_token_id).any(1)
+            visible = torch.where(restarted[:, None], -1, seen.visible)
+        else:
+            ids = F.pad(input_ids, (0, 1), value=self.config.image_token_id)  # what follows; any token sees the same
+            mask = F.pad(attention_mask, (0, 1), value=1)
+            visible = visible_images(ids, mask, self.config.bos_token_id, self.config.soi_token_id)[:, -1]
+        cache.seen_images = SeenImages(images, visible)
+
+    def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
+        """[B, L or as many as are kept, vocabulary], in float32 at least."""
+        return self.compute_logits(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        is_first_iteration: bool = False,
+        next_sequence_length: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of `forward` for a step of a generation loop of transformers or PEFT.
+
+        Args:
+            input_ids: [B, L] all tokens so far.
+            past_key_values: the cache; it may hold the first of them.
+            attention_mask: [B, L] of all of them.
+            position_ids: [B, L]; None: as `attention_mask` says.
+            is_first_iteration, next_sequence_length: what the loop says of the step; follows from the cache here.
+            **kwargs: further arguments of `forward`, passed on.
+        """
+        past = _columns(past_key_values)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        if past:
+            kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_PROMPT}
+        new = input_ids.shape[1] - past
+        return {
+            "input_ids": input_ids[:, -new:],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "position_ids": None if position_ids is None else position_ids[:, -new:],
+            **kwargs,
+        }
+
+    # ---- losses
+
+    def conditions_of(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """[T, tokens, width] what the image decoder is conditioned on for each target image; `hidden` is [B, L, D]."""
+        return self.image_decoder.resampler(*self.image_context(hidden, layout.target_positions, layout.context_length))
+
+    def _text_loss(self, hidden: Tensor, layout: Layout, num_items: Tensor | int | None) -> Tensor:
+        """Cross-entropy of the labels by `num_items`, or their mean; 0, with a gradient of 0, if there are none."""
+        logits = self.compute_logits(hidden.flatten(0, 1)[layout.label_positions])  # only where something is learned
+        total = F.cross_entropy(logits, layout.label_ids, reduction="sum")
+        count = torch.as_tensor(_num_labels(layout) if num_items is None else num_items, device=total.device)
+        return total / count.clamp(min=1)
 
     def _image_loss(
         self,
@@ -522,16 +628,74 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         features: VisualFeatures,
         targets: Tensor,
         image_loss_mask: Tensor | None,
-        draws: DiffusionDraws,
+        noise_samples: DiffusionDraws,
     ) -> Tensor:
-        drawn = layout.drawn
-        context, mask = self.image_context(hidden, layout.contexts, layout.context_length)
+        """Mean squared error of the predicted noise; arguments as of `forward`."""
+        images = layout.target_images
+        context, mask = self.image_context(hidden, layout.target_positions, layout.context_length)
         return self.image_decoder.loss(
             context,
             mask,
-            EarlierImages.of([m[layout.conditioning] for m in features.pyramid], layout.earlier),
-            unit_range(targets.to(self.compute_device)[drawn]),
-            draws.to(self.compute_device),
-            None if image_loss_mask is None else image_loss_mask[drawn],
+            EarlierImages.of([m[layout.conditioning_images] for m in features.pyramid], layout.earlier),
+            unit_range(targets.to(self.compute_device)[images]),
+            noise_samples.to(self.compute_device),
+            None if image_loss_mask is None else image_loss_mask[images],
             self.config.normalize_image_loss,
         )
+
+
+_OF_THE_PROMPT = frozenset({"pixel_values", "document_starts", "image_rows", "layout"})  # for the first step alone
+
+
+def _columns(cache: Cache | None) -> int:
+    """How many columns a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _refuse_unsupported(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+    return_dict: bool | None,
+) -> None:
+    """Refuse what other models of transformers can and this one cannot.
+
+    Raises:
+        ValueError: says what is not supported and what to do.
+    """
+    if inputs_embeds is not None:
+        raise ValueError("inputs_embeds is not supported, because images are found by their token ids; pass input_ids")
+    if input_ids is None:
+        raise ValueError("input_ids is missing; the processor makes it, with the other arguments")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be [batch, length], not of shape {list(attention_mask.shape)}")
+    if output_attentions:
+        raise ValueError("output_attentions is not supported; leave it out (`mm_interleaved.inspection` shows MMFS)")
+    if output_hidden_states:
+        raise ValueError("output_hidden_states is not supported; leave it out and take last_hidden_state")
+    if return_dict is not None and not return_dict:
+        raise ValueError("return_dict=False is not supported; leave it out and call to_tuple() on the output")
+
+
+def _num_labels(layout: Layout) -> Tensor:
+    return (layout.label_ids != -100).sum()
+
+
+def _image_share(layout: Layout, num_items: Tensor | int | None, num_images: Tensor | int | None) -> Tensor | float:
+    """This micro-batch's share of the image loss of an optimizer step; see `MMInterleavedModel`.
+
+    Raises:
+        ValueError: only labels were counted, and this micro-batch has none.
+    """
+    if num_images is not None:
+        return len(layout.target_images) / num_images
+    if num_items is None:
+        return 1.0
+    if layout.label_positions is None or not len(layout.label_positions):
+        raise ValueError(
+            "num_items_in_batch counts labels, and this batch has images to learn but no label. Pass "
+            "num_images_in_batch as well (`mm_interleaved.training.counting.CountingTrainer` does)"
+        )
+    return _num_labels(layout) / num_items

@@ -1,37 +1,43 @@
-"""One batch for every task, and the rule that says which tokens are learned."""
+"""One batch for every task, and the rule that says which tokens are learned.
+
+Axes: B rows of the batch, L tokens of a row, I images of the batch, h and w height and width of an image.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
-_NOT_TENSORS = ("source", "loss_text_weight", "loss_image_weight")
 
+class Batch(BatchFeature):
+    """Rows of text and images as a dictionary of tensors; `model(**batch)` takes all of it.
 
-@dataclass
-class Batch(Mapping[str, Tensor]):
-    """Tensors of some rows of text and pictures; `model(**batch)` takes them.
+    As every `BatchFeature` it is made from its items (`Batch(**batch)`, `Batch({**batch})`), its keys are attributes
+    too, and `to(device, dtype)` changes it in place and casts floating-point tensors only. A key that is not there
+    raises; ask with `batch.get(key)`.
 
-    Pictures are numbered through the batch, row by row, in the order of their begin-of-image tokens.
+    Images are numbered through the batch, row by row, in the order of their begin-of-image tokens.
+
+    Keys:
+        input_ids: [B, L] int64.
+        attention_mask: [B, L] int64, 1 = real, 0 = padding.
+        position_ids: [B, L] int64, how many real tokens stand before this one.
+        pixel_values: [I, 3, h, w] float32 in [0, 1], or uint8 in [0, 255] from loaders.
+        image_rows: [I] int64, the row of each image.
+        document_starts: [I] int64, column of the `<s>` that opens each image's document.
+
+    Keys of training batches:
+        labels: [B, L] int64, the token to learn at each position or -100.
+        target_pixel_values: [I, 3, h, w] as `pixel_values`, what the image decoder learns to generate.
+        image_loss_mask: [I] float32, 1 where the image is to be learned.
+        loss_text_weight, loss_image_weight: floats, for batches that do not take the configuration's weights.
 
     Attributes:
-        input_ids: [batch, length] int64.
-        attention_mask: [batch, length] int64, 1 = real, 0 = padding.
-        position_ids: [batch, length] int64, real tokens before this one.
-        pixel_values: [pictures, 3, image_size, image_size] float32 in [0, 1], or uint8 in [0, 255] from loaders.
-        image_rows: [pictures] int64, the row of each picture.
-        document_starts: [pictures] int64, column of the `<s>` that opens each picture's document.
-        labels: [batch, length] int64, the token to learn at each position or -100; None for generation.
-        target_pixel_values: [pictures, 3, target_size, target_size] likewise, what to draw; None as for labels.
-        image_loss_mask: [pictures] float32, 1 where the picture is to be learned; None as for labels.
-        source: name of the data source that the rows come from, if it is known. This and the weights are not tensors,
-            and not part of the mapping.
-        loss_text_weight: of this batch, instead of the trainer's; None: as the trainer says.
-        loss_image_weight: likewise.
+        source: name of the data source that the rows come from, for reports; no part of the dictionary. None: unknown.
     """
 
     input_ids: Tensor
@@ -40,36 +46,45 @@ class Batch(Mapping[str, Tensor]):
     pixel_values: Tensor
     image_rows: Tensor
     document_starts: Tensor
-    labels: Tensor | None = None
-    target_pixel_values: Tensor | None = None
-    image_loss_mask: Tensor | None = None
+    labels: Tensor
+    target_pixel_values: Tensor
+    image_loss_mask: Tensor
     source: str | None = None
-    loss_text_weight: float | None = None
-    loss_image_weight: float | None = None
 
-    def __getitem__(self, key: str) -> Tensor:
-        value = getattr(self, key, None) if key in self._names() else None
-        if value is None:
-            raise KeyError(key)
-        return value
+    def __init__(
+        self,
+        data: Mapping[str, Any] | None = None,
+        tensor_type: str | None = None,
+        *,
+        source: str | None = None,
+        **items: Any,
+    ) -> None:
+        super().__init__({**(data or {}), **items}, tensor_type)
+        self.source = source
 
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names() if getattr(self, name) is not None)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to hide a key: `batch.labels = x` would not reach the model.
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        Raises:
+            AttributeError: `name` is a key of batches.
+        """
+        if name in _KEYS:
+            raise AttributeError(f"set the item of the batch, batch['{name}'] = ..., instead of the attribute '{name}'")
+        super().__setattr__(name, value)
 
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [f.name for f in dataclasses.fields(cls) if f.name not in _NOT_TENSORS]
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.data, "source": self.source}
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return dataclasses.replace(self, **{name: self[name].to(device, non_blocking=True) for name in self})
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU are fast."""
-        return dataclasses.replace(self, **{name: self[name].pin_memory() for name in self})
+        pinned = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in self.items()}
+        return Batch(pinned, source=self.source)
+
+
+_KEYS = frozenset(Batch.__annotations__) - {"source"}
 
 
 def build_labels(
@@ -82,22 +97,22 @@ def build_labels(
     learned: Tensor | None = None,
     ignore_text_before_image: Tensor | bool = False,
 ) -> Tensor:
-    """Which token is to be learned at each position (spec/model 7.1).
+    """Which token is to be learned at each position.
 
     Not learned are padding, image tokens, `<s>`, a begin-of-image right after `<s>`, what `learned` excludes and, where
     `ignore_text_before_image` holds, all text of a document before its first begin-of-image.
 
     Args:
-        input_ids: [batch, length].
-        attention_mask: [batch, length], 0 at padding.
+        input_ids: [B, L].
+        attention_mask: [B, L], 0 at padding.
         bos_token_id: id of `<s>`.
         soi_token_id: id of the begin-of-image token.
         image_token_id: id of the image token.
-        learned: [batch, length] bool; None: everything.
-        ignore_text_before_image: for all rows, or [batch] bool.
+        learned: [B, L] bool; None: everything.
+        ignore_text_before_image: for all rows, or [B] bool.
 
     Returns:
-        [batch, length]: the ids, -100 where nothing is learned.
+        [B, L]: the ids, -100 where nothing is learned.
     """
     is_bos, is_soi = input_ids == bos_token_id, input_ids == soi_token_id
     after_bos = torch.cat([torch.zeros_like(is_bos[:, :1]), is_bos[:, :-1]], dim=1)

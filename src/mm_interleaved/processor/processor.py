@@ -414,7 +414,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             document_starts=torch.tensor(starts, dtype=torch.long),
         )
         if training:
-            batch.labels = build_labels(
+            batch["labels"] = build_labels(
                 input_ids,
                 attention_mask,
                 bos_token_id=self.tokenizer.bos_token_id,
@@ -423,8 +423,8 @@ class MMInterleavedProcessor(ProcessorMixin):
                 learned=torch.from_numpy(learned),
                 ignore_text_before_image=torch.as_tensor(ignore_text_before_image),
             )
-            batch.target_pixel_values = _stack([v.drawn for v in views], self.target_size, eight_bit)
-            batch.image_loss_mask = torch.tensor([float(i.supervise) for i in images])
+            batch["target_pixel_values"] = _stack([v.drawn for v in views], self.target_size, eight_bit)
+            batch["image_loss_mask"] = torch.tensor([float(i.supervise) for i in images])
         return batch
 
     def pixels(self, pictures: Sequence[PIL.Image.Image], size: int | None = None) -> torch.Tensor:

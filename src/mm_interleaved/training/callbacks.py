@@ -26,7 +26,7 @@ _SAME = 2.0  # seconds: `timeout` and batch systems signal a process and then it
 _AGREE_EVERY = 10  # steps between two looks at the other ranks' wish to stop
 
 
-class Housekeeping(TrainerCallback):
+class TrainingLoopCallback(TrainerCallback):
     """Begin measuring, average the weights, ask for evaluation, and stop when a signal says so."""
 
     def __init__(self, trainer: RunTrainer, config: RunConfig, console: Console) -> None:
@@ -48,7 +48,7 @@ class Housekeeping(TrainerCallback):
         if self.trainer.ema is not None:
             self.trainer.ema.update(state.global_step)
         due = self.config.eval_every and state.global_step % self.config.eval_every == 0
-        control.should_evaluate = bool(due and self.trainer.eval_feed is not None)
+        control.should_evaluate = bool(due and self.trainer.eval_pipeline is not None)
         if self._agreed(state.global_step):
             control.should_save = control.should_training_stop = True
 
@@ -81,7 +81,7 @@ class Housekeeping(TrainerCallback):
         return bool(wish.item())
 
 
-class DataKeeper(TrainerCallback):
+class DataReportCallback(TrainerCallback):
     """Writes down with every checkpoint what each source gave and what was left out of it, and says so at the end.
 
     Args:

@@ -1,6 +1,6 @@
 """How much arithmetic a training step is, for the share of the device's peak that it reaches (MFU).
 
-The estimate: multiply-accumulates of `model.cost.measure`, times 2, for every token, picture seen and noise drawn;
+The estimate: multiply-accumulates of `model.cost.measure`, times 2, for every token, encoded image and noise sample;
 once forward, once backward for activations, once more for weights where they are trained. Attention between tokens,
 looks through MMFS, the VAE and recomputation are left out, so the figure is a lower bound of the work done.
 """
@@ -20,15 +20,15 @@ PEAKS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 3
 
 @dataclass
 class StepCost:
-    """FLOPs of training on one token, on one picture seen and on one noise drawn."""
+    """FLOPs of training on one token, on one encoded image and on one noise sample."""
 
     token: float
-    picture: float
-    drawn: float
+    image: float
+    noise_sample: float
 
-    def of(self, tokens: float, pictures: float, drawn: float) -> float:
+    def of(self, tokens: float, images: float, noise_samples: float) -> float:
         """FLOPs of so many of each."""
-        return tokens * self.token + pictures * self.picture + drawn * self.drawn
+        return tokens * self.token + images * self.image + noise_samples * self.noise_sample
 
 
 def step_cost(config: MMInterleavedConfig) -> StepCost:
@@ -37,8 +37,8 @@ def step_cost(config: MMInterleavedConfig) -> StepCost:
     parts = {part.name.strip(): part for part in cost.parts}
     return StepCost(
         token=2 * cost.token * _passes(parts["language_model"]),
-        picture=2 * cost.encode_image * _passes(parts["visual_tokenizer"]),
-        drawn=2 * cost.draw_step / 2 * _passes(parts["unet"]),  # `draw_step` counts both halves of guidance
+        image=2 * cost.encode_image * _passes(parts["visual_tokenizer"]),
+        noise_sample=2 * cost.draw_step / 2 * _passes(parts["unet"]),  # `draw_step` counts both halves of guidance
     )
 
 

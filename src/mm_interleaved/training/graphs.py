@@ -7,7 +7,7 @@ few fused kernels, stay outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,12 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ..model.layout import Layout
-from ..model.mm_interleaved import MMInterleavedOutput
 from ..model.static import capture
 from .config import ShapesConfig
+from .distillation import DistilledOutput
 
-_PARTS = ("loss", "loss_txt", "loss_img", "loss_kept")
+_PARTS = ("loss", "loss_txt", "loss_img", "loss_distillation")
+Compute = Callable[[Callable[..., Any], dict[str, Any]], Any]  # (model, its arguments) to its output with all losses
 _AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")  # what is compiled is so for the recording's sizes
 
 
@@ -44,32 +45,35 @@ class RecordedStep:
     Args:
         shapes: what a batch must have to be recorded.
         world_size: processes that train together.
+        compute: calls the model and adds losses to its output.
     """
 
-    def __init__(self, shapes: ShapesConfig, world_size: int = 1) -> None:
-        self.shapes, self.world_size = shapes, world_size
+    def __init__(
+        self, shapes: ShapesConfig, world_size: int = 1, compute: Compute = lambda model, inputs: model(**inputs)
+    ) -> None:
+        self.shapes, self.world_size, self.compute = shapes, world_size, compute
         self.replayed, self.unrecorded = 0, 0
         self._recording: _Recording | None = None
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> MMInterleavedOutput:
-        """As `model(**inputs)`, but of the results only the losses. `loss.backward()` must follow, unscaled.
+    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> DistilledOutput:
+        """As `compute(model, inputs)`, but of the results only the losses. `loss.backward()` must follow, unscaled.
 
         After a replay, and with several processes, the gradients are there already, and `backward` does nothing.
         """
         if isinstance(model, DistributedDataParallel):
             model = model.module
         if self._recording is None and self._fits(inputs):
-            self._recording = _Recording(model, inputs)
+            self._recording = _Recording(model, inputs, self.compute)
         fits = self._recording is not None and self._recording.key == tuple(_key(inputs))
         self.replayed, self.unrecorded = self.replayed + fits, self.unrecorded + (not fits)
         if not fits and self.world_size == 1:
             with _AS_WRITTEN():
-                return model(**inputs)
+                return self.compute(model, inputs)
         if fits:
             losses, gradients, used = self._recording.replay(inputs)
         else:
             with _AS_WRITTEN():
-                losses, gradients, used = _computed(model, inputs)
+                losses, gradients, used = _computed(model, inputs, self.compute)
         parameters = _trained(model).values()
         if self.world_size > 1:
             gradients /= self.world_size
@@ -79,7 +83,7 @@ class RecordedStep:
             p.grad = gradient.view_as(p) if it_is else None
         anchor = torch.zeros((), device=gradients.device, requires_grad=True)
         losses["loss"] = _Done.apply(losses["loss"], anchor)
-        return MMInterleavedOutput(**losses)
+        return DistilledOutput(**losses)
 
     def take_share(self) -> float:
         """Share of the steps since the last call that were replays; the counts start anew."""
@@ -91,10 +95,10 @@ class RecordedStep:
         layout: Layout = inputs["layout"]
         sizes = {
             "pictures": len(inputs["pixel_values"]),
-            "drawn": len(layout.drawn),
-            "conditioning": len(layout.conditioning),
+            "drawn": len(layout.target_images),
+            "conditioning": len(layout.conditioning_images),
             "context": layout.context_length,
-            "labelled": 0 if layout.labelled is None else len(layout.labelled),
+            "labelled": 0 if layout.label_positions is None else len(layout.label_positions),
             "visible": layout.visible.images.shape[1],
         }
         return all(getattr(self.shapes, name) == size for name, size in sizes.items())
@@ -104,16 +108,18 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _computed(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
+def _computed(
+    model: nn.Module, inputs: dict[str, Any], compute: Compute
+) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
     """Losses, the gradients of everything that is trained in one piece, and what was used."""
     # Other names of the same weights: the weights themselves may have hooks and streams for their gradients, as
     # `DistributedDataParallel` gives them.
     names = {name: p.detach().requires_grad_() for name, p in _trained(model).items()}
     with torch.enable_grad():
-        outputs = functional_call(model, names, (), inputs)
+        outputs = compute(lambda **arguments: functional_call(model, names, (), arguments), inputs)
     found = torch.autograd.grad(outputs.loss, list(names.values()), allow_unused=True)
     whole = [torch.zeros_like(p) if g is None else g for p, g in zip(names.values(), found, strict=True)]
-    parts = {name: getattr(outputs, name) for name in _PARTS}
+    parts = {name: outputs.get(name) for name in _PARTS}
     losses = {name: value.detach() for name, value in parts.items() if value is not None}
     return losses, torch.cat([g.flatten() for g in whole]), [g is not None for g in found]
 
@@ -121,15 +127,15 @@ def _computed(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tenso
 class _Recording:
     """Forward and backward over fixed inputs, losses and gradients."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], compute: Compute) -> None:
         if torch.is_autocast_enabled():
             raise RuntimeError("a recording under autocast would keep the weights as they are now")
         self.key = tuple(_key(inputs))
         self.inputs = _rebuilt(inputs, iter([x.clone() for x in _tensors(inputs)]))
-        self.losses, self.gradients, self.used = _computed(model, self.inputs)
+        self.losses, self.gradients, self.used = _computed(model, self.inputs, compute)
 
         def step() -> None:
-            losses, gradients, _ = _computed(model, self.inputs)
+            losses, gradients, _ = _computed(model, self.inputs, compute)
             self.gradients.copy_(gradients)
             for name, value in losses.items():
                 self.losses[name].copy_(value)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .feed import Served
 from .flops import StepCost
+from .pipeline import BatchStats
 
 
 @dataclass
@@ -49,12 +49,12 @@ class Window:
         bad = (~torch.isfinite(torch.stack(self.losses))).nonzero()[:, 0].tolist()
         return len(self.losses) - bad[0] if bad else None
 
-    def close(self, served: Served, cost: StepCost | None, peak: float | None) -> dict[str, float]:
+    def close(self, stats: BatchStats, cost: StepCost | None, peak: float | None) -> dict[str, float]:
         """Means over the window and all ranks, and speeds of all ranks together."""
         seconds = time.perf_counter() - self.begin
         names = sorted(self.sums)
         host = [float(self.counts[n]) for n in names]
-        host += [served.tokens, served.pictures, served.drawn, served.wait]
+        host += [stats.tokens, stats.images, stats.noise_samples, stats.wait]
         sums = [self.sums[n].double() for n in names]
         row = torch.cat([torch.stack(sums), torch.tensor(host, device=self.device).double()]) if sums else None
         if row is None:
@@ -66,14 +66,14 @@ class Window:
         values = row.tolist()
         n = len(names)
         found = {name: values[i] / values[n + i] for i, name in enumerate(names) if values[n + i]}
-        tokens, pictures, drawn, wait = values[2 * n :]
+        tokens, images, noise_samples, wait = values[2 * n :]
         found |= {
             "tokens_per_second": tokens / seconds,
-            "images_per_second": pictures / seconds,
+            "images_per_second": images / seconds,
             "data_wait_share": wait / ranks / seconds,
         }
         if cost is not None and peak is not None:
-            found["mfu"] = cost.of(tokens, pictures, drawn) / seconds / (peak * ranks)
+            found["mfu"] = cost.of(tokens, images, noise_samples) / seconds / (peak * ranks)
         if self.device.type == "cuda":
             found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return found

@@ -122,7 +122,7 @@ def pictures_of(config: PicturesConfig, side: int) -> Dataset[Item]:
 
 
 class PictureLoader:
-    """Batches of pictures, in an order that follows from seed and epoch; see `feed.Loader`."""
+    """Batches of pictures, in an order that follows from seed and epoch; see `pipeline.Loader`."""
 
     def __init__(self, config: PicturesConfig, dataset: Dataset[Item], rank: int = 0, world_size: int = 1) -> None:
         self.config, self.dataset, self.rank, self.world_size = config, dataset, rank, world_size

@@ -23,17 +23,26 @@ from ..processor import MMInterleavedProcessor
 from . import sharding
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build, build_config, build_tokenizer, given_model, load_language, load_vision
-from .callbacks import DataKeeper, Housekeeping, Reporter
+from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
 from .checkpoints import find_resume, step_of
 from .config import AutoencoderRunConfig, PartRunConfig, PicturesConfig, RunConfig, TrainConfig
-from .feed import Feed, Loader, Prepare, prepare_documents, prepare_pictures, prepare_scenes, prepare_texts
+from .distillation import ConditionDistillation
 from .flops import step_cost
 from .graphs import RecordedStep
 from .language import WEIGHTS as LANGUAGE
 from .language import LanguageTask
 from .parts import save_part
 from .pictures import Item, PictureLoader, ToyScenes, ToyTexts, pictures_of
+from .pipeline import (
+    BatchPipeline,
+    Loader,
+    Prepare,
+    prepare_documents,
+    prepare_pictures,
+    prepare_scenes,
+    prepare_texts,
+)
 from .samples import Samples
 from .tasks import Tasks
 from .trainer import RunTrainer, training_arguments
@@ -73,10 +82,7 @@ def train(
     resume = start_run(config)
     args = training_arguments(config, device)
     model, processor = build(config, default_tokenizer)
-    if config.losses.conditions:
-        model.keep_conditions(config.losses.conditions)
-    if config.fsdp:
-        model.keep_together(*losses_of(config))
+    distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
     if config.gradient_checkpointing:
         enable_checkpointing(model, config.selective_checkpointing)
     compile_regions(model, config.compile)
@@ -84,25 +90,26 @@ def train(
     ranks = {"rank": args.process_index, "world_size": args.world_size}
     prepare = prepare_documents(model, config.losses, config.shapes)
 
-    def feed_of(data: Any, seed: int) -> Feed:
-        return Feed(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
+    def pipeline_of(data: Any, seed: int) -> BatchPipeline:
+        return BatchPipeline(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
 
     evaluation = None
     if config.eval_data is not None:
-        evaluation = lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
+        evaluation = lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
     trainer = RunTrainer(
-        model, args, config, feed_of(config.data, config.seed), evaluation, processor.save_pretrained, cost
-    )
+        model, args, config, pipeline_of(config.data, config.seed), evaluation, processor.save_pretrained, cost,
+        distillation, branches_of(config) if config.fsdp else None,
+    )  # fmt: skip
     if config.shapes.graph:
         if args.device.type != "cuda" or config.fsdp or config.deepspeed:
             raise ValueError(
                 f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model (no fsdp, no "
                 "deepspeed)"
             )
-        trainer.recorded = RecordedStep(config.shapes, args.world_size)
-    loader = trainer.feed.loader
+        trainer.recorded = RecordedStep(config.shapes, args.world_size, trainer.compute_outputs)
+    loader = trainer.pipeline.loader
     if isinstance(loader, DocumentLoader):
-        trainer.add_callback(DataKeeper(loader, Path(config.output), args.process_index, console))
+        trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))
     if config.sample_every and config.samples.documents and args.process_index == 0:
         trainer.add_callback(Samples(trainer, config, model, processor))
     if config.evaluate_every and config.evaluation is not None:
@@ -110,12 +117,12 @@ def train(
     return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
 
 
-def losses_of(config: TrainConfig) -> tuple[bool, bool]:
-    """Whether any batch has a loss of text, and whether any has one of pictures."""
+def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
+    """The branches of the model that any batch of the run takes."""
     sources = [s for data in (config.data, config.eval_data) if data is not None for s in data.sources]
     text = config.losses.text or any(s.loss_text_weight for s in sources)
-    image = config.losses.image or config.losses.conditions or any(s.loss_image_weight for s in sources)
-    return bool(text), bool(image)
+    image = config.losses.image or any(s.loss_image_weight for s in sources)
+    return sharding.ForceAllBranches(bool(text), bool(image), bool(config.losses.conditions))
 
 
 def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -> str | None:
@@ -222,15 +229,15 @@ def _train_part(
         task = make()
     ranks = {"rank": args.process_index, "world_size": args.world_size}
 
-    def feed_of(data: PicturesConfig, seed: int) -> Feed:
-        return Feed(PictureLoader(data, pictures(data), **ranks), prepare, seed, args.device, **ranks)
+    def pipeline_of(data: PicturesConfig, seed: int) -> BatchPipeline:
+        return BatchPipeline(PictureLoader(data, pictures(data), **ranks), prepare, seed, args.device, **ranks)
 
     trainer = RunTrainer(
         task,
         args,
         config,
-        feed_of(config.data, config.seed),
-        lambda: (feed_of(config.eval_data, config.seed + 1), config.eval_batches),
+        pipeline_of(config.data, config.seed),
+        lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches),
     )
     for callback in callbacks(task):
         trainer.add_callback(callback)
@@ -252,11 +259,11 @@ def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path)
     """Measure the scale of the latents on held-out pictures, and write the VAE with it and its quality."""
     if not trainer.args.should_save:
         return
-    feed, count = trainer.eval_feed()
+    pipeline, count = trainer.eval_pipeline()
     latents, quality = [], []
     task.eval()
     with trainer.averaged(), torch.no_grad():
-        for inputs, _ in zip(feed, range(min(count, STATISTICS_BATCHES)), strict=False):
+        for inputs, _ in zip(pipeline, range(min(count, STATISTICS_BATCHES)), strict=False):
             outputs = task(**inputs)
             latents.append(outputs.latents.float().cpu())
             quality.append([float(outputs.psnr), float(outputs.ssim)])
@@ -285,10 +292,10 @@ def run(
     trainer: RunTrainer, config: RunConfig, resume: Path | None, console: Console, finish: Callable[[Path], None]
 ) -> str | None:
     """Train, and write the `final` folder when the end is reached; see `train`."""
-    keeping = Housekeeping(trainer, config, console)
-    trainer.add_callback(keeping)
+    loop = TrainingLoopCallback(trainer, config, console)
+    trainer.add_callback(loop)
     if config.fsdp:
-        trainer.add_callback(sharding.Sharded(console))
+        trainer.add_callback(sharding.ShardingCallback(console))
     folder = Path(config.output) / FINAL
     done = folder.exists() and resume is not None and step_of(resume) >= config.steps
     if trainer.args.process_index == 0:
@@ -300,22 +307,22 @@ def run(
         trainer.load_run_state(resume)
         console.print(f"going on from {resume}")
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if keeping.stopped_by is not None and trainer.state.global_step < config.steps:
+    if loop.stopped_by is not None and trainer.state.global_step < config.steps:
         console.print(
-            f"stopped by {keeping.stopped_by} at step {trainer.state.global_step} of {config.steps}; a checkpoint is "
+            f"stopped by {loop.stopped_by} at step {trainer.state.global_step} of {config.steps}; a checkpoint is "
             f"saved, and the same command goes on from there"
         )
-        return keeping.stopped_by
+        return loop.stopped_by
     if not done:
         finish(folder)
     console.print(f"done: {folder}")
     return None
 
 
-def leave() -> None:
-    """Take leave of the other processes, at the end of a program.
+def destroy_process_group() -> None:
+    """Destroy the process group, if there is one, at the end of a program.
 
-    If that is left to the end of the interpreter, threads that still listen to them may abort it.
+    If that is left to the end of the interpreter, threads that still listen to other processes may abort it.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

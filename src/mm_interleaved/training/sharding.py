@@ -1,12 +1,13 @@
 """Parameters that several processes hold together (FSDP2), for a model whose batches do not all use all of them.
 
 Every process gathers the weights of a block, and adds up its gradients with the others', when it comes to that block.
-So all processes must come to the same blocks in the same order (`MMInterleavedModel.keep_together`), and must have
-gradients for the same weights (`take_part`), whatever is in their batches.
+So all processes must come to the same blocks in the same order (`ForceAllBranches`), and must have gradients for the
+same weights (`take_part`), whatever is in their batches.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from ..model import MMInterleavedModel
+from ..model import MMInterleavedConfig, MMInterleavedModel
 from ..model.language_model import MMFSDecoderLayer
+from ..model.layout import ImagePositions, Layout
+from ..model.mmfs import VisibleImages
 from ..model.resampler import ResamplerLayer
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer, MMFSDecoderLayer, ResamplerLayer)  # those that repeat
@@ -58,7 +61,85 @@ def configure(accelerator: Accelerator, model: MMInterleavedModel) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(found)
 
 
-class Sharded(TrainerCallback):
+@dataclass
+class ForceAllBranches:
+    """Completes batches so that the model takes every branch that any batch of the run needs, for the same results.
+
+    What is added has no weight: a black image that no token sees, a label that is ignored, and a target image whose
+    context is a single token, which the image loss does not count.
+
+    Attributes:
+        text: whether any batch of any process has a text loss.
+        image: whether any has an image loss.
+        conditions: whether any asks for conditioning tokens (see `distillation`).
+    """
+
+    text: bool = True
+    image: bool = True
+    conditions: bool = False
+
+    def complete(self, model: MMInterleavedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+        """A batch that needs all branches, and the names of the losses that are in its output for that reason alone.
+
+        Args:
+            model: that the batch is for.
+            inputs: arguments of `model.forward`; without a `layout` they are planned here.
+        """
+        inputs = dict(inputs)
+        layout = inputs.get("layout")
+        if layout is None:
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            layout = model.plan(inputs["input_ids"], mask, inputs.get("document_starts"), inputs.get("labels"))
+        config, idle = model.config, set()
+        if not _count(inputs, "pixel_values"):
+            inputs["pixel_values"] = _black(config.vision_config.image_size, inputs)
+        if self.text and (layout.label_ids is None or not _weight(inputs, "loss_text_weight", config)):
+            first = layout.target_images.new_zeros(1)
+            layout = replace(layout, label_positions=first, label_ids=torch.full_like(first, -100))
+            inputs["loss_text_weight"] = 1.0
+            idle.add("loss_txt")
+        has_targets = len(layout.target_images) > 0
+        if (self.image or self.conditions) and not has_targets:
+            layout = _with_idle_target(layout)
+            idle.add("loss_distillation")
+        needs_image = has_targets and _count(inputs, "target_pixel_values")
+        if self.image and not (needs_image and _weight(inputs, "loss_image_weight", config)):
+            layout = layout if self.conditions else _with_idle_target(layout)
+            count = int(layout.target_images.max()) + 1
+            targets = _black(config.image_decoder.image_size, inputs)
+            inputs["target_pixel_values"] = targets.expand(count, -1, -1, -1)
+            inputs["image_loss_mask"] = torch.zeros(count, device=targets.device)
+            inputs["noise_samples"] = model.image_decoder.draw(len(layout.earlier.images), torch.Generator())
+            inputs["loss_image_weight"] = 1.0
+            idle.add("loss_img")
+        return {**inputs, "layout": layout}, frozenset(idle)
+
+
+def _count(inputs: dict[str, Any], name: str) -> int:
+    return 0 if inputs.get(name) is None else len(inputs[name])
+
+
+def _weight(inputs: dict[str, Any], name: str, config: MMInterleavedConfig) -> float:
+    given = inputs.get(name)
+    return getattr(config, name) if given is None else given
+
+
+def _black(side: int, inputs: dict[str, Any]) -> Tensor:
+    """One black image, [1, 3, side, side]."""
+    return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=inputs["input_ids"].device)
+
+
+def _with_idle_target(layout: Layout) -> Layout:
+    """`layout` with the first token as the context of the only target image, which sees no image."""
+    first = layout.target_images.new_zeros(1)
+    nothing = first.new_zeros(1, 0)
+    return replace(
+        layout, target_images=first, target_positions=ImagePositions(first, first, first),
+        conditioning_images=nothing[0], earlier=VisibleImages(nothing, nothing.view(0, 0)), context_length=1,
+    )  # fmt: skip
+
+
+class ShardingCallback(TrainerCallback):
     """Lets all parameters take part in every step, as soon as they are sharded, and says how they are."""
 
     def __init__(self, console: Console) -> None:

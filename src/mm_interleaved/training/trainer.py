@@ -22,12 +22,13 @@ from ..configuration import to_yaml
 from ..model.checkpoint import put_in_place
 from . import checkpoints, sharding
 from .config import RunConfig, ScheduleConfig, TrainingError
+from .distillation import ConditionDistillation
 from .ema import EMA
-from .feed import Feed
 from .flops import StepCost, peak_flops
 from .graphs import RecordedStep
 from .meters import Window
 from .optimizer import build_optimizer
+from .pipeline import BatchPipeline
 
 PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # outputs of the model that begin so are logged on their own
 
@@ -42,10 +43,12 @@ class RunTrainer(Trainer):
         model: to be trained; what is frozen stays frozen.
         args: see `training_arguments`.
         config: the run.
-        feed: gives batches.
-        eval_feed: makes a fresh feed of held-out batches; None: no evaluation.
+        pipeline: gives batches.
+        eval_pipeline: makes a fresh pipeline of held-out batches, and says how many; None: no evaluation.
         save_extras: writes what else belongs into a folder with weights (processor).
         cost: for the MFU; None: not shown.
+        distillation: adds its loss to the model's; None: none.
+        branches: completes batches for a sharded model; None: left as they are.
 
     Attributes:
         recorded: runs the model in training, if not it itself.
@@ -56,12 +59,15 @@ class RunTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         config: RunConfig,
-        feed: Feed,
-        eval_feed: Callable[[], tuple[Feed, int]] | None = None,
+        pipeline: BatchPipeline,
+        eval_pipeline: Callable[[], tuple[BatchPipeline, int]] | None = None,
         save_extras: Callable[[Path], None] = lambda folder: None,
         cost: StepCost | None = None,
+        distillation: ConditionDistillation | None = None,
+        branches: sharding.ForceAllBranches | None = None,
     ) -> None:
-        self.config, self.feed, self.eval_feed, self.save_extras = config, feed, eval_feed, save_extras
+        self.config, self.pipeline, self.eval_pipeline, self.save_extras = config, pipeline, eval_pipeline, save_extras
+        self.distillation, self.branches = distillation, branches
         self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
         self.recorded: RecordedStep | None = None
         self._aside: Path | None = None
@@ -75,9 +81,9 @@ class RunTrainer(Trainer):
 
     # ---- what the Trainer asks for
 
-    def get_train_dataloader(self) -> Feed:
-        """The feed; it takes care of devices and ranks itself."""
-        return self.feed
+    def get_train_dataloader(self) -> BatchPipeline:
+        """The pipeline; it takes care of devices and ranks itself."""
+        return self.pipeline
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the configured groups."""
@@ -94,7 +100,7 @@ class RunTrainer(Trainer):
         return self.lr_scheduler
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nothing here: arithmetic is counted from what the feed served."""
+        """Nothing here: arithmetic is counted from what went through the pipeline."""
         return 0
 
     def compute_loss(
@@ -107,11 +113,27 @@ class RunTrainer(Trainer):
         """The model's own loss; its parts are remembered for the log."""
         # accelerate puts autocast into models, but for FSDP2 it does not
         with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
-            outputs = self.recorded(model, inputs) if self.recorded is not None and model.training else model(**inputs)
+            recorded = self.recorded is not None and model.training
+            outputs = self.recorded(model, inputs) if recorded else self.compute_outputs(model, inputs)
         parts = {name: value for name, value in outputs.items() if name.startswith(PARTS)}
         if model.training:
             self.window.add(outputs["loss"], {**dict.fromkeys(self._part_names(outputs)), **parts})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def compute_outputs(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """The output of `model` for `inputs`, with the losses that training adds."""
+        idle: frozenset[str] = frozenset()
+        if self.branches is not None:
+            inputs, idle = self.branches.complete(self.model, inputs)
+        if self.distillation is None:
+            outputs = model(**inputs)
+        else:
+            outputs = model(**inputs, return_conditions=True)
+            with self.accelerator.autocast():
+                outputs = self.distillation.add_to(outputs, inputs, idle="loss_distillation" in idle)
+        if idle:
+            outputs = type(outputs)(**{name: value for name, value in outputs.items() if name not in idle})
+        return outputs
 
     @staticmethod
     def _part_names(outputs: Mapping[str, Any]) -> list[str]:
@@ -126,10 +148,10 @@ class RunTrainer(Trainer):
         """
         if "loss" in logs:
             self._check_losses()
-            served = self.feed.take_counts()
+            stats = self.pipeline.take_stats()
             steps = self.state.global_step - self._window_step
             seconds_begin = self.window.begin
-            logs |= self.window.close(served, self.cost, self.peak)
+            logs |= self.window.close(stats, self.cost, self.peak)
             self.window = Window(self.args.device)
             logs["steps_per_second"] = steps / (self.window.begin - seconds_begin)
             self._window_step = self.state.global_step
@@ -143,25 +165,25 @@ class RunTrainer(Trainer):
 
     def start_window(self) -> None:
         """Begin measuring now."""
-        self.feed.take_counts()
+        self.pipeline.take_stats()
         self.window = Window(self.args.device)
         self._window_step = self.state.global_step
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean losses over the held-out batches, with the averaged weights if there are any."""
-        if self.eval_feed is None:
+        if self.eval_pipeline is None:
             return {}
-        feed, count = self.eval_feed()
+        pipeline, count = self.eval_pipeline()
         window = Window(self.args.device)
         model = self.model_wrapped
         model.eval()
         with self.uncompiled(), self.averaged(), torch.no_grad(), self.accelerator.autocast():
-            for inputs, _ in zip(feed, range(count), strict=False):
-                outputs = model(**inputs)
+            for inputs, _ in zip(pipeline, range(count), strict=False):
+                outputs = self.compute_outputs(model, inputs)
                 parts = {n: outputs.get(n) for n in self._part_names(outputs)}
                 window.add(outputs["loss"], {"loss": outputs["loss"], **parts})
         model.train()
-        measured = window.close(feed.take_counts(), None, None)
+        measured = window.close(pipeline.take_stats(), None, None)
         logs = {f"eval_{n}": v for n, v in measured.items() if n.startswith(("loss", *PARTS))}
         self.control.should_evaluate = False  # the Trainer asks once more at the end of its epoch
         self.log(logs)
@@ -194,7 +216,7 @@ class RunTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             folder = self._aside / name
-            torch.save(self.feed.state_dict(), folder / self._feed_file())
+            torch.save(self.pipeline.state_dict(), folder / self._pipeline_file())
             if self.args.should_save and self.ema is not None:
                 self.ema.save(folder)
             self._barrier()
@@ -228,23 +250,23 @@ class RunTrainer(Trainer):
             put_in_place(aside, folder)
 
     def load_run_state(self, folder: Path) -> None:
-        """What the Trainer does not know of: the feed's place and the average.
+        """What the Trainer does not know of: the pipeline's place and the average.
 
         Raises:
             ValueError: the checkpoint was written with another number of processes.
         """
-        path = folder / self._feed_file()
+        path = folder / self._pipeline_file()
         if not path.is_file():
             count = len(list(folder.glob("feed_*.pt")))
             raise ValueError(
                 f"'{folder}' was written by {count} processes, now there are {self.args.world_size}; start as many, or "
                 "start a new run from its weights with model.checkpoint"
             )
-        self.feed.load_state_dict(torch.load(path, weights_only=True))
+        self.pipeline.load_state_dict(torch.load(path, weights_only=True))
         if self.ema is not None:
             self.ema.load(folder)
 
-    def _feed_file(self) -> str:
+    def _pipeline_file(self) -> str:
         return f"feed_{self.args.process_index}.pt"
 
     @staticmethod
@@ -259,8 +281,8 @@ class RunTrainer(Trainer):
         if back is None:
             return
         folder = Path(self.args.output_dir) / f"bad-batch-rank{self.args.process_index}"
-        numbers = dict(self.feed.recent)
-        number = self.feed.number - back
+        numbers = dict(self.pipeline.recent)
+        number = self.pipeline.number - back
         step = self.state.global_step - (back - 1) // self.config.accumulation
         if number not in numbers:
             raise TrainingError(
@@ -331,7 +353,7 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         eval_strategy="no",  # a callback asks for it
         report_to=[],
         disable_tqdm=True,
-        ignore_data_skip=True,  # the feed knows its place
+        ignore_data_skip=True,  # the pipeline knows its place
         remove_unused_columns=False,
         seed=config.seed,
         use_cpu=device == "cpu" or not torch.accelerator.is_available(),

@@ -1,4 +1,4 @@
-"""Batches on their way into the model: endless, on the right device, planned, with their random numbers."""
+"""Batches on their way into the model: endless, on the right device, planned, with their noise samples."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from ..model import MMInterleavedModel
+from ..model.layout import Layout
 from ..ops import HAS_TRITON
 from ..processor import Batch
 from .config import LossConfig, ShapesConfig
 
-_OF_PICTURES = {"pixel_values", "target_pixel_values", "image_rows", "document_starts", "image_loss_mask"}
+_CHECKED_ONLY = {"image_rows"}  # nothing is checked of a batch that is planned
+_PER_IMAGE = {"pixel_values", "target_pixel_values", "document_starts", "image_loss_mask"}
 KEPT_BATCHES = 16  # newest batches that are held for a dump, should their loss be no number
 _STRIDE = 0x9E3779B97F4A7C15  # spreads neighbouring numbers over all seeds
 
@@ -45,19 +47,19 @@ Prepare = Callable[[Any, int, torch.device], dict[str, Any]]
 
 
 @dataclass
-class Served:
-    """What went through a feed since the last `Feed.take_counts`.
+class BatchStats:
+    """What went through a pipeline since the last `BatchPipeline.take_stats`.
 
     Attributes:
         tokens: real tokens.
-        pictures: pictures seen.
-        drawn: pictures drawn, each noise counted.
+        images: images that the visual tokenizer encoded.
+        noise_samples: noise samples of target images.
         wait: seconds spent waiting for the loader.
     """
 
     tokens: int = 0
-    pictures: int = 0
-    drawn: int = 0
+    images: int = 0
+    noise_samples: int = 0
     wait: float = 0.0
 
 
@@ -70,7 +72,7 @@ def seed_of(*numbers: int) -> int:
     return mixed % 2**63
 
 
-class Feed:
+class BatchPipeline:
     """Batch after batch, epoch after epoch, as arguments of the model.
 
     The random numbers of a batch follow from the seed and from its number over all ranks, so they do not depend on
@@ -90,7 +92,7 @@ class Feed:
         self.loader, self.prepare, self.seed, self.device = loader, prepare, seed, device
         self.rank, self.world_size = rank, world_size
         self.epoch, self.number = 0, 0
-        self.counts = Served()
+        self.stats = BatchStats()
         self.recent: deque[tuple[int, Any]] = deque(maxlen=KEPT_BATCHES)
         self._resumed = False  # the loader stands in the middle of an epoch
 
@@ -107,7 +109,7 @@ class Feed:
     def _next(self, batches: Iterator[Any]) -> Any:
         begin = time.perf_counter()
         batch = next(batches, None)
-        self.counts.wait += time.perf_counter() - begin
+        self.stats.wait += time.perf_counter() - begin
         return batch
 
     def _serve(self, batch: Any) -> dict[str, Any]:
@@ -115,15 +117,15 @@ class Feed:
         self.recent.append((self.number, batch))
         self.number += 1
         arguments = self.prepare(batch, seed, self.device)
-        counts = arguments.pop("counts")
-        for name in ("tokens", "pictures", "drawn"):
-            setattr(self.counts, name, getattr(self.counts, name) + getattr(counts, name))
+        stats = arguments.pop("stats")
+        for name in ("tokens", "images", "noise_samples"):
+            setattr(self.stats, name, getattr(self.stats, name) + getattr(stats, name))
         return arguments
 
-    def take_counts(self) -> Served:
+    def take_stats(self) -> BatchStats:
         """The counts so far, which then start anew."""
-        counts, self.counts = self.counts, Served()
-        return counts
+        stats, self.stats = self.stats, BatchStats()
+        return stats
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to give the same batches from here on."""
@@ -142,41 +144,24 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
 
     Args:
         model: that they are for.
-        losses: their weights, and how many pictures are drawn.
+        losses: their weights, and of how many images the image loss is.
         shapes: sizes that batches are brought to; None: as they are.
     """
     shapes = shapes or ShapesConfig()
 
     def prepare(batch: Batch, seed: int, device: torch.device) -> dict[str, Any]:
-        pictures = len(batch.pixel_values)
-        drawn = choose_pictures(pictures, losses.image_fraction, seed, shapes, batch.image_loss_mask)
-        layout = model.plan(
-            batch.input_ids,
-            batch.attention_mask,
-            batch.document_starts,
-            batch.labels,
-            drawn,
-            losses.draws_per_image,
-            routes=device.type != "cuda" or not HAS_TRITON,
-        )
-        seen = _size(pictures, shapes.pictures, shapes)
-        longest = _size(layout.context_length, shapes.context, shapes)
-        layout = layout.filled(
-            seen,
-            shapes.visible,
-            _size(len(layout.conditioning), shapes.conditioning, shapes),
-            min(longest, model.config.max_context_length),
-            shapes.labelled,
-        )
-        count = losses.draws_per_image * (pictures if drawn is None else len(drawn))
+        images = len(batch.pixel_values)
+        targets = choose_targets(images, losses.image_fraction, seed, shapes, batch.get("image_loss_mask"))
+        layout = _planned(model, batch, targets, losses.draws_per_image, shapes, device)
+        count = losses.draws_per_image * (images if targets is None else len(targets))
         generator = torch.Generator(device).manual_seed(seed)
         weights = {"loss_text_weight": losses.text, "loss_image_weight": losses.image}
-        for name in weights:
-            if getattr(batch, name) is not None:
-                weights[name] = getattr(batch, name)
-        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        if fill := seen - pictures:
-            for name in _OF_PICTURES & tensors.keys():
+        weights = {name: batch.get(name, weight) for name, weight in weights.items()}
+        tensors = {
+            n: x.to(device, non_blocking=True) for n, x in batch.items() if n not in _CHECKED_ONLY | weights.keys()
+        }
+        if fill := _size(images, shapes.pictures, shapes) - images:
+            for name in _PER_IMAGE & tensors.keys():
                 own = tensors[name]
                 tensors[name] = torch.cat([own, own.new_zeros(fill, *own.shape[1:])])
         if not layout.padded:
@@ -185,11 +170,38 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
             **tensors,
             **weights,
             "layout": layout.to(device, non_blocking=True),
-            "draws": model.image_decoder.draw(count, generator) if count else None,
-            "counts": Served(int(batch.attention_mask.sum()), pictures, count),
+            "noise_samples": model.image_decoder.draw(count, generator) if count else None,
+            "stats": BatchStats(int(batch.attention_mask.sum()), images, count),
         }
 
     return prepare
+
+
+def _planned(
+    model: MMInterleavedModel,
+    batch: Batch,
+    target_images: torch.Tensor | None,
+    repeats: int,
+    shapes: ShapesConfig,
+    device: torch.device,
+) -> Layout:
+    """The layout of a batch, at least of the sizes that `shapes` says."""
+    layout = model.plan(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.document_starts,
+        batch.get("labels"),
+        target_images,
+        repeats,
+        routes=device.type != "cuda" or not HAS_TRITON,
+    )
+    return layout.filled(
+        _size(len(batch.pixel_values), shapes.pictures, shapes),
+        shapes.visible,
+        _size(len(layout.conditioning_images), shapes.conditioning, shapes),
+        min(_size(layout.context_length, shapes.context, shapes), model.config.max_context_length),
+        shapes.labelled,
+    )
 
 
 def _size(own: int, wanted: int, shapes: ShapesConfig) -> int:
@@ -197,10 +209,10 @@ def _size(own: int, wanted: int, shapes: ShapesConfig) -> int:
     return wanted if own <= wanted else -(-own // shapes.multiple) * shapes.multiple
 
 
-def choose_pictures(
+def choose_targets(
     count: int, fraction: float, seed: int, shapes: ShapesConfig, weights: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Which of `count` pictures are drawn, in order; None: all. Those of weight 0 come last."""
+    """Numbers of those of `count` images that the image loss is about, in order; None: all. Weight 0 comes last."""
     wanted = math.ceil(fraction * count)
     wanted = wanted // shapes.multiple * shapes.multiple or wanted
     if 0 < shapes.drawn <= count:
@@ -216,7 +228,7 @@ def choose_pictures(
 def prepare_scenes(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
     """The `Prepare` for batches of labelled scenes."""
     tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {**tensors, "counts": Served(0, len(batch["pictures"]), 0)}
+    return {**tensors, "stats": BatchStats(0, len(batch["pictures"]), 0)}
 
 
 def prepare_texts(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
@@ -224,7 +236,7 @@ def prepare_texts(batch: dict[str, torch.Tensor], seed: int, device: torch.devic
     longest = -(-int(batch["lengths"].max()) // 16) * 16
     batch = {**batch, "input_ids": batch["input_ids"][:, :longest]}
     tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {**tensors, "counts": Served(int(batch["lengths"].sum()), 0, 0)}
+    return {**tensors, "stats": BatchStats(int(batch["lengths"].sum()), 0, 0)}
 
 
 def prepare_pictures(latents: tuple[int, int, int]) -> Prepare:
@@ -236,6 +248,6 @@ def prepare_pictures(latents: tuple[int, int, int]) -> Prepare:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         generator = torch.Generator(device).manual_seed(seed)
         noise = torch.randn(len(pixels), *latents, generator=generator, device=device)
-        return {"pixels": pixels, "noise": noise, "counts": Served(0, len(pixels), len(pixels))}
+        return {"pixels": pixels, "noise": noise, "stats": BatchStats(0, len(pixels), len(pixels))}
 
     return prepare
