@@ -81,7 +81,7 @@ def outputs(model: MMInterleaved, kind: str = "dynamic", steps: int = 1) -> dict
     return {"tokens": features.tokens, "latents": last.latents, "images": decoder.decode(last.latents)}
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-4) -> bool:
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5) -> bool:
     return all(far(found[name], x) <= bound for name, x in expected.items())
 
 
@@ -133,7 +133,7 @@ def test_an_adapter_acts_like_the_merged_adapter(preset: str, kind: str) -> None
     merged = adapter.merge_and_unload()
     assert len(image_side(merged)) == count
     for expected in (outputs(merged, kind, 2), plainly(merged, 2)):
-        assert same(found, expected)
+        assert same(found, expected, 1e-4)
         assert float((found["images"] - expected["images"]).abs().max()) < 2 / 255
     clipped = (found["images"] == 0) | (found["images"] == 1)
     assert clipped.float().mean() < 0.5  # or images would say little
@@ -153,7 +153,7 @@ def test_an_adapter_on_one_map_of_a_synchronizer(mine: MMInterleaved, name: str,
     before = outputs(mine, kind)
     adapter = adapted(mine, [SYNCHRONIZER + name])
     found = outputs(mine, kind)
-    assert not same(found, before, 1e-3)
+    assert not same(found, before, 1e-4)
     derived = mine.image_decoder.unet.derive()
     assert (derived[1].query is None) == (name in ("mmfs.dynamic_offset_mask", "mmfs.sampling_offsets",
                                                    "mmfs.attention_weights"))  # fmt: skip
@@ -216,7 +216,7 @@ def test_the_next_call_sees_what_was_written(mine: MMInterleaved, made: list, ho
     before = outputs(mine, kind)
     WRITES[how](mine)
     found = outputs(mine, kind)
-    assert not same(found, before, 1e-3)
+    assert not same(found, before, 1e-4)
     assert same(found, plainly(mine))
     moved = how == "replaced"
     assert len(made) == (0 if kind == "dynamic" else 2 if moved else 1)
@@ -235,7 +235,7 @@ def test_adapters_are_switched_between_calls(mine: MMInterleaved, kind: str) -> 
     adapter.add_adapter("second", copy.deepcopy(adapter.peft_config["first"]))
     adapter.set_adapter("second")
     second = outputs(mine.eval(), kind)
-    assert not same(second, first, 1e-2)
+    assert not same(second, first, 1e-4)
     assert same(second, plainly(mine))
     adapter.set_adapter("first")
     assert same(outputs(mine, kind), first)
@@ -246,7 +246,7 @@ def test_adapters_are_switched_between_calls(mine: MMInterleaved, kind: str) -> 
         if hasattr(module, "lora_A"):
             module.scale_layer(0.5)
     weaker = outputs(mine, kind)
-    assert not same(weaker, first, 1e-2)
+    assert not same(weaker, first, 1e-4)
     assert same(weaker, plainly(mine))
     merged = adapter.merge_and_unload()
     assert same(outputs(merged, kind), weaker)
@@ -256,13 +256,13 @@ def test_adapters_are_switched_between_calls(mine: MMInterleaved, kind: str) -> 
 
 
 def hooked() -> list[str]:
-    """A module of every kind of the image decoder: those whose names differ in more than numbers."""
+    """A module of every kind of the image decoder: those whose names differ in more than the block."""
     with torch.device("meta"):
         decoder = MMInterleaved(MMInterleavedConfig.preset("debug")).image_decoder
     kinds: dict[str, str] = {}
     for name, module in decoder.named_modules():
         if name.startswith(("unet.", "resampler", "vae.decoder", "vae.post_quant")) and _is_called(module):
-            kinds.setdefault(re.sub(r"\d+", "*", name), name)
+            kinds.setdefault(re.sub(r"(down|up)_blocks\.\d+|mid_block|\d+", "*", name), name)
     return [f"image_decoder.{name}" for name in kinds.values()]
 
 
