@@ -3,6 +3,8 @@
 What does not change from step to step is prepared once for each image: the values of the earlier images for every
 synchronizer, the text's keys and values, the derived weights. Where nothing is captured, the same call runs directly,
 so a CPU tests all but the capture. The reference implementation is a call of the UNet itself.
+
+Axes: B batch of images that are generated, C latent channels, L tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .static import Pool, capture
-from .unet import EarlierImages, KeptText, MMFSUNet
+from .unet import EarlierImages, MMFSUNet, TextKV
 from .weights import state_of
 
 CacheImplementation = Literal["auto", "static", "dynamic"]
@@ -29,9 +31,9 @@ class GraphedUNet:
 
     Args:
         unet: of which only a weak reference is kept. On a CUDA device its convolutions are laid out channels last.
-        latents: [batch, channels, side, side] of the shape and type of all that will come.
+        latents: [B, C, side, side] of the shape and type of all that will come.
         timestep: a scalar of the type of all that will come.
-        conditions: [batch, tokens, cross_attention_dim].
+        conditions: [B, L, cross_attention_dim].
         earlier: with values.
         captured: whether to capture the step in a CUDA graph; None: on a CUDA device.
         compiled: whether to compile the UNet first, which takes minutes; what is compiled holds on to `unet`.
@@ -90,7 +92,7 @@ class GraphedUNet:
         self.prediction.copy_(prediction)
 
 
-def _tensors(text: KeptText, earlier: EarlierImages) -> list[Tensor]:
+def _tensors(text: TextKV, earlier: EarlierImages) -> list[Tensor]:
     """Everything that changes from image to image, in a fixed order."""
     found = [x for pair in text.values() for x in pair] + [earlier.visible.images, *earlier.values]
     return found if earlier.visible.routes is None else [*found, earlier.visible.routes]

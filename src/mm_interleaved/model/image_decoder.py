@@ -1,10 +1,12 @@
-"""The image decoder: the context before a picture becomes the picture.
+"""The image decoder: the context before an image becomes the image.
 
-    context ──► resampler ──► conditions ──► UNet (with earlier pictures through MMFS) ──► latents ──► VAE ──► picture
+    context ──► resampler ──► conditions ──► UNet (with earlier images through MMFS) ──► latents ──► VAE ──► image
 
-Training learns to predict the noise in the latents of the true picture (DDPM, arXiv 2006.11239, eq. 14); sampling
+Training learns to predict the noise in the latents of the true image (DDPM, arXiv 2006.11239, eq. 14); sampling
 runs the diffusion backwards with classifier-free guidance (arXiv 2207.12598), whose unconditional half swaps the
-conditions for a learned `negative_prompt` but sees the same earlier pictures.
+conditions for a learned `negative_prompt` but sees the same earlier images.
+
+Axes: B batch of images, L tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from .unet import DerivedWeights, EarlierImages, MMFSUNet
 from .weights import why_not_captured
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents, timestep) to the predicted noise
-Generators = torch.Generator | Sequence[torch.Generator]  # one for all pictures of a call, or one per picture
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all images of a call, or one per image
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +44,10 @@ class DiffusionDraws:
     """The random numbers of one training step of the image decoder.
 
     Attributes:
-        unconditional: [pictures] uniform in [0, 1); below `unconditional_probability` a picture loses its context.
-        posterior: [pictures, latent channels, side, side] normal, for the VAE's posterior.
-        noise: [pictures, latent channels, side, side] normal, what the UNet has to find.
-        timesteps: [pictures] integers in [0, num_train_timesteps).
+        unconditional: [B] uniform in [0, 1); below `unconditional_probability` an image loses its context.
+        posterior: [B, latent channels, side, side] normal, for the VAE's posterior.
+        noise: [B, latent channels, side, side] normal, what the UNet has to find.
+        timesteps: [B] integers in [0, num_train_timesteps).
     """
 
     unconditional: Tensor
@@ -65,9 +67,9 @@ class DenoisingStep:
     Attributes:
         index, total: the step's number from 1, and how many there are.
         timestep: diffusion time of the step.
-        latents: [pictures, latent channels, side, side] after the step.
+        latents: [B, latent channels, side, side] after the step.
         prediction: the noise prediction of the step, after guidance.
-        preview: [pictures, 3, image_size, image_size] in [0, 1], or None when no preview was due.
+        preview: [B, 3, image_size, image_size] in [0, 1], or None when no preview was due.
     """
 
     index: int
@@ -147,7 +149,7 @@ class ImageDecoder(nn.Module):
         return self.unet.conv_in.weight.dtype
 
     def latent_shape(self, num_images: int) -> tuple[int, int, int, int]:
-        """Shape of the latents of `num_images` pictures."""
+        """Shape of the latents of `num_images` images."""
         side = self.config.latent_size
         return (num_images, self.config.vae["latent_channels"], side, side)
 
@@ -168,9 +170,9 @@ class ImageDecoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents of `images` [pictures, 3, size, size] in [0, 1], sampled from the posterior with `noise`.
+        """Scaled latents of `images` [B, 3, size, size] in [0, 1], sampled from the posterior with `noise`.
 
-        With several times as many noises as pictures, all pictures are sampled once, then all again; the VAE runs once.
+        With several times as many noises as images, all images are sampled once, then all again; the VAE runs once.
         """
         dtype, repeats = self.vae.dtype, len(noise) // max(len(images), 1)
         means, deviations = [], []
@@ -184,7 +186,7 @@ class ImageDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, half: bool = False) -> Tensor:
-        """Pictures [pictures, 3, size, size] in [0, 1], float32, out of scaled latents; `half` computes in bfloat16."""
+        """Images [B, 3, size, size] in [0, 1], float32, out of scaled latents; `half` computes in bfloat16."""
         dtype = self.vae.dtype
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
             scaled = channels_last((latents / self.vae.config.scaling_factor).to(dtype))
@@ -204,13 +206,13 @@ class ImageDecoder(nn.Module):
         """Mean squared error of the predicted noise.
 
         Args:
-            context: [pictures, length, context width], projected, with positions.
-            context_mask: [pictures, length]; a picture with at most two context tokens (`<s>`, SOI) does not count.
-            earlier: the earlier pictures of each.
-            images: [pictures, 3, image_size, image_size] in [0, 1].
-            draws: the random numbers, for all pictures once or several times over; `earlier` likewise.
-            image_loss_mask: [pictures] weights; None: all 1.
-            normalize: divide by the pictures that count; else by all of them (spec/model 5.6).
+            context: [B, L, context width], projected, with positions.
+            context_mask: [B, L]; an image with at most two context tokens (`<s>`, SOI) does not count.
+            earlier: the earlier images of each.
+            images: [B, 3, image_size, image_size] in [0, 1].
+            draws: the random numbers, for all images once or several times over; `earlier` likewise.
+            image_loss_mask: [B] weights; None: all 1.
+            normalize: divide by the images that count; else by all of them, as the release does.
 
         Returns:
             A scalar in float32.
@@ -241,10 +243,10 @@ class ImageDecoder(nn.Module):
         """Run the diffusion backwards, one step at a time.
 
         Args:
-            conditions: [pictures, tokens, cross_attention_dim] from `resampler`.
-            earlier: the earlier pictures, one group for each picture drawn.
+            conditions: [B, L, cross_attention_dim] from `resampler`.
+            earlier: the earlier images, one group for each image generated.
             settings: steps, guidance, scheduler.
-            generators: source of the initial and the step noise; one generator draws for all pictures together.
+            generators: source of the initial and the step noise; one generator serves all images together.
 
         Raises:
             ValueError: the scheduler cannot be used like that; see `sampler`.

@@ -1,10 +1,12 @@
 """A query transformer: learned queries that read any number of feature vectors (BLIP-2's Q-Former, arXiv 2301.12597).
 
-It stands at both ends of the language model: it turns the patches of a picture into visual tokens, and the context
-before a picture into the conditions of the image decoder. Post-norm BERT layers without a text branch. With
+It stands at both ends of the language model: it turns the patches of an image into visual tokens, and the context
+before an image into the conditions of the image decoder. Post-norm BERT layers without a text branch. With
 `qk_norm`, queries and keys pass a LayerNorm over each head's channels, one set of weights for all heads.
 
 The queries have batch size 1 until the first cross-attention spreads them over the batch.
+
+Axes: B batch, Q queries, L feature vectors that are read, D width.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class ResamplerAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`query` [batch or 1, queries, width], `context` [batch, length, size], `mask` [batch, 1, 1, length] added."""
+        """`query` [B or 1, Q, D], `context` [B, L, size], `mask` [B, 1, 1, L] added."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -60,7 +62,7 @@ class ResamplerLayer(GradientCheckpointingLayer):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, query: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
-        """One layer: [batch or 1, queries, width] to [batch, queries, width]."""
+        """One layer: [B or 1, Q, D] to [B, Q, D]."""
         query = self.self_attention(query, query)
         if self.cross_attention is not None:
             query = self.cross_attention(query, features, mask)
@@ -94,11 +96,11 @@ class Resampler(nn.Module):
         """Read `features`.
 
         Args:
-            features: [batch, length, encoder_size].
-            mask: [batch, length], nonzero where there is something to read; None: everywhere.
+            features: [B, L, encoder_size].
+            mask: [B, L], nonzero where there is something to read; None: everywhere.
 
         Returns:
-            [batch, num_queries, hidden_size].
+            [B, num_queries, hidden_size].
         """
         if mask is not None:
             lowest = torch.finfo(features.dtype).min

@@ -1,8 +1,11 @@
-"""Stable Diffusion's UNet, whose skip connections and middle look at earlier pictures through MMFS.
+"""Stable Diffusion's UNet, whose skip connections and middle look at earlier images through MMFS.
+
+Axes: B batch of images that are generated, I earlier images, S spatial positions of all levels, N heads, D channels of
+a head, C channels, R slots for earlier images, L tokens.
 
 The down path and the middle run as in diffusers; then every skip tensor and the middle's output pass a synchronizer,
-each a residual through a zero-initialised 1x1 convolution; then the up path runs. So the down path never sees a
-picture. On a CUDA device maps lie channels last from convolution to convolution (`ops/group_norm.py`).
+each a residual through a zero-initialised 1x1 convolution; then the up path runs. So the down path sees no
+earlier image. On a CUDA device maps lie channels last from convolution to convolution (`ops/group_norm.py`).
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ _EPS = 1e-6  # of all LayerNorms here
 
 @dataclass
 class EarlierImages:
-    """The pictures that the UNet looks at.
+    """The earlier images that the UNet looks at.
 
     Attributes:
-        features: [pictures, positions, vision width], all four levels one after the other.
+        features: [I, S, vision width], all four levels one after the other.
         normed: the same, each vector with mean 0 and variance 1. Every synchronizer begins with a LayerNorm; this part
             of it they share.
         shapes: (height, width) of every level.
-        visible: which of them each drawn picture sees; a group is one drawn picture.
+        visible: which of them each image of the batch sees; a group is one image.
         values: for every synchronizer its values of the images; None: projected anew in each call (training).
         centres: by side of a map of the UNet, the points [1, side * side, 2] around which its cells look; None: made
             anew in each call.
@@ -52,18 +55,18 @@ class EarlierImages:
 
     @classmethod
     def build(cls, pyramid: list[Tensor], images: Tensor) -> EarlierImages:
-        """From maps [pictures, width, side, side] and the pictures each drawing sees [drawings, slots], -1 = none."""
+        """From maps [I, width, side, side] and the earlier images that each image sees [B, R], -1 = none."""
         return cls.of(pyramid, VisibleImages.build(images, len(pyramid[0])))
 
     @classmethod
     def of(cls, pyramid: list[Tensor], visible: VisibleImages) -> EarlierImages:
-        """The same, with the pictures of each drawing sorted already."""
+        """The same, with the images of each image of the batch sorted already."""
         features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], dim=1)
         normed = F.layer_norm(features, features.shape[-1:], eps=_EPS)
         return cls(features, normed, [(m.shape[-2], m.shape[-1]) for m in pyramid], visible)
 
     def for_guidance(self, unconditional_sees: bool) -> EarlierImages:
-        """For a batch with the unconditional copy of every drawing first; nothing large is copied."""
+        """For a batch with the unconditional copy of every image first; nothing large is copied."""
         images = self.visible.images
         unconditional = images if unconditional_sees else torch.full_like(images, -1)
         visible = VisibleImages.build(torch.cat([unconditional, images]), len(self.features))
@@ -114,7 +117,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         nn.init.zeros_(self.conv.bias)
 
     def project(self, normed: Tensor) -> Tensor:
-        """The values [images, positions, heads, head dim] of `EarlierImages.normed` [images, positions, width]."""
+        """The values [I, S, N, D] of `EarlierImages.normed` [I, S, width]."""
         return self.mmfs.project(self.feature_norm(normed))
 
     def derive(self, out: DerivedWeights | None = None) -> DerivedWeights:
@@ -137,7 +140,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         centres: Tensor,
         derived: DerivedWeights | None = None,
     ) -> Tensor:
-        """`x` [batch, channels, side, side] around `centres`; a group of `earlier.visible` is one image of the batch.
+        """`x` [B, C, side, side] around `centres`; a group of `earlier.visible` is one image of the batch.
 
         `values` are `project(earlier.normed)`, `derived` is `derive()`; None: made anew, or not used.
         """
@@ -152,14 +155,14 @@ class UNetSynchronizer(GradientCheckpointingLayer):
             derived.query, derived.output,
         )  # fmt: skip
         seen = seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1))
-        done = derived.output is not None and self.mmfs.implementation == "fast"  # the convolution is folded in
+        done = derived.output is not None and self.mmfs.implementation == "fast"  # the convolution, too
         return x + (seen if done else self.conv(seen))
 
 
-KeptText = dict[str, tuple[Tensor, Tensor]]  # keys and values [drawings, heads, tokens, dim] by name of attention
+TextKV = dict[str, tuple[Tensor, Tensor]]  # keys and values [B, N, L, D] by name of the attention
 
 
-class KeptTextProcessor(AttnProcessor2_0):
+class TextKVProcessor(AttnProcessor2_0):
     """diffusers' attention, except that keys and values of the text may come in already projected.
 
     Args:
@@ -177,14 +180,14 @@ class KeptTextProcessor(AttnProcessor2_0):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        kept: KeptText | None = None,
+        text: TextKV | None = None,
     ) -> Tensor:
-        """`hidden_states` [drawings, cells, channels]; other arguments as in diffusers."""
-        if kept is None or self.name not in kept:
+        """`hidden_states` [B, cells, C]; other arguments as in diffusers."""
+        if text is None or self.name not in text:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, *kept[self.name]).transpose(1, 2).flatten(2)
-        return attn.to_out[0](mixed) / attn.rescale_output_factor
+        mixed = F.scaled_dot_product_attention(query, *text[self.name]).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
 
 
 class MMFSUNet(UNet2DConditionModel):
@@ -206,7 +209,7 @@ class MMFSUNet(UNet2DConditionModel):
             if config.mmfs.enabled
             else []
         )
-        self.set_attn_processor({name: KeptTextProcessor(name) for name in self.attn_processors})
+        self.set_attn_processor({name: TextKVProcessor(name) for name in self.attn_processors})
         use_own_blocks(self)
         blocks = [m for m in self.modules() if isinstance(m, ResnetBlock)]
         self.silu_before_blocks = all(block.activates_time for block in blocks)
@@ -229,8 +232,8 @@ class MMFSUNet(UNet2DConditionModel):
         sides = {synchronizer.side for synchronizer in self.synchronizers}
         return {side: cell_centres([side], device)[None] for side in sides}
 
-    def prepare_text(self, conditions: Tensor) -> KeptText:
-        """Keys and values of `conditions` [drawings, tokens, cross_attention_dim], which no step changes."""
+    def prepare_text(self, conditions: Tensor) -> TextKV:
+        """Keys and values of `conditions` [B, L, cross_attention_dim], which no step changes."""
         kept = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention) and module.is_cross_attention:
@@ -244,28 +247,28 @@ class MMFSUNet(UNet2DConditionModel):
         timestep: Tensor,
         conditions: Tensor,
         earlier: EarlierImages | None,
-        text: KeptText | None = None,
+        text: TextKV | None = None,
         derived: list[DerivedWeights] | None = None,
     ) -> Tensor:
         """Predict the noise.
 
         Args:
-            sample: [drawings, latent channels, side, side].
-            timestep: [drawings] or a scalar.
-            conditions: [drawings, tokens, cross_attention_dim].
-            earlier: the earlier pictures; None: the plain UNet.
+            sample: [B, latent channels, side, side].
+            timestep: [B] or a scalar.
+            conditions: [B, L, cross_attention_dim].
+            earlier: the earlier images; None: the plain UNet.
             text: `prepare_text(conditions)`; None: projected anew.
             derived: `derive()`; None: the synchronizers' own modules.
 
         Returns:
-            [drawings, latent channels, side, side].
+            [B, latent channels, side, side].
         """
         time = self.time_embedding(self.get_time_embed(sample=sample, timestep=timestep))
         time = F.silu(time) if self.silu_before_blocks else time
         sample = self.conv_in(channels_last(sample))
         skips = [sample]
-        kept = None if text is None else {"kept": text}
-        crossing = {"encoder_hidden_states": conditions, "cross_attention_kwargs": kept}
+        projected = None if text is None else {"text": text}
+        crossing = {"encoder_hidden_states": conditions, "cross_attention_kwargs": projected}
         for block in self.down_blocks:
             extra = crossing if getattr(block, "has_cross_attention", False) else {}
             sample, outputs = block(hidden_states=sample, temb=time, **extra)

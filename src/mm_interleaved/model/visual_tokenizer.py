@@ -1,4 +1,7 @@
-"""A picture becomes visual tokens for the language model and a pyramid of maps for the synchronizers."""
+"""An image becomes visual tokens for the language model and a pyramid of maps for the synchronizers.
+
+Axes: I images; g is the side of the patch grid.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass
 class VisualFeatures:
-    """What the model knows about some pictures.
+    """What the model knows about some images.
 
     Attributes:
-        tokens: [pictures, num_image_tokens, text width], the pictures' embeddings in the text.
-        pyramid: four maps [pictures, vision width, side, side], fine to coarse, with positions added.
-        last_hidden_state: [pictures, 1 + g * g, vision width] of the vision tower, class token first.
+        tokens: [I, num_image_tokens, text width], the images' embeddings in the text.
+        pyramid: four maps [I, vision width, side, side], fine to coarse, with positions added.
+        last_hidden_state: [I, 1 + g * g, vision width] of the vision tower, class token first.
     """
 
     tokens: Tensor
@@ -50,12 +53,12 @@ class VisualTokenizer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The projection into the language model starts small, so that pictures enter quietly."""
+        """The projection into the language model starts small, so that images enter quietly."""
         nn.init.normal_(self.proj.weight, std=1e-3)
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, pixels: Tensor) -> VisualFeatures:
-        """Encode `pixels` [pictures, 3, image_size, image_size] with values in [0, 1]."""
+        """Encode `pixels` [I, 3, image_size, image_size] with values in [0, 1]."""
         dtype = self.proj.weight.dtype
         # Channel by channel, because a tensor of constants would make an accelerator wait for its copy.
         channels = zip(pixels.unbind(1), CLIP_MEAN, CLIP_STD, strict=True)

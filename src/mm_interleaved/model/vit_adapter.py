@@ -1,12 +1,14 @@
 """CLIP's vision tower with a ViT adapter around it (ViT-Adapter, arXiv 2205.08534).
 
-A convolutional stem (the spatial prior) gives maps at 1/4, 1/8, 1/16 and 1/32 of the picture. Four times, the stem's
+A convolutional stem (the spatial prior) gives maps at 1/4, 1/8, 1/16 and 1/32 of the image. Four times, the stem's
 features are injected into the patch tokens, a quarter of CLIP's layers run, and the tokens are extracted back into the
 stem's features. The result is a pyramid of four maps with sides 4g, 2g, g and g/2, where g is the side of the patch
 grid.
 
 What differs from the papers, and must, because the weights were trained so: CLIP's last LayerNorm is absent, and the
 pyramid is not normalised.
+
+Axes: B batch of images, Q queries, S spatial positions of all levels, D width; g is the side of the patch grid.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class ChannelNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width], normalised."""
+        """[B, channels, height, width], normalised."""
         work = self.weight.dtype if self.weight.dtype == x.dtype else promote(x.dtype)  # alike: PyTorch sums well
         weight, bias = self.weight.to(work), self.bias.to(work)
         normed = F.layer_norm(x.to(work).movedim(1, -1), weight.shape, weight, bias, self.eps)
@@ -53,7 +55,7 @@ class ChannelNorm(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """The convolutional stem: a picture of side 16g to four maps with sides 4g, 2g, g and g/2."""
+    """The convolutional stem: an image of side 16g to four maps with sides 4g, 2g, g and g/2."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class SpatialPrior(nn.Module):
         self.fc1, self.fc2, self.fc3, self.fc4 = (nn.Conv2d(w, width, 1) for w in widths)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixels [batch, 3, 16g, 16g] to four maps [batch, width, side, side], fine to coarse."""
+        """Pixels [B, 3, 16g, 16g] to four maps [B, D, side, side], fine to coarse."""
         c1 = self.stem(pixels.contiguous(memory_format=torch.channels_last))  # and so it stays, see `ChannelNorm`
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
@@ -115,7 +117,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, reference: Tensor, features: Tensor, shapes: Shapes) -> Tensor:
-        """`query` [batch, q, width] around `reference` [q, 2] into square maps `features` [batch, positions, width]."""
+        """`query` [B, Q, D] around `reference` [Q, 2] into square maps `features` [B, S, D]."""
         work = promote(query.dtype)
         value = self.value_proj(features).unflatten(-1, (self.heads, -1))
         layout = (self.heads, self.levels, self.points)
@@ -139,7 +141,7 @@ class Injector(GradientCheckpointingLayer):
         nn.init.zeros_(self.gamma)
 
     def forward(self, tokens: Tensor, stem: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
-        """`tokens` [batch, g * g, width], `stem` [batch, positions, width]."""
+        """`tokens` [B, g * g, D], `stem` [B, S, D]."""
         seen = self.attention(self.query_norm(tokens), reference, self.feature_norm(stem), shapes)
         return tokens + self.gamma * seen
 
@@ -159,7 +161,7 @@ class ConvMLP(nn.Module):
         nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
-        """[batch, positions, width] with the maps one after the other."""
+        """[B, S, D] with the maps one after the other."""
         parts = self.fc1(x).split([h * w for h, w in shapes], dim=1)
         maps = [self.conv(p.transpose(1, 2).unflatten(2, s)) for p, s in zip(parts, shapes, strict=True)]
         return self.fc2(F.gelu(torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)))
@@ -176,7 +178,7 @@ class Extractor(GradientCheckpointingLayer):
         self.mlp = ConvMLP(width, int(width * config.mlp_ratio))
 
     def forward(self, stem: Tensor, tokens: Tensor, reference: Tensor, shapes: Shapes, grid: int) -> Tensor:
-        """`stem` [batch, positions, width], `tokens` [batch, grid * grid, width]."""
+        """`stem` [B, S, D], `tokens` [B, grid * grid, D]."""
         seen = self.attention(self.query_norm(stem), reference, self.feature_norm(tokens), [(grid, grid)])
         stem = stem + seen
         return stem + self.mlp(self.mlp_norm(stem), shapes)
@@ -222,13 +224,13 @@ class ViTAdapter(nn.Module):
         nn.init.zeros_(self.level_embed)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Encode pictures.
+        """Encode images.
 
         Args:
-            pixels: [batch, 3, image_size, image_size], normalised with CLIP's mean and deviation.
+            pixels: [B, 3, image_size, image_size], normalised with CLIP's mean and deviation.
 
         Returns:
-            Last hidden state [batch, 1 + g * g, width] (class token first), and the maps [batch, width, side, side]
+            Last hidden state [B, 1 + g * g, D] (class token first), and the maps [B, D, side, side]
             with sides 4g, 2g, g, g/2.
         """
         g = self.grid

@@ -3,7 +3,7 @@
     locations_lp = reference + offsets_lp / size_l          weights = softmax of the logits over all levels and points
     out          = `deformable_attention` of these
 
-Two forms: the composition, and the kernels of MMFS. These know one picture with levels of one offset and a softmax with
+Two forms: the composition, and the kernels of MMFS. These know one image with levels of one offset and a softmax with
 one more slot of logit 0, so each level is a call of its own, whose result m_l and denominator e^d_l = 1 + S_l, with S_l
 the sum of the exponentials, are put together:
 
@@ -11,6 +11,8 @@ the sum of the exponentials, are put together:
 
 Beforehand all logits are shifted so that the largest is `_LARGEST`: then the sum of S_l is some thousands, and the 1
 that is added and taken away costs no digits that count.
+
+Axes: B batch, S spatial positions of all levels, Q queries, N heads, V levels, P points, D channels of a head.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ def deformable_attention_around(
     """Sample `value` around `reference` and mix the samples.
 
     Args:
-        value: [batch, positions, heads, dim], the levels one after the other, each row-major.
+        value: [B, S, N, D], the levels one after the other, each row-major.
         shapes: (height, width) of every level.
-        offsets: [batch, queries, heads, levels, points, 2] (x, y) in pixels of each level; float32 or float64.
-        logits: [batch, queries, heads, levels, points], of the same type.
-        reference: [queries, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
+        offsets: [B, Q, N, V, P, 2] (x, y) in pixels of each level; float32 or float64.
+        logits: [B, Q, N, V, P], of the same type.
+        reference: [Q, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
         backend: "triton", "plain" or "auto", as of `mmfs_attention`: the kernels on a CUDA device if they can run.
 
     Returns:
-        [batch, queries, heads * dim] in the type of `value`.
+        [B, Q, N * D] in the type of `value`.
 
     Raises:
         ValueError: backend="triton", but the kernels cannot run.
@@ -47,7 +49,7 @@ def deformable_attention_around(
     if backend == "triton" or (backend == "auto" and fits):
         return _by_level(value, shapes, offsets, logits, reference)
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
-    steps = [  # numbers of the host, which no recording has to wait for
+    steps = [  # numbers of the host, which no capture has to wait for
         own / width if width == height else torch.stack([own[..., 0] / width, own[..., 1] / height], dim=-1)
         for own, (height, width) in zip(offsets.unbind(3), shapes, strict=True)
     ]

@@ -9,6 +9,8 @@ eq. 3).
 
 `deformable_attention` is for use: it samples maps, or, where no gradients are needed on a CPU, sums rows of `value`.
 `deformable_attention_reference` spells the four neighbours out and is what both are tested against.
+
+Axes: B batch, S spatial positions of all levels, Q queries, N heads, V levels, P points, D channels of a head.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
     """Sample `value` at `locations` and sum with `weights`.
 
     Args:
-        value: [batch, positions, heads, dim], the levels one after the other, each row-major.
+        value: [B, S, N, D], the levels one after the other, each row-major.
         shapes: (height, width) of every level.
-        locations: [batch, queries, heads, levels or 1, points, 2]; 1 when all levels share their locations.
-        weights: [batch, queries, heads, levels, points].
+        locations: [B, Q, N, V or 1, P, 2]; 1 when all levels share their locations.
+        weights: [B, Q, N, V, P].
 
     Returns:
-        [batch, queries, heads * dim] in the type of `value`; sums run in float32 or better.
+        [B, Q, N * D] in the type of `value`; sums run in float32 or better.
     """
     form = sum_rows if _rows_are_quicker(value, shapes, locations, weights) else sample_maps
     return form(value, shapes, locations, weights)
@@ -108,7 +110,7 @@ def sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) 
 
 
 def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The plain twin of `deformable_attention`: same arguments and result, every neighbour looked up by hand."""
+    """The reference implementation of `deformable_attention`: every neighbour is looked up by hand."""
     batch, _, heads, dim = value.shape
     queries, points = weights.shape[1], weights.shape[-1]
     locations = locations.expand(-1, -1, -1, len(shapes), -1, -1)
@@ -117,7 +119,7 @@ def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Ten
     total = value.new_zeros((batch, queries, heads, dim))
     start = 0
     for level, (height, width) in enumerate(shapes):
-        x = locations[:, :, :, level, :, 0] * width - 0.5  # [batch, queries, heads, points]
+        x = locations[:, :, :, level, :, 0] * width - 0.5  # [B, Q, N, P]
         y = locations[:, :, :, level, :, 1] * height - 0.5
         left, top = x.floor(), y.floor()
         for column in (left, left + 1):
@@ -125,7 +127,7 @@ def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Ten
                 inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
                 share = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
                 index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long() + start
-                neighbour = value[batch_index, index, head_index]  # [batch, queries, heads, points, dim]
+                neighbour = value[batch_index, index, head_index]  # [B, Q, N, P, D]
                 total = total + ((weights[:, :, :, level] * share)[..., None] * neighbour).sum(-2)
         start += height * width
     assert start == value.shape[1]

@@ -2,7 +2,7 @@
 
     y = (x - mean) / sqrt(variance + eps) * weight + bias, over a group of channels and all pixels;  or silu(y)
 
-PyTorch copies such a map to channels first, has one program for each group of a picture, and passes the map once more
+PyTorch copies such a map to channels first, has one program for each group of an image, and passes the map once more
 for SiLU. The Triton kernels (`group_norm_triton.py`) read it twice and write it once, in as many programs as fill a
 GPU; backward they read it and its gradient twice and write once. So maps stay channels last from convolution to
 convolution, as the matrix units want them. They compute in float32 and round once, at the end, to the type of `x`.

@@ -1,7 +1,7 @@
 """The Triton kernels of `group_norm.py`; arguments as there.
 
-A map is read as rows, one for every pixel of every picture, of `channels` numbers. A program takes a block of channels
-of some neighbouring pixels of one picture, a tile at a time, whatever the groups are. What it adds up it adds up for
+A map is read as rows, one for every pixel of every image, of `channels` numbers. A program takes a block of channels
+of some neighbouring pixels of one image, a tile at a time, whatever the groups are. What it adds up it adds up for
 each channel and writes to a small table [2, batch, parts, channels]; only what joins the parts knows of groups. Nothing
 is added atomically, so results are the same every time.
 """
@@ -80,9 +80,9 @@ def _statistics_kernel(x, table, pixels, channels, span, BLOCK_N: tl.constexpr, 
 def _join_kernel(table, stats, pixels, channels, width, span, parts, eps, BLOCK_P: tl.constexpr,
                  BLOCK_D: tl.constexpr):  # fmt: skip
     """Mean and reciprocal deviation of one group, from those of its channels in every part (Chan et al. 1979)."""
-    group, groups, picture, pictures = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
+    group, groups, image, images = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
     part, d = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    table += picture * parts * channels + group * width
+    table += image * parts * channels + group * width
     shift = tl.load(table)
     sums = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     step = 0
@@ -100,13 +100,13 @@ def _join_kernel(table, stats, pixels, channels, width, span, parts, eps, BLOCK_
         inside = (part + step < parts) & (d < width)
         place = table + (part + step) * channels + d
         off = tl.load(place, mask=inside, other=0.0) - middle
-        within = tl.load(place + pictures * parts * channels, mask=inside, other=0.0)
+        within = tl.load(place + images * parts * channels, mask=inside, other=0.0)
         count = tl.minimum(span, pixels - (part + step) * span)
         squares += tl.where(inside, within + off * off * count, 0.0)
         step += BLOCK_P
     variance = tl.maximum(tl.sum(tl.sum(squares, axis=1), axis=0) / size, 0.0)
-    tl.store(stats + picture * groups + group, middle)
-    tl.store(stats + (pictures + picture) * groups + group, tl.rsqrt(variance + eps))
+    tl.store(stats + image * groups + group, middle)
+    tl.store(stats + (images + image) * groups + group, tl.rsqrt(variance + eps))
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def _gradient_kernel(grad, x, out, means, stats, weight, bias, pixels, channels,
 
 
 def _plan(x: Tensor) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
-    """Pixels of a picture, the programs (blocks of channels, parts of a picture, pictures), and their sizes."""
+    """Pixels of an image, the programs (blocks of channels, parts of an image, images), and their sizes."""
     batch, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     wide = min(WIDEST, triton.next_power_of_2(channels))
     tall, blocks = TILE // wide, triton.cdiv(channels, wide)
@@ -205,7 +205,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 def group_norm_backward(
     grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient to `x`, and those to bias and weight for each picture: [2, batch, channels]."""
+    """The gradient to `x`, and those to bias and weight for each image: [2, batch, channels]."""
     out, groups = torch.empty_like(x), stats.shape[2]
     if not x.numel():
         return out, stats.new_zeros((2, *x.shape[:2]))

@@ -9,7 +9,7 @@ skipped. With few queries a program has one of them, and one level of some slots
 The slot of logit 0 starts the running maximum, which is therefore never negative.
 
 What the forward pass moves through device memory is its inputs and its result. The samples themselves, 4 neighbours of
-`dim` channels each, come from the caches: programs of one head run side by side and look at the same pictures. What
+`dim` channels each, come from the caches: programs of one head run side by side and look at the same images. What
 takes time is issuing instructions, so a tile is loaded in two halves of the channels, and a thread serves fewer lanes
 for more channels; places are clamped to the map and shares are zeros outside, so that no load has a mask. For heads of
 64 bfloat16 channels a sample takes 25 instructions of a warp (sm_90, counted in the machine code), 17 of them to widen
@@ -29,13 +29,13 @@ from .mmfs_triton_shared import (
     FIXED,
     _block,
     _channels,
+    _image_of,
     _Launch,
     _launch,
     _level,
     _logit,
     _neighbours,
     _own_offset,
-    _pictures,
     _reference,
 )
 from .overlap import overlap
@@ -52,7 +52,7 @@ def _to_lanes(by_query, BLOCK_Q: tl.constexpr, A_QUERY: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     values, offsets, logits, offset_table, logit_table, reference, images, ignore, mixed, lse,
-    rows, queries, slots, picture_size, offsets_row, logits_row, offset_table_row, logit_table_row,
+    rows, queries, slots, image_size, offsets_row, logits_row, offset_table_row, logit_table_row,
     reference_group, reference_query,
     HEADS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
     HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
@@ -77,8 +77,8 @@ def _forward_kernel(
     first = tl.zeros([], tl.int32)
     while first < last:
         slot = first + slot_in_block
-        picture = _pictures(images, row, slot, point, rows, queries, slots, POINTS)
-        seen = picture >= 0
+        image = _image_of(images, row, slot, point, rows, queries, slots, POINTS)
+        seen = image >= 0
         higher = top
         for level in tl.static_range(LEVELS):
             column = (head * LEVELS + level) * POINTS + point
@@ -88,7 +88,7 @@ def _forward_kernel(
         top, total = higher, total * shrunk
         low, high = low * shrunk[:, None], high * shrunk[:, None]
         more_x, more_y = _own_offset(offset_table, slot, (head * POINTS + point) * 2, seen, offset_table_row)
-        origin = values + tl.where(seen, picture, instead).to(tl.int64) * picture_size + head * DIM
+        origin = values + tl.where(seen, image, instead).to(tl.int64) * image_size + head * DIM
         for level in range(LEVELS):
             height, width, start, scale = _level(level, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
             column = (head * LEVELS + level) * POINTS + point
@@ -131,7 +131,7 @@ def _forward_kernel(
 @triton.jit
 def _few_kernel(
     values, offsets, logits, offset_table, logit_table, reference, images, parts, sums, tops,
-    queries, slots, picture_size, offsets_row, logits_row, offset_table_row, logit_table_row,
+    queries, slots, image_size, offsets_row, logits_row, offset_table_row, logit_table_row,
     reference_group, reference_query,
     HEADS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
     HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
@@ -146,8 +146,8 @@ def _few_kernel(
     lane = tl.arange(0, BLOCK_S * BLOCK_P)
     slot, point = part // LEVELS * BLOCK_S + lane // BLOCK_P, lane % BLOCK_P
     real = (slot < slots) & (point < POINTS)
-    picture = tl.load(images + (row // queries) * slots + slot, mask=real, other=-1)
-    seen = picture >= 0
+    image = tl.load(images + (row // queries) * slots + slot, mask=real, other=-1)
+    seen = image >= 0
     own_x, own_y = _own_offset(offsets, row, (head * POINTS + point) * 2, real, offsets_row)
     more_x, more_y = _own_offset(offset_table, slot, (head * POINTS + point) * 2, seen, offset_table_row)
     centre_x, centre_y = _reference(reference, row, row >= 0, queries, reference_group, reference_query)
@@ -159,7 +159,7 @@ def _few_kernel(
     above, _, y_near, y_far = _neighbours(centre_y * height + (own_y + more_y) * scale - 0.5, height)
     STRIDE: tl.constexpr = HEADS * DIM
     right, below = tl.where(width > 1, STRIDE, 0), tl.where(height > 1, width * STRIDE, 0)
-    corner = tl.maximum(picture, 0).to(tl.int64) * picture_size + head * DIM + (start + above * width + left) * STRIDE
+    corner = tl.maximum(image, 0).to(tl.int64) * image_size + head * DIM + (start + above * width + left) * STRIDE
     channel = tl.arange(0, BLOCK_D)
     wanted = seen[:, None] & (channel < DIM)[None, :]
     acc = tl.zeros([BLOCK_S * BLOCK_P, BLOCK_D], tl.float32)

@@ -4,8 +4,8 @@
 again, and has the gradients of offsets, logits and tables; 50 instructions of a warp a sample.
 
 `_values_kernel` has the gradient of the values. Adding to the neighbours of every sample would take a billion atomic
-additions; here a program owns a tile of cells of one picture, level and head, and reads the queries that see the
-picture. Bilinear weights are products of two hat functions, so those of a block of queries are a matrix
+additions; here a program owns a tile of cells of one image, level and head, and reads the queries that see the
+image. Bilinear weights are products of two hat functions, so those of a block of queries are a matrix
 
     A[(y, x), q] = sum over points p of  w_qp * max(0, 1 - |y - y_qp|) * max(0, 1 - |x - x_qp|)
 
@@ -30,13 +30,13 @@ from .mmfs_triton_shared import (
     _block,
     _channels,
     _hat,
+    _image_of,
     _Launch,
     _launch,
     _level,
     _logit,
     _neighbours,
     _own_offset,
-    _pictures,
     _reference,
 )
 
@@ -82,7 +82,7 @@ def _sampled(values, corner, x, y, height, width, low, high, channel, STRIDE: tl
 def _queries_kernel(
     values, offsets, logits, offset_table, logit_table, reference, images, mixed, lse, grad_mixed, grad_lse,
     grad_offsets, grad_logits, offset_table_parts, logit_table_parts,
-    rows, queries, slots, picture_size, offsets_row, logits_row, offset_table_row, logit_table_row,
+    rows, queries, slots, image_size, offsets_row, logits_row, offset_table_row, logit_table_row,
     reference_group, reference_query,
     HEADS: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
     HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
@@ -116,10 +116,10 @@ def _queries_kernel(
     first = tl.zeros([], tl.int32)
     while first < last:
         slot = first + slot_in_block
-        picture = _pictures(images, row, slot, point, rows, queries, slots, POINTS)
-        seen = picture >= 0
+        image = _image_of(images, row, slot, point, rows, queries, slots, POINTS)
+        seen = image >= 0
         more_x, more_y = _own_offset(offset_table, slot, (head * POINTS + point) * 2, seen, offset_table_row)
-        origin = tl.maximum(picture, 0).to(tl.int64) * picture_size + head * DIM
+        origin = tl.maximum(image, 0).to(tl.int64) * image_size + head * DIM
         table_row = part + first + slot_of_column
         in_table = (first + slot_of_column < slots) & (point_of_column < POINTS)
         slot_x = tl.zeros([LANES], tl.float32)
@@ -214,16 +214,16 @@ def _values_kernel(
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """`entries` are the (group, slot) that name a picture, those of picture i from bounds[i] to bounds[i + 1].
+    """`entries` are the (group, slot) that name an image, those of image i from bounds[i] to bounds[i + 1].
 
     `offsets`, `logits` and `lse` have the queries as their last dimension, since a block reads one number of many.
     """
     head = tl.program_id(1)
-    picture, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+    image, split = tl.program_id(2) // splits, tl.program_id(2) % splits
     level, top, left = _tile(HEIGHTS, WIDTHS, LEVELS, BLOCK_Y, BLOCK_X)
     height, width, start, scale = _level(level, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
-    begin = tl.load(bounds + picture)
-    count = (tl.load(bounds + picture + 1) - begin) * queries
+    begin = tl.load(bounds + image)
+    count = (tl.load(bounds + image + 1) - begin) * queries
     share = tl.cdiv(tl.cdiv(count, BLOCK_Q), splits) * BLOCK_Q
     first = split * share
     last = tl.minimum(first + share, count)
@@ -272,17 +272,17 @@ def _values_kernel(
 
     cell = tl.arange(0, BLOCK_Y * BLOCK_X)
     y, x = top + cell // BLOCK_X, left + cell % BLOCK_X
-    place = (picture * positions + start + y * width + x).to(tl.int64) * (HEADS * DIM) + head * DIM
+    place = (image * positions + start + y * width + x).to(tl.int64) * (HEADS * DIM) + head * DIM
     wanted = ((y < height) & (x < width))[:, None] & (channel < DIM)[None, :]
     place = grad_values + split * split_stride + place[:, None] + channel[None, :]
     # Without the factor, the compiler rounds in the loop, after every block, what is stored here.
     tl.store(place, acc * wanted.to(tl.float32), mask=wanted)
 
 
-def _seen_by(images: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
-    """Entries of `images` sorted by picture, and where those of each picture begin [pictures + 1]; nothing waits."""
+def _seen_by(images: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """Entries of `images` sorted by image, and where those of each image begin [I + 1]; nothing waits."""
     ordered, entries = torch.sort(images.reshape(-1).to(torch.int32), stable=True)
-    numbers = torch.arange(pictures + 1, dtype=torch.int32, device=images.device)
+    numbers = torch.arange(num_images + 1, dtype=torch.int32, device=images.device)
     return entries, torch.searchsorted(ordered, numbers, out_int32=True)
 
 
@@ -312,20 +312,20 @@ def _product_type(kernel: Any, values: Tensor) -> tl.dtype:
 def _gradient_of_values(launch: _Launch, grad_mixed: Tensor, lse: Tensor) -> Tensor:
     """Like the values. Where tiles are few, several programs have a part of the queries each, and parts are added."""
     values, offsets, logits, *others, images = launch.inputs
-    pictures, positions, heads, dim = values.shape
+    num_images, positions, heads, dim = values.shape
     rows, queries, slots, _, _, _, *strides = launch.sizes
     fixed = {name: launch.options[name] for name in FIXED}
     maps = list(zip(fixed["HEIGHTS"], fixed["WIDTHS"], strict=True))
     tile = value_tile(maps, dim, queries)
     tiles = sum(triton.cdiv(h, tile["BLOCK_Y"]) * triton.cdiv(w, tile["BLOCK_X"]) for h, w in maps)
-    few = FEW_TILES // max(tiles * heads * pictures, 1)
+    few = FEW_TILES // max(tiles * heads * num_images, 1)
     splits = max(1, min(few, triton.cdiv(rows, 4 * tile["BLOCK_Q"])))
     kind = values.dtype if splits == 1 else torch.float32
     parts = torch.empty((splits, *values.shape), dtype=kind, device=values.device)
-    if pictures > 0:
-        entries, bounds = _seen_by(images, pictures)
+    if num_images > 0:
+        entries, bounds = _seen_by(images, num_images)
         offsets, logits, lse = (x.t().contiguous() for x in (offsets, logits, lse.view(rows, heads)))
-        _values_kernel[(tiles, heads, pictures * splits)](
+        _values_kernel[(tiles, heads, num_images * splits)](
             offsets, logits, *others, lse, grad_mixed, entries, bounds, parts, rows, queries, slots, positions,
             *strides, splits, values.numel(), **fixed, **tile, PRODUCT=_product_type(_values_kernel, values),
         )  # fmt: skip

@@ -24,7 +24,7 @@ FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCA
 @triton.jit
 def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
            ALL_SLOTS: tl.constexpr):  # fmt: skip
-    """Row, slot within the block and point of every lane; number of slots to look at; a picture of every query."""
+    """Row, slot within the block and point of every lane; number of slots to look at; an image of every query."""
     lane = tl.arange(0, BLOCK_Q * BLOCK_S * BLOCK_P)
     first = tl.program_id(0) * BLOCK_Q
     row = first + lane // (BLOCK_S * BLOCK_P)
@@ -37,8 +37,8 @@ def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.cons
 
 
 @triton.jit
-def _pictures(images, row, slot, point, rows, queries, slots, POINTS: tl.constexpr):
-    """The picture of every lane, -1 where it has none."""
+def _image_of(images, row, slot, point, rows, queries, slots, POINTS: tl.constexpr):
+    """The image of every lane, -1 where it has none."""
     real = (row < rows) & (slot < slots) & (point < POINTS)
     return tl.load(images + (row // queries) * slots + slot, mask=real, other=-1)
 
@@ -121,8 +121,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _whole_pictures(values: Tensor) -> Tensor:
-    """Values whose pictures are contiguous, each for itself: some levels of more are not copied."""
+def _whole_images(values: Tensor) -> Tensor:
+    """Values whose images are contiguous, each for itself: some levels of more are not copied."""
     _, _, heads, dim = values.shape
     return values if values.stride()[1:] == (heads * dim, dim, 1) else values.contiguous()
 
@@ -187,7 +187,7 @@ def _launch(
     tables = [_rows(x) for x in (offsets, logits, offset_table, logit_table)]
     reference = reference if reference.stride(-1) == 1 else reference.contiguous()
     reference_strides = [reference.stride(i) if reference.shape[i] > 1 else 0 for i in (0, 1)]
-    values = _whole_pictures(values)
+    values = _whole_images(values)
     return _Launch(
         grid=(triton.cdiv(rows, options["BLOCK_Q"]), heads),
         inputs=(values, *tables, reference, images.contiguous()),
