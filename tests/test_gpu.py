@@ -22,7 +22,7 @@ from mm_interleaved import (
     Text,
     TextSettings,
 )
-from mm_interleaved.model.image_decoder import DiffusionDraws
+from mm_interleaved.model.image_decoder import NoiseSamples
 from mm_interleaved.ops import MMFSInputs, mmfs_attention
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.processor import Batch
@@ -73,8 +73,8 @@ def batch(processor: MMInterleavedProcessor) -> Batch:
     return processor(documents(), training=True)
 
 
-def draws(model: MMInterleaved, count: int = 3) -> DiffusionDraws:
-    return model.image_decoder.draw(count, torch.Generator().manual_seed(5))
+def draws(model: MMInterleaved, count: int = 3) -> NoiseSamples:
+    return model.image_decoder.sample_noise(count, torch.Generator().manual_seed(5))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -206,7 +206,7 @@ def test_auto_classes_that_were_imported_before(folder: Path) -> None:
 def larger(debug_config: MMInterleavedConfig) -> tuple[MMInterleaved, MMInterleavedProcessor]:
     """A model and a processor of their own, which tests change."""
     config = copy.deepcopy(debug_config)
-    tokenizer = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    tokenizer = MMInterleavedTokenizer.from_vocab(TOKENIZER)
     return awaken(MMInterleaved(config)).eval(), MMInterleavedProcessor.for_model(config, tokenizer)
 
 
@@ -330,13 +330,13 @@ def test_wrapped_and_offloaded_embeddings_are_not_resized(
 
 
 def test_a_tokenizer_that_is_larger_than_the_model(debug_config: MMInterleavedConfig) -> None:
-    tokenizer = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+    tokenizer = MMInterleavedTokenizer.from_vocab(TOKENIZER)
     tokenizer.add_tokens(["<left>"])
     with pytest.raises(ValueError, match=r"2051 tokens, but the model has 2050; call model\.resize_token_embeddings"):
         MMInterleavedProcessor.for_model(debug_config, tokenizer)
 
 
-ADDED = MMInterleavedTokenizer.from_vocab(FOLDER / "tokenizer")
+ADDED = MMInterleavedTokenizer.from_vocab(TOKENIZER)
 ADDED.add_tokens(["<a>", "<a>b", "wug"])
 ADDED.add_tokens(["<loc>"], special_tokens=True)
 ADDED.add_tokens(

@@ -138,7 +138,7 @@ def test_losses_and_gradients(written: tuple[GoldenSet, MMInterleaved]) -> None:
     out = model(
         ids, x["in.attention_mask"], pixel_values=golden.pixels(x["in.image_idx"]), labels=labels,
         target_pixel_values=golden.pixels(x["in.image_idx"], "pool_dec"),
-        noise_samples=model.image_decoder.draw(sum(COUNTS), torch.Generator().manual_seed(3)),
+        noise_samples=model.image_decoder.sample_noise(sum(COUNTS), torch.Generator().manual_seed(3)),
     )  # fmt: skip
     out.loss.backward()
     model.eval()

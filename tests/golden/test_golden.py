@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm_interleaved.model.image_decoder import DiffusionDraws
+from mm_interleaved.model.image_decoder import NoiseSamples
 from mm_interleaved.model.layout import visible_images
 from mm_interleaved.model.mmfs import MMFS, VisibleImages, mmfs_reference
 from mm_interleaved.model.original import derived_tensors
@@ -220,7 +220,7 @@ def test_training(golden: GoldenSet, case: str) -> None:
     model.zero_grad()
     labels = _labels(golden, x, params)
     golden.close(case, "gt_text_ids", labels[:, 1:], x["out.gt_text_ids"])
-    draws = DiffusionDraws(x["in.uncond_rand"].flatten(), x["in.vae_noise"], x["in.noise"], x["in.timesteps"])
+    draws = NoiseSamples(x["in.uncond_rand"].flatten(), x["in.vae_noise"], x["in.noise"], x["in.timesteps"])
     seen: dict[str, Tensor] = {}
 
     def watch(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:

@@ -166,7 +166,7 @@ def test_transformers_own_loop_writes_the_same(model: MMInterleaved, prompts: Ba
 def test_micro_batches_add_up(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     """Text by the count of labels, images by their own, whatever a micro-batch holds."""
     whole = processor(documents(), training=True)
-    noise = model.image_decoder.draw(3, torch.Generator().manual_seed(0))
+    noise = model.image_decoder.sample_noise(3, torch.Generator().manual_seed(0))
     expected = model(**whole, noise_samples=noise)
     items, images = int((whole.labels != -100).sum()), len(whole.pixel_values)
     shares = [(documents()[:1], slice(0, 2)), (documents()[1:], slice(2, 3))]
@@ -183,7 +183,7 @@ def test_micro_batches_add_up(model: MMInterleaved, processor: MMInterleavedProc
 @torch.no_grad()
 def test_without_a_count_of_images_labels_weigh_them(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     batch = processor(documents()[:1], training=True)
-    noise = model.image_decoder.draw(2, torch.Generator().manual_seed(0))
+    noise = model.image_decoder.sample_noise(2, torch.Generator().manual_seed(0))
     alone, items = model(**batch, noise_samples=noise), int((batch.labels != -100).sum())
     counted = model(**batch, noise_samples=noise, num_items_in_batch=items)
     torch.testing.assert_close(counted.loss, alone.loss)

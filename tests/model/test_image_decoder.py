@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from mm_interleaved import ImageSettings, MMInterleaved
-from mm_interleaved.model.image_decoder import DiffusionDraws, ImageDecoder
+from mm_interleaved.model.image_decoder import NoiseSamples, ImageDecoder
 from mm_interleaved.model.unet import EarlierImages
 
 
@@ -221,7 +221,7 @@ def loss_inputs(model: MMInterleaved, lengths: list[int]) -> dict:
         "context_mask": (torch.arange(longest) < torch.tensor(lengths)[:, None]).long(),
         "earlier": earlier(model, [[-1]] * count),
         "images": torch.rand(count, 3, size, size),
-        "draws": decoder.draw(count, torch.Generator().manual_seed(0)),
+        "draws": decoder.sample_noise(count, torch.Generator().manual_seed(0)),
     }
 
 
@@ -273,10 +273,10 @@ def test_velocity_target(model: MMInterleaved) -> None:
 
 
 def test_draws_are_reproducible(decoder: ImageDecoder) -> None:
-    a, b = (decoder.draw(3, torch.Generator().manual_seed(4)) for _ in range(2))
+    a, b = (decoder.sample_noise(3, torch.Generator().manual_seed(4)) for _ in range(2))
     for name in ("unconditional", "posterior", "noise", "timesteps"):
         assert torch.equal(getattr(a, name), getattr(b, name))
-    assert isinstance(a, DiffusionDraws)
+    assert isinstance(a, NoiseSamples)
     assert ((a.timesteps >= 0) & (a.timesteps < 1000)).all()
 
 

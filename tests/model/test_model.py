@@ -42,7 +42,7 @@ def batch(processor: MMInterleavedProcessor) -> Batch:
 
 
 def noise(model: MMInterleaved, count: int = 3):
-    return model.image_decoder.draw(count, torch.Generator().manual_seed(0))
+    return model.image_decoder.sample_noise(count, torch.Generator().manual_seed(0))
 
 
 # ---- losses

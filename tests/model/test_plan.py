@@ -44,7 +44,7 @@ def batch(processor: MMInterleavedProcessor):
 
 
 def test_a_planned_batch_has_the_same_losses(model: MMInterleaved, batch) -> None:
-    draws = model.image_decoder.draw(3, torch.Generator().manual_seed(1))
+    draws = model.image_decoder.sample_noise(3, torch.Generator().manual_seed(1))
     layout = model.plan(batch.input_ids, batch.attention_mask, batch.document_starts, batch.labels)
     with torch.no_grad():
         plain = model(**batch, noise_samples=draws)
@@ -57,7 +57,7 @@ def test_a_planned_batch_has_the_same_losses(model: MMInterleaved, batch) -> Non
 def test_some_pictures_several_times_is_the_mean_over_the_draws(model: MMInterleaved, batch) -> None:
     """With two draws of pictures 0 and 2, the loss is the mean of the losses with each."""
     targets, losses = torch.tensor([0, 2]), []
-    single = [model.image_decoder.draw(2, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    single = [model.image_decoder.sample_noise(2, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     both = single[0].__class__(**{k: torch.cat([getattr(d, k) for d in single]) for k in vars(single[0])})
     arguments = (batch.input_ids, batch.attention_mask, batch.document_starts, batch.labels, targets)
     with torch.no_grad():

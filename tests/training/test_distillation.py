@@ -23,7 +23,7 @@ def batch(processor: MMInterleavedProcessor) -> Batch:
 
 
 def run(model: MMInterleaved, distillation: ConditionDistillation, batch: Batch, **weights: float) -> DistilledOutput:
-    noise = model.image_decoder.draw(len(batch.pixel_values), torch.Generator().manual_seed(0))
+    noise = model.image_decoder.sample_noise(len(batch.pixel_values), torch.Generator().manual_seed(0))
     return distillation.add_to(model(**batch, noise_samples=noise, return_conditions=True, **weights), batch)
 
 

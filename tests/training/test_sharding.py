@@ -32,7 +32,7 @@ def test_every_weight_has_a_gradient_and_no_loss_changes(kind: str, distilled: b
     segments, weights = BATCHES[kind]
     batch = {**processor(Document(segments), training=True), **weights}
     count = len(batch["pixel_values"])
-    batch["noise_samples"] = model.image_decoder.draw(count, torch.Generator().manual_seed(0))
+    batch["noise_samples"] = model.image_decoder.sample_noise(count, torch.Generator().manual_seed(0))
     batch["layout"] = model.plan(batch["input_ids"], batch["attention_mask"], None, batch["labels"])
 
     def run(inputs: dict[str, Any], idle: bool = False) -> Any:

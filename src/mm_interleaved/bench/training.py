@@ -41,7 +41,7 @@ def _row(bench: Bench, selective: bool, name: str) -> Row:
         "input_ids": ids.to(bench.device), "attention_mask": mask.to(bench.device), "labels": labels.to(bench.device),
         "pixel_values": torch.rand(count, 3, side, side, generator=generator).to(bench.device, bench.dtype),
         "target_pixel_values": torch.rand(count, 3, drawn, drawn, generator=generator).to(bench.device),
-        "noise_samples": model.image_decoder.draw(count, generator).to(bench.device), "layout": layout,
+        "noise_samples": model.image_decoder.sample_noise(count, generator).to(bench.device), "layout": layout,
     }  # fmt: skip
 
     def step() -> None:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class DiffusionDraws:
+class NoiseSamples:
     """The random numbers of one training step of the image decoder.
 
     Attributes:
@@ -55,9 +55,9 @@ class DiffusionDraws:
     noise: Tensor
     timesteps: Tensor
 
-    def to(self, device: torch.device) -> DiffusionDraws:
-        """The same draws on another device."""
-        return DiffusionDraws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    def to(self, device: torch.device) -> NoiseSamples:
+        """The same samples on another device."""
+        return NoiseSamples(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 @dataclass
@@ -153,8 +153,8 @@ class ImageDecoder(nn.Module):
         side = self.config.latent_size
         return (num_images, self.config.vae["latent_channels"], side, side)
 
-    def draw(self, num_images: int, generator: torch.Generator | None = None) -> DiffusionDraws:
-        """Draws for one training step, in the release's order (and on the generator's device)."""
+    def sample_noise(self, num_images: int, generator: torch.Generator | None = None) -> NoiseSamples:
+        """Noise samples for one training step, in the release's order (and on the generator's device)."""
         device = generator.device if generator is not None else None
         shape = self.latent_shape(num_images)
         unconditional = torch.rand(num_images, generator=generator, device=device)
@@ -166,7 +166,7 @@ class ImageDecoder(nn.Module):
         noise = torch.randn(shape, generator=generator, device=device)
         last = self.config.scheduler["num_train_timesteps"]
         timesteps = torch.randint(0, last, (num_images,), generator=generator, device=device)
-        return DiffusionDraws(unconditional, torch.cat(posterior) if posterior else noise, noise, timesteps)
+        return NoiseSamples(unconditional, torch.cat(posterior) if posterior else noise, noise, timesteps)
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class ImageDecoder(nn.Module):
         context_mask: Tensor,
         earlier: EarlierImages,
         images: Tensor,
-        draws: DiffusionDraws,
+        noise_samples: NoiseSamples,
         image_loss_mask: Tensor | None = None,
         normalize: bool = False,
     ) -> Tensor:
@@ -210,24 +210,24 @@ class ImageDecoder(nn.Module):
             context_mask: [B, L]; an image with at most two context tokens (`<s>`, SOI) does not count.
             earlier: the earlier images of each.
             images: [B, 3, image_size, image_size] in [0, 1].
-            draws: the random numbers, for all images once or several times over; `earlier` likewise.
+            noise_samples: the random numbers, for all images once or several times over; `earlier` likewise.
             image_loss_mask: [B] weights; None: all 1.
             normalize: divide by the images that count; else by all of them, as the release does.
 
         Returns:
             A scalar in float32.
         """
-        latents = self.encode(images, draws.posterior).to(self.dtype)
-        noise = draws.noise.to(latents)
+        latents = self.encode(images, noise_samples.posterior).to(self.dtype)
+        noise = noise_samples.noise.to(latents)
         repeats = len(noise) // len(images)
         conditions = self.resampler(context, context_mask).repeat(repeats, 1, 1)
-        dropped = draws.unconditional < self.config.unconditional_probability
+        dropped = noise_samples.unconditional < self.config.unconditional_probability
         conditions = torch.where(dropped[:, None, None], self.negative_prompt(), conditions)
-        noisy = self.scheduler.add_noise(latents, noise, draws.timesteps)
-        prediction = self.unet(noisy, draws.timesteps, conditions, earlier)
+        noisy = self.scheduler.add_noise(latents, noise, noise_samples.timesteps)
+        prediction = self.unet(noisy, noise_samples.timesteps, conditions, earlier)
         target = noise
         if self.scheduler.config.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(latents, noise, draws.timesteps)
+            target = self.scheduler.get_velocity(latents, noise, noise_samples.timesteps)
         work = promote(self.dtype)
         error = F.mse_loss(prediction.to(work), target.to(work), reduction="none").mean((1, 2, 3))
         weight = (context_mask.sum(1) > 2).to(work)

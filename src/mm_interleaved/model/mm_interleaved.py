@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from ..ops import promote
 from .config import MMInterleavedConfig
 from .fused import linears
-from .image_decoder import DiffusionDraws, ImageDecoder, LearnedTokens
+from .image_decoder import NoiseSamples, ImageDecoder, LearnedTokens
 from .kv_cache import KVCache
 from .language_model import build_language_model, image_features, synchronizers
 from .layout import ImagePositions, Layout, document_mask, plan, reversed_context, visible_images
@@ -366,7 +366,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         labels: Tensor | None = None, target_pixel_values: Tensor | None = None, image_loss_mask: Tensor | None = None,
         loss_text_weight: float | None = None, loss_image_weight: float | None = None,
         num_items_in_batch: Tensor | int | None = None, num_images_in_batch: Tensor | int | None = None,
-        noise_samples: DiffusionDraws | None = None, generator: torch.Generator | None = None,
+        noise_samples: NoiseSamples | None = None, generator: torch.Generator | None = None,
         layout: Layout | None = None, return_logits: bool | None = None, return_conditions: bool = False,
         logits_to_keep: int | Tensor = 0, past_key_values: Cache | None = None, use_cache: bool | None = None,
         inputs_embeds: Tensor | None = None, output_attentions: bool | None = None,
@@ -402,7 +402,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             loss_txt = self._text_loss(hidden, layout, num_items_in_batch)
         if target_pixel_values is not None and len(layout.target_images) and image_weight:
             share = _image_share(layout, num_items_in_batch, num_images_in_batch)
-            noise_samples = noise_samples or self.image_decoder.draw(len(layout.target_images), generator)
+            noise_samples = noise_samples or self.image_decoder.sample_noise(len(layout.target_images), generator)
             loss_img = share * self._image_loss(
                 hidden, layout, features, target_pixel_values, image_loss_mask, noise_samples
             )
@@ -628,7 +628,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         features: VisualFeatures,
         targets: Tensor,
         image_loss_mask: Tensor | None,
-        noise_samples: DiffusionDraws,
+        noise_samples: NoiseSamples,
     ) -> Tensor:
         """Mean squared error of the predicted noise; arguments as of `forward`."""
         images = layout.target_images

@@ -170,7 +170,7 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
             **tensors,
             **weights,
             "layout": layout.to(device, non_blocking=True),
-            "noise_samples": model.image_decoder.draw(count, generator) if count else None,
+            "noise_samples": model.image_decoder.sample_noise(count, generator) if count else None,
             "stats": BatchStats(int(batch.attention_mask.sum()), images, count),
         }
 

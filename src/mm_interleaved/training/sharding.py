@@ -109,7 +109,7 @@ class ForceAllBranches:
             targets = _black(config.image_decoder.image_size, inputs)
             inputs["target_pixel_values"] = targets.expand(count, -1, -1, -1)
             inputs["image_loss_mask"] = torch.zeros(count, device=targets.device)
-            inputs["noise_samples"] = model.image_decoder.draw(len(layout.earlier.images), torch.Generator())
+            inputs["noise_samples"] = model.image_decoder.sample_noise(len(layout.earlier.images), torch.Generator())
             inputs["loss_image_weight"] = 1.0
             idle.add("loss_img")
         return {**inputs, "layout": layout}, frozenset(idle)
