@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -347,7 +347,8 @@ class _Numbers:
     """The toy world's one shard: its documents by number."""
 
     def __init__(self, name: str, count: int) -> None:
-        self.names, self.count = [name], count
+        self.names: Sequence[str] = [name]
+        self.count = count
 
     def place(self, record: Record) -> str:
         """Name and number."""
@@ -368,14 +369,14 @@ class ToyWorld:
     def __init__(self, config: SourceConfig) -> None:
         # Drawing needs libraries and pictures that other sources do without.
         from ..toyworld.documents import toy_document
-        from ..toyworld.sampling import SPLITS
+        from ..toyworld.sampling import SPLITS, Split
 
         self.config, self.shards = config, _Numbers(f"toyworld {config.split}", config.documents)
         self._draw, options = toy_document, dict(config.options)
         try:
             if config.split not in SPLITS:
                 raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, not '{config.split}'")
-            self._split = config.split
+            self._split: Split = config.split
             first = dict(options.pop("first", None) or {"documents": 0})
             self._early = int(first.pop("documents"))
             self._options = _toy_options(options)
