@@ -17,7 +17,7 @@ test: .venv/ready-test
 	$(PYTEST)
 
 test-fast: .venv/ready-test
-	$(PYTEST) -m "not kernels and not slow" -k "not compile"
+	$(PYTEST) -m "not kernels" -k "not compile"
 
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu
