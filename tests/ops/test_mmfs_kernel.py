@@ -43,6 +43,7 @@ def compare(given: dict, bound: float = 1e-5) -> dict[str, torch.Tensor]:
     return found
 
 
+LARGER = {"slots": 3, "pictures": 3, "points": 4, "shapes": [(8, 8), (4, 4), (2, 2)]}  # enough samples for an average
 CASES = {
     "tokens": {"groups": 5, "slots": 3, "pictures": 3, "points": 4},
     "maps of queries": {"groups": 2, "queries": 5},
@@ -149,7 +150,7 @@ def test_non_contiguous_inputs(tile: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype: torch.dtype, tile: None) -> None:
     """Sums run in float32: results are exact for the rounded inputs, gradients are rounded once."""
-    given = arguments(dtype=dtype, device=DEVICE)
+    given = arguments(**LARGER, dtype=dtype, device=DEVICE)
     exact, found = run(cast(given, torch.float64), "plain"), run(given, "triton")
     for name, x in exact.items():
         rounded = name in LEAVES
@@ -168,7 +169,7 @@ def test_gradients_are_the_same_every_time(tile: None) -> None:
 @with_triton
 def test_packed_documents() -> None:
     """A picture stands in another slot for every query, and some are in no document."""
-    given = arguments(groups=7, slots=3, pictures=6, device=DEVICE)
+    given = arguments(**(LARGER | {"groups": 7, "pictures": 6}), device=DEVICE)
     rows = [[-1, -1, -1], [0, -1, -1], [2, 0, -1], [4, 2, 0], [1, -1, -1], [5, 1, -1], [-1, 5, -1]]
     given["images"] = torch.tensor(rows, device=DEVICE)
     found = compare(given)
