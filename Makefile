@@ -1,14 +1,23 @@
-# `make demo` and `make test` set everything up themselves; see scripts/setup.
+# Every target sets up what it needs; see scripts/setup. CONTRIBUTING.md says when to run which.
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# What touches the libraries whose lowest versions are installed, and takes a minute or two.
+LOWEST_TESTS := tests/test_document.py tests/test_configuration.py tests/processor tests/golden \
+	tests/model/test_checkpoint.py tests/model/test_compatibility.py tests/generation/test_text.py \
+	tests/cli/test_info.py tests/training/test_optimizer.py
 
-.PHONY: demo test test-gpu lint format benchmark clean
+.PHONY: demo test test-fast test-gpu lint format types lower-bounds hooks benchmark clean
 
 demo: .venv/ready
 	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
 	@echo "Open demo/report.html in a browser."
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
+
+test-fast: .venv/ready-test
+	$(PYTEST) -m "not kernels" -k "not compile"
 
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu
@@ -21,16 +30,33 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+types: .venv/ready-tools
+	$(BIN)/basedpyright
+
+lower-bounds: .venv-lowest/ready
+	$(LOWEST)/python -m pytest -n 2 $(LOWEST_TESTS)
+
+hooks: .venv/ready-tools
+	$(BIN)/pre-commit install
+
 benchmark: .venv/ready
 	$(BIN)/mmi bench --preset small --device cpu --output benchmarks/results/small-cpu.json
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-lowest demo
 
 .venv/ready: requirements.lock pyproject.toml scripts/setup
-	scripts/setup .venv
+	scripts/setup .venv requirements.lock
 	touch $@
 
 .venv/ready-test: .venv/ready requirements-test.lock scripts/setup-test
 	scripts/setup-test .venv
+	touch $@
+
+.venv/ready-tools: .venv/ready-test requirements-tools.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-tools.lock
+	touch $@
+
+.venv-lowest/ready: requirements-lowest.lock pyproject.toml scripts/setup
+	scripts/setup .venv-lowest requirements-lowest.lock
 	touch $@

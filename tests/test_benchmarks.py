@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .programs import Program
 
 ROOT = Path(__file__).parents[1]
 
 
 def measure(script: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    done = Program(str(ROOT / "benchmarks" / script), *arguments)
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err[-2000:]
+    return out
 
 
 @pytest.mark.parametrize("script", ["plot_tasks.py", "toyworld.py"])

@@ -59,7 +59,12 @@ def test_json(elsewhere: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [c for c in commands() if "models" not in " ".join(c)], ids=" ".join)
 def test_commands(elsewhere: Path, arguments: list[str]) -> None:
-    quick = {"generate": ["--steps", "2", "--max-new-tokens", "8"], "bench": ["--only", "encode"]}
+    quick = {
+        "generate": ["--steps", "2", "--max-new-tokens", "8"],
+        "bench": ["--only", "encode"],
+        "data": ["--seconds", "1"],
+        "train": ["steps=4", "sample_every=4"],
+    }
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, *quick.get(arguments[0], [])])
     assert not stopped.value.code

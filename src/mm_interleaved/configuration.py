@@ -17,7 +17,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -49,7 +49,7 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     """
     data = _load(Path(path), ())
     if partial:
-        known = {field.name for field in dataclasses.fields(schema)}
+        known = _fields(schema) or []
         data = OmegaConf.masked_copy(data, [key for key in data if key in known])
         overrides = [o for o in overrides if re.split(r"[.=\[]", o.strip())[0] in known]
     return _build(data, schema, overrides, str(path))
@@ -76,7 +76,7 @@ def _build(data: DictConfig, schema: type[T], overrides: Sequence[str], where: s
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ConfigError(f"{where}: '{missing[0]}' must be given")
-        return OmegaConf.to_object(config)
+        return cast(T, OmegaConf.to_object(config))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{where}: '{error.full_key}' must be given") from None
     except OmegaConfBaseException as error:
@@ -113,7 +113,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> DictConfig:
     if not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: '{EXTENDS}' must be the path of a file or a list of them")
     loaded = [_load(path.parent / base, (*above, path.resolve())) for base in bases]
-    return OmegaConf.merge(*loaded, data)
+    return cast(DictConfig, OmegaConf.merge(*loaded, data))
 
 
 def _read(path: Path) -> DictConfig:
@@ -142,7 +142,7 @@ def _merge(config: DictConfig, data: DictConfig, schema: type, where: str) -> Di
     _check_keys(content, schema, "", where)
     _check_finite(content, "", where)
     try:
-        return OmegaConf.merge(config, data)
+        return cast(DictConfig, OmegaConf.merge(config, data))
     except (OmegaConfBaseException, TypeError) as error:
         key, kind, value = _culprit("", schema, content)
         raise _type_error(where, key, kind, value, error) from None
@@ -155,8 +155,8 @@ def _override(config: DictConfig, schema: type, override: str) -> DictConfig:
     if not equals or not parts or re.search(r"\s", key.strip()):
         raise ConfigError(f"{where}: write key=value or key.sub=value")
     try:
-        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text.strip() else "value: null"),
-                                       resolve=False)["value"]  # fmt: skip
+        document = OmegaConf.create(f"value: {text}" if text.strip() else "value: null")
+        value = cast(dict[str, Any], OmegaConf.to_container(document, resolve=False))["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{where}: the value is not YAML: {_first_line(error)}") from None
     nested: Any = value

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mm_interleaved.cli import main
+
+from ..programs import Program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -40,14 +38,6 @@ def mmi(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
-def spawn(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+def spawn(*arguments: object) -> Program:
     """Start `mmi` as a process of its own."""
-    code = "from mm_interleaved.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored around here
-    )
+    return Program("mm_interleaved.cli", *arguments)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from mm_interleaved.cli.console import console, output
 from mm_interleaved.model.hub import SETS
 
-from .conftest import spawn
+from .conftest import Outcome
 from .fake_hub import COMMIT, FakeHub
 
 WEIGHTS = os.urandom(22_000_000)  # huggingface_hub writes 10 MiB at a time
@@ -38,16 +43,36 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
         yield hub
 
 
-def run(hub: FakeHub, folder: Path, *arguments: str) -> tuple[int, str, str]:
-    environment = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-                   "HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-    process = spawn("download", *arguments, "-o", folder, **environment)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(mmi: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call `mmi download` in this process; huggingface_hub read its settings when it was imported."""
+
+    def call(hub: FakeHub, folder: Path, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            hub.address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for stream in (console, output):
+            monkeypatch.setattr(stream, "width", 200)
+        monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody there
+        done = mmi("download", *arguments, "-o", folder)
+        return done.code, done.out, done.err
+
+    return call
 
 
 def test_the_release(hub: FakeHub, tmp_path: Path) -> None:
-    code, out, err = run(hub, tmp_path / "models", "release", "--yes")
+    """In a process of its own, where the environment says which hub it is."""
+    environment = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                   "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}  # fmt: skip
+    command = [sys.executable, "-m", "mm_interleaved.cli", "download", "release", "--yes", "-o", tmp_path / "models"]
+    done = subprocess.run(command, env={**os.environ, **environment}, text=True, capture_output=True, timeout=120,
+                          check=False)  # fmt: skip
+    code, out, err = done.returncode, done.stdout, done.stderr
     assert code == 0, err
     assert "apache-2.0" in out
     assert "22.0 MB" in out
@@ -58,7 +83,7 @@ def test_the_release(hub: FakeHub, tmp_path: Path) -> None:
     assert not list(models.rglob("*.mp4"))
 
 
-def test_base_components(hub: FakeHub, tmp_path: Path) -> None:
+def test_base_components(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     code, _, err = run(hub, tmp_path / "models", "base", "-y")
     assert code == 0, err
     unet = tmp_path / "models" / "stable-diffusion-2-1-base" / "unet"
@@ -67,7 +92,7 @@ def test_base_components(hub: FakeHub, tmp_path: Path) -> None:
     assert (tmp_path / "models" / "vicuna-13b-v1.3" / "pytorch_model.bin").read_bytes() == WEIGHTS
 
 
-def test_nothing_is_fetched_before_the_answer(hub: FakeHub, tmp_path: Path) -> None:
+def test_nothing_is_fetched_before_the_answer(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     code, out, _ = run(hub, tmp_path / "models", "release")  # nobody there to say yes
     assert code == 1
     assert "licence" in out
@@ -75,7 +100,7 @@ def test_nothing_is_fetched_before_the_answer(hub: FakeHub, tmp_path: Path) -> N
     assert not hub.sent
 
 
-def test_a_broken_transfer_goes_on_where_it_broke(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_broken_transfer_goes_on_where_it_broke(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.break_after["pytorch_model.bin"] = 15_000_000
     code, _, err = run(hub, tmp_path / "models", "release", "--yes")
     if code:  # then the next try must go on
@@ -89,13 +114,13 @@ def test_a_broken_transfer_goes_on_where_it_broke(hub: FakeHub, tmp_path: Path) 
     assert second[1] == len(WEIGHTS) - second[0]
 
 
-def test_what_is_there_is_not_fetched_again(hub: FakeHub, tmp_path: Path) -> None:
+def test_what_is_there_is_not_fetched_again(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     for _ in range(2):
         assert run(hub, tmp_path / "models", "release", "--yes")[0] == 0
     assert len(hub.sent["pytorch_model.bin"]) == 1
 
 
-def test_damage_is_noticed_and_removed(hub: FakeHub, tmp_path: Path) -> None:
+def test_damage_is_noticed_and_removed(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.wrong.add("pytorch_model.bin")
     code, _, err = run(hub, tmp_path / "models", "release", "--yes")
     assert code == 1
@@ -105,7 +130,7 @@ def test_damage_is_noticed_and_removed(hub: FakeHub, tmp_path: Path) -> None:
     assert run(hub, tmp_path / "models", "release", "--yes")[0] == 0
 
 
-def test_a_repository_by_name_without_the_same_weights_as_pickles(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_repository_by_name_without_the_same_weights_as_pickles(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     folder = hub.root / "someone" / "theirs"
     (folder / "unet").mkdir(parents=True)
     names = ["config.json", "unet/diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors"]
@@ -116,7 +141,7 @@ def test_a_repository_by_name_without_the_same_weights_as_pickles(hub: FakeHub, 
     assert {str(p.relative_to(here)) for p in here.rglob("*") if p.is_file() and ".cache" not in p.parts} == set(names)
 
 
-def test_what_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
+def test_what_is_not_there(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     code, _, err = run(hub, tmp_path / "models", "someone/else", "--yes")
     assert code == 1
     assert "someone/else" in err
@@ -126,7 +151,7 @@ def test_what_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
     assert "release, base, all" in err
 
 
-def test_no_network(hub: FakeHub, tmp_path: Path) -> None:
+def test_no_network(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.address = "http://127.0.0.1:9"  # nobody listens there
     code, _, err = run(hub, tmp_path / "models", "release", "--yes")
     assert code == 1

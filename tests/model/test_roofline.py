@@ -7,7 +7,7 @@ import torch
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig
 from mm_interleaved.model import roofline
-from mm_interleaved.model.cost import measure
+from mm_interleaved.model.cost import Cost, measure
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,12 @@ def release() -> MMInterleaved:
         return MMInterleaved(MMInterleavedConfig.preset("release")).to(torch.bfloat16)
 
 
-def test_a_token_of_the_release_is_bound_by_its_weights(release: MMInterleaved) -> None:
-    cost = measure(release.config)
+@pytest.fixture(scope="module")
+def cost(release: MMInterleaved) -> Cost:
+    return measure(release.config)
+
+
+def test_a_token_of_the_release_is_bound_by_its_weights(release: MMInterleaved, cost: Cost) -> None:
     need = roofline.decoding(release, cost, columns=600, pictures=5)
     layers = 40 * 317_204_480 * 2  # spec/model 4.1
     head, mmfs = 32002 * 5120 * 2, 10 * 5120 * (640 + 1024) * 2
@@ -31,8 +35,7 @@ def test_a_token_of_the_release_is_bound_by_its_weights(release: MMInterleaved) 
     assert beams.bytes < 1.01 * need.bytes
 
 
-def test_drawing_and_reading_are_bound_by_arithmetic(release: MMInterleaved) -> None:
-    cost = measure(release.config)
+def test_drawing_and_reading_are_bound_by_arithmetic(release: MMInterleaved, cost: Cost) -> None:
     drawing = roofline.drawing(release, cost)
     assert drawing.seconds(4.28e12, 780e12) == pytest.approx(2 * cost.draw_image / 780e12)
     reading = roofline.reading(release, cost, 2048, 15)

@@ -1,11 +1,10 @@
 """Compiles the kernels of `group_norm_triton.py` for an H100 or H200, without one.
 
-A program of its own, because Triton decides for the interpreter when it is imported.
+Run by `compile_all.py`.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import triton
@@ -37,8 +36,8 @@ def compiled(kernel: Any, of_map: str = "fp32", of_weights: str = "fp32", **cons
     return len(triton.compile(ASTSource(kernel, signature, fixed, even), TARGET).asm["cubin"])
 
 
-def main() -> None:
-    """Compile all, print the sizes."""
+def sizes() -> dict[str, int]:
+    """Compile all, and their sizes by name."""
     found = {"join": compiled(kernels._join_kernel, BLOCK_P=kernels.JOINED // 16, BLOCK_D=16)}
     for types in (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16")):
         found[f"statistics {types}"] = compiled(kernels._statistics_kernel, *types, **MAP)
@@ -46,8 +45,4 @@ def main() -> None:
             for name in ("norm", "sums", "gradient"):
                 kernel = getattr(kernels, f"_{name}_kernel")
                 found[f"{name} {types} {silu}"] = compiled(kernel, *types, SILU=silu, **MAP)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

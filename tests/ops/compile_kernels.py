@@ -1,11 +1,10 @@
 """Compiles the kernels of decoding for an H100 or H200, without one: the interpreter lets pass what may not compile.
 
-A program of its own, because Triton decides for the interpreter when it is imported.
+Run by `compile_all.py`.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import triton
@@ -44,8 +43,8 @@ def compiled(kernel: Any, weights: str, tile: str | None, **constants: Any) -> i
     return len(triton.compile(ASTSource(kernel, signature, fixed), TARGET, {"num_warps": warps}).asm["cubin"])
 
 
-def main() -> None:
-    """Compile all, print the sizes."""
+def sizes() -> dict[str, int]:
+    """Compile all, and their sizes by name."""
     found = {}
     for rows, kind_of_tile in ((1, "map"), (1, "maps"), (16, "rows")):
         for weights in ("bf16", "i8", "fp8e4nv"):
@@ -60,8 +59,4 @@ def main() -> None:
     found["attend"] = compiled(kernels._attend_kernel, "bf16", None, HEADS=40, GROUP=1, DIM=128, SPLITS=32,
                                BLOCK_C=kernels.COLUMNS, BLOCK_D=128, OVERLAP=True)  # fmt: skip
     found["join"] = compiled(kernels._join_kernel, "bf16", None, DIM=128, SPLITS=32, BLOCK_D=128, OVERLAP=True)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

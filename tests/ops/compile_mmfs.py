@@ -1,11 +1,10 @@
 """Compiles the kernels of MMFS for an H100 or H200, without one.
 
-A program of its own, because Triton decides for the interpreter when it is imported.
+Run by `compile_all.py`.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import triton
@@ -41,8 +40,8 @@ def compiled(kernel: Any, half: str, num_warps: int = 4, maxnreg: int | None = N
     return len(triton.compile(source, TARGET, {"num_warps": num_warps, "maxnreg": maxnreg}).asm["cubin"])
 
 
-def main() -> None:
-    """Compile all at the sizes of the release, for tokens and for maps of queries; print the sizes."""
+def sizes() -> dict[str, int]:
+    """Compile all at the sizes of the release, for tokens and for maps of queries; and their sizes by name."""
     found = {}
     for sides, half in (((32, 16, 8), "bf16"), ((64, 32, 16, 8), "bf16"), ((32, 16, 8), "fp16"), ((32, 16, 8), "fp32")):
         shapes, scales = tuple(x for side in sides for x in (side, side)), tuple(side / 8 for side in sides)
@@ -64,8 +63,4 @@ def main() -> None:
         found[f"values {len(sides)} {half}"] = compiled(
             mmfs_triton_backward._values_kernel, half, **fixed, **tile, PRODUCT=TYPES[half]
         )
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

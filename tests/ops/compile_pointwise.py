@@ -1,11 +1,10 @@
 """Compiles the kernels of `pointwise_triton.py` for an H100 or H200, without one.
 
-A program of its own, because Triton decides for the interpreter when it is imported.
+Run by `compile_all.py`.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import triton
@@ -27,8 +26,8 @@ def compiled(kernel: Any, kind: str, warps: int = 4, **constants: Any) -> int:
     return len(triton.compile(ASTSource(kernel, signature, fixed), TARGET, {"num_warps": warps}).asm["cubin"])
 
 
-def main() -> None:
-    """Compile all at the sizes of the release, print the sizes."""
+def sizes() -> dict[str, int]:
+    """Compile all at the sizes of the release, and their sizes by name."""
     found = {}
     for kind in ("bf16", "fp16", "fp32"):
         for inverse in (False, True):
@@ -40,8 +39,4 @@ def main() -> None:
         block = {"BLOCK_R": kernels.ROWS, "BLOCK_C": kernels.COLUMNS}
         found[f"gelu {kind}"] = compiled(kernels._gelu_gate_kernel, kind, **block)
         found[f"gelu backward {kind}"] = compiled(kernels._gelu_gate_backward_kernel, kind, **block)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

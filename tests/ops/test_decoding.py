@@ -93,9 +93,9 @@ def test_a_slice_is_read_where_it_lies() -> None:
     close(*(project(whole[:, 8:48], [weight], backend=b) for b in ("triton", "plain")))
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("column", [0, 5, 31, 40])
-@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(4, 4, 16), (6, 2, 12)])
+@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(2, 2, 16), (6, 2, 12)])
 def test_attend(rows: int, column: int, heads: int, key_heads: int, dim: int) -> None:
     """Beams that share columns, columns that are not there, and nothing after the new token counts."""
     both = draw(rows, (heads + 2 * key_heads) * dim)

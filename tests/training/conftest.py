@@ -17,6 +17,8 @@ from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import load
 from mm_interleaved.training.config import TrainConfig
 
+from ..programs import Program
+
 ROOT = Path(__file__).parents[2]
 QUICK = ["tensorboard=false", "eval_every=0", "sample_every=0", f"data.sources.0.root={ROOT / 'examples'}"]
 
@@ -54,17 +56,22 @@ def arguments(run: Path, *changes: str) -> list[str]:
     return [f"output={run}", *QUICK, "eval_data=null", *changes]
 
 
-def start(run: Path, *changes: str, processes: int = 1) -> subprocess.Popen[str]:
-    """`mmi train` on the CPU as a user starts it, with torchrun for several processes."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command += ["mm_interleaved.cli", "train", "--device", "cpu", str(ROOT / "configs/debug.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(run: Path, *changes: str) -> Program:
+    """`mmi train` on the CPU in a process of its own."""
+    return Program("mm_interleaved.cli", *command(run, *changes), merge=True)
+
+
+def start_new(run: Path, *changes: str) -> subprocess.Popen[str]:
+    """The same as a user starts it, by a new interpreter; its output can be read while it runs."""
     return subprocess.Popen(
-        [*command, *arguments(run, *changes)],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", "mm_interleaved.cli", *command(run, *changes)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def command(run: Path, *changes: str) -> list[str]:
+    return ["train", "--device", "cpu", str(ROOT / "configs/debug.yaml"), *arguments(run, *changes)]
 
 
 def logged(run: Path, key: str = "loss") -> dict[int, float]:

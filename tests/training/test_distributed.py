@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ..programs import run_together
 from .conftest import ROOT, arguments, logged
 from .stand_in import COLORS
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 SHARD = "fsdp={fsdp_version: 2}"
 FROZEN = r"['image_decoder\.vae', 'language_model\.layers\.0', 'language_model\.embed', 'image_decoder\.unet\.down']"
 
@@ -30,15 +29,18 @@ OTHERWISE = [
 
 def run_stand_in(run: Path, *changes: str, processes: int = 1, succeeds: bool = True) -> str:
     """A run of `stand_in` with these settings; what it said."""
-    launch = LAUNCH if processes > 1 else [sys.executable]
-    launch = [*launch, "-m", "tests.training.stand_in"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*launch, *arguments(run, "log_every=1", "save_every=0", *changes)],
-        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
-    return done.stderr
+    given = arguments(run, "log_every=1", "save_every=0", *changes)
+    well, said = run_together(processes, "tests.training.stand_in", *given, **ENVIRONMENT)
+    assert well == succeeds, said[-3000:]
+    return said
+
+
+def run_by_torchrun(*command: str) -> None:
+    """Run a module in two processes as a user starts them."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *command]
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def number(written: str) -> int:
@@ -48,7 +50,8 @@ def number(written: str) -> int:
 @pytest.mark.slow
 def test_two_processes_learn_like_one_that_accumulates(tmp_path: Path) -> None:
     run_stand_in(tmp_path / "one", "steps=4", "accumulation=2")
-    run_stand_in(tmp_path / "two", "steps=4", processes=2)
+    settings = arguments(tmp_path / "two", "log_every=1", "save_every=0", "steps=4")
+    run_by_torchrun("tests.training.stand_in", *settings)
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert list(one) == list(two) == [1, 2, 3, 4]
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
@@ -96,7 +99,8 @@ def test_fsdp_does_not_silently_become_something_else(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_share_out_parameters(tmp_path: Path) -> None:
     for run, settings in (("ddp", []), ("fsdp", [SHARD, "save_every=2"])):
-        run_stand_in(tmp_path / run, "--mixed", "--gpu", "steps=4", *settings, processes=2)
+        given = arguments(tmp_path / run, "log_every=1", "save_every=0", "steps=4", *settings)
+        run_by_torchrun("tests.training.stand_in", "--mixed", "--gpu", *given)
     ddp, fsdp = logged(tmp_path / "ddp"), logged(tmp_path / "fsdp")
     assert list(fsdp.values()) == pytest.approx(list(ddp.values()), rel=1e-3)
     assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "fsdp/final/model.safetensors").values())
@@ -119,7 +123,5 @@ def test_deepspeed_learns_the_same_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_recorded_steps_are_averaged_over_processes() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [*LAUNCH, "-m", "tests.training.averages"]
-    done = subprocess.run(launch, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    well, said = run_together(2, "tests.training.averages", **ENVIRONMENT)
+    assert well, said[-3000:]

@@ -15,7 +15,7 @@ from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training.checkpoints import ASIDE, list_checkpoints
 from mm_interleaved.training.run import train
 
-from .conftest import logged, start
+from .conftest import logged, start, start_new
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_wish_does_not_wait(tmp_path: Path) -> None:
-    process = start(tmp_path / "run", "steps=2", "accumulation=1000", "save_every=0")  # a step of minutes
+    process = start_new(tmp_path / "run", "steps=2", "accumulation=1000", "save_every=0")  # a step of minutes
     assert any("trainable parameters" in line for line in process.stdout)
     time.sleep(2)  # it listens when it has begun
     process.send_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -43,7 +43,7 @@ def bench(
     from ..bench import LINES, run
     from ..bench.base import SIZES, Bench
     from ..bench.machine import describe
-    from ..model.quantization import QUANTIZATIONS
+    from ..model.quantization import QUANTIZATIONS, Quantization
     from .generate import _device
 
     if preset not in SIZES:
@@ -63,7 +63,8 @@ def bench(
     sizes = SIZES[preset]
     sizes = replace(sizes, rounds=rounds or sizes.rounds, steps=steps or sizes.steps)
     sizes = replace(sizes, twin_rounds=min(sizes.twin_rounds, sizes.rounds))
-    subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, quantization, say=console.print)
+    kind = cast(Quantization | None, quantization)  # checked above
+    subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, kind, say=console.print)
     result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "auto",
               "quantization": quantization or "none", **vars(subject.speed),
               "rows": [], "trouble": []}  # fmt: skip

@@ -138,7 +138,7 @@ def _statistics(batches: list[Batch]) -> dict[str, str]:
     lengths = [int(n) for b in batches for n in b.attention_mask.sum(1)]
     learned = sum(int((b.labels != -100).sum()) for b in batches)
     pictures = sum(len(b.image_rows) for b in batches)
-    drawn = sum(int(b.image_loss_mask.sum()) for b in batches)
+    drawn = sum(int(b.image_loss_mask.sum()) for b in batches if b.image_loss_mask is not None)
     places = sum(b.input_ids.numel() for b in batches)
     return {
         "tokens in a row": f"{sum(lengths) / rows:.1f} ({min(lengths)} to {max(lengths)})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -19,6 +19,7 @@ from ..evaluation.predictions import remove_results
 from ..evaluation.processes import on_main, start_processes
 from ..evaluation.report import problems, shown_values, skipped
 from ..evaluation.run import RESULTS, TABLE
+from ..model.quantization import Quantization
 from ..pretrained import load
 from .console import console, output
 from .gallery import GALLERY, write_gallery
@@ -46,7 +47,7 @@ def evaluate_command(
         try:
             with console.status(f"loading {escape(loaded.model)}") if state.is_main_process else _nothing():
                 dtype = DTYPES[loaded.dtype] if loaded.dtype else None
-                model = load(loaded.model, dtype, state.device, loaded.quantization)
+                model = load(loaded.model, dtype, state.device, cast(Quantization | None, loaded.quantization))
         except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
             words = str(error).strip().splitlines()[0]
             raise UsageError(f"model '{loaded.model}' cannot be loaded: {words}") from None

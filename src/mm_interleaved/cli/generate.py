@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from ..generation import (
     TextDelta,
 )
 from ..generation.settings import override
-from ..model.quantization import QUANTIZATIONS
+from ..model.quantization import QUANTIZATIONS, Quantization
 from ..pretrained import Loaded, load
 from ..processor.images import load_picture
 from .console import console, output
@@ -179,7 +179,7 @@ def _device(name: str) -> torch.device:
 def _load(model: str, dtype: str | None, device: torch.device, quantization: str | None) -> Loaded:
     try:
         with console.status(f"loading {escape(model)}"):
-            return load(model, DTYPES[dtype] if dtype else None, device, quantization)
+            return load(model, DTYPES[dtype] if dtype else None, device, cast(Quantization | None, quantization))
     except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
         raise UsageError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 

@@ -13,7 +13,7 @@ from typing import Any
 import PIL.Image
 
 from .. import __version__
-from ..document import Document, Image, Text
+from ..document import Document, FileSlice, Image, Text
 from ..files import write_atomic
 from ..generation import DocumentFinished, GenerationSettings, SegmentFinished
 from ..pretrained import Loaded
@@ -165,6 +165,8 @@ class ResultsFolder:
             name = f"{sample}_given_{number}.png"
             write_atomic(self.folder / name, _png(load_picture(segment.source)))
             return name
+        if segment.source is None or isinstance(segment.source, FileSlice):
+            raise TypeError(f"a given image is a file or in memory, not {segment.source!r}")
         return os.path.relpath(segment.source, self.folder.resolve())
 
     def finish(self) -> Path:

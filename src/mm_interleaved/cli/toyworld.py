@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import write_atomic
+from ..toyworld import sampling
 from ..toyworld.documents import FORM_NAMES, SMALLEST, DocumentMix, toy_document
 from ..toyworld.sampling import SPLITS
 from ..toyworld.sheet import contact_sheet
@@ -37,7 +38,7 @@ def write(
     workers: Annotated[int, typer.Option(help="Processes; 0 for one a core. The data do not depend on it.")] = 0,
 ) -> None:
     """Write a data set in the files and folders of a published one."""
-    job = Job(count, split, seed, size)  # type: ignore[arg-type]  # write_dataset checks the split
+    job = Job(count, cast(sampling.Split, split), seed, size)  # write_dataset checks the split
     columns = (TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=count)
@@ -65,7 +66,7 @@ def show(
         raise UsageError(f"there is no form '{form}'; forms are {', '.join(FORM_NAMES)}")
     mix = DocumentMix(**{name: float(name == form) for name in FORM_NAMES}) if form else DocumentMix()
     with console.status("drawing"):
-        documents = [toy_document(seed, split, index, size=size, mix=mix) for index in range(count)]  # type: ignore[arg-type]
+        documents = [toy_document(seed, split, index, size=size, mix=mix) for index in range(count)]
         buffer = io.BytesIO()
         contact_sheet(documents, cell=size).save(buffer, "PNG")
     if not out.parent.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,10 @@ Note = Callable[[str, str], None]  # (reason, example): something was left out, 
 class Reader(Protocol):
     """Where records are and what they mean."""
 
-    shards: Shards
+    @property
+    def shards(self) -> Shards:
+        """Where the records are."""
+        ...
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """The document of a record.
@@ -40,6 +43,7 @@ class Reader(Protocol):
         Raises:
             Rejected: it is left out.
         """
+        ...
 
 
 def make_reader(config: SourceConfig, folder: Path) -> Reader:
@@ -343,13 +347,14 @@ class _Numbers:
     """The toy world's one shard: its documents by number."""
 
     def __init__(self, name: str, count: int) -> None:
-        self.names, self.count = [name], count
+        self.names: Sequence[str] = [name]
+        self.count = count
 
     def place(self, record: Record) -> str:
         """Name and number."""
         return f"{self.names[0]}, document {record.line}"
 
-    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterable[Record]:
+    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
         """Numbers from `offset` on."""
         return (Record(shard, n, n, n + 1, n) for n in range(offset, self.count))
 
@@ -364,19 +369,20 @@ class ToyWorld:
     def __init__(self, config: SourceConfig) -> None:
         # Drawing needs libraries and pictures that other sources do without.
         from ..toyworld.documents import toy_document
-        from ..toyworld.sampling import SPLITS
+        from ..toyworld.sampling import SPLITS, Split
 
         self.config, self.shards = config, _Numbers(f"toyworld {config.split}", config.documents)
         self._draw, options = toy_document, dict(config.options)
         try:
             if config.split not in SPLITS:
                 raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, not '{config.split}'")
+            self._split: Split = config.split
             first = dict(options.pop("first", None) or {"documents": 0})
             self._early = int(first.pop("documents"))
             self._options = _toy_options(options)
             self._first = self._options | _toy_options(first)
             for chosen in (self._options, self._first):
-                toy_document(0, config.split, 0, **chosen)
+                toy_document(0, self._split, 0, **chosen)
         except KeyError:
             raise DataError(f"source '{config.name}': options.first needs 'documents', how many come first") from None
         except (TypeError, ValueError) as error:
@@ -385,7 +391,7 @@ class ToyWorld:
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """A new one for every draw of `rng`."""
         options = self._first if record.payload < self._early else self._options
-        document = self._draw(int(rng.integers(2**31)), self.config.split, record.payload, **options)
+        document = self._draw(int(rng.integers(2**31)), self._split, record.payload, **options)
         document.place = self.shards.place(record)
         return document
 

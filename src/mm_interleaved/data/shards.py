@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from ..document import FileSlice
 from .report import DataError, Rejected
@@ -51,9 +51,11 @@ class Shards(Protocol):
         Raises:
             Rejected: the shard is missing, or damaged from here on.
         """
+        ...
 
     def place(self, record: Record) -> str:
         """Where it is, for messages."""
+        ...
 
 
 def expand(pattern: str, root: Path) -> list[str]:
@@ -172,7 +174,7 @@ def _open_tar(path: Path, offset: int) -> Iterator[tarfile.TarFile]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     if path.suffix == ".gz":
         with gzip.open(path) as file:
             yield file

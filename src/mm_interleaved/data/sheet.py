@@ -13,6 +13,7 @@ import PIL.ImageFont
 from ..processor import Batch, MMInterleavedProcessor
 
 WIDTH, MARGIN, FONT, THUMBNAIL, GAP = 1200, 16, 15, 112, 6
+Font = PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont  # Pillow without FreeType has the second
 MAX_HEIGHT = 520  # of one row of tokens; what is longer ends in "..."
 INK, PALE, RULE, LEARNED, GIVEN = "#202020", "#9a9a9a", "#d0d0d0", "#2e7d32", "#b0b0b0"
 
@@ -91,7 +92,7 @@ def _panel(title: str, pieces: Sequence[_Piece]) -> PIL.Image.Image:
     return panel.crop((0, 0, WIDTH, bottom))
 
 
-def _size(piece: _Piece, draw: PIL.ImageDraw.ImageDraw, font: PIL.ImageFont.FreeTypeFont) -> tuple[int, int]:
+def _size(piece: _Piece, draw: PIL.ImageDraw.ImageDraw, font: Font) -> tuple[int, int]:
     if piece.content is None:
         return 3 * GAP, FONT + GAP
     if isinstance(piece.content, str):
@@ -102,7 +103,7 @@ def _size(piece: _Piece, draw: PIL.ImageDraw.ImageDraw, font: PIL.ImageFont.Free
 def _place(
     panel: PIL.Image.Image,
     draw: PIL.ImageDraw.ImageDraw,
-    font: PIL.ImageFont.FreeTypeFont,
+    font: Font,
     piece: _Piece,
     left: int,
     top: int,

@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ..document import DocumentError
 from ..processor import MMInterleavedProcessor
-from ..processor.packing import PackingRules, TokenStream
+from ..processor.packing import Cut, PackingRules, TokenStream
 from .config import SourceConfig
 from .readers import Reader
 from .report import DataError, DataReport, Rejected
@@ -103,7 +103,7 @@ class SourceStream:
             processor.tokenizer.bos_token_id,
             processor.soi_token_id,
             config.max_images_per_sequence,
-            config.cut or ("document" if config.is_pairs else "image"),
+            cast(Cut, config.cut) if config.cut else "document" if config.is_pairs else "image",
         )
         self._buffer = TokenStream.empty()
         self._waiting: deque[tuple[list[int], int]] = deque()  # record and number of tokens, for each in the buffer
@@ -320,9 +320,10 @@ class SourceStream:
     def _restore_buffer(self, state: dict[str, Any]) -> None:
         streams = self._reread([entry[:4] for entry in state["waiting"]])
         lengths = [entry[4] for entry in state["waiting"]]
-        if [None if s is None else len(s) for s in streams] != lengths:
+        found = [stream for stream in streams if stream is not None]
+        if len(found) < len(streams) or [len(stream) for stream in found] != lengths:
             raise DataError(f"source '{self.config.name}': the data have changed since the state was saved")
-        self._buffer = sum(streams, TokenStream.empty())
+        self._buffer = sum(found, TokenStream.empty())
         self._buffer = self._buffer.split(state["skip"], self._rules.soi_token_id)[1]
         self._skip = state["skip"]
         self._waiting = deque((list(entry[:4]), entry[4]) for entry in state["waiting"])

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from .errors import DocumentError
 from .segments import check_characters
 
-_KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", bool: "true or false"}
+T = TypeVar("T")
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+}
 
 
 def check(value: Any, kind: type, where: str, fix: str = "") -> Any:
     """`value`, which must be of that JSON type."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        found = "null" if value is None else _KINDS.get(type(value), type(value).__name__)
+        given = cast(type, type(value))
+        found = "null" if value is None else _KINDS.get(given, given.__name__)
         raise DocumentError(f"must be {_KINDS[kind]}, not {found}", where, fix)
     return value
 
@@ -28,13 +36,14 @@ def check_all_characters(data: dict[str, Any]) -> None:
         if isinstance(value, str):
             check_characters(value, where)
         elif isinstance(value, list):
-            rest += [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+            rest += [(f"{where}[{i}]", item) for i, item in enumerate(cast(list[Any], value))]
         elif isinstance(value, dict):
-            rest += [(f"{where}, a field's name" if where else "a field's name", key) for key in value]
-            rest += [(f"{where}.{key}" if where else str(key), item) for key, item in value.items()]
+            fields = cast(dict[Any, Any], value)
+            rest += [(f"{where}, a field's name" if where else "a field's name", key) for key in fields]
+            rest += [(f"{where}.{key}" if where else str(key), item) for key, item in fields.items()]
 
 
-def check_list(value: Any, kind: type, where: str) -> list:
+def check_list(value: Any, kind: type[T], where: str) -> list[T]:
     """`value`, which must be a list of things of that JSON type."""
     return [check(item, kind, f"{where}[{i}]") for i, item in enumerate(check(value, list, where))]
 

@@ -123,7 +123,9 @@ class Document:
             DocumentError: the document has no picture, or an open slot anywhere but at its end.
         """
         sentences: list[str] = []
-        images, places, first = [], [], []
+        images: list[str | None] = []
+        places: list[int] = []
+        first: list[bool] = []
         for index, segment in enumerate(self.segments):
             if segment.is_open and index < len(self.segments) - 1:
                 raise DocumentError("a record of the original cannot have an open slot here", f"segments[{index}]")
@@ -135,7 +137,12 @@ class Document:
                 sentences.append(segment.text)
         if not images:
             raise DocumentError("a record of the original needs at least one picture")
-        record = {"sentences": sentences or [""], "images": images, "sentence_ixs": places, "image_first": first}
+        record: dict[str, Any] = {
+            "sentences": sentences or [""],
+            "images": images,
+            "sentence_ixs": places,
+            "image_first": first,
+        }
         record["generate_mode"] = "generate_images" if self.images[-1].is_open else "generate_texts"
         optional = {"num_iter": self.max_turns, "multiround_context": self.forced_texts or None, "id": self.id}
         return record | {k: v for k, v in optional.items() if v is not None}

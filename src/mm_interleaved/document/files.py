@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .document import Document
 from .errors import DocumentError
@@ -26,7 +26,7 @@ def load_documents(path: str | Path, image_root: str | Path | None = None) -> li
     """
     path = Path(path)
     folder = Folder(path.resolve().parent, Path(image_root) if image_root is not None else None)
-    documents = []
+    documents: list[Document] = []
     for place, data in _read_json(path):
         try:
             document = Document.from_dict(data, folder)
@@ -59,7 +59,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         return
     if not data:
         raise DocumentError("the list of documents is empty", str(path))
-    for index, record in enumerate(data):
+    for index, record in enumerate(cast(list[Any], data)):
         yield f"{path}, record {index}", record
 
 

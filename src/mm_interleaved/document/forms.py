@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from .checks import check, check_all_characters, check_fields, check_list, listed, positive
 from .errors import DocumentError
@@ -106,7 +106,7 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
         return Text(check(part.get("text"), str, f"{where}.text"), supervise, role)
     if kind == "image_url":
         url = part.get("image_url")
-        url = url.get("url") if isinstance(url, dict) else url
+        url = cast(dict[str, Any], url).get("url") if isinstance(url, dict) else url
         return Image(folder.picture(url, f"{where}.image_url"), supervise, role)
     if kind == "image":
         for key in ("path", "image", "url"):
@@ -195,4 +195,4 @@ def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool]
 
 def _trimmed(segments: list[Segment]) -> list[Segment]:
     """Texts without white space around them: next to pictures it does not count, at both ends a record has none."""
-    return [Text(s.text.strip()) if isinstance(s, Text) else s for s in segments]
+    return [Text(s.text.strip()) if isinstance(s, Text) and s.text is not None else s for s in segments]

@@ -223,12 +223,19 @@ class Predictor:
 
     def _score(self, batch: Sequence[Ready]) -> list[Made]:
         options = [ready.options for ready in batch]
-        prompts = self.processor.collate([ready.prepared.plan[0] for ready in batch], padding_side="left")
+        prompts = self.processor.collate([_prompt(ready) for ready in batch], padding_side="left")
         scores = self.model.score(prompts.to(self.model.compute_device), options, self.suite.option_batch_size)
         return [
             Made({"scores": row, "lengths": [len(ids) for ids in ids_of_row]})
             for row, ids_of_row in zip(scores, options, strict=True)
         ]
+
+
+def _prompt(ready: Ready) -> TokenStream:
+    """The tokens before the options; a document without slots has nothing else."""
+    prompt = ready.prepared.plan[0]
+    assert isinstance(prompt, TokenStream)
+    return prompt
 
 
 def effective_settings(task: Task, suite: TaskSuite) -> GenerationSettings:
@@ -293,13 +300,14 @@ def run_batches(
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         for batch, pending, loaded in _ahead(predictor, samples, batches, done):
+            problems = {i: found for i, found in loaded.items() if isinstance(found, str)}
+            together = {i: found for i, found in loaded.items() if isinstance(found, Ready)}
             made = [
-                Made({"index": i, "id": samples[i].id, "problem": loaded[i]})
+                Made({"index": i, "id": samples[i].id, "problem": problems[i]})
                 for i in pending
-                if isinstance(loaded[i], str) and done.get(i, {}).get("problem") != loaded[i]
+                if i in problems and done.get(i, {}).get("problem") != problems[i]
             ]
-            if any(isinstance(loaded[i], Ready) for i in pending):
-                together = {i: loaded[i] for i in batch if isinstance(loaded[i], Ready)}
+            if any(i in together for i in pending):
                 start = time.perf_counter()
                 found = predictor.predict(list(together.values()), list(together))
                 speed.model_seconds += time.perf_counter() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -37,7 +37,7 @@ def on_main(state: PartialState, action: Callable[[], T]) -> T:
     broadcast_object_list(outcome)
     if outcome[1]:
         raise EvaluationError(str(outcome[1]))
-    return outcome[0]  # type: ignore[return-value]
+    return cast(T, outcome[0])
 
 
 def on_all(state: PartialState, action: Callable[[], T]) -> T:
@@ -54,4 +54,4 @@ def on_all(state: PartialState, action: Callable[[], T]) -> T:
     problems = gather_object([problem]) if state.num_processes > 1 else [problem]
     if found := next(filter(None, problems), ""):
         raise EvaluationError(found)
-    return result  # type: ignore[return-value]
+    return cast(T, result)

@@ -37,7 +37,7 @@ FORMAT = 2  # of the folder; another one is not continued
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
 PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
 ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
-OnScored = Callable[[Scored, SampleScores, TaskResult], None]
+OnScored = Callable[[Scored, SampleScores, TaskResult], object]  # what it returns is not used
 
 
 @dataclass
@@ -205,7 +205,7 @@ def weights_digest(model: MMInterleaved) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for part in stored(tensor):
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

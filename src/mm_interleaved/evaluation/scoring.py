@@ -153,7 +153,7 @@ def pictures_of_scenes(given: Scored) -> MetricResult:
     """Toy data: what the toy world's reader finds in drawn pictures."""
     result = ScenePictures(device=given.device)(given.pictures(), drawn_scenes(given.samples, given.about or {}))
     for name, parts in result.ratios.items():  # pictures of one story have more in common than others
-        result.ratios[name] = [tuple(map(sum, zip(*p, strict=True))) for p in _by_sample(given, parts).values()]
+        result.ratios[name] = [(sum(a for a, _ in p), sum(b for _, b in p)) for p in _by_sample(given, parts).values()]
     return result
 
 

@@ -41,7 +41,7 @@ def to_document(context: str, pictures: Sequence[Picture], style: str = "plain")
     if places > len(pictures):
         raise ValueError(f"the question has {places} places for pictures, but {len(pictures)} pictures: {context[:80]}")
     waiting = [Image(picture, supervise=False) for picture in pictures]
-    segments: list[Segment] = waiting[: len(waiting) - places]
+    segments: list[Segment] = [*waiting[: len(waiting) - places]]
     placed = waiting[len(waiting) - places :]
     for index, text in enumerate(texts):
         segments += [placed[index - 1]] if index else []
@@ -98,7 +98,9 @@ class Answerer:
             seeds = [sample_seed(self.seed, "answer", name) for name in ids[part]]
             ends = [e for e in generator.run(documents[part], seeds) if isinstance(e, DocumentFinished)]
             for event in sorted(ends, key=lambda e: e.document):
-                yield str(event.result.segments[-1].text)  # type: ignore[union-attr]
+                answer = event.result.segments[-1]
+                assert isinstance(answer, Text)
+                yield str(answer.text)
 
     @torch.no_grad()
     def score(self, documents: Sequence[Document], texts: Sequence[str]) -> Iterator[tuple[float, bool]]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.api.instance import Instance  # pyright: ignore[reportMissingImports] -- an optional extra
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports] -- an optional extra
+from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports] -- an optional extra
 
 from ..evaluation.processes import start_processes
 from ..pretrained import load

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPTextConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .pictures import Picture, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
@@ -39,7 +40,8 @@ class CLIP:
         model = CLIPModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
         images = AutoImageProcessor.from_pretrained(self.folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        return model.to(self.device).eval(), images, tokenizer
+        # transformers' decorator around Module.to hides its `self`
+        return model.to(self.device).eval(), images, tokenizer  # pyright: ignore[reportArgumentType]
 
     @torch.inference_mode()
     def embed_images(self, pictures: Sequence[Picture]) -> torch.Tensor:
@@ -49,14 +51,16 @@ class CLIP:
         for start in range(0, len(pictures), self.batch):
             chosen = [rgb(picture) for picture in pictures[start : start + self.batch]]
             pixels = images(chosen, return_tensors="pt")["pixel_values"].to(self.device)
-            found.append(model.get_image_features(pixel_values=pixels).pooler_output)
+            found.append(_pooled(model.get_image_features(pixel_values=pixels)))
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors [N, D] of texts; what exceeds the model's 77 tokens is cut off."""
         model, _, tokenizer = self._parts
-        length = model.config.text_config.max_position_embeddings
+        text = model.config.text_config
+        assert isinstance(text, CLIPTextConfig)
+        length = text.max_position_embeddings
         found = []
         for start in range(0, len(texts), self.batch):
             batch = tokenizer(
@@ -64,7 +68,7 @@ class CLIP:
                 return_tensors="pt",
             ).to(self.device)  # fmt: skip
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            found.append(model.get_text_features(**inputs).pooler_output)
+            found.append(_pooled(model.get_text_features(**inputs)))
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
     def rerank(self, candidates: Sequence[Picture], text: str) -> tuple[int, list[float]]:
@@ -114,6 +118,13 @@ class TextSimilarity:
         rows = aligned(predictions, references)
         made = self.clip.embed_images([picture for _, picture, _ in rows])
         return _cosines("clip_text_image", made, self.clip.embed_texts([text for _, _, text in rows]))
+
+
+def _pooled(features: tuple[Any, ...] | BaseModelOutputWithPooling) -> torch.Tensor:
+    """The projected vectors [N, D] among what CLIP returns."""
+    assert isinstance(features, BaseModelOutputWithPooling)
+    assert features.pooler_output is not None
+    return features.pooler_output
 
 
 def _cosines(name: str, a: torch.Tensor, b: torch.Tensor) -> MetricResult:

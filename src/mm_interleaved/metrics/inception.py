@@ -28,7 +28,7 @@ class _Conv(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int] = 1, stride: int = 1) -> None:
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (0, 0) if stride == 2 else tuple(side // 2 for side in sides)
+        padding = (0, 0) if stride == 2 else (sides[0] // 2, sides[1] // 2)
         self.conv = nn.Conv2d(inputs, outputs, sides, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 

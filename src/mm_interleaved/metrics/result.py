@@ -93,7 +93,7 @@ def aligned(predictions: Mapping[Hashable, P], references: Mapping[Hashable, R])
     return [(key, predictions[key], reference) for key, reference in references.items()]
 
 
-def percent(values: Sequence[float]) -> float:
+def percent(values: Sequence[float] | np.ndarray) -> float:
     """Mean of shares in [0, 1], times 100."""
     return 100 * float(np.mean(values))
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ..document import DocumentError
 
@@ -135,11 +135,11 @@ def checked(value: Any, kind: type[T], where: str) -> T:
     Raises:
         TaskError: it is of another type.
     """
-    wanted = _NUMBER if kind is float else kind
+    wanted: type | tuple[type, ...] = _NUMBER if kind is float else kind
     if not isinstance(value, wanted) or (kind in _NUMBER and isinstance(value, bool)):
         found = "null" if value is None else _NAMES.get(type(value), type(value).__name__)
         raise TaskError(f"must be {_NAMES[kind]}, not {found}", where, "Compare the file with the data set's layout")
-    return value
+    return cast(T, value)
 
 
 def get(record: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:

@@ -90,7 +90,7 @@ def _check_memo(content: bytes) -> None:
         name, argument = opcode.name, opcode.arg
         begin = place = place + 1
         size = 0 if argument is None else argument.n
-        if size == pickletools.UP_TO_NEWLINE:
+        if argument is not None and size == pickletools.UP_TO_NEWLINE:
             for _ in range(2 if argument.name.endswith("_pair") else 1):
                 place = content.index(b"\n", place) + 1
         elif size in _LENGTHS:

@@ -64,7 +64,10 @@ def _item(source: Source, number: str, turns: list[Turn], drawn: int, where: str
     context, learn = source.options["context"], source.phase == "train"
     segments = lay_out(turns, "multi_modal" if learn else context, drawn, learn)
     targets = [turn.picture for turn in turns[len(turns) - drawn :]]
-    meta = {"captions": [t.caption for t in turns], "drawn": [t.name for t in turns[len(turns) - drawn :]]}
+    meta: dict[str, Any] = {
+        "captions": [t.caption for t in turns],
+        "drawn": [t.name for t in turns[len(turns) - drawn :]],
+    }
     if turns[0].frame is not None:
         meta["frames"] = [t.frame for t in turns]
     problem = next((t.problem for t in turns if t.problem), "")

@@ -194,11 +194,13 @@ def _vqa(rng: np.random.Generator, split: Split | None, size: int, things: Thing
         return _vqa_unsure(scene, rng, size)
     first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
     picture = _given(scene, size)
+    segments: list[Segment]
     if chance(rng, 0.5):
-        segments: list[Segment] = [Text(VQA_BEFORE, supervise=False), picture]
+        segments = [Text(VQA_BEFORE, supervise=False), picture]
         prompts = [VQA_AFTER] + [VQA_SHORT] * len(others)
     else:
-        segments, prompts = [picture], [VQA_SHORT] * (1 + len(others))
+        segments = [picture]
+        prompts = [VQA_SHORT] * (1 + len(others))
     for asked, prompt in zip((first, *others), prompts, strict=True):
         segments += [Text(prompt.format(question=asked.question), supervise=False), Text(asked.answer)]
     return segments

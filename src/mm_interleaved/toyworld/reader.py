@@ -93,8 +93,10 @@ class ReaderNet(nn.Module):
         self.coarse = nn.Sequential(_Block(2 * width), _Block(2 * width))
         self.head = nn.Sequential(_conv(2 * width, 2 * width), nn.ReLU())
         self.out = nn.Conv2d(2 * width, len(SIZES) * OUTPUTS, 1)
+        bias = self.out.bias
+        assert bias is not None
         with torch.no_grad():  # centres are rare; without this the first steps only learn that
-            self.out.bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
+            bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Read pictures.

@@ -147,8 +147,8 @@ def _any_scene(rng: np.random.Generator, things: tuple[int, int]) -> Scene:
     found: list[Thing] = []
     for cell in rng.permutation(GRID * GRID)[:number].tolist()[:alone]:
         size = "small" if rng.random() < SMALL else "big"
-        offset = tuple(round(float(v), 3) for v in rng.uniform(-1, 1, 2) * JITTER[size])
-        found.append(Thing(_fresh(rng, found, size), cell, size, offset))
+        right, down = (round(float(v), 3) for v in rng.uniform(-1, 1, 2) * JITTER[size])
+        found.append(Thing(_fresh(rng, found, size), cell, size, (right, down)))
     if hosting:
         added = _hosted(rng, found)
         if added is None:

@@ -11,6 +11,7 @@ from ..document import Document, Image, Text
 
 MARGIN = 8
 FONT_SIZE = 13
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # Pillow without FreeType has the second
 INK, PROMPT_INK = (20, 20, 20), (130, 130, 150)  # learned text, given text
 FRAMES = {True: (60, 150, 80), False: (170, 170, 185)}  # around learned and given pictures
 
@@ -35,7 +36,7 @@ def contact_sheet(documents: Sequence[Document], cell: int = 192, columns: int =
     return sheet
 
 
-def _block(document: Document, cell: int, columns: int, font: ImageFont.FreeTypeFont) -> PIL.Image.Image:
+def _block(document: Document, cell: int, columns: int, font: Font) -> PIL.Image.Image:
     groups: list[list[Text] | Image] = []
     for segment in document.segments:
         if isinstance(segment, Text) and groups and isinstance(groups[-1], list):
@@ -64,7 +65,7 @@ def _picture(image: Image, cell: int) -> PIL.Image.Image:
     return tile
 
 
-def _words(texts: list[Text], cell: int, font: ImageFont.FreeTypeFont) -> PIL.Image.Image:
+def _words(texts: list[Text], cell: int, font: Font) -> PIL.Image.Image:
     lines = [(line, INK if t.supervise else PROMPT_INK) for t in texts for line in _wrapped(t.text or "", cell, font)]
     step = FONT_SIZE + 4
     tile = PIL.Image.new("RGB", (cell, max(cell, step * len(lines) + 4)), (248, 248, 250))
@@ -74,7 +75,7 @@ def _words(texts: list[Text], cell: int, font: ImageFont.FreeTypeFont) -> PIL.Im
     return tile
 
 
-def _wrapped(text: str, cell: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(text: str, cell: int, font: Font) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

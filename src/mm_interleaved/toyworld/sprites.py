@@ -73,7 +73,7 @@ class _Body:
 @cache
 def _atlas() -> dict[str, Image.Image]:
     with Image.open(ATLAS) as picture:
-        names = picture.text["kinds"].split()  # which emoji are on it, in order
+        names = str(picture.info["kinds"]).split()  # which emoji are on it, in order
         whole = picture.convert("RGBA")
     places = [(i % ATLAS_COLUMNS * TILE, i // ATLAS_COLUMNS * TILE) for i in range(len(names))]
     return {name: whole.crop((x, y, x + TILE, y + TILE)) for name, (x, y) in zip(names, places, strict=True)}
@@ -97,8 +97,8 @@ def _body(kind: str, pixels: int, worn: bool) -> _Body:
     else:
         drawn = figures.figure(kind, size)
     x, y = (pixels - size) // 2, round(pixels - rim - size)
-    box = drawn.getchannel("A").point(lambda a: 255 * (a > 100)).getbbox()
-    if worn:  # a flat thing still stands on the ground, and its hat on it
+    box = drawn.getchannel("A").point([255 * (value > 100) for value in range(256)]).getbbox()
+    if worn and box is not None:  # a flat thing still stands on the ground, and its hat on it
         y += size - box[3]
     whole = Image.new("RGBA", (pixels, pixels))
     whole.paste(drawn, (x, y))

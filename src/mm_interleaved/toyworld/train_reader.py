@@ -212,11 +212,9 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = (
-            (ReaderNet() if start is None else Reader.load(start).net)
-            .to(device, memory_format=torch.channels_last)
-            .train()
-        )
+        net = ReaderNet() if start is None else Reader.load(start).net
+        # torch's stubs of Module.to have memory_format only beside a tensor
+        net = net.to(device, memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
     decayed = [p for p in net.parameters() if p.ndim > 1]
     plain = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]

@@ -25,6 +25,8 @@ from .words import NUMBERS
 MOST_MENTIONS = 10  # more than these cannot be scored as different things of scenes of five
 _ADJECTIVES = ("size", "color", "texture")
 
+Binding = dict[int | None, int]  # from the number of a mention to that of a thing
+
 
 @dataclass(frozen=True)
 class CaptionScore:
@@ -72,14 +74,14 @@ def score_caption(text: str, scene: Scene) -> CaptionScore:
     return CaptionScore(len(facts), best_right, best_found, len(scene.things))
 
 
-def _bind(fact: Fact, bound: dict[int, int]) -> Fact:
+def _bind(fact: Fact, bound: Binding) -> Fact:
     """The fact with numbers of things instead of mentions; -1 where there is no such thing."""
     thing = None if fact.thing is None else bound.get(fact.thing, -1)
     other = None if fact.other is None else bound.get(fact.other)
     return Fact(fact.name, thing, fact.value, other)
 
 
-def _bindings(mentions: Sequence[Fact], scene: Scene, taken: frozenset[int] = frozenset()) -> Iterator[dict[int, int]]:
+def _bindings(mentions: Sequence[Fact], scene: Scene, taken: frozenset[int] = frozenset()) -> Iterator[Binding]:
     """Every way to take mentions for different things of their kind."""
     if not mentions:
         yield {}
