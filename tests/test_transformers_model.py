@@ -34,7 +34,7 @@ from mm_interleaved import (
     Text,
     TextSettings,
 )
-from mm_interleaved.pretrained import FOLDER
+from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor.tokenizer import encode_text
 
 from .conftest import awaken, picture

@@ -29,7 +29,7 @@ from mm_interleaved import (
     TextSettings,
 )
 from mm_interleaved.document import load_documents
-from mm_interleaved.generation import Context, InterleavedGenerator
+from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.generation.recompute import RecomputingGenerator
 from mm_interleaved.processor.packing import TokenStream
 
@@ -84,14 +84,13 @@ def test_caches_equal_recomputation(
     for a, b in zip(made, expected, strict=True):
         assert len(a) == 2 * rounds
         assert all(same(x, y) for x, y in zip(a, b, strict=True))
-    cached.context.flush()
-    hidden = torch.cat(cached.context.hidden, dim=1)
-    for row in cached.rows:
+    for number, row in enumerate(cached.rows):
         batch = processor.collate([TokenStream(np.array(row.ids), np.ones(len(row.ids), bool), row.images)])
         with torch.no_grad():
-            whole = model(batch.input_ids, pixel_values=batch.pixel_values).last_hidden_state[0]
-        kept = hidden[cached.rows.index(row)][cached.context.mask[cached.rows.index(row)] == 1]
-        torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-4)
+            whole = model(batch["input_ids"], pixel_values=batch["pixel_values"]).last_hidden_state[0]
+        kept = cached.state.hidden(number)
+        assert len(row.ids) - len(kept) == model.config.num_image_tokens  # the last image is read by nobody
+        torch.testing.assert_close(kept, whole[: len(kept)], rtol=1e-4, atol=1e-4)
 
 
 def test_cost_is_linear(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
@@ -101,7 +100,7 @@ def test_cost_is_linear(model: MMInterleaved, processor: MMInterleavedProcessor)
         for turns in (4, 8):
             generator = kind(model, processor, replace(GREEDY, max_turns=turns, force_image=True, stop_at_eos=False))
             run(generator, one())
-            source = generator if kind is RecomputingGenerator else generator.context
+            source = generator if kind is RecomputingGenerator else generator.state
             counts[kind, turns] = source.tokens_read, source.images_read, len(generator.rows[0].ids)
     tokens, images, length = counts[InterleavedGenerator, 8]
     assert tokens <= length

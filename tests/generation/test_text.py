@@ -192,16 +192,16 @@ def test_beams_find_what_greedy_misses(scripted, processor: MMInterleavedProcess
 
 def test_steps_of_finished_rows_are_marked(scripted, processor: MMInterleavedProcessor) -> None:
     model = scripted(lambda step: {10: 0.0} if step < 2 else {EOS: 0.0})
-    context = model.read(prompts(processor))
+    context = model.prefill(prompts(processor))
     steps = list(write(context, TextSettings(min_new_tokens=0, num_beams=1), [torch.Generator()] * 3,
-                       active=torch.tensor([True, False, True]), limits=torch.tensor([1, 9, 9])))  # fmt: skip
+                       active=torch.tensor([True, False, True]), limits=[1, 9, 9]))  # fmt: skip
     assert [s.active.tolist() for s in steps] == [[True, False, True], [False, False, True], [False, False, True]]
     assert steps[1].tokens.tolist() == [model.config.pad_token_id] * 2 + [10]
 
 
 def test_limits_and_banned_tokens(scripted, processor: MMInterleavedProcessor) -> None:
     model = scripted(lambda step: {10: 1.0, 11: 0.0})
-    context = model.read(processor(Document([Text("a")])))
+    context = model.prefill(processor(Document([Text("a")])))
     settings = TextSettings(max_new_tokens=4, min_new_tokens=0, num_beams=1)
     steps = list(write(context, settings, [torch.Generator()], banned=[10]))
     assert [int(s.tokens) for s in steps] == [11] * 4

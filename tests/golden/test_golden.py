@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm_interleaved.model.image_decoder import NoiseSamples
+from mm_interleaved.model.language_model import image_features
 from mm_interleaved.model.layout import visible_images
 from mm_interleaved.model.mmfs import MMFS, VisibleImages, mmfs_reference
 from mm_interleaved.model.original import derived_tensors
@@ -185,7 +186,7 @@ def test_prefill(golden: GoldenSet, case: str, implementation: str) -> None:
     for b, row in enumerate(rows):
         assert torch.equal(row.float()[real[b]], expected[b, :, : per_row[b]][real[b]])
         assert not expected[b, :, per_row[b] :][real[b]].any()
-    memory = model._look(pixels)[1].features
+    memory = image_features(model.config, model.encode_images(pixels).pyramid).features
     stored = torch.zeros(len(per_row), max(per_row), *memory.shape[1:])
     for b, n in enumerate(per_row):
         stored[b, :n] = memory[sum(per_row[:b]) : sum(per_row[: b + 1])]

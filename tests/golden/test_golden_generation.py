@@ -41,14 +41,14 @@ def test_texts(golden: GoldenSet, case: str) -> None:
             ids = [config.bos_token_id, *text.ids, *([config.eos_token_id] if closer >= 0 else [])]
             assert ids == row[: len(ids)].tolist()
             assert (row[len(ids) :] == config.pad_token_id).all()
-        logits = model.lm_head(model.read(batch).last).repeat_interleave(settings.num_beams, 0)
+        logits = model.lm_head(model.prefill(batch).last).repeat_interleave(settings.num_beams, 0)
         golden.close(case, "first_step_logits", logits, x["out.first_step_logits"])
         return
     for text, row in zip(texts, expected, strict=True):
         ids = [config.bos_token_id, *text.all_ids]
         assert ids == row[: len(ids)].tolist()
         assert (row[len(ids) :] == config.pad_token_id).all()
-    steps = list(write(model.read(batch), settings, [torch.Generator()] * len(texts)))
+    steps = list(write(model.prefill(batch), settings, [torch.Generator()] * len(texts)))
     active = torch.stack([s.active for s in steps], dim=1)
     logits = torch.stack([s.logits for s in steps], dim=1)
     golden.close(case, "step_logits", logits, x["out.step_logits"], active)

@@ -58,8 +58,8 @@ def test_k1_the_learned_ignore_logits_are_dead(model: MMInterleaved) -> None:
 def test_k2_a_query_that_sees_nothing_gets_the_output_bias(model: MMInterleaved) -> None:
     synchronizer = copy.deepcopy(model.language_model.layers[0].synchronizer)
     nn.init.zeros_(synchronizer.mmfs.ignore_token)
-    _, memory = model._look(None)
-    seen = synchronizer(torch.randn(1, 3, 32), memory, VisibleImages.build(torch.zeros(3, 0, dtype=torch.long), 0))
+    hidden, nothing = torch.randn(1, 3, 32), VisibleImages.build(torch.zeros(3, 0, dtype=torch.long), 0)
+    seen = synchronizer(hidden, model.no_images(), nothing) - hidden
     expected = synchronizer.gate.tanh() * synchronizer.mmfs.output_proj.bias
     torch.testing.assert_close(seen, expected.expand(1, 3, -1))
     assert expected.any()

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from mm_interleaved import ImageSettings, MMInterleaved
-from mm_interleaved.model.image_decoder import NoiseSamples, ImageDecoder
+from mm_interleaved.model.image_decoder import ImageDecoder, NoiseSamples
 from mm_interleaved.model.unet import EarlierImages
 
 

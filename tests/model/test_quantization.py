@@ -12,7 +12,7 @@ from torch import nn
 
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
 from mm_interleaved.evaluation.run import weights_digest
-from mm_interleaved.generation.static import Room, StaticDecoder
+from mm_interleaved.model.fused import decoding_kernels
 from mm_interleaved.model.quantization import QUANTIZATIONS, quantize
 from mm_interleaved.model.weights import is_quantized, readable, stored
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
@@ -87,14 +87,12 @@ def test_decoding_kernels_read_whole_numbers(model: MMInterleaved, processor: MM
     quantize(mine, "int8")
     logits = []
     with torch.no_grad():
-        for kernels in (True, False):
-            context = mine.read(prompts(processor))
-            decoder = StaticDecoder(mine, Room.needed(context, 1, 2), kernels=kernels)
-            decoder.load(context)
-            rows = len(context.mask)
-            for token in (30, 31):
-                decoder.read(torch.full((rows,), token), torch.ones(rows, dtype=torch.bool))
-            logits.append(decoder.logits.clone())
+        for kernels in ("always", "never"):
+            state = mine.prefill(prompts(processor), max_new_tokens=2)
+            with decoding_kernels(kernels):
+                for token in (30, 31):
+                    found = state.decode_step(torch.full((3,), token), torch.ones(3, dtype=torch.bool))
+            logits.append(found.clone())
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 

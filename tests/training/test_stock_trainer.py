@@ -36,7 +36,8 @@ class Collator:
     def __init__(self, model: MMInterleaved, processor: MMInterleavedProcessor, documents: list[Document]) -> None:
         self.processor, self.documents = processor, documents
         self.noise = [
-            model.image_decoder.sample_noise(len(d.images), torch.Generator().manual_seed(i)) for i, d in enumerate(documents)
+            model.image_decoder.sample_noise(len(d.images), torch.Generator().manual_seed(i))
+            for i, d in enumerate(documents)
         ]
 
     def __call__(self, documents: Sequence[Document]) -> Batch:

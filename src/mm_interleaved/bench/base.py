@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..generation import Context, MMInterleaved
+from ..generation import GenerationState, MMInterleaved
 from ..generation.settings import CacheImplementation
-from ..generation.static_pictures import eyes_of
+from ..generation.workspace import uses_graphs
 from ..model import MMInterleavedConfig
 from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS
@@ -220,10 +220,14 @@ def document(config: MMInterleavedConfig, length: int, pictures: int) -> Tensor:
     return torch.tensor(ids + [20] * (length - len(ids)))
 
 
-def read(bench: Bench, length: int, pictures: int, implementation: CacheImplementation = "auto") -> Context:
-    """A context of one row with so many tokens and pictures; on a GPU these are encoded by recordings."""
+def prefilled(
+    bench: Bench, length: int, pictures: int, implementation: CacheImplementation = "auto", tokens: int = 0
+) -> GenerationState:
+    """A state of one row that has read so many tokens and images, with room for `tokens` more at once."""
     model = bench.model
     ids = document(model.config, length, pictures)[None]
-    context = Context.empty(model, 1, eyes_of(model, implementation))
-    context.append(ids, torch.ones_like(ids), bench.noise[:pictures] if pictures else None)
-    return context
+    state = GenerationState(
+        model, 1, uses_graphs(model, implementation), tokens=length + tokens, slots=pictures, images=pictures
+    )
+    state.prefill(ids, torch.ones_like(ids), bench.noise[:pictures] if pictures else None)
+    return state

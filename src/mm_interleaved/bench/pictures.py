@@ -8,13 +8,15 @@ from functools import partial
 
 import torch
 
-from ..generation import IMAGE_PRESETS, Context, ImageSettings
-from ..generation.static_pictures import eyes_of
+from ..generation import IMAGE_PRESETS, GenerationState, ImageSettings
+from ..generation.image_encoder import encode_images
+from ..generation.workspace import why_not_graphs
 from ..model import MMInterleavedConfig, denoising, roofline
+from ..model.language_model import image_features, synchronizers
 from ..model.vit_adapter import DeformableAttention, cell_centres
 from ..ops import why_not_triton
 from ..ops.mmfs_attention import Backend
-from .base import Bench, Row, read
+from .base import Bench, Row, prefilled
 
 
 def picture(bench: Bench) -> Iterator[Row]:
@@ -24,34 +26,34 @@ def picture(bench: Bench) -> Iterator[Row]:
     """
     sizes, settings = bench.sizes, ImageSettings(num_inference_steps=bench.sizes.steps)
     length, pictures = sizes.drawing
-    context = read(bench, length, pictures)
+    state = prefilled(bench, length, pictures)
     case = f"{sizes.steps} steps, {length} tokens, {pictures} pictures"
-    yield _drawn(bench, context, case, settings)
-    yield _drawn(bench, read(bench, length, 0), f"{sizes.steps} steps, {length} tokens, no picture", settings)
+    yield _drawn(bench, state, case, settings)
+    yield _drawn(bench, prefilled(bench, length, 0), f"{sizes.steps} steps, {length} tokens, no picture", settings)
     for name, preset in IMAGE_PRESETS.items():
         if not preset.lossless and sizes.steps >= preset.settings.num_inference_steps:
-            yield replace(_drawn(bench, context, name, preset.settings, twin=False), lossless=False)
+            yield replace(_drawn(bench, state, name, preset.settings, twin=False), lossless=False)
     if bench.compile:
-        yield _drawn(bench, context, f"{case}, compiled", replace(settings, compile=True), twin=False)
+        yield _drawn(bench, state, f"{case}, compiled", replace(settings, compile=True), twin=False)
 
 
 def layouts(bench: Bench) -> Iterator[Row]:
     """A picture with the convolutions' channels last (as usual) and, as the twin, first."""
     settings = ImageSettings(num_inference_steps=bench.sizes.steps, cache_implementation="static")
-    context, usual, times = read(bench, *bench.sizes.drawing), denoising.LAYOUT, []
+    state, usual, times = prefilled(bench, *bench.sizes.drawing), denoising.LAYOUT, []
     try:
         for layout in (torch.channels_last, torch.contiguous_format):
             denoising.LAYOUT = layout
-            times.append(bench.clock.time(lambda: draw(bench, context, settings), 2))
+            times.append(bench.clock.time(lambda: draw(bench, state, settings), 2))
     finally:
         denoising.LAYOUT = usual
     yield Row("layouts", f"{bench.sizes.steps} steps", "s", *times)
 
 
-def _drawn(bench: Bench, context: Context, case: str, settings: ImageSettings, twin: bool = True) -> Row:
+def _drawn(bench: Bench, state: GenerationState, case: str, settings: ImageSettings, twin: bool = True) -> Row:
     def work(implementation: str) -> Callable[[], object]:
         chosen = replace(settings, cache_implementation=implementation)
-        return lambda: draw(bench, context, chosen)
+        return lambda: draw(bench, state, chosen)
 
     value = bench.clock.time(work("static"), 2)
     peak = bench.clock.peak(work("static"))
@@ -64,12 +66,12 @@ def _drawn(bench: Bench, context: Context, case: str, settings: ImageSettings, t
 
 
 @torch.no_grad()
-def draw(bench: Bench, context: Context, settings: ImageSettings) -> torch.Tensor:
-    """The picture that stands after a context."""
+def draw(bench: Bench, state: GenerationState, settings: ImageSettings) -> torch.Tensor:
+    """The image that follows what a state has read."""
     decoder = bench.model.image_decoder
-    conditions = decoder.resampler(*context.image_context([0]))
+    conditions = decoder.resampler(*state.image_context([0]))
     generators = [torch.Generator().manual_seed(settings.seed)]
-    *_, last = decoder.denoise(conditions, context.earlier_images([0]), settings, generators)
+    *_, last = decoder.denoise(conditions, state.earlier_images([0]), settings, generators)
     return decoder.decode(last.latents, settings.decode_dtype == "bfloat16")
 
 
@@ -86,19 +88,26 @@ def pixels(bench: Bench) -> Iterator[Row]:
 
 
 def encode(bench: Bench) -> Iterator[Row]:
-    """Seeing pictures: visual tokens, maps, values for every layer; the twin launches all and folds anew."""
-    model = bench.model
-    see = eyes_of(model, "auto") or model.encode_images
+    """Encoding images: image tokens, maps, values for every layer; the twin captures nothing and derives weights."""
+    model, graphs = bench.model, why_not_graphs(bench.model) is None
+    layers = synchronizers(model.language_model)
+    derived = [layer.derive() for layer in layers]
+
+    def values(pyramid: list[torch.Tensor]) -> object:
+        features = image_features(model.config, pyramid).features
+        return [layer.project(features) for layer in layers]
+
     for count in (1, bench.sizes.pictures):
-        pictures = bench.noise[:count]
+        images = bench.noise[:count]
         with torch.no_grad():
-            known = model.remember(see(pictures).pyramid)
 
-            def fast(pictures=pictures, known=known) -> object:
-                return model.remember(see(pictures).pyramid, known)
+            def fast(images=images) -> object:
+                return values(encode_images(model, images, graphs).pyramid)
 
-            def plain(pictures=pictures) -> object:
-                return model.remember(model.encode_images(pictures).pyramid)
+            def plain(images=images) -> object:
+                return [layer.derive(d) for layer, d in zip(layers, derived, strict=True)], values(
+                    model.encode_images(images).pyramid
+                )
 
             value, twin = (bench.clock.time(work, bench.sizes.repeats) for work in (fast, plain))
             peak = bench.clock.peak(fast)

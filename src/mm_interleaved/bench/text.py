@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..generation import TextSettings
+from ..generation import GenerationState, TextSettings
 from ..generation.settings import CacheImplementation
-from ..generation.static import Room, StaticDecoder
 from ..generation.text import write, write_beams
 from ..model import roofline
+from ..model.fused import decoding_kernels
 from ..model.weights import readable
 from ..ops import project, project_gated
 from ..ops.scaled_rows import Weights
-from .base import Bench, Row, read
+from .base import Bench, Row, prefilled
 
 
 def prefill(bench: Bench) -> Iterator[Row]:
@@ -25,7 +25,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
     sizes, model, clock = bench.sizes, bench.model, bench.clock
 
     def work(implementation: CacheImplementation = "auto") -> object:
-        return read(bench, sizes.length, sizes.pictures, implementation)
+        return prefilled(bench, sizes.length, sizes.pictures, implementation)
 
     value, peak = clock.time(work, 4), clock.peak(work)
     model.set_mmfs_implementation("reference")
@@ -65,16 +65,17 @@ def _writing(
     bench: Bench, length: int, pictures: int, case: str, settings: TextSettings, rows: int = 1, twin: bool = True
 ) -> Row:
     """Milliseconds a token, of many; what was recorded before is not counted."""
-    sizes, context = bench.sizes, read(bench, length, pictures)
-    context.flush()
+    sizes = bench.sizes
 
     def work(implementation: str, tokens: int) -> Callable[[], object]:
         chosen = replace(settings, cache_implementation=implementation, max_new_tokens=tokens, min_new_tokens=tokens)
 
+        state = prefilled(bench, length, pictures, chosen.cache_implementation)
+
         def run() -> object:
             if chosen.num_beams > 1:
-                return write_beams(context, chosen)
-            branch = context.select(torch.zeros(1, dtype=torch.long, device=bench.device))
+                return write_beams(state, chosen)
+            branch = state.branch([0], tokens=tokens)
             return list(write(branch, chosen, [torch.Generator().manual_seed(0)]))
 
         return run
@@ -88,25 +89,25 @@ def _writing(
 
 
 def decode_step(bench: Bench) -> Iterator[Row]:
-    """The recorded step alone, through the kernels and through the library's products; the twin is not recorded."""
+    """The captured step alone, through the kernels and through the library's products; the twin is not captured."""
     length, pictures = bench.sizes.texts[0]
-    context = read(bench, length, pictures)
     cuda, steps = bench.device.type == "cuda", bench.sizes.repeats
     need = roofline.decoding(bench.model, bench.cost, length, pictures)
+    token = torch.tensor([20], device=bench.device)
+    reading = torch.ones(1, dtype=torch.bool, device=bench.device)
     for kernels in (False, True) if cuda else (False,):
         times = []
-        for captured in (True, False) if cuda else (False,):
-            decoder = StaticDecoder(bench.model, Room.needed(context, 1, 3 * steps), captured, kernels)
-            decoder.load(context)
-            token = torch.tensor([20], device=bench.device)
-            reading = torch.ones(1, dtype=torch.bool, device=bench.device)
+        with decoding_kernels("auto" if kernels else "never"):
+            for implementation in ("static", "dynamic") if cuda else ("dynamic",):
+                state = prefilled(bench, length, pictures, implementation, 3 * steps)
 
-            def work(decoder: StaticDecoder = decoder, token=token, reading=reading) -> None:
-                for _ in range(steps):
-                    decoder.read(token, reading)
+                def work(state: GenerationState = state) -> None:
+                    for _ in range(steps):
+                        state.decode_step(token, reading)
+                    state.settle([length])
 
-            times.append(bench.clock.time(work, 1) / steps)
-            del decoder
+                times.append(bench.clock.time(work, 1) / steps)
+                del state
         case = "Triton kernels" if kernels else "library products"
         yield Row("decode-step", f"{length} tokens, {pictures} pictures, {case}", "ms", 1e3 * times[0],
                   1e3 * times[1] if cuda else None, 1e3 * bench.bound(need))  # fmt: skip

@@ -19,6 +19,7 @@ from functools import cache
 import torch
 
 from ..model import MMInterleavedModel
+from ..model.fused import kernels_in_use
 from ..model.image_settings import CacheImplementation
 from ..model.kv_cache import KVCache
 from ..model.language_model import synchronizers
@@ -248,7 +249,7 @@ class WorkspacePool:
 
         Those whose captured graphs no longer fit the modules (`state_of`) are dropped.
         """
-        state = state_of(model.language_model, model.lm_head, model.soi_token)
+        state = (state_of(model.language_model, model.lm_head, model.soi_token), kernels_in_use())
         with self._lock:
             idle = self._idle.setdefault(model, [])
             idle[:] = [w for w in idle if w.state == state]

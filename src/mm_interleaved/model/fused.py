@@ -40,6 +40,11 @@ def decoding_kernels(use: Kernels) -> Iterator[None]:
         _kernels = before
 
 
+def kernels_in_use() -> Kernels:
+    """What `decoding_kernels` chose; a captured graph keeps it."""
+    return _kernels
+
+
 def kernels_for(x: Tensor, head_dim: int = 2) -> bool:
     """Whether the kernels of `ops/decoding.py` can take hidden states like `x` [..., D]."""
     if _kernels == "never" or torch.is_grad_enabled() or (_kernels == "auto" and not x.is_cuda):

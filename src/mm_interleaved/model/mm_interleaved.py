@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from ..ops import promote
 from .config import MMInterleavedConfig
 from .fused import linears
-from .image_decoder import NoiseSamples, ImageDecoder, LearnedTokens
+from .image_decoder import ImageDecoder, LearnedTokens, NoiseSamples
 from .kv_cache import KVCache
 from .language_model import build_language_model, image_features, synchronizers
 from .layout import ImagePositions, Layout, document_mask, plan, reversed_context, visible_images
