@@ -398,8 +398,7 @@ def test_a_new_document_inside_a_text_hides_earlier_pictures(
         generator = kind(copy.deepcopy(scripted), processor, settings)
         generator.model.lm_head.forward = forced_head(model, {2: 1}).lm_head.forward
         run(generator, one())
-        generator.context.flush()
-        hidden.append(generator.context.last)
+        hidden.append(generator.state.last)
         assert 1 in generator.rows[0].ids[1:]
     torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
 
@@ -504,12 +503,12 @@ def test_targets_that_are_not_there(model: MMInterleaved, processor: MMInterleav
         model.generate_images(processor(one()), GREEDY.image, targets=targets)
 
 
-def test_context_can_branch(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+def test_a_state_can_branch(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     """Reading on in a branch leaves the trunk alone."""
-    context: Context = model.read(processor(one()))
-    before = context.last.clone()
-    branch = context.select(torch.tensor([0, 0]))
-    branch.append_text(torch.tensor([[5, 6], [7, 8]]), torch.ones(2, 2, dtype=torch.long))
-    assert torch.equal(context.last, before)
-    trunk = context.append_text(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.long))
+    state = model.prefill(processor(one()))
+    before = state.last.clone()
+    branch = state.branch([0, 0])
+    branch.prefill(torch.tensor([[5, 6], [7, 8]]), torch.ones(2, 2, dtype=torch.long))
+    assert torch.equal(state.last, before)
+    trunk = state.prefill(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.long))
     torch.testing.assert_close(branch.last[1], trunk[0, -1], rtol=1e-5, atol=1e-5)
