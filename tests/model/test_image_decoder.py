@@ -221,7 +221,7 @@ def loss_inputs(model: MMInterleaved, lengths: list[int]) -> dict:
         "context_mask": (torch.arange(longest) < torch.tensor(lengths)[:, None]).long(),
         "earlier": earlier(model, [[-1]] * count),
         "images": torch.rand(count, 3, size, size),
-        "draws": decoder.sample_noise(count, torch.Generator().manual_seed(0)),
+        "noise_samples": decoder.sample_noise(count, torch.Generator().manual_seed(0)),
     }
 
 
@@ -249,7 +249,7 @@ def test_dropped_contexts_become_the_learned_one(model: MMInterleaved) -> None:
     decoder, inputs = model.image_decoder, loss_inputs(model, [5, 5])
     seen: list[Tensor] = []
     hook = decoder.unet.register_forward_hook(lambda _m, a, _o: seen.append(a[2]))
-    inputs["draws"].unconditional = torch.tensor([0.09, 0.11])  # one below, one above the probability of 0.1
+    inputs["noise_samples"].unconditional = torch.tensor([0.09, 0.11])  # one below, one above the probability of 0.1
     decoder.loss(**inputs)
     hook.remove()
     assert torch.equal(seen[0][0], decoder.negative_prompt()[0])
@@ -266,9 +266,9 @@ def test_velocity_target(model: MMInterleaved) -> None:
     hook = decoder.unet.register_forward_hook(lambda _m, _a, out: predicted.append(out))
     loss = decoder.loss(**inputs)
     hook.remove()
-    latents = decoder.encode(inputs["images"], inputs["draws"].posterior)
-    alpha = decoder.scheduler.alphas_cumprod[inputs["draws"].timesteps].view(-1, 1, 1, 1)
-    target = alpha.sqrt() * inputs["draws"].noise - (1 - alpha).sqrt() * latents
+    latents = decoder.encode(inputs["images"], inputs["noise_samples"].posterior)
+    alpha = decoder.scheduler.alphas_cumprod[inputs["noise_samples"].timesteps].view(-1, 1, 1, 1)
+    target = alpha.sqrt() * inputs["noise_samples"].noise - (1 - alpha).sqrt() * latents
     torch.testing.assert_close(loss, (predicted[0] - target).square().mean())
 
 
