@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 from mm_interleaved import GenerationSettings, ImageSettings, MMInterleaved, TextSettings
 from mm_interleaved.generation import GenerationState, InterleavedGenerator, workspace
 from mm_interleaved.model.fused import decoding_kernels
-from mm_interleaved.model.mmfs import MMFS, VisibleImages
+from mm_interleaved.model.mmfs import VisibleImages
 from mm_interleaved.model.quantization import quantize
 from mm_interleaved.ops import attend, project, project_gated
 from mm_interleaved.pretrained import Loaded
@@ -26,18 +25,6 @@ from .test_gpu import BOUNDS, _exact_products, relative, small, there  # noqa: F
 
 pytestmark = pytest.mark.gpu
 KERNELS = pytest.mark.parametrize("kernels", [False, True], ids=["library", "kernels"])
-
-
-@pytest.fixture(params=["plain", "triton"])
-def backend(request: pytest.FixtureRequest, there: MMInterleaved) -> Iterator[str]:  # noqa: F811
-    """Both forms of MMFS, in the debug model."""
-    layers = [m for m in there.modules() if isinstance(m, MMFS)]
-    before = layers[0].backend
-    for layer in layers:
-        layer.backend = request.param
-    yield request.param
-    for layer in layers:
-        layer.backend = before
 
 
 def texts(model: MMInterleaved, batch, settings: TextSettings, kind: str, seed: int = 5) -> list:
@@ -180,7 +167,7 @@ def earlier_on(model: MMInterleaved, images: list[list[int]], seed: int):
 
 @pytest.mark.parametrize("images", [[[0]], [[1], [-1]], [[]]])
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_recorded_denoising(there: MMInterleaved, images: list, scheduler: str, backend: str) -> None:  # noqa: F811
+def test_recorded_denoising(there: MMInterleaved, images: list, scheduler: str) -> None:  # noqa: F811
     """Float32; a second picture of the same shape replays the first one's recording."""
     for seed in (2, 3):
         found, expected = (drawn(there, images, kind, seed, scheduler=scheduler) for kind in ("static", "dynamic"))
@@ -244,10 +231,12 @@ def test_attention_at_real_sizes(rows: int, key_heads: int, dtype: torch.dtype) 
     keys, values = (torch.randn(rows, key_heads, columns, dim, device="cuda").to(dtype) for _ in range(2))
     source = torch.randint(0, rows, (rows, columns), device="cuda")
     for last in (0, 63, 64, 700, 1023):
-        at = (last - torch.arange(rows, device="cuda")).clamp(min=0)  # rows of different lengths
-        source[torch.arange(rows), at] = torch.arange(rows, device="cuda")
+        source[:, last] = torch.arange(rows, device="cuda")
         kept = keys.clone(), values.clone()
         for shared in (source, None):
+            at = torch.full((rows,), last, device="cuda")
+            if shared is None:  # rows of different lengths
+                at = (at - torch.arange(rows, device="cuda")).clamp(min=0)
             found = attend(query, key, value, cos, sin, *kept, at, dim**-0.5, shared, backend="triton")
             wide = [x.float() for x in (query, key, value, cos, sin, keys, values)]
             expected = attend(*wide, at, dim**-0.5, shared)

@@ -103,7 +103,7 @@ def test_attend(rows: int, column: int, heads: int, key_heads: int, dim: int, sh
     cos, sin = draw(rows, dim), draw(rows, dim)
     keys, values = (draw(rows, key_heads, 48, dim) for _ in range(2))
     own = torch.arange(rows, device=DEVICE)
-    at = (column - 3 * own).clamp(min=0)
+    at = torch.full_like(own, column) if shared else (column - 3 * own).clamp(min=0)  # beams are of one length
     source = torch.randint(0, rows, (rows, 48)).to(DEVICE) if shared else None
     if source is not None:
         source[own, at] = own

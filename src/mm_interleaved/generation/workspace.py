@@ -23,12 +23,11 @@ from ..model.fused import kernels_in_use
 from ..model.image_settings import CacheImplementation
 from ..model.kv_cache import KVCache
 from ..model.language_model import synchronizers
-from ..model.mmfs import VisibleImages
+from ..model.mmfs import VisibleImages, why_mmfs_waits
 from ..model.static import capture
 from ..model.synchronizer import ImageFeatures
 from ..model.weights import state_of, why_not_captured
 from ..ops import promote
-from ..ops.mmfs_attention import HAS_TRITON, KERNEL_DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +47,8 @@ def why_not_graphs(model: MMInterleavedModel) -> str | None:
         return "CUDA graphs need a CUDA device"
     if rope in ("dynamic", "longrope"):
         return f"its rotary positions ('{rope}') depend on the length of the text"
-    if not HAS_TRITON or model.dtype not in KERNEL_DTYPES:
-        return f"MMFS has no kernel for it (Triton {'is' if HAS_TRITON else 'is not'} installed, weights {model.dtype})"
-    if any(s.mmfs.implementation != "fast" or s.mmfs.backend == "plain" for s in synchronizers(model.language_model)):
-        return "MMFS is set to its reference implementation"
-    return why_not_captured(model.language_model, model.lm_head, model.soi_token)
+    waits = why_mmfs_waits((s.mmfs for s in synchronizers(model.language_model)), model.dtype)
+    return waits or why_not_captured(model.language_model, model.lm_head, model.soi_token)
 
 
 @cache

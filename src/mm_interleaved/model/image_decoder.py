@@ -29,6 +29,7 @@ from .config import ImageDecoderConfig
 from .denoising import borrow
 from .diffusion_blocks import VAE
 from .image_settings import SCHEDULER_ADVICE, ImageSettings, find_scheduler
+from .mmfs import why_mmfs_waits
 from .resampler import Resampler
 from .unet import DerivedWeights, EarlierImages, MMFSUNet
 from .weights import why_not_captured
@@ -308,6 +309,8 @@ class ImageDecoder(nn.Module):
         if wanted == "dynamic" or (wanted == "auto" and device.type != "cuda"):
             return False
         reason = why_not_captured(self.unet)
+        if reason is None and device.type == "cuda":
+            reason = why_mmfs_waits((s.mmfs for s in self.unet.synchronizers), self.dtype)
         if reason is not None and wanted == "static":
             raise ValueError(f"cache_implementation='static' is not possible for this model: {reason}; take 'dynamic'")
         if reason is not None:

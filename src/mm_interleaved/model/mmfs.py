@@ -24,6 +24,7 @@ kernels on CUDA devices.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 
 from ..ops import MMFSInputs, deformable_attention_reference, image_routes, promote
 from ..ops.deformable import Shapes
-from ..ops.mmfs_attention import Backend, mmfs_output
+from ..ops.mmfs_attention import Backend, mmfs_output, why_no_kernel
 from .config import MMFSConfig
 from .weights import is_plain
 
@@ -344,6 +345,17 @@ class MMFS(nn.Module):
             self, query.flatten(0, 1)[None], values[None], mask[None], shapes, reference[None], base
         )
         return out.view(groups, queries, -1)
+
+
+def why_mmfs_waits(layers: Iterable[MMFS], dtype: torch.dtype) -> str | None:
+    """Why these layers wait for a CUDA device, so that no CUDA graph can hold them; None: they do not."""
+    for mmfs in layers:
+        if mmfs.implementation != "fast" or mmfs.backend == "plain":
+            return "MMFS is set to its reference implementation"
+        reason = why_no_kernel(dtype, mmfs.config.hidden_size // mmfs.config.num_heads, mmfs.config.num_points)
+        if reason is not None:
+            return f"MMFS runs its reference implementation: {reason}"
+    return None
 
 
 def mmfs_reference(

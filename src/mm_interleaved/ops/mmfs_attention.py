@@ -54,14 +54,19 @@ def why_not_triton(values: Tensor, points: int) -> str | None:
     On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before Triton was imported; that is for
     tests, and `backend="auto"` does not choose it.
     """
+    if HAS_TRITON and not on_triton(values.device):
+        return f"the kernels are for CUDA devices, and the values are on {values.device}"
+    return why_no_kernel(values.dtype, values.shape[-1], points)
+
+
+def why_no_kernel(dtype: torch.dtype, head_dim: int, points: int) -> str | None:
+    """Why there is no Triton kernel for such values, on whatever device; None: there is one."""
     if not HAS_TRITON:
         return "Triton is not installed"
-    if not on_triton(values.device):
-        return f"the kernels are for CUDA devices, and the values are on {values.device}"
-    if values.dtype not in KERNEL_DTYPES:
-        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {values.dtype}"
-    if values.shape[-1] > LARGEST_DIM:
-        return f"heads of {values.shape[-1]} channels; the kernels take at most {LARGEST_DIM}"
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {dtype}"
+    if head_dim > LARGEST_DIM:
+        return f"heads of {head_dim} channels; the kernels take at most {LARGEST_DIM}"
     if points > MOST_POINTS:
         return f"{points} points; the kernels take at most {MOST_POINTS}"
     return None
