@@ -349,7 +349,7 @@ BAD_INPUTS = {
         '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0], "image_first": [true], '
         '"multiround_context": ["B<|beginofimage|>C"]}', r"multiround_context\[0\].*beginofimage",
     ),
-    "fifty pictures": (json.dumps({"segments": [{"image": "0.png"}] * 50}), "50 pictures are more than the 49"),
+    "fifty pictures": (json.dumps({"segments": [{"image": "0.png"}] * 50}), "50 images are more than the 49"),
 }  # fmt: skip
 
 

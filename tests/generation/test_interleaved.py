@@ -332,7 +332,7 @@ def test_forty_nine_pictures_are_the_most(model: MMInterleaved, processor: MMInt
     assert InterleavedGenerator(model, processor, GREEDY).most_images == 49
     few = [Image(picture(1))] * 49
     InterleavedGenerator(model, processor, GREEDY).start([Document([*few, Text()])])
-    with pytest.raises(DocumentError, match="document 0: 50 pictures are more than the 49 that the model tells apart"):
+    with pytest.raises(DocumentError, match="document 0: 50 images are more than the 49 that the model tells apart"):
         InterleavedGenerator(model, processor, GREEDY).start([Document([*few, *few[:1], Text()])])
 
 

@@ -1,4 +1,4 @@
-"""The decoder layer's own forms of norm, attention and MLP against the library's modules; foldings that are kept."""
+"""The decoder layer's norm, attention and MLP against the library's modules, and what adapters change in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mm_interleaved.model import MMInterleavedConfig
-from mm_interleaved.model.language_model import RMSNorm, attend, build_language_model, gated
+from mm_interleaved.model.decoder_layer import GatedMLP, MMFSDecoderLayer
+from mm_interleaved.model.language_model import build_language_model
+from mm_interleaved.model.rms_norm import RMSNorm
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -38,26 +40,21 @@ def decoder(kind: str, implementation: str = "sdpa") -> PreTrainedModel:
 
 
 class Layer(nn.Module):
-    """A layer of the library in our form, without MMFS."""
+    """A layer of the library in our form, without MMFS; parameters keep their names behind `layer.`."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer = MMFSDecoderLayer(layer, None)
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
-        layer = self.layer
-        hidden_states = hidden_states + attend(layer.self_attn, layer.input_layernorm(hidden_states), **kwargs)
-        return hidden_states + gated(layer.mlp, layer.post_attention_layernorm(hidden_states))
+        return self.layer(hidden_states, images=None, visible=None, **kwargs)
 
 
 def ours(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose layers run as `MMFSDecoderLayer` runs them."""
+    """A copy whose layers are ours."""
     model = copy.deepcopy(model)
-    for layer in model.layers:
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            setattr(layer, name, RMSNorm.of(getattr(layer, name)))
     model.layers = nn.ModuleList([Layer(layer) for layer in model.layers])
     model.norm = RMSNorm.of(model.norm)
     return model
@@ -117,7 +114,7 @@ def test_other_activations_are_the_librarys() -> None:
     mlp.config = copy.deepcopy(mlp.config)
     mlp.config.hidden_act, mlp.act_fn = "gelu", nn.GELU()
     x = torch.randn(2, 3, 32)
-    assert torch.equal(gated(mlp, x), mlp(x))
+    assert torch.equal(GatedMLP(mlp)(x), mlp(x))
 
 
 def test_lora_is_not_passed_by() -> None:

@@ -367,7 +367,7 @@ def test_counts_that_do_not_match(model: MMInterleaved, batch: Batch, change: di
 def test_stray_image_tokens(model: MMInterleaved, batch: Batch) -> None:
     ids = batch.input_ids.clone()
     ids[2, 1] = model.config.image_token_id
-    with pytest.raises(ValueError, match="13 image tokens, but 3 pictures need 12"):
+    with pytest.raises(ValueError, match="13 image tokens, but 3 images need 12"):
         model(**{**batch, "input_ids": ids})
 
 

@@ -16,14 +16,14 @@ from mm_interleaved.ops import decoding_triton as kernels
 TARGET = GPUTarget("cuda", 90, 32)
 WIDTH = 5120  # the release's
 FLOATS = ("parts", "sums", "tops")
-NUMBERS = ("outputs", "rows", "x_row", "columns", "query_row", "key_row", "value_row", "cos_row", "sin_row")
+NUMBERS = ("outputs", "rows", "x_row", "capacity", "query_row", "key_row", "value_row", "cos_row", "sin_row")
 
 
 def kind(name: str, weights: str) -> str:
     """Type of a kernel's argument."""
     if name.startswith("weight") or name in ("gate", "up"):
         return f"*{weights}"
-    if name in ("source", "column"):
+    if name in ("source", "columns"):
         return "*i64"
     if name in FLOATS or ("scale" in name and name != "scale" and weights != "bf16"):
         return "*fp32"
@@ -56,7 +56,8 @@ def sizes() -> dict[str, int]:
             if kind_of_tile != "map":
                 gated = "gated" if rows == 1 else "rows"
                 found[f"gated {name}"] = compiled(kernels._gated_kernel, weights, gated, **shared)
-    found["attend"] = compiled(kernels._attend_kernel, "bf16", None, HEADS=40, GROUP=1, DIM=128, SPLITS=32,
-                               BLOCK_C=kernels.COLUMNS, BLOCK_D=128, OVERLAP=True)  # fmt: skip
+    for name, shared in (("attend", False), ("attend to shared columns", True)):
+        found[name] = compiled(kernels._attend_kernel, "bf16", None, HEADS=40, GROUP=1, DIM=128, SPLITS=32,
+                               SHARED=shared, BLOCK_C=kernels.COLUMNS, BLOCK_D=128, OVERLAP=True)  # fmt: skip
     found["join"] = compiled(kernels._join_kernel, "bf16", None, DIM=128, SPLITS=32, BLOCK_D=128, OVERLAP=True)
     return found

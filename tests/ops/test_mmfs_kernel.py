@@ -404,11 +404,11 @@ def test_reasons(change, points: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shapes": [(8, 8), (4, 4)]}, "84 positions"),
-        ({"scales": [1.0]}, "1 scales for 3 levels"),
+        ({"shapes": [(8, 8), (4, 4)]}, "20 positions"),
+        ({"scales": [1.0]}, "1 scales for 2 levels"),
         ({"logits": torch.zeros(3, 1, 7)}, r"logits \(3, 1, 7\)"),
         ({"images": torch.zeros(4, 3, dtype=torch.long)}, "4 rows of images for 3 groups"),
-        ({"images": torch.zeros(3, 2, dtype=torch.long)}, "for 2 slots"),
+        ({"images": torch.zeros(3, 1, dtype=torch.long)}, "for 1 slots"),
         ({"reference": torch.zeros(1, 2, 2)}, r"reference \(1, 2, 2\)"),
     ],
 )

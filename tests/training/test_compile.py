@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mm_interleaved import MMInterleaved
-from mm_interleaved.model import language_model
+from mm_interleaved.model import decoder_layer
 from mm_interleaved.model.language_model import MMFSDecoderLayer
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 from mm_interleaved.training.checkpointing import enable_checkpointing
@@ -25,8 +25,8 @@ def test_decoder_layers_with_checkpointing(
 ) -> None:
     """No graph breaks, two kinds of layers compiled, the same loss and gradients."""
     for name in ("rotary", "silu_gate"):
-        call = getattr(language_model, name)
-        monkeypatch.setattr(language_model, name, lambda *args, call=call: call(*args, backend))
+        call = getattr(decoder_layer, name)
+        monkeypatch.setattr(decoder_layer, name, lambda *args, call=call: call(*args, backend))
     config = model.config
     picture = [config.soi_token_id] + [config.image_token_id] * config.num_image_tokens
     ids = torch.tensor([[config.bos_token_id, 5, 6, *picture, 7, 8, 9]])
