@@ -7,6 +7,7 @@ whoever captures one copies inputs into fixed tensors, and drops it when the sta
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Pool(Generic[T]):
     def __init__(self, size: int) -> None:
         self.size = size
         self._idle: weakref.WeakKeyDictionary[nn.Module, list[tuple[Hashable, T]]] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     @contextmanager
     def borrow(self, owner: nn.Module, key: Hashable, state: Hashable, make: Callable[[], T]) -> Iterator[T]:
@@ -50,16 +52,19 @@ class Pool(Generic[T]):
         What is made must not hold on to `owner`, or neither would ever be freed. It is made outside of inference mode,
         because others could not write into its tensors.
         """
-        idle = self._idle.setdefault(owner, [])
-        idle[:] = [(k, x) for k, x in idle if k[1] == state]
         key = (key, state)
-        place = next((i for i, (k, _) in enumerate(idle) if k == key), None)
-        found = self._make(idle, make) if place is None else idle.pop(place)[1]
+        with self._lock:
+            idle = self._idle.setdefault(owner, [])
+            idle[:] = [(k, x) for k, x in idle if k[1] == state]
+            place = next((i for i, (k, _) in enumerate(idle) if k == key), None)
+            ready = None if place is None else idle.pop(place)[1]
+        found = self._make(idle, make) if ready is None else ready
         try:
             yield found
         finally:
-            idle.append((key, found))
-            del idle[: -self.size]
+            with self._lock:
+                idle.append((key, found))
+                del idle[: -self.size]
 
     @staticmethod
     def _make(idle: list[tuple[Hashable, T]], make: Callable[[], T]) -> T:
