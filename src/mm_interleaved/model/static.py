@@ -43,7 +43,7 @@ class Pool(Generic[T]):
     def __init__(self, size: int) -> None:
         self.size = size
         self._idle: weakref.WeakKeyDictionary[nn.Module, list[tuple[Hashable, T]]] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end a lease while this thread begins one
 
     @contextmanager
     def borrow(self, owner: nn.Module, key: Hashable, state: Hashable, make: Callable[[], T]) -> Iterator[T]:
@@ -54,28 +54,27 @@ class Pool(Generic[T]):
         """
         key = (key, state)
         with self._lock:
-            idle = self._idle.setdefault(owner, [])
-            idle[:] = [(k, x) for k, x in idle if k[1] == state]
-            place = next((i for i, (k, _) in enumerate(idle) if k == key), None)
-            ready = None if place is None else idle.pop(place)[1]
-        found = self._make(idle, make) if ready is None else ready
+            idle = [(k, x) for k, x in self._idle.pop(owner, []) if k[1] == state]
+            ready = next((x for k, x in idle if k == key), None)
+            idle = [(k, x) for k, x in idle if x is not ready]
+            self._idle[owner] = (idle + self._idle.get(owner, []))[-self.size :]
+        found = self._make(owner, make) if ready is None else ready
         try:
             yield found
         finally:
             with self._lock:
+                idle = self._idle.setdefault(owner, [])
                 idle.append((key, found))
                 del idle[: -self.size]
 
-    @staticmethod
-    def _make(idle: list[tuple[Hashable, T]], make: Callable[[], T]) -> T:
+    def _make(self, owner: nn.Module, make: Callable[[], T]) -> T:
         """Another one; if there is no memory for it, in the place of those that are kept."""
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return make()
             except torch.OutOfMemoryError:
-                if not idle:
+                if not self._idle.pop(owner, None):
                     raise
-            idle.clear()
             torch.cuda.empty_cache()
             return make()
 
