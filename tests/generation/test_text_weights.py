@@ -53,9 +53,14 @@ def frozen(step: Callable[[], None], _device: torch.device) -> Callable[[], None
     """What `capture` gives, on a CPU."""
     owner = getattr(step, "__self__", None) or step.__closure__[0].cell_contents
     model, images = owner._model(), getattr(owner, "images", None)
-    memory = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
-    memory |= {id(b): b.data for b in model.buffers()}
-    copied = copy.deepcopy(model, memory)
+    copied = copy.copy(model)
+    used = ("visual_tokenizer",) if images is None else ("language_model", "lm_head", "soi_token")
+    copied._modules = dict(model._modules)
+    for name in used:
+        module = model.get_submodule(name)
+        memory = {id(p): nn.Parameter(p.data, p.requires_grad) for p in module.parameters()}
+        memory |= {id(b): b.data for b in module.buffers()}
+        copied._modules[name] = copy.deepcopy(module, memory)
     derived = None if images is None else list(images.derived)
     step()
 
