@@ -486,17 +486,9 @@ class InterleavedGenerator:
 
     def _announce(self, chosen: list[int]) -> None:
         """Read the begin-of-image token in the rows that get an image."""
-        state, token = self.state, self.model.config.soi_token_id
-        if state.graphs:
-            state.reserve_steps(1)
-            lengths = [n + (i in chosen) for i, n in enumerate(state.lengths)]
-            draws = torch.tensor([i in chosen for i in range(len(self.rows))])
-            state.decode_step(torch.full((len(self.rows),), token), draws)
-            state.settle(lengths)
-        else:
-            state.prefill(
-                torch.full((len(chosen), 1), token), torch.ones(len(chosen), 1, dtype=torch.long), rows=chosen
-            )
+        token = self.model.config.soi_token_id
+        tokens = torch.full((len(chosen), 1), token)
+        self.state.prefill(tokens, torch.ones_like(tokens), rows=chosen)
         for index in chosen:
             self.rows[index].ids.append(token)
 
