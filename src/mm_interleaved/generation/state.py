@@ -81,7 +81,8 @@ class GenerationState:
         model: that reads.
         rows: number of rows, R.
         graphs: whether decode steps and image reads are captured in CUDA graphs.
-        tokens, slots, images: that there will be room for at once; there is more when it is needed.
+        tokens, slots, images: that there will be room for at once; there is more when it is needed. No row holds more
+            tokens than the model's context.
         shared: whether rows share columns (beams).
 
     Attributes:
@@ -109,7 +110,7 @@ class GenerationState:
         self.pyramids: list[list[Tensor] | None] = []
         self.tokens_read = self.images_read = 0
         self._logits_known = False
-        self._lease(Capacity(rows, tokens + 1, slots, images, shared))
+        self._lease(Capacity(rows, min(tokens, model.context_length) + 1, slots, images, shared))
 
     @classmethod
     def empty(
@@ -185,6 +186,7 @@ class GenerationState:
         self._lease(Capacity(self.rows, max(tokens + 1, held.columns), max(slots, held.slots),
                              max(images, held.images), held.shared))  # fmt: skip
         self.workspace.take_over(before, list(range(self.rows)), 1, len(self.pyramids))
+        self._logits_known = False  # they are in the memory of before
         self._show_images()
         give_back()
 
@@ -240,11 +242,9 @@ class GenerationState:
         chosen = list(range(self.rows)) if rows is None else list(rows)
         ids, mask = input_ids.cpu(), mask.cpu()
         count = 0 if pixel_values is None else len(pixel_values)
-        if count:
-            self.model.check_image_tokens(ids, count)
+        self.model.check_image_tokens(ids, count)
         longest = max(self.lengths[r] + n for r, n in zip(chosen, mask.sum(1).tolist(), strict=True))
-        if longest > self.model.context_length:
-            raise ValueError(f"{longest} tokens are more than the {self.model.context_length} that the model reads")
+        self._check_length(longest)
         if self.graphs and not count and ids.shape[1] <= SHORT and not (ids == self.model.config.bos_token_id).any():
             return self._prefill_by_steps(ids, mask, chosen)
         first = len(self.pyramids)
@@ -278,12 +278,18 @@ class GenerationState:
     def append_images(self, rows: Sequence[int], pixel_values: Tensor) -> None:
         """Read the images [B, 3, image_size, image_size] for which `rows`, each ending with a begin-of-image token,
         have been waiting.
+
+        Raises:
+            ValueError: a row becomes longer than the model reads, or sees more images than the model tells apart.
         """
         count, first = self.model.config.num_image_tokens, len(self.pyramids)
+        visible = list(self.visible)
         for offset, row in enumerate(rows):
-            self.visible[row] = [first + offset, *self.visible[row]]
+            visible[row] = [first + offset, *visible[row]]
         longest = max(self.lengths[r] for r in rows) + count
-        self._reserve(longest, max(len(v) for v in self.visible), first + len(rows))
+        self._check_length(longest)
+        self._reserve(longest, max(len(v) for v in visible), first + len(rows))
+        self.visible = visible
         tokens = self._encode(pixel_values, list(rows)).tokens
         self._show_images()
         if self.graphs:
@@ -341,15 +347,19 @@ class GenerationState:
         self._reserve(max(self.lengths, default=0) + steps, max(map(len, self.visible)), len(self.pyramids))
 
     def truncate(self, row: int, length: int) -> None:
-        """Take back the plain text of a row from position `length` on; at least one token must stay."""
+        """Take back the plain text of a row from position `length` on."""
         self.workspace.cache.truncate(row, length)
-        self.last[row] = self.workspace.hidden[row, length - 1]
+        self.last[row] = self.workspace.hidden[row, length - 1] if length else 0
         self._logits_known = False
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row `rows[i]` was; both must be copies of one row (see `branch`)."""
         self.workspace.cache.reorder_cache(rows)
         self.last.copy_(self.last[rows])
+
+    def _check_length(self, longest: int) -> None:
+        if longest > self.model.context_length:
+            raise ValueError(f"{longest} tokens are more than the {self.model.context_length} that the model reads")
 
     def _forward(self, embeds: Tensor, mask: Tensor, images: Tensor, rows: Sequence[int] | None) -> Tensor:
         """Read `embeds` [B, L, D] in `rows`; `mask` [B, L] and `images` [B, L, S] are on the CPU."""

@@ -205,7 +205,8 @@ def write_beams(
     """
     room = text_limits(state, settings)
     limits = [min(a, b) for a, b in zip(room, limits or room, strict=True)]
-    found: list[list[WrittenText]] = [[WrittenText([])] for _ in range(state.rows)]
+    copies = range(settings.num_return_sequences)  # empty ones of rows that have no room
+    found: list[list[WrittenText]] = [[WrittenText([]) for _ in copies] for _ in range(state.rows)]
     for limit in sorted(set(limits) - {0}):
         rows = [r for r in range(state.rows) if limits[r] == limit]
         texts = _search(state, rows, replace(settings, max_new_tokens=limit), banned)

@@ -157,13 +157,15 @@ class Workspace:
     def derive(self) -> None:
         """Compute derived weights from the weights of this moment, into the tensors that captured graphs read."""
         derived = self.images.derived
-        for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
-            derived[index] = synchronizer.derive(derived[index])
+        with torch.inference_mode(False):  # the next call could not write into tensors of inference mode
+            for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
+                derived[index] = synchronizer.derive(derived[index])
 
     def clear(self) -> None:
         """Forget what the last session left."""
         self.cache.clear()
         self.visible.fill_(-1)
+        self.last.zero_()  # a row that has read nothing yet must not go on from another's text
 
     def take_over(self, other: Workspace, rows: Sequence[int], width: int, images: int) -> None:
         """Become `width` copies of each of `rows` of another workspace, with its first `images` images."""
@@ -238,7 +240,7 @@ class WorkspacePool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._idle: weakref.WeakKeyDictionary[MMInterleavedModel, list[Workspace]] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may give a workspace back while this thread leases one
 
     def lease(self, model: MMInterleavedModel, need: Capacity, captured: bool) -> Workspace:
         """An empty workspace that holds `need`, with derived weights of this moment, for nobody else until `give_back`.
@@ -247,12 +249,11 @@ class WorkspacePool:
         """
         state = (state_of(model.language_model, model.lm_head, model.soi_token), kernels_in_use())
         with self._lock:
-            idle = self._idle.setdefault(model, [])
-            idle[:] = [w for w in idle if w.state == state]
+            idle = [w for w in self._idle.pop(model, []) if w.state == state]
             fitting = [w for w in idle if w.captured == captured and w.capacity.holds(need)]
             found = min(fitting, key=lambda w: (w.capacity.columns, w.capacity.images), default=None)
-            if found is not None:
-                idle.remove(found)
+            rest = [w for w in idle if w is not found]
+            self._idle[model] = (rest + self._idle.get(model, []))[-self.size :]
         if found is None:
             rounded = need.rounded(model.compute_device, model.config.mmfs.max_images - 1)
             with torch.inference_mode(False):  # others could not write into tensors of inference mode

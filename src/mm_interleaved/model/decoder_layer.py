@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -127,15 +128,20 @@ class GatedMLP(nn.Module):
         self.is_swiglu = mlp.config.hidden_act == "silu"
         self.train(mlp.training)
 
+    @property
+    def _joins_gate(self) -> bool:
+        """Whether one kernel may compute the activation and the product with it."""
+        return self.is_swiglu and not is_intercepted(self.act_fn)
+
     def forward(self, hidden_states: Tensor, norm: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
         """[B, L, D]; `norm` and `residual` as of `Attention.forward`."""
         inner = None
-        if norm is not None and self.is_swiglu:
+        if norm is not None and self._joins_gate:
             inner = gated(hidden_states, self.gate_proj, self.up_proj, norm)
         if inner is None:
             hidden_states = hidden_states if norm is None else norm(hidden_states)
             gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-            inner = silu_gate(gate, up) if self.is_swiglu else self.act_fn(gate) * up
+            inner = silu_gate(gate, up) if self._joins_gate else self.act_fn(gate) * up
         return self.down_proj(inner) if residual is None else add_linear(residual, inner, self.down_proj)
 
 
@@ -155,12 +161,25 @@ class MMFSDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, layer: nn.Module, synchronizer: Synchronizer | None) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
         self.self_attn, self.mlp = Attention(layer.self_attn), GatedMLP(layer.mlp)
         self.input_layernorm = RMSNorm.of(layer.input_layernorm)
         self.post_attention_layernorm = RMSNorm.of(layer.post_attention_layernorm)
         self.synchronizer = synchronizer
         if hasattr(layer, "attention_type"):  # read by the models that mix kinds of attention
             self.attention_type = layer.attention_type
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether activations are computed anew in the backward pass.
+
+        Never without gradients: there is nothing to compute anew then, and the library would drop the KV cache.
+        """
+        return self._checkpoints and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self._checkpoints = on
 
     def forward(self, hidden_states: Tensor, *, images: ImageFeatures, visible: VisibleImages, **kwargs: Any) -> Tensor:
         """[B, L, D].

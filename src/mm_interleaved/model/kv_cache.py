@@ -13,6 +13,7 @@ Axes: R rows of the cache, C columns, B rows of a batch, L new tokens, K key hea
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -63,9 +64,15 @@ class KVCacheLayer(CacheLayerMixin):
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()
-        self._cache = cache
+        self._weak_cache = weakref.ref(cache)  # in a cycle the memory would wait for the garbage collector
         self.keys: Tensor
         self.values: Tensor
+
+    @property
+    def _cache(self) -> KVCache:
+        cache = self._weak_cache()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take memory of the type and on the device of `key_states` [B, K, L, H]."""

@@ -310,7 +310,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            use_cache=False,  # whether the library makes one
             images=images,
             visible=visible,
         ).last_hidden_state

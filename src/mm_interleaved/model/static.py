@@ -7,6 +7,7 @@ whoever captures one copies inputs into fixed tensors, and drops it when the sta
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Pool(Generic[T]):
     def __init__(self, size: int) -> None:
         self.size = size
         self._idle: weakref.WeakKeyDictionary[nn.Module, list[tuple[Hashable, T]]] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()  # the garbage collector may end a lease while this thread begins one
 
     @contextmanager
     def borrow(self, owner: nn.Module, key: Hashable, state: Hashable, make: Callable[[], T]) -> Iterator[T]:
@@ -50,27 +52,29 @@ class Pool(Generic[T]):
         What is made must not hold on to `owner`, or neither would ever be freed. It is made outside of inference mode,
         because others could not write into its tensors.
         """
-        idle = self._idle.setdefault(owner, [])
-        idle[:] = [(k, x) for k, x in idle if k[1] == state]
         key = (key, state)
-        place = next((i for i, (k, _) in enumerate(idle) if k == key), None)
-        found = self._make(idle, make) if place is None else idle.pop(place)[1]
+        with self._lock:
+            idle = [(k, x) for k, x in self._idle.pop(owner, []) if k[1] == state]
+            ready = next((x for k, x in idle if k == key), None)
+            idle = [(k, x) for k, x in idle if x is not ready]
+            self._idle[owner] = (idle + self._idle.get(owner, []))[-self.size :]
+        found = self._make(owner, make) if ready is None else ready
         try:
             yield found
         finally:
-            idle.append((key, found))
-            del idle[: -self.size]
+            with self._lock:
+                idle = self._idle.setdefault(owner, [])
+                idle.append((key, found))
+                del idle[: -self.size]
 
-    @staticmethod
-    def _make(idle: list[tuple[Hashable, T]], make: Callable[[], T]) -> T:
+    def _make(self, owner: nn.Module, make: Callable[[], T]) -> T:
         """Another one; if there is no memory for it, in the place of those that are kept."""
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return make()
             except torch.OutOfMemoryError:
-                if not idle:
+                if not self._idle.pop(owner, None):
                     raise
-            idle.clear()
             torch.cuda.empty_cache()
             return make()
 

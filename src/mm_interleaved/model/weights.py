@@ -116,22 +116,28 @@ def state_of(*modules: nn.Module) -> Hashable:
 
     It holds the class, training flag and hooks of every module, the addresses of all parameters and buffers, the
     attributes that a class names in `switches`, and the active adapters of PEFT layers. Values of weights are not in
-    it: a graph reads them anew at each replay.
+    it: a graph reads them anew at each replay. Autocast is in it, because a graph keeps the types of its kernels.
     """
-    state: list[Hashable] = [_has_global_hooks()]
+    state: list[Hashable] = [_has_global_hooks(), *_autocast()]
     for module in _walk(modules):
         cls, own = type(module), module.__dict__
         state += (cls, own["training"], _is_intercepted(module))
         for tensors in (own["_parameters"], own["_buffers"]):
             for tensor in tensors.values():
                 if type(tensor) in _ORDINARY:
-                    state.append(tensor.data_ptr())
+                    state += (tensor.data_ptr(), tensor.dtype)  # memory that was freed may hold another type next
                 elif tensor is not None:
                     state += (part.data_ptr() for part in stored(tensor))
         state += (own.get(name) for name in _switches(cls))
         if _is_peft_layer(cls):
             state.append(_adapter_state(module))
     return tuple(state)
+
+
+def _autocast() -> tuple[Hashable, ...]:
+    """For each kind of device the type that autocast gives, or None."""
+    kinds = ("cpu", "cuda")
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
 
 
 def why_not_captured(*modules: nn.Module) -> str | None:
