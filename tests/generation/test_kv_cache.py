@@ -281,6 +281,19 @@ def test_rows_are_independent_in_any_order(model: MMInterleaved, operations: lis
     torch.testing.assert_close(state.next_logits(), reference.next_logits(), rtol=1e-4, atol=2e-4)
 
 
+def test_images_of_several_rows_at_once(model: MMInterleaved, graphs: bool) -> None:
+    """Each row gets its own image, in whatever order the rows are named."""
+    ids = [[model.config.bos_token_id, 7 + row] for row in range(3)]
+    state, reference = GenerationState(model, 3, graphs), ReferenceState(model, ids, [[], [], []])
+    state.prefill(torch.tensor(ids), torch.ones(3, 2, dtype=torch.long))
+    apply = _Apply(state, reference)
+    apply.image([2, 0], 3)
+    apply.image([0, 1, 2], 5)
+    for row in range(3):
+        torch.testing.assert_close(state.hidden(row), reference.hidden(row), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(state.next_logits(), reference.next_logits(), rtol=1e-4, atol=2e-4)
+
+
 class _Apply:
     """The same operations on a state and on its reference."""
 
