@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved import MMInterleaved, MMInterleavedProcessor
+from mm_interleaved.cli.report import write_report
+from mm_interleaved.cli.results import with_candidates
 from mm_interleaved.configuration import load_config
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.evaluation import EvaluationError
@@ -137,6 +139,18 @@ def test_results_are_taken_up(fixture: Path, tmp_path: Path, mmi: Mmi, monkeypat
         assert made == {"coco_karpathy": 2, "coco": 2}  # of 4 and 2: a batch is made again as a whole
         metrics = [json.loads((folder / "results.json").read_text())["tasks"]["coco_karpathy"] for folder in (was, now)]
         assert metrics[0]["metrics"].keys() == metrics[1]["metrics"].keys()
+
+
+def test_the_demo_has_a_report(fixture: Path, tmp_path: Path) -> None:
+    shutil.copytree(fixture / "demo", tmp_path / "demo")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    written = json.loads((fixture / "demo/results.json").read_text())
+    records = [with_candidates(record) for record in written]
+    generated = [s for record in records for s in record["segments"] if s["generated"]]
+    assert all([s["image"]] == s["candidates"] for s in generated if "image" in s)
+    assert [s["turn"] for s in records[0]["segments"] if s["generated"]] == list(range(8))
+    page = write_report(records, tmp_path / "demo", records[0]["run"], trained=True)
+    assert page.count("<img") == sum("image" in s for record in records for s in record["segments"])
 
 
 @pytest.mark.slow

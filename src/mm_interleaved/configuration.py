@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import json
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -283,3 +284,18 @@ def _describe(kind: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def describe_differences(old: Any, new: Any, most: int = 3) -> str:
+    """What differs between two JSON values, as "'text.num_beams' was 5 and is now 3"; "" if nothing does."""
+    found = list(_differences(old, new))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return "; ".join(found[:most]) + more
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in (*old, *(k for k in new if k not in old)):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield f"'{name}' was {json.dumps(old, ensure_ascii=False)} and is now {json.dumps(new, ensure_ascii=False)}"

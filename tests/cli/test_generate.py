@@ -22,6 +22,7 @@ from rich.console import Console
 from mm_interleaved import Document, __version__
 from mm_interleaved.cli.results import write_atomic
 from mm_interleaved.document import Folder
+from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.pretrained import load
 
 from ..conftest import picture
@@ -124,7 +125,8 @@ def test_results_can_be_read_again_as_documents(mmi: Mmi, tmp_path: Path) -> Non
     write(tmp_path, story())
     assert mmi("generate", tmp_path / "input.json", "-o", tmp_path / "out", *QUICK).code == 0
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
-    segments = [{k: v for k, v in s.items() if k != "generated"} for s in record["segments"]]
+    added = ("generated", "turn", "candidates")
+    segments = [{k: v for k, v in s.items() if k not in added} for s in record["segments"]]
     document = Document.from_dict({"segments": segments}, Folder(tmp_path / "out"))
     assert [s.source.name for s in document.images] == ["0_0_0.png", "0_1_0.png"]
 
@@ -160,9 +162,40 @@ def test_candidates_are_kept_and_shown(mmi: Mmi, tmp_path: Path) -> None:
     assert mmi("generate", source, "-o", tmp_path / "out", "--candidates", 3, *QUICK).code == 0
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["generate_results"] == ["0_0_0.png", "0_0_1.png", "0_0_2.png"]
-    assert record["segments"][1]["image"] == "0_0_0.png"
+    assert record["segments"][0] == {"text": "0 A cat.", "generated": False}
+    assert record["segments"][1] == {"image": "0_0_0.png", "generated": True, "turn": 0,
+                                     "candidates": record["generate_results"]}  # fmt: skip
     assert len({(tmp_path / "out" / n).read_bytes() for n in record["generate_results"]}) == 3
     assert len(Page(tmp_path / "out" / "report.html").pictures) == 3
+
+
+def test_a_forced_text_and_what_was_generated_in_its_place(mmi: Mmi, tmp_path: Path) -> None:
+    """The results list what the model generated, as the original does; the document has the forced text."""
+    content = {"segments": [{"text": "A cat."}], "forced_texts": ["It sat."], "max_turns": 3}
+    source = write(tmp_path, content)
+    options = ("--replace-texts", "--force-image", "--no-stop-at-eos", *QUICK)
+    assert mmi("generate", source, "-o", tmp_path / "out", *options).code == 0
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    given, first, image, last = record["segments"]
+    assert (given["generated"], first["text"]) == (False, "It sat.")
+    assert [s["turn"] for s in (first, image, last)] == [0, 1, 2]
+    assert record["generate_results"][1:] == ["0_1_0.png", last["text"]]
+    assert record["generate_results"][0] != "It sat."
+    assert image["candidates"] == [image["image"]] == record["files"]
+
+
+def test_each_document_is_prepared_once(mmi: Mmi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+    prepare = InterleavedGenerator.prepare
+
+    def counted(self: InterleavedGenerator, document: Document, name: str) -> object:
+        prepared.append(document.id)
+        return prepare(self, document, name)
+
+    monkeypatch.setattr(InterleavedGenerator, "prepare", counted)
+    source = write(tmp_path, [story(1, n) for n in range(3)])
+    assert mmi("generate", source, "-o", tmp_path / "out", "--batch-size", 2, *QUICK).code == 0
+    assert prepared == ["story 0", "story 1", "story 2"]
 
 
 def test_same_seed_same_files(mmi: Mmi, tmp_path: Path) -> None:
@@ -250,13 +283,31 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(mmi: Mmi, tmp_path: Path
     for change in (("--seed", 5), ("--dtype", "bfloat16")):
         other = mmi("generate", source, "-o", tmp_path / "out", "--resume", *QUICK, *change)
         assert other.code == 1
-        assert "cannot be resumed" in other.err
+        assert re.search(rf"'{change[0][2:]}' was .* and is now .*cannot be resumed", other.err)
     done = mmi("generate", source, "-o", tmp_path / "out", "--resume", *QUICK)
     assert done.code == 0, done.err
     assert "1_0_0.png" in done.err
     assert "0_0_0.png" not in done.err
     for name in files(tmp_path / "whole"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_records_of_version_0_1_0_are_taken_up(mmi: Mmi, tmp_path: Path) -> None:
+    """Their segments do not say in which turn they were generated, nor name their candidates."""
+    documents = [{"segments": [{"text": "A cat."}, {"image": None}, {"text": None}, {"image": None}]}, story(1)]
+    source, options = write(tmp_path, documents), ("--candidates", 2, *QUICK)
+    assert mmi("generate", source, "-o", tmp_path / "whole", *options).code == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (record, _) = json.loads((tmp_path / "out" / "results.json").read_text())
+    for segment in record["segments"]:
+        segment.pop("turn", None)
+        segment.pop("candidates", None)
+    write(tmp_path / "out", [record], "results.json")
+    done = mmi("generate", source, "-o", tmp_path / "out", "--resume", *options)
+    assert done.code == 0, done.err
+    for name in files(tmp_path / "whole"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert len(Page(tmp_path / "out" / "report.html").pictures) == 6
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from mm_interleaved import (
     Batch,
@@ -24,7 +24,6 @@ from mm_interleaved.generation.arguments import settings_from_arguments
 from ..conftest import picture
 
 GREEDY = {"num_beams": 1, "max_new_tokens": 4, "min_new_tokens": 4}
-UNPACKED = pytest.mark.xfail(strict=True, reason="generate takes a batch as one argument and gives new tokens only")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,25 @@ def written(model: MMInterleaved, batch: Batch, **settings: object) -> list[list
 # ---- text
 
 
-@UNPACKED
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("sample", [False, True])
+def test_caches_of_transformers(model: MMInterleaved, processor, side: str, sample: bool) -> None:
+    """Rows with no, one and two images, of which some end early."""
+    prompts = processor(
+        [Document([Text("A cat."), Image(picture(0)), Text("asleep on a")]), Document([Text("hello")]),
+         Document([Image(picture(1)), Image(picture(2))])], padding_side=side,
+    )  # fmt: skip
+    chosen = {"num_beams": 1, "max_new_tokens": 6, "min_new_tokens": 1, "do_sample": sample, "seed": 3}
+    expected = model.generate(**prompts, **chosen)
+    capacity = prompts["input_ids"].shape[1] + 6
+    for cache in (DynamicCache(), StaticCache(config=model.config.text_config, max_cache_len=capacity)):
+        assert torch.equal(model.generate(**prompts, **chosen, past_key_values=cache), expected)
+    with pytest.raises(ValueError, match="past_key_values is not empty"):
+        model.generate(**prompts, **chosen, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values takes num_beams=1"):
+        model.generate(**prompts, num_beams=2, past_key_values=DynamicCache())
+
+
 def test_text_gives_the_prompt_and_the_new_tokens(model: MMInterleaved, batch: Batch) -> None:
     """As transformers does for decoder-only models: callers cut the prompt off."""
     ids = model.generate(**batch, **GREEDY)
@@ -53,7 +70,6 @@ def test_text_gives_the_prompt_and_the_new_tokens(model: MMInterleaved, batch: B
     assert ids[:, prompt.shape[1] :].tolist() == written(model, batch, **GREEDY)
 
 
-@UNPACKED
 def test_new_tokens_of_different_lengths_are_padded(model: MMInterleaved, batch: Batch) -> None:
     """Rows that end early are filled with the pad token, behind their end token."""
     settings = {"num_beams": 1, "max_new_tokens": 12, "min_new_tokens": 0}
@@ -62,7 +78,6 @@ def test_new_tokens_of_different_lengths_are_padded(model: MMInterleaved, batch:
         assert row == ids + [model.config.pad_token_id] * (len(row) - len(ids))
 
 
-@UNPACKED
 def test_several_sequences_follow_each_other(model: MMInterleaved, batch: Batch) -> None:
     settings = {"num_beams": 3, "max_new_tokens": 4, "num_return_sequences": 2}
     ids = model.generate(**batch, **settings)
@@ -73,14 +88,12 @@ def test_several_sequences_follow_each_other(model: MMInterleaved, batch: Batch)
         assert row[: len(expected)] == expected
 
 
-@UNPACKED
 def test_decoding_what_was_generated(model: MMInterleaved, processor: MMInterleavedProcessor, batch: Batch) -> None:
     ids = model.generate(**batch, **GREEDY)
     texts = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [t.strip() for t in texts] == [processor.decode_text(row) for row in written(model, batch, **GREEDY)]
 
 
-@UNPACKED
 def test_a_chat(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     messages = [
         {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "Who is it?"}]}
@@ -92,7 +105,6 @@ def test_a_chat(model: MMInterleaved, processor: MMInterleavedProcessor) -> None
     assert ids.shape == (1, inputs["input_ids"].shape[1] + 4)
 
 
-@UNPACKED
 def test_sampling_repeats_with_its_seed(model: MMInterleaved, batch: Batch) -> None:
     settings = {"do_sample": True, "num_beams": 1, "temperature": 2.0, "top_p": 0.9, "top_k": 0, "max_new_tokens": 6}
     first, again, other = (model.generate(**batch, **settings, seed=seed) for seed in (1, np.int64(1), 2))
@@ -100,7 +112,6 @@ def test_sampling_repeats_with_its_seed(model: MMInterleaved, batch: Batch) -> N
     assert not torch.equal(first, other)
 
 
-@UNPACKED
 def test_a_generation_config(model: MMInterleaved, batch: Batch) -> None:
     config = GenerationConfig(num_beams=1, max_new_tokens=9, min_new_tokens=4, use_cache=True)
     ids = model.generate(**batch, generation_config=config, max_new_tokens=4)
@@ -110,7 +121,6 @@ def test_a_generation_config(model: MMInterleaved, batch: Batch) -> None:
 # ---- other modes
 
 
-@UNPACKED
 def test_images(model: MMInterleaved, batch: Batch) -> None:
     images = model.generate(**batch, generation_mode="image", num_inference_steps=2, guidance_scale=2.0)
     settings = ImageSettings(num_inference_steps=2, guidance_scale=2.0)
@@ -129,7 +139,6 @@ def test_interleaved(model: MMInterleaved, processor: MMInterleavedProcessor) ->
 # ---- refusals
 
 
-@UNPACKED
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -148,7 +157,6 @@ def test_what_is_not_taken_is_refused_in_words(model: MMInterleaved, batch: Batc
         model.generate(**batch, **arguments)
 
 
-@UNPACKED
 def test_a_batch_without_ids_is_refused(model: MMInterleaved) -> None:
     with pytest.raises((ValueError, TypeError), match="input_ids"):
         model.generate(pixel_values=torch.zeros(1, 3, 56, 56))

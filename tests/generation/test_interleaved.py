@@ -55,7 +55,8 @@ def run(generator: InterleavedGenerator, documents: list[Document]) -> tuple[lis
     ends = []
     for event in generator.run(documents):
         if isinstance(event, SegmentFinished):
-            made[event.document].append(event.ids if isinstance(event.segment, Text) else event.segment.source)
+            text = isinstance(event.segment, Text)
+            made[event.document].append(list(event.segment.generated.ids) if text else event.segment.source)
         elif isinstance(event, DocumentFinished):
             ends.append(event)
     return made, sorted(ends, key=lambda e: e.document)
@@ -350,10 +351,13 @@ def test_forced_texts_replace_what_was_written(model: MMInterleaved, processor: 
     settings = replace(GREEDY, replace_texts=True, force_image=True, stop_at_eos=False)
     generator = InterleavedGenerator(model, processor, settings)
     events = [e for e in generator.run([document]) if isinstance(e, (SegmentFinished, DocumentFinished))]
-    assert events[0].replaced_by == "a cat sat"
-    assert events[0].segment.text != "a cat sat"
-    assert events[2].replaced_by is None
-    assert events[3].result.segments[3] == Text("a cat sat")
+    first, image, third = (event.segment for event in events[:3])
+    assert first.text == "a cat sat"
+    assert first.generated.text == processor.decode_text(first.generated.ids) != "a cat sat"
+    assert third.generated.text == third.text
+    assert events[3].result.segments[3:] == [first, image, third]
+    assert [s.generated for s in events[3].result.segments] == [None] * 3 + [s.generated for s in (first, image, third)]
+    assert [s.generated.turn for s in events[3].result.generated] == [0, 1, 2]
     _, soi = processor.tokenizer.convert_tokens_to_ids(["▁sat", "<|beginofimage|>"])
     plain = Document([*one()[0].segments, Text("a cat sat"), Image(), Text()])
     (made,), _ = run(InterleavedGenerator(model, processor, GREEDY), [plain])
@@ -447,9 +451,34 @@ def test_candidates_and_previews(model: MMInterleaved, processor: MMInterleavedP
     assert [(e.candidate, e.step) for e in steps] == [(c, s) for c in (0, 1) for s in (1, 2, 3, 4)]
     assert [e.preview is not None for e in steps] == [False, True, False, False] * 2
     (segment,) = [e for e in events if isinstance(e, SegmentFinished)]
-    assert len(segment.candidates) == 2
-    assert segment.segment.source is segment.candidates[0]
-    assert segment.candidates[0].tobytes() != segment.candidates[1].tobytes()
+    candidates = segment.segment.generated.candidates
+    assert len(candidates) == 2
+    assert segment.segment.source is candidates[0]
+    assert candidates[0].tobytes() != candidates[1].tobytes()
+    assert events[-1].result.generated == [segment.segment]
+
+
+def test_a_finished_document_that_goes_on(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """What an earlier session generated is given in the next one; the record and the place stay."""
+    beginning = Document([Text("a"), Image()], "b", record={"note": 1}, place="c")
+    *_, end = model.generate_interleaved(beginning, processor, replace(GREEDY, max_turns=1))
+    first = end.result
+    assert (first.id, first.record, first.place) == ("b", {"note": 1}, "c")
+    *_, end = model.generate_interleaved(Document([*first.segments, Text()]), processor, GREEDY)
+    assert len(first.segments) == 2
+    assert end.result.segments[:2] == first.segments
+    assert [s.generated and s.generated.turn for s in end.result.segments] == [None, None, 0]
+    assert first.segments[1].generated is not None
+
+
+def test_errors_say_which_document(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    generator, long = InterleavedGenerator(model, processor, GREEDY), [Text("a " * 600)]
+    with pytest.raises(DocumentError, match=r"^document 1: 60\d tokens"):
+        generator.prepare_all([*one(), Document(long)])
+    with pytest.raises(DocumentError, match=r"^document 'x': 60\d tokens"):
+        generator.prepare_all([*one(), Document(long, "x")])
+    with pytest.raises(DocumentError, match=r"^a.json, record 1: 60\d tokens"):
+        generator.prepare(Document(long, "x", place="a.json, record 1"))
 
 
 def test_a_closed_generator_stops_at_once(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
@@ -491,7 +520,7 @@ def test_generate_wrongly(model: MMInterleaved, arguments: tuple, words: str) ->
 
 
 def test_settings_that_are_not_there(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(ValueError, match="no setting 'max_length'"):
+    with pytest.raises(ValueError, match="max_length is not supported"):
         model.generate(processor(one()), max_length=3)
     with pytest.raises(ValueError, match="no setting 'stepps'"):
         model.generate_interleaved(one(), processor, stepps=3)

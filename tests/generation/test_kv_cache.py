@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mm_interleaved.generation.state import GenerationState
 from mm_interleaved.generation.text import score_options, write, write_beams, write_greedy
 from mm_interleaved.model import decoder_layer
 from mm_interleaved.model.fused import decoding_kernels
+from mm_interleaved.model.language_model import synchronizers
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 
 from ..conftest import awaken
@@ -168,6 +170,24 @@ def test_options(model: MMInterleaved, processor: MMInterleavedProcessor, graphs
             assert found[row][number] == pytest.approx(expected, abs=2e-4)
 
 
+def test_the_next_state_sees_what_was_written(model: MMInterleaved, processor, graphs: bool) -> None:
+    """Weights are derived anew for each state, also in a workspace that is used again; `.data` leaves no trace."""
+    mine, batch, found, used = copy.deepcopy(model), prompts(processor), [], []
+    for factor in (1.0, -0.5):
+        for synchronizer in synchronizers(mine.language_model):
+            synchronizer.gate.data.mul_(factor)
+        state = read(mine, batch, graphs)
+        state.decode_step(torch.tensor([20, 21, 22]), torch.ones(3, dtype=torch.bool))
+        found.append(state.next_logits().clone())
+        reference = ReferenceState.of(mine, batch)
+        reference.decode_step(torch.tensor([20, 21, 22]), torch.ones(3, dtype=torch.bool))
+        torch.testing.assert_close(found[-1], reference.next_logits(), rtol=1e-4, atol=1e-4)
+        used.append(state.workspace)
+        del state
+    assert used[0] is used[1]
+    assert not torch.allclose(*found, atol=1e-2)
+
+
 def other_model(debug_config: MMInterleavedConfig, kind: str, **changes: object) -> MMInterleaved:
     """A debug model with another decoder of the same sizes."""
     config = copy.deepcopy(debug_config)
@@ -242,19 +262,33 @@ OPERATIONS = st.lists(
 )  # fmt: skip
 
 
-@given(OPERATIONS)
+@given(OPERATIONS, st.booleans())
 @settings(max_examples=25)
-def test_rows_are_independent_in_any_order(model: MMInterleaved, operations: list[tuple]) -> None:
+def test_rows_are_independent_in_any_order(model: MMInterleaved, operations: list[tuple], captured: bool) -> None:
     """Text, decode steps, images, cuts, new documents and branches, in some rows at a time, as if each were alone."""
     config = model.config
-    state = GenerationState(model, 3)
+    state = GenerationState(model, 3, captured)
     reference = ReferenceState(model, [[config.bos_token_id, 7 + r] for r in range(3)], [[], [], []])
-    state.prefill(torch.tensor(reference.ids), torch.ones(3, 2, dtype=torch.long))
+    state.prefill(torch.tensor(reference.ids), torch.ones(3, 2, dtype=torch.long))  # `<s>` is no plain token
     apply = _Apply(state, reference)
-    for name, chosen, number in operations:
-        getattr(apply, name)(chosen, number)
+    with mock.patch.object(workspace, "capture", lambda step, device: step):
+        for name, chosen, number in operations:
+            getattr(apply, name)(chosen, number)
     state, reference = apply.state, apply.reference
     assert state.lengths == reference.lengths
+    for row in range(3):
+        torch.testing.assert_close(state.hidden(row), reference.hidden(row), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(state.next_logits(), reference.next_logits(), rtol=1e-4, atol=2e-4)
+
+
+def test_images_of_several_rows_at_once(model: MMInterleaved, graphs: bool) -> None:
+    """Each row gets its own image, in whatever order the rows are named."""
+    ids = [[model.config.bos_token_id, 7 + row] for row in range(3)]
+    state, reference = GenerationState(model, 3, graphs), ReferenceState(model, ids, [[], [], []])
+    state.prefill(torch.tensor(ids), torch.ones(3, 2, dtype=torch.long))
+    apply = _Apply(state, reference)
+    apply.image([2, 0], 3)
+    apply.image([0, 1, 2], 5)
     for row in range(3):
         torch.testing.assert_close(state.hidden(row), reference.hidden(row), rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(state.next_logits(), reference.next_logits(), rtol=1e-4, atol=2e-4)

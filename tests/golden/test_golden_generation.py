@@ -180,17 +180,20 @@ def _check_turn(
     golden: GoldenSet, case: str, x: dict[str, Tensor], event: SegmentFinished, force: bool, drawn: list[Tensor]
 ) -> bool:
     """Compare what a turn made; returns whether a picture must follow."""
-    config, turn = golden.config, f"iter{event.turn}"
+    generated = event.segment.generated
+    config, turn = golden.config, f"iter{generated.turn}"
     if isinstance(event.segment, Text):
-        assert [config.bos_token_id, *event.ids] == x[f"out.{turn}_generated_ids"][0].tolist()
-        follows, stopped = force or event.ids[-1] == config.soi_token_id, event.ids[-1] == config.eos_token_id
+        assert [config.bos_token_id, *generated.ids] == x[f"out.{turn}_generated_ids"][0].tolist()
+        end = generated.ids[-1]
+        follows, stopped = force or end == config.soi_token_id, end == config.eos_token_id
         flags = f"{turn}_gen_image_next_and_stopped"
         golden.close(case, flags, torch.tensor([follows, stopped]), x[f"out.{flags}"])
         return follows
     golden.close(case, f"{turn}_image_strided", *strided(torch.cat(drawn), x[f"out.{turn}_image_strided"]))
-    pictures = torch.stack([torch.from_numpy(to_array(center_crop(p, p.width)) * 255) for p in event.candidates])
+    images = [to_array(center_crop(image, image.width)) for image in generated.candidates]
+    pictures = torch.stack([torch.from_numpy(image * 255) for image in images])
     _pixels_equal(pictures.round(), x[f"out.{turn}_image_u8"])
-    shown = _PixelsOnly(golden).pixels(event.candidates[:1])[0]
+    shown = _PixelsOnly(golden).pixels(generated.candidates[:1])[0]
     _pixels_equal((shown * 255).round(), x[f"out.{turn}_new_image_tensor_u8"])
     drawn.clear()
     return False
@@ -208,7 +211,7 @@ def test_interleaved(golden: GoldenSet, case: str, monkeypatch: pytest.MonkeyPat
     for event in generator.run([Document()]):
         if not isinstance(event, SegmentFinished):
             continue
-        assert event.turn == turn
+        assert event.segment.generated.turn == turn
         assert isinstance(event.segment, Image) == follows
         golden.close(case, f"iter{turn}_text_ids_in", torch.tensor([before]), x[f"out.iter{turn}_text_ids_in"])
         follows = _check_turn(golden, case, x, event, params["force_gen_image_next"], drawn)

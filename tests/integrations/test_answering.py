@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
+from mm_interleaved.document import DocumentError
 from mm_interleaved.generation import DocumentFinished
 from mm_interleaved.integrations import answering
 from mm_interleaved.integrations.answering import Answerer, cut, to_document, to_settings
@@ -62,6 +63,19 @@ def test_stop_texts() -> None:
     assert cut(" a cat\nQ: next", "\n") == "a cat"
     assert cut("a cat. It", [".", "\n\n"]) == "a cat"
     assert cut(" a cat ", None) == "a cat"
+
+
+def test_no_room_for_an_answer(answerer: Answerer, caplog: pytest.LogCaptureFixture) -> None:
+    """An empty answer and a warning, not the question; what cannot be read at all is named."""
+    limit = answerer.model.context_length
+    lengths = (len(answerer.processor.encode([Text("a " * words)], start=True)) for words in range(limit))
+    words = next(words for words, length in enumerate(lengths) if length == limit)
+    fits = Document([Text("a " * words), Text()])
+    assert list(answerer.write([fits], TextSettings(6, 0, num_beams=1), ["mme/1"])) == [""]
+    assert "document 'mme/1' ended by 'context' before an answer" in caplog.text
+    longer = Document([Text("a " * (words + 5)), Text()])
+    with pytest.raises(DocumentError, match=r"document 'mme/2': \d+ tokens are more than"):
+        list(answerer.write([longer], TextSettings(6, 0, num_beams=1), ["mme/2"]))
 
 
 def test_answers_are_those_of_one_question_at_a_time(

@@ -18,6 +18,7 @@ __all__ = ["LINES", "USUAL", "Bench", "Row", "Trouble", "run_lines"]
 LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "decode": text.decode,
     "picture": pictures.picture,
+    "admission": text.admission,
     "decode-step": text.decode_step,
     "pixels": pictures.pixels,
     "encode": pictures.encode,

@@ -36,8 +36,8 @@ class Session:
         begin, drawn = self.clock(), False
         for event in self.events:
             if isinstance(event, SegmentFinished):
-                self.made.append(event.segment.source if isinstance(event.segment, Image) else event.ids)
                 drawn = isinstance(event.segment, Image)
+                self.made.append(event.segment.source if drawn else list(event.segment.generated.ids))
                 if drawn:
                     break
         self.seconds += self.clock() - begin

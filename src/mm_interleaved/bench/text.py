@@ -12,6 +12,7 @@ from torch import nn
 from ..generation import GenerationState, TextSettings
 from ..generation.settings import CacheImplementation
 from ..generation.text import write, write_beams
+from ..generation.workspace import uses_graphs
 from ..model import roofline
 from ..model.fused import decoding_kernels
 from ..model.weights import readable
@@ -86,6 +87,17 @@ def _writing(
     need = roofline.decoding(bench.model, bench.cost, length, pictures, rows)
     return Row("decode", case, "ms/token", 1e3 * value / sizes.tokens, None if plain is None else 1e3 * plain,
                1e3 * bench.bound(need), peak)  # fmt: skip
+
+
+def admission(bench: Bench) -> Iterator[Row]:
+    """A new generation call on a leased workspace: the state of the modules, and the weights derived from others."""
+    length, images = bench.sizes.texts[0]
+    graphs = uses_graphs(bench.model, "auto")
+
+    def work() -> object:
+        return GenerationState(bench.model, 1, graphs, tokens=length, slots=images, images=images)
+
+    yield Row("admission", "one row", "ms", 1e3 * bench.clock.time(work, bench.sizes.repeats))
 
 
 def decode_step(bench: Bench) -> Iterator[Row]:

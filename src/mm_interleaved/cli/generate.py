@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -23,6 +23,7 @@ from ..generation import (
     SegmentFinished,
     TextDelta,
 )
+from ..generation.interleaved import Prepared
 from ..generation.settings import override
 from ..model.quantization import QUANTIZATIONS, Quantization
 from ..pretrained import Loaded, load
@@ -124,17 +125,16 @@ def generate(
     loaded = _load(model, dtype, where, quantization)
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, settings)
-        generator.start(documents)  # says now what cannot be used
+        prepared = generator.prepare_all(documents)  # says now what cannot be used
     except DocumentError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
-    settings = generator.settings
-    folder = ResultsFolder(output_folder, source, loaded, settings, resume, overwrite)
+    folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")
     try:
-        _run(loaded, documents, settings, folder, batch_size)
+        _run(generator, prepared, folder, batch_size)
     except KeyboardInterrupt:
         console.print("[yellow]interrupted:[/] the same command with --resume goes on from here")
         raise
@@ -185,7 +185,7 @@ def _load(model: str, dtype: str | None, device: torch.device, quantization: str
 
 
 def _run(
-    loaded: Loaded, documents: list[Document], settings: GenerationSettings, folder: ResultsFolder, batch_size: int
+    generator: InterleavedGenerator, documents: Sequence[Prepared], folder: ResultsFolder, batch_size: int
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -193,10 +193,9 @@ def _run(
         current = progress.add_task("", total=None)
         for begin in range(folder.done, len(documents), batch_size):
             batch = documents[begin : begin + batch_size]
-            events = InterleavedGenerator(loaded.model, loaded.processor, settings).run(batch)
-            finished = _follow(events, begin, folder, progress, current)
-            for offset, document in enumerate(batch):  # in the order of the file, whatever ended first
-                folder.add_document(begin + offset, document, finished[offset])
+            finished = _follow(generator.run(batch), begin, folder, progress, current)
+            for offset in range(len(batch)):  # in the order of the file, whatever ended first
+                folder.add_document(begin + offset, finished[offset].result, finished[offset].reason)
                 progress.advance(overall)
 
 
@@ -212,7 +211,7 @@ def _follow(
         elif isinstance(event, ImageProgress):
             progress.update(task, description=f"{name}: drawing", total=event.total, completed=event.step)
         elif isinstance(event, SegmentFinished):
-            for path in folder.add_segment(begin + event.document, event):
+            for path in folder.save_candidates(begin + event.document, event.segment):
                 progress.console.print(f"{name}: {path}", highlight=False)
         elif isinstance(event, DocumentFinished):
             finished[event.document] = event

@@ -33,9 +33,7 @@ def write_report(records: list[dict[str, Any]], folder: Path, run: dict[str, Any
             shown = dict(segment)
             if "image" in segment:
                 shown["url"] = _data_url(folder / segment["image"])
-                stem = Path(segment["image"]).name.rsplit("_", 1)[0] + "_"
-                others = [f for f in record["files"] if segment["generated"] and f.startswith(stem)][1:]
-                shown["others"] = [_data_url(folder / name) for name in others]
+                shown["others"] = [_data_url(folder / name) for name in segment.get("candidates", [])[1:]]
             segments.append(shown)
         documents.append({
             "number": number + 1,

@@ -1,4 +1,8 @@
-"""The folder that `mmi generate` writes: pictures, `results.json`, `report.html`; each is there whole or not at all."""
+"""The folder that `mmi generate` writes: images, `results.json`, `report.html`; each is there whole or not at all.
+
+A record of `results.json` has the fields of the original's results and, for every segment of the finished document,
+its text or the path of its image, and whether it was generated; if so, in which turn, and the names of all candidates.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,10 @@ from typing import Any
 import PIL.Image
 
 from .. import __version__
-from ..document import Document, FileSlice, Image, Text
+from ..configuration import describe_differences
+from ..document import Document, FileSlice, Generated, Image, Segment, Text
 from ..files import write_atomic
-from ..generation import DocumentFinished, GenerationSettings, SegmentFinished
+from ..generation import GenerationSettings
 from ..pretrained import Loaded
 from ..processor.images import load_picture
 from .report import write_report
@@ -33,6 +38,15 @@ def _png(picture: PIL.Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def candidate_name(sample: int, turn: int, number: int) -> str:
+    """The file of candidate `number` of an image that was generated in `turn` of document `sample`."""
+    return f"{sample}_{turn}_{number}.png"
+
+
+def _candidate_names(sample: int, generated: Generated) -> list[str]:
+    return [candidate_name(sample, generated.turn, number) for number in range(len(generated.candidates))]
+
+
 def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
     """Do not write over results unless asked to.
 
@@ -47,7 +61,7 @@ def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 class ResultsFolder:
-    """Takes finished segments and documents and keeps the folder complete after each document.
+    """Keeps finished documents, and their images as soon as they are finished; complete after each document.
 
     Args:
         folder: made if it does not exist.
@@ -81,7 +95,6 @@ class ResultsFolder:
             "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         }
         self.records: list[dict[str, Any]] = []
-        self.turns: dict[int, list[tuple[str, Any]]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / ".writable", b"")
@@ -99,9 +112,11 @@ class ResultsFolder:
             self._remove_earlier(path)
         else:
             records = _read_results(path)
-            if any(record.get("run") != self.run for record in records):
-                raise UsageError(f"'{path}' was made from another input, model or settings; it cannot be resumed")
-            self.records = records
+            for record in records:
+                if different := describe_differences(record.get("run"), self.run):
+                    raise UsageError(f"'{path}' was made from another input, model or settings ({different}); "
+                                     "it cannot be resumed, but --overwrite replaces it")  # fmt: skip
+            self.records = [with_candidates(record) for record in records]
 
     def _remove_earlier(self, path: Path) -> None:
         for record in _read_results(path):
@@ -116,55 +131,67 @@ class ResultsFolder:
         """Documents that are finished already."""
         return len(self.records)
 
-    def add_segment(self, sample: int, event: SegmentFinished) -> list[Path]:
-        """Keep a finished segment of document number `sample`; the pictures written."""
-        if isinstance(event.segment, Text):
-            self.turns.setdefault(sample, []).append(("text", event.segment.text))
+    def save_candidates(self, sample: int, segment: Segment) -> list[Path]:
+        """Save what was generated of document number `sample`, if it is an image; the files written."""
+        if segment.generated is None:
             return []
-        names = [f"{sample}_{event.turn}_{number}.png" for number in range(len(event.candidates))]
-        for name, picture in zip(names, event.candidates, strict=True):
-            write_atomic(self.folder / name, _png(picture))
-        self.turns.setdefault(sample, []).append(("image", names))
-        return [self.folder / name for name in names]
+        paths = [self.folder / name for name in _candidate_names(sample, segment.generated)]
+        for path, image in zip(paths, segment.generated.candidates, strict=True):
+            write_atomic(path, _png(image))
+        return paths
 
-    def add_document(self, sample: int, document: Document, event: DocumentFinished) -> None:
-        """Keep a finished document and bring `results.json` up to date."""
-        made = self.turns.pop(sample, [])
-        names = iter([value[0] for kind, value in made if kind == "image"])
-        given = {id(s.source) for s in document.images if s.source is not None}
-        segments = []
-        for number, segment in enumerate(event.result.segments):
-            if isinstance(segment, Text):
-                entry: dict[str, Any] = {"text": segment.text}
-                generated = not any(segment is s for s in document.segments)
-            else:
-                generated = id(segment.source) not in given
-                entry = {"image": next(names) if generated else self._given_picture(sample, number, segment)}
-            if segment.role is not None:
-                entry["role"] = segment.role
-            segments.append({**entry, "generated": generated})
+    def add_document(self, sample: int, document: Document, reason: str) -> None:
+        """Keep a finished document, whose candidates are saved, and bring `results.json` up to date."""
         results: list[str] = []
-        for kind, value in made:
-            results += [value] if kind == "text" else value
-        files = [name for kind, value in made if kind == "image" for name in value]
-        files += [s["image"] for s in segments if s.get("image", "").startswith(f"{sample}_given_")]
+        files: list[str] = []
+        for segment in document.generated:
+            assert segment.generated is not None
+            names = _candidate_names(sample, segment.generated)
+            results += [segment.generated.text or ""] if isinstance(segment, Text) else names
+            files += names
+        files += self._save_given(sample, document)
         self.records.append({
             **(document.record or {}),
             "generate_results": results,
             **({"id": document.id} if document.id is not None else {}),
-            "segments": segments,
-            "finish_reason": event.reason,
+            "segments": [self._entry(sample, number, segment) for number, segment in enumerate(document.segments)],
+            "finish_reason": reason,
             "files": files,
             "run": self.run,
         })  # fmt: skip
         write_atomic(self.folder / RESULTS, (json.dumps(self.records, indent=4, ensure_ascii=False) + "\n").encode())
 
-    def _given_picture(self, sample: int, number: int, segment: Image) -> str:
-        """Path of a given picture from the results folder; one that is only in memory is saved there."""
-        if isinstance(segment.source, PIL.Image.Image):
-            name = f"{sample}_given_{number}.png"
-            write_atomic(self.folder / name, _png(load_picture(segment.source)))
-            return name
+    def _entry(self, sample: int, number: int, segment: Segment) -> dict[str, Any]:
+        """What a record says of segment `number` of a document."""
+        generated = segment.generated
+        if isinstance(segment, Text):
+            entry: dict[str, Any] = {"text": segment.text}
+        elif generated is not None:
+            entry = {"image": candidate_name(sample, generated.turn, 0)}
+        else:
+            entry = {"image": self._given_path(sample, number, segment)}
+        if segment.role is not None:
+            entry["role"] = segment.role
+        entry["generated"] = generated is not None
+        if generated is not None:
+            entry["turn"] = generated.turn
+            if isinstance(segment, Image):
+                entry["candidates"] = _candidate_names(sample, generated)
+        return entry
+
+    def _save_given(self, sample: int, document: Document) -> list[str]:
+        """Save the given images that are only in memory; their names."""
+        names = []
+        for number, segment in enumerate(document.segments):
+            if segment.generated is None and isinstance(segment, Image) and _in_memory(segment):
+                names.append(self._given_path(sample, number, segment))
+                write_atomic(self.folder / names[-1], _png(load_picture(segment.source)))
+        return names
+
+    def _given_path(self, sample: int, number: int, segment: Image) -> str:
+        """Path of a given image from the results folder."""
+        if _in_memory(segment):
+            return f"{sample}_given_{number}.png"
         if segment.source is None or isinstance(segment.source, FileSlice):
             raise TypeError(f"a given image is a file or in memory, not {segment.source!r}")
         return os.path.relpath(segment.source, self.folder.resolve())
@@ -184,3 +211,24 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
     except (ValueError, UnicodeDecodeError):
         pass
     raise UsageError(f"'{path}' is not a results file of this command; name another folder")
+
+
+def _in_memory(segment: Image) -> bool:
+    return isinstance(segment.source, PIL.Image.Image)
+
+
+def with_candidates(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it is written now, of one by version 0.1.0, whose segments lack `turn` and `candidates`.
+
+    There `generate_results` lists every turn: one entry for a text, as many as the settings say for an image.
+    """
+    segments, begin, turn = [], 0, 0
+    for segment in record["segments"]:
+        if segment["generated"] and "turn" not in segment:
+            many = record["run"]["settings"]["image"]["num_candidates"] if "image" in segment else 1
+            entry = {**segment, "turn": turn}
+            if "image" in segment:
+                entry["candidates"] = record["generate_results"][begin : begin + many]
+            segment, begin, turn = entry, begin + many, turn + 1
+        segments.append(segment)
+    return {**record, "segments": segments}

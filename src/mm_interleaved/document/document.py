@@ -64,6 +64,11 @@ class Document:
         """The pictures, open slots included."""
         return [s for s in self.segments if isinstance(s, Image)]
 
+    @property
+    def generated(self) -> list[Segment]:
+        """The segments that a model generated, in the order of their turns."""
+        return [s for s in self.segments if s.generated is not None]
+
     @classmethod
     def from_dict(cls, data: Any, folder: Folder | None = None) -> Document:
         """A document from any of the three JSON forms.

@@ -23,7 +23,7 @@ import PIL.Image
 import torch
 
 from ..document import Document, DocumentError, Image, Text
-from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved, SegmentFinished
+from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved
 from ..generation.interleaved import Prepared
 from ..generation.settings import override
 from ..metrics.clip import CLIP
@@ -160,10 +160,7 @@ class Predictor:
 
     def _fitting(self, sample: Sample, document: Document) -> Ready:
         """A sample in tokens, the model having room for them and for its longest option."""
-        try:
-            prepared = self.generator.prepare(document)
-        except DocumentError as error:
-            raise error.at(document.name) from None
+        prepared = self.generator.prepare(document)
         options = [encode_text(self.processor.tokenizer, option) for option in sample.options]
         for option, ids in zip(sample.options, options, strict=True):
             if not ids:
@@ -185,34 +182,32 @@ class Predictor:
 
     def _generate(self, batch: Sequence[Ready], indices: Sequence[int]) -> list[Made]:
         seeds = [sample_seed(self.suite.seed, self.task.name, ready.sample.id) for ready in batch]
-        finished: list[list[SegmentFinished]] = [[] for _ in batch]
-        reasons = [""] * len(batch)
-        for event in self.generator.run([ready.prepared for ready in batch], seeds):
-            if isinstance(event, SegmentFinished):
-                finished[event.document].append(event)
-            elif isinstance(event, DocumentFinished):
-                reasons[event.document] = event.reason
+        events = self.generator.run([ready.prepared for ready in batch], seeds)
+        ends = {event.document: event for event in events if isinstance(event, DocumentFinished)}
         found = []
-        for ready, events, index, reason in zip(batch, finished, indices, reasons, strict=True):
-            if len(events) < sum(s.is_open for s in ready.sample.document.segments):
+        for number, (ready, index) in enumerate(zip(batch, indices, strict=True)):
+            generated = ends[number].result.generated
+            if len(generated) < sum(s.is_open for s in ready.sample.document.segments):
+                reason = ends[number].reason
                 found.append(Made({"problem": f"ended by '{reason}' before all slots were filled; shorten it"}))
             elif self.task.makes == "text":
-                text = " ".join(e.segment.text or "" for e in events if isinstance(e.segment, Text))
+                text = " ".join(s.text or "" for s in generated if isinstance(s, Text))
                 found.append(Made({"text": text, "prediction": self.task.post(text)}))
             else:
-                found.append(self._drawn(ready.sample, [e for e in events if e.candidates], index))
+                candidates = [s.generated.candidates for s in generated if s.generated and isinstance(s, Image)]
+                found.append(self._chosen(ready.sample, candidates, index))
         return found
 
-    def _drawn(self, sample: Sample, drawn: Sequence[SegmentFinished], index: int) -> Made:
+    def _chosen(self, sample: Sample, candidates: Sequence[Sequence[PIL.Image.Image]], index: int) -> Made:
         """The pictures, chosen among candidates, and the true ones if they are no files."""
         record: Record = {"images": []}
         pictures: dict[str, PIL.Image.Image] = {}
-        for slot, event in enumerate(drawn):
+        for slot, images in enumerate(candidates):
             best = 0
-            if self.clip is not None and len(event.candidates) > 1:
-                best, cosines = self.clip.rerank(event.candidates, str(sample.meta["caption"]))
+            if self.clip is not None and len(images) > 1:
+                best, cosines = self.clip.rerank(images, str(sample.meta["caption"]))
                 record |= {"candidate": best, "cosines": [round(c, 6) for c in cosines]}
-            pictures[picture_name(IMAGES, index, slot)] = event.candidates[best]
+            pictures[picture_name(IMAGES, index, slot)] = images[best]
         record["images"] = list(pictures)
         references = sample.reference if isinstance(sample.reference, list) else []
         if any(isinstance(r, PIL.Image.Image) for r in references):

@@ -23,6 +23,7 @@ from typing import Any
 
 import PIL.Image
 
+from ..configuration import describe_differences
 from ..files import write_atomic
 from .config import EvaluationError
 
@@ -93,10 +94,9 @@ class Predictions:
             return
         found, wanted = _read_object(path), json.loads(json.dumps(identity))
         found = {key: value for key, value in found.items() if key in wanted}
-        if differences := list(_differences(found, wanted)):
-            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        if different := describe_differences(found, wanted):
             raise EvaluationError(
-                f"{self.folder}: these predictions are of another run: {'; '.join(differences[:3])}{more}. "
+                f"{self.folder}: these predictions are of another run: {different}. "
                 "Name another folder with output=..., or replace them with --overwrite"
             )
 
@@ -190,12 +190,3 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise EvaluationError(f"{path}: damaged, so it is not known what the predictions were made with; "
                               "name another folder, or replace them with --overwrite")  # fmt: skip
     return found
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """What differs, as "text.num_beams was 5 and is now 3"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in (*old, *(k for k in new if k not in old)):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"'{name}' was {json.dumps(old, ensure_ascii=False)} and is now {json.dumps(new, ensure_ascii=False)}"

@@ -18,7 +18,6 @@ _REFUSED = {
     "streamer": "use generate_interleaved, which gives an event for every token",
     "prefix_allowed_tokens_fn": "use score to choose among given answers",
     "assistant_model": "there is no assisted generation",
-    "past_key_values": "use generate_interleaved, which keeps its own KV cache over a document's turns",
     "inputs_embeds": "give input_ids and pixel_values",
     "return_dict_in_generate": "use generate_text, which gives scores and end tokens",
     "output_scores": "use generate_text, which gives the scores of beams",

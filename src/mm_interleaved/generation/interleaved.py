@@ -63,19 +63,12 @@ class SegmentFinished:
 
     Attributes:
         document: number of the document in the batch.
-        turn: which of the document's turns it was, from 0.
-        segment: what was generated.
-        ids: for text, its tokens with the end token.
-        candidates: for an image, all candidates; the first is `segment.source`, which the document goes on from.
-        replaced_by: the forced text that the document goes on from instead, if there was one.
+        segment: as it stands in the document, which goes on from it. `segment.generated` has its turn, and what the
+            model generated: tokens and text, also where a forced text stands in its place; all candidates of an image.
     """
 
     document: int
-    turn: int
     segment: Segment
-    ids: list[int] = field(default_factory=list)
-    candidates: list[PIL.Image.Image] = field(default_factory=list)
-    replaced_by: str | None = None
 
 
 @dataclass
@@ -159,14 +152,15 @@ class _Row:
 
     def result(self) -> Document:
         """The document with its slots filled and what came after them."""
-        made, segments = deque(self.made), []
-        for segment in self.document.segments:
-            if not segment.is_open:
-                segments.append(segment)
+        made, segments, given = deque(self.made), [], self.document
+        for segment in given.segments:
+            if not segment.is_open:  # what an earlier session generated is given in this one
+                segments.append(segment if segment.generated is None else replace(segment, generated=None))
             elif made:
                 segments.append(replace(made.popleft(), role=segment.role))
-        speaker = "assistant" if any(s.role for s in self.document.segments) else None
-        return Document(segments + [replace(s, role=speaker) for s in made], self.document.id)
+        speaker = "assistant" if any(s.role for s in given.segments) else None
+        segments += [replace(s, role=speaker) for s in made]
+        return Document(segments, given.id, stop_at_eos=given.stop_at_eos, record=given.record, place=given.place)
 
 
 class InterleavedGenerator:
@@ -209,15 +203,23 @@ class InterleavedGenerator:
             run, slot = [], segment
         return queue
 
-    def prepare(self, document: Document) -> Prepared:
+    def prepare(self, document: Document, name: str | None = None) -> Prepared:
         """What `start` does with a document before the model is needed; any thread may do it ahead.
 
+        Args:
+            document: to be filled and continued.
+            name: how an error calls a document that has neither a place nor an id.
+
         Raises:
-            DocumentError: it cannot be used, or what it gives is more than the model reads.
+            DocumentError: it cannot be used, or what it gives is more than the model reads; says which it is.
         """
-        _check_forced(document)
-        plan = self.plan(document)
-        self._check_length(plan)
+        try:
+            _check_forced(document)
+            plan = self.plan(document)
+            self._check_length(plan)
+        except DocumentError as error:
+            named = name is None or document.place or document.id
+            raise error.at(document.name if named else name) from None
         return Prepared(document, plan)
 
     def start(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> None:
@@ -231,7 +233,6 @@ class InterleavedGenerator:
             DocumentError: a document cannot be used, or what it gives is more than the model reads.
             ValueError: images cannot be generated with these settings.
         """
-        self.model.image_decoder.sampler(self.settings.image)
         given = self.prepare_all(documents)
         seed, image_seed = self.settings.seed, self.settings.image.seed
         chosen = [(seed, image_seed)] * len(given) if seeds is None else [(s, s) for s in seeds]
@@ -240,14 +241,17 @@ class InterleavedGenerator:
         self.state: GenerationState = self._new_state(given)
 
     def prepare_all(self, documents: Sequence[Document | Prepared]) -> list[Prepared]:
-        """`prepare` for several documents; an error says which one it is about."""
-        prepared = []
-        for index, document in enumerate(documents):
-            try:
-                prepared.append(document if isinstance(document, Prepared) else self.prepare(document))
-            except DocumentError as error:
-                raise error.at(document.place or f"document {index}") from None
-        return prepared
+        """`prepare` for several documents, of which those that are prepared stay as they are.
+
+        Raises:
+            DocumentError: as for `prepare`.
+            ValueError: images cannot be generated with these settings.
+        """
+        self.model.image_decoder.sampler(self.settings.image)
+        return [
+            document if isinstance(document, Prepared) else self.prepare(document, f"document {index}")
+            for index, document in enumerate(documents)
+        ]
 
     def _new_state(self, given: Sequence[Prepared]) -> GenerationState:
         """A state with room for the beginning of each document and for its images, as far as they are known."""
@@ -418,7 +422,7 @@ class InterleavedGenerator:
     def _after_text(self, index: int, text: WrittenText, start: int) -> Iterator[Event]:
         """What a finished text means for its row, of which `start` tokens were read before it."""
         row, config = self.rows[index], self.model.config
-        segment, ids, end = Text(self.processor.decode_text(text.ids)), text.ids, text.end
+        written, ids, end = self.processor.decode_text(text.ids), text.ids, text.end
         forced = row.document.forced_texts[row.turns] if row.turns < len(row.document.forced_texts) else ""
         forced = forced if self.settings.replace_texts and forced else None
         if forced is not None:
@@ -433,11 +437,10 @@ class InterleavedGenerator:
         row.unread = _plain(ids[self.state.lengths[index] - start :])
         row.ids += ids
         row.tokens += len(text.all_ids)
-        generated = Generated(row.turns, ids=tuple(text.all_ids), text=segment.text)
-        segment = replace(segment, generated=generated)
-        row.made.append(segment if forced is None else Text(forced, generated=generated))
+        generated = Generated(row.turns, ids=tuple(text.all_ids), text=written)
+        row.made.append(Text(written if forced is None else forced, generated=generated))
         row.take_slot()
-        yield SegmentFinished(index, row.turns, segment, text.all_ids, replaced_by=forced)
+        yield SegmentFinished(index, row.made[-1])
         row.turns += 1
         row.next_turn = "image" if end == config.soi_token_id or self.settings.force_image else "text"
         if end == config.eos_token_id and self._stops_at_eos(row.document) and row.goes_on and not row.queue:
@@ -479,24 +482,15 @@ class InterleavedGenerator:
         row.made.append(Image(candidates[0], generated=Generated(row.turns, candidates=tuple(candidates))))
         row.images.append(row.made[-1])
         row.take_slot()
-        event = SegmentFinished(index, row.turns, row.made[-1], candidates=candidates)
         row.turns += 1
         row.next_turn = "text"
-        return event
+        return SegmentFinished(index, row.made[-1])
 
     def _announce(self, chosen: list[int]) -> None:
         """Read the begin-of-image token in the rows that get an image."""
-        state, token = self.state, self.model.config.soi_token_id
-        if state.graphs:
-            state.reserve_steps(1)
-            lengths = [n + (i in chosen) for i, n in enumerate(state.lengths)]
-            draws = torch.tensor([i in chosen for i in range(len(self.rows))])
-            state.decode_step(torch.full((len(self.rows),), token), draws)
-            state.settle(lengths)
-        else:
-            state.prefill(
-                torch.full((len(chosen), 1), token), torch.ones(len(chosen), 1, dtype=torch.long), rows=chosen
-            )
+        token = self.model.config.soi_token_id
+        tokens = torch.full((len(chosen), 1), token)
+        self.state.prefill(tokens, torch.ones_like(tokens), rows=chosen)
         for index in chosen:
             self.rows[index].ids.append(token)
 

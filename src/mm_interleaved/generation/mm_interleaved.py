@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import Cache, GenerationConfig
 
 from ..document import Document
 from ..model import MMInterleavedModel
 from ..model.layout import ImagePositions, find_images, previous_images, visible_images
 from ..model.unet import EarlierImages
 from ..processor import Batch, MMInterleavedProcessor
+from .arguments import settings_from_arguments
+from .foreign_cache import ForeignCacheState
 from .interleaved import DocumentFinished, Event, InterleavedGenerator
 from .rules import WrittenText
 from .settings import CacheImplementation, GenerationSettings, ImageSettings, TextSettings, override
@@ -44,11 +47,12 @@ class MMInterleaved(MMInterleavedModel):
         Raises:
             ValueError: a row is longer than the model reads, or "static" is not possible.
         """
-        rows, length = batch.input_ids.shape
-        images = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        rows, length = batch["input_ids"].shape
+        pixels = batch.get("pixel_values")
+        images = 0 if pixels is None else len(pixels)
         state = GenerationState(self, rows, uses_graphs(self, cache_implementation), tokens=length + max_new_tokens,
                                 slots=min(images, 1), images=images)  # fmt: skip
-        state.prefill(batch.input_ids, batch.attention_mask, batch.pixel_values)
+        state.prefill(batch["input_ids"], batch["attention_mask"], pixels)
         return state
 
     def generate_text(
@@ -70,10 +74,7 @@ class MMInterleaved(MMInterleavedModel):
         if settings.num_beams > 1:
             return write_beams(state, settings)
         start = torch.Generator().manual_seed(0) if generator is None else generator
-        generators = [torch.Generator() for _ in range(state.rows)]
-        for own in generators:
-            own.set_state(start.get_state())
-        return write_greedy(state, settings, generators)
+        return write_greedy(state, settings, _copies(start, state.rows))
 
     @torch.no_grad()
     def generate_images(
@@ -104,7 +105,7 @@ class MMInterleaved(MMInterleavedModel):
         targets = list(range(count)) if targets is None else list(targets)
         if not targets or not all(0 <= t < count for t in targets):
             raise ValueError(f"targets {targets} are not among the {count} pictures of the batch")
-        features, memory = self._encode(batch.pixel_values)
+        features, memory = self._encode(batch.get("pixel_values"))
         if len(memory) != count:
             raise ValueError(f"input_ids holds {count} begin-of-image tokens, but there are {len(memory)} pictures")
         images = visible_images(input_ids, mask, self.config.bos_token_id, self.config.soi_token_id)
@@ -169,38 +170,108 @@ class MMInterleaved(MMInterleavedModel):
 
     def generate(
         self,
-        inputs: Batch | Document | Sequence[Document],
+        inputs: Batch | Tensor | Document | Sequence[Document] | None = None,
         generation_mode: Literal["text", "image", "interleaved"] = "text",
         processor: MMInterleavedProcessor | None = None,
         settings: GenerationSettings | None = None,
         targets: Sequence[int] | None = None,
-        **changes: Any,
+        generation_config: GenerationConfig | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_rows: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        **arguments: Any,
     ) -> Tensor | list[Document]:
-        """All kinds of generation behind one name.
+        """All kinds of generation behind one name, with the arguments of `generate` in transformers.
 
         Args:
-            inputs: a batch for "text" and "image"; documents for "interleaved".
-            generation_mode: "text" gives token ids [rows * sequences, length], padded, with their end tokens; "image"
-                gives pictures as `generate_images` does; "interleaved" gives finished documents.
+            inputs: a batch, or its input_ids, for "text" and "image"; documents for "interleaved".
+            generation_mode: "text" gives token ids [rows * sequences, L + new]: the prompt, padded as it was given, and
+                the new tokens with their end tokens, padded on the right. "image" gives images as `generate_images`
+                does. "interleaved" gives finished documents.
             processor: needed for "interleaved".
             settings: how; None: the original's defaults.
-            targets: for "image", which pictures of the batch to draw; None: all.
-            **changes: single settings, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
+            targets: for "image", which images of the batch to generate; None: all.
+            generation_config: settings in the form of transformers; `arguments` win over it.
+            past_key_values: for "text", an empty cache of transformers to use instead of our own KV cache; with
+                num_beams 1 and one sequence a row.
+            input_ids, attention_mask, position_ids, pixel_values, image_rows, document_starts: a batch by its items,
+                as in `generate(**batch)`; see `Batch`.
+            **arguments: single settings, by the names of `GenerationSettings`, `TextSettings`, `ImageSettings` and
+                transformers.
 
         Raises:
-            ValueError: an unknown mode or setting, or no processor.
+            ValueError: an unknown mode or setting, no inputs or no processor, or a cache that cannot be used.
         """
-        settings = override(settings or GenerationSettings(), **changes)
-        if generation_mode == "text":
-            texts = self.generate_text(inputs, settings.text, torch.Generator().manual_seed(settings.seed))
-            rows = [torch.tensor(text.all_ids, dtype=torch.long) for row in texts for text in row]
-            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
+        settings = settings_from_arguments(
+            settings or GenerationSettings(), self.config, generation_config, **arguments
+        )
+        if generation_mode not in ("text", "image", "interleaved"):
+            raise ValueError(f"generation_mode must be 'text', 'image' or 'interleaved', not '{generation_mode}'")
+        if generation_mode == "interleaved":
+            return self._generate_documents(inputs, processor, settings)
+        if isinstance(inputs, Tensor):
+            inputs, input_ids = None, inputs
+        if inputs is None:
+            items = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                     "pixel_values": pixel_values, "image_rows": image_rows,
+                     "document_starts": document_starts}  # fmt: skip
+            inputs = prompt_batch(items)
         if generation_mode == "image":
             return self.generate_images(inputs, settings.image, targets)
-        if generation_mode != "interleaved":
-            raise ValueError(f"generation_mode must be 'text', 'image' or 'interleaved', not '{generation_mode}'")
+        return self._generate_ids(inputs, settings, past_key_values)
+
+    def _generate_documents(
+        self, inputs: object, processor: MMInterleavedProcessor | None, settings: GenerationSettings
+    ) -> list[Document]:
+        """Finished documents, in their order."""
         if processor is None:
             raise ValueError("generation_mode='interleaved' needs the processor")
+        if not isinstance(inputs, (Document, Sequence)):
+            raise ValueError("generation_mode='interleaved' takes a document or a list of documents, "
+                             f"not {type(inputs).__name__}")  # fmt: skip
         events = self.generate_interleaved(inputs, processor, settings, progress=False)
         finished = [e for e in events if isinstance(e, DocumentFinished)]
         return [e.result for e in sorted(finished, key=lambda e: e.document)]
+
+    def _generate_ids(self, batch: Batch, settings: GenerationSettings, cache: Cache | None) -> Tensor:
+        """Prompts and new tokens [rows * sequences, L + new], padded behind the new tokens."""
+        text, generator = settings.text, torch.Generator().manual_seed(settings.seed)
+        if cache is None:
+            texts = self.generate_text(batch, text, generator)
+        elif text.num_beams > 1 or text.num_return_sequences > 1:
+            raise ValueError("past_key_values takes num_beams=1 and num_return_sequences=1; leave it out for others")
+        else:
+            state = ForeignCacheState(self, batch, cache)
+            texts = write_greedy(state, text, _copies(generator, state.rows))
+        rows = [torch.tensor(t.all_ids, dtype=torch.long) for row in texts for t in row]
+        new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
+        prompt = batch["input_ids"].repeat_interleave(text.num_return_sequences, dim=0)
+        return torch.cat([prompt, new.to(prompt)], dim=1)
+
+
+def _copies(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    """So many generators in the state of `generator`."""
+    copies = [torch.Generator() for _ in range(count)]
+    for copy in copies:
+        copy.set_state(generator.get_state())
+    return copies
+
+
+def prompt_batch(items: Mapping[str, Tensor | None]) -> Batch:
+    """A batch of prompts from the items that are not None; what follows from input_ids may be missing.
+
+    Raises:
+        ValueError: there are no input_ids [B, L].
+    """
+    given = {name: value for name, value in items.items() if value is not None}
+    ids = given.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        raise ValueError("generate needs input_ids [rows, length]; make a batch with the processor")
+    mask = given.setdefault("attention_mask", torch.ones_like(ids))
+    given.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
+    return Batch(given)

@@ -31,6 +31,7 @@ from .image_encoder import encode_images
 from .workspace import POOL, Capacity, Workspace, uses_graphs
 
 Images = list[int]  # numbers of images, most recent first
+SHORT = 3  # tokens that are read by captured decode steps, if there are no images among them
 
 
 @dataclass
@@ -244,6 +245,8 @@ class GenerationState:
         self.model.check_image_tokens(ids, count)
         longest = max(self.lengths[r] + n for r, n in zip(chosen, mask.sum(1).tolist(), strict=True))
         self._check_length(longest)
+        if self.graphs and not count and ids.shape[1] <= SHORT and not (ids == self.model.config.bos_token_id).any():
+            return self._prefill_by_steps(ids, mask, chosen)
         first = len(self.pyramids)
         new = _Arrivals.of(self.model, ids, mask, [self.visible[r] for r in chosen], first)
         self._reserve(longest, max(new.images.shape[-1], *(len(v) for v in new.visible), 0), first + count)
@@ -255,6 +258,21 @@ class GenerationState:
             self.visible[row] = visible
         self._show_images()
         return hidden
+
+    def _prefill_by_steps(self, ids: Tensor, mask: Tensor, chosen: list[int]) -> Tensor:
+        """`prefill` of few plain tokens by captured decode steps, each of which is much quicker than a called pass."""
+        self.reserve_steps(ids.shape[1])
+        lengths, found, index = list(self.lengths), [], send(torch.tensor(chosen), self.device)
+        for column in range(ids.shape[1]):
+            tokens = torch.zeros(self.rows, dtype=torch.long)
+            reading = torch.zeros(self.rows, dtype=torch.bool)
+            tokens[chosen], reading[chosen] = ids[:, column], mask[:, column] == 1
+            self.decode_step(tokens, reading)
+            found.append(self.last[index])
+        for row, count in zip(chosen, mask.sum(1).tolist(), strict=True):
+            lengths[row] += count
+        self.workspace.cache.set_lengths(lengths)
+        return torch.stack(found, dim=1)
 
     @torch.no_grad()
     def append_images(self, rows: Sequence[int], pixel_values: Tensor) -> None:
@@ -306,8 +324,8 @@ class GenerationState:
             What comes next [R, V], as `next_logits`.
         """
         workspace = self.workspace
-        workspace.tokens.copy_(tokens)
-        workspace.reading.copy_(reading)
+        workspace.tokens.copy_(send(tokens, self.device))
+        workspace.reading.copy_(send(reading, self.device))
         workspace.step(len(self.pyramids), max(map(len, self.visible)))
         if not self.graphs:
             workspace.cache.lengths = [a + b for a, b in zip(self.lengths, reading.long().tolist(), strict=True)]

@@ -105,7 +105,7 @@ def write(
     tokens, reading = history[:, 0], torch.zeros_like(active)
     try:
         while True:
-            while len(under_way) < ahead and history.shape[1] <= most:
+            while len(under_way) < ahead and history.shape[1] <= most and (state.graphs or bool(active.any())):
                 before = [g.get_state() for g in generators] if settings.do_sample else []
                 logits = state.next_logits() if history.shape[1] == 1 else state.decode_step(tokens, reading)
                 logits = logits.clone()  # the next step overwrites them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ..processor.tokenizer import encode_text
 
 PLACEHOLDER = re.compile(r"\s*<image(?:[ _]?\d+)?>\s*")
 STYLES = ("plain", "vqa", "chat")
+log = logging.getLogger(__name__)
 Picture = PIL.Image.Image | str | Path
 
 
@@ -91,16 +93,24 @@ class Answerer:
         self.batch_size, self.seed = batch_size, seed
 
     def write(self, documents: Sequence[Document], settings: TextSettings, ids: Sequence[str]) -> Iterator[str]:
-        """Answers to documents that end in an open text, in their order."""
+        """Answers to documents that end in an open text, in their order.
+
+        A document that leaves no room for an answer gets an empty one, and a warning.
+
+        Raises:
+            DocumentError: a document cannot be used, or is more than the model reads; says which, by its id.
+        """
         generator = InterleavedGenerator(self.model, self.processor, GenerationSettings(settings), progress=False)
         for begin in range(0, len(documents), self.batch_size):
             part = slice(begin, begin + self.batch_size)
             seeds = [sample_seed(self.seed, "answer", name) for name in ids[part]]
-            ends = [e for e in generator.run(documents[part], seeds) if isinstance(e, DocumentFinished)]
+            named = [replace(document, id=name) for document, name in zip(documents[part], ids[part], strict=True)]
+            ends = [e for e in generator.run(named, seeds) if isinstance(e, DocumentFinished)]
             for event in sorted(ends, key=lambda e: e.document):
-                answer = event.result.segments[-1]
-                assert isinstance(answer, Text)
-                yield str(answer.text)
+                answers = [s.text or "" for s in event.result.generated if isinstance(s, Text)]
+                if not answers:
+                    log.warning("%s ended by '%s' before an answer, which is empty", event.result.name, event.reason)
+                yield answers[-1] if answers else ""
 
     @torch.no_grad()
     def score(self, documents: Sequence[Document], texts: Sequence[str]) -> Iterator[tuple[float, bool]]:
