@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -268,6 +268,36 @@ def test_adapters_are_switched_between_calls(mine: MMInterleaved, kind: str) -> 
         assert not same(found, before)
         assert same(found, plainly(mine, texts=False))
     assert same(outputs(adapter.merge_and_unload(), kind, texts=False), found)
+
+
+OTHERS = {
+    "DoRA": LoraConfig(r=2, target_modules=["q_proj", "output_proj", "sampling_offsets"], use_dora=True,
+                       init_lora_weights=False),
+    "embeddings": LoraConfig(r=2, target_modules=["embed_tokens", "query_relpos"], init_lora_weights=False),
+    "whole modules": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "output_proj"]),
+    "single tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[20, 21, 22]),
+    "IA3": IA3Config(target_modules=["k_proj", "output_proj"], feedforward_modules=[], init_ia3_weights=False),
+    "LoHa": LoHaConfig(r=2, target_modules=["down_proj", "dynamic_offset_mask"], init_weights=False),
+    "norms": LNTuningConfig(target_modules=["input_layernorm", "query_norm"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_adapters_act_and_are_switched_off(mine: MMInterleaved, name: str) -> None:
+    kind = "static"
+    bare = outputs(mine, kind, texts=False)
+    adapter = get_peft_model(mine, copy.deepcopy(OTHERS[name])).eval()
+    with torch.no_grad():
+        for key, parameter in mine.named_parameters():
+            if any(part in key for part in ("modules_to_save", "trainable_tokens", "ln_tuning")):  # equal at first
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    found = outputs(mine, kind, texts=False)
+    assert not same(found, bare)
+    assert same(found, plainly(mine, texts=False))
+    assert same(outputs(mine, "dynamic", texts=False), found)
+    with adapter.disable_adapter():
+        assert same(outputs(mine, kind, texts=False), bare)
+    assert same(outputs(mine, kind, texts=False), found)
 
 
 # ---- writes between two calls
