@@ -54,6 +54,7 @@ def session(bench: Bench) -> Iterator[Row]:
     once = Session(InterleavedGenerator, bench, "static")
     for _ in range(sizes.rounds):
         once.round()
+    del once  # its workspace goes back for the next session
     fast = Session(InterleavedGenerator, bench, "static")
     plain = Session(RecomputingGenerator, bench, "dynamic")
     bound, room = 0.0, 0

@@ -36,6 +36,7 @@ KEPT = 3  # idle workspaces of a model
 # make them large (at the release's size a column of a row takes 0.8 MB).
 COLUMNS = {"cuda": 1024, "cpu": 64}
 FEWEST_COLUMNS, MOST_CELLS = 64, 16384  # columns, and rows times columns
+SPARE = 8  # columns behind those, of which one is needed; so a full context does not take a unit more
 SLOTS = {"cuda": 8, "cpu": 1}  # fewest images that there is room for once there is one, for the same reason
 
 
@@ -78,7 +79,7 @@ class Capacity:
 
     Attributes:
         rows: that are read together.
-        columns: of the KV cache; one of them is spare.
+        columns: of the KV cache; at least one of them is spare.
         slots: images that one row sees.
         images: of all rows.
         shared: whether rows share columns (beams).
@@ -100,10 +101,9 @@ class Capacity:
         unit = COLUMNS.get(device.type, COLUMNS["cpu"])
         fewest = SLOTS.get(device.type, SLOTS["cpu"])
         unit = max(min(unit, MOST_CELLS // _power_of_two(self.rows)), FEWEST_COLUMNS)
-        return Capacity(
-            self.rows, -(-self.columns // unit) * unit, min(_power_of_two(self.slots, fewest), most_images),
-            _power_of_two(self.images, fewest), self.shared,
-        )  # fmt: skip
+        columns = -(-(self.columns - 1) // unit) * unit + SPARE
+        slots = min(_power_of_two(self.slots, fewest), most_images)
+        return Capacity(self.rows, columns, slots, _power_of_two(self.images, fewest), self.shared)
 
 
 def _power_of_two(count: int, fewest: int = 1) -> int:
@@ -156,10 +156,18 @@ class Workspace:
 
     def derive(self) -> None:
         """Compute derived weights from the weights of this moment, into the tensors that captured graphs read."""
-        derived = self.images.derived
         with torch.inference_mode(False):  # the next call could not write into tensors of inference mode
-            for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
-                derived[index] = synchronizer.derive(derived[index])
+            if self.captured and "derive" in self._graphs:
+                self._graphs["derive"]()
+                return
+            self._derive()
+            if self.captured:  # some hundred small kernels: launching them would take several times as long
+                self._graphs["derive"] = capture(self._derive, self.last.device)
+
+    def _derive(self) -> None:
+        derived = self.images.derived
+        for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
+            derived[index] = synchronizer.derive(derived[index])
 
     def clear(self) -> None:
         """Forget what the last session left."""

@@ -95,7 +95,7 @@ def add_linear(residual: Tensor, x: Tensor, module: nn.Module) -> Tensor:
     if weights is not None:
         out = project(x.flatten(0, -2), weights, [module.bias], residual=residual.flatten(0, -2), backend="triton")
         return out.view_as(residual)
-    if x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"):
+    if x.is_cuda and _few_rows(x) and not torch.is_autocast_enabled("cuda"):
         plain = readable(module)
         if isinstance(plain, Tensor) and module.bias is None and plain.dtype == x.dtype == residual.dtype:
             return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), plain.T).view_as(residual)
