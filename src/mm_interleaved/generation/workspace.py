@@ -161,7 +161,7 @@ class Workspace:
                 self._graphs["derive"]()
                 return
             self._derive()
-            if self.captured:  # some hundred small kernels: launching them would take several times as long
+            if self.captured and any(self.images.derived):  # launching some hundred small kernels takes much longer
                 self._graphs["derive"] = capture(self._derive, self.last.device)
 
     def _derive(self) -> None:
