@@ -218,8 +218,8 @@ class InterleavedGenerator:
             plan = self.plan(document)
             self._check_length(plan)
         except DocumentError as error:
-            named = name is None or document.place or document.id
-            raise error.at(document.name if named else name) from None
+            nameless = not (document.place or document.id)
+            raise error.at(name if name is not None and nameless else document.name) from None
         return Prepared(document, plan)
 
     def start(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> None:

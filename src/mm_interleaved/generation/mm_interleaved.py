@@ -249,7 +249,8 @@ class MMInterleaved(MMInterleavedModel):
             raise ValueError("past_key_values takes num_beams=1 and num_return_sequences=1; leave it out for others")
         else:
             state = ForeignCacheState(self, batch, cache)
-            texts = write_greedy(state, text, _copies(generator, state.rows))
+            # it has what `write_greedy` needs for one sequence a row
+            texts = write_greedy(cast(GenerationState, state), text, _copies(generator, state.rows))
         rows = [torch.tensor(t.all_ids, dtype=torch.long) for row in texts for t in row]
         new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
         prompt = batch["input_ids"].repeat_interleave(text.num_return_sequences, dim=0)

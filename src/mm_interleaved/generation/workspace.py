@@ -169,6 +169,7 @@ class Workspace:
 
     def _derive(self) -> None:
         derived = self.images.derived
+        assert derived is not None
         for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
             derived[index] = synchronizer.derive(derived[index])
 
