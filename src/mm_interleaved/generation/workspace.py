@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
 
@@ -25,7 +26,7 @@ from ..model.kv_cache import KVCache
 from ..model.language_model import synchronizers
 from ..model.mmfs import VisibleImages, why_mmfs_waits
 from ..model.static import capture
-from ..model.synchronizer import ImageFeatures
+from ..model.synchronizer import DerivedSynchronizer, ImageFeatures
 from ..model.weights import state_of, why_not_captured
 from ..ops import promote
 
@@ -130,7 +131,8 @@ class Workspace:
     """
 
     def __init__(self, model: MMInterleavedModel, capacity: Capacity, captured: bool, state: Hashable = None) -> None:
-        self._model = weakref.ref(model)
+        # whoever calls a workspace holds the model
+        self._model = cast("Callable[[], MMInterleavedModel]", weakref.ref(model))
         self.capacity, self.captured, self.state = capacity, captured, state
         config, device = model.config, model.compute_device
         width, dtype = config.text_config.hidden_size, model.language_model.norm.weight.dtype
@@ -152,7 +154,8 @@ class Workspace:
         shape = (self.capacity.images, cells, mmfs.num_heads, mmfs.hidden_size // mmfs.num_heads)
         values = [torch.zeros(shape, dtype=dtype, device=self.last.device) for _ in layers]
         nothing = torch.zeros(0, cells, model.config.vision_config.hidden_size, dtype=dtype, device=self.last.device)
-        return ImageFeatures(nothing, [(side, side) for side in mmfs.levels], values, [None] * len(layers))
+        derived: list[DerivedSynchronizer | None] = [None] * len(layers)
+        return ImageFeatures(nothing, [(side, side) for side in mmfs.levels], values, derived)
 
     def derive(self) -> None:
         """Compute derived weights from the weights of this moment, into the tensors that captured graphs read."""
@@ -166,6 +169,7 @@ class Workspace:
 
     def _derive(self) -> None:
         derived = self.images.derived
+        assert derived is not None
         for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
             derived[index] = synchronizer.derive(derived[index])
 
@@ -185,11 +189,14 @@ class Workspace:
         longest = max((other.cache.lengths[r] for r in rows), default=0)
         self.hidden[:, :longest] = other.hidden[theirs, :longest]
         self.last.copy_(other.last[theirs])
+        assert self.images.values is not None
+        assert other.images.values is not None
         for mine, given in zip(self.images.values, other.images.values, strict=True):
             mine[:images] = given[:images]
 
     def images_of(self, count: int) -> ImageFeatures:
         """The first `count` images."""
+        assert self.images.values is not None
         values = [v[:count] for v in self.images.values]
         return ImageFeatures(self.images.features, self.images.shapes, values, self.images.derived)
 
@@ -233,6 +240,7 @@ class Workspace:
     @torch.no_grad()
     def _block_step(self) -> None:
         """The work of the tokens of an image."""
+        assert self.block is not None
         model, count = self._model(), self.block.shape[1]
         place = self.cache.place_step(self.reading, count)
         visible = VisibleImages(self.visible.repeat_interleave(count, 0, output_size=len(self.visible) * count))
