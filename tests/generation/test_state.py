@@ -226,6 +226,42 @@ def test_an_error_inside_a_step(model: MMInterleaved, batch: Batch) -> None:
     assert texts(mine, batch) == expected
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("where", ["visual_tokenizer", "language_model.layers.2"])
+def test_reading_that_failed_was_not_read(
+    model: MMInterleaved, batch: Batch, captured: None, graphs: bool, where: str
+) -> None:
+    """All rows go on as if nobody had tried."""
+    mine = copy.deepcopy(model)
+    state = GenerationState(mine, 3, graphs)
+    state.prefill(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+    soi = torch.full((1, 1), mine.config.soi_token_id)
+    state.prefill(soi, torch.ones_like(soi), rows=[0])
+
+    def known() -> list[object]:
+        hidden = [state.hidden(row).clone() for row in range(3)]
+        kept = [image is None for image in state.pyramids]
+        lengths = [list(state.lengths), state.workspace.cache.device_lengths.tolist()]
+        return [lengths, copy.deepcopy(state.visible), copy.deepcopy(state.row_images), kept, hidden]
+
+    def fail(*_: object) -> None:
+        raise KeyError("hook")
+
+    before, expected = known(), state.branch(range(3)).next_logits().clone()
+    handle = mine.get_submodule(where).register_forward_hook(fail)
+    with pytest.raises(KeyError, match="hook"):
+        state.append_images([0], batch["pixel_values"][:1])
+    with pytest.raises(KeyError, match="hook"):
+        state.prefill(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+    handle.remove()
+    after = known()
+    assert after[:4] == before[:4]
+    assert all(torch.equal(a, b) for a, b in zip(after[4], before[4], strict=True))
+    torch.testing.assert_close(state.next_logits(), expected)
+    state.append_images([0], batch["pixel_values"][:1])
+    assert state.visible[0] == [3, 0]
+
+
 def test_states_of_two_threads(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     batches = [processor(Document([Image(picture(i)), Text(f"a {i}")])) for i in range(2)]
     expected = [texts(model, b) for b in batches]

@@ -14,6 +14,7 @@ from mm_interleaved import Batch, Document, Image, MMInterleaved, MMInterleavedP
 from mm_interleaved.model import MMInterleavedModel
 
 from ..conftest import picture
+from ..generation.test_text import prompts as ragged_prompts
 
 
 def documents() -> list[Document]:
@@ -119,6 +120,30 @@ def test_a_cache_continues_rows_with_several_images(model: MMInterleaved, prompt
         )
         found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cache_of_transformers_writes_what_ours_does(
+    model: MMInterleaved, processor: MMInterleavedProcessor, kind: str, side: str
+) -> None:
+    """Token by token, ragged rows with no, one and two images."""
+    batch, config = ragged_prompts(processor, side), model.config
+    settings = TextSettings(num_beams=1, max_new_tokens=5, min_new_tokens=5)
+    expected = [row[0].ids for row in model.generate_text(batch, settings)]
+    mask, found = batch.attention_mask, []
+    out = model(**batch, past_key_values=cache_of(kind, model, len(mask)), use_cache=True)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    logits = out.logits[torch.arange(len(mask)), last]
+    for step in range(5):
+        logits[:, [config.eos_token_id, config.soi_token_id]] = -torch.inf
+        found.append(logits.argmax(-1, keepdim=True))
+        positions = mask.sum(1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(found[-1])], 1)
+        if step < 4:
+            logits = model(found[-1], mask, positions, past_key_values=out.past_key_values).logits[:, -1]
+    assert torch.cat(found, 1).tolist() == expected
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ Axes: R rows, B rows of one call, L new tokens, D width, I images, S slots for i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -251,11 +252,12 @@ class GenerationState:
         new = _Arrivals.of(self.model, ids, mask, [self.visible[r] for r in chosen], first)
         self._reserve(longest, max(new.images.shape[-1], *(len(v) for v in new.visible), 0), first + count)
         ids = send(ids, self.device)
-        features = None
-        if pixel_values is not None and count:
-            features = self._encode(pixel_values, [chosen[r] for r in new.rows])
-        embeds = self.model.embed(ids, features.tokens if features else None, checked=True)
-        hidden = self._forward(embeds, mask, new.images, rows)
+        with self._undone_on_error():
+            features = None
+            if pixel_values is not None and count:
+                features = self._encode(pixel_values, [chosen[r] for r in new.rows])
+            embeds = self.model.embed(ids, features.tokens if features else None, checked=True)
+            hidden = self._forward(embeds, mask, new.images, rows)
         for row, visible in zip(chosen, new.visible, strict=True):
             self.visible[row] = visible
         self._show_images()
@@ -291,14 +293,15 @@ class GenerationState:
         longest = max(self.lengths[r] for r in rows) + count
         self._check_length(longest)
         self._reserve(longest, max(len(v) for v in visible), first + len(rows))
-        self.visible = visible
-        tokens = self._encode(pixel_values, list(rows)).tokens
-        self._show_images()
-        if self.graphs:
-            self._append_block(list(rows), tokens)
-            return
-        images = _padded([self.visible[r] for r in rows])[:, None].expand(-1, count, -1)
-        self._forward(tokens, torch.ones(len(rows), count, dtype=torch.long), images, rows)
+        with self._undone_on_error():
+            tokens = self._encode(pixel_values, list(rows)).tokens
+            self.visible = visible
+            self._show_images()
+            if self.graphs:
+                self._append_block(list(rows), tokens)
+            else:
+                images = _padded([self.visible[r] for r in rows])[:, None].expand(-1, count, -1)
+                self._forward(tokens, torch.ones(len(rows), count, dtype=torch.long), images, rows)
 
     def _append_block(self, rows: list[int], tokens: Tensor) -> None:
         """Read the tokens [B, L, D] of one image in each of `rows` by a captured step."""
@@ -359,6 +362,19 @@ class GenerationState:
         """Make row i what row `rows[i]` was; both must be copies of one row (see `branch`)."""
         self.workspace.cache.reorder_cache(rows)
         self.last.copy_(self.last[rows])
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Leave everything as it was before if reading fails, so that the rows can go on."""
+        lengths, visible, pyramids = list(self.lengths), list(self.visible), list(self.pyramids)
+        row_images = [list(images) for images in self.row_images]
+        try:
+            yield
+        except BaseException:
+            self.visible, self.row_images, self.pyramids = visible, row_images, pyramids
+            self.workspace.cache.set_lengths(lengths)
+            self._show_images()
+            raise
 
     def _check_length(self, longest: int) -> None:
         if longest > self.model.context_length:
