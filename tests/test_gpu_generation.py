@@ -66,10 +66,10 @@ def test_a_new_session_captures_nothing(there: MMInterleaved, processor, monkeyp
     generators = [InterleavedGenerator(there, processor, settings, progress=False) for _ in range(2)]
     for _ in zip(*(g.run(ragged()) for g in generators), strict=True):
         pass
-    assert len(captured) == 4  # a step and a block for each
+    assert len(captured) == 6  # derived weights, a step and a block of image tokens for each
     del generators
     run(InterleavedGenerator(there, processor, settings), ragged())
-    assert len(captured) == 4
+    assert len(captured) == 6
 
 
 def forced(model: MMInterleaved, batch, tokens: Tensor, graphs: bool, kernels: str = "auto") -> Tensor:

@@ -198,6 +198,18 @@ def test_each_document_is_prepared_once(mmi: Mmi, tmp_path: Path, monkeypatch: p
     assert prepared == ["story 0", "story 1", "story 2"]
 
 
+def test_a_given_image_that_is_no_file_is_saved(mmi: Mmi, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    picture(2).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    source = write(tmp_path, {"segments": [{"text": "A cat."}, {"image": url}, {"image": None}]})
+    assert mmi("generate", source, "-o", tmp_path / "out", *QUICK).code == 0
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["segments"][1] == {"image": "0_given_1.png", "generated": False}
+    assert record["files"] == ["0_0_0.png", "0_given_1.png"]
+    assert PIL.Image.open(tmp_path / "out" / "0_given_1.png").tobytes() == picture(2).tobytes()
+
+
 def test_same_seed_same_files(mmi: Mmi, tmp_path: Path) -> None:
     source = write(tmp_path, {"segments": [{"text": "A cat."}, {"image": None}, {"text": None}]})
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):

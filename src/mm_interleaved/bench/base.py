@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS
 from ..model.quantization import Quantization, quantize
 from ..model.roofline import Need
+from ..ops.mmfs_attention import Backend
 from ..pretrained import TOKENIZER, Loaded
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from .machine import Clock, Speed
@@ -156,7 +158,7 @@ class Bench:
         if self.mmfs is not None:
             for module in loaded.model.modules():
                 if isinstance(module, MMFS):
-                    module.backend = self.mmfs
+                    module.backend = cast(Backend, self.mmfs)  # `mmi bench` has checked it
         if self.quantization is not None:
             quantize(loaded.model, self.quantization)
         self.say(f"model made in {self.clock() - begin:.0f} s")

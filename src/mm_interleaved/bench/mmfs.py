@@ -26,6 +26,7 @@ from ..model.roofline import Need
 from ..model.static import capture
 from ..model.vit_adapter import cell_centres
 from ..ops import MMFSInputs, mmfs_attention, why_not_triton
+from ..ops.mmfs_attention import Backend
 from .base import Bench, Row
 
 AHEAD = 128  # times that a large buffer is written before what is timed: 8 ms on an H200
@@ -96,29 +97,31 @@ class Work:
         self.query = torch.randn(groups, case.queries, case.width, device=device, dtype=dtype)
         self.maps = torch.randn(case.pictures, positions, case.features, device=device, dtype=dtype)
         visible = VisibleImages.build(case.images, case.pictures)  # the plain form is timed without sorting
+        assert visible.routes is not None  # on the host they are always sorted
         self.visible = VisibleImages(visible.images.to(device), visible.routes.to(device))
         centre = torch.full((1, 1, 2), 0.5, device=device)
         self.reference = centre if case.side is None else cell_centres([case.side], device)[None]
         with torch.no_grad():
             self.values, self.derived = self.mmfs.project(self.maps), self.mmfs.derive_query()
             sides = self.mmfs._query_side(self.query, case.images.shape[1], self.derived)
-        self.inputs = [x.detach().contiguous() for x in (self.values, *sides)]
+        values, offsets, logits, *tables = (x.detach().contiguous() for x in (self.values, *sides))
+        self.inputs = (values, offsets, logits, tables[0], tables[1])
 
-    def operator(self, backend: str) -> Tensor:
+    def operator(self, backend: Backend) -> Tensor:
         """The attention alone."""
         case = self.case
         scales = [side / case.base for side in case.config.levels]
         given = MMFSInputs(*self.inputs, self.reference, self.visible.images, case.shapes, scales, self.visible.routes)
         return mmfs_attention(given, backend=backend)[0]
 
-    def layer(self, backend: str, training: bool) -> Tensor:
+    def layer(self, backend: Backend, training: bool) -> Tensor:
         """The synchronizer."""
         self.mmfs.backend = backend
         values, derived = (self.mmfs.project(self.maps), None) if training else (self.values, self.derived)
         place = self.visible, self.case.shapes, self.reference, self.case.base
         return self.mmfs(self.query, values, *place, derived)
 
-    def call(self, part: str, backend: str, gradients: bool) -> Callable[[], Tensor]:
+    def call(self, part: str, backend: Backend, gradients: bool) -> Callable[[], Tensor]:
         """What is timed; with gradients it goes back from a fixed random gradient."""
 
         def forward() -> Tensor:

@@ -10,6 +10,7 @@ import PIL.Image
 from ..document import Document, Image, Text
 from ..generation import GenerationSettings, ImageSettings, InterleavedGenerator, SegmentFinished, TextSettings
 from ..generation.recompute import RecomputingGenerator
+from ..generation.settings import CacheImplementation
 from ..model import roofline
 from .base import Bench, Row
 
@@ -17,7 +18,7 @@ from .base import Bench, Row
 class Session:
     """One way to write a document that starts with a picture, a round at a time."""
 
-    def __init__(self, kind: type[InterleavedGenerator], bench: Bench, implementation: str) -> None:
+    def __init__(self, kind: type[InterleavedGenerator], bench: Bench, implementation: CacheImplementation) -> None:
         sizes, noise = bench.sizes, np.random.default_rng(0)
         given = PIL.Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8))
         text = TextSettings(num_beams=1, max_new_tokens=sizes.round_tokens, min_new_tokens=sizes.round_tokens,
@@ -36,10 +37,13 @@ class Session:
         begin, drawn = self.clock(), False
         for event in self.events:
             if isinstance(event, SegmentFinished):
-                drawn = isinstance(event.segment, Image)
-                self.made.append(event.segment.source if drawn else list(event.segment.generated.ids))
-                if drawn:
+                segment = event.segment
+                drawn = isinstance(segment, Image)
+                if isinstance(segment, Image):
+                    self.made.append(segment.source)
                     break
+                assert segment.generated is not None
+                self.made.append(list(segment.generated.ids))
         self.seconds += self.clock() - begin
         return drawn
 
@@ -54,6 +58,7 @@ def session(bench: Bench) -> Iterator[Row]:
     once = Session(InterleavedGenerator, bench, "static")
     for _ in range(sizes.rounds):
         once.round()
+    del once  # its workspace goes back for the next session
     fast = Session(InterleavedGenerator, bench, "static")
     plain = Session(RecomputingGenerator, bench, "dynamic")
     bound, room = 0.0, 0

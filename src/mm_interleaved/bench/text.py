@@ -14,6 +14,7 @@ from ..generation.settings import CacheImplementation
 from ..generation.text import write, write_beams
 from ..generation.workspace import uses_graphs
 from ..model import roofline
+from ..model.decoder_layer import MMFSDecoderLayer
 from ..model.fused import decoding_kernels
 from ..model.weights import readable
 from ..ops import project, project_gated
@@ -143,6 +144,12 @@ def _bytes(weights: list[Weights]) -> int:
     return sum(x.numel() * x.element_size() for x in parts)
 
 
+def _weights(linear: nn.Module) -> Weights:
+    weights = readable(linear)
+    assert weights is not None  # a model just made has plain or quantized linear layers
+    return weights
+
+
 def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., object], list[Weights]]]:
     """By name: kind of tile, the work in one layer (`layer`, `backend`), and the weights that it reads."""
     layers = bench.model.language_model.layers
@@ -152,18 +159,18 @@ def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., obj
     norm = layers[0].input_layernorm
     normed = {"gain": norm.weight, "eps": norm.variance_epsilon}
 
-    def maps(layer: nn.Module) -> list[Weights]:
+    def maps(layer: MMFSDecoderLayer) -> list[Weights]:
         attention = layer.self_attn
-        return [readable(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        return [_weights(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
-    def both(layer: nn.Module) -> list[Weights]:
-        return [readable(layer.mlp.gate_proj), readable(layer.mlp.up_proj)]
+    def both(layer: MMFSDecoderLayer) -> list[Weights]:
+        return [_weights(layer.mlp.gate_proj), _weights(layer.mlp.up_proj)]
 
-    def down(layer: nn.Module) -> list[Weights]:
-        return [readable(layer.mlp.down_proj)]
+    def down(layer: MMFSDecoderLayer) -> list[Weights]:
+        return [_weights(layer.mlp.down_proj)]
 
-    def out(layer: nn.Module) -> list[Weights]:
-        return [readable(layer.self_attn.o_proj)]
+    def out(layer: MMFSDecoderLayer) -> list[Weights]:
+        return [_weights(layer.self_attn.o_proj)]
 
     first = layers[0]
     return {

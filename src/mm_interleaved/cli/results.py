@@ -18,7 +18,7 @@ import PIL.Image
 
 from .. import __version__
 from ..configuration import describe_differences
-from ..document import Document, FileSlice, Generated, Image, Segment, Text
+from ..document import Document, Generated, Image, Segment, Text
 from ..files import write_atomic
 from ..generation import GenerationSettings
 from ..pretrained import Loaded
@@ -183,16 +183,18 @@ class ResultsFolder:
         """Save the given images that are only in memory; their names."""
         names = []
         for number, segment in enumerate(document.segments):
-            if segment.generated is None and isinstance(segment, Image) and _in_memory(segment):
+            if isinstance(segment, Text) or segment.generated is not None:
+                continue
+            if isinstance(segment.source, PIL.Image.Image):
                 names.append(self._given_path(sample, number, segment))
                 write_atomic(self.folder / names[-1], _png(load_picture(segment.source)))
         return names
 
     def _given_path(self, sample: int, number: int, segment: Image) -> str:
         """Path of a given image from the results folder."""
-        if _in_memory(segment):
+        if isinstance(segment.source, PIL.Image.Image):
             return f"{sample}_given_{number}.png"
-        if segment.source is None or isinstance(segment.source, FileSlice):
+        if not isinstance(segment.source, (str, Path)):
             raise TypeError(f"a given image is a file or in memory, not {segment.source!r}")
         return os.path.relpath(segment.source, self.folder.resolve())
 
@@ -211,10 +213,6 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
     except (ValueError, UnicodeDecodeError):
         pass
     raise UsageError(f"'{path}' is not a results file of this command; name another folder")
-
-
-def _in_memory(segment: Image) -> bool:
-    return isinstance(segment.source, PIL.Image.Image)
 
 
 def with_candidates(record: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ class DocumentLoader:
             return StatefulDataLoader(
                 self._dataset,
                 batch_size=None,
-                collate_fn=_as_it_is,
+                collate_fn=cast(Any, _as_it_is),  # of a parcel: with `batch_size=None` there is no list of samples
                 num_workers=workers,
                 prefetch_factor=self.config.prefetch_factor if workers else None,
                 worker_init_fn=leave_process_group if workers else None,
@@ -309,15 +309,16 @@ class _Parcels:
             except DocumentError as error:
                 self._report.reject(source.name, "picture damaged", str(error))
                 views.append(None)
-        if None in views:
-            row, views = self._without(row, views, whole_documents=source.is_pairs)
+        seen = [view for view in views if view is not None]
+        if len(seen) < len(views):
+            row, seen = self._without(row, views, whole_documents=source.is_pairs)
             if not row.images and not (source.keep_text_only and len(row)):
                 self._report.reject(source.name, "row without a picture")
                 return None
         self._report.count(source.name, "rows")
         self._report.count(source.name, "tokens", len(row))
         self._report.count(source.name, "pictures", len(row.images))
-        return row, views
+        return row, seen
 
     def _without(
         self, row: TokenStream, views: list[Views | None], whole_documents: bool
@@ -337,4 +338,5 @@ class _Parcels:
             kept[first:last] = False
         stay = [i for i, start in enumerate(starts.tolist()) if kept[start]]
         images = [row.images[i] for i in stay]
-        return TokenStream(row.ids[kept], row.learned[kept], images), [views[i] for i in stay]
+        seen = [view for i in stay if (view := views[i]) is not None]
+        return TokenStream(row.ids[kept], row.learned[kept], images), seen

@@ -8,7 +8,7 @@ Values are uint8 in [0, 255] or floats in [0, 1]. An image holds 8 bits a channe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -29,7 +29,7 @@ def image_from_array(value: Any) -> PIL.Image.Image:
     Raises:
         DocumentError: its shape, its type or its values are not those above.
     """
-    array = value if isinstance(value, np.ndarray) else _tensor_values(value)
+    array = cast(np.ndarray, value) if isinstance(value, np.ndarray) else _tensor_values(value)
     kind = "array" if isinstance(value, np.ndarray) else "tensor"
     _check_shape(array.shape, kind)
     if kind == "tensor" and array.ndim == 3:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import PIL.Image
 
@@ -47,7 +46,7 @@ class Document:
             raise DocumentError(f"segments must be a list, not {type(self.segments).__name__}",
                                 fix="Write Document([...])")  # fmt: skip
         self.segments = list(self.segments)
-        for index, segment in enumerate(self.segments):
+        for index, segment in enumerate(cast("list[object]", self.segments)):
             if not isinstance(segment, (Text, Image)):
                 raise DocumentError(f"must be a Text or an Image, not {type(segment).__name__}", f"segments[{index}]")
         if self.max_turns is not None:
@@ -153,7 +152,7 @@ class Document:
         return record | {k: v for k, v in optional.items() if v is not None}
 
 
-def _path_text(source: str | Path | FileSlice | PIL.Image.Image | None, index: int) -> str | None:
+def _path_text(source: object, index: int) -> str | None:
     if isinstance(source, (PIL.Image.Image, FileSlice)):
         problem = "is only part of a file" if isinstance(source, FileSlice) else "exists only in memory"
         raise DocumentError(f"the picture {problem}", f"segments[{index}]", "Save it and use its path")

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import PIL.Image
@@ -60,10 +60,11 @@ class Text:
     generated: Generated | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.text is not None:
-            if not isinstance(self.text, str):
-                raise DocumentError(f"a text must be a string or None, not {type(self.text).__name__}")
-            check_characters(self.text)
+        text = cast(object, self.text)
+        if text is not None:
+            if not isinstance(text, str):
+                raise DocumentError(f"a text must be a string or None, not {type(text).__name__}")
+            check_characters(text)
         _check_role(self.role)
 
     @property
@@ -157,7 +158,7 @@ def _checked_source(source: Any) -> str | Path | FileSlice | PIL.Image.Image | N
     if source is None or isinstance(source, (str, Path, FileSlice, PIL.Image.Image)):
         return source
     if isinstance(source, os.PathLike):
-        return Path(source)
+        return Path(cast("os.PathLike[str]", source))
     raise DocumentError(
         f"an image must be a path, a PIL image, an array or a tensor, not {type(source).__name__}",
         fix="Bytes are opened with PIL.Image.open(io.BytesIO(data))",

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import PIL.Image
 import torch
@@ -28,7 +28,7 @@ from ..generation.interleaved import Prepared
 from ..generation.settings import override
 from ..metrics.clip import CLIP
 from ..processor import MMInterleavedProcessor
-from ..processor.images import CROPS, load_picture
+from ..processor.images import CROPS, Source, load_picture
 from ..processor.packing import TokenStream
 from ..processor.tokenizer import encode_text
 from ..tasks import Sample, Task, TaskError
@@ -153,7 +153,7 @@ class Predictor:
         segments = []
         for segment in document.segments:
             if isinstance(segment, Image) and segment.source is not None:
-                seen = CROPS[self.task.crop](load_picture(segment.source), self.processor.image_size)
+                seen = CROPS[self.task.crop](load_picture(cast(Source, segment.source)), self.processor.image_size)
                 segment = replace(segment, source=PIL.Image.fromarray(seen))
             segments.append(segment)
         return replace(document, segments=segments)

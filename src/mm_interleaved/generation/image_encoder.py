@@ -42,13 +42,17 @@ class GraphedImageEncoder:
         self.pixels[:count] = pixels
         (self.replay or self._step)()
         found = self.features
+        assert found is not None  # the step has made them
+        assert found.last_hidden_state is not None
         return VisualFeatures(
             found.tokens[:count].clone(), [m[:count].clone() for m in found.pyramid],
             found.last_hidden_state[:count].clone(),
         )  # fmt: skip
 
     def _step(self) -> None:
-        self.features = self._model().encode_images(self.pixels)
+        model = self._model()
+        assert model is not None  # a pool forgets what it made for a model that is gone
+        self.features = model.encode_images(self.pixels)
 
 
 def _places(count: int) -> int:

@@ -218,8 +218,8 @@ class InterleavedGenerator:
             plan = self.plan(document)
             self._check_length(plan)
         except DocumentError as error:
-            named = name is None or document.place or document.id
-            raise error.at(document.name if named else name) from None
+            nameless = not (document.place or document.id)
+            raise error.at(name if name is not None and nameless else document.name) from None
         return Prepared(document, plan)
 
     def start(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> None:
@@ -237,7 +237,7 @@ class InterleavedGenerator:
         seed, image_seed = self.settings.seed, self.settings.image.seed
         chosen = [(seed, image_seed)] * len(given) if seeds is None else [(s, s) for s in seeds]
         self.rows: list[_Row] = [self._row(one, *pair) for one, pair in zip(given, chosen, strict=True)]
-        self.state = None  # its memory goes back before more is taken
+        vars(self).pop("state", None)  # its memory goes back before more is taken
         self.state: GenerationState = self._new_state(given)
 
     def prepare_all(self, documents: Sequence[Document | Prepared]) -> list[Prepared]:
@@ -332,22 +332,25 @@ class InterleavedGenerator:
 
     def _take_stretch(self, row: _Row) -> None:
         """Take the given text and images before the next slot of a row in, or end it."""
-        if row.queue and isinstance(row.queue[0], TokenStream):
-            if not self._fits(row, len(row.queue[0]), len(row.queue[0].images)):
+        stretch = row.queue[0] if row.queue else None
+        if isinstance(stretch, TokenStream):
+            if not self._fits(row, len(stretch), len(stretch.images)):
                 row.reason = "context"
                 return
-            stretch = row.queue.popleft()
+            row.queue.popleft()
             row.unread += stretch
             row.ids += stretch.ids.tolist()
             row.images += stretch.images
-        row.next_turn = row.queue[0] if row.queue else row.next_turn
+        slot = row.queue[0] if row.queue else row.next_turn
+        assert not isinstance(slot, TokenStream)  # a slot stands between two stretches
+        row.next_turn = slot
         row.reason = self._why_done(row)
 
     def _read(self, chosen: Sequence[int]) -> None:
         """Read what `chosen` rows have not read yet."""
-        waiting = [i for i in chosen if self.rows[i].unread_image is not None]
+        waiting = {i: pixels for i in chosen if (pixels := self.rows[i].unread_image) is not None}
         if waiting:
-            self.state.append_images(waiting, torch.stack([self.rows[i].unread_image for i in waiting]))
+            self.state.append_images(list(waiting), torch.stack(list(waiting.values())))
         for index in waiting:
             self.rows[index].unread_image = None
         waiting = [i for i in chosen if len(self.rows[i].unread)]
@@ -465,9 +468,11 @@ class InterleavedGenerator:
             rows = [self.rows[i] for i in chosen]
             seeds = [row.image_seed + number + (row.turns if self.settings.vary_noise else 0) for row in rows]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            step = None
             for step in decoder.denoise(conditions, earlier, settings, generators):
                 if self.progress:
                     yield from _progress(chosen, number, step)
+            assert step is not None  # there is one at least
             for images, values in zip(candidates, decode(step.latents), strict=True):
                 images.append(to_picture(values.float().cpu().numpy()))
         pixels = self.processor.pixels([images[0] for images in candidates])
@@ -479,8 +484,9 @@ class InterleavedGenerator:
         row, config = self.rows[index], self.model.config
         row.unread_image = pixels
         row.ids += [config.image_token_id] * config.num_image_tokens
-        row.made.append(Image(candidates[0], generated=Generated(row.turns, candidates=tuple(candidates))))
-        row.images.append(row.made[-1])
+        image = Image(candidates[0], generated=Generated(row.turns, candidates=tuple(candidates)))
+        row.made.append(image)
+        row.images.append(image)
         row.take_slot()
         row.turns += 1
         row.next_turn = "text"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -108,6 +108,7 @@ class MMInterleaved(MMInterleavedModel):
         features, memory = self._encode(batch.get("pixel_values"))
         if len(memory) != count:
             raise ValueError(f"input_ids holds {count} begin-of-image tokens, but there are {len(memory)} pictures")
+        assert features is not None  # there is a target, and so an image
         images = visible_images(input_ids, mask, self.config.bos_token_id, self.config.soi_token_id)
         hidden = self.decode(
             self.embed(input_ids, features.tokens), memory, images, mask, batch.position_ids.to(device)
@@ -221,9 +222,10 @@ class MMInterleaved(MMInterleavedModel):
                      "pixel_values": pixel_values, "image_rows": image_rows,
                      "document_starts": document_starts}  # fmt: skip
             inputs = prompt_batch(items)
+        batch = cast(Batch, inputs)
         if generation_mode == "image":
-            return self.generate_images(inputs, settings.image, targets)
-        return self._generate_ids(inputs, settings, past_key_values)
+            return self.generate_images(batch, settings.image, targets)
+        return self._generate_ids(batch, settings, past_key_values)
 
     def _generate_documents(
         self, inputs: object, processor: MMInterleavedProcessor | None, settings: GenerationSettings
@@ -247,7 +249,8 @@ class MMInterleaved(MMInterleavedModel):
             raise ValueError("past_key_values takes num_beams=1 and num_return_sequences=1; leave it out for others")
         else:
             state = ForeignCacheState(self, batch, cache)
-            texts = write_greedy(state, text, _copies(generator, state.rows))
+            # it has what `write_greedy` needs for one sequence a row
+            texts = write_greedy(cast(GenerationState, state), text, _copies(generator, state.rows))
         rows = [torch.tensor(t.all_ids, dtype=torch.long) for row in texts for t in row]
         new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
         prompt = batch["input_ids"].repeat_interleave(text.num_return_sequences, dim=0)

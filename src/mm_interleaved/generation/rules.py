@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,13 +86,14 @@ def score_processors(
     model: MMInterleavedModel, settings: TextSettings, device: torch.device, banned: Sequence[int]
 ) -> LogitsProcessorList:
     """What changes the scores of a step before a token is chosen; none of it waits for the device."""
+    where: Any = device  # the library's annotation knows names of devices only
     processors = LogitsProcessorList()
     if banned:
-        processors.append(SuppressTokensLogitsProcessor(list(banned), device=device))
+        processors.append(SuppressTokensLogitsProcessor(list(banned), device=where))
     if settings.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.min_new_tokens:  # the history that the processor counts begins with <s>
-        processors.append(MinLengthLogitsProcessor(settings.min_new_tokens + 1, end_tokens(model), device=device))
+        processors.append(MinLengthLogitsProcessor(settings.min_new_tokens + 1, end_tokens(model), device=where))
     if settings.do_sample:
         if settings.temperature != 1.0:
             processors.append(TemperatureLogitsWarper(settings.temperature))
@@ -119,6 +121,11 @@ def beam_candidates(model: MMInterleavedModel, num_beams: int) -> int:
     return max(2, 1 + len(end_tokens(model))) * num_beams
 
 
+def _score(text: WrittenText) -> float:
+    assert text.score is not None  # beam search ranks all its texts
+    return text.score
+
+
 class Hypotheses:
     """The best finished texts of one row."""
 
@@ -133,7 +140,7 @@ class Hypotheses:
         if len(self.finished) == self.size and score <= self.finished[-1].score:
             return
         self.finished.append(WrittenText(ids[1:], end, score))
-        self.finished.sort(key=lambda text: -text.score)
+        self.finished.sort(key=lambda text: -_score(text))
         del self.finished[self.size :]
 
     def check(self, best_running: float, length: int) -> None:

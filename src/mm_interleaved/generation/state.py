@@ -253,7 +253,9 @@ class GenerationState:
         self._reserve(longest, max(new.images.shape[-1], *(len(v) for v in new.visible), 0), first + count)
         ids = send(ids, self.device)
         with self._undone_on_error():
-            features = self._encode(pixel_values, [chosen[r] for r in new.rows]) if count else None
+            features = None
+            if pixel_values is not None and count:
+                features = self._encode(pixel_values, [chosen[r] for r in new.rows])
             embeds = self.model.embed(ids, features.tokens if features else None, checked=True)
             hidden = self._forward(embeds, mask, new.images, rows)
         for row, visible in zip(chosen, new.visible, strict=True):
@@ -305,6 +307,7 @@ class GenerationState:
         """Read the tokens [B, L, D] of one image in each of `rows` by a captured step."""
         workspace, count = self.workspace, tokens.shape[1]
         index = send(torch.tensor(rows), self.device)
+        assert workspace.block is not None  # since steps are captured
         workspace.block[index] = tokens.to(workspace.block.dtype)
         workspace.reading.copy_(send(torch.tensor([r in rows for r in range(self.rows)]), self.device))
         workspace.step_block()
@@ -399,9 +402,9 @@ class GenerationState:
         features = encode_images(self.model, pixel_values, self.graphs)
         first = len(self.pyramids)
         maps = image_features(self.model.config, features.pyramid).features
-        for kept, synchronizer in zip(
-            self.workspace.images.values, synchronizers(self.model.language_model), strict=True
-        ):
+        values = self.workspace.images.values
+        assert values is not None
+        for kept, synchronizer in zip(values, synchronizers(self.model.language_model), strict=True):
             kept[first : first + len(maps)] = synchronizer.project(maps)
         self.images_read += len(rows)
         keep = self.model.config.image_decoder.previous_images

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -240,7 +241,7 @@ def _search(
     scores = torch.full((batch, width), -1e9, device=device, dtype=logits.dtype)
     scores[:, 0] = 0
     for step in range(most):
-        ranked = processors(history, logits.log_softmax(-1)) + scores.view(-1)[:, None]
+        ranked = processors(cast("torch.LongTensor", history), logits.log_softmax(-1)) + scores.view(-1)[:, None]
         vocab = ranked.shape[-1]
         best, index = ranked.view(batch, -1).topk(count, dim=1)
         parents, tokens = first + index // vocab, index % vocab

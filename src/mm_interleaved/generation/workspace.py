@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
 
@@ -25,7 +26,7 @@ from ..model.kv_cache import KVCache
 from ..model.language_model import synchronizers
 from ..model.mmfs import VisibleImages, why_mmfs_waits
 from ..model.static import capture
-from ..model.synchronizer import ImageFeatures
+from ..model.synchronizer import DerivedSynchronizer, ImageFeatures
 from ..model.weights import state_of, why_not_captured
 from ..ops import promote
 
@@ -36,6 +37,7 @@ KEPT = 3  # idle workspaces of a model
 # make them large (at the release's size a column of a row takes 0.8 MB).
 COLUMNS = {"cuda": 1024, "cpu": 64}
 FEWEST_COLUMNS, MOST_CELLS = 64, 16384  # columns, and rows times columns
+SPARE = 8  # columns behind those, of which one is needed; so a full context does not take a unit more
 SLOTS = {"cuda": 8, "cpu": 1}  # fewest images that there is room for once there is one, for the same reason
 
 
@@ -78,7 +80,7 @@ class Capacity:
 
     Attributes:
         rows: that are read together.
-        columns: of the KV cache; one of them is spare.
+        columns: of the KV cache; at least one of them is spare.
         slots: images that one row sees.
         images: of all rows.
         shared: whether rows share columns (beams).
@@ -100,10 +102,9 @@ class Capacity:
         unit = COLUMNS.get(device.type, COLUMNS["cpu"])
         fewest = SLOTS.get(device.type, SLOTS["cpu"])
         unit = max(min(unit, MOST_CELLS // _power_of_two(self.rows)), FEWEST_COLUMNS)
-        return Capacity(
-            self.rows, -(-self.columns // unit) * unit, min(_power_of_two(self.slots, fewest), most_images),
-            _power_of_two(self.images, fewest), self.shared,
-        )  # fmt: skip
+        columns = -(-(self.columns - 1) // unit) * unit + SPARE
+        slots = min(_power_of_two(self.slots, fewest), most_images)
+        return Capacity(self.rows, columns, slots, _power_of_two(self.images, fewest), self.shared)
 
 
 def _power_of_two(count: int, fewest: int = 1) -> int:
@@ -130,7 +131,8 @@ class Workspace:
     """
 
     def __init__(self, model: MMInterleavedModel, capacity: Capacity, captured: bool, state: Hashable = None) -> None:
-        self._model = weakref.ref(model)
+        # whoever calls a workspace holds the model
+        self._model = cast("Callable[[], MMInterleavedModel]", weakref.ref(model))
         self.capacity, self.captured, self.state = capacity, captured, state
         config, device = model.config, model.compute_device
         width, dtype = config.text_config.hidden_size, model.language_model.norm.weight.dtype
@@ -152,14 +154,24 @@ class Workspace:
         shape = (self.capacity.images, cells, mmfs.num_heads, mmfs.hidden_size // mmfs.num_heads)
         values = [torch.zeros(shape, dtype=dtype, device=self.last.device) for _ in layers]
         nothing = torch.zeros(0, cells, model.config.vision_config.hidden_size, dtype=dtype, device=self.last.device)
-        return ImageFeatures(nothing, [(side, side) for side in mmfs.levels], values, [None] * len(layers))
+        derived: list[DerivedSynchronizer | None] = [None] * len(layers)
+        return ImageFeatures(nothing, [(side, side) for side in mmfs.levels], values, derived)
 
     def derive(self) -> None:
         """Compute derived weights from the weights of this moment, into the tensors that captured graphs read."""
-        derived = self.images.derived
         with torch.inference_mode(False):  # the next call could not write into tensors of inference mode
-            for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
-                derived[index] = synchronizer.derive(derived[index])
+            if self.captured and "derive" in self._graphs:
+                self._graphs["derive"]()
+                return
+            self._derive()
+            if self.captured and any(self.images.derived):  # launching some hundred small kernels takes much longer
+                self._graphs["derive"] = capture(self._derive, self.last.device)
+
+    def _derive(self) -> None:
+        derived = self.images.derived
+        assert derived is not None
+        for index, synchronizer in enumerate(synchronizers(self._model().language_model)):
+            derived[index] = synchronizer.derive(derived[index])
 
     def clear(self) -> None:
         """Forget what the last session left."""
@@ -177,11 +189,14 @@ class Workspace:
         longest = max((other.cache.lengths[r] for r in rows), default=0)
         self.hidden[:, :longest] = other.hidden[theirs, :longest]
         self.last.copy_(other.last[theirs])
+        assert self.images.values is not None
+        assert other.images.values is not None
         for mine, given in zip(self.images.values, other.images.values, strict=True):
             mine[:images] = given[:images]
 
     def images_of(self, count: int) -> ImageFeatures:
         """The first `count` images."""
+        assert self.images.values is not None
         values = [v[:count] for v in self.images.values]
         return ImageFeatures(self.images.features, self.images.shapes, values, self.images.derived)
 
@@ -225,6 +240,7 @@ class Workspace:
     @torch.no_grad()
     def _block_step(self) -> None:
         """The work of the tokens of an image."""
+        assert self.block is not None
         model, count = self._model(), self.block.shape[1]
         place = self.cache.place_step(self.reading, count)
         visible = VisibleImages(self.visible.repeat_interleave(count, 0, output_size=len(self.visible) * count))

@@ -313,8 +313,15 @@ def _check_original(
             if tensor.shape != expected[ours]:
                 mismatch.misshaped.append(_shapes(name, tensor.shape, expected[ours]))
             found[ours] = torch.empty_like(tensor, device="meta")
-    mismatch.missing = [names.theirs(name) for name in expected if name not in found]
+    mismatch.missing = [_original_name(names, name) for name in expected if name not in found]
     return mismatch, found
+
+
+def _original_name(names: NameTable, name: str) -> str:
+    """The original's name of our parameter `name`, of which every parameter of a checkpoint has one."""
+    original = names.theirs(name)
+    assert original is not None, name
+    return original
 
 
 def _shapes(name: str, found: torch.Size, wanted: torch.Size) -> str:
@@ -407,14 +414,14 @@ def convert_to_original(
         raise CheckpointError(f"'{source}' does not fit its configuration. {mismatch}. Nothing was written")
     kind = dtype or next(iter(shapes.values())).dtype
     tables = {name: compute() for name, compute in derived.items()}
-    sizes = {names.theirs(n): t.numel() * _kind(n, t, dtype).itemsize for n, t in shapes.items()}
+    sizes = {_original_name(names, n): t.numel() * _kind(n, t, dtype).itemsize for n, t in shapes.items()}
     sizes |= {name: t.numel() * _kind(name, t, kind).itemsize for name, t in tables.items()}
     with written_aside(target) as folder:
         writer = ShardWriter(folder, sizes, "pytorch_model", ".bin", _save_pickle)
         for number, path in enumerate(files):
             progress("converting", number, len(files))
             for name, tensor in read_weights(path).items():
-                writer.add(names.theirs(name), tensor.to(_kind(name, tensor, dtype)))
+                writer.add(_original_name(names, name), tensor.to(_kind(name, tensor, dtype)))
         for name, table in tables.items():
             writer.add(name, table.to(_kind(name, table, kind)))
         writer.finish()
@@ -423,5 +430,5 @@ def convert_to_original(
 
 def _kind(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The type in which a tensor, by our name, is written; the VAE's are not rounded."""
-    cast = dtype is not None and tensor.is_floating_point() and not name.startswith("image_decoder.vae.")
-    return dtype if cast else tensor.dtype
+    kept = not tensor.is_floating_point() or name.startswith("image_decoder.vae.")
+    return tensor.dtype if dtype is None or kept else dtype

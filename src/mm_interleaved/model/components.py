@@ -19,6 +19,7 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
+    PreTrainedModel,
 )
 
 from .checkpoint import CheckpointError
@@ -37,7 +38,7 @@ _VISION_KEYS = (
 
 
 def _vision_config(clip: Path) -> CLIPVisionConfig:
-    config = AutoConfig.from_pretrained(clip)
+    config: Any = AutoConfig.from_pretrained(clip)
     return getattr(config, "vision_config", config)
 
 
@@ -63,6 +64,8 @@ def config_from_components(
     unet = _library_config(UNet2DConditionModel, diffusion, "unet")
     vae = _library_config(AutoencoderKL, diffusion, "vae")
     scheduler = _library_config(DDPMScheduler, diffusion, "scheduler")
+    assert isinstance(vision.image_size, int)
+    assert isinstance(vision.patch_size, int)
     grid = vision.image_size // vision.patch_size
     sides = [4 * grid, 2 * grid, grid, grid // 2]
     tree["text_config"] = text.to_dict() | {
@@ -161,7 +164,7 @@ def _load(module: torch.nn.Module, weights: dict[str, Tensor], skip: str | None 
         raise CheckpointError(f"a component lacks {missing[:3]} or has {unexpected[:3]} too many")
 
 
-def _copy_language_model(model: MMInterleavedModel, llm: torch.nn.Module) -> None:
+def _copy_language_model(model: MMInterleavedModel, llm: PreTrainedModel) -> None:
     kept = model.config.vocab_size - model.config.num_new_tokens
     weights = llm.base_model.state_dict()
     table = model.language_model.embed_tokens.weight
@@ -174,7 +177,9 @@ def _copy_language_model(model: MMInterleavedModel, llm: torch.nn.Module) -> Non
         raise CheckpointError(f"the language model lacks {missing[:3]} or has {unexpected[:3]} too many")
     head = model.lm_head.head
     head.weight.zero_()
-    head.weight[:kept] = llm.get_output_embeddings().weight[:kept]
+    output = llm.get_output_embeddings()
+    assert output is not None  # a causal language model has a head
+    head.weight[:kept] = output.weight[:kept]
 
 
 def _copy_vision(model: MMInterleavedModel, weights: dict[str, Tensor]) -> None:

@@ -176,7 +176,11 @@ class MMInterleavedConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = [  # transformers' Trainer predicts logits alone
         "past_key_values", "loss_txt", "loss_img", "last_hidden_state", "conditions"
     ]  # fmt: skip
-    sub_configs: ClassVar[dict] = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
+    # transformers fills its property of this name from such a table
+    sub_configs: ClassVar[dict] = {  # pyright: ignore[reportIncompatibleMethodOverride]
+        "text_config": AutoConfig,
+        "vision_config": CLIPVisionConfig,
+    }
 
     text_config: Any = None
     vision_config: Any = None
@@ -282,7 +286,9 @@ class MMInterleavedConfig(PreTrainedConfig):
                 raise ValueError(f"config: {message}")
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Any:
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  # hands all options on
+        cls, source: str | Path, **kwargs: Any
+    ) -> Any:
         """As everywhere in transformers, but with words about what is wrong in the file.
 
         Raises:
@@ -303,7 +309,9 @@ class MMInterleavedConfig(PreTrainedConfig):
         tree = super().to_dict()
         for name in _PARTS:
             part = tree.get(name)
-            tree[name] = dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part
+            tree[name] = (
+                dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
+            )
         return tree
 
     @classmethod

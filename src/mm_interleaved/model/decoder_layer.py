@@ -15,14 +15,22 @@ Axes: B batch, L new tokens, D width, N heads, K key heads, H width of a head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    eager_attention_forward,
+)
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from ..ops import attend, rotary, silu_gate
 from .fused import add_linear, gated, kernels_for, linears
@@ -32,13 +40,17 @@ from .rms_norm import RMSNorm
 from .synchronizer import ImageFeatures, Synchronizer
 from .weights import is_intercepted
 
+LibraryAttention = LlamaAttention | MistralAttention | Qwen2Attention | Qwen3Attention
+LibraryMLP = LlamaMLP | MistralMLP | Qwen2MLP | Qwen3MLP
+LibraryDecoderLayer = LlamaDecoderLayer | MistralDecoderLayer | Qwen2DecoderLayer | Qwen3DecoderLayer
+
 
 class Attention(nn.Module):
     """Self-attention with rotary positions, made of the parts of a library's attention, under the same names."""
 
     is_causal = True
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: LibraryAttention) -> None:
         super().__init__()
         self.config, self.layer_idx = attention.config, attention.layer_idx
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
@@ -48,10 +60,10 @@ class Attention(nn.Module):
         self.o_proj = attention.o_proj
         self.q_norm = self.k_norm = None
         if hasattr(attention, "q_norm"):  # Qwen3
-            self.q_norm, self.k_norm = RMSNorm.of(attention.q_norm), RMSNorm.of(attention.k_norm)
-        mistral = self.config.model_type == "mistral"
-        window = self.config.sliding_window if mistral else getattr(attention, "sliding_window", None)
-        self.window: int | None = window
+            norms = cast(Qwen3Attention, attention)
+            self.q_norm, self.k_norm = RMSNorm.of(norms.q_norm), RMSNorm.of(norms.k_norm)
+        owner = self.config if self.config.model_type == "mistral" else attention
+        self.window: int | None = getattr(owner, "sliding_window", None)
         self.train(attention.training)
 
     def forward(
@@ -60,7 +72,7 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        norm: nn.Module | None = None,
+        norm: RMSNorm | None = None,
         residual: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -89,7 +101,8 @@ class Attention(nn.Module):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            name = self.config._attn_implementation or "eager"
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
             mixed, _ = interface(
                 self, query, key, value, attention_mask, scaling=self.scaling, sliding_window=self.window,
                 dropout=self.attention_dropout if self.training else 0.0, **kwargs,
@@ -105,8 +118,8 @@ class Attention(nn.Module):
         single = query.shape[1] == 1 and place.rows is None and self.window is None
         if single and layer.is_initialized and kernels_for(query[:, 0], self.head_dim):
             cos, sin = (x[:, 0].expand(len(query), -1) for x in position_embeddings)
-            flat = (x[:, 0].flatten(1) for x in (query, key, value))
-            mixed = attend(*flat, cos, sin, layer.keys, layer.values, place.columns[:, 0], self.scaling, cache.source,
+            q, k, v = (x[:, 0].flatten(1) for x in (query, key, value))
+            mixed = attend(q, k, v, cos, sin, layer.keys, layer.values, place.columns[:, 0], self.scaling, cache.source,
                            backend="triton")  # fmt: skip
             return mixed.unflatten(-1, (-1, self.head_dim))[:, None]
         query, key = rotary(query, key, *position_embeddings)
@@ -117,7 +130,7 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)), made of the parts of a library's MLP, under the same names."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp: LibraryMLP) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
             mlp.gate_proj,
@@ -133,7 +146,7 @@ class GatedMLP(nn.Module):
         """Whether one kernel may compute the activation and the product with it."""
         return self.is_swiglu and not is_intercepted(self.act_fn)
 
-    def forward(self, hidden_states: Tensor, norm: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         """[B, L, D]; `norm` and `residual` as of `Attention.forward`."""
         inner = None
         if norm is not None and self._joins_gate:
@@ -145,7 +158,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(inner) if residual is None else add_linear(residual, inner, self.down_proj)
 
 
-def add_block(hidden: Tensor, block: Attention | GatedMLP, norm: nn.Module, **kwargs: Any) -> Tensor:
+def add_block(hidden: Tensor, block: Attention | GatedMLP, norm: RMSNorm, **kwargs: Any) -> Tensor:
     """hidden + block(norm(hidden)), [B, L, D].
 
     The block computes norm and sum itself, where a kernel can join them to its linear maps. A hook on the block sees
@@ -159,7 +172,7 @@ def add_block(hidden: Tensor, block: Attention | GatedMLP, norm: nn.Module, **kw
 class MMFSDecoderLayer(GradientCheckpointingLayer):
     """A library decoder layer's own parts, with an optional synchronizer between attention and MLP."""
 
-    def __init__(self, layer: nn.Module, synchronizer: Synchronizer | None) -> None:
+    def __init__(self, layer: LibraryDecoderLayer, synchronizer: Synchronizer | None) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.self_attn, self.mlp = Attention(layer.self_attn), GatedMLP(layer.mlp)

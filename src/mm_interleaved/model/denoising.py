@@ -70,6 +70,7 @@ class GraphedUNet:
     def load(self, conditions: Tensor, earlier: EarlierImages) -> None:
         """Take new conditions and earlier images, of the same shapes, and the weights of this moment."""
         unet = self._unet()
+        assert unet is not None  # a pool forgets what it made for a UNet that is gone
         unet.derive(self.derived)
         self.conditions.copy_(conditions)
         ours, theirs = _tensors(self.text, self.earlier), _tensors(unet.prepare_text(conditions), earlier)
@@ -82,10 +83,12 @@ class GraphedUNet:
         self.latents.copy_(latents)
         self.timestep.fill_(timestep.item())
         (self.replay or self._step)()
+        assert self.prediction is not None  # the step has made it
         return self.prediction.clone()
 
     def _step(self) -> None:
         unet = self._unet() if self._compiled is None else self._compiled
+        assert unet is not None
         prediction = unet(self.latents, self.timestep, self.conditions, self.earlier, self.text, self.derived)
         if self.prediction is None:
             self.prediction = torch.empty_like(prediction)
@@ -94,6 +97,7 @@ class GraphedUNet:
 
 def _tensors(text: TextKV, earlier: EarlierImages) -> list[Tensor]:
     """Everything that changes from image to image, in a fixed order."""
+    assert earlier.values is not None
     found = [x for pair in text.values() for x in pair] + [earlier.visible.images, *earlier.values]
     return found if earlier.visible.routes is None else [*found, earlier.visible.routes]
 
@@ -103,6 +107,7 @@ def _clone(earlier: EarlierImages) -> EarlierImages:
     given = vars(earlier.visible)
     visible = replace(earlier.visible, **{k: None if v is None else v.clone() for k, v in given.items()})
     nothing = earlier.features[:0]
+    assert earlier.values is not None
     return replace(
         earlier, features=nothing, normed=nothing, visible=visible, values=[v.clone() for v in earlier.values]
     )

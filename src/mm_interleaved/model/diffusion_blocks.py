@@ -9,12 +9,14 @@ the same: on a CPU bit by bit. On CUDA devices maps lie channels last from convo
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.activations import GEGLU
-from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -32,10 +34,10 @@ def norm_and_activation(norm: nn.Module, activation: nn.Module, x: Tensor) -> Te
     return activation(norm(x))
 
 
-def _checkpointed(owner: nn.Module, block: nn.Module, *args: Tensor | None) -> Tensor:
+def _checkpointed(owner: Encoder | Decoder, block: nn.Module, *args: Tensor | None) -> Tensor:
     """`block(*args)`; activations are computed anew in the backward pass if `owner` is told so."""
     if torch.is_grad_enabled() and owner.gradient_checkpointing:
-        return owner._gradient_checkpointing_func(block, *args)
+        return cast("Callable[..., Tensor]", owner._gradient_checkpointing_func)(block, *args)
     return block(*args)
 
 
@@ -56,6 +58,7 @@ class ResnetBlock(ResnetBlock2D):
             temb = temb if self.skip_time_act else self.nonlinearity(temb)
             temb = self.time_emb_proj(temb)[:, :, None, None]
         if self.time_embedding_norm == "scale_shift":
+            assert temb is not None  # a block that is scaled has a time embedding
             scale, shift = temb.chunk(2, dim=1)
             x = self.nonlinearity(self.norm2(x) * (1 + scale) + shift)
         else:
@@ -76,7 +79,7 @@ class ResnetBlock(ResnetBlock2D):
 class Transformer2D(Transformer2DModel):
     """Transformer blocks over the cells of a map, which comes out channels last."""
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # no timestep or classes, and always a tuple
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -96,7 +99,7 @@ class Transformer2D(Transformer2DModel):
         (output,) = super().forward(
             hidden_states,
             encoder_hidden_states,
-            cross_attention_kwargs=cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs,  # pyright: ignore[reportArgumentType]  # its default is None
             attention_mask=attention_mask,
             encoder_attention_mask=encoder_attention_mask,
             return_dict=False,
@@ -126,7 +129,7 @@ class VAEEncoder(Encoder):
 class VAEDecoder(Decoder):
     """The VAE's decoder."""
 
-    def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
+    def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w] to images [B, 3, 8 h, 8 w]; there is no norm here that takes `latent_embeds`."""
         sample = self.conv_in(sample)
         for block in (self.mid_block, *self.up_blocks):
@@ -166,3 +169,9 @@ class VAE(AutoencoderKL):
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         use_own_blocks(self)
+
+    if TYPE_CHECKING:  # diffusers names tensor classes that nothing is an instance of, and tuples that never come
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
+        def encode(self, x: Tensor) -> AutoencoderKLOutput: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+        def decode(self, z: Tensor) -> DecoderOutput: ...  # pyright: ignore[reportIncompatibleMethodOverride]

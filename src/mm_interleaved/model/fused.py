@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..ops import project, project_gated, why_not_kernels
 from ..ops.decoding import MOST_ROWS
 from ..ops.scaled_rows import ScaledRows, Weights
+from .rms_norm import RMSNorm
 from .weights import is_plain, readable
 
 # Rows that the kernels multiply faster than the library, by the type of the weights (`mmi bench --only products`).
@@ -56,23 +57,31 @@ def _few_rows(x: Tensor) -> bool:
     return x.numel() // x.shape[-1] <= MOST_ROWS and kernels_for(x)
 
 
-def _weights(x: Tensor, linears: Sequence[nn.Module], norm: nn.Module | None = None) -> list[Weights] | None:
+def _weights(x: Tensor, linears: Sequence[nn.Linear], norm: RMSNorm | None = None) -> list[Weights] | None:
     """The weights that the kernels read for `x`; None: the modules must be called."""
     if norm is not None and not (is_plain(norm) and norm.weight.dtype == x.dtype):
         return None
-    found = [readable(linear) for linear in linears]
-    if any(w is None or (isinstance(w, Tensor) and w.dtype != x.dtype) for w in found):
-        return None
+    found: list[Weights] = []
+    for linear in linears:
+        weight = readable(linear)
+        if weight is None or (isinstance(weight, Tensor) and weight.dtype != x.dtype):
+            return None
+        found.append(weight)
     kinds = {type(w) is ScaledRows for w in found}
     most = SCALED_ROWS if True in kinds else PLAIN_ROWS
     return found if len(kinds) == 1 and x.numel() // x.shape[-1] <= most else None
 
 
-def _norm_options(norm: nn.Module | None) -> dict[str, object]:
+class _NormOptions(TypedDict, total=False):
+    gain: Tensor
+    eps: float
+
+
+def _norm_options(norm: RMSNorm | None) -> _NormOptions:
     return {} if norm is None else {"gain": norm.weight, "eps": norm.variance_epsilon}
 
 
-def linears(x: Tensor, modules: Sequence[nn.Module], norm: nn.Module | None = None) -> tuple[Tensor, ...]:
+def linears(x: Tensor, modules: Sequence[nn.Linear], norm: RMSNorm | None = None) -> tuple[Tensor, ...]:
     """Several linear maps of norm(x), [B, L, outputs] each.
 
     Args:
@@ -89,20 +98,20 @@ def linears(x: Tensor, modules: Sequence[nn.Module], norm: nn.Module | None = No
     return out.unflatten(0, x.shape[:-1]).split([len(w) for w in weights], dim=-1)
 
 
-def add_linear(residual: Tensor, x: Tensor, module: nn.Module) -> Tensor:
+def add_linear(residual: Tensor, x: Tensor, module: nn.Linear) -> Tensor:
     """residual + module(x), [B, L, outputs]."""
     weights = _weights(x, [module]) if _few_rows(x) else None
     if weights is not None:
         out = project(x.flatten(0, -2), weights, [module.bias], residual=residual.flatten(0, -2), backend="triton")
         return out.view_as(residual)
-    if x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"):
+    if x.is_cuda and _few_rows(x) and not torch.is_autocast_enabled("cuda"):
         plain = readable(module)
         if isinstance(plain, Tensor) and module.bias is None and plain.dtype == x.dtype == residual.dtype:
             return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), plain.T).view_as(residual)
     return residual + module(x)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor, norm: nn.Module) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor, norm: RMSNorm) -> Tensor:
     """norm(x) weight^T + bias, [B, L, outputs], for a map [outputs, D] that is no module (derived weights)."""
     if _few_rows(x) and len(x.flatten(0, -2)) <= PLAIN_ROWS and is_plain(norm) and norm.weight.dtype == x.dtype:
         out = project(x.flatten(0, -2), [weight], [bias], **_norm_options(norm), backend="triton")
@@ -118,7 +127,7 @@ def add_affine(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
     return residual + F.linear(x, weight, bias)
 
 
-def gated(x: Tensor, gate: nn.Module, up: nn.Module, norm: nn.Module) -> Tensor | None:
+def gated(x: Tensor, gate: nn.Linear, up: nn.Linear, norm: RMSNorm) -> Tensor | None:
     """silu(gate(norm(x))) * up(norm(x)), [B, L, inner width], by a kernel; None: the kernel cannot run."""
     weights = _weights(x, [gate, up], norm) if _few_rows(x) else None
     if weights is None or gate.bias is not None or up.bias is not None:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from typing import cast
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ from ..ops import channels_last, promote
 from .config import ImageDecoderConfig
 from .denoising import borrow
 from .diffusion_blocks import VAE
-from .image_settings import SCHEDULER_ADVICE, ImageSettings, find_scheduler
+from .image_settings import SCHEDULER_ADVICE, ImageSettings, NoiseScheduler, find_scheduler
 from .mmfs import why_mmfs_waits
 from .resampler import Resampler
 from .unet import DerivedWeights, EarlierImages, MMFSUNet
@@ -113,13 +114,13 @@ class ImageDecoder(nn.Module):
         """The noise schedule. Made on first use, because a model may be constructed without real memory."""
         return DDPMScheduler(**self.config.scheduler)
 
-    def sampler(self, settings: ImageSettings, device: torch.device | None = None) -> SchedulerMixin:
+    def sampler(self, settings: ImageSettings, device: torch.device | None = None) -> NoiseScheduler:
         """The scheduler of `settings` for this model's noise, with its timesteps set.
 
         Raises:
             ValueError: it does not take that many steps, or not this noise.
         """
-        trained = self.scheduler.config.num_train_timesteps
+        trained = self.scheduler.config["num_train_timesteps"]
         try:
             scheduler = find_scheduler(settings.scheduler).from_config(self.scheduler.config)
             # more steps than there are get a message below, not all the memory that they would take
@@ -183,14 +184,14 @@ class ImageDecoder(nn.Module):
                 means.append(posterior.mean)
                 deviations.append(posterior.std)
             mean, deviation = (torch.cat(x).repeat(repeats, 1, 1, 1) for x in (means, deviations))
-            return (mean + deviation * noise.to(dtype)) * self.vae.config.scaling_factor
+            return (mean + deviation * noise.to(dtype)) * self.vae.config["scaling_factor"]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, half: bool = False) -> Tensor:
         """Images [B, 3, size, size] in [0, 1], float32, out of scaled latents; `half` computes in bfloat16."""
         dtype = self.vae.dtype
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
-            scaled = channels_last((latents / self.vae.config.scaling_factor).to(dtype))
+            scaled = channels_last((latents / self.vae.config["scaling_factor"]).to(dtype))
             parts = [self.vae.decode(part).sample.to(dtype) for part in scaled.split(self.config.vae_batch_size)]
         return (torch.cat(parts).to(promote(dtype)) / 2 + 0.5).clamp(0, 1)
 
@@ -224,11 +225,12 @@ class ImageDecoder(nn.Module):
         conditions = self.resampler(context, context_mask).repeat(repeats, 1, 1)
         dropped = noise_samples.unconditional < self.config.unconditional_probability
         conditions = torch.where(dropped[:, None, None], self.negative_prompt(), conditions)
-        noisy = self.scheduler.add_noise(latents, noise, noise_samples.timesteps)
-        prediction = self.unet(noisy, noise_samples.timesteps, conditions, earlier)
+        timesteps = cast("torch.IntTensor", noise_samples.timesteps)  # diffusers' name for any whole numbers
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prediction = self.unet(noisy, timesteps, conditions, earlier)
         target = noise
-        if self.scheduler.config.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(latents, noise, noise_samples.timesteps)
+        if self.scheduler.config["prediction_type"] == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, timesteps)
         work = promote(self.dtype)
         error = F.mse_loss(prediction.to(work), target.to(work), reduction="none").mean((1, 2, 3))
         weight = (context_mask.sum(1) > 2).to(work)
@@ -273,6 +275,7 @@ class ImageDecoder(nn.Module):
     ) -> Iterator[Predict]:
         """Noise predictions after guidance, with everything that stays the same from step to step prepared."""
         scale = self.settled(settings).guidance_scale
+        assert scale is not None  # `settled` has put the configuration's in its place
         guided = scale > 1
         if guided:
             negative = self.negative_prompt().to(conditions).expand(len(conditions), -1, -1)
@@ -330,6 +333,6 @@ class ImageDecoder(nn.Module):
     def _clean(self, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
         """The latents without the predicted noise (DDPM eq. 15), for previews."""
         alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep.long().cpu()].to(latents)
-        if self.scheduler.config.prediction_type == "v_prediction":
+        if self.scheduler.config["prediction_type"] == "v_prediction":
             return alpha.sqrt() * latents - (1 - alpha).sqrt() * prediction
         return (latents - (1 - alpha).sqrt() * prediction) / alpha.sqrt()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, cast
 
 import diffusers
+import torch
 from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
 
 from ..validation import count_field, number_field, seed_field, validate
 from .denoising import CacheImplementation
@@ -16,6 +19,29 @@ SCHEDULER_ADVICE = "try DDPMScheduler, DDIMScheduler, DPMSolverMultistepSchedule
 # What a scheduler must understand: the noise that the model was trained with, and how `denoise` calls it.
 _NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 _STEP = ["model_output", "timestep", "sample"]
+
+
+class NoiseScheduler(Protocol):
+    """What the diffusers schedulers that `find_scheduler` accepts have in common."""
+
+    timesteps: Tensor
+    init_noise_sigma: float | Tensor
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NoiseScheduler:
+        """One with the settings of another."""
+        ...
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
+        """Choose the timesteps."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """The latents as the UNet takes them."""
+        ...
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> SchedulerOutput:
+        """The latents one step further."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,7 @@ class ImageSettings:
         find_scheduler(self.scheduler)
 
 
-def find_scheduler(name: str) -> type[SchedulerMixin]:
+def find_scheduler(name: str) -> type[NoiseScheduler]:
     """The diffusers scheduler class of that name, if it can run this diffusion backwards.
 
     Raises:
@@ -70,4 +96,4 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     called = [p.name for p in step if p.name in _STEP or p.default is p.empty]
     if not (set(_NOISE_SCHEDULE) <= takes.keys() and called == _STEP):
         raise ValueError(f"scheduler '{name}' is made for another kind of diffusion; {SCHEDULER_ADVICE}")
-    return cls
+    return cast("type[NoiseScheduler]", cls)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class KVCacheLayer(CacheLayerMixin):
         rows, capacity = self._cache.rows, self._cache.capacity
         self.dtype, self.device = key_states.dtype, key_states.device
         with torch.inference_mode(False):  # others could not write into tensors of inference mode
-            self.keys, self.values = (
+            self.keys, self.values = (  # pyright: ignore[reportIncompatibleVariableOverride]  # read after this alone
                 torch.zeros(rows, x.shape[1], capacity, x.shape[3], dtype=self.dtype, device=self.device)
                 for x in (key_states, value_states)
             )
@@ -139,6 +140,8 @@ class KVCache(Cache):
             every row holds its own.
         placement: of the current forward pass.
     """
+
+    layers: list[KVCacheLayer]
 
     def __init__(self, num_layers: int, rows: int, capacity: int, device: torch.device, shared: bool = False) -> None:
         self.rows, self.capacity = rows, capacity
@@ -254,7 +257,7 @@ class KVCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row r what row `beam_idx[r]` was; rows that share columns change places by number."""
         if self.source is None:
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(cast("torch.LongTensor", beam_idx))
             return
         self.source.copy_(self.source[beam_idx])
         self.device_lengths.copy_(self.device_lengths[beam_idx])

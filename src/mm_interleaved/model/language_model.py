@@ -6,6 +6,8 @@ rotary positions, masks and caches. Its layers are ours (`decoder_layer.py`), ma
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
@@ -14,24 +16,36 @@ from .config import MMInterleavedConfig
 from .decoder_layer import MMFSDecoderLayer
 from .rms_norm import RMSNorm
 from .synchronizer import ImageFeatures, Synchronizer
+from .typed_modules import module_list
+
+if TYPE_CHECKING:
+    from .typed_modules import ModuleListOf
+
+    class LanguageModel(PreTrainedModel):
+        """What `build_language_model` returns, whichever of the library's classes it is."""
+
+        embed_tokens: nn.Embedding
+        layers: ModuleListOf[MMFSDecoderLayer]
+        norm: RMSNorm
+        vocab_size: int
 
 
-def build_language_model(config: MMInterleavedConfig) -> PreTrainedModel:
+def build_language_model(config: MMInterleavedConfig) -> LanguageModel:
     """The decoder of `config.text_config` with a synchronizer in every k-th layer.
 
     Its `forward` also takes `images` (`ImageFeatures`) and `visible` (`VisibleImages`, a group is one token).
     """
-    model = AutoModel.from_config(config.text_config)
+    model: Any = AutoModel.from_config(config.text_config)
     layers = []
     for index, layer in enumerate(model.layers):
         wanted = config.mmfs.enabled and index % config.mmfs_every == 0
         layers.append(MMFSDecoderLayer(layer, Synchronizer(config, index // config.mmfs_every) if wanted else None))
-    model.layers = nn.ModuleList(layers)
+    model.layers = module_list(layers)
     model.norm = RMSNorm.of(model.norm)
     return model
 
 
-def synchronizers(model: PreTrainedModel) -> list[Synchronizer]:
+def synchronizers(model: LanguageModel) -> list[Synchronizer]:
     """The synchronizers of a language model, in the order of their layers."""
     return [layer.synchronizer for layer in model.layers if layer.synchronizer is not None]
 

@@ -114,7 +114,7 @@ def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
         if non_blocking and device.type == "cuda":
             value = value.pin_memory()
         return value.to(device, non_blocking=non_blocking)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
     return value
 

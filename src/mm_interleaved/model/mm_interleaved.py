@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -140,15 +140,16 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             what it stands for, is supported.
     """
 
+    config: MMInterleavedConfig
     config_class = MMInterleavedConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ("MMFSDecoderLayer", "ViTAdapter", "Resampler", "ResnetBlock", "UNetSynchronizer")
-    _keep_in_fp32_modules_strict = ("image_decoder.vae",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ("MMFSDecoderLayer", "ViTAdapter", "Resampler", "ResnetBlock", "UNetSynchronizer")  # pyright: ignore[reportAssignmentType]  # a tuple serves as well
+    _keep_in_fp32_modules_strict = ("image_decoder.vae",)  # pyright: ignore[reportAssignmentType]  # likewise
+    _skip_keys_device_placement = ("past_key_values",)  # pyright: ignore[reportAssignmentType]  # likewise
     accepts_loss_kwargs = True  # transformers' Trainer may pass `num_items_in_batch`
 
     def __init__(self, config: MMInterleavedConfig) -> None:
@@ -167,6 +168,10 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
             synchronizer.mmfs.reset_parameters()
         self.freeze()
+
+    if TYPE_CHECKING:  # the library's annotation of its wrapped method names no instance
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -201,7 +206,8 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         """
         kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for kind in ("missing", "unexpected"):
             keys = sorted(info[f"{kind}_keys"])
             if keys:
@@ -382,6 +388,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         _refuse_unsupported(
             input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states, return_dict
         )
+        assert input_ids is not None  # or it was refused
         cache = self._cache(past_key_values, use_cache, input_ids)
         past = _columns(cache)
         if attention_mask is None:
@@ -403,13 +410,14 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         if target_pixel_values is not None and len(layout.target_images) and image_weight:
             share = _image_share(layout, num_items_in_batch, num_images_in_batch)
             noise_samples = noise_samples or self.image_decoder.sample_noise(len(layout.target_images), generator)
+            assert features is not None  # target images are among the encoded ones
             loss_img = share * self._image_loss(
                 hidden, layout, features, target_pixel_values, image_loss_mask, noise_samples
             )
         losses = [w * x for w, x in ((text_weight, loss_txt), (image_weight, loss_img)) if x is not None]
         wants_logits = not losses if return_logits is None else return_logits
         return MMInterleavedOutput(
-            loss=sum(losses) if losses else None,
+            loss=sum(losses[1:], start=losses[0]) if losses else None,
             loss_txt=loss_txt,
             loss_img=loss_img,
             logits=self._logits(hidden, logits_to_keep) if wants_logits else None,
@@ -568,7 +576,8 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             ids = F.pad(input_ids, (0, 1), value=self.config.image_token_id)  # what follows; any token sees the same
             mask = F.pad(attention_mask, (0, 1), value=1)
             visible = visible_images(ids, mask, self.config.bos_token_id, self.config.soi_token_id)[:, -1]
-        cache.seen_images = SeenImages(images, visible)
+        # a cache of any class carries it; `getattr` reads it
+        cache.seen_images = SeenImages(images, visible)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         """[B, L or as many as are kept, vocabulary], in float32 at least."""
@@ -616,6 +625,8 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
 
     def _text_loss(self, hidden: Tensor, layout: Layout, num_items: Tensor | int | None) -> Tensor:
         """Cross-entropy of the labels by `num_items`, or their mean; 0, with a gradient of 0, if there are none."""
+        assert layout.label_ids is not None
+        assert layout.label_positions is not None
         logits = self.compute_logits(hidden.flatten(0, 1)[layout.label_positions])  # only where something is learned
         total = F.cross_entropy(logits, layout.label_ids, reduction="sum")
         count = torch.as_tensor(_num_labels(layout) if num_items is None else num_items, device=total.device)

@@ -37,6 +37,8 @@ from ..ops.mmfs_attention import Backend, mmfs_output, why_no_kernel
 from .config import MMFSConfig
 from .weights import is_plain
 
+QuerySide = tuple[Tensor, Tensor, Tensor, Tensor]  # offsets and logits of the queries, and what each slot adds to them
+
 
 @dataclass
 class VisibleImages:
@@ -229,7 +231,7 @@ class MMFS(nn.Module):
             table=self.query_relpos.weight[1 : slots + 1].to(dtype) @ weight.T,
         )
 
-    def _separated(self, query: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _separated(self, query: Tensor, slots: int) -> QuerySide:
         """Offsets and logits of the query, and what each slot adds to them (the linear maps split over the sum z)."""
         z = self.dynamic_offset_mask(query)
         recency = self.query_relpos(torch.arange(1, slots + 1, device=query.device))
@@ -240,7 +242,7 @@ class MMFS(nn.Module):
             tables.append(rows[:-1] - rows[-1:])
         return self.sampling_offsets(z), self.attention_weights(z), tables[0], tables[1]
 
-    def _query_side(self, query: Tensor, slots: int, derived: DerivedQuery | None) -> tuple[Tensor, ...]:
+    def _query_side(self, query: Tensor, slots: int, derived: DerivedQuery | None) -> QuerySide:
         """Offsets and logits of the queries, and the table of what each slot adds to either."""
         points = self.config.num_points
         derived = derived or self._folded_for(query, slots)
@@ -252,11 +254,13 @@ class MMFS(nn.Module):
             return offsets, logits, offset_table, logit_table
         return self.split(F.linear(query, derived.weight, derived.bias), derived.table[:slots])
 
-    def split(self, both: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    def split(self, both: Tensor, table: Tensor) -> QuerySide:
         """Offsets and logits apart, as `mix` takes them, out of the product with a `DerivedQuery` and its table."""
         heads, points = self.config.num_heads, self.config.num_points
         sizes = [heads * points * 2, heads * points * len(self.config.levels)]
-        return *both.split(sizes, -1), *table.split(sizes, -1)
+        offsets, logits = both.split(sizes, -1)
+        offset_table, logit_table = table.split(sizes, -1)
+        return offsets, logits, offset_table, logit_table
 
     def _project_out(self, mixed: Tensor, derived: DerivedOutput | None) -> Tensor:
         return self.output_proj(mixed) if derived is None else F.linear(mixed, derived.weight, derived.bias)
@@ -310,7 +314,7 @@ class MMFS(nn.Module):
 
     def mix(
         self,
-        sides: tuple[Tensor, ...],
+        sides: QuerySide,
         values: Tensor,
         visible: VisibleImages,
         shapes: Shapes,

@@ -57,6 +57,7 @@ class PositionTable(nn.Module):
     def __init__(self, table: Callable[[], Tensor], shape: tuple[int, int]) -> None:
         super().__init__()
         self._compute = table
+        self.table: Tensor
         self.register_buffer("table", torch.empty(shape), persistent=False)
         self.reset_parameters()
 

@@ -7,15 +7,28 @@ those two they have rows of their own in the trainable part of the head, so all 
 from __future__ import annotations
 
 import operator
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .config import MMInterleavedConfig
+    from .language_model import LanguageModel
+    from .mm_interleaved import TextHead
 
 INITIAL_RANGE = 0.02  # deviation of fresh rows without `mean_resizing`, as in `TextHead`
 
 
 class ResizableVocabulary:
     """`resize_token_embeddings` for a model with `language_model`, a `TextHead` as `lm_head`, and `config`."""
+
+    if TYPE_CHECKING:  # transformers evaluates the annotations of a model
+        config: MMInterleavedConfig
+        language_model: LanguageModel
+        lm_head: TextHead
+
+        def get_input_embeddings(self) -> nn.Module: ...
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -36,7 +49,7 @@ class ResizableVocabulary:
         Raises:
             ValueError: the model cannot be resized like that. Nothing has changed then.
         """
-        embeddings: nn.Embedding = self.get_input_embeddings()
+        embeddings = cast(nn.Embedding, self.get_input_embeddings())
         old = self.config.vocab_size
         new = self._checked_size(new_num_tokens, pad_to_multiple_of)
         if new == old:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from .weights import plain_class
+
+LibraryNorm = LlamaRMSNorm | MistralRMSNorm | Qwen2RMSNorm | Qwen3RMSNorm
 
 
 @plain_class
@@ -17,7 +22,7 @@ class RMSNorm(LlamaRMSNorm):
     """
 
     @classmethod
-    def of(cls, norm: nn.Module) -> RMSNorm:
+    def of(cls, norm: LibraryNorm) -> RMSNorm:
         """One with the weight of a norm of the library, whichever decoder's."""
         ours = cls(0, norm.variance_epsilon)
         ours.weight = norm.weight

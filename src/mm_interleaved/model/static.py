@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 T = TypeVar("T")
+_Key = tuple[Hashable, Hashable]  # what something was made for, and the state of the modules then
 
 
 def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -42,7 +43,7 @@ class Pool(Generic[T]):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._idle: weakref.WeakKeyDictionary[nn.Module, list[tuple[Hashable, T]]] = weakref.WeakKeyDictionary()
+        self._idle: weakref.WeakKeyDictionary[nn.Module, list[tuple[_Key, T]]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # the garbage collector may end a lease while this thread begins one
 
     @contextmanager
@@ -52,10 +53,10 @@ class Pool(Generic[T]):
         What is made must not hold on to `owner`, or neither would ever be freed. It is made outside of inference mode,
         because others could not write into its tensors.
         """
-        key = (key, state)
+        wanted = (key, state)
         with self._lock:
             idle = [(k, x) for k, x in self._idle.pop(owner, []) if k[1] == state]
-            ready = next((x for k, x in idle if k == key), None)
+            ready = next((x for k, x in idle if k == wanted), None)
             idle = [(k, x) for k, x in idle if x is not ready]
             self._idle[owner] = (idle + self._idle.get(owner, []))[-self.size :]
         found = self._make(owner, make) if ready is None else ready
@@ -64,7 +65,7 @@ class Pool(Generic[T]):
         finally:
             with self._lock:
                 idle = self._idle.setdefault(owner, [])
-                idle.append((key, found))
+                idle.append((wanted, found))
                 del idle[: -self.size]
 
     def _make(self, owner: nn.Module, make: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ earlier image. On a CUDA device maps lie channels last from convolution to convo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -25,6 +26,7 @@ from .config import ImageDecoderConfig
 from .diffusion_blocks import ResnetBlock, norm_and_activation, use_own_blocks
 from .mmfs import MMFS, DerivedOutput, DerivedQuery, VisibleImages
 from .positions import PositionTable
+from .typed_modules import module_list
 from .vit_adapter import cell_centres
 from .weights import is_intercepted, is_plain, plain_class
 
@@ -77,9 +79,9 @@ class EarlierImages:
 class LearnedNorm(nn.LayerNorm):
     """A LayerNorm for vectors that are normalised already: gain and bias alone."""
 
-    def forward(self, normed: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., width]."""
-        return normed * self.weight + self.bias
+        return input * self.weight + self.bias
 
 
 @dataclass
@@ -114,6 +116,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
             bound = linear.in_features**-0.5
             nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.zeros_(self.conv.weight)
+        assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
 
     def project(self, normed: Tensor) -> Tensor:
@@ -185,6 +188,7 @@ class TextKVProcessor(AttnProcessor2_0):
         """`hidden_states` [B, cells, C]; other arguments as in diffusers."""
         if text is None or self.name not in text:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        assert attn.to_out is not None
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(query, *text[self.name]).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
@@ -204,7 +208,7 @@ class MMFSUNet(UNet2DConditionModel):
                 raise ValueError(
                     f"config: image_decoder.unet.{key}={self.config[key]!r} is not supported; it must be {value!r}"
                 )
-        self.synchronizers = nn.ModuleList(
+        self.synchronizers = module_list(
             [UNetSynchronizer(config, channels, side, feature_size) for channels, side in config.skip_shapes()]
             if config.mmfs.enabled
             else []
@@ -234,14 +238,17 @@ class MMFSUNet(UNet2DConditionModel):
 
     def prepare_text(self, conditions: Tensor) -> TextKV:
         """Keys and values of `conditions` [B, L, cross_attention_dim], which no step changes."""
-        kept = {}
+        kept: TextKV = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention) and module.is_cross_attention:
+                assert module.to_k is not None
+                assert module.to_v is not None
                 both = (linear(conditions).unflatten(-1, (module.heads, -1)) for linear in (module.to_k, module.to_v))
-                kept[f"{name}.processor"] = tuple(x.transpose(1, 2) for x in both)
+                key, value = (x.transpose(1, 2) for x in both)
+                kept[f"{name}.processor"] = (key, value)
         return kept
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # earlier images; none of diffusers' options
         self,
         sample: Tensor,
         timestep: Tensor,
@@ -277,14 +284,16 @@ class MMFSUNet(UNet2DConditionModel):
 
         if earlier is not None and len(self.synchronizers):
             nothing = [None] * len(self.synchronizers)
-            values, derived = earlier.values or nothing, derived or nothing
+            values, maps = earlier.values or nothing, derived or nothing
             centres = earlier.centres or self._centres(sample.device)
-            each = zip(self.synchronizers, [*skips, sample], values, derived, strict=True)
+            each = zip(self.synchronizers, [*skips, sample], values, maps, strict=True)
             *skips, sample = (look(x, earlier, v, centres[look.side], d) for look, x, v, d in each)
 
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = len(cast(nn.ModuleList, block.resnets))
             skips, taken = skips[:-count], tuple(skips[-count:])
             extra = crossing if getattr(block, "has_cross_attention", False) else {}
             sample = block(hidden_states=sample, temb=time, res_hidden_states_tuple=taken, **extra)
+        assert self.conv_norm_out is not None
+        assert self.conv_act is not None
         return self.conv_out(norm_and_activation(self.conv_norm_out, self.conv_act, sample))

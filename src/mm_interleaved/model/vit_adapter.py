@@ -25,6 +25,7 @@ from ..ops import deformable_attention_around, promote
 from ..ops.deformable import Shapes
 from ..ops.mmfs_attention import Backend
 from .config import AdapterConfig
+from .typed_modules import module_list
 
 NUM_INTERACTIONS = 4  # one for each level of the pyramid
 
@@ -191,7 +192,7 @@ class Interaction(nn.Module):
         super().__init__()
         self.injector = Injector(width, config)
         self.extractor = Extractor(width, config)
-        self.extra_extractors = nn.ModuleList([Extractor(width, config) for _ in range(num_extra)])
+        self.extra_extractors = module_list([Extractor(width, config) for _ in range(num_extra)])
 
 
 def cell_centres(sides: list[int], device: torch.device) -> Tensor:
@@ -210,13 +211,15 @@ class ViTAdapter(nn.Module):
     def __init__(self, vision: CLIPVisionConfig, adapter: AdapterConfig) -> None:
         super().__init__()
         width = vision.hidden_size
+        assert isinstance(vision.image_size, int)
+        assert isinstance(vision.patch_size, int)
         self.grid = vision.image_size // vision.patch_size
         tower = CLIPVisionModel(vision)  # made and initialised by the library; its last LayerNorm stays behind
         self.embeddings, self.pre_layernorm, self.layers = tower.embeddings, tower.pre_layrnorm, tower.encoder.layers
         self.spatial_prior = SpatialPrior(adapter.stem_channels, width)
         self.level_embed = nn.Parameter(torch.zeros(3, width))
         extra = [0] * (NUM_INTERACTIONS - 1) + [adapter.num_extra_extractors]
-        self.interactions = nn.ModuleList([Interaction(width, adapter, n) for n in extra])
+        self.interactions = module_list([Interaction(width, adapter, n) for n in extra])
         self.upsample = nn.ConvTranspose2d(width, width, 2, 2)
 
     def reset_parameters(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from functools import cache
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def is_intercepted(*modules: nn.Module) -> bool:
     return _has_global_hooks() or any(_is_intercepted(m) for m in modules)
 
 
-def _is_ordinary(weight: Tensor) -> bool:
+def _is_ordinary(weight: Any) -> bool:
     # ZeRO leaves an empty tensor where it has partitioned a weight.
     return type(weight) in _ORDINARY and not weight.is_meta and weight.numel() > 0
 
@@ -130,7 +130,7 @@ def state_of(*modules: nn.Module) -> Hashable:
                     state += (part.data_ptr() for part in stored(tensor))
         state += (own.get(name) for name in _switches(cls))
         if _is_peft_layer(cls):
-            state.append(_adapter_state(module))
+            state.append(_adapter_state(cast(_AdapterLayer, module)))
     return tuple(state)
 
 
@@ -197,7 +197,14 @@ def _is_sharded(cls: type[Tensor]) -> bool:
     return any(base.__name__ == "DTensor" for base in cls.__mro__)
 
 
-def _adapter_state(layer: nn.Module) -> Hashable:
+class _AdapterLayer(Protocol):
+    """A layer of PEFT, which may not be installed."""
+
+    active_adapters: list[str]
+    disable_adapters: bool
+
+
+def _adapter_state(layer: _AdapterLayer) -> Hashable:
     """What of a PEFT layer changes its result besides weights."""
     scaling = getattr(layer, "scaling", None)
     scaling = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()

@@ -63,7 +63,8 @@ def _by_level(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, re
     images = torch.arange(batch, device=value.device)[:, None]
     table = offsets.new_zeros(1, heads * points * 2)
     maps = value.split([height * width for height, width in shapes], dim=1)
-    mixed = total = None
+    mixed: Tensor | None = None
+    total: Tensor | None = None
     for level, (shape, level_map) in enumerate(zip(shapes, maps, strict=True)):
         own = offsets[:, :, :, level].reshape(batch, queries, heads * points * 2)
         inputs = MMFSInputs(
@@ -75,5 +76,8 @@ def _by_level(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, re
             return (part / (1 - left_out[..., None])).flatten(2).to(value.dtype)
         denominator = 1 / left_out[..., None]
         part, own_total = part * denominator, denominator - 1
-        mixed, total = (part, own_total) if mixed is None else (mixed + part, total + own_total)
+        mixed = part if mixed is None else mixed + part
+        total = own_total if total is None else total + own_total
+    assert mixed is not None
+    assert total is not None
     return (mixed / total).flatten(2).to(value.dtype)

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .overlap import overlap
 from .scaled_rows import Weights
+from .typed_triton import cdiv, jit, next_power_of_2
 
 # Outputs, inputs and warps of a program: of one map and of several for one row, of gate and up, and for several rows.
 # Chosen on an H200 at the release's size, where one row reaches 94 to 98 % of the copy bandwidth with them, and 68 to
@@ -30,14 +30,14 @@ MOST_SPLITS = 32
 COLUMNS = 64  # of keys in a tile of attention
 
 
-@triton.jit
+@jit
 def _weights(start, k, real, INPUTS: tl.constexpr):
     """Columns `k` of the rows that begin at `start`; each is read once, so it need not stay in any cache."""
     inside = real[:, None] & (k < INPUTS)[None, :]
     return tl.load(start[:, None] + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit
+@jit
 def _widened(w):
     """Weights in float32.
 
@@ -49,7 +49,7 @@ def _widened(w):
     return w.to(tl.float32)
 
 
-@triton.jit
+@jit
 def _normed(x, gain, k, INPUTS: tl.constexpr, NORM: tl.constexpr):
     """Columns `k` of one row, before and after the gain of its norm, in float32."""
     piece = tl.load(x + k, mask=k < INPUTS, other=0.0).to(tl.float32)
@@ -58,7 +58,7 @@ def _normed(x, gain, k, INPUTS: tl.constexpr, NORM: tl.constexpr):
     return piece, piece
 
 
-@triton.jit
+@jit
 def _one_row_sums(x, start, gain, real, eps, INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """norm(x) weight^T of a single row: [BLOCK_N, 1]. The next piece of the weights is always on its way."""
@@ -67,7 +67,7 @@ def _one_row_sums(x, start, gain, real, eps, INPUTS: tl.constexpr, NORM: tl.cons
     square = tl.zeros([BLOCK_K], tl.float32)
     w = _weights(start, lane, real, INPUTS)
     if OVERLAP:  # weights do not depend on the kernel before this one, which may still be running; all else does
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     for first in range(0, INPUTS, BLOCK_K):
         ahead = _weights(start, first + BLOCK_K + lane, real, INPUTS)
         piece, scaled = _normed(x, gain, first + lane, INPUTS, NORM)
@@ -80,7 +80,7 @@ def _one_row_sums(x, start, gain, real, eps, INPUTS: tl.constexpr, NORM: tl.cons
     return acc[:, None]
 
 
-@triton.jit
+@jit
 def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.constexpr, NORM: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                        OVERLAP: tl.constexpr):  # fmt: skip
@@ -89,7 +89,7 @@ def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.conste
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     square = tl.zeros([ROWS, BLOCK_K], tl.float32)
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     for first in range(0, INPUTS, BLOCK_K):
         k = first + lane
         w = _weights(start, k, real, INPUTS)
@@ -105,7 +105,7 @@ def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.conste
     return acc
 
 
-@triton.jit
+@jit
 def _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps,
               INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
@@ -120,7 +120,7 @@ def _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps,
     return acc
 
 
-@triton.jit
+@jit
 def _one_map(x, weight, scale, bias, gain, residual, out, block, column, outputs, all_outputs, rows, x_row, eps,
              INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
              RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -139,7 +139,7 @@ def _one_map(x, weight, scale, bias, gain, residual, out, block, column, outputs
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@jit
 def _project_kernel(
     x, weight0, weight1, weight2, scale0, scale1, scale2, bias0, bias1, bias2, gain, residual, out,
     size0, size1, size2, blocks0, blocks1, rows, x_row, eps,
@@ -147,7 +147,7 @@ def _project_kernel(
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     # A branch for each map, and no choice between pointers: the compiler loads widely only what it knows is aligned.
     block = tl.program_id(0)
     every = size0 + size1 + size2
@@ -162,14 +162,14 @@ def _project_kernel(
                  rows, x_row, eps, INPUTS, NORM, SCALED, BIAS, RESIDUAL, ROWS, BLOCK_N, BLOCK_K, OVERLAP)  # fmt: skip
 
 
-@triton.jit
+@jit
 def _gated_kernel(
     x, gate, up, gate_scale, up_scale, gain, out, outputs, rows, x_row, eps,
     INPUTS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     a = _row_sums(x, gate, gate_scale, gain, own, outputs, rows, x_row, eps, INPUTS, True, SCALED, ROWS, BLOCK_N,
                   BLOCK_K, OVERLAP)  # fmt: skip
@@ -191,10 +191,11 @@ def _tile(kind: str, x: Tensor, scaled: bool) -> dict[str, Any]:
 
 def _parts(weights: Sequence[Weights], nothing: Tensor) -> tuple[list[Tensor], list[Tensor], bool]:
     """Matrices, scales, and whether there are any; `nothing` stands where there is none."""
-    plain = [w for w in weights if isinstance(w, Tensor)]
-    if plain:
-        return [w.contiguous() for w in plain], [nothing] * len(plain), False
-    return [w.data.contiguous() for w in weights], [w.scale.contiguous() for w in weights], True
+    matrices, scales = [], []
+    for w in weights:
+        matrices.append((w if isinstance(w, Tensor) else w.data).contiguous())
+        scales.append(nothing if isinstance(w, Tensor) else w.scale.contiguous())
+    return matrices, scales, not isinstance(weights[0], Tensor)
 
 
 def project(
@@ -209,7 +210,7 @@ def project(
     rows, inputs = x.shape
     sizes = [len(w) for w in weights] + [0] * (3 - len(weights))
     tile = _tile("map" if len(weights) == 1 else "maps", x, not isinstance(weights[0], Tensor))
-    blocks = [triton.cdiv(size, tile["BLOCK_N"]) for size in sizes]
+    blocks = [cdiv(size, tile["BLOCK_N"]) for size in sizes]
     out = x.new_empty(rows, sum(sizes))
     nothing = x  # stands where a kernel wants a pointer that it does not follow
     if any(b is not None for b in biases):
@@ -234,13 +235,13 @@ def project_gated(x: Tensor, gate: Weights, up: Weights, gain: Tensor, eps: floa
     out = x.new_empty(rows, len(gate))
     matrices, scales, scaled = _parts([gate, up], x)
     with torch.cuda.device_of(x):
-        _gated_kernel[(triton.cdiv(len(gate), tile["BLOCK_N"]),)](
+        _gated_kernel[(cdiv(len(gate), tile["BLOCK_N"]),)](
             x, *matrices, *scales, gain, out, len(gate), rows, x.stride(0), eps, INPUTS=inputs, SCALED=scaled, **tile
         )  # fmt: skip
     return out
 
 
-@triton.jit
+@jit
 def _rotated(x, cos, sin, d, real, DIM: tl.constexpr):
     """Rotary positions of one head."""
     half: tl.constexpr = DIM // 2
@@ -252,7 +253,7 @@ def _rotated(x, cos, sin, d, real, DIM: tl.constexpr):
     return a * c + tl.where(d < half, -b, b) * s
 
 
-@triton.jit
+@jit
 def _attend_kernel(
     query, key, value, cos, sin, keys, values, columns, source, parts, sums, tops,
     capacity, query_row, key_row, value_row, cos_row, sin_row, scale,
@@ -260,8 +261,8 @@ def _attend_kernel(
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     KEY_HEADS: tl.constexpr = HEADS // GROUP
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     split, key_head = tl.program_id(1), head // GROUP
@@ -318,12 +319,12 @@ def _attend_kernel(
     tl.store(tops + index, top)
 
 
-@triton.jit
+@jit
 def _join_kernel(parts, sums, tops, out, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     index = tl.program_id(0)
     split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     top = tl.load(tops + index * SPLITS + split)
@@ -350,11 +351,11 @@ def attend(
     """See `decoding.attend`."""
     rows, key_heads, capacity, dim = keys.shape
     heads = query.shape[1] // dim
-    splits = min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(MANY_PROGRAMS, rows * heads)))
+    splits = min(MOST_SPLITS, next_power_of_2(cdiv(MANY_PROGRAMS, rows * heads)))
     parts = torch.empty(rows * heads, splits, dim, dtype=torch.float32, device=query.device)
     sums, tops = (torch.empty(rows * heads, splits, dtype=torch.float32, device=query.device) for _ in range(2))
     out = torch.empty(rows, heads * dim, dtype=query.dtype, device=query.device)
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     with torch.cuda.device_of(query):
         _attend_kernel[(rows * heads, splits)](
             query, key, value, cos, sin, keys, values, columns, columns if source is None else source,

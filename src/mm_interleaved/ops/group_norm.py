@@ -92,9 +92,9 @@ def _on_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm through `group_norm`; its parameters have the same names."""
 
-    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, silu: bool = False) -> Tensor:
         """[batch, channels, ...], normalised, with SiLU behind it if `silu`."""
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, silu)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -121,7 +121,9 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # of one result
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         from .group_norm_triton import group_norm_backward as fused
 
         x, stats, weight, bias = ctx.saved_tensors

@@ -12,16 +12,17 @@ import math
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from .typed_triton import cdiv, jit, next_power_of_2
 
 TILE, WIDEST = 2048, 64  # numbers of a tile, with 4 warps 16 a thread; channels of it at most, 128 bytes in half
 PROGRAMS = 4096  # of one map at most, some 30 for each processor of an H200
 JOINED = 2048  # entries of the table that are joined at a time, with 8 warps 8 a thread
 
 
-@triton.jit
+@jit
 def _block(pixels, channels, span, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """The channels of a program, and rows and places in the map of its first tile."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -30,7 +31,7 @@ def _block(pixels, channels, span, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr)
     return channel, row, place
 
 
-@triton.jit
+@jit
 def _pair(table, channel, channels, width):
     """The two numbers that a table [2, batch, groups] has for every channel's group."""
     groups = channels // width
@@ -39,14 +40,14 @@ def _pair(table, channel, channels, width):
     return first, tl.load(place + tl.num_programs(2) * groups, mask=channel < channels, other=0.0)
 
 
-@triton.jit
+@jit
 def _affine(weight, bias, channel, channels):
     inside = channel < channels
     gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     return gain, tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _note(table, first, second, channel, channels):
     """Write two numbers for every channel of a program to a table [2, batch, parts, channels]."""
     parts = tl.num_programs(1)
@@ -55,7 +56,7 @@ def _note(table, first, second, channel, channels):
     tl.store(place + tl.num_programs(2) * parts * channels, second, mask=channel < channels)
 
 
-@triton.jit
+@jit
 def _statistics_kernel(x, table, pixels, channels, span, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and sum of squared deviations of every channel, around the mean of the first tile, which is near enough."""
     channel, row, place = _block(pixels, channels, span, BLOCK_N, BLOCK_C)
@@ -76,7 +77,7 @@ def _statistics_kernel(x, table, pixels, channels, span, BLOCK_N: tl.constexpr, 
     _note(table, shift + moved, tl.sum(squares, axis=0) - moved * moved * count, channel, channels)
 
 
-@triton.jit
+@jit
 def _join_kernel(table, stats, pixels, channels, width, span, parts, eps, BLOCK_P: tl.constexpr,
                  BLOCK_D: tl.constexpr):  # fmt: skip
     """Mean and reciprocal deviation of one group, from those of its channels in every part (Chan et al. 1979)."""
@@ -109,7 +110,7 @@ def _join_kernel(table, stats, pixels, channels, width, span, parts, eps, BLOCK_
     tl.store(stats + (images + image) * groups + group, tl.rsqrt(variance + eps))
 
 
-@triton.jit
+@jit
 def _norm_kernel(x, out, stats, weight, bias, pixels, channels, width, span, SILU: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     channel, row, place = _block(pixels, channels, span, BLOCK_N, BLOCK_C)
@@ -126,7 +127,7 @@ def _norm_kernel(x, out, stats, weight, bias, pixels, channels, width, span, SIL
         step += BLOCK_N
 
 
-@triton.jit
+@jit
 def _before_silu(grad, y, SILU: tl.constexpr):
     """The gradient of what SiLU, if there is one, is taken of; y s becomes s (1 + y (1 - s)), s = sigmoid(y)."""
     if SILU:
@@ -135,7 +136,7 @@ def _before_silu(grad, y, SILU: tl.constexpr):
     return grad
 
 
-@triton.jit
+@jit
 def _sums_kernel(grad, x, table, stats, weight, bias, pixels, channels, width, span, SILU: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """For every channel the sums of the gradient, and of the gradient times the normalised map."""
@@ -156,7 +157,7 @@ def _sums_kernel(grad, x, table, stats, weight, bias, pixels, channels, width, s
     _note(table, tl.sum(sums, axis=0), tl.sum(products, axis=0), channel, channels)
 
 
-@triton.jit
+@jit
 def _gradient_kernel(grad, x, out, means, stats, weight, bias, pixels, channels, width, span, SILU: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """What of the gradient is along 1 or along the normalised map moves no result: its `means` are taken off."""
@@ -179,10 +180,10 @@ def _gradient_kernel(grad, x, out, means, stats, weight, bias, pixels, channels,
 def _plan(x: Tensor) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
     """Pixels of an image, the programs (blocks of channels, parts of an image, images), and their sizes."""
     batch, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    wide = min(WIDEST, triton.next_power_of_2(channels))
-    tall, blocks = TILE // wide, triton.cdiv(channels, wide)
-    span = tall * triton.cdiv(triton.cdiv(pixels, tall) * blocks * batch, PROGRAMS)
-    return pixels, (blocks, triton.cdiv(pixels, span), batch), {"span": span, "BLOCK_N": tall, "BLOCK_C": wide}
+    wide = min(WIDEST, next_power_of_2(channels))
+    tall, blocks = TILE // wide, cdiv(channels, wide)
+    span = tall * cdiv(cdiv(pixels, tall) * blocks * batch, PROGRAMS)
+    return pixels, (blocks, cdiv(pixels, span), batch), {"span": span, "BLOCK_N": tall, "BLOCK_C": wide}
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, Tensor]:
@@ -193,7 +194,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     pixels, grid, sizes = _plan(x)
     channels, parts, width = x.shape[1], grid[1], x.shape[1] // groups
     table = x.new_empty((2, len(x), parts, channels), dtype=torch.float32)
-    deep = triton.next_power_of_2(width)
+    deep = next_power_of_2(width)
     with torch.cuda.device_of(x):
         _statistics_kernel[grid](x, table, pixels, channels, **sizes)
         _join_kernel[(groups, len(x))](table, stats, pixels, channels, width, sizes["span"], parts, eps,

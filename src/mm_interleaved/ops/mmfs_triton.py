@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -39,17 +38,18 @@ from .mmfs_triton_shared import (
     _reference,
 )
 from .overlap import overlap
+from .typed_triton import cdiv, jit, next_power_of_2
 
 FEW_SLOTS = 2  # that a program looks at where queries are few
 
 
-@triton.jit
+@jit
 def _to_lanes(by_query, BLOCK_Q: tl.constexpr, A_QUERY: tl.constexpr):
     """A number of every query for each of its lanes."""
     return tl.reshape(tl.broadcast_to(by_query[:, None], (BLOCK_Q, A_QUERY)), (BLOCK_Q * A_QUERY,))
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     values, offsets, logits, offset_table, logit_table, reference, images, ignore, mixed, lse,
     rows, queries, slots, image_size, offsets_row, logits_row, offset_table_row, logit_table_row,
@@ -128,7 +128,7 @@ def _forward_kernel(
     tl.store(lse + cell, highest + tl.log(denominator), mask=own < rows)
 
 
-@triton.jit
+@jit
 def _few_kernel(
     values, offsets, logits, offset_table, logit_table, reference, images, parts, sums, tops,
     queries, slots, image_size, offsets_row, logits_row, offset_table_row, logit_table_row,
@@ -139,8 +139,8 @@ def _few_kernel(
 ):  # fmt: skip
     """What one query and head sees in one level of some slots, before the parts are joined."""
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     height, width, start, scale = _level(part % LEVELS, LEVELS, HEIGHTS, WIDTHS, STARTS, SCALES)
     lane = tl.arange(0, BLOCK_S * BLOCK_P)
@@ -174,7 +174,7 @@ def _few_kernel(
     tl.store(tops + index, top)
 
 
-@triton.jit
+@jit
 def _join_kernel(
     parts, sums, tops, ignore, mixed, lse,
     HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -182,8 +182,8 @@ def _join_kernel(
 ):  # fmt: skip
     """The parts of one query and head, and the slot of logit 0, as one."""
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     cell = tl.program_id(0)
     part, channel = tl.arange(0, ALL_PARTS), tl.arange(0, BLOCK_D)
     here, at = part < PARTS, channel < DIM
@@ -207,7 +207,7 @@ def _forward_few(launch: _Launch, held: Tensor, mixed: Tensor, lse: Tensor, igno
     rows, *sizes = launch.sizes
     heads, dim = mixed.shape[2:]
     fixed = {name: launch.options[name] for name in (*FIXED, "BLOCK_P", "BLOCK_D")}
-    count = fixed["LEVELS"] * triton.cdiv(sizes[1], FEW_SLOTS)
+    count = fixed["LEVELS"] * cdiv(sizes[1], FEW_SLOTS)
     parts = torch.empty((rows, heads, count, dim), dtype=torch.float32, device=mixed.device)
     sums, tops = (torch.empty((rows, heads, count), dtype=torch.float32, device=mixed.device) for _ in range(2))
     begins = overlap(mixed.device)
@@ -216,7 +216,7 @@ def _forward_few(launch: _Launch, held: Tensor, mixed: Tensor, lse: Tensor, igno
     )
     _join_kernel[(rows * heads,)](
         parts, sums, tops, held, mixed, lse, HEADS=heads, DIM=dim, PARTS=count,
-        ALL_PARTS=triton.next_power_of_2(count), BLOCK_D=fixed["BLOCK_D"], IGNORE=ignore, **begins,
+        ALL_PARTS=next_power_of_2(count), BLOCK_D=fixed["BLOCK_D"], IGNORE=ignore, **begins,
     )  # fmt: skip
 
 

@@ -39,19 +39,20 @@ from .mmfs_triton_shared import (
     _own_offset,
     _reference,
 )
+from .typed_triton import cdiv, jit, next_power_of_2
 
 CELLS, QUERIES = 64, 128  # of a program that has a part of the values' gradient, at most
 REGISTERS = 168  # of a thread of such a program at most; left to the compiler, an H200 takes 1.26 times as long
 FEW_TILES = 264  # below this many tiles the queries of one are spread over several programs; 2 for each processor
 
 
-@triton.jit
+@jit
 def _slope(behind):
     """How the share of a cell grows with the place of a sample that is `behind` it."""
     return tl.where((behind >= -1.0) & (behind < 1.0), tl.where(behind >= 0.0, -1.0, 1.0), 0.0)
 
 
-@triton.jit
+@jit
 def _product(values, place, low, high, channel, HALF: tl.constexpr, DIM: tl.constexpr):
     """One cell of every lane times the gradients of its query, summed over channels."""
     products = low * _channels(values + place, channel, DIM, 2 * HALF)
@@ -59,7 +60,7 @@ def _product(values, place, low, high, channel, HALF: tl.constexpr, DIM: tl.cons
     return tl.sum(products, axis=1)
 
 
-@triton.jit
+@jit
 def _sampled(values, corner, x, y, height, width, low, high, channel, STRIDE: tl.constexpr, HALF: tl.constexpr,
              DIM: tl.constexpr):  # fmt: skip
     """Samples at (x, y) times the gradients, and how that grows with x and with y. `corner` is the level's."""
@@ -78,7 +79,7 @@ def _sampled(values, corner, x, y, height, width, low, high, channel, STRIDE: tl
     return y_near * upper + y_far * lower, y_near * upper_x + y_far * lower_x, y_falls * upper + y_grows * lower
 
 
-@triton.jit
+@jit
 def _queries_kernel(
     values, offsets, logits, offset_table, logit_table, reference, images, mixed, lse, grad_mixed, grad_lse,
     grad_offsets, grad_logits, offset_table_parts, logit_table_parts,
@@ -155,7 +156,7 @@ def _queries_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _store_query_gradients(
     grad_offsets, grad_logits, all_x, all_y, all_logits, head, rows,
     HEADS: tl.constexpr, POINTS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -175,7 +176,7 @@ def _store_query_gradients(
     tl.store(place, summed, mask=real[:, :, None] & (level < LEVELS))
 
 
-@triton.jit
+@jit
 def _tile(HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Y: tl.constexpr,
           BLOCK_X: tl.constexpr):  # fmt: skip
     """Level, first row and first column of the tile of a program: the tiles of a level come in reading order."""
@@ -191,7 +192,7 @@ def _tile(HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, LEVELS: tl.constexpr, BLO
     return level, left_over // across * BLOCK_Y, left_over % across * BLOCK_X
 
 
-@triton.jit
+@jit
 def _places(own, added, at, rows, middle_x, middle_y, scale):
     """Pixels (x, y) of one sample of every query, with its offset from the query and from the slot."""
     x = tl.load(own + at * rows).to(tl.float32) + tl.load(added + at).to(tl.float32)
@@ -199,12 +200,12 @@ def _places(own, added, at, rows, middle_x, middle_y, scale):
     return middle_x + x * scale, middle_y + y * scale
 
 
-@triton.jit
+@jit
 def _either(a, b):
     return a | b
 
 
-@triton.jit
+@jit
 def _values_kernel(
     offsets, logits, offset_table, logit_table, reference, lse, grad_mixed, entries, bounds, grad_values,
     rows, queries, slots, positions, offset_table_row, logit_table_row, reference_group, reference_query, splits,
@@ -287,10 +288,10 @@ def _seen_by(images: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
 
 
 def _up_to(size: int, most: int) -> int:
-    return min(triton.next_power_of_2(size), most)
+    return min(next_power_of_2(size), most)
 
 
-def value_tile(maps: list[tuple[int, int]], dim: int, queries: int) -> dict[str, int | None]:
+def value_tile(maps: list[tuple[int, int]], dim: int, queries: int) -> dict[str, Any]:
     """Block sizes of the kernel for the values, its warps and registers, with so many queries of a group.
 
     Queries of a map come row by row, so that flat tiles meet fewer blocks of them. Products want 16 cells and 16
@@ -298,7 +299,7 @@ def value_tile(maps: list[tuple[int, int]], dim: int, queries: int) -> dict[str,
     """
     block_x = _up_to(max(w for _, w in maps), 8 if queries == 1 else 16)
     block_y = max(_up_to(max(h for h, _ in maps), CELLS // block_x), 16 // block_x)
-    block_d = max(triton.next_power_of_2(dim), 16)
+    block_d = max(next_power_of_2(dim), 16)
     blocks = {"BLOCK_Y": block_y, "BLOCK_X": block_x, "BLOCK_Q": QUERIES, "BLOCK_D": block_d}
     return {**blocks, "num_warps": 4 if block_d <= 64 else 8, "maxnreg": REGISTERS}
 
@@ -317,9 +318,9 @@ def _gradient_of_values(launch: _Launch, grad_mixed: Tensor, lse: Tensor) -> Ten
     fixed = {name: launch.options[name] for name in FIXED}
     maps = list(zip(fixed["HEIGHTS"], fixed["WIDTHS"], strict=True))
     tile = value_tile(maps, dim, queries)
-    tiles = sum(triton.cdiv(h, tile["BLOCK_Y"]) * triton.cdiv(w, tile["BLOCK_X"]) for h, w in maps)
+    tiles = sum(cdiv(h, tile["BLOCK_Y"]) * cdiv(w, tile["BLOCK_X"]) for h, w in maps)
     few = FEW_TILES // max(tiles * heads * num_images, 1)
-    splits = max(1, min(few, triton.cdiv(rows, 4 * tile["BLOCK_Q"])))
+    splits = max(1, min(few, cdiv(rows, 4 * tile["BLOCK_Q"])))
     kind = values.dtype if splits == 1 else torch.float32
     parts = torch.empty((splits, *values.shape), dtype=kind, device=values.device)
     if num_images > 0:
@@ -349,7 +350,7 @@ def backward(
     with torch.cuda.device_of(values):
         _queries_kernel[launch.grid](
             *launch.inputs, mixed, lse, grad_mixed, of_lse, grad_offsets, grad_logits, *parts, *launch.sizes,
-            **launch.options, BLOCK_L=triton.next_power_of_2(len(inputs[-1])), GRAD_LSE=grad_lse is not None,
+            **launch.options, BLOCK_L=next_power_of_2(len(inputs[-1])), GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
         of_values = _gradient_of_values(launch, grad_mixed, lse) if for_values else values.new_empty(0)
     of_tables = [p.sum(0).to(x.dtype) for p, x in zip(parts, (offset_table, logit_table), strict=True)]

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from .typed_triton import cdiv, jit, next_power_of_2
 
 # Lanes of a program for heads of 64 channels, numbers of its tile [lanes, dim] a thread, registers of one at most.
 # With the compiler's own choice of registers the passes over many queries take 1.15 times as long on an H200.
@@ -21,7 +22,7 @@ FEW_PROGRAMS = 1024  # below this many (query, head) pairs, one query alone must
 FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCALES")  # what all kernels know
 
 
-@triton.jit
+@jit
 def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
            ALL_SLOTS: tl.constexpr):  # fmt: skip
     """Row, slot within the block and point of every lane; number of slots to look at; an image of every query."""
@@ -36,14 +37,14 @@ def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.cons
     return row, lane // BLOCK_P % BLOCK_S, lane % BLOCK_P, last, tl.max(seen, axis=1)
 
 
-@triton.jit
+@jit
 def _image_of(images, row, slot, point, rows, queries, slots, POINTS: tl.constexpr):
     """The image of every lane, -1 where it has none."""
     real = (row < rows) & (slot < slots) & (point < POINTS)
     return tl.load(images + (row // queries) * slots + slot, mask=real, other=-1)
 
 
-@triton.jit
+@jit
 def _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row):
     """Logits of one level, -inf where a lane sees nothing."""
     own = tl.load(logits + row.to(tl.int64) * logits_row + column, mask=seen, other=0.0).to(tl.float32)
@@ -51,26 +52,26 @@ def _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table
     return tl.where(seen, own + added, float("-inf"))
 
 
-@triton.jit
+@jit
 def _own_offset(offsets, row, column, real, offsets_row):
     """The query's part of the offset (x, y)."""
     place = offsets + row.to(tl.int64) * offsets_row + column
     return tl.load(place, mask=real, other=0.0).to(tl.float32), tl.load(place + 1, mask=real, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _reference(reference, row, real, queries, reference_group, reference_query):
     """The reference point (x, y) of every lane."""
     place = reference + (row // queries) * reference_group + (row % queries) * reference_query
     return tl.load(place, mask=real, other=0.0).to(tl.float32), tl.load(place + 1, mask=real, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _level(level, LEVELS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr,
            SCALES: tl.constexpr):  # fmt: skip
     """Height, width, first position and scale of a level. Its number is no constant: unrolled, levels spill."""
     height, width, start, scale = HEIGHTS[0], WIDTHS[0], STARTS[0], SCALES[0]
-    for other in tl.static_range(1, LEVELS):
+    for other in tl.static_range(1, LEVELS):  # pyright: ignore[reportGeneralTypeIssues]  # compiled, not iterated
         height = tl.where(level == other, HEIGHTS[other], height)
         width = tl.where(level == other, WIDTHS[other], width)
         start = tl.where(level == other, STARTS[other], start)
@@ -78,13 +79,13 @@ def _level(level, LEVELS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.conste
     return height, width, start, scale
 
 
-@triton.jit
+@jit
 def _hat(distance):
     """The share that a cell at that distance has of a sample, along one axis."""
     return tl.maximum(1.0 - tl.abs(distance), 0.0)
 
 
-@triton.jit
+@jit
 def _neighbours(place, size):
     """Two neighbouring cells of an axis: the first, how far the sample is behind it, the shares of both.
 
@@ -96,7 +97,7 @@ def _neighbours(place, size):
     return first.to(tl.int32), behind, _hat(behind), tl.where(size > 1, _hat(behind - 1.0), 0.0)
 
 
-@triton.jit
+@jit
 def _channels(place, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[lanes, channels] of one cell for every lane."""
     place = place[:, None] + channel[None, :]
@@ -130,11 +131,11 @@ def _whole_images(values: Tensor) -> Tensor:
 def tiles(kind: str, slots: int, points: int, dim: int) -> dict[str, int | None]:
     """Block sizes of a launch of that `kind` of `TILES`, powers of two, with its warps and registers."""
     lanes, a_thread, registers = TILES[kind]
-    block_p, block_d = triton.next_power_of_2(points), max(triton.next_power_of_2(dim), 16)
+    block_p, block_d = next_power_of_2(points), max(next_power_of_2(dim), 16)
     lanes = max(min(lanes * 64 // block_d, 128), block_p)
     block_q, block_s = lanes // block_p, 1
     if kind == "backward of few":
-        block_q, block_s = 1, min(triton.next_power_of_2(slots), lanes // block_p)
+        block_q, block_s = 1, min(next_power_of_2(slots), lanes // block_p)
     warps = max(1, min(8, block_q * block_s * block_p * block_d // (32 * a_thread)))
     sizes = {"BLOCK_Q": block_q, "BLOCK_S": block_s, "BLOCK_P": block_p, "BLOCK_D": block_d}
     return {**sizes, "num_warps": warps, "maxnreg": registers}
@@ -161,7 +162,7 @@ def _options(
         "WIDTHS": tuple(w for _, w in maps),
         "STARTS": tuple(sum(h * w for h, w in maps[:i]) for i in range(len(maps))),
         "SCALES": tuple(float(s) for s in scales),
-        "ALL_SLOTS": triton.next_power_of_2(slots),
+        "ALL_SLOTS": next_power_of_2(slots),
         **tiles(kind, slots, points, dim),
     }
 
@@ -189,7 +190,7 @@ def _launch(
     reference_strides = [reference.stride(i) if reference.shape[i] > 1 else 0 for i in (0, 1)]
     values = _whole_images(values)
     return _Launch(
-        grid=(triton.cdiv(rows, options["BLOCK_Q"]), heads),
+        grid=(cdiv(rows, options["BLOCK_Q"]), heads),
         inputs=(values, *tables, reference, images.contiguous()),
         sizes=(rows, queries, slots, values.stride(0), *(x.stride(0) for x in tables), *reference_strides),
         options=options,

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from .typed_triton import cdiv, jit, next_power_of_2
 
 ELEMENTS = 1024  # of a gate in one program: with 4 warps 8 a thread, one load of 16 bytes
 ROWS, COLUMNS = 4, 256  # of such a gate's result in one program, if its halves lie side by side
 HEAD_ELEMENTS = 512  # half channels of the heads in one program, with 2 warps 8 a thread as well
 
 
-@triton.jit
+@jit
 def _turn(source, target, cos, sin, source_head, block, INVERSE: tl.constexpr, HEADS: tl.constexpr,
           HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Some heads of one token: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
@@ -33,7 +34,7 @@ def _turn(source, target, cos, sin, source_head, block, INVERSE: tl.constexpr, H
     tl.store(place + HALF, second * c + first * s, mask=inside)
 
 
-@triton.jit
+@jit
 def _rotary_kernel(query, key, query_out, key_out, cos, sin, length, query_batch, query_token, query_head,
                    key_batch, key_token, key_head, cos_batch, cos_token, sin_batch, sin_token,
                    INVERSE: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -60,9 +61,9 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) 
     turned = query.new_empty(query.shape), key.new_empty(key.shape)
     if not turned[0].numel():
         return turned
-    wide = triton.next_power_of_2(dim // 2)
-    at_once = min(triton.next_power_of_2(heads), max(1, HEAD_ELEMENTS // wide))
-    blocks = triton.cdiv(heads, at_once) + triton.cdiv(key.shape[2], at_once)
+    wide = next_power_of_2(dim // 2)
+    at_once = min(next_power_of_2(heads), max(1, HEAD_ELEMENTS // wide))
+    blocks = cdiv(heads, at_once) + cdiv(key.shape[2], at_once)
     with torch.cuda.device_of(query):
         _rotary_kernel[(batch * length, blocks)](
             query, key, *turned, cos, sin, length, *query.stride()[:3], *key.stride()[:3], *cos.stride()[:2],
@@ -72,7 +73,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) 
     return turned
 
 
-@triton.jit
+@jit
 def _gate_kernel(gate, up, out, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
@@ -81,7 +82,7 @@ def _gate_kernel(gate, up, out, count, BLOCK: tl.constexpr):
     tl.store(out + place, g * tl.sigmoid(g) * u, mask=inside)
 
 
-@triton.jit
+@jit
 def _gate_backward_kernel(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.constexpr):
     """With s = sigmoid(g): d(g s u) = u s (1 + g (1 - s)) dg + g s du."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -100,7 +101,7 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     if out.numel():
         with torch.cuda.device_of(gate):
-            _gate_kernel[(triton.cdiv(out.numel(), ELEMENTS),)](gate, up, out, out.numel(), BLOCK=ELEMENTS)
+            _gate_kernel[(cdiv(out.numel(), ELEMENTS),)](gate, up, out, out.numel(), BLOCK=ELEMENTS)
     return out
 
 
@@ -110,12 +111,12 @@ def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     found = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel():
         with torch.cuda.device_of(gate):
-            grid = (triton.cdiv(gate.numel(), ELEMENTS),)
+            grid = (cdiv(gate.numel(), ELEMENTS),)
             _gate_backward_kernel[grid](grad, gate, up, *found, gate.numel(), BLOCK=ELEMENTS)
     return found
 
 
-@triton.jit
+@jit
 def _halves(both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Both halves of a block, where it lies in a tensor as wide as either, in one twice as wide, and what is real."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
@@ -127,19 +128,19 @@ def _halves(both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     return up, gate, row * width + column, wide, inside
 
 
-@triton.jit
+@jit
 def _normal(gate):
     """The normal distribution's integral up to `gate`."""
     return 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
 
 
-@triton.jit
+@jit
 def _gelu_gate_kernel(both, out, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     up, gate, narrow, _, inside = _halves(both, count, width, BLOCK_R, BLOCK_C)
     tl.store(out + narrow, up * gate * _normal(gate), mask=inside)
 
 
-@triton.jit
+@jit
 def _gelu_gate_backward_kernel(grad, both, grad_both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """With N the normal distribution: d(u g N(g)) = g N(g) du + u (N(g) + g N'(g)) dg."""
     up, gate, narrow, wide, inside = _halves(both, count, width, BLOCK_R, BLOCK_C)
@@ -154,7 +155,7 @@ def _launch_halves(kernel: Any, both: Tensor, *others: Tensor) -> None:
     """`others` come before `both` but for the last, which is the result."""
     width = both.shape[-1] // 2
     count = both.numel() // max(2 * width, 1)
-    grid = (triton.cdiv(count, ROWS), triton.cdiv(width, COLUMNS))
+    grid = (cdiv(count, ROWS), cdiv(width, COLUMNS))
     if both.numel():
         with torch.cuda.device_of(both):
             kernel[grid](*others[:-1], both, others[-1], count, width, BLOCK_R=ROWS, BLOCK_C=COLUMNS)

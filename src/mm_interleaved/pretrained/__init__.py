@@ -68,7 +68,7 @@ def load(
     elif str(name) in SHIPPED:
         model, processor = _untrained(str(name))
         if dtype is not None:
-            model.to(dtype)  # pyright: ignore[reportArgumentType] -- transformers' decorator of Module.to hides `self`
+            model.to(dtype)
             model.image_decoder.vae.float()  # as in `from_pretrained`
         trained = False
     else:
@@ -77,7 +77,7 @@ def load(
     if quantization is not None:
         quantize(model, quantization)
     if device is not None:
-        model.to(device)  # pyright: ignore[reportArgumentType] -- as above
+        model.to(device)
     shown = str(name) if quantization is None else f"{name} ({quantization})"
     return Loaded(model.eval(), processor, trained, shown)
 

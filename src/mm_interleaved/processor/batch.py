@@ -6,7 +6,7 @@ Axes: B rows of the batch, L tokens of a row, I images of the batch, h and w hei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class Batch(BatchFeature):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+    if TYPE_CHECKING:
+
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU are fast."""

@@ -16,10 +16,12 @@ import PIL.ImageOps
 from ..document import DocumentError, FileSlice
 from ..document.errors import UNREADABLE_IMAGE
 
+Source = str | Path | FileSlice | PIL.Image.Image  # of a picture
+
 MAX_PIXELS = 178_956_970  # where PIL itself suspects a decompression bomb (about 13400 x 13400)
 
 
-def open_picture(source: str | Path | FileSlice | PIL.Image.Image, where: str = "") -> PIL.Image.Image:
+def open_picture(source: Source, where: str = "") -> PIL.Image.Image:
     """A picture whose header has been read, but not yet its pixels.
 
     Raises:
@@ -27,8 +29,9 @@ def open_picture(source: str | Path | FileSlice | PIL.Image.Image, where: str = 
     """
     with _explained(source, where), warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        image = source
-        if not isinstance(source, PIL.Image.Image):
+        if isinstance(source, PIL.Image.Image):
+            image = source
+        else:
             image = PIL.Image.open(BytesIO(source.read()) if isinstance(source, FileSlice) else source)
         if not image.width * image.height:
             raise DocumentError(
@@ -39,9 +42,7 @@ def open_picture(source: str | Path | FileSlice | PIL.Image.Image, where: str = 
         return image
 
 
-def load_picture(
-    source: str | Path | FileSlice | PIL.Image.Image, where: str = "", draft: int | None = None
-) -> PIL.Image.Image:
+def load_picture(source: Source, where: str = "", draft: int | None = None) -> PIL.Image.Image:
     """An RGB picture from a file or a PIL image: the first frame, upright, at 8 bits a channel.
 
     Args:
@@ -64,7 +65,7 @@ def load_picture(
 
 
 @contextmanager
-def _explained(source: str | Path | FileSlice | PIL.Image.Image, where: str) -> Iterator[None]:
+def _explained(source: Source, where: str) -> Iterator[None]:
     """What PIL raises as errors for people."""
     name = _name(source)
     try:
@@ -91,11 +92,11 @@ def _explained(source: str | Path | FileSlice | PIL.Image.Image, where: str) -> 
         raise DocumentError(f"{name} is damaged: {reason}", where, "Restore it from its source") from None
 
 
-def _name(source: str | Path | FileSlice | PIL.Image.Image) -> str:
+def _name(source: Source) -> str:
     return "the image" if isinstance(source, PIL.Image.Image) else f"'{str(source)[:200]}'"
 
 
-def _size(source: str | Path | FileSlice | PIL.Image.Image) -> int | None:
+def _size(source: Source) -> int | None:
     if isinstance(source, FileSlice):
         return source.length
     return None if isinstance(source, PIL.Image.Image) else Path(source).stat().st_size
@@ -143,8 +144,10 @@ def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
     width, height = (max(round(side * scale), size) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     if width * height > MAX_PIXELS:  # an endless ribbon: resize only the part that is kept
-        kept = (left, top, left + size, top + size)
-        kept = tuple(edge * old / new for edge, old, new in zip(kept, image.size * 2, (width, height) * 2, strict=True))
+        kept = (
+            left * image.width / width, top * image.height / height,
+            (left + size) * image.width / width, (top + size) * image.height / height,
+        )  # fmt: skip
         return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC, box=kept))
     image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
     return np.asarray(image)[top : top + size, left : left + size]

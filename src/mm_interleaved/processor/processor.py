@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import PIL.Image
@@ -18,7 +18,7 @@ from ..document.arrays import is_array
 from ..model.config import MMInterleavedConfig
 from ..validation import nearest_name
 from .batch import Batch, build_labels
-from .images import CROPS, halved, load_picture
+from .images import CROPS, Source, halved, load_picture
 from .packing import Cut, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
 
@@ -209,7 +209,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             written += _with_images(prompt[len(said) :], images, supervise=False)
         return written + slots
 
-    def apply_chat_template(
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]  # no audio, no video
         self,
         conversation: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         chat_template: str | None = None,
@@ -246,7 +246,8 @@ class MMInterleavedProcessor(ProcessorMixin):
         names = ("padding", "padding_side", "truncation", "max_length")
         options = {name: variables.pop(name) for name in names if name in variables} | (processor_kwargs or {})
         single = bool(conversation) and isinstance(conversation[0], dict)
-        conversations = [conversation] if single else list(conversation)
+        several = [conversation] if single else conversation
+        conversations = cast("list[Sequence[dict[str, Any]]]", list(several))
         images = []
         for index, messages in enumerate(conversations):
             try:
@@ -267,7 +268,7 @@ class MMInterleavedProcessor(ProcessorMixin):
 
     # ---- batches
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # documents first; no audio, no video
         self,
         documents: Document | Sequence[Document] | None = None,
         *,
@@ -311,9 +312,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         _check_arguments(kwargs, padding, return_tensors)
         if (documents is None) == (text is None):
             raise ValueError("give either documents, or text (with images)")
-        if documents is None:
-            documents = _from_strings(text, images)
-        documents = _listed(documents)
+        documents = _listed(documents if text is None else _from_strings(text, images))
         limit = max_length or self.max_length
         streams: list[TokenStream] = []
         places: dict[int, str] = {}  # of the images, by identity: rows are packed and shortened
@@ -423,7 +422,8 @@ class MMInterleavedProcessor(ProcessorMixin):
                 learned=torch.from_numpy(learned),
                 ignore_text_before_image=torch.as_tensor(ignore_text_before_image),
             )
-            batch["target_pixel_values"] = _stack([v.drawn for v in views], self.target_size, eight_bit)
+            drawn = [v.drawn for v in views if v.drawn is not None]
+            batch["target_pixel_values"] = _stack(drawn, self.target_size, eight_bit)
             batch["image_loss_mask"] = torch.tensor([float(i.supervise) for i in images])
         return batch
 
@@ -445,7 +445,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             DocumentError: it cannot be read.
         """
         crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
-        picture = load_picture(image.source, where, least)
+        picture = load_picture(cast("Source", image.source), where, least)
         if self.crop == "center" and training:
             picture = halved(picture, max(self.image_size, self.target_size))  # the first halvings serve both views
         seen = crop(picture, self.image_size)
@@ -454,7 +454,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         target = (
             picture
             if image.target is None
-            else load_picture(image.target, f"{where}, target" if where else "target", least)
+            else load_picture(cast("Source", image.target), f"{where}, target" if where else "target", least)
         )
         if image.target is None and self.target_size == self.image_size:
             return Views(seen, seen)
@@ -523,7 +523,7 @@ def _listed(documents: Any) -> list[Document]:
         if not isinstance(document, Document):
             raise ValueError(f"documents[{index}] must be a Document, not {type(document).__name__}; strings are given "
                              "as text=...")  # fmt: skip
-    return listed
+    return cast("list[Document]", listed)
 
 
 def _name(index: int, document: Document) -> str:
@@ -534,7 +534,7 @@ def _check_segment(segment: Segment, index: int) -> None:
     if segment.is_open:
         raise DocumentError("an open slot has nothing to encode", f"segments[{index}]", "Fill it or remove it")
     for token in (SOI_TOKEN, IMAGE_TOKEN):
-        if isinstance(segment, Text) and token in segment.text:
+        if isinstance(segment, Text) and token in (segment.text or ""):
             raise DocumentError(f"the text contains the reserved token '{token}'", f"segments[{index}]",
                                 "Pictures are segments of their own")  # fmt: skip
 
@@ -552,8 +552,9 @@ def _join(texts: Sequence[Text]) -> str:
     """One string, with a space between texts unless there is white space already or none is wanted."""
     joined = ""
     for text in texts:
-        gap = joined and text.text and not (text.attached or joined[-1].isspace() or text.text[0].isspace())
-        joined += (" " if gap else "") + text.text
+        words = text.text or ""
+        gap = joined and words and not (text.attached or joined[-1].isspace() or words[0].isspace())
+        joined += (" " if gap else "") + words
     return joined
 
 

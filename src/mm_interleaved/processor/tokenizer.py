@@ -8,8 +8,9 @@ today do not; `encode_text` spells the rule out and works with any of them.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,8 @@ class MMInterleavedTokenizer(SentencePieceBackend):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Pieces to text, with byte pieces joined into characters and special tokens as they are written."""
-        special = {self.bos_token, self.eos_token, self.pad_token, SOI_TOKEN, IMAGE_TOKEN}  # added ones are pieces
+        own = cast("tuple[str | None, ...]", (self.bos_token, self.eos_token, self.pad_token))
+        special = {*own, SOI_TOKEN, IMAGE_TOKEN}  # added ones are pieces
         text, run = "", []
         for token in tokens:
             if token not in special:
@@ -66,9 +68,12 @@ class MMInterleavedTokenizer(SentencePieceBackend):
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Make sure that `tokenizer` knows the two image tokens (they strip white space around them); their ids."""
-    tokens = [AddedToken(t, lstrip=True, rstrip=True, normalized=False, special=True) for t in (SOI_TOKEN, IMAGE_TOKEN)]
+    tokens: list[Any] = [
+        AddedToken(t, lstrip=True, rstrip=True, normalized=False, special=True) for t in (SOI_TOKEN, IMAGE_TOKEN)
+    ]
     tokenizer.add_tokens(tokens, special_tokens=True)
-    return tuple(tokenizer.convert_tokens_to_ids([SOI_TOKEN, IMAGE_TOKEN]))
+    soi, image = cast("list[int]", tokenizer.convert_tokens_to_ids([SOI_TOKEN, IMAGE_TOKEN]))
+    return soi, image
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -77,14 +82,15 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     White space next to the image tokens is dropped, next to `<s>`, `</s>` and `<unk>` it is kept; next to tokens that a
     user has added, it is as their `AddedToken` says, and one space after them is the word-boundary mark.
     """
-    own = [t for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) if t]
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    own = [t for t in cast("tuple[str | None, ...]", special) if t]
     tokens = {t: AddedToken(t) for t in own} | _added_tokens(tokenizer, own)
     longest_first = sorted(tokens.values(), key=lambda token: -len(token.content))
     pieces = re.split(f"({'|'.join(_pattern(t) for t in longest_first)})", text)  # text, token, text, token, ..., text
     ids: list[int] = []
     for index, piece in enumerate(pieces):
         if index % 2:
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            ids.append(cast(int, tokenizer.convert_tokens_to_ids(piece)))
             continue
         if index > 0 and tokens[pieces[index - 1]].rstrip:
             piece = piece.lstrip()
@@ -99,7 +105,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, own: list[str]) -> dict[str, AddedToken]:
     """The image tokens, and what was added to a SentencePiece model; other tokenizers find that by themselves."""
     added = tokenizer.added_tokens_decoder.values() if isinstance(tokenizer, SentencePieceBackend) else ()
-    tokens = {t.content: t for t in added if t.content not in own}
+    tokens = {t.content: t for t in cast("Iterable[AddedToken]", added) if t.content not in own}
     return tokens | {t: AddedToken(t, lstrip=True, rstrip=True) for t in (SOI_TOKEN, IMAGE_TOKEN)}
 
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -90,8 +93,9 @@ class AutoencoderTask(nn.Module):
             pixels: [pictures, 3, side, side] in [-1, 1].
             noise: normal, of the latents' shape.
         """
-        posterior = self.vae.encode(pixels).latent_dist
-        made = self.vae.decode(posterior.mean + posterior.std * noise.to(posterior.mean)).sample
+        posterior = cast(AutoencoderKLOutput, self.vae.encode(pixels)).latent_dist
+        latents: Any = posterior.mean + posterior.std * noise.to(posterior.mean)
+        made = cast(DecoderOutput, self.vae.decode(latents)).sample
         with torch.autocast(pixels.device.type, enabled=False):
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             outputs = AutoencoderOutput(
@@ -112,6 +116,7 @@ class AutoencoderTask(nn.Module):
 
     def _judge(self, made: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Hinge losses of the generator, which leaves the discriminator's weights alone, and of the discriminator."""
+        assert self.discriminator is not None
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         fooled = functional_call(self.discriminator, frozen, (made,))
         real, fake = self.discriminator(torch.cat([pixels.to(made.dtype), made.detach()])).float().chunk(2)
@@ -119,11 +124,15 @@ class AutoencoderTask(nn.Module):
 
     def _sum(self, outputs: AutoencoderOutput) -> Tensor:
         weights = self.losses
+        assert outputs.loss_l1 is not None
+        assert outputs.loss_edges is not None
+        assert outputs.loss_kl is not None
         total = weights.l1 * outputs.loss_l1 + weights.edges * outputs.loss_edges + weights.kl * outputs.loss_kl
         if outputs.loss_frequency is not None:
             total = total + weights.frequency * outputs.loss_frequency
         if outputs.loss_discriminator is not None:
             total = total + outputs.loss_discriminator
+            assert outputs.loss_adversarial is not None
             total = total + weights.adversarial * self.adversarial * outputs.loss_adversarial
         return total
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -171,7 +171,7 @@ def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
     if source.components is not None:
         parts = source.components
         folders = (Path(parts.llm), Path(parts.clip), Path(parts.diffusion))
-        return from_components(config, *folders, torch.float32, MMInterleaved)
+        return cast(MMInterleaved, from_components(config, *folders, torch.float32, MMInterleaved))
     if source.checkpoint is None:
         return MMInterleaved(config)
     if source.mmfs.llm and source.mmfs.unet and not source.fresh:

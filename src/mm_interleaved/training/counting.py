@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ class CountingTrainer(Trainer):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(_target_images(sample) for sample in samples)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = int(self.accelerator.gather(torch.tensor([count], device=device)).sum())
+            counts = cast(Tensor, self.accelerator.gather(torch.tensor([count], device=device)))
+            count = int(counts.sum())
         for sample in samples:
             sample["num_images_in_batch"] = count
         return samples, num_items

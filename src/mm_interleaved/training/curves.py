@@ -68,7 +68,8 @@ def _draw(axis: Axes, panel: str, entries: list[dict[str, Any]], title: str) -> 
         points = [(e["step"], e[name]) for e in entries if name in e]
         axis.plot(*zip(*points, strict=True), label=name.removeprefix("lr/"), marker="." if len(points) < 30 else "")
     axis.set(title=title, xlabel="step")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axis.xaxis.get_major_locator()
+    locator.set_params(integer=True)
     axis.grid(alpha=0.3)
     if len(wanted) > 1:
         axis.legend(fontsize="small")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -64,13 +64,14 @@ class RecordedStep:
             model = model.module
         if self._recording is None and self._fits(inputs):
             self._recording = _Recording(model, inputs, self.compute)
-        fits = self._recording is not None and self._recording.key == tuple(_key(inputs))
+        recording = self._recording
+        fits = recording is not None and recording.key == tuple(_key(inputs))
         self.replayed, self.unrecorded = self.replayed + fits, self.unrecorded + (not fits)
         if not fits and self.world_size == 1:
             with _AS_WRITTEN():
                 return self.compute(model, inputs)
-        if fits:
-            losses, gradients, used = self._recording.replay(inputs)
+        if recording is not None and fits:
+            losses, gradients, used = recording.replay(inputs)
         else:
             with _AS_WRITTEN():
                 losses, gradients, used = _computed(model, inputs, self.compute)
@@ -83,7 +84,7 @@ class RecordedStep:
             p.grad = gradient.view_as(p) if it_is else None
         anchor = torch.zeros((), device=gradients.device, requires_grad=True)
         losses["loss"] = _Done.apply(losses["loss"], anchor)
-        return DistilledOutput(**losses)
+        return DistilledOutput(**cast("dict[str, Any]", losses))
 
     def take_share(self) -> float:
         """Share of the steps since the last call that were replays; the counts start anew."""
@@ -158,7 +159,9 @@ class _Done(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # of one result
+        ctx: Any, gradient: Tensor
+    ) -> tuple[None, None]:
         return None, None
 
 
@@ -180,7 +183,7 @@ def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
         return next(tensors)
     if isinstance(value, dict):
         return {name: _rebuilt(value[name], tensors) for name in sorted(value)}
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _rebuilt(getattr(value, f.name), tensors) for f in fields(value)})
     return value
 

@@ -85,16 +85,18 @@ class LanguageTask(nn.Module):
         model, (batch, length) = self.model, input_ids.shape
         nothing = torch.empty(batch, length, 0, dtype=torch.long, device=input_ids.device)
         hidden = model.decode(model.embed(input_ids, None), model.no_images(), nothing, None)
-        outputs = LanguageOutput(loss_txt=self._next_word(hidden, input_ids, lengths))
+        loss_txt = self._next_word(hidden, input_ids, lengths)
+        outputs = LanguageOutput(loss_txt=loss_txt)
         rows = torch.arange(batch, device=input_ids.device)
         context, mask = model.image_context(hidden, ImagePositions(rows, lengths - 1, torch.zeros_like(rows)), length)
         conditions = model.image_decoder.resampler(context, mask)
         wanted = torch.full((batch, THINGS + 1, len(TOLD) + 1), -100, device=told.device)
         wanted[:, :THINGS, :-1], wanted[:, THINGS, -1] = told, ground
-        outputs.loss_conditions, right = self.reader(conditions[:, : THINGS + 1], wanted)
+        loss_conditions, right = self.reader(conditions[:, : THINGS + 1], wanted)
+        outputs.loss_conditions = loss_conditions
         report(outputs, right)
         outputs.spread = spread(conditions.float())
-        outputs.loss = outputs.loss_txt + outputs.loss_conditions + F.relu(-outputs.spread.log())
+        outputs.loss = loss_txt + loss_conditions + F.relu(-outputs.spread.log())
         return outputs
 
     def _next_word(self, hidden: Tensor, input_ids: Tensor, lengths: Tensor) -> Tensor:

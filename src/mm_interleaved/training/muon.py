@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, Jordan et al.
 _ITERATIONS = 5
@@ -43,7 +43,7 @@ class Muon(torch.optim.AdamW):
         return result
 
     def _update(self, group: dict[str, Any]) -> None:
-        alike: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 alike[len(p), p[0].numel()].append(p)
@@ -51,7 +51,7 @@ class Muon(torch.optim.AdamW):
             for p in parameters:
                 if not self.state[p]:  # AdamW does not load a state without "step"
                     self.state[p] |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
-            gradients = [p.grad for p in parameters]
+            gradients = [p.grad for p in parameters if p.grad is not None]
             means = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's

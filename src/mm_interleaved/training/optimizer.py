@@ -131,4 +131,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         raise ValueError("no parameter of the model is trainable; see model.overrides.frozen")
     fused = all(p.device.type == "cuda" for g in groups for p in g["params"])
     kind = Muon if config.kind == "muon" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)
+    first, second = config.betas
+    return kind(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)

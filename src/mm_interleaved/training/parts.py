@@ -59,7 +59,7 @@ class SharedReader(nn.Module):
 def report(outputs: ModelOutput, right: Mapping[str, Tensor]) -> None:
     """Put what a reader has right into `outputs`, as far as there is an `accuracy_*` for it."""
     for name, share in right.items():
-        if f"accuracy_{name}" in type(outputs).__dataclass_fields__:
+        if f"accuracy_{name}" in vars(type(outputs))["__dataclass_fields__"]:
             outputs[f"accuracy_{name}"] = share
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..toyworld.draw import draw
 from ..toyworld.language import Caption, caption, paragraph
 from ..toyworld.language.words import chance
 from ..toyworld.reader import PIXELS
-from ..toyworld.sampling import random_scene, scene_rng
+from ..toyworld.sampling import Split, random_scene, scene_rng
 from ..toyworld.scene import Scene
 from ..toyworld.train_reader import labels
 from .config import PicturesConfig
@@ -32,13 +33,14 @@ class ToyPictures(Dataset[Item]):
 
     def __init__(self, config: PicturesConfig, side: int) -> None:
         self.config, self.side = config, side
+        self.split: Split = cast(Split, config.split)
 
     def __len__(self) -> int:
         return self.config.count
 
     def __getitem__(self, index: int) -> Item:
-        rng = scene_rng(self.config.seed, self.config.split, index)
-        return {"pictures": _tensor(np.array(draw(random_scene(rng, split=self.config.split), self.side)))}
+        rng = scene_rng(self.config.seed, self.split, index)
+        return {"pictures": _tensor(np.array(draw(random_scene(rng, split=self.split), self.side)))}
 
 
 class ToyScenes(Dataset[Item]):
@@ -51,13 +53,14 @@ class ToyScenes(Dataset[Item]):
 
     def __init__(self, config: PicturesConfig, side: int) -> None:
         self.config, self.side = config, side
+        self.split: Split = cast(Split, config.split)
 
     def __len__(self) -> int:
         return self.config.count
 
     def __getitem__(self, index: int) -> Item:
-        rng = scene_rng(self.config.seed, self.config.split, index)
-        scene = random_scene(rng, split=self.config.split)
+        rng = scene_rng(self.config.seed, self.split, index)
+        scene = random_scene(rng, split=self.split)
         geometry, traits = labels(scene)
         picture = CROPS["center"](draw(scene, PIXELS), self.side)
         return {"pictures": _tensor(picture), "geometry": geometry, "traits": traits}
@@ -75,25 +78,26 @@ class ToyTexts(Dataset[Item]):
 
     def __init__(self, config: PicturesConfig, tokenizer: PreTrainedTokenizerBase, soi: int, length: int = 128) -> None:
         self.config, self.tokenizer, self.soi, self.length = config, tokenizer, soi, length
+        self.split: Split = cast(Split, config.split)
 
     def __len__(self) -> int:
         return self.config.count
 
     def __getitem__(self, index: int) -> Item:
-        rng = scene_rng(self.config.seed, self.config.split, index)
-        scene = random_scene(rng, split=self.config.split)
+        rng = scene_rng(self.config.seed, self.split, index)
+        scene = random_scene(rng, split=self.split)
         text, ids = self._written(scene, rng)
         while len(ids) > self.length:
             text, ids = self._written(scene, rng)
         stated, ground = told(text)
-        padded = torch.full((self.length,), self.tokenizer.pad_token_id)
+        padded = torch.full((self.length,), cast(int, self.tokenizer.pad_token_id))
         padded[: len(ids)] = torch.tensor(ids)
         return {"input_ids": padded, "lengths": torch.tensor(len(ids)), "told": stated, "ground": ground}
 
     def _written(self, scene: Scene, rng: np.random.Generator) -> tuple[Caption, list[int]]:
         text = paragraph(scene, rng) if chance(rng, 0.5) else caption(scene, rng, bare=chance(rng, 0.3))
         words = self.tokenizer(text.text, add_special_tokens=False).input_ids
-        return text, [self.tokenizer.bos_token_id, *words, self.soi]
+        return text, [cast(int, self.tokenizer.bos_token_id), *words, self.soi]
 
 
 class FolderPictures(Dataset[Item]):
@@ -112,11 +116,14 @@ class FolderPictures(Dataset[Item]):
         return {"pictures": _tensor(CROPS["center"](load_picture(self.files[index]), self.side))}
 
 
+PictureSet = ToyPictures | ToyScenes | ToyTexts | FolderPictures
+
+
 def _tensor(picture: np.ndarray) -> Tensor:
     return torch.tensor(picture).permute(2, 0, 1).contiguous()
 
 
-def pictures_of(config: PicturesConfig, side: int) -> Dataset[Item]:
+def pictures_of(config: PicturesConfig, side: int) -> ToyPictures | FolderPictures:
     """The pictures that `config` names."""
     return ToyPictures(config, side) if config.folder is None else FolderPictures(Path(config.folder), side)
 
@@ -124,7 +131,7 @@ def pictures_of(config: PicturesConfig, side: int) -> Dataset[Item]:
 class PictureLoader:
     """Batches of pictures, in an order that follows from seed and epoch; see `pipeline.Loader`."""
 
-    def __init__(self, config: PicturesConfig, dataset: Dataset[Item], rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: PicturesConfig, dataset: PictureSet, rank: int = 0, world_size: int = 1) -> None:
         self.config, self.dataset, self.rank, self.world_size = config, dataset, rank, world_size
         self.epoch, self.served = 0, 0
         if len(self.dataset) < config.batch_size * world_size:

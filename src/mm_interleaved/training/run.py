@@ -6,12 +6,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 
 from ..configuration import to_yaml
@@ -33,7 +32,7 @@ from .graphs import RecordedStep
 from .language import WEIGHTS as LANGUAGE
 from .language import LanguageTask
 from .parts import save_part
-from .pictures import Item, PictureLoader, ToyScenes, ToyTexts, pictures_of
+from .pictures import PictureLoader, PictureSet, ToyScenes, ToyTexts, pictures_of
 from .pipeline import (
     BatchPipeline,
     Loader,
@@ -145,7 +144,7 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
         return task
 
     def finish(trainer: RunTrainer, folder: Path) -> None:
-        finish_autoencoder(trainer, trainer.model, folder)
+        finish_autoencoder(trainer, cast(AutoencoderTask, trainer.model), folder)
 
     return _train_part(
         config, make, lambda data: pictures_of(data, side), prepare_pictures(latents), finish, device,
@@ -214,7 +213,7 @@ def _keep(state: Callable[[Any], dict[str, Tensor]], name: str) -> Callable[[Run
 def _train_part(
     config: AutoencoderRunConfig | PartRunConfig,
     make: Callable[[], nn.Module],
-    pictures: Callable[[PicturesConfig], Dataset[Item]],
+    pictures: Callable[[PicturesConfig], PictureSet],
     prepare: Prepare,
     finish: Callable[[RunTrainer, Path], None],
     device: str | None,
@@ -259,6 +258,7 @@ def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path)
     """Measure the scale of the latents on held-out pictures, and write the VAE with it and its quality."""
     if not trainer.args.should_save:
         return
+    assert trainer.eval_pipeline is not None
     pipeline, count = trainer.eval_pipeline()
     latents, quality = [], []
     task.eval()
@@ -300,6 +300,7 @@ def run(
     done = folder.exists() and resume is not None and step_of(resume) >= config.steps
     if trainer.args.process_index == 0:
         trainer.add_callback(Reporter(config, console))
+        assert trainer.model is not None
         count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         where = f"{trainer.args.world_size} x {trainer.args.device.type}"
         console.print(f"{count:,} trainable parameters on {where}, {config.precision}; run in {config.output}")

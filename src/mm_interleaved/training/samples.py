@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import numpy as np
 import PIL.Image
@@ -16,7 +16,7 @@ from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
 from ..processor import MMInterleavedProcessor
-from ..processor.images import load_picture
+from ..processor.images import Source, load_picture
 from .config import TrainConfig
 from .trainer import RunTrainer
 
@@ -30,11 +30,15 @@ class Samples(TrainerCallback):
         self.trainer, self.config, self.model, self.processor = trainer, config, model, processor
         settings = config.samples
         self.documents = load_documents(str(settings.documents))[: settings.count]
-        plain = {"cache_implementation": "dynamic"}  # recordings would keep memory and move weights that are trained
+        plain: Final = "dynamic"  # recordings would keep memory and move weights that are trained
         self.settings = GenerationSettings(
-            text=TextSettings(max_new_tokens=settings.max_new_tokens, min_new_tokens=0, num_beams=1, **plain),
+            text=TextSettings(
+                max_new_tokens=settings.max_new_tokens, min_new_tokens=0, num_beams=1, cache_implementation=plain
+            ),
             image=ImageSettings(
-                num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale, **plain
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                cache_implementation=plain,
             ),
         )
 
@@ -73,11 +77,13 @@ class Samples(TrainerCallback):
 
 
 def _pictures(document: Document, limit: int) -> list[PIL.Image.Image]:
-    return [load_picture(s.source) for s in document.segments if isinstance(s, Image) and s.source is not None]
+    return [
+        load_picture(cast(Source, s.source)) for s in document.segments if isinstance(s, Image) and s.source is not None
+    ]
 
 
 def _text(document: Document) -> str:
-    return " ".join(s.text if isinstance(s, Text) else "[picture]" for s in document.segments if not s.is_open)
+    return " ".join((s.text or "") if isinstance(s, Text) else "[picture]" for s in document.segments if not s.is_open)
 
 
 def _sheet(rows: list[list[PIL.Image.Image]], side: int) -> PIL.Image.Image | None:

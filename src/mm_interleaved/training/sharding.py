@@ -8,7 +8,7 @@ same weights (`take_part`), whatever is in their batches.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from rich.console import Console
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -51,6 +50,7 @@ def configure(accelerator: Accelerator, model: MMInterleavedModel) -> None:
             "fsdp_version is not 2, and every process would hold all parameters; leave 'fsdp' out"
         )
     plugin = accelerator.state.fsdp_plugin
+    assert plugin is not None  # since it shards
     if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
         raise ValueError("fsdp.state_dict_type must be FULL_STATE_DICT, as it is by itself: checkpoints are whole")
     computing = TYPES[accelerator.mixed_precision]
@@ -145,7 +145,9 @@ class ShardingCallback(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(  # pyright: ignore[reportIncompatibleMethodOverride]  # the Trainer gives the model
+        self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
         """Before the first step."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -157,6 +159,7 @@ class ShardingCallback(TrainerCallback):
 
 def take_part(module: FSDPModule) -> None:
     """Let a backward pass through a sharded module give all its trainable parameters a gradient, if need be of 0."""
+    assert isinstance(module, nn.Module)
     own = _own_parameters(module)
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -182,6 +185,7 @@ def _replace_first(output: Any, change: Any) -> Any:
         return change(output)
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
         return (change(output[0]), *output[1:])
+    output = cast("dict[str, Any]", output)  # a `ModelOutput` serves as one
     output["loss"] = change(output["loss"])
     return output
 
@@ -190,11 +194,13 @@ class _TakePart(torch.autograd.Function):
     """A tensor as it is, as if it depended on parameters."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
         return tensor.clone()  # no view, which FSDP warns of
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # of one result
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, ...]:
         zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.parameters)
         return gradient, *zeros

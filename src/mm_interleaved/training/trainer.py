@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..configuration import to_yaml
+from ..model import MMInterleavedModel
 from ..model.checkpoint import put_in_place
 from . import checkpoints, sharding
 from .config import RunConfig, ScheduleConfig, TrainingError
@@ -61,7 +62,7 @@ class RunTrainer(Trainer):
         config: RunConfig,
         pipeline: BatchPipeline,
         eval_pipeline: Callable[[], tuple[BatchPipeline, int]] | None = None,
-        save_extras: Callable[[Path], None] = lambda folder: None,
+        save_extras: Callable[[Path], object] = lambda folder: None,
         cost: StepCost | None = None,
         distillation: ConditionDistillation | None = None,
         branches: sharding.ForceAllBranches | None = None,
@@ -73,7 +74,7 @@ class RunTrainer(Trainer):
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
         if config.fsdp:
-            sharding.configure(self.accelerator, model)
+            sharding.configure(self.accelerator, cast(MMInterleavedModel, model))
         self.ema = EMA(model, config.ema) if config.ema.decay else None  # now that the weights are where they stay
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # losses are means over a batch
@@ -81,14 +82,18 @@ class RunTrainer(Trainer):
 
     # ---- what the Trainer asks for
 
-    def get_train_dataloader(self) -> BatchPipeline:
+    def get_train_dataloader(  # pyright: ignore[reportIncompatibleMethodOverride]  # the Trainer iterates over it only
+        self,
+    ) -> BatchPipeline:
         """The pipeline; it takes care of devices and ranks itself."""
         return self.pipeline
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the configured groups."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.config.optimizer)
+            trained = self.model if model is None else model
+            assert trained is not None
+            self.optimizer = build_optimizer(trained, self.config.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -113,8 +118,10 @@ class RunTrainer(Trainer):
         """The model's own loss; its parts are remembered for the log."""
         # accelerate puts autocast into models, but for FSDP2 it does not
         with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
-            recorded = self.recorded is not None and model.training
-            outputs = self.recorded(model, inputs) if recorded else self.compute_outputs(model, inputs)
+            if self.recorded is not None and model.training:
+                outputs = self.recorded(model, inputs)
+            else:
+                outputs = self.compute_outputs(model, inputs)
         parts = {name: value for name, value in outputs.items() if name.startswith(PARTS)}
         if model.training:
             self.window.add(outputs["loss"], {**dict.fromkeys(self._part_names(outputs)), **parts})
@@ -124,7 +131,7 @@ class RunTrainer(Trainer):
         """The output of `model` for `inputs`, with the losses that training adds."""
         idle: frozenset[str] = frozenset()
         if self.branches is not None:
-            inputs, idle = self.branches.complete(self.model, inputs)
+            inputs, idle = self.branches.complete(cast(MMInterleavedModel, self.model), inputs)
         if self.distillation is None:
             outputs = model(**inputs)
         else:
@@ -176,9 +183,10 @@ class RunTrainer(Trainer):
         pipeline, count = self.eval_pipeline()
         window = Window(self.args.device)
         model = self.model_wrapped
+        assert model is not None
         model.eval()
         with self.uncompiled(), self.averaged(), torch.no_grad(), self.accelerator.autocast():
-            for inputs, _ in zip(pipeline, range(count), strict=False):
+            for inputs, _number in zip(pipeline, range(count), strict=False):
                 outputs = self.compute_outputs(model, inputs)
                 parts = {n: outputs.get(n) for n in self._part_names(outputs)}
                 window.add(outputs["loss"], {"loss": outputs["loss"], **parts})
@@ -200,12 +208,16 @@ class RunTrainer(Trainer):
 
     # ---- checkpoints
 
+    def _run_folder(self) -> Path:
+        assert self.args.output_dir is not None  # `training_arguments` sets it
+        return Path(self.args.output_dir)
+
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._aside or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write everything aside, then give it its name, then remove the oldest."""
-        run = Path(self.args.output_dir)
+        run = self._run_folder()
         name = f"checkpoint-{self.state.global_step}"
         if run / name in checkpoints.list_checkpoints(run):
             return
@@ -235,7 +247,7 @@ class RunTrainer(Trainer):
         """Weights and all that makes the folder loadable."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.save_extras(Path(output_dir or self.args.output_dir))
+            self.save_extras(Path(output_dir) if output_dir else self._run_folder())
 
     def save_gathered(self, folder: Path) -> None:
         """`save_model` of parameters that several processes hold, aside first; all of them call it."""
@@ -280,7 +292,7 @@ class RunTrainer(Trainer):
         back = self.window.first_bad()
         if back is None:
             return
-        folder = Path(self.args.output_dir) / f"bad-batch-rank{self.args.process_index}"
+        folder = self._run_folder() / f"bad-batch-rank{self.args.process_index}"
         numbers = dict(self.pipeline.recent)
         number = self.pipeline.number - back
         step = self.state.global_step - (back - 1) // self.config.accumulation

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..model import MMInterleavedConfig
 from ..model.mm_interleaved import unit_range
+from ..model.typed_modules import module_list
 from ..model.visual_tokenizer import VisualTokenizer
 from ..toyworld.reader import MAP, OUTPUTS, TRAITS, split
 from ..toyworld.scene import GRID, SIZES
@@ -68,11 +69,12 @@ class VisionTask(nn.Module):
         super().__init__()
         width, levels = config.vision_config.hidden_size, len(config.pyramid_sides)
         self.visual_tokenizer = VisualTokenizer(config)
-        self.map_readers = nn.ModuleList([nn.Conv2d(width, len(SIZES) * OUTPUTS, 1) for _ in range(levels)])
+        self.map_readers = module_list([nn.Conv2d(width, len(SIZES) * OUTPUTS, 1) for _ in range(levels)])
         values = {"there": 2, **{name: len(v) for name, v in TRAITS.items()}}
         self.token_reader = SharedReader(config.text_config.hidden_size, values)
         with torch.no_grad():  # centres are rare; without this the first steps only learn that
             for reader in self.map_readers:
+                assert reader.bias is not None
                 reader.bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
 
     def forward(self, pictures: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
@@ -92,12 +94,13 @@ class VisionTask(nn.Module):
             of_maps = [torch.stack(list(scene_loss(m, geometry, traits).values())).sum() for m in maps]
             outputs = VisionOutput()
             wanted = cell_traits(geometry, traits)[:, : cells.shape[1]]
-            outputs.loss_tokens, right = self.token_reader(cells.float(), wanted)
+            loss_tokens, right = self.token_reader(cells.float(), wanted)
+            outputs.loss_tokens = loss_tokens
             report(outputs, right)
             outputs.spread = spread(seen.tokens.float())
             outputs.accuracy_maps = _named(maps[0], geometry, traits)
             outputs.loss_maps = torch.stack(of_maps).mean()
-            outputs.loss = outputs.loss_maps + outputs.loss_tokens + F.relu(-outputs.spread.log())
+            outputs.loss = outputs.loss_maps + loss_tokens + F.relu(-outputs.spread.log())
         return outputs
 
     def weights(self) -> dict[str, Tensor]:
@@ -107,6 +110,8 @@ class VisionTask(nn.Module):
         add to them.
         """
         seen = self.token_reader.standard
+        assert seen.running_mean is not None
+        assert seen.running_var is not None
         scale = (seen.running_mean.square() + seen.running_var).mean().rsqrt()
         state = self.visual_tokenizer.state_dict()
         return {name: value * scale if name.startswith("proj.") else value for name, value in state.items()}
