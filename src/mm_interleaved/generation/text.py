@@ -66,6 +66,12 @@ def text_limits(state: GenerationState, settings: TextSettings) -> list[int]:
     return [max(min(settings.max_new_tokens, state.model.context_length - n), 0) for n in state.lengths]
 
 
+def _within_context(state: GenerationState, settings: TextSettings, limits: Sequence[int] | None) -> list[int]:
+    """`limits` of each row, but never beyond the context; None: `text_limits`."""
+    room = text_limits(state, settings)
+    return room if limits is None else [min(a, b) for a, b in zip(room, limits, strict=True)]
+
+
 @torch.no_grad()
 def write(
     state: GenerationState,
@@ -90,9 +96,7 @@ def write(
         banned: tokens that are never chosen.
     """
     model, device = state.model, state.device
-    limits = [
-        min(a, b) for a, b in zip(text_limits(state, settings), limits or text_limits(state, settings), strict=True)
-    ]
+    limits = _within_context(state, settings, limits)
     processors = score_processors(model, settings, device, banned)
     ends = torch.tensor(end_tokens(model), device=device)
     history, active, most_of = rows_to_write(model, state.rows, device, active, limits)
@@ -205,7 +209,7 @@ def write_beams(
         settings, banned: as of `write`.
     """
     room = text_limits(state, settings)
-    limits = [min(a, b) for a, b in zip(room, limits or room, strict=True)]
+    limits = _within_context(state, settings, limits)
     copies = range(settings.num_return_sequences)  # empty ones of rows that have no room
     found: list[list[WrittenText]] = [[WrittenText([]) for _ in copies] for _ in range(state.rows)]
     for limit in sorted(set(limits) - {0}):

@@ -405,6 +405,38 @@ def _vae(channels: list[int], sample_size: int, groups: int = 32, latent_channel
     }
 
 
+def _small_image_decoder() -> dict[str, Any]:
+    """The image decoder of the small model."""
+    return {
+        "image_size": 128,
+        "guidance_scale": 6.0,
+        # Most of the arithmetic where the things are: on the whole latents, which are a quarter of the side.
+        "unet": {
+            "sample_size": 32,
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+            "block_out_channels": [96, 96, 64],
+            "layers_per_block": 1,
+            "attention_head_dim": [6, 6, 4],
+            "cross_attention_dim": 128,
+            "use_linear_projection": True,
+            "norm_num_groups": 16,
+        },
+        "vae": _vae([32, 64, 96], 128, groups=16),
+        # Latents of drawn pictures are smooth: at most times the noise alone could be told without any condition,
+        # and the loss of the noise hardly depends on them. The velocity's does.
+        "scheduler": {**SD_SCHEDULER, "prediction_type": "v_prediction"},
+        "resampler": {
+            "num_queries": 8, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
+            "initializer_range": 0.09,
+        },
+        "mmfs": {
+            "hidden_size": 128, "levels": [32, 16, 8, 4], "num_heads": 8, "num_points": 4, "max_images": 10,
+            "offset_init": 1.0,
+        },
+    }  # fmt: skip
+
+
 def _small() -> dict[str, Any]:
     """About 15 M parameters, pictures of 128 px; meant for a laptop CPU."""
     return {
@@ -438,34 +470,7 @@ def _small() -> dict[str, Any]:
             "initializer_range": 0.09,
         },
         "mmfs": {"hidden_size": 128, "levels": [16, 8, 4], "num_heads": 8, "num_points": 4, "base_size": 8},
-        "image_decoder": {
-            "image_size": 128,
-            "guidance_scale": 6.0,
-            # Most of the arithmetic where the things are: on the whole latents, which are a quarter of the side.
-            "unet": {
-                "sample_size": 32,
-                "down_block_types": ["CrossAttnDownBlock2D"] * 3,
-                "up_block_types": ["CrossAttnUpBlock2D"] * 3,
-                "block_out_channels": [96, 96, 64],
-                "layers_per_block": 1,
-                "attention_head_dim": [6, 6, 4],
-                "cross_attention_dim": 128,
-                "use_linear_projection": True,
-                "norm_num_groups": 16,
-            },
-            "vae": _vae([32, 64, 96], 128, groups=16),
-            # Latents of drawn pictures are smooth: at most times the noise alone could be told without any condition,
-            # and the loss of the noise hardly depends on them. The velocity's does.
-            "scheduler": {**SD_SCHEDULER, "prediction_type": "v_prediction"},
-            "resampler": {
-                "num_queries": 8, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
-                "initializer_range": 0.09,
-            },
-            "mmfs": {
-                "hidden_size": 128, "levels": [32, 16, 8, 4], "num_heads": 8, "num_points": 4, "max_images": 10,
-                "offset_init": 1.0,
-            },
-        },
+        "image_decoder": _small_image_decoder(),
         "max_context_length": 2048,
         "pad_token_id": 3,
         "soi_token_id": 2048,
