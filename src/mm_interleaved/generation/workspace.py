@@ -164,9 +164,7 @@ class Workspace:
                 self._graphs["derive"]()
                 return
             self._derive()
-            if self.captured and any(
-                self.images.derived or ()
-            ):  # launching some hundred small kernels takes much longer
+            if self.captured and any(self.images.derived or ()):  # launching hundreds of kernels takes longer
                 self._graphs["derive"] = capture(self._derive, self.last.device)
 
     def _derive(self) -> None:
