@@ -368,13 +368,15 @@ class GenerationState:
         """Leave everything as it was before if reading fails, so that the rows can go on."""
         lengths, visible, pyramids = list(self.lengths), list(self.visible), list(self.pyramids)
         row_images = [list(images) for images in self.row_images]
+        read = False
         try:
             yield
-        except BaseException:
-            self.visible, self.row_images, self.pyramids = visible, row_images, pyramids
-            self.workspace.cache.set_lengths(lengths)
-            self._show_images()
-            raise
+            read = True
+        finally:
+            if not read:
+                self.visible, self.row_images, self.pyramids = visible, row_images, pyramids
+                self.workspace.cache.set_lengths(lengths)
+                self._show_images()
 
     def _check_length(self, longest: int) -> None:
         if longest > self.model.context_length:

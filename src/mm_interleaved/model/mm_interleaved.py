@@ -25,7 +25,6 @@ from transformers.utils import ModelOutput
 
 from ..ops import promote
 from .config import MMInterleavedConfig
-from .fused import linears
 from .image_decoder import ImageDecoder, LearnedTokens, NoiseSamples
 from .kv_cache import KVCache
 from .language_model import build_language_model, image_features, synchronizers
@@ -35,6 +34,7 @@ from .placement import compute_device
 from .positions import PositionTable
 from .resizing import ResizableVocabulary
 from .synchronizer import ImageFeatures
+from .text_head import TextHead
 from .unet import EarlierImages
 from .visual_tokenizer import VisualFeatures, VisualTokenizer
 from .weights import is_quantized
@@ -79,31 +79,6 @@ class SeenImages:
 def unit_range(pixels: Tensor) -> Tensor:
     """Images in [0, 1]: uint8 ones divided by 255, others as they are."""
     return pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
-
-
-class TextHead(nn.Module):
-    """Text logits: a head over the whole vocabulary, plus trainable rows for the new tokens at its end."""
-
-    def __init__(self, width: int, vocab_size: int, num_new: int) -> None:
-        super().__init__()
-        self.num_new = num_new
-        self.head = nn.Linear(width, vocab_size)
-        self.new = nn.Linear(width, num_new)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """New tokens start at a logit of -100 + 95 = -5, so that a fresh model does not emit them."""
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        nn.init.zeros_(self.new.weight)
-        nn.init.constant_(self.new.bias, 95.0)
-        nn.init.constant_(self.head.bias[-self.num_new :], -100.0)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., width] to [..., vocab]."""
-        logits, added = linears(hidden, (self.head, self.new))
-        old, new = logits.split([logits.shape[-1] - self.num_new, self.num_new], dim=-1)
-        return torch.cat([old, new + added], dim=-1)
 
 
 class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):

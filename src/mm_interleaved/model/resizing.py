@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .config import MMInterleavedConfig
     from .language_model import LanguageModel
-    from .mm_interleaved import TextHead
+    from .text_head import TextHead
 
 INITIAL_RANGE = 0.02  # deviation of fresh rows without `mean_resizing`, as in `TextHead`
 
