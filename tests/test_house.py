@@ -52,6 +52,15 @@ def test_imports_point_down() -> None:
     assert not offenders
 
 
+def test_there_is_one_kv_cache_and_one_decoder_layer() -> None:
+    """Queries of the language model are projected in one place, and generation makes no cache of the library."""
+    layer = (SOURCE / "model" / "decoder_layer.py").read_text()
+    assert layer.count("self.q_proj") == 2  # where it is taken over from the library, and where it is called
+    calls = [p for p in FILES if "q_proj" in p.read_text() and room(p.relative_to(SOURCE).parts) != "bench"]
+    assert [p.name for p in calls] == ["decoder_layer.py", "resampler.py"]  # the latter's is another attention's
+    assert not [p for p in FILES if p.parent.name == "generation" and re.search(r"Dynamic(Cache|Layer)", p.read_text())]
+
+
 def test_nothing_catches_everything() -> None:
     offenders = [
         f"{path.relative_to(SOURCE)}:{node.lineno}"

@@ -1,4 +1,4 @@
-"""Generating text over a cache of transformers (`DynamicCache`, a quantized or an offloaded one) instead of our own.
+"""Generating text over a cache of transformers (growing, static, quantized or offloaded) instead of our own.
 
 Rows of such a cache have all columns in common: a row that has nothing in a column is masked out there. So rows cannot
 be cut, copied or left alone, and only greedy search and sampling of one sequence a row run over it.
