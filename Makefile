@@ -7,17 +7,20 @@ LOWEST_TESTS := tests/test_document.py tests/test_configuration.py tests/process
 	tests/model/test_checkpoint.py tests/model/test_compatibility.py tests/generation/test_text.py \
 	tests/cli/test_info.py tests/training/test_optimizer.py
 
-.PHONY: demo test test-fast test-gpu lint format types lower-bounds hooks benchmark clean
+.PHONY: demo test test-slow test-fast test-gpu lint format types lower-bounds hooks benchmark clean
 
 demo: .venv/ready
 	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
 	@echo "Open demo/report.html in a browser."
 
 test: .venv/ready-test
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/ready-test
+	$(PYTEST) -m slow
 
 test-fast: .venv/ready-test
-	$(PYTEST) -m "not kernels" -k "not compile"
+	$(PYTEST) -m "not slow and not kernels" -k "not compile"
 
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu

@@ -222,6 +222,7 @@ def test_other_language_models(debug_config, processor, graphs: bool, kind: str,
     assert [[t.ids for t in row] for row in found] == [[t.ids for t in row] for row in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="for Triton's interpreter")
 @pytest.mark.parametrize("kind", ["greedy", "beams"])
 def test_through_kernels(model: MMInterleaved, processor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:

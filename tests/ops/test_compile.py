@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 KERNELS = {"kernels": 27, "mmfs": 24, "pointwise": 18, "group_norm": 29}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="there is no assembler")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
