@@ -268,11 +268,11 @@ OPERATIONS = st.lists(
 def test_rows_are_independent_in_any_order(model: MMInterleaved, operations: list[tuple], captured: bool) -> None:
     """Text, decode steps, images, cuts, new documents and branches, in some rows at a time, as if each were alone."""
     config = model.config
-    state = GenerationState(model, 3, captured)
     reference = ReferenceState(model, [[config.bos_token_id, 7 + r] for r in range(3)], [[], [], []])
-    state.prefill(torch.tensor(reference.ids), torch.ones(3, 2, dtype=torch.long))  # `<s>` is no plain token
-    apply = _Apply(state, reference)
     with mock.patch.object(workspace, "capture", lambda step, device: step):
+        state = GenerationState(model, 3, captured)
+        state.prefill(torch.tensor(reference.ids), torch.ones(3, 2, dtype=torch.long))  # `<s>` is no plain token
+        apply = _Apply(state, reference)
         for name, chosen, number in operations:
             getattr(apply, name)(chosen, number)
     state, reference = apply.state, apply.reference
