@@ -257,6 +257,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("cut"), st.integers(0, 2), st.integers(1, 3)),
         st.tuples(st.just("whole"), ROWS, st.integers(0, 9)),
         st.tuples(st.just("again"), st.integers(0, 2), st.integers(0, 1)),
+        st.tuples(st.just("evict"), st.integers(0, 2), st.integers(0, 1)),
         st.tuples(st.just("branch"), st.permutations([0, 1, 2]), st.integers(0, 1)),
     ),
     max_size=7,
@@ -356,6 +357,13 @@ class _Apply:
         ids = [self.model.config.bos_token_id, 30]
         self.state.prefill(torch.tensor([ids]), torch.ones(1, 2, dtype=torch.long), rows=[row])
         self.reference.ids[row] += ids
+
+    def evict(self, row: int, _: int) -> None:
+        """A row that leaves, and another document that joins in its place."""
+        ids = [self.model.config.bos_token_id, 40, 41]
+        self.state.evict(row)
+        self.state.prefill(torch.tensor([ids]), torch.ones(1, 3, dtype=torch.long), rows=[row])
+        self.reference.ids[row], self.reference.images[row] = list(ids), []
 
     def branch(self, rows: list[int], _: int) -> None:
         self.state, self.reference = self.state.branch(list(rows)), self.reference.branch(list(rows))

@@ -358,6 +358,17 @@ class GenerationState:
         self.last[row] = self.workspace.hidden[row, length - 1] if length else 0
         self._logits_known = False
 
+    def evict(self, row: int) -> None:
+        """Forget a row, so that another document can be read into it; the other rows stay as they are.
+
+        The place of its images is used again only when the state is gone.
+        """
+        self.workspace.cache.truncate(row, 0)
+        self.visible[row], self.row_images[row] = [], []
+        self.last[row] = 0
+        self._show_images()
+        self._logits_known = False
+
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row `rows[i]` was; both must be copies of one row (see `branch`)."""
         self.workspace.cache.reorder_cache(rows)
