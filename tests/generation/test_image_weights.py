@@ -121,7 +121,7 @@ def adapted(model: MMInterleaved, names: list[str] | None = None, adapter: str =
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", ["debug", "small"])
+@pytest.mark.parametrize("preset", ["debug", pytest.param("small", marks=pytest.mark.slow)])
 def test_an_adapter_acts_like_the_merged_adapter(preset: str, kind: str) -> None:
     torch.manual_seed(0)
     model = awaken(MMInterleaved(MMInterleavedConfig.preset(preset))).eval()

@@ -60,6 +60,7 @@ def test_same_latents(model: MMInterleaved, made: list, images: list, guidance: 
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph(model: MMInterleaved, made: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the compiler is given, without the minutes that it takes to make code of it."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))

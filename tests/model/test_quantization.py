@@ -81,6 +81,7 @@ def test_the_same_text_by_both_caches(quantized: MMInterleaved, processor: MMInt
 
 
 @installed
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="for Triton's interpreter")
 def test_decoding_kernels_read_whole_numbers(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     mine = copy.deepcopy(model)

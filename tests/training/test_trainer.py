@@ -312,6 +312,7 @@ def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPat
     assert (step.replayed, step.unrecorded) == (0, 0)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled as far as a CPU does it quickly: traced forward and backward, then run operator by operator."""
     monkeypatch.setattr(graphs, "capture", lambda step, device: step)
