@@ -50,8 +50,9 @@ class MMInterleaved(MMInterleavedModel):
         rows, length = batch["input_ids"].shape
         pixels = batch.get("pixel_values")
         images = 0 if pixels is None else len(pixels)
+        of_a_row = int((batch["input_ids"] == self.config.soi_token_id).sum(1).max()) if images else 0
         state = GenerationState(self, rows, uses_graphs(self, cache_implementation), tokens=length + max_new_tokens,
-                                slots=min(images, 1), images=images)  # fmt: skip
+                                slots=min(of_a_row, self.config.mmfs.max_images - 1), images=images)  # fmt: skip
         state.prefill(batch["input_ids"], batch["attention_mask"], pixels)
         return state
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..model import MMInterleavedModel
-from ..model.image_settings import CacheImplementation
 from ..model.kv_cache import send
 from ..model.language_model import image_features, synchronizers
 from ..model.layout import visible_images
@@ -29,7 +28,7 @@ from ..model.mmfs import VisibleImages
 from ..model.unet import EarlierImages
 from ..model.visual_tokenizer import VisualFeatures
 from .image_encoder import encode_images
-from .workspace import POOL, Capacity, Workspace, uses_graphs
+from .workspace import POOL, Capacity, Workspace
 
 Images = list[int]  # numbers of images, most recent first
 SHORT = 3  # tokens that are read by captured decode steps, if there are no images among them
@@ -112,17 +111,6 @@ class GenerationState:
         self.tokens_read = self.images_read = 0
         self._logits_known = False
         self._lease(Capacity(rows, min(tokens, model.context_length) + 1, slots, images, shared))
-
-    @classmethod
-    def empty(
-        cls, model: MMInterleavedModel, rows: int, implementation: CacheImplementation = "auto", tokens: int = 0
-    ) -> GenerationState:
-        """Nothing read yet; `tokens` is what there will be room for at once.
-
-        Raises:
-            ValueError: `implementation` is "static", but the model cannot be captured.
-        """
-        return cls(model, rows, uses_graphs(model, implementation), tokens=tokens)
 
     # ---- what has been read
 
