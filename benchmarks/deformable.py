@@ -19,7 +19,7 @@ import torch
 from mm_interleaved.bench.machine import describe
 from mm_interleaved.ops.deformable import sample_maps, sum_rows
 
-# (pictures, queries, heads, channels of a head, points, sides of the maps)
+# (images, queries, heads, channels of a head, points, sides of the maps)
 CASES = [
     (2, 64, 8, 16, 4, (32, 16, 8, 4)),
     (2, 256, 8, 16, 4, (32, 16, 8, 4)),
@@ -53,14 +53,14 @@ def main() -> None:
     lines = []
     for threads in options.threads:
         torch.set_num_threads(threads)
-        for pictures, queries, heads, channels, points, sides in CASES[: options.cases]:
-            value = torch.randn(pictures, sum(side * side for side in sides), heads, channels)
-            locations = 1.4 * torch.rand(pictures, queries, heads, 1, points, 2) - 0.2
-            weights = torch.rand(pictures, queries, heads, len(sides), points)
+        for images, queries, heads, channels, points, sides in CASES[: options.cases]:
+            value = torch.randn(images, sum(side * side for side in sides), heads, channels)
+            locations = 1.4 * torch.rand(images, queries, heads, 1, points, 2) - 0.2
+            weights = torch.rand(images, queries, heads, len(sides), points)
             given = value, [(side, side) for side in sides], locations, weights
             with torch.inference_mode():
                 maps, rows = (best(partial(form, *given), options.repeats) for form in (sample_maps, sum_rows))
-            case = f"{pictures} x {queries} queries, {heads} heads of {channels}, {points} points, maps {sides}"
+            case = f"{images} x {queries} queries, {heads} heads of {channels}, {points} points, maps {sides}"
             lines.append({"threads": threads, "case": case, "maps": maps, "rows": rows, "ratio": round(maps / rows, 2)})
             print(f"{threads} threads  {case}: maps {maps} ms, rows {rows} ms, {maps / rows:.2f} times as fast")
     if options.output:

@@ -3,9 +3,9 @@
 python benchmarks/evaluation.py --output benchmarks/results/evaluation.json                     # one GPU with 80 GB
 python benchmarks/evaluation.py --preset debug --device cpu --dtype float32 --samples 8         # to see that it runs
 
-Weights are random: what is written means nothing and costs the same. Pictures are toy pictures of 640 pixels, read from
+Weights are random: what is written means nothing and costs the same. Images are toy images of 640 pixels, read from
 files as an evaluation reads them; prompts, beams and lengths are the release's. A run has eight batches at least, as
-the first one waits for its pictures.
+the first one waits for its images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast the data of a training run is made, without a model: rows, tokens and pictures a second.
+"""How fast the data of a training run is made, without a model: rows, tokens and images a second.
 
 python benchmarks/loader.py configs/debug.yaml --workers 0 1 2
 python benchmarks/loader.py configs/small/pretrain.yaml --preset small --workers 7 14 --output loader.json
@@ -31,14 +31,14 @@ def measure(config: TrainConfig, processor: MMInterleavedProcessor, workers: int
     batches = iter(build_loader(config.data, processor))
     for _ in islice(batches, max(1, workers * config.data.prefetch_factor)):
         pass
-    rows = tokens = pictures = 0
+    rows = tokens = images = 0
     begin = time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds:
         batch: Batch = next(batches)
         rows += len(batch.input_ids)
         tokens += int(batch.attention_mask.sum())
-        pictures += len(batch.pixel_values)
-    counts = {"rows": rows, "tokens": tokens, "pictures": pictures}
+        images += len(batch.pixel_values)
+    counts = {"rows": rows, "tokens": tokens, "images": images}
     return {"workers": workers, **{f"{name}/s": round(count / spent, 1) for name, count in counts.items()}}
 
 

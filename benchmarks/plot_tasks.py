@@ -31,7 +31,7 @@ def main_values(results: dict[str, Any]) -> dict[str, dict[str, Interval]]:
     for task, result in results["tasks"].items():
         for kind, metric in result["metrics"].items():
             for name, (low, high) in metric.get("intervals", {}).items():
-                if kind != "scene_pictures" or name in MAIN:
+                if kind != "scene_images" or name in MAIN:
                     found[name][task] = (metric["values"][name], low, high)
     return found
 

@@ -3,13 +3,13 @@
 python benchmarks/quality.py small --output benchmarks/results/quality.json
 python benchmarks/quality.py runs/pretrain/final --samples 500 --device cuda
 
-    captions    a picture and the caption's prompt; what the text states is compared with the scene
-    questions   a picture and one question; the answer must be one that people give
+    captions    an image and the caption's prompt; what the text states is compared with the scene
+    questions   an image and one question; the answer must be one that people give
     typed       the same, up to `--each` questions of each of `--types` about a scene, for what is rarely asked
-    boxes       a picture and an expression for one thing in it; the box must overlap the thing's by half or more
-    drawing     a caption; the picture is read by `toyworld.reader` and compared with what the caption states
-    stories     text and first picture are given, later texts too; each picture is drawn from those drawn before it
-    frames      the same, each picture drawn from the true ones before it
+    boxes       an image and an expression for one thing in it; the box must overlap the thing's by half or more
+    drawing     a caption; the image is read by `toyworld.reader` and compared with what the caption states
+    stories     text and first image are given, later texts too; each image is drawn from those drawn before it
+    frames      the same, each image drawn from the true ones before it
 
 `typed`, `boxes` and `frames` are asked where `--tasks` names them. `n_...` is how often a type was asked.
 """
@@ -90,16 +90,16 @@ class Exam:
         return texts
 
     def paint(self, documents: Sequence[Document]) -> list[PIL.Image.Image]:
-        """The last picture of each document, drawn anew."""
-        pictures = []
+        """The last image of each document, drawn anew."""
+        images = []
         for part in batches(documents, self.options.batch):
             batch = self.processor(list(part)).to(self.model.compute_device)
             last = [i for i, row in enumerate(batch.image_rows) if i + 1 == len(batch.image_rows)
                     or batch.image_rows[i + 1] != row]  # fmt: skip
             drawn = self.model.generate_images(batch, self.image, targets=last)
             values = (drawn.float().clamp(0, 1) * 255 + 0.5).byte().permute(0, 2, 3, 1).cpu().numpy()
-            pictures += [PIL.Image.fromarray(v) for v in values]
-        return pictures
+            images += [PIL.Image.fromarray(v) for v in values]
+        return images
 
     def captions(self) -> dict[str, float]:
         """Facts that are right of those stated, things mentioned of those there."""
@@ -126,8 +126,8 @@ class Exam:
         return self._answers(asked)
 
     def _answers(self, asked: Sequence[tuple[Scene, Sequence[Question]]]) -> dict[str, float]:
-        pairs = [(picture, q) for scene, some in asked for picture in [draw(scene, self.size)] for q in some]
-        given = [Document([Image(picture), Text(VQA_SHORT.format(question=q.question))]) for picture, q in pairs]
+        pairs = [(image, q) for scene, some in asked for image in [draw(scene, self.size)] for q in some]
+        given = [Document([Image(image), Text(VQA_SHORT.format(question=q.question))]) for image, q in pairs]
         right, count = Counter(), Counter()
         for (_, question), text in zip(pairs, self.write(given, 6), strict=True):
             said = text.strip().lower().rstrip(".")
@@ -149,12 +149,12 @@ class Exam:
         """What is found of what the caption asked for."""
         asked = [(scene, caption(scene, rng)) for scene, rng in self.scenes(3, self.options.drawn)]
         blank = PIL.Image.new("RGB", (self.size, self.size), (128, 128, 128))
-        pictures = self.paint([Document([Text(told.text), Image(blank)]) for _, told in asked])
+        images = self.paint([Document([Text(told.text), Image(blank)]) for _, told in asked])
         total = SceneScore()
-        for (scene, told), seen in zip(asked, self._read(pictures), strict=True):
+        for (scene, told), seen in zip(asked, self._read(images), strict=True):
             relations = [(f.thing, f.value, f.other) for f in told.facts if f.name == "relation"]
             total = total + match(scene, seen, relations)
-        self._keep("drawing", [(told.text, picture) for (_, told), picture in zip(asked, pictures, strict=True)])
+        self._keep("drawing", [(told.text, image) for (_, told), image in zip(asked, images, strict=True)])
         return total.rates()
 
     def stories(self) -> dict[str, float]:
@@ -163,9 +163,9 @@ class Exam:
         shown: list[tuple[str, PIL.Image.Image]] = []
         for part in batches(self._stories(), self.options.batch):
             for number, result in self._tell(part):
-                pictures = [s.source for s in result.segments if isinstance(s, Image)][1:]
-                total = total + self._compared(part[number].frames[1:], pictures)
-                shown += zip([f.text for f in part[number].frames[1:]], pictures, strict=True)
+                images = [s.source for s in result.segments if isinstance(s, Image)][1:]
+                total = total + self._compared(part[number].frames[1:], images)
+                shown += zip([f.text for f in part[number].frames[1:]], images, strict=True)
         self._keep("stories", shown)
         return self._rates(total)
 
@@ -179,23 +179,23 @@ class Exam:
                 before = [segment for pair in seen[:number] for segment in pair]
                 given.append(Document([*before, Text(frame.text), Image(blank)]))
                 asked.append(frame)
-        pictures = self.paint(given)
-        self._keep("frames", [(frame.text, picture) for frame, picture in zip(asked, pictures, strict=True)])
-        return self._rates(self._compared(asked, pictures))
+        images = self.paint(given)
+        self._keep("frames", [(frame.text, image) for frame, image in zip(asked, images, strict=True)])
+        return self._rates(self._compared(asked, images))
 
     def _stories(self) -> list[Story]:
         rngs = [scene_rng(self.options.seed + 4000, self.options.split, i)
                 for i in range(self.options.drawn or self.options.samples)]  # fmt: skip
         return [story(rng, frames=(3, 5), split=self.options.split) for rng in rngs]
 
-    def _compared(self, frames: Sequence[Frame], pictures: Sequence[PIL.Image.Image]) -> SceneScore:
-        found = [match(f.scene, seen, (), f.unsaid) for f, seen in zip(frames, self._read(pictures), strict=True)]
+    def _compared(self, frames: Sequence[Frame], images: Sequence[PIL.Image.Image]) -> SceneScore:
+        found = [match(f.scene, seen, (), f.unsaid) for f, seen in zip(frames, self._read(images), strict=True)]
         return sum(found, SceneScore())
 
     @staticmethod
     def _rates(total: SceneScore) -> dict[str, float]:
         in_place = total.right_cell / total.requested if total.requested else 0.0
-        return total.rates() | {"in_place": in_place, "frames": total.pictures, "unsaid": total.unsaid}
+        return total.rates() | {"in_place": in_place, "frames": total.images, "unsaid": total.unsaid}
 
     def _tell(self, part: Sequence[Story]) -> Iterator[tuple[int, Document]]:
         documents = []
@@ -214,20 +214,20 @@ class Exam:
             if isinstance(event, DocumentFinished):
                 yield event.document, event.result
 
-    def _read(self, pictures: Sequence[PIL.Image.Image]) -> list[list[Seen]]:
-        return [seen for part in batches(pictures, 64) for seen in self.reader.read(part)]
+    def _read(self, images: Sequence[PIL.Image.Image]) -> list[list[Seen]]:
+        return [seen for part in batches(images, 64) for seen in self.reader.read(part)]
 
     def _keep(self, name: str, shown: Sequence[tuple[str, PIL.Image.Image]]) -> None:
-        if self.options.pictures is None:
+        if self.options.images is None:
             return
-        self.options.pictures.mkdir(parents=True, exist_ok=True)
+        self.options.images.mkdir(parents=True, exist_ok=True)
         side, columns = self.size, 8
         shown = shown[:48]
         sheet = PIL.Image.new("RGB", (columns * side, -(-len(shown) // columns) * side), "white")
-        for index, (_, picture) in enumerate(shown):
-            sheet.paste(picture, (index % columns * side, index // columns * side))
-        sheet.save(self.options.pictures / f"{name}.png")
-        (self.options.pictures / f"{name}.txt").write_text("\n".join(text for text, _ in shown) + "\n")
+        for index, (_, image) in enumerate(shown):
+            sheet.paste(image, (index % columns * side, index // columns * side))
+        sheet.save(self.options.images / f"{name}.png")
+        (self.options.images / f"{name}.txt").write_text("\n".join(text for text, _ in shown) + "\n")
 
 
 def averaged(folder: Path, model: torch.nn.Module) -> None:
@@ -252,7 +252,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--each", type=int, default=2, help="questions of each of --types about a scene")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=30, help="of each picture")
+    parser.add_argument("--steps", type=int, default=30, help="of each image")
     parser.add_argument("--scheduler", default="DDPMScheduler", help="of diffusers")
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--batch", type=int, default=32)
@@ -261,7 +261,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--implementation", choices=("auto", "static", "dynamic"), default="auto", help="of caches")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the language model")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:4]))
-    parser.add_argument("--pictures", type=Path, help="folder for sheets of what was drawn")
+    parser.add_argument("--images", type=Path, help="folder for sheets of what was drawn")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Draw the emoji that the toy world uses into one picture, so that the font need not be installed.
+"""Draw the emoji that the toy world uses into one image, so that the font need not be installed.
 
 python scripts/make_emoji_atlas.py --font /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
@@ -25,7 +25,7 @@ def tile(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     ImageDraw.Draw(drawn).text((8, 8), emoji, font=font, embedded_color=True)
     box = drawn.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox()
     if box is None:
-        raise SystemExit(f"the font has no picture of {emoji!r}")
+        raise SystemExit(f"the font has no image of {emoji!r}")
     cut = drawn.crop(box)
     scale = TILE / max(cut.size)
     cut = cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale))), Image.Resampling.LANCZOS)

@@ -74,8 +74,8 @@ def tiny_model() -> MMInterleaved:
 
 def document() -> Document:
     """What the stored logits belong to."""
-    pictures = ROOT / "examples/pictures"
-    return Document([Text("A fox."), Image(pictures / "fox.png"), Text("A house."), Image(pictures / "house.png"),
+    images = ROOT / "examples/images"
+    return Document([Text("A fox."), Image(images / "fox.png"), Text("A house."), Image(images / "house.png"),
                      Text("The fox lives there.")])  # fmt: skip
 
 

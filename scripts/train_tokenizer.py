@@ -34,7 +34,7 @@ land large last late laugh leaf learn leave left lemon letter light like line li
 love low lunch made make man many map may me meet mile milk minute moon more morning most mother mountain mouse move much
 music must my name near need nest never new next nice night nine no north nose not nothing now number of off often old on
 once one only open or orange other our out outside over owl own page paint pair paper park part party path pear pencil
-people person picture piece pig pink place plain plane plant play please point pond pretty pull purple push put queen
+people person image piece pig pink place plain plane plant play please point pond pretty pull purple push put queen
 question quick quiet rabbit rain rainbow ran read ready red remember rest ride right ring river road robot rock roof room
 rose round run sad said sail same sand sat saw say school sea second see seed seven shape she sheep shine ship shoe shop
 short should show side sing sister sit six size sky sleep slow small smile snail snake snow so soft some song soon sound
@@ -71,7 +71,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 def toy_texts(documents: int, seed: int = 0) -> Iterator[str]:
     """What documents of the toy world say."""
     for index in range(documents):
-        document = toy_document(seed, "train", index, size=48)  # nobody looks at the pictures
+        document = toy_document(seed, "train", index, size=48)  # nobody looks at the images
         yield from (s.text for s in document.segments if isinstance(s, Text))
 
 

@@ -128,17 +128,17 @@ def model(debug_config: MMInterleavedConfig) -> MMInterleaved:
     return awaken(MMInterleaved(debug_config)).eval()
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (90, 60)) -> PIL.Image.Image:
-    """A picture with some structure in it."""
+def make_image(seed: int = 0, size: tuple[int, int] = (90, 60)) -> PIL.Image.Image:
+    """An image with some structure in it."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
     return PIL.Image.fromarray(coarse).resize(size, PIL.Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
-    """Three picture files in a folder of their own."""
+def images(tmp_path: Path) -> list[Path]:
+    """Three image files in a folder of their own."""
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
-        picture(i).save(path)
+        make_image(i).save(path)
     return paths

@@ -46,7 +46,7 @@ def test_data(tmp_path: Path) -> None:
     options = ["--preset", "debug", "--seconds", 1, "--output", tmp_path / "l.json"]
     measure("loader.py", "configs/small/pretrain.yaml", *changes, *options)
     (rates,) = json.loads((tmp_path / "l.json").read_text())["rates"]
-    assert min(rates[f"{name}/s"] for name in ("rows", "tokens", "pictures")) > 0
+    assert min(rates[f"{name}/s"] for name in ("rows", "tokens", "images")) > 0
 
 
 def test_quality(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_quality(tmp_path: Path) -> None:
 
 
 def test_quality_of_what_mmfs_is_for(tmp_path: Path) -> None:
-    """Places, boxes and pictures after others are asked for where they are named."""
+    """Places, boxes and images after others are asked for where they are named."""
     sizes = ["--samples", 2, "--drawn", 1, "--each", 1, "--types", "where", "count", "--steps", 1]
     tasks = ["--tasks", "typed", "boxes", "frames"]
     measure("quality.py", "small", *sizes, *tasks, "--output", tmp_path / "q.json")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mm_interleaved.document import ROLES, SEGMENT_FIELDS, Document, DocumentError, Image, Text, load_documents
 
-from .conftest import picture
+from .conftest import make_image
 
 RECORD = {
     "sentences": ["A cat.", "A dog."],
@@ -38,19 +38,19 @@ def load(folder: Path, data: Any, name: str = "input.json") -> list[Document]:
 # ---- forms
 
 
-def test_segments_form(tmp_path: Path, pictures: list[Path]) -> None:
+def test_segments_form(tmp_path: Path, images: list[Path]) -> None:
     data = {
         "segments": [{"text": "A."}, {"image": "0.png", "supervise": False}, {"image": None}, {"text": None}],
         "id": "x",
     }
     (document,) = load(tmp_path, data)
-    expected = [Text("A."), Image(pictures[0].resolve(), supervise=False), Image(), Text()]
+    expected = [Text("A."), Image(images[0].resolve(), supervise=False), Image(), Text()]
     assert document.segments == expected
     assert document.id == "x"
     assert [s.is_open for s in document.segments] == [False, False, True, True]
 
 
-def test_list_and_lines_give_the_same(tmp_path: Path, pictures: list[Path]) -> None:
+def test_list_and_lines_give_the_same(tmp_path: Path, images: list[Path]) -> None:
     items = [{"segments": [{"text": "A."}]}, {"segments": [{"image": "1.png"}]}]
     as_list = load(tmp_path, items)
     as_lines = load(tmp_path, "\n".join(map(json.dumps, items)) + "\n\n", "input.jsonl")
@@ -58,7 +58,7 @@ def test_list_and_lines_give_the_same(tmp_path: Path, pictures: list[Path]) -> N
     assert [d.segments for d in as_list] == [d.segments for d in as_lines] == [d.segments for d in undeclared]
 
 
-def test_messages_form_and_back(tmp_path: Path, pictures: list[Path]) -> None:
+def test_messages_form_and_back(tmp_path: Path, images: list[Path]) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image", "path": "0.png"}, {"type": "text", "text": "Who?"}]},
@@ -72,24 +72,24 @@ def test_messages_form_and_back(tmp_path: Path, pictures: list[Path]) -> None:
     assert again.to_messages() == document.to_messages()
 
 
-def test_picture_inside_a_data_url(tmp_path: Path) -> None:
+def test_image_inside_a_data_url(tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    picture().save(buffer, "PNG")
+    make_image().save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     part = {"type": "image_url", "image_url": {"url": url}}
     (document,) = load(tmp_path, {"messages": [{"role": "user", "content": [part]}]})
     assert document.segments[0].source.size == (90, 60)
 
 
-def test_record_places_pictures_around_sentences(tmp_path: Path, pictures: list[Path]) -> None:
+def test_record_places_images_around_sentences(tmp_path: Path, images: list[Path]) -> None:
     (document,) = load(tmp_path, RECORD)
-    one, two = (p.resolve() for p in pictures[:2])
+    one, two = (p.resolve() for p in images[:2])
     assert document.segments == [Image(one), Text("A cat. A dog."), Image(two)]
     assert document.max_turns == 2
     assert document.stop_at_eos is False
 
 
-def test_record_that_draws_opens_its_last_picture(tmp_path: Path, pictures: list[Path]) -> None:
+def test_record_that_draws_opens_its_last_image(tmp_path: Path, images: list[Path]) -> None:
     data = RECORD | {"generate_mode": "generate_images", "num_iter": 5, "images": ["0.png", "not there yet.png"]}
     (document,) = load(tmp_path, data | {"multiround_context": ["One.", ""]})
     assert document.segments[-1] == Image()
@@ -97,7 +97,7 @@ def test_record_that_draws_opens_its_last_picture(tmp_path: Path, pictures: list
     assert document.forced_texts == ["One.", ""]
 
 
-def test_record_form_round_trip(tmp_path: Path, pictures: list[Path]) -> None:
+def test_record_form_round_trip(tmp_path: Path, images: list[Path]) -> None:
     data = RECORD | {"num_iter": 3, "multiround_context": ["x"], "generate_mode": "generate_texts", "id": "r"}
     (document,) = load(tmp_path, data)
     again = Document.from_dict(document.to_record())
@@ -172,7 +172,7 @@ WRONG_DOCUMENT = st.one_of(
 @given(data=WRONG_DOCUMENT, name=st.sampled_from(["input.json", "input.jsonl"]))
 def test_any_json_is_read_or_refused_with_words(tmp_path: Path, data: Any, name: str) -> None:
     """Whatever a file holds, it is read (and can then be written again), or it is said what is wrong with it."""
-    picture().save(tmp_path / "0.png")
+    make_image().save(tmp_path / "0.png")
     if not (tmp_path / "loop").is_symlink():
         (tmp_path / "loop").symlink_to("loop")
     try:
@@ -210,7 +210,7 @@ def test_any_json_is_read_or_refused_with_words(tmp_path: Path, data: Any, name:
         ('{"segments": [{"image": "../secret.png"}]}', ["outside", "--image-root"]),
         ('{"segments": [{"image": "/etc/hostname"}]}', ["outside"]),
         ('{"segments": [{"image": "https://x.org/a.png"}]}', ["URL", "download it"]),
-        ('{"segments": [{"image": "data:image/png;base64,AAAA"}]}', ["data URL", "no picture"]),
+        ('{"segments": [{"image": "data:image/png;base64,AAAA"}]}', ["data URL", "no image"]),
         ('{"segments": [{"text": "a"}], "max_turns": 0}', ["max_turns", "at least 1"]),
         (
             '{"messages": [{"role": "user", "content": [{"type": "video"}]}]}',
@@ -235,8 +235,8 @@ def test_mistakes_are_named(tmp_path: Path, content: str, words: list[str]) -> N
         ({"sentence_ixs": [0, 2]}, ["sentence_ixs[1]", "no sentence 2", "0 to 1"]),
         ({"sentence_ixs": [0, -1]}, ["sentence_ixs[1]", "no sentence -1"]),
         ({"images": ["0.png"]}, ["1, 2 and 2 entries"]),
-        ({"images": [], "sentence_ixs": [], "image_first": []}, ["at least one picture"]),
-        ({"sentence_ixs": [1, 0]}, ["images[1]", "stands before picture 0"]),
+        ({"images": [], "sentence_ixs": [], "image_first": []}, ["at least one image"]),
+        ({"sentence_ixs": [1, 0]}, ["images[1]", "stands before image 0"]),
         ({"sentence_ixs": [0, 0], "image_first": [False, True]}, ["stands before"]),
         ({"image_first": [1, 0]}, ["image_first[0]", "true or false"]),
         ({"sentence_ixs": [True, 1]}, ["sentence_ixs[0]", "whole number"]),
@@ -245,7 +245,7 @@ def test_mistakes_are_named(tmp_path: Path, content: str, words: list[str]) -> N
         ({"image_frist": []}, ["unknown field 'image_frist'", "Did you mean 'image_first'?"]),
     ],
 )
-def test_mistakes_in_records_are_named(tmp_path: Path, pictures: list[Path], change: dict, words: list[str]) -> None:
+def test_mistakes_in_records_are_named(tmp_path: Path, images: list[Path], change: dict, words: list[str]) -> None:
     with pytest.raises(DocumentError) as caught:
         load(tmp_path, [RECORD, RECORD | change])
     for word in ["record 1", *words]:
@@ -265,23 +265,23 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
         load_documents(tmp_path / "binary.json")
 
 
-def test_a_link_does_not_lead_outside(tmp_path: Path, pictures: list[Path]) -> None:
+def test_a_link_does_not_lead_outside(tmp_path: Path, images: list[Path]) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
-    (inside / "link.png").symlink_to(pictures[0])
+    (inside / "link.png").symlink_to(images[0])
     path = write(inside, {"segments": [{"image": "link.png"}]})
     with pytest.raises(DocumentError, match="outside"):
         load_documents(path)
-    assert load_documents(path, image_root=tmp_path)[0].images[0].source == pictures[0].resolve()
+    assert load_documents(path, image_root=tmp_path)[0].images[0].source == images[0].resolve()
 
 
-def test_pictures_in_memory_have_no_path() -> None:
+def test_images_in_memory_have_no_path() -> None:
     with pytest.raises(DocumentError, match="only in memory"):
         Document([Image(PIL.Image.new("RGB", (2, 2)))]).to_dict()
 
 
-def test_record_needs_a_picture_and_a_closed_middle() -> None:
-    with pytest.raises(DocumentError, match="at least one picture"):
+def test_record_needs_a_image_and_a_closed_middle() -> None:
+    with pytest.raises(DocumentError, match="at least one image"):
         Document([Text("a")]).to_record()
     with pytest.raises(DocumentError, match="segments\\[0\\]"):
         Document([Image(), Text("a")]).to_record()

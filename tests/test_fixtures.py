@@ -58,7 +58,7 @@ def apart(a: Path, b: Path) -> int:
 
 def document() -> Document:
     """The one that `scripts/make_fixtures.py` computed the stored logits of."""
-    images = ROOT / "examples/pictures"
+    images = ROOT / "examples/images"
     return Document([Text("A fox."), Image(images / "fox.png"), Text("A house."), Image(images / "house.png"),
                      Text("The fox lives there.")])  # fmt: skip
 

@@ -30,7 +30,7 @@ from mm_interleaved.training.config import LossConfig, ShapesConfig
 from mm_interleaved.training.graphs import RecordedStep
 from mm_interleaved.training.pipeline import prepare_documents
 
-from .conftest import awaken, picture
+from .conftest import awaken, make_image
 from .ops.mmfs_inputs import LEAVES, arguments, cast, run
 
 pytestmark = pytest.mark.gpu
@@ -62,9 +62,9 @@ def small() -> Loaded:
 
 def documents() -> list[Document]:
     return [
-        Document([Text("a red house"), Image(picture(1)), Text("and then"), Image(picture(2)), Text("the end")]),
-        Document([Image(picture(3)), Text("a boat on a lake")]),
-        Document([Text("no picture at all")]),
+        Document([Text("a red house"), Image(make_image(1)), Text("and then"), Image(make_image(2)), Text("the end")]),
+        Document([Image(make_image(3)), Text("a boat on a lake")]),
+        Document([Text("no image at all")]),
     ]
 
 
@@ -147,7 +147,7 @@ def test_beams_and_scores_are_the_cpus(model: MMInterleaved, there: MMInterleave
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_half_precision(small: Loaded, dtype: torch.dtype) -> None:
-    """Small model: hidden states and a drawn picture against float32 with the same rounded weights."""
+    """Small model: hidden states and a drawn image against float32 with the same rounded weights."""
     half = copy.deepcopy(small.model).to("cuda", dtype)
     half.image_decoder.vae.float()
     exact = copy.deepcopy(half).float()
@@ -192,12 +192,12 @@ def test_offloading(model: MMInterleaved, there: MMInterleaved, batch: Batch, tm
 AT_BORDERS = 5e-3
 LANGUAGE = {"shapes": [(32, 32), (16, 16), (8, 8)], "heads": 16, "points": 8, "dim": 64}
 REAL = {  # release size
-    "tokens": {**LANGUAGE, "groups": 2048, "pictures": 15, "slots": 15},
-    "one token": {**LANGUAGE, "groups": 1, "pictures": 15, "slots": 15},
-    "a map": {**LANGUAGE, "shapes": [(64, 64), *LANGUAGE["shapes"]], "groups": 2, "queries": 4096, "pictures": 2,
+    "tokens": {**LANGUAGE, "groups": 2048, "images": 15, "slots": 15},
+    "one token": {**LANGUAGE, "groups": 1, "images": 15, "slots": 15},
+    "a map": {**LANGUAGE, "shapes": [(64, 64), *LANGUAGE["shapes"]], "groups": 2, "queries": 4096, "images": 2,
               "slots": 1},
     "small model": {"shapes": [(16, 16), (8, 8), (4, 4)], "heads": 8, "points": 4, "dim": 16, "groups": 1500,
-                    "pictures": 20, "slots": 7},
+                    "images": 20, "slots": 7},
 }  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_mmfs_kernels_in_half_precision(case: str, dtype: torch.dtype) -> None:
 
 
 def test_mmfs_kernels_are_the_choice_and_run_in_a_graph() -> None:
-    """One token, recorded once: no host takes part in a replay, whatever pictures it sees then."""
+    """One token, recorded once: no host takes part in a replay, whatever images it sees then."""
     given = arguments(**REAL["one token"], dtype=torch.bfloat16, device="cuda")
     assert torch.equal(mmfs_attention(MMFSInputs(**given))[0], mmfs_attention(MMFSInputs(**given), backend="triton")[0])
     graph = torch.cuda.CUDAGraph()
@@ -265,13 +265,13 @@ def test_a_recorded_step_computes_the_same(small: Loaded, halved: bool, bounds: 
     """Losses and gradients through CUDA graphs, for batches of the recorded sizes and for one of others."""
     model = copy.deepcopy(small.model).to("cuda").train()
     called = Halved(model) if halved else model
-    shapes = ShapesConfig(1, pictures=5, drawn=3, conditioning=2, context=96, labelled=150, visible=3, graph=True)
+    shapes = ShapesConfig(1, images=5, drawn=3, conditioning=2, context=96, labelled=150, visible=3, graph=True)
     step = RecordedStep(shapes)
     prepare = prepare_documents(model, LossConfig(), shapes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for seed, count in enumerate([3, 3, 3, 2]):
-        pictures = [Image(picture(10 * seed + n)) for n in range(count)]
-        batch = small.processor(Document([Text("a red house"), *pictures, Text("the end" * seed)]), training=True)
+        images = [Image(make_image(10 * seed + n)) for n in range(count)]
+        batch = small.processor(Document([Text("a red house"), *images, Text("the end" * seed)]), training=True)
         fill = {"input_ids": small.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         for name, value in fill.items():
             row = batch[name]

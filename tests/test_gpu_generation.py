@@ -143,7 +143,7 @@ def test_adapters_and_new_weights_are_seen(small: Loaded, implementation: str) -
     assert texts(copy.deepcopy(merged), batch, settings, implementation) == changed
 
 
-# ---- pictures
+# ---- images
 
 
 def drawn(model: MMInterleaved, images: list[list[int]], kind: str, seed: int = 2, **options: object) -> Tensor:
@@ -168,7 +168,7 @@ def earlier_on(model: MMInterleaved, images: list[list[int]], seed: int):
 @pytest.mark.parametrize("images", [[[0]], [[1], [-1]], [[]]])
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_recorded_denoising(there: MMInterleaved, images: list, scheduler: str) -> None:  # noqa: F811
-    """Float32; a second picture of the same shape replays the first one's recording."""
+    """Float32; a second image of the same shape replays the first one's recording."""
     for seed in (2, 3):
         found, expected = (drawn(there, images, kind, seed, scheduler=scheduler) for kind in ("static", "dynamic"))
         assert relative(found, expected) < 1e-4

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_interleaved import Document, DocumentError, Image, MMInterleavedProcessor, Text
-from mm_interleaved.processor.images import load_picture
+from mm_interleaved.processor.images import load_image
 
-from .conftest import picture
+from .conftest import make_image
 
 
 def pixels(image: Image) -> np.ndarray:
-    return np.asarray(load_picture(image.source))
+    return np.asarray(load_image(image.source))
 
 
 SIDES = st.integers(1, 9)
@@ -105,7 +105,7 @@ def test_what_is_no_image_is_refused_when_it_is_made(source: object, words: str)
     with pytest.raises(DocumentError, match=words):
         Image(source)
     with pytest.raises(DocumentError, match=words):
-        Image(picture(), target=source)
+        Image(make_image(), target=source)
 
 
 @pytest.mark.parametrize(
@@ -135,19 +135,19 @@ def test_texts_and_roles_are_checked_when_they_are_made() -> None:
 
 
 def closed_file(folder: Path) -> PIL.Image.Image:
-    picture().save(folder / "a.png")
+    make_image().save(folder / "a.png")
     with PIL.Image.open(folder / "a.png") as image:
         return image
 
 
 def closed_stream(folder: Path) -> PIL.Image.Image:
-    picture().save(folder / "a.png")
+    make_image().save(folder / "a.png")
     with (folder / "a.png").open("rb") as stream:
         return PIL.Image.open(stream)
 
 
 def closed_image(folder: Path) -> PIL.Image.Image:
-    image = picture()
+    image = make_image()
     image.close()
     return image
 
@@ -158,7 +158,7 @@ def junk(folder: Path) -> Path:
 
 
 def truncated(folder: Path) -> Path:
-    picture().save(folder / "a.png")
+    make_image().save(folder / "a.png")
     data = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(data[: len(data) // 2])
     return folder / "a.png"
@@ -170,7 +170,7 @@ def truncated(folder: Path) -> Path:
         (closed_file, "the file of the image is closed"),
         (closed_stream, "the file of the image is closed"),
         (closed_image, "the file of the image is closed"),
-        (junk, "is not a picture that can be read"),
+        (junk, "is not an image that can be read"),
         (truncated, "is damaged"),
         (lambda folder: folder, "cannot be read: Is a directory"),
         (lambda folder: folder / "absent.png", "does not exist"),
@@ -188,7 +188,7 @@ def truncated(folder: Path) -> Path:
 def test_errors_name_document_and_segment(
     processor: MMInterleavedProcessor, tmp_path: Path, make: object, words: str
 ) -> None:
-    document = Document([Text("A cat."), Image(picture()), Image(make(tmp_path))])
+    document = Document([Text("A cat."), Image(make_image()), Image(make(tmp_path))])
     with pytest.raises(DocumentError, match=words) as caught:
         processor([Document([Text("Fine.")]), document])
     assert caught.value.where == "document 1, segments[2]"
@@ -200,7 +200,7 @@ def test_errors_name_document_and_segment(
 
 def test_errors_name_the_target_and_the_part_of_a_chat(processor: MMInterleavedProcessor, tmp_path: Path) -> None:
     with pytest.raises(DocumentError) as caught:
-        processor(Document([Image(picture(), target=junk(tmp_path))]), training=True)
+        processor(Document([Image(make_image(), target=junk(tmp_path))]), training=True)
     assert caught.value.where == "document 0, segments[0], target"
     part = {"type": "image", "image": np.zeros((2, 2, 2), np.uint8)}
     with pytest.raises(DocumentError) as caught:
@@ -213,7 +213,7 @@ MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La"
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_become_rgb(mode: str) -> None:
-    assert load_picture(PIL.Image.new(mode, (3, 2))).mode == "RGB"
+    assert load_image(PIL.Image.new(mode, (3, 2))).mode == "RGB"
 
 
 @pytest.mark.parametrize("value", [0, 255, 300, 65_535])
@@ -221,7 +221,7 @@ def test_sixteen_bits_in_32(value: int) -> None:
     """Mode I holds 16 bits a pixel where files of 16 bits are read so; small values may as well be 8 bits."""
     image = PIL.Image.new("I", (2, 2), 65_535)
     image.putpixel((0, 0), value)
-    assert load_picture(image).getpixel((0, 0)) == (round(value / 257),) * 3
+    assert load_image(image).getpixel((0, 0)) == (round(value / 257),) * 3
 
 
 def test_errors_survive_pickling() -> None:
@@ -237,7 +237,7 @@ def encoded(kind: str) -> bytes:
     buffer = io.BytesIO()
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    picture(size=(24, 16)).save(buffer, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}))
+    make_image(size=(24, 16)).save(buffer, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}))
     return buffer.getvalue()
 
 
@@ -255,7 +255,7 @@ def test_damaged_bytes_give_an_image_or_an_error_in_words(tmp_path_factory, kind
     path = tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}"
     path.write_bytes(bytes(damaged))
     try:
-        image = load_picture(path, "segments[3]")
+        image = load_image(path, "segments[3]")
     except DocumentError as error:
         assert error.where == "segments[3]"  # noqa: PT017 - damage is allowed to leave an image that can be read
         return

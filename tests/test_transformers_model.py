@@ -37,10 +37,10 @@ from mm_interleaved import (
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor.tokenizer import encode_text
 
-from .conftest import awaken, picture
+from .conftest import awaken, make_image
 
 GREEDY = TextSettings(num_beams=1, max_new_tokens=4, min_new_tokens=4)
-DOCUMENT = Document([Text("A cat."), Image(picture(0)), Text("asleep"), Image(picture(1))])
+DOCUMENT = Document([Text("A cat."), Image(make_image(0)), Text("asleep"), Image(make_image(1))])
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_added_tokens(larger: tuple[MMInterleaved, MMInterleavedProcessor], tmp_
     assert (model.config.vocab_size, model.config.num_new_tokens) == (old + 2, 4)
     assert (model.config.soi_token_id, model.config.image_token_id) == (old - 2, old - 1)
 
-    document = Document([Text("The wug is <left> of the cat."), Image(picture())])
+    document = Document([Text("The wug is <left> of the cat."), Image(make_image())])
     batch = processor(document)
     assert {old, old + 1} <= set(batch.input_ids.flatten().tolist())
     assert (
@@ -382,7 +382,7 @@ def test_tensors_are_of_pytorch(processor: MMInterleavedProcessor) -> None:
 
 def test_text_and_images(processor: MMInterleavedProcessor) -> None:
     """In the manner of transformers: one `<|image|>` for each image, images of any kind that `Image` takes."""
-    image = picture()
+    image = make_image()
     pixels = torch.from_numpy(np.array(image))
     expected = processor(Document([Text("A cat."), Image(image), Text("asleep", attached=True)]))
     for images in (image, [image], [[image]], pixels.numpy(), pixels.permute(2, 0, 1), pixels.permute(2, 0, 1)[None]):
@@ -404,14 +404,14 @@ def conversation(question: str, image: object) -> list[dict]:
 
 
 def test_chat_templates_give_batches(processor: MMInterleavedProcessor) -> None:
-    messages = conversation("Who?", picture())
+    messages = conversation("Who?", make_image())
     chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     found = processor.apply_chat_template(messages, **chat)
     expected = processor(Document.from_messages(messages))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(processor.apply_chat_template(messages, **chat | {"return_dict": False}), expected.input_ids)
 
-    several = [messages, conversation("What is it, and where?", picture(1).copy())]
+    several = [messages, conversation("What is it, and where?", make_image(1).copy())]
     found = processor.apply_chat_template(several, padding_side="left", **chat)
     expected = processor([Document.from_messages(m) for m in several], padding_side="left")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -421,8 +421,8 @@ def test_chat_templates_give_batches(processor: MMInterleavedProcessor) -> None:
 
 
 def test_chats_without_a_prompt_and_of_other_image_parts(processor: MMInterleavedProcessor, tmp_path: Path) -> None:
-    picture().save(tmp_path / "a.png")
-    ended = [*conversation("Who?", picture()), {"role": "assistant", "content": "A cat."}]
+    make_image().save(tmp_path / "a.png")
+    ended = [*conversation("Who?", make_image()), {"role": "assistant", "content": "A cat."}]
     ids = processor.apply_chat_template(ended, tokenize=True)
     assert ids[0, -1] == processor.tokenizer.eos_token_id
     with_prompt = processor.apply_chat_template(ended, tokenize=True, add_generation_prompt=True)
@@ -437,7 +437,7 @@ def test_chats_without_a_prompt_and_of_other_image_parts(processor: MMInterleave
 
 
 def test_what_is_wrong_in_a_conversation(processor: MMInterleavedProcessor) -> None:
-    good, bad = conversation("Who?", picture()), conversation("Who?", b"junk")
+    good, bad = conversation("Who?", make_image()), conversation("Who?", b"junk")
     with pytest.raises(
         ValueError, match=r"conversation 1, messages\[1\]\.content\[0\]\.image: an image must be a path"
     ):
@@ -458,7 +458,7 @@ def test_decoding(processor: MMInterleavedProcessor) -> None:
     assert [t.strip() for t in processor.batch_decode(ids, skip_special_tokens=True)] == ["A cat.", "A black dog."]
     assert processor.decode(ids[0], skip_special_tokens=True).strip() == "A cat."
     assert processor.decode(ids[0]) == "<s>A cat.<pad>"
-    ids = processor(Document([Text("A cat."), Image(picture())]), training=True).input_ids[0]
+    ids = processor(Document([Text("A cat."), Image(make_image())]), training=True).input_ids[0]
     assert processor.decode(ids) == "<s>A cat.<|beginofimage|>" + "<|image|>" * 4 + "</s>"
     assert processor.post_process_image_text_to_text(ids[None]) == ["A cat."]
 
@@ -470,9 +470,9 @@ def test_the_examples_of_the_documentation(
     folder: Path, processor: MMInterleavedProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text()
-    picture().save(tmp_path / "cat.png")
+    make_image().save(tmp_path / "cat.png")
     monkeypatch.chdir(tmp_path)
-    names = {"folder": folder, "image": picture(), "Document": Document, "Text": Text, "Image": Image}
+    names = {"folder": folder, "image": make_image(), "Document": Document, "Text": Text, "Image": Image}
     for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         for line in re.split(r"(?<=# the same\n)|(?=^batch = processor\(Doc)", block, flags=re.MULTILINE):
             before = names.get("batch")

@@ -1,4 +1,4 @@
-"""MM-Interleaved: one model that reads and writes documents in which text and pictures alternate (arXiv 2401.10208).
+"""MM-Interleaved: one model that reads and writes documents in which text and images alternate (arXiv 2401.10208).
 
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text
 

@@ -18,18 +18,18 @@ QUICK = ("bench", "--preset", "debug", "--device", "cpu")
 
 def test_lines_files_and_comparison(mmi, tmp_path: Path) -> None:
     file = tmp_path / "a" / "debug.json"
-    outcome = mmi(*QUICK, "--only", "decode,session,layer-by-pictures", "--output", file)
+    outcome = mmi(*QUICK, "--only", "decode,session,layer-by-images", "--output", file)
     assert outcome.code == 0, outcome.err
     result = json.loads(file.read_text())
-    assert {row["line"] for row in result["rows"]} == {"decode", "session", "layer-by-pictures"}
+    assert {row["line"] for row in result["rows"]} == {"decode", "session", "layer-by-images"}
     assert {"date", "command", "processor", "versions", "bytes_per_second", "operations_per_second"} <= result.keys()
     for row in result["rows"]:
         assert row["value"] > 0
         assert row["bound"] > 0
         assert row["of_bound"] == pytest.approx(row["bound"] / row["value"])
     assert all(row["note"] == "same document" for row in result["rows"] if row["line"] == "session")
-    assert "| decode | 60 tokens, 2 pictures |" in file.with_suffix(".md").read_text()
-    assert {p.name for p in file.parent.glob("*.png")} == {"debug-session.png", "debug-layer-by-pictures.png"}
+    assert "| decode | 60 tokens, 2 images |" in file.with_suffix(".md").read_text()
+    assert {p.name for p in file.parent.glob("*.png")} == {"debug-session.png", "debug-layer-by-images.png"}
     compared = mmi("bench", "--compare", file, file)
     assert "decode" in compared.out
     assert "1.00" in compared.out
@@ -93,7 +93,7 @@ def test_kernel_lines_need_a_gpu(mmi) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("bench", "--only", "decoding"), "there is no line 'decoding'; there are decode, picture,"),
+        (("bench", "--only", "decoding"), "there is no line 'decoding'; there are decode, image,"),
         (("bench", "--preset", "huge"), "--preset must be one of release, small, debug, not 'huge'"),
         (("bench", "--dtype", "int8", "--device", "cpu"), "--dtype must be one of"),
         (("bench", "--quantization", "int3", "--device", "cpu"), "--quantization must be one of int8, fp8"),

@@ -78,7 +78,7 @@ def test_types(mmi: Mmi, tmp_path: Path, original: Path) -> None:
     assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}  # the VAE computes in float32: nothing is rounded
 
 
-def test_larger_pictures(mmi: Mmi, tmp_path: Path, original: Path) -> None:
+def test_larger_images(mmi: Mmi, tmp_path: Path, original: Path) -> None:
     done = mmi("convert", original, tmp_path / "ours", "--config", "debug", "--image-upscale", 2, "--tokenizer", WORDS)
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "ours" / "config.json").read_text())

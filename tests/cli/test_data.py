@@ -14,7 +14,7 @@ import pytest
 from mm_interleaved.toyworld.writers import write_dataset
 from mm_interleaved.toyworld.writers.base import Job
 
-from ..data.world import write_lines, write_pictures
+from ..data.world import write_images, write_lines
 from .conftest import Outcome
 
 Mmi = Callable[..., Outcome]
@@ -24,15 +24,15 @@ DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that docs/data.md shows, with pictures; the place where commands run."""
+    """The files that docs/data.md shows, with images; the place where commands run."""
     examples = dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", DOCS.read_text(), re.DOTALL))
     assert len(examples) == 4
     for name, text in examples.items():
         path = tmp_path / ("config.yaml" if name == "config" else name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for pictures in ("pairs/images", "mmc4/images", "documents"):
-        write_pictures(tmp_path / pictures, 2)
+    for images in ("pairs/images", "mmc4/images", "documents"):
+        write_images(tmp_path / images, 2)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,12 +47,12 @@ def test_every_source_is_shown(mmi: Mmi, folder: Path) -> None:
     shown = mmi("data", "check", "config.yaml", "--seconds", "0.2", "--sheet", "look.png")
     assert shown.code == 0, shown.err
     captions, mmc4, documents = (table(shown.out, name) for name in ("captions", "mmc4", "documents"))
-    assert (captions["documents"], captions["pictures"], captions["shard missing"]) == ("2", "2", "1")
-    assert (mmc4["documents"], mmc4["pictures"]) == ("1", "2")
-    assert (documents["documents"], documents["pictures"], documents["pictures learned"]) == ("3", "3", "66.7%")
-    assert re.search(r"the main process: [\d,]+ tokens/s, [\d,.]+ pictures/s", shown.out)
+    assert (captions["documents"], captions["images"], captions["shard missing"]) == ("2", "2", "1")
+    assert (mmc4["documents"], mmc4["images"]) == ("1", "2")
+    assert (documents["documents"], documents["images"], documents["images learned"]) == ("3", "3", "66.7%")
+    assert re.search(r"the main process: [\d,]+ tokens/s, [\d,.]+ images/s", shown.out)
     sheet = np.asarray(PIL.Image.open(folder / "look.png"))
-    for number in (0, 1):  # the pictures that `write_pictures` drew stand on it
+    for number in (0, 1):  # the images that `write_images` drew stand on it
         assert (np.abs(sheet.astype(int) - (number, 0, 128)).max(-1) <= 1).sum() > 3 * 100 * 100
 
 
@@ -72,7 +72,7 @@ def test_a_source_that_gives_nothing_is_an_error(mmi: Mmi, folder: Path) -> None
     assert shown.code == 1
     assert "these sources cannot be used: mmc4" in shown.err
     mmc4 = table(shown.out, "mmc4")
-    assert (mmc4["picture empty"], mmc4["picture missing"], mmc4["no picture left"]) == ("1", "1", "1")
+    assert (mmc4["image empty"], mmc4["image missing"], mmc4["no image left"]) == ("1", "1", "1")
     assert table(shown.out, "documents")["documents"] == "3"
 
 
@@ -107,7 +107,7 @@ class TestTasks:
     def test_a_task(self, mmi: Mmi, vqav2: Path) -> None:
         said = mmi("data", "check", "vqav2", "root=datasets")
         assert said.code == 0, said.err
-        assert "vqav2: good: 6 samples, 3 pictures these are files of the toy world" in said.out
+        assert "vqav2: good: 6 samples, 3 images these are files of the toy world" in said.out
         (vqav2 / "toyworld.json").unlink()
         assert "the official set has 214,354 samples" in mmi("data", "check", "vqav2", "root=datasets").out
 
@@ -117,7 +117,7 @@ class TestTasks:
         said = mmi("data", "check", "e.yaml")
         assert said.code == 1
         assert "gqa: not complete" in said.out
-        assert "Get the balanced questions and pictures of GQA 1.2" in said.out
+        assert "Get the balanced questions and images of GQA 1.2" in said.out
         assert "vqav2: good: 2 samples" in said.out
         assert "not complete: gqa" in said.err
         assert mmi("data", "check", "e.yaml", "only=[vqav2]").code == 0
@@ -143,7 +143,7 @@ class TestTasks:
         assert "textvqa_val_questions.json: 1 questions" in said.out
         assert f"mmi data check textvqa root={tmp_path / 'datasets'}" in said.out
         missing = mmi("data", "check", "textvqa", f"root={tmp_path / 'datasets'}")
-        assert "has its pictures in this folder, which does not exist" in missing.out
+        assert "has its images in this folder, which does not exist" in missing.out
         refused = mmi("data", "prepare", "vqav2", "--source", tmp_path)
         assert refused.code == 1
         assert "reads its files as they are" in refused.err

@@ -1,4 +1,4 @@
-"""`mmi generate`: real files in; pictures, results.json and report.html out; and what it says when that cannot be."""
+"""`mmi generate`: real files in; images, results.json and report.html out; and what it says when that cannot be."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mm_interleaved.document import Folder
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.pretrained import load
 
-from ..conftest import picture
+from ..conftest import make_image
 from .conftest import EXAMPLES, Outcome, spawn
 
 Mmi = Callable[..., Outcome]
@@ -33,12 +33,12 @@ QUICK = ("--model", "debug", "--steps", "2", "--max-new-tokens", "4")
 
 
 class Page(HTMLParser):
-    """What a report shows: visible texts, pictures, and everything it would fetch from elsewhere."""
+    """What a report shows: visible texts, images, and everything it would fetch from elsewhere."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.texts: list[str] = []
-        self.pictures: list[PIL.Image.Image] = []
+        self.images: list[PIL.Image.Image] = []
         self.fetched: list[str] = []
         self.tags: list[str] = []
         self.feed(path.read_text())
@@ -49,7 +49,7 @@ class Page(HTMLParser):
             if name in ("src", "href"):
                 header, _, data = (value or "").partition(",")
                 if header.startswith("data:image/"):
-                    self.pictures.append(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
+                    self.images.append(PIL.Image.open(io.BytesIO(base64.b64decode(data))))
                 else:
                     self.fetched.append(value or "")
 
@@ -83,7 +83,7 @@ def test_the_originals_own_examples_run_unchanged(mmi: Mmi, tmp_path: Path) -> N
     for record, source in zip(records, given, strict=True):
         assert {k: record[k] for k in source} == source  # the original's fields as they were
     texts, drawn = records
-    assert len(texts["generate_results"]) == 4  # num_iter turns, texts or pictures
+    assert len(texts["generate_results"]) == 4  # num_iter turns, texts or images
     assert drawn["generate_results"][0] == "1_0_0.png"  # named as the original names them: sample, turn, number
     assert len(drawn["generate_results"]) == 3
     for record in records:
@@ -112,7 +112,7 @@ def test_the_demo_documents(mmi: Mmi, tmp_path: Path) -> None:
 
 
 def test_who_says_what_in_a_conversation(mmi: Mmi, tmp_path: Path) -> None:
-    (tmp_path / "tea.jpg").write_bytes((EXAMPLES / "pictures/tea.jpg").read_bytes())
+    (tmp_path / "tea.jpg").write_bytes((EXAMPLES / "images/tea.jpg").read_bytes())
     content = [{"type": "image", "path": "tea.jpg"}, {"type": "text", "text": "What is on the table?"}]
     source = write(tmp_path, {"messages": [{"role": "user", "content": content}]})
     assert mmi("generate", source, "-o", tmp_path / "out", *QUICK).code == 0
@@ -136,7 +136,7 @@ def test_the_report_holds_everything_it_shows(mmi: Mmi, tmp_path: Path) -> None:
     page = Page(tmp_path / "out" / "report.html")
     records = json.loads((tmp_path / "out" / "results.json").read_text())
     shown = [s for record in records for s in record["segments"]]
-    assert len(page.pictures) == sum("image" in s for s in shown)
+    assert len(page.images) == sum("image" in s for s in shown)
     assert not page.fetched
     assert "script" not in page.tags
     visible = "".join("".join(page.texts).split())
@@ -166,7 +166,7 @@ def test_candidates_are_kept_and_shown(mmi: Mmi, tmp_path: Path) -> None:
     assert record["segments"][1] == {"image": "0_0_0.png", "generated": True, "turn": 0,
                                      "candidates": record["generate_results"]}  # fmt: skip
     assert len({(tmp_path / "out" / n).read_bytes() for n in record["generate_results"]}) == 3
-    assert len(Page(tmp_path / "out" / "report.html").pictures) == 3
+    assert len(Page(tmp_path / "out" / "report.html").images) == 3
 
 
 def test_a_forced_text_and_what_was_generated_in_its_place(mmi: Mmi, tmp_path: Path) -> None:
@@ -200,14 +200,14 @@ def test_each_document_is_prepared_once(mmi: Mmi, tmp_path: Path, monkeypatch: p
 
 def test_a_given_image_that_is_no_file_is_saved(mmi: Mmi, tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    picture(2).save(buffer, "PNG")
+    make_image(2).save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     source = write(tmp_path, {"segments": [{"text": "A cat."}, {"image": url}, {"image": None}]})
     assert mmi("generate", source, "-o", tmp_path / "out", *QUICK).code == 0
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["segments"][1] == {"image": "0_given_1.png", "generated": False}
     assert record["files"] == ["0_0_0.png", "0_given_1.png"]
-    assert PIL.Image.open(tmp_path / "out" / "0_given_1.png").tobytes() == picture(2).tobytes()
+    assert PIL.Image.open(tmp_path / "out" / "0_given_1.png").tobytes() == make_image(2).tobytes()
 
 
 def test_same_seed_same_files(mmi: Mmi, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_results_are_not_written_over_by_accident(mmi: Mmi, tmp_path: Path) -> N
     assert mmi("generate", source, "-o", tmp_path / "out", "--resume", "--overwrite", *QUICK).code == 1
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     (tmp_path / "out" / "mine.txt").write_text("not ours to remove")
-    other = write(tmp_path, {"segments": [{"text": "No picture."}], "max_turns": 1}, "other.json")
+    other = write(tmp_path, {"segments": [{"text": "No image."}], "max_turns": 1}, "other.json")
     assert mmi("generate", other, "-o", tmp_path / "out", "--overwrite", *QUICK, "--seed", 1).code == 0
     assert "mine.txt" in files(tmp_path / "out")
     assert (tmp_path / "out" / "results.json").read_bytes() != before
@@ -319,18 +319,18 @@ def test_records_of_version_0_1_0_are_taken_up(mmi: Mmi, tmp_path: Path) -> None
     assert done.code == 0, done.err
     for name in files(tmp_path / "whole"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert len(Page(tmp_path / "out" / "report.html").pictures) == 6
+    assert len(Page(tmp_path / "out" / "report.html").images) == 6
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupt_in_the_middle_of_a_picture(mmi: Mmi, tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupt_in_the_middle_of_a_image(mmi: Mmi, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
     source = write(tmp_path, [story(1, 0), {**story(2, 1), "id": "long"}])
     slow = ("--model", "debug", "--steps", "40")
     process = spawn("generate", source, "-o", out, *slow)
     try:
         deadline = time.monotonic() + 200
-        while not (out / "1_0_0.png").exists():  # now it draws the second picture of the second document
+        while not (out / "1_0_0.png").exists():  # now it draws the second image of the second document
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -379,13 +379,13 @@ BAD_INPUTS = {
         '[{"segments": [{"text": "A."}]}, {"segments": [{"txt": "A."}]}]',
         r"record 1, .*'txt'.*Did you mean 'text'",
     ),
-    "no picture file": ('{"segments": [{"text": "A."}, {"image": "none.png"}]}', r"segments\[1\].*none.png"),
+    "no image file": ('{"segments": [{"text": "A."}, {"image": "none.png"}]}', r"segments\[1\].*none.png"),
     "outside": ('{"segments": [{"image": "../../etc/passwd"}]}', r"segments\[0\].*outside"),
     "sentence out of range": (
         '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [1], "image_first": [true]}',
         r"sentence_ixs\[0\].*no sentence 1",
     ),
-    "more places than pictures": (
+    "more places than images": (
         '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0, 0], "image_first": [true, true]}',
         "1, 2 and 2 entries",
     ),
@@ -404,7 +404,7 @@ BAD_INPUTS = {
     "half a character": (r'[{"segments": [{"text": "A \ud800."}]}]', r"record 0, segments\[0\].*ud800.*position 2"),
     "a name with half a character": (r'{"segments": [{"text": "A."}], "id": "\udfff"}', r"id: half a character"),
     "a field with half a character": (r'{"segments": [{"\udfff": "A."}]}', r"segments\[0\], a field's name: half a"),
-    "a forced text with a picture": (
+    "a forced text with an image": (
         json.dumps({"segments": [{"text": "A."}], "forced_texts": ["B.", "See <|image|>"]}),
         r"forced_texts\[1\].*<\|image\|>.*very end",
     ),
@@ -412,13 +412,13 @@ BAD_INPUTS = {
         '{"sentences": ["A."], "images": ["0.png"], "sentence_ixs": [0], "image_first": [true], '
         '"multiround_context": ["B<|beginofimage|>C"]}', r"multiround_context\[0\].*beginofimage",
     ),
-    "fifty pictures": (json.dumps({"segments": [{"image": "0.png"}] * 50}), "50 images are more than the 49"),
+    "fifty images": (json.dumps({"segments": [{"image": "0.png"}] * 50}), "50 images are more than the 49"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "words"), BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_bad_input(mmi: Mmi, tmp_path: Path, content: str, words: str) -> None:
-    picture().save(tmp_path / "0.png")
+    make_image().save(tmp_path / "0.png")
     source = tmp_path / "input.json"
     source.write_text(content)
     done = mmi("generate", source, "-o", tmp_path / "out", *QUICK)
@@ -430,7 +430,7 @@ def test_bad_input(mmi: Mmi, tmp_path: Path, content: str, words: str) -> None:
 
 
 def save_truncated(path: Path) -> None:
-    picture(size=(300, 200)).save(path)
+    make_image(size=(300, 200)).save(path)
     path.write_bytes(path.read_bytes()[:2000])
 
 
@@ -438,18 +438,18 @@ def save_huge(path: Path) -> None:
     PIL.Image.new("1", (20000, 20000)).save(path)
 
 
-BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
+BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "does not exist"),
     "0 bytes": (lambda path: path.write_bytes(b""), "empty"),
     "truncated": (save_truncated, "cannot be decoded|truncated|damaged"),
-    "not a picture": (lambda path: path.write_text("hello"), "not a picture"),
+    "not an image": (lambda path: path.write_text("hello"), "not an image"),
     "20000x20000": (save_huge, "179 million pixels"),
 }
 
 
-@pytest.mark.parametrize(("save", "words"), BAD_PICTURES.values(), ids=BAD_PICTURES)
-def test_bad_pictures_are_known_before_the_work_begins(mmi: Mmi, tmp_path: Path, save: Callable, words: str) -> None:
-    picture().save(tmp_path / "good.png")
+@pytest.mark.parametrize(("save", "words"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_bad_images_are_known_before_the_work_begins(mmi: Mmi, tmp_path: Path, save: Callable, words: str) -> None:
+    make_image().save(tmp_path / "good.png")
     save(tmp_path / "bad.png")
     good = {"segments": [{"image": "good.png"}, {"text": None}]}
     bad = {"segments": [{"text": "A."}, {"image": "bad.png"}, {"text": None}]}
@@ -462,27 +462,27 @@ def test_bad_pictures_are_known_before_the_work_begins(mmi: Mmi, tmp_path: Path,
 
 
 def save_animation(path: Path) -> None:
-    picture(0).save(path, "GIF", save_all=True, append_images=[picture(1)], duration=50)
+    make_image(0).save(path, "GIF", save_all=True, append_images=[make_image(1)], duration=50)
 
 
-ODD_PICTURES: dict[str, Callable[[Path], object]] = {
-    "1x1": lambda path: picture(size=(1, 1)).save(path, "PNG"),
-    "CMYK": lambda path: picture().convert("CMYK").save(path, "JPEG"),
-    "palette": lambda path: picture().convert("P").save(path, "PNG"),
+ODD_IMAGES: dict[str, Callable[[Path], object]] = {
+    "1x1": lambda path: make_image(size=(1, 1)).save(path, "PNG"),
+    "CMYK": lambda path: make_image().convert("CMYK").save(path, "JPEG"),
+    "palette": lambda path: make_image().convert("P").save(path, "PNG"),
     "16 bit": lambda path: PIL.Image.new("I;16", (9, 9), 40000).save(path, "PNG"),
     "animated": save_animation,
-    "grey": lambda path: picture().convert("L").save(path, "PNG"),
-    "alpha": lambda path: picture().convert("RGBA").save(path, "PNG"),
+    "grey": lambda path: make_image().convert("L").save(path, "PNG"),
+    "alpha": lambda path: make_image().convert("RGBA").save(path, "PNG"),
 }
 
 
-def test_odd_pictures_are_read_and_shown(mmi: Mmi, tmp_path: Path) -> None:
-    for number, save in enumerate(ODD_PICTURES.values()):
+def test_odd_images_are_read_and_shown(mmi: Mmi, tmp_path: Path) -> None:
+    for number, save in enumerate(ODD_IMAGES.values()):
         save(tmp_path / f"{number}.png")
-    documents = [{"segments": [{"image": f"{n}.png"}, {"text": None}]} for n in range(len(ODD_PICTURES))]
+    documents = [{"segments": [{"image": f"{n}.png"}, {"text": None}]} for n in range(len(ODD_IMAGES))]
     done = mmi("generate", write(tmp_path, documents), "-o", tmp_path / "out", *QUICK)
     assert done.code == 0, done.err
-    assert len(Page(tmp_path / "out" / "report.html").pictures) == len(ODD_PICTURES)
+    assert len(Page(tmp_path / "out" / "report.html").images) == len(ODD_IMAGES)
 
 
 BAD_OPTIONS = {
@@ -578,7 +578,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a size of zero": (change_config("vision_config", "patch_size", value=0), "config.json' cannot be used"),
     "an empty UNet": (change_config("image_decoder", "unet", value={}), "config.json'.*lacks 'cross_attention_dim'"),
     "a wrong pattern": (change_config("frozen", value=["("]), "config.json'.*frozen.*regular expression"),
-    "no layer sees pictures": (change_config("mmfs_every", value=0), "config.json'.*mmfs_every"),
+    "no layer sees images": (change_config("mmfs_every", value=0), "config.json'.*mmfs_every"),
     "tokenizer cut": (cut("tokenizer.model", 20), "processor of .*tokenizer.model"),
     "processor is a list": (lambda folder: write(folder, [], "processor_config.json"), "the processor of"),
 }  # fmt: skip
@@ -615,9 +615,9 @@ def test_loading_shows_that_it_goes_on(mmi: Mmi, tmp_path: Path, monkeypatch: py
     assert "loading debug" in screen.getvalue()
 
 
-def test_pictures_may_come_from_a_folder_that_was_named(mmi: Mmi, tmp_path: Path) -> None:
+def test_images_may_come_from_a_folder_that_was_named(mmi: Mmi, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
-    picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     source = write(tmp_path / "texts", {"segments": [{"image": "../a.png"}, {"text": None}]})
     refused = mmi("generate", source, "-o", tmp_path / "out", *QUICK)
     assert refused.code == 1

@@ -23,7 +23,7 @@ def test_the_release_needs_no_weights(mmi: Mmi) -> None:
         "image_decoder",
         "trainable",
         "bfloat16",
-        "a token, 5 pictures visible",
+        "a token, 5 images visible",
         "30 steps",
     ):
         assert words in shown.out
@@ -43,7 +43,7 @@ def test_a_checkpoint(mmi: Mmi, tmp_path: Path, model: MMInterleaved) -> None:
     assert numbers["parts"][0]["total"] == sum(p.numel() for p in model.parameters())
 
 
-def test_more_pictures_and_steps_cost_more(mmi: Mmi) -> None:
+def test_more_images_and_steps_cost_more(mmi: Mmi) -> None:
     few, many = (json.loads(mmi("info", "debug", "--json", *o).out) for o in ((), ("--images", 9, "--steps", 60)))
     assert many["token_with_images"] > few["token_with_images"]
     assert many["draw_image"] > few["draw_image"]

@@ -15,11 +15,11 @@ import pytest
 from mm_interleaved.data import DataError, DataReport, SourceConfig
 from mm_interleaved.processor import MMInterleavedProcessor
 
-from .world import loader, mmc4, numbers, pairs_source, png, write_lines, write_pairs, write_pictures, write_tar
+from .world import loader, mmc4, numbers, pairs_source, png, write_images, write_lines, write_pairs, write_tar
 
 
 def read(processor: MMInterleavedProcessor, source: SourceConfig, **options: Any) -> tuple[list[int], DataReport]:
-    """The numbers of all pictures in order, and the report."""
+    """The numbers of all images in order, and the report."""
     made = loader(processor, source, **options)
     return sorted(numbers(made)), made.report()
 
@@ -106,22 +106,22 @@ def test_an_empty_shard_is_no_damage(tmp_path: Path, processor: MMInterleavedPro
         ("null", "line not an object"),
         (b"\xff\xfe\x00", "line not UTF-8"),
         ("[" * 100_000, "line neither JSON nor a Python literal"),
-        ({"image": "pictures/0.png"}, "'caption' missing"),
-        ({"image": "pictures/0.png", "caption": 7}, "'caption' malformed"),
-        ({"image": "pictures/0.png", "caption": ["a", 7]}, "'caption' malformed"),
-        ({"image": "pictures/0.png", "caption": "  "}, "caption too short"),
-        ({"image": "pictures/0.png", "caption": "see <|image|>"}, "document cannot be encoded"),
-        ({"caption": "a"}, "picture without a name"),
-        ({"image": "", "caption": "a"}, "picture without a name"),
-        ({"image": "a\0b", "caption": "a"}, "picture without a name"),
-        ({"image": ["a"], "caption": "a"}, "picture without a name"),
-        ({"image": "gone.png", "caption": "a"}, "picture missing"),
-        ({"image": "pictures", "caption": "a"}, "picture unreadable"),
-        ({"image": "../secret.png", "caption": "a"}, "picture outside its folder"),
-        ({"image": "/etc/passwd", "caption": "a"}, "picture outside its folder"),
-        ({"image": "link.png", "caption": "a"}, "picture outside its folder"),
-        ({"image": "https://x.org/a.png", "caption": "a"}, "picture is a URL"),
-        ({"image": "x" * 5000, "caption": "a"}, "picture missing"),
+        ({"image": "images/0.png"}, "'caption' missing"),
+        ({"image": "images/0.png", "caption": 7}, "'caption' malformed"),
+        ({"image": "images/0.png", "caption": ["a", 7]}, "'caption' malformed"),
+        ({"image": "images/0.png", "caption": "  "}, "caption too short"),
+        ({"image": "images/0.png", "caption": "see <|image|>"}, "document cannot be encoded"),
+        ({"caption": "a"}, "image without a name"),
+        ({"image": "", "caption": "a"}, "image without a name"),
+        ({"image": "a\0b", "caption": "a"}, "image without a name"),
+        ({"image": ["a"], "caption": "a"}, "image without a name"),
+        ({"image": "gone.png", "caption": "a"}, "image missing"),
+        ({"image": "images", "caption": "a"}, "image unreadable"),
+        ({"image": "../secret.png", "caption": "a"}, "image outside its folder"),
+        ({"image": "/etc/passwd", "caption": "a"}, "image outside its folder"),
+        ({"image": "link.png", "caption": "a"}, "image outside its folder"),
+        ({"image": "https://x.org/a.png", "caption": "a"}, "image is a URL"),
+        ({"image": "x" * 5000, "caption": "a"}, "image missing"),
     ],
 )
 def test_a_bad_line_is_counted_with_its_place(
@@ -152,7 +152,7 @@ def test_a_bad_line_is_counted_with_its_place(
 def test_a_bad_record_of_mmc4_is_counted(
     tmp_path: Path, processor: MMInterleavedProcessor, change: dict[str, Any], reason: str
 ) -> None:
-    names = write_pictures(tmp_path, 2)
+    names = write_images(tmp_path, 2)
     good = mmc4(["a", "b"], [(n, i, 0.5) for i, n in enumerate(names)])
     bad = {k: v for k, v in {**good, **change}.items() if v is not None}
     write_lines(tmp_path / "a.jsonl", [bad, good])
@@ -162,10 +162,10 @@ def test_a_bad_record_of_mmc4_is_counted(
 
 
 @pytest.mark.parametrize("index", [2, -1, 99, None, "0", True, 0.0])
-def test_a_picture_at_a_sentence_that_is_not_there_is_dropped(
+def test_a_image_at_a_sentence_that_is_not_there_is_dropped(
     tmp_path: Path, processor: MMInterleavedProcessor, index: Any
 ) -> None:
-    names = write_pictures(tmp_path, 2)
+    names = write_images(tmp_path, 2)
     record = mmc4(["a", "b"], [(names[0], index, 0.5), (names[1], 1, 0.5)])
     write_lines(tmp_path / "a.jsonl", [record])
     found, report = read(processor, pairs_source(tmp_path, ["a.jsonl"], type="mmc4", single_image_prob=0.0))
@@ -173,7 +173,7 @@ def test_a_picture_at_a_sentence_that_is_not_there_is_dropped(
     assert report.rejected("mmc4") == {"sentence index out of range": 1}
 
 
-# ---- pictures
+# ---- images
 
 
 def large(path: Path) -> None:
@@ -194,37 +194,37 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1500])
 
 
-BAD_PICTURES: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda path: path.write_bytes(b""), "picture empty"),
-    (lambda path: path.write_bytes(b"<html>not found</html>"), "picture unreadable"),
-    (large, "picture too large"),
-    (cut, "picture damaged"),
+BAD_IMAGES: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda path: path.write_bytes(b""), "image empty"),
+    (lambda path: path.write_bytes(b"<html>not found</html>"), "image unreadable"),
+    (large, "image too large"),
+    (cut, "image damaged"),
 ]
 
 
-@pytest.mark.parametrize(("make", "reason"), BAD_PICTURES)
+@pytest.mark.parametrize(("make", "reason"), BAD_IMAGES)
 @pytest.mark.parametrize("probe", [True, False])
-def test_a_pair_with_a_bad_picture_is_left_out(
+def test_a_pair_with_a_bad_image_is_left_out(
     tmp_path: Path, processor: MMInterleavedProcessor, make: Callable[[Path], Any], reason: str, probe: bool
 ) -> None:
     names = write_pairs(tmp_path, 8)
-    make(tmp_path / "pictures" / "3.png")
-    source = pairs_source(tmp_path, names, probe_pictures=probe)
+    make(tmp_path / "images" / "3.png")
+    source = pairs_source(tmp_path, names, probe_images=probe)
     made = loader(processor, source)
     batches = list(made)
     assert sorted(numbers(batches)) == [0, 1, 2, 4, 5, 6, 7]
     assert "3" not in processor.decode_text([i for b in batches for i in b.input_ids[0].tolist()])
     found = made.report().rejected("pairs")
-    expected = reason if probe or reason == "picture empty" else "picture damaged"
-    assert {k: v for k, v in found.items() if k != "row without a picture"} == {expected: 1}
+    expected = reason if probe or reason == "image empty" else "image damaged"
+    assert {k: v for k, v in found.items() if k != "row without an image"} == {expected: 1}
     assert "3.png" in made.report().examples("pairs")[expected]
 
 
-@pytest.mark.parametrize(("make", "reason"), BAD_PICTURES)
-def test_a_document_loses_a_bad_picture_and_keeps_its_text(
+@pytest.mark.parametrize(("make", "reason"), BAD_IMAGES)
+def test_a_document_loses_a_bad_image_and_keeps_its_text(
     tmp_path: Path, processor: MMInterleavedProcessor, make: Callable[[Path], Any], reason: str
 ) -> None:
-    names = write_pictures(tmp_path, 3)
+    names = write_images(tmp_path, 3)
     make(tmp_path / "1.png")
     write_lines(tmp_path / "a.jsonl", [mmc4(["zero", "one", "two"], [(n, i, 0.5) for i, n in enumerate(names)])])
     made = loader(processor, pairs_source(tmp_path, ["a.jsonl"], type="mmc4", max_length=100))
@@ -235,11 +235,11 @@ def test_a_document_loses_a_bad_picture_and_keeps_its_text(
     assert made.report().rejected("mmc4") == {reason: 1}
 
 
-def test_odd_pictures_are_read(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_odd_images_are_read(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     """CMYK becomes RGB; of an animation the first frame counts."""
     names = write_pairs(tmp_path, 3)
-    cmyk(tmp_path / "pictures" / "0.png")
-    animated(tmp_path / "pictures" / "1.png")
+    cmyk(tmp_path / "images" / "0.png")
+    animated(tmp_path / "images" / "1.png")
     made = loader(processor, pairs_source(tmp_path, names, shuffle=0, max_length=100))
     (batch,) = made
     assert [round(v / 255, 1) for v in batch.pixel_values[0, :, 9, 9].tolist()] == [0.0, 0.0, 1.0]
@@ -251,7 +251,7 @@ def test_large_jpegs_can_be_decoded_at_a_fraction(tmp_path: Path, processor: MMI
     """An option, since pixels change a little: 8 x 8 blocks are averaged by the decoder."""
     names = write_pairs(tmp_path, 1)
     smooth = PIL.Image.linear_gradient("L").resize((1600, 1200)).convert("RGB")
-    smooth.save(tmp_path / "pictures" / "0.png", "JPEG", quality=95)
+    smooth.save(tmp_path / "images" / "0.png", "JPEG", quality=95)
     plain, draft = (
         next(iter(loader(processor, pairs_source(tmp_path, names, draft_jpeg=on)))).pixel_values for on in (False, True)
     )
@@ -269,7 +269,7 @@ def test_a_source_that_gives_nothing_raises_with_its_counts(tmp_path: Path, proc
             list(loader(processor, source, num_workers=workers))
         message = str(raised.value)
         assert "source 'web' gave no batch in a whole pass" in message
-        assert "5 x picture missing (0.jsonl, line " in message
+        assert "5 x image missing (0.jsonl, line " in message
         assert "1 x shard missing" in message
 
 
@@ -291,11 +291,11 @@ def test_a_folder_that_is_not_there_is_named_at_once(tmp_path: Path, processor: 
         loader(processor, pairs_source(tmp_path, ["a.jsonl"], image_root=str(tmp_path / "none")))
 
 
-def test_a_picture_too_large_for_a_row_is_explained(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_a_image_too_large_for_a_row_is_explained(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     source = SourceConfig("documents", root=str(tmp_path), shards=["a.jsonl"], max_length=4, shuffle=0)
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     write_lines(tmp_path / "a.jsonl", [{"segments": [{"image": "0.png"}]}] * 9)
-    with pytest.raises(DataError, match="source 'documents': a picture of 5 tokens does not fit into a row of 4"):
+    with pytest.raises(DataError, match="source 'documents': an image of 5 tokens does not fit into a row of 4"):
         list(loader(processor, source))
 
 
@@ -321,9 +321,9 @@ def test_reports_add_up() -> None:
 def test_workers_report_together(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     names = write_pairs(tmp_path, 40, shards=4)
     for number in (3, 5, 8):
-        (tmp_path / "pictures" / f"{number}.png").write_bytes(b"")
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"")
     found, report = read(processor, pairs_source(tmp_path, names), num_workers=2)
     assert len(found) == 37
-    assert report.rejected("pairs")["picture empty"] == 3
+    assert report.rejected("pairs")["image empty"] == 3
     assert report.counts("pairs")["documents"] == 37
-    assert report.counts("pairs")["pictures"] == 37
+    assert report.counts("pairs")["images"] == 37

@@ -134,7 +134,7 @@ def test_rows_of_several_sources_in_one_batch(tmp_path: Path, processor: MMInter
     assert all(len(b.input_ids) == 4 for b in batches)
     assert {b.source for b in batches} >= {"a+b"}
     learned = {int(n) for b in batches for n in (b.labels != -100).sum(1)}
-    assert 2 in learned  # rows that ignore text before a picture learn only the picture's token and the end
+    assert 2 in learned  # rows that ignore text before an image learn only the image's token and the end
     assert max(learned) > 2
 
 

@@ -20,7 +20,7 @@ from mm_interleaved.data import DataConfig, DataError, SourceConfig, build_loade
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 
 from . import world
-from .world import ROW, loader, mmc4, numbers, pairs_source, write_lines, write_pairs, write_pictures, write_tar
+from .world import ROW, loader, mmc4, numbers, pairs_source, write_images, write_lines, write_pairs, write_tar
 
 LONGEST = 25  # batches of an epoch that are compared
 
@@ -32,9 +32,9 @@ def folder() -> Iterator[Path]:
         folder = Path(name)
         write_pairs(folder / "pairs", 31, shards=3)
         with (folder / "pairs" / "1.jsonl").open("a") as file:
-            file.write("not JSON\n\n{'image': 'pictures/3.png', 'caption': 'a literal'}\n")
-        names = write_pictures(folder / "mmc4" / "pictures", 30)
-        (folder / "mmc4" / "pictures" / "4.png").write_bytes(world.png(4)[:60])  # its header can be read
+            file.write("not JSON\n\n{'image': 'images/3.png', 'caption': 'a literal'}\n")
+        names = write_images(folder / "mmc4" / "images", 30)
+        (folder / "mmc4" / "images" / "4.png").write_bytes(world.png(4)[:60])  # its header can be read
         records = [
             mmc4([f"sentence {i}", "so on", "end"], [(names[(3 * i + k) % 30], k, 0.2 + 0.1 * k) for k in range(3)])
             for i in range(24)
@@ -59,7 +59,7 @@ def config(folder: Path, **options: Any) -> DataConfig:
         SourceConfig("pairs", root=str(folder / "pairs"), shards=["{0..2}.jsonl"], batch_size=2,
                      few_shot_merge_prob=0.5, max_images_per_sequence=2, **shared),
         SourceConfig("mmc4", root=str(folder / "mmc4"), shards=["docs_{0..4}.jsonl"], batch_size=1, keep_remainder=True,
-                     image_root=str(folder / "mmc4/pictures"), single_image_prob=0.2, **{**shared, "max_length": 40}),
+                     image_root=str(folder / "mmc4/images"), single_image_prob=0.2, **{**shared, "max_length": 40}),
         SourceConfig("webdataset", root=str(folder / "tar"), shards=["*.tar"], batch_size=1, keep_remainder=True,
                      **shared),
     ]  # fmt: skip

@@ -21,11 +21,11 @@ from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedProces
 from mm_interleaved.processor.tokenizer import encode_text
 
 from . import world
-from .world import loader, mmc4, numbers, pairs_source, png, texts, write_lines, write_pairs, write_pictures, write_tar
+from .world import loader, mmc4, numbers, pairs_source, png, texts, write_images, write_lines, write_pairs, write_tar
 
 
 def read(processor: MMInterleavedProcessor, type: str, folder: Path, shards: list[str], **options: Any) -> Any:
-    """All rows of a source as text, their pictures' numbers, and the report."""
+    """All rows of a source as text, their images' numbers, and the report."""
     defaults = {"root": str(folder), "batch_size": 1, "shuffle": 0, "keep_remainder": True, "cut": "document"}
     source = SourceConfig(type, shards=shards, **{**defaults, **options})
     made = loader(processor, source)
@@ -40,93 +40,89 @@ SENTENCES = ["A first one.", "A second.", "The third."]
 
 
 def write_mmc4(folder: Path, records: list[dict[str, Any]], name: str = "docs_0.jsonl") -> str:
-    write_pictures(folder, 12)
+    write_images(folder, 12)
     write_lines(folder / name, records)
     return name
 
 
-def test_mmc4_pictures_stand_before_their_sentences(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_mmc4_images_stand_before_their_sentences(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     write_mmc4(tmp_path, [mmc4(SENTENCES, [("2.png", 2, 0.3), ("0.png", 0, 0.3)])])
-    rows, pictures, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], image_first_prob=1.0)
+    rows, images, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], image_first_prob=1.0)
     assert rows == ["<s>[]A first one. A second.[]The third.</s>"]
-    assert pictures == [0, 2]
+    assert images == [0, 2]
 
 
-def test_mmc4_pictures_stand_after_their_sentences(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_mmc4_images_stand_after_their_sentences(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     write_mmc4(tmp_path, [mmc4(SENTENCES, [("2.png", 2, 0.3), ("0.png", 0, 0.3)])])
-    rows, pictures, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], image_first_prob=0.0)
+    rows, images, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], image_first_prob=0.0)
     assert rows == ["<s>A first one.[]A second. The third.[]</s>"]
-    assert pictures == [0, 2]
+    assert images == [0, 2]
 
 
 def test_mmc4_is_tokenized_as_one_string(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    """Joined by one space each, spaces next to pictures gone, others kept (spec/data_eval 2.1, steps 6 and 7)."""
+    """Joined by one space each, spaces next to images gone, others kept (spec/data_eval 2.1, steps 6 and 7)."""
     sentences = ["One. ", "  Two", "", "Three", " "]
     write_mmc4(tmp_path, [mmc4(sentences, [("1.png", 1, 0.3), ("3.png", 3, 0.3)])])
     source = SourceConfig("mmc4", root=str(tmp_path), shards=["docs_0.jsonl"], image_first_prob=1.0, batch_size=1,
                           keep_remainder=True)  # fmt: skip
     (batch,) = loader(processor, source)
-    picture = SOI_TOKEN + IMAGE_TOKEN * processor.num_image_tokens
-    joined = (
-        " ".join(sentences[:1]) + " " + picture + " ".join(sentences[1:3]) + " " + picture + " ".join(sentences[3:])
-    )
+    image = SOI_TOKEN + IMAGE_TOKEN * processor.num_image_tokens
+    joined = " ".join(sentences[:1]) + " " + image + " ".join(sentences[1:3]) + " " + image + " ".join(sentences[3:])
     assert batch.input_ids[0].tolist() == encode_text(processor.tokenizer, f"<s>{joined}</s>")
 
 
-def test_mmc4_drops_pictures_that_match_badly(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_mmc4_drops_images_that_match_badly(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     record = mmc4(SENTENCES, [("0.png", 0, 0.239), ("1.png", 1, 0.24), ("2.png", 2, float("nan")), ("3.png", 2, 0.9)])
     del record["image_info"][3]["matched_sim"]
     write_mmc4(tmp_path, [record])
-    _, pictures, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], single_image_prob=0.0)
-    assert pictures == [1]
+    _, images, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], single_image_prob=0.0)
+    assert images == [1]
     assert report.rejected("mmc4") == {"similarity too low": 2, "'matched_sim' missing": 1}
     assert "docs_0.jsonl, line 1: 0.png" in report.examples("mmc4")["similarity too low"]
-    _, pictures, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], sim_threshold=0.1)
-    assert pictures == [0, 1]
+    _, images, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], sim_threshold=0.1)
+    assert images == [0, 1]
 
 
-def test_mmc4_keeps_six_pictures_at_random_in_order(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_mmc4_keeps_six_images_at_random_in_order(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     sentences = [f"s{i}" for i in range(10)]
     record = mmc4(sentences, [(f"{i}.png", i, 0.5) for i in range(10)])
     write_mmc4(tmp_path, [record] * 40)
-    _, pictures, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], max_length=500)
-    documents = [pictures[i : i + 6] for i in range(0, 240, 6)]
+    _, images, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], max_length=500)
+    documents = [images[i : i + 6] for i in range(0, 240, 6)]
     assert all(d == sorted(set(d)) for d in documents)
-    assert set(pictures) == set(range(10))
+    assert set(images) == set(range(10))
     assert len({tuple(d) for d in documents}) > 20
-    _, pictures, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], max_images=2)
-    assert len(pictures) == 80
+    _, images, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], max_images=2)
+    assert len(images) == 80
 
 
-def test_mmc4_extra_pictures_without_similarities_are_not_used(
-    tmp_path: Path, processor: MMInterleavedProcessor
-) -> None:
+def test_mmc4_extra_images_without_similarities_are_not_used(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     record = mmc4(SENTENCES, [("0.png", 0, 0.5), ("1.png", 1, 0.5), ("2.png", 2, 0.5)])
     record["similarity_matrix"] = [[], []]
     write_mmc4(tmp_path, [record])
     assert read(processor, "mmc4", tmp_path, ["docs_0.jsonl"])[1] == [0, 1]
 
 
-def test_mmc4_rejects_half_of_the_single_pictures(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_mmc4_rejects_half_of_the_single_images(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     write_mmc4(tmp_path, [mmc4(SENTENCES, [("1.png", 1, 0.5)])] * 200)
-    _, pictures, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"])
-    assert 70 < len(pictures) < 130
-    assert report.rejected("mmc4") == {"only one picture": 200 - len(pictures)}
+    _, images, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"])
+    assert 70 < len(images) < 130
+    assert report.rejected("mmc4") == {"only one image": 200 - len(images)}
     assert len(read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], single_image_prob=0.0)[1]) == 200
-    _, pictures, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], single_image_prob=0.0, min_images=1)
-    assert len(pictures) == 200
+    _, images, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], single_image_prob=0.0, min_images=1)
+    assert len(images) == 200
 
 
-def test_mmc4_too_few_pictures(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_mmc4_too_few_images(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     two, one = ([(f"{i}.png", i, 0.5) for i in range(n)] for n in (2, 1))
     write_mmc4(tmp_path, [mmc4(SENTENCES, two), mmc4(SENTENCES, one), mmc4(SENTENCES, [])])
-    _, pictures, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], min_images=2)
-    assert pictures == [0, 1]
-    assert report.rejected("mmc4") == {"too few pictures": 1, "no picture left": 1}
+    _, images, report = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], min_images=2)
+    assert images == [0, 1]
+    assert report.rejected("mmc4") == {"too few images": 1, "no image left": 1}
 
 
 class Drawn:
-    """Stands for a generator: leaves the order alone, and decides as told which pictures stand first."""
+    """Stands for a generator: leaves the order alone, and decides as told which images stand first."""
 
     def __init__(self, first: list[bool]) -> None:
         self.first = first
@@ -147,7 +143,7 @@ class Drawn:
         ([False, True], "8S7", "7S8"),
     ],
 )
-def test_mmc4_two_pictures_on_one_sentence(tmp_path: Path, first: list[bool], fixed: str, compat: str) -> None:
+def test_mmc4_two_images_on_one_sentence(tmp_path: Path, first: list[bool], fixed: str, compat: str) -> None:
     """Each stands on the side drawn for it, in the order of the list; the original ignores the side (BUG-3)."""
     write_mmc4(tmp_path, [mmc4(["S"], [("7.png", 0, 0.5), ("8.png", 0, 0.5)])])
     for behaviour, expected in (([], fixed), (["BUG-3"], compat)):
@@ -162,21 +158,21 @@ def test_mmc4_two_pictures_on_one_sentence(tmp_path: Path, first: list[bool], fi
 def test_mmc4_shards_are_found_packed_and_unpacked(
     tmp_path: Path, processor: MMInterleavedProcessor, suffix: str
 ) -> None:
-    write_pictures(tmp_path / "images", 12)
+    write_images(tmp_path / "images", 12)
     for shard in range(2):
         record = mmc4(SENTENCES, [(f"{2 * shard + i}.png", i, 0.5) for i in range(2)])
         write_lines(tmp_path / f"docs_shard_{shard}_v2.jsonl{suffix}", [record])
-    _, pictures, report = read(
+    _, images, report = read(
         processor, "mmc4", tmp_path, ["docs_shard_{0..1}_v2.jsonl"], image_root=str(tmp_path / "images"),
         shuffle_shards=False,
     )  # fmt: skip
-    assert pictures == [0, 1, 2, 3]
-    assert report.counts("mmc4") == {"shards": 2, "records": 2, "documents": 2, "pictures": 4, "rows": 1,
+    assert images == [0, 1, 2, 3]
+    assert report.counts("mmc4") == {"shards": 2, "records": 2, "documents": 2, "images": 4, "rows": 1,
                                      "tokens": report.counts("mmc4")["tokens"]}  # fmt: skip
 
 
 def test_a_zip_may_hold_one_file_of_any_name(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("other.jsonl", json.dumps(mmc4(SENTENCES, [("0.png", 0, 0.5), ("1.png", 1, 0.5)])))
     assert read(processor, "mmc4", tmp_path, ["a.zip"])[1] == [0, 1]
@@ -186,74 +182,74 @@ def test_a_zip_may_hold_one_file_of_any_name(tmp_path: Path, processor: MMInterl
 
 
 def test_pairs_are_lower_cased_and_joined(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     write_lines(
         tmp_path / "a.txt",
         [{"image": "0.png", "caption": "A Small CAT"}, {"image": "1.png", "caption": ["Two", "dogs"]}],
     )
-    rows, pictures, _ = read(processor, "pairs", tmp_path, ["a.txt"], image_first_prob=1.0)
+    rows, images, _ = read(processor, "pairs", tmp_path, ["a.txt"], image_first_prob=1.0)
     assert rows == ["<s>[]a small cat</s><s>[]two dogs</s>"]
-    assert pictures == [0, 1]
+    assert images == [0, 1]
     rows, _, _ = read(processor, "pairs", tmp_path, ["a.txt"], image_first_prob=0.0, lowercase=False)
     assert rows == ["<s>A Small CAT[]</s><s>Two dogs[]</s>"]
 
 
-def test_half_of_the_pairs_begin_with_the_picture(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_half_of_the_pairs_begin_with_the_image(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     rows, _, _ = read(processor, "pairs", tmp_path, write_pairs(tmp_path, 200))
     assert 70 < "".join(rows).count("<s>[]") < 130
 
 
 def test_python_literals_are_read_with_one_warning(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     """BUG-1: the original's own example file has them."""
-    write_pictures(tmp_path, 5)
+    write_images(tmp_path, 5)
     write_lines(tmp_path / "a.txt", [{"image": "0.png", "caption": "json"}, *[f"{{'image': '{i}.png', 'caption': \"it's {i}\"}}" for i in range(1, 5)]])  # fmt: skip  # noqa: E501
     with pytest.warns(UserWarning, match="'pairs' has Python literals instead of JSON .*line 2") as caught:
-        _, pictures, report = read(processor, "pairs", tmp_path, ["a.txt"])
+        _, images, report = read(processor, "pairs", tmp_path, ["a.txt"])
     assert len([w for w in caught if "literal" in str(w.message)]) == 1
-    assert pictures == [0, 1, 2, 3, 4]
+    assert images == [0, 1, 2, 3, 4]
     assert report.rejected("pairs")["Python literal instead of JSON"] == 4
-    _, pictures, report = read(processor, "pairs", tmp_path, ["a.txt"], compat=["BUG-1"])
-    assert pictures == [0]
+    _, images, report = read(processor, "pairs", tmp_path, ["a.txt"], compat=["BUG-1"])
+    assert images == [0]
     assert report.rejected("pairs") == {"line not JSON": 4}
 
 
 def test_literals_do_not_run(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     lines = ["__import__('os').mkdir('pwned')", "(" * 500, "1" * 5000, "{'a': open('x')}", "7"]
     write_lines(tmp_path / "a.txt", [{"image": "0.png", "caption": "a"}, *lines])
-    _, pictures, report = read(processor, "pairs", tmp_path, ["a.txt"])
-    assert pictures == [0]
+    _, images, report = read(processor, "pairs", tmp_path, ["a.txt"])
+    assert images == [0]
     assert report.rejected("pairs") == {"line neither JSON nor a Python literal": 4, "line not an object": 1}
 
 
-def test_long_pairs_lose_words_but_not_their_picture(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_long_pairs_lose_words_but_not_their_image(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     names = write_pairs(tmp_path, 1, words=20)
     tail = processor.num_image_tokens + 2
     whole = encode_text(processor.tokenizer, "item 0 " * 19 + "item 0")
-    soi, image, eos = processor.soi_token_id, processor.image_token_id, processor.tokenizer.eos_token_id
-    picture = [soi, *[image] * processor.num_image_tokens]
-    for first, ids in ((1.0, [1, *picture, *whole][:30]), (0.0, [1, *whole[: 29 - tail], *picture, eos])):
+    soi, token, eos = processor.soi_token_id, processor.image_token_id, processor.tokenizer.eos_token_id
+    image = [soi, *[token] * processor.num_image_tokens]
+    for first, ids in ((1.0, [1, *image, *whole][:30]), (0.0, [1, *whole[: 29 - tail], *image, eos])):
         source = pairs_source(tmp_path, names, max_length=30, image_first_prob=first)
         (batch,) = loader(processor, source)
         assert batch.input_ids[0].tolist() == ids
 
 
 def test_short_captions_can_be_rejected(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     write_lines(
         tmp_path / "a.txt", [{"image": "0.png", "caption": "short"}, {"image": "1.png", "caption": "long enough"}]
     )
-    _, pictures, report = read(processor, "pairs", tmp_path, ["a.txt"], min_caption_length=10)
-    assert pictures == [1]
+    _, images, report = read(processor, "pairs", tmp_path, ["a.txt"], min_caption_length=10)
+    assert images == [1]
     assert report.rejected("pairs") == {"caption too short": 1}
 
 
 def test_few_shot_merging_joins_pairs(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     names = write_pairs(tmp_path, 24)
     options = {"image_first_prob": 1.0, "max_length": 100, "few_shot_merge_prob": 1.0, "few_shot_merge_sizes": [3]}
-    plain, pictures, _ = read(processor, "pairs", tmp_path, names, **{**options, "few_shot_merge_prob": 0.0})
-    merged, same_pictures, _ = read(processor, "pairs", tmp_path, names, **options)
-    assert same_pictures == pictures
+    plain, images, _ = read(processor, "pairs", tmp_path, names, **{**options, "few_shot_merge_prob": 0.0})
+    merged, same_images, _ = read(processor, "pairs", tmp_path, names, **options)
+    assert same_images == images
     for before, after in zip(plain, merged, strict=True):
         pairs = before.split("</s><s>")
         assert after == "</s><s>".join("".join(pairs[i : i + 3]) for i in range(0, len(pairs), 3))
@@ -277,47 +273,47 @@ def test_webdataset_samples(tmp_path: Path, processor: MMInterleavedProcessor) -
         "a/0.txt": b"First Words\n", "a/0.png": png(0), "a/1.PNG": png(1), "a/1.json": b'{"caption": "second"}',
         "a/1.cls": b"3", "b/2.jpg": png(2), "b/2.seg.png": png(9), "b/2.txt": b"third",
     })  # fmt: skip
-    rows, pictures, report = read(processor, "webdataset", tmp_path, ["*.tar"], image_first_prob=1.0)
+    rows, images, report = read(processor, "webdataset", tmp_path, ["*.tar"], image_first_prob=1.0)
     assert rows == ["<s>[]first words</s><s>[]second</s><s>[]third</s>"]
-    assert pictures == [0, 1, 2]
+    assert images == [0, 1, 2]
     assert report.rejected("webdataset") == {}
 
 
 def test_webdataset_samples_that_lack_something(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     write_tar(tmp_path / "0.tar", {
-        "0.txt": b"no picture", "1.png": png(1), "2.png": b"", "2.txt": b"x", "3.png": b"junk", "3.txt": b"x",
+        "0.txt": b"no image", "1.png": png(1), "2.png": b"", "2.txt": b"x", "3.png": b"junk", "3.txt": b"x",
         "4.png": png(4), "4.txt": b"\xff\xfe", "5.png": png(5), "5.json": b"{", "6.png": png(6), "6.txt": b"good",
     })  # fmt: skip
-    _, pictures, report = read(processor, "webdataset", tmp_path, ["0.tar"])
-    assert pictures == [6]
+    _, images, report = read(processor, "webdataset", tmp_path, ["0.tar"])
+    assert images == [6]
     assert report.rejected("webdataset") == {
-        "sample without a picture": 1, "'caption' missing": 1, "picture empty": 1, "picture unreadable": 1,
+        "sample without an image": 1, "'caption' missing": 1, "image empty": 1, "image unreadable": 1,
         "caption not UTF-8": 1, "line not JSON": 1,
     }  # fmt: skip
-    assert "0.tar, sample 0" in report.examples("webdataset")["sample without a picture"]
+    assert "0.tar, sample 0" in report.examples("webdataset")["sample without an image"]
 
 
 # ---- documents
 
 
 def test_documents_of_every_form(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path / "p", 12)
+    write_images(tmp_path / "p", 12)
     write_lines(tmp_path / "a.jsonl", [
         {"segments": [{"text": "One"}, {"image": "p/1.png"}, {"text": "and more"}]},
         {"sentences": ["Two", "end"], "images": ["p/2.png"], "sentence_ixs": [1], "image_first": [True]},
         {"texts": ["Three", None, "end"], "images": [None, "p/3.png", None], "metadata": "[]"},
         {"texts": [None, "Four", None], "images": ["p/4.png", None, "p/5.png"]},
     ])  # fmt: skip
-    rows, pictures, report = read(processor, "documents", tmp_path, ["a.jsonl"])
+    rows, images, report = read(processor, "documents", tmp_path, ["a.jsonl"])
     assert rows == [
         "<s>One[]and more</s><s>Two[]end</s><s>Three[]end</s><s>[]Four[]</s>",
     ]
-    assert pictures == [1, 2, 3, 4, 5]
+    assert images == [1, 2, 3, 4, 5]
     assert report.rejected("documents") == {}
 
 
 def test_conversations_learn_only_the_answers(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     user = {"role": "user", "content": [{"type": "image", "path": "0.png"}, {"type": "text", "text": "Who?"}]}
     write_lines(tmp_path / "a.jsonl", [{"messages": [user, {"role": "assistant", "content": "Mila"}]}])
     source = SourceConfig("documents", root=str(tmp_path), shards=["a.jsonl"], batch_size=1, keep_remainder=True)
@@ -328,7 +324,7 @@ def test_conversations_learn_only_the_answers(tmp_path: Path, processor: MMInter
 
 
 def test_targets_are_what_is_drawn(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 12)
+    write_images(tmp_path, 12)
     write_lines(
         tmp_path / "a.jsonl",
         [{"segments": [{"image": "3.png", "target": "9.png"}, {"image": "4.png", "supervise": False}]}],
@@ -341,7 +337,7 @@ def test_targets_are_what_is_drawn(tmp_path: Path, processor: MMInterleavedProce
 
 
 def test_documents_that_cannot_be_used(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     write_lines(tmp_path / "a.jsonl", [
         {"segments": [{"text": "x"}, {"image": "gone.png"}]},
         {"segments": [{"text": "x"}, {"image": "missing.png"}]},
@@ -351,34 +347,34 @@ def test_documents_that_cannot_be_used(tmp_path: Path, processor: MMInterleavedP
         {"texts": [None, None, 3, "ok"], "images": ["gone.png", "https://x.org/a.png", None, "2.png"]},
         {"segments": [{"image": "0.png"}, {"image": None}]},
     ])  # fmt: skip
-    rows, pictures, report = read(processor, "documents", tmp_path, ["a.jsonl"])
-    assert pictures == [2]
+    rows, images, report = read(processor, "documents", tmp_path, ["a.jsonl"])
+    assert images == [2]
     assert rows == ["<s>[]ok</s>"]
     assert report.rejected("documents") == {
-        "the file '…' does not exist": 2, "too few pictures": 1, "document cannot be encoded": 2,
-        "'texts' and 'images' must be lists of one length": 1, "picture missing": 1, "picture is a URL": 1,
+        "the file '…' does not exist": 2, "too few images": 1, "document cannot be encoded": 2,
+        "'texts' and 'images' must be lists of one length": 1, "image missing": 1, "image is a URL": 1,
         "text malformed": 1,
     }  # fmt: skip
 
 
 def test_documents_are_thinned_out(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 8)
+    write_images(tmp_path, 8)
     write_lines(tmp_path / "a.jsonl", [{"segments": [{"image": f"{i}.png"} for i in range(8)]}] * 20)
-    _, pictures, _ = read(processor, "documents", tmp_path, ["a.jsonl"], max_images=3)
-    assert len(pictures) == 60
-    assert Counter(pictures).keys() == set(range(8))
+    _, images, _ = read(processor, "documents", tmp_path, ["a.jsonl"], max_images=3)
+    assert len(images) == 60
+    assert Counter(images).keys() == set(range(8))
 
 
 # ---- rows
 
 
-def test_text_without_pictures(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_text_without_images(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     write_lines(tmp_path / "a.jsonl", [{"segments": [{"text": f"text {i}"}]} for i in range(9)])
     options = {"min_images": 0, "max_length": 20}
     rows, _, report = read(processor, "documents", tmp_path, ["a.jsonl"], keep_text_only=True, **options)
     assert "".join(rows).count("<s>") == 9
-    assert report.counts("documents")["pictures"] == 0
-    with pytest.raises(DataError, match=r"gave no batch in a whole pass: .* x row without a picture"):
+    assert report.counts("documents")["images"] == 0
+    with pytest.raises(DataError, match=r"gave no batch in a whole pass: .* x row without an image"):
         read(processor, "documents", tmp_path, ["a.jsonl"], **options)
 
 
@@ -394,7 +390,7 @@ def test_remainders_are_dropped_and_counted(tmp_path: Path, processor: MMInterle
     assert report.rejected("pairs") == {"remainder shorter than a row": 1, "row of an incomplete batch": len(whole) - 5}
 
 
-def test_rows_hold_at_most_so_many_pictures(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_rows_hold_at_most_so_many_images(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     source = pairs_source(tmp_path, write_pairs(tmp_path, 30), max_length=200, max_images_per_sequence=4)
     counts = [len(batch.image_rows) for batch in loader(processor, source)]
     assert sum(counts) == 30
@@ -412,7 +408,7 @@ def test_batches_are_padded_to_the_longest_row_or_to_the_full_length(
 
 
 def test_what_is_learned_of_pairs(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    """Conformance 6: what is learned of captions before and after their picture."""
+    """Conformance 6: what is learned of captions before and after their image."""
     names = write_pairs(tmp_path, 1)
     soi, eos = processor.soi_token_id, processor.tokenizer.eos_token_id
     caption = encode_text(processor.tokenizer, "item 0")
@@ -433,7 +429,7 @@ def test_batches_carry_name_and_weights(tmp_path: Path, processor: MMInterleaved
     assert (moved.source, moved.loss_image_weight) == ("blip2", 2.5)
 
 
-def test_both_views_show_the_same_picture(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+def test_both_views_show_the_same_image(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     source = pairs_source(tmp_path, write_pairs(tmp_path, 9))
     for batch in loader(processor, source):
         assert numbers([batch]) == [world.number_of(p) for p in batch.target_pixel_values.numpy()]
@@ -441,7 +437,7 @@ def test_both_views_show_the_same_picture(tmp_path: Path, processor: MMInterleav
 
 
 def test_documents_are_tokenized_as_by_the_processor(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     document = Document([Text("A cat."), Image(str(tmp_path / "0.png")), Text("It"), Text("sleeps.", attached=True)])
     segments = [{"text": "A cat."}, {"image": "0.png"}, {"text": "It"}, {"text": "sleeps.", "attached": True}]
     write_lines(tmp_path / "a.jsonl.gz", [{"segments": segments}])

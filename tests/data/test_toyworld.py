@@ -67,9 +67,9 @@ def test_other_documents_come_first(processor: MMInterleavedProcessor) -> None:
         for rank in range(ranks):
             made = loader(processor, toyworld(documents=6, options=options), rank=rank, world_size=ranks)
             found += re.findall("<s>.*?</s>", "".join(text for b in made for text in texts(processor, b)))
-        pictures = sorted(row.count("[]") for row in found)
-        assert pictures[:4] == [1] * 4
-        assert all(count > 1 for count in pictures[4:])
+        images = sorted(row.count("[]") for row in found)
+        assert images[:4] == [1] * 4
+        assert all(count > 1 for count in images[4:])
 
 
 @pytest.mark.parametrize("first", [{}, {"things": [1, 1]}])

@@ -17,11 +17,11 @@ import PIL.Image
 from mm_interleaved.data import DataConfig, DocumentLoader, SourceConfig, build_loader
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 
-ROW = 24  # tokens of a row in most tests; a picture of the debug model takes 5
+ROW = 24  # tokens of a row in most tests; an image of the debug model takes 5
 
 
 def png(value: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:
-    """A picture of one colour; its red and green values are the number `value`."""
+    """An image of one colour; its red and green values are the number `value`."""
     buffer = io.BytesIO()
     PIL.Image.new("RGB", size, (value % 256, value // 256, 128)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -33,8 +33,8 @@ def number_of(pixels: np.ndarray) -> int:
     return int(red) + 256 * int(green)
 
 
-def write_pictures(folder: Path, count: int) -> list[str]:
-    """Pictures `0.png`, `1.png`, ...; their names."""
+def write_images(folder: Path, count: int) -> list[str]:
+    """Images `0.png`, `1.png`, ...; their names."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         (folder / f"{number}.png").write_bytes(png(number))
@@ -58,8 +58,8 @@ def write_lines(path: Path, records: Iterable[Any]) -> Path:
 
 def write_pairs(folder: Path, count: int, shards: int = 1, words: int = 1) -> list[str]:
     """Shards of `count` pairs in all, captioned by their numbers; the shards' names."""
-    names = write_pictures(folder / "pictures", count)
-    records = [{"image": f"pictures/{n}", "caption": " ".join([f"item {i}"] * words)} for i, n in enumerate(names)]
+    names = write_images(folder / "images", count)
+    records = [{"image": f"images/{n}", "caption": " ".join([f"item {i}"] * words)} for i, n in enumerate(names)]
     for shard in range(shards):
         write_lines(folder / f"{shard}.jsonl", records[shard::shards])
     return [f"{shard}.jsonl" for shard in range(shards)]
@@ -95,12 +95,12 @@ def loader(
 
 
 def numbers(batches: Iterable[Batch]) -> list[int]:
-    """The pictures of some batches by their numbers."""
+    """The images of some batches by their numbers."""
     return [number_of(p) for batch in batches for p in batch.pixel_values.numpy()]
 
 
 def texts(processor: MMInterleavedProcessor, batch: Batch) -> list[str]:
-    """Rows of a batch as text: `<s>`, `</s>` and `[]` for a picture."""
+    """Rows of a batch as text: `<s>`, `</s>` and `[]` for an image."""
     rows = []
     for ids, mask in zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True):
         tokens = processor.tokenizer.convert_ids_to_tokens([i for i, m in zip(ids, mask, strict=True) if m])

@@ -38,10 +38,10 @@ def task(written: Written) -> Callable[..., TaskConfig]:
     """Settings of a task on toy data."""
 
     def make(kind: str, /, **settings: Any) -> TaskConfig:
-        form, pictures = FILES[kind]
+        form, images = FILES[kind]
         phase = PHASES.get(kind, "val")
         folder = written(form, "train" if phase == "train" else "val")
-        paths = {"images": str(folder / pictures), "annotations": str(folder), "phase": phase, "limit": 4}
+        paths = {"images": str(folder / images), "annotations": str(folder), "phase": phase, "limit": 4}
         return TaskConfig(kind, **{**paths, "generation": QUICK, **settings})
 
     return make
@@ -92,7 +92,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything that must not depend on how a run went: predictions, pictures and scores."""
+    """Everything that must not depend on how a run went: predictions, images and scores."""
     kinds = ("*/predictions.jsonl", "*/scores.jsonl", "*/images/*.png", "*/references/*.png")
     return {str(p.relative_to(folder)): p.read_bytes() for kind in kinds for p in sorted(folder.glob(kind))}
 

@@ -38,9 +38,9 @@ def test_samples_are_prepared_once_and_by_threads(
     encoded: list[threading.Thread] = []
     meanwhile(monkeypatch, MMInterleavedProcessor, "encode", lambda *_: encoded.append(threading.current_thread()))
     read: list[threading.Thread] = []
-    load_picture = predict.load_picture
+    load_image = predict.load_image
     monkeypatch.setattr(
-        predict, "load_picture", lambda path: (read.append(threading.current_thread()), load_picture(path))[1]
+        predict, "load_image", lambda path: (read.append(threading.current_thread()), load_image(path))[1]
     )
     asked = task(name)
     run(asked)
@@ -87,7 +87,7 @@ def test_a_batch_is_written_while_the_model_has_the_next(
     assert in_time == [True, True]
 
 
-def test_no_line_is_written_before_its_pictures(
+def test_no_line_is_written_before_its_images(
     task: MakeTask, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The disk is full at the third; what stands there by then is taken up again."""

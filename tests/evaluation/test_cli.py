@@ -25,7 +25,7 @@ Command = Callable[..., Outcome]
 
 
 class Page(HTMLParser):
-    """Text, and the sources of pictures."""
+    """Text, and the sources of images."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -73,14 +73,14 @@ def test_an_empty_reference_fails_its_task(task: MakeTask, own: Path, run: Run) 
     assert "there is no reference, or only blank ones" in run(own_task(task, own)).tasks["vqav2"].failed
 
 
-class TestUnreadablePictures:
+class TestUnreadableImages:
     @pytest.fixture
     def damaged(self, own: Path) -> tuple[Path, bytes]:
-        """A picture that is no picture; its first bytes."""
-        picture = sorted((own / "val2014").iterdir())[0]
-        content = picture.read_bytes()
-        picture.write_bytes(b"no picture at all")
-        return picture, content
+        """An image that is no image; its first bytes."""
+        image = sorted((own / "val2014").iterdir())[0]
+        content = image.read_bytes()
+        image.write_bytes(b"no image at all")
+        return image, content
 
     def test_few_are_counted_and_named(self, task: MakeTask, own: Path, run: Run, damaged: tuple[Path, bytes],
                                        tmp_path: Path) -> None:  # fmt: skip
@@ -88,7 +88,7 @@ class TestUnreadablePictures:
         result = run(own_task(task, own), max_unreadable=0.7).tasks["vqav2"]
         assert not result.failed
         assert (result.samples, result.evaluated) == (6, 2)
-        assert sorted("not a picture" in why for why in result.unreadable.values()) == [False, False, True, True]
+        assert sorted("not an image" in why for why in result.unreadable.values()) == [False, False, True, True]
         assert sum("is not in" in why for why in result.unreadable.values()) == 2
         assert len(lines(tmp_path / "out/vqav2/scores.jsonl")) == 2
         assert "4 of 6 samples are unreadable" in (tmp_path / "out/results.md").read_text()
@@ -228,16 +228,16 @@ class TestPredictionsFolder:
         assert path.read_text() == whole
 
 
-def test_a_damaged_true_picture_spoils_its_sample_only(task: MakeTask, run: Run, tmp_path: Path) -> None:
+def test_a_damaged_true_image_spoils_its_sample_only(task: MakeTask, run: Run, tmp_path: Path) -> None:
     """Found before anything is compared with it."""
     write_dataset("coco", tmp_path / "coco", Job(4, "val", 0, 48))
-    picture = sorted((tmp_path / "coco/val2014").iterdir())[1]
-    picture.write_bytes(picture.read_bytes()[:-300])
+    image = sorted((tmp_path / "coco/val2014").iterdir())[1]
+    image.write_bytes(image.read_bytes()[:-300])
     asked = task("coco", images=str(tmp_path / "coco"), annotations=str(tmp_path / "coco"))
     result = run(asked, max_unreadable=0.3).tasks["coco"]
     assert result.evaluated == 3
-    assert picture.name in str(result.unreadable)
-    assert result.metrics["scene_pictures"]["values"]
+    assert image.name in str(result.unreadable)
+    assert result.metrics["scene_images"]["values"]
 
 
 def test_a_folder_that_cannot_be_written(task: MakeTask, run: Run, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from .worker import finish, start
 def test_any_number_of_processes_does_the_same(
     task: MakeTask, settings_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Words, pictures with true pictures of their own, and candidate answers."""
+    """Words, images with true images of their own, and candidate answers."""
     tasks = [task("vqav2", limit=11), task("flintstones", limit=3), task("visdial", limit=3)]
     config = settings_file(*tasks, batch_size=2, gallery=0)
     for number in (1, 2, 3):

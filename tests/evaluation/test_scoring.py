@@ -45,17 +45,17 @@ def scored(task: MakeTask, tmp_path: Path) -> Callable[..., Scored]:
 
 
 def copied(folder: Path) -> Callable[[Sample, int], dict[str, Any]]:
-    """The true pictures as predictions."""
+    """The true images as predictions."""
 
     def predict(sample: Sample, index: int) -> dict[str, Any]:
         names = []
         references = [sample.reference["photo"]] if isinstance(sample.reference, dict) else sample.reference
-        for slot, picture in enumerate(references):
+        for slot, image in enumerate(references):
             names.append(f"{index}_{slot}.png")
-            if isinstance(picture, PIL.Image.Image):
-                picture.save(folder / names[-1])
+            if isinstance(image, PIL.Image.Image):
+                image.save(folder / names[-1])
             else:
-                shutil.copy(picture, folder / names[-1])
+                shutil.copy(image, folder / names[-1])
         kept = {"references": names} if isinstance(references[0], PIL.Image.Image) else {}
         return {"images": names, **kept}
 
@@ -107,7 +107,7 @@ def test_right_ranks(scored: Callable[..., Scored]) -> None:
 
 @pytest.mark.parametrize("name", ["coco_karpathy", "flickr30k", "nocaps"])
 def test_captions_of_their_own_scenes_are_right(name: str, scored: Callable[..., Scored]) -> None:
-    """The scene behind a picture is found again: what the references say is true of it, and of no other."""
+    """The scene behind an image is found again: what the references say is true of it, and of no other."""
     right = METRICS["scene_captions"](scored(name, lambda s, _: {"prediction": s.reference[0]}))
     assert right.values["facts_right"] == 100
     given = scored(name, lambda s, _: {"prediction": s.reference[0]})
@@ -117,21 +117,21 @@ def test_captions_of_their_own_scenes_are_right(name: str, scored: Callable[...,
 
 
 @pytest.mark.parametrize("name", ["coco", "lncoco", "ade20k"])
-def test_the_true_pictures_show_their_scenes(name: str, scored: Callable[..., Scored], tmp_path: Path) -> None:
-    right = METRICS["scene_pictures"](scored(name, copied(tmp_path)))
+def test_the_true_images_show_their_scenes(name: str, scored: Callable[..., Scored], tmp_path: Path) -> None:
+    right = METRICS["scene_images"](scored(name, copied(tmp_path)))
     assert right.values["found_kind"] > 60
     blank = PIL.Image.new("RGB", (64, 64), "gray")
     blank.save(tmp_path / "blank.png")
-    assert METRICS["scene_pictures"](scored(name, lambda s, _: {"images": ["blank.png"]})).values["found_kind"] < 20
+    assert METRICS["scene_images"](scored(name, lambda s, _: {"images": ["blank.png"]})).values["found_kind"] < 20
 
 
 @pytest.mark.parametrize("name", ["coco", "vist", "pororo"])
-def test_fid_compares_drawn_with_true_pictures(
+def test_fid_compares_drawn_with_true_images(
     name: str, scored: Callable[..., Scored], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Colors(torch.nn.Module):
-        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-            return torch.cat([pictures.mean((2, 3)), pictures.std((2, 3))], 1)
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
     monkeypatch.setattr(
         scoring_module, "FID", lambda weights, **options: FID(extractor=Colors(), name="colors", **options)
@@ -140,14 +140,14 @@ def test_fid_compares_drawn_with_true_pictures(
     assert same.values == pytest.approx({"fid_64": 0, "fid_native": 0}, abs=1e-6)
     given = scored(name, copied(tmp_path))
     for path in tmp_path.glob("*.png"):
-        kept = given.true_pictures()
+        kept = given.true_images()
         if path not in kept.values():
             PIL.Image.open(path).convert("L").save(path)
-    if name != "pororo":  # whose true pictures are those files
+    if name != "pororo":  # whose true images are those files
         assert METRICS["fid"](given).values["fid_native"] > 1e-4
 
 
-def test_label_maps_are_cut_like_the_pictures(scored: Callable[..., Scored], tmp_path: Path,
+def test_label_maps_are_cut_like_the_images(scored: Callable[..., Scored], tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """A map that is wider than high loses its ends, unless the original's way is asked for."""
     wide = np.zeros((10, 30), np.uint8)
@@ -186,9 +186,9 @@ def test_what_is_missing_is_said_with_what_would_mend_it(
 
 def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., Scored], tmp_path: Path) -> None:
     given = scored("coco", copied(tmp_path))
-    (tmp_path / given.records[0]["images"][0]).write_bytes(b"no picture")
+    (tmp_path / given.records[0]["images"][0]).write_bytes(b"no image")
     result, _ = score_task(given, 0)
-    assert "cannot be read as a picture" in result["scene_pictures"]["failed"]
+    assert "cannot be read as an image" in result["scene_images"]["failed"]
     assert "skipped" in result["text_similarity"]
     one = scored("vqav2", lambda s, _: {"prediction": "yes"})
     one.samples[0].reference[1:] = []

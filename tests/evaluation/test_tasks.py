@@ -15,7 +15,7 @@ from mm_interleaved.evaluation.predict import Predictor, effective_settings, pla
 from mm_interleaved.evaluation.scoring import METRICS
 from mm_interleaved.evaluation.toyworld import drawn_scenes, find_about
 from mm_interleaved.metrics.clip import CLIP
-from mm_interleaved.metrics.toyworld import ScenePictures
+from mm_interleaved.metrics.toyworld import SceneImages
 from mm_interleaved.tasks import TASKS, TaskError, make_task
 from mm_interleaved.toyworld.draw import draw
 
@@ -39,10 +39,10 @@ def test_end_to_end(name: str, task: MakeTask, run: Run, tmp_path: Path) -> None
             assert len(record["scores"]) == len(record["lengths"]) == len(sample.options)
         else:
             assert len(record["images"]) == len(sample.reference) if isinstance(sample.reference, list) else 1
-            for picture in record["images"]:
-                assert PIL.Image.open(tmp_path / "out" / name / picture).size == (32, 32)
+            for image in record["images"]:
+                assert PIL.Image.open(tmp_path / "out" / name / image).size == (32, 32)
     assert result.toy
-    assert set(result.metrics) - {"scene_captions", "scene_pictures"} == set(kind.metrics)
+    assert set(result.metrics) - {"scene_captions", "scene_images"} == set(kind.metrics)
     assert set(result.metrics) <= set(METRICS)
     for metric in result.metrics.values():
         assert "failed" not in metric
@@ -56,37 +56,37 @@ STORIES = {"vist": {}, "pororo": {"protocol": "autoregressive"}, "flintstones": 
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_scenes_of_stories_are_those_of_their_pictures(name: str, task: MakeTask) -> None:
-    """So true pictures are found right."""
+def test_scenes_of_stories_are_those_of_their_images(name: str, task: MakeTask) -> None:
+    """So true images are found right."""
     asked = make_task(task(name, options=STORIES[name]))
     samples = list(asked.samples())
     scenes = drawn_scenes(samples, find_about(asked))
-    true = {(s.id, slot): picture for s in samples for slot, picture in enumerate(s.reference)}
+    true = {(s.id, slot): image for s in samples for slot, image in enumerate(s.reference)}
     assert len(true) == 4 * (4 if STORIES[name].get("protocol") == "autoregressive" else 1)
     if name == "vist":
         for key, path in true.items():
-            with PIL.Image.open(path) as picture:
-                assert picture.tobytes() == draw(scenes[key].scene, picture.width).tobytes()
+            with PIL.Image.open(path) as image:
+                assert image.tobytes() == draw(scenes[key].scene, image.width).tobytes()
     else:
-        assert ScenePictures()(true, scenes).values["found_kind_color"] > 80
+        assert SceneImages()(true, scenes).values["found_kind_color"] > 80
 
 
-def test_pictures_of_stories_are_scored(task: MakeTask, run: Run, tmp_path: Path) -> None:
-    """Without CLIP; each sample has one score, whatever number of pictures it has."""
+def test_images_of_stories_are_scored(task: MakeTask, run: Run, tmp_path: Path) -> None:
+    """Without CLIP; each sample has one score, whatever number of images it has."""
     named = {name: task(name, limit=2, options=options) for name, options in STORIES.items()}
     for name, result in run(*named.values()).tasks.items():
-        metric = result.metrics["scene_pictures"]
+        metric = result.metrics["scene_images"]
         assert {"found_kind_color", "perfect"} <= metric["values"].keys()
         assert metric["intervals"].keys() == metric["values"].keys()
         assert all(low <= metric["values"][key] <= high for key, (low, high) in metric["intervals"].items())
         scored = lines(tmp_path / "out" / name / "scores.jsonl")
         assert [line["id"] for line in scored] == [s.id for s in make_task(named[name]).samples()]
-        assert {line["metric"] for line in scored} == {"scene_pictures"}
+        assert {line["metric"] for line in scored} == {"scene_images"}
 
 
 def test_intervals_are_over_stories(task: MakeTask, run: Run) -> None:
-    """Not over their pictures: of one story there is no other draw."""
-    found = run(task("pororo", limit=1, options=STORIES["pororo"])).tasks["pororo"].metrics["scene_pictures"]
+    """Not over their images: of one story there is no other draw."""
+    found = run(task("pororo", limit=1, options=STORIES["pororo"])).tasks["pororo"].metrics["scene_images"]
     assert found["intervals"]
     assert all(low == pytest.approx(high) for low, high in found["intervals"].values())
 
@@ -109,17 +109,17 @@ def test_batches_do_not_change_what_is_written(task: MakeTask, run: Run, tmp_pat
 
 
 def test_every_sample_has_its_own_seed(task: MakeTask, run: Run, tmp_path: Path) -> None:
-    """Another seed draws other pictures, and equal prompts do not give equal pictures."""
+    """Another seed draws other images, and equal prompts do not give equal images."""
     same = task("coco", prompt="a cat", limit=2)
     run(same, folder="a")
     run(same, folder="b", seed=1)
     a, b = (contents(tmp_path / name) for name in "ab")
-    pictures = [content for name, content in (*a.items(), *b.items()) if name.endswith(".png")]
-    assert len(set(pictures)) == 4
+    images = [content for name, content in (*a.items(), *b.items()) if name.endswith(".png")]
+    assert len(set(images)) == 4
     assert sample_seed(0, "coco", "1") != sample_seed(0, "coco", "2") != sample_seed(0, "lncoco", "2")
 
 
-def test_boxes_are_asked_of_the_whole_picture(
+def test_boxes_are_asked_of_the_whole_image(
     task: MakeTask, model: MMInterleaved, processor: MMInterleavedProcessor
 ) -> None:
     suite = TaskSuite([task("refcoco"), task("vqav2")])
@@ -235,7 +235,7 @@ def test_clip_chooses_among_candidates(
     clip = MetricConfig(clip=str(tmp_path / "clip"))
     found = run(two, folder="chosen", metrics=clip).tasks["coco"]
     assert "no file named" in found.metrics["text_similarity"]["failed"]  # the others go on
-    assert found.metrics["scene_pictures"]["values"]
+    assert found.metrics["scene_images"]["values"]
     monkeypatch.setattr(predict, "sample_seed", lambda *names: sample_seed(*names) + 1)
     run(two, folder="next")
     records = lines(tmp_path / "chosen/coco/predictions.jsonl")
@@ -248,7 +248,7 @@ def test_clip_chooses_among_candidates(
 
 def test_a_folder_without_clip_is_said_before_anything_is_drawn(task: MakeTask, run: Run, tmp_path: Path) -> None:
     clip = MetricConfig(clip=str(tmp_path))
-    with pytest.raises(TaskError, match="is no CLIP model to choose pictures by"):
+    with pytest.raises(TaskError, match="is no CLIP model to choose images by"):
         run(task("coco"), metrics=clip)
     (tmp_path / "config.json").write_text("{}")
     assert "the CLIP model cannot be used" in run(task("coco"), metrics=clip).tasks["coco"].failed

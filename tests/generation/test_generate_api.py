@@ -21,7 +21,7 @@ from mm_interleaved import (
 )
 from mm_interleaved.generation.arguments import settings_from_arguments
 
-from ..conftest import picture
+from ..conftest import make_image
 
 GREEDY = {"num_beams": 1, "max_new_tokens": 4, "min_new_tokens": 4}
 
@@ -30,7 +30,7 @@ GREEDY = {"num_beams": 1, "max_new_tokens": 4, "min_new_tokens": 4}
 def batch(processor: MMInterleavedProcessor) -> Batch:
     """Prompts of two lengths, padded on the left."""
     return processor(
-        [Document([Text("A cat."), Image(picture(0)), Text("asleep on a")]), Document([Image(picture(1))])],
+        [Document([Text("A cat."), Image(make_image(0)), Text("asleep on a")]), Document([Image(make_image(1))])],
         padding_side="left",
     )
 
@@ -47,8 +47,8 @@ def written(model: MMInterleaved, batch: Batch, **settings: object) -> list[list
 def test_caches_of_transformers(model: MMInterleaved, processor, side: str, sample: bool) -> None:
     """Rows with no, one and two images, of which some end early."""
     prompts = processor(
-        [Document([Text("A cat."), Image(picture(0)), Text("asleep on a")]), Document([Text("hello")]),
-         Document([Image(picture(1)), Image(picture(2))])], padding_side=side,
+        [Document([Text("A cat."), Image(make_image(0)), Text("asleep on a")]), Document([Text("hello")]),
+         Document([Image(make_image(1)), Image(make_image(2))])], padding_side=side,
     )  # fmt: skip
     chosen = {"num_beams": 1, "max_new_tokens": 6, "min_new_tokens": 1, "do_sample": sample, "seed": 3}
     expected = model.generate(**prompts, **chosen)
@@ -96,7 +96,7 @@ def test_decoding_what_was_generated(model: MMInterleaved, processor: MMInterlea
 
 def test_a_chat(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "Who is it?"}]}
+        {"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "Who is it?"}]}
     ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

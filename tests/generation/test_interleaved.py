@@ -33,7 +33,7 @@ from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.generation.recompute import RecomputingGenerator
 from mm_interleaved.processor.packing import TokenStream
 
-from ..conftest import picture
+from ..conftest import make_image
 
 GREEDY = GenerationSettings(
     TextSettings(max_new_tokens=7, min_new_tokens=2, num_beams=1, repetition_penalty=1.3),
@@ -42,11 +42,15 @@ GREEDY = GenerationSettings(
 
 
 def one() -> list[Document]:
-    return [Document([Text("a red house"), Image(picture(1)), Text("and then")])]
+    return [Document([Text("a red house"), Image(make_image(1)), Text("and then")])]
 
 
 def ragged() -> list[Document]:
-    return [*one(), Document([Text("hello")]), Document([Image(picture(4)), Image(picture(5)), Text("b c d e f g h")])]
+    return [
+        *one(),
+        Document([Text("hello")]),
+        Document([Image(make_image(4)), Image(make_image(5)), Text("b c d e f g h")]),
+    ]
 
 
 def run(generator: InterleavedGenerator, documents: list[Document]) -> tuple[list[list], list[DocumentFinished]]:
@@ -63,7 +67,7 @@ def run(generator: InterleavedGenerator, documents: list[Document]) -> tuple[lis
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal ids, or pictures that differ by one rounding at most."""
+    """Equal ids, or images that differ by one rounding at most."""
     if isinstance(a, list):
         return a == b
     return bool((np.abs(np.asarray(a).astype(int) - np.asarray(b)) <= 1).all())
@@ -74,9 +78,9 @@ def same(a: Any, b: Any) -> bool:
 def test_caches_equal_recomputation(
     model: MMInterleaved, processor: MMInterleavedProcessor, rounds: int, documents
 ) -> None:
-    """A round is a text and a picture. Ids equal, hidden states within 1e-4; the ragged batch is padded on the left.
+    """A round is a text and an image. Ids equal, hidden states within 1e-4; the ragged batch is padded on the left.
 
-    Drawn pictures are read again with 8 bits, so roundings add up; of these documents no word hangs on one.
+    Drawn images are read again with 8 bits, so roundings add up; of these documents no word hangs on one.
     """
     settings = replace(GREEDY, max_turns=2 * rounds, force_image=True, stop_at_eos=False)
     cached, plain = (kind(model, processor, settings) for kind in (InterleavedGenerator, RecomputingGenerator))
@@ -95,7 +99,7 @@ def test_caches_equal_recomputation(
 
 
 def test_cost_is_linear(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    """Every token and every picture is read once; without caches the count grows with the square."""
+    """Every token and every image is read once; without caches the count grows with the square."""
     counts = {}
     for kind in (InterleavedGenerator, RecomputingGenerator):
         for turns in (4, 8):
@@ -122,7 +126,7 @@ def test_prepared_documents_are_only_run(
     model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And more than once, if need be."""
-    documents = [Document([Text("a red house"), Image(), Text("and"), Image(picture(1)), Text()]), *ragged()]
+    documents = [Document([Text("a red house"), Image(), Text("and"), Image(make_image(1)), Text()]), *ragged()]
     generator = InterleavedGenerator(model, processor, GREEDY)
     expected, ends = run(generator, documents)
     prepared = [generator.prepare(document) for document in documents]
@@ -166,7 +170,9 @@ def test_a_long_neighbour_does_not_cut_beams_short(model: MMInterleaved, process
 
 
 def test_slots_are_filled_where_they_stand(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    document = Document([Text("one"), Image(), Text("two"), Text(), Image(picture(5)), Text("three"), Image()], id="d")
+    document = Document(
+        [Text("one"), Image(), Text("two"), Text(), Image(make_image(5)), Text("three"), Image()], id="d"
+    )
     (made,), (end,) = run(InterleavedGenerator(model, processor, GREEDY), [document])
     assert [type(m) for m in made] == [PIL.Image.Image, list, PIL.Image.Image]
     kinds = [type(s) for s in end.result.segments]
@@ -196,9 +202,9 @@ def test_a_document_of_slots_alone(model: MMInterleaved, processor: MMInterleave
     assert len(made) == 2
 
 
-def test_picture_slot_equals_generate_images(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    """The session draws what the batch call draws from the whole row with a grey picture in place."""
-    given = [Text("a house"), Image(picture(1)), Text("at night")]
+def test_image_slot_equals_generate_images(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """The session draws what the batch call draws from the whole row with a grey image in place."""
+    given = [Text("a house"), Image(make_image(1)), Text("at night")]
     (made,), _ = run(InterleavedGenerator(model, processor, GREEDY), [Document([*given, Image()])])
     grey = PIL.Image.new("RGB", (56, 56), (128, 128, 128))
     drawn = model.generate_images(processor(Document([*given, Image(grey)])), GREEDY.image, targets=[1])
@@ -206,8 +212,8 @@ def test_picture_slot_equals_generate_images(model: MMInterleaved, processor: MM
     assert same(made[0], expected)
 
 
-def test_the_drawn_picture_does_not_leak_into_itself(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    batches = [processor(Document([Text("a house"), Image(picture(k))])) for k in (1, 2)]
+def test_the_drawn_image_does_not_leak_into_itself(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    batches = [processor(Document([Text("a house"), Image(make_image(k))])) for k in (1, 2)]
     drawn = [model.generate_images(b, GREEDY.image) for b in batches]
     assert torch.equal(*drawn)
 
@@ -235,7 +241,7 @@ def forced_head(model: MMInterleaved, tokens: dict[int, int], otherwise: int = 1
     return changed
 
 
-def test_a_picture_comes_when_the_text_asks_for_one(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+def test_a_image_comes_when_the_text_asks_for_one(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     soi, eos = model.config.soi_token_id, model.config.eos_token_id
     scripted = forced_head(model, {3: soi, 6: eos})
     (made,), (end,) = run(InterleavedGenerator(scripted, processor, replace(GREEDY, max_turns=9)), one())
@@ -275,7 +281,7 @@ def test_records_of_the_original_do_not_end_at_the_end_token(
 )  # fmt: skip
 @pytest.mark.parametrize("mode", ["generate_texts", "generate_images"])
 def test_turns_of_records_of_the_original(
-    model: MMInterleaved, processor: MMInterleavedProcessor, pictures: list[Path],
+    model: MMInterleaved, processor: MMInterleavedProcessor, images: list[Path],
     num_iter: int | None, settings: dict, turns: int, mode: str,
 ) -> None:  # fmt: skip
     """Spec/model 6.6: the limit is the settings' with auto_end; without it the record's, if it gives one."""
@@ -283,7 +289,7 @@ def test_turns_of_records_of_the_original(
                               "image_first": [False], "generate_mode": mode}  # fmt: skip
     if num_iter is not None:
         record["num_iter"] = num_iter
-    path = pictures[0].parent / "records.json"
+    path = images[0].parent / "records.json"
     path.write_text(json.dumps([record]))
     (made,), (end,) = run(
         InterleavedGenerator(forced_head(model, {}), processor, replace(GREEDY, **settings)), load_documents(path)
@@ -297,8 +303,8 @@ def test_settings_win_over_other_documents(model: MMInterleaved, processor: MMIn
     assert len(made) == 1
 
 
-def test_auto_end_wins_over_a_forced_picture(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    """Spec/model 6.6: the loop is left right after the text, though a picture was due."""
+def test_auto_end_wins_over_a_forced_image(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """Spec/model 6.6: the loop is left right after the text, though an image was due."""
     scripted = forced_head(model, {2: model.config.eos_token_id})
     settings = replace(GREEDY, max_turns=9, stop_at_eos=True, force_image=True)
     (made,), (end,) = run(InterleavedGenerator(scripted, processor, settings), one())
@@ -329,9 +335,9 @@ def test_a_full_context_ends_the_document(model: MMInterleaved, processor: MMInt
     assert made
 
 
-def test_forty_nine_pictures_are_the_most(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+def test_forty_nine_images_are_the_most(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     assert InterleavedGenerator(model, processor, GREEDY).most_images == 49
-    few = [Image(picture(1))] * 49
+    few = [Image(make_image(1))] * 49
     InterleavedGenerator(model, processor, GREEDY).start([Document([*few, Text()])])
     with pytest.raises(DocumentError, match="document 0: 50 images are more than the 49 that the model tells apart"):
         InterleavedGenerator(model, processor, GREEDY).start([Document([*few, *few[:1], Text()])])
@@ -365,7 +371,7 @@ def test_forced_texts_replace_what_was_written(model: MMInterleaved, processor: 
     assert generator.rows[0].ids.count(soi) == 2
 
 
-def test_a_forced_text_can_ask_for_a_picture(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+def test_a_forced_text_can_ask_for_a_image(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     document = replace(one()[0], forced_texts=["a cat<|beginofimage|>"], max_turns=2)
     (made,), _ = run(InterleavedGenerator(model, processor, replace(GREEDY, replace_texts=True)), [document])
     assert isinstance(made[1], PIL.Image.Image)
@@ -391,10 +397,10 @@ def test_a_forced_text_that_does_not_fit_ends_the_document(
     assert len(generator.rows[0].ids) <= processor.max_length
 
 
-def test_a_new_document_inside_a_text_hides_earlier_pictures(
+def test_a_new_document_inside_a_text_hides_earlier_images(
     model: MMInterleaved, processor: MMInterleavedProcessor
 ) -> None:
-    """If the text starts a document with <s>, what follows sees no picture, as when everything is read anew."""
+    """If the text starts a document with <s>, what follows sees no image, as when everything is read anew."""
     scripted = forced_head(model, {2: 1})
     settings = replace(GREEDY, max_turns=3, force_image=True, stop_at_eos=False)
     hidden = []
@@ -415,7 +421,7 @@ def test_noise_repeats_unless_it_is_varied(model: MMInterleaved, processor: MMIn
     run(InterleavedGenerator(model, processor, GREEDY), [document])
     run(InterleavedGenerator(model, processor, replace(GREEDY, vary_noise=True)), [document])
     hook.remove()
-    first = starts[::2]  # two steps a picture
+    first = starts[::2]  # two steps an image
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[0], first[2])
     assert not torch.equal(first[2], first[3])
@@ -482,7 +488,7 @@ def test_errors_say_which_document(model: MMInterleaved, processor: MMInterleave
 
 
 def test_a_closed_generator_stops_at_once(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    """An interrupt in the middle of a picture: closing the stream is all it takes."""
+    """An interrupt in the middle of an image: closing the stream is all it takes."""
     ran: list[int] = []
     hook = model.image_decoder.unet.register_forward_hook(lambda *_: ran.append(1))
     events = model.generate_interleaved(Document([Image()]), processor, replace(GREEDY, image=ImageSettings()))
@@ -528,7 +534,7 @@ def test_settings_that_are_not_there(model: MMInterleaved, processor: MMInterlea
 
 @pytest.mark.parametrize("targets", [[], [1], [-1]])
 def test_targets_that_are_not_there(model: MMInterleaved, processor: MMInterleavedProcessor, targets: list) -> None:
-    with pytest.raises(ValueError, match="not among the 1 pictures"):
+    with pytest.raises(ValueError, match="not among the 1 images"):
         model.generate_images(processor(one()), GREEDY.image, targets=targets)
 
 

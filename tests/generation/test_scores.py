@@ -7,14 +7,14 @@ import torch
 
 from mm_interleaved import Batch, Document, Image, MMInterleaved, MMInterleavedProcessor, Text
 
-from ..conftest import picture
+from ..conftest import make_image
 
 OPTIONS = [[[9, 8, 7], [6], [5, 5, 5, 5, 5]], [[4, 3]]]
 
 
 @pytest.fixture(scope="module")
 def batch(processor: MMInterleavedProcessor) -> Batch:
-    documents = [Document([Image(picture(1)), Text("what is it?")]), Document([Text("well"), Image(picture(2))])]
+    documents = [Document([Image(make_image(1)), Text("what is it?")]), Document([Text("well"), Image(make_image(2))])]
     return processor(documents, padding_side="left")
 
 
@@ -39,10 +39,10 @@ def test_an_option_without_tokens_is_refused(model: MMInterleaved, batch: Batch,
         model.score(batch, options)
 
 
-def test_the_prompt_and_its_picture_are_read_once(model: MMInterleaved, batch: Batch) -> None:
-    pictures, tokens = [], []
+def test_the_prompt_and_its_image_are_read_once(model: MMInterleaved, batch: Batch) -> None:
+    images, tokens = [], []
     hooks = [
-        model.visual_tokenizer.register_forward_hook(lambda _m, a, _o: pictures.append(len(a[0]))),
+        model.visual_tokenizer.register_forward_hook(lambda _m, a, _o: images.append(len(a[0]))),
         model.language_model.layers[0].mlp.gate_proj.register_forward_hook(
             lambda _m, a, _o: tokens.append(a[0].shape[1])
         ),
@@ -50,6 +50,6 @@ def test_the_prompt_and_its_picture_are_read_once(model: MMInterleaved, batch: B
     model.score(batch, [OPTIONS[0] * 10, OPTIONS[1]])
     for hook in hooks:
         hook.remove()
-    assert pictures == [2]
+    assert images == [2]
     assert tokens.count(batch.input_ids.shape[1]) == 1
     assert max(tokens[1:]) <= 5  # afterwards only options

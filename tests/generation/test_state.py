@@ -20,7 +20,7 @@ from mm_interleaved.generation.text import score_options, write, write_beams, wr
 from mm_interleaved.generation.workspace import POOL, Workspace, WorkspacePool
 from mm_interleaved.model.static import Pool
 
-from ..conftest import picture
+from ..conftest import make_image
 from .test_text import prompts
 
 GREEDY = TextSettings(max_new_tokens=5, min_new_tokens=5, num_beams=1)
@@ -263,7 +263,7 @@ def test_reading_that_failed_was_not_read(
 
 
 def test_states_of_two_threads(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    batches = [processor(Document([Image(picture(i)), Text(f"a {i}")])) for i in range(2)]
+    batches = [processor(Document([Image(make_image(i)), Text(f"a {i}")])) for i in range(2)]
     expected = [texts(model, b) for b in batches]
     found: dict[int, list] = {}
 

@@ -22,16 +22,16 @@ from mm_interleaved import (
 from mm_interleaved.generation.settings import GenerationSettings, from_original, override
 from mm_interleaved.generation.text import write
 
-from ..conftest import picture
+from ..conftest import make_image
 
 EOS = 2
 
 
 def prompts(processor: MMInterleavedProcessor, side: str = "left") -> Batch:
     documents = [
-        Document([Image(picture(1)), Text("a red house")]),
+        Document([Image(make_image(1)), Text("a red house")]),
         Document([Text("hello")]),
-        Document([Text("see"), Image(picture(2)), Image(picture(3)), Text("and this and that")]),
+        Document([Text("see"), Image(make_image(2)), Image(make_image(3)), Text("and this and that")]),
     ]
     return processor(documents, padding_side=side)
 
@@ -65,11 +65,11 @@ def test_greedy_equals_one_forward_per_token(
     batch = prompts(processor, side)
     settings = TextSettings(max_new_tokens=9, min_new_tokens=9, num_beams=1)
     texts = [row[0].ids for row in model.generate_text(batch, settings)]
-    first_picture = [0, 1, 1]
+    first_image = [0, 1, 1]
     for row, text in enumerate(texts):
         ids = batch.input_ids[row][batch.attention_mask[row] == 1]
         count = int((batch.image_rows == row).sum())
-        pixels = batch.pixel_values[first_picture[row] : first_picture[row] + count]
+        pixels = batch.pixel_values[first_image[row] : first_image[row] + count]
         for token in text:
             logits = model(ids[None], pixel_values=pixels).logits[0, -1]
             logits[[EOS, model.config.soi_token_id]] = -torch.inf

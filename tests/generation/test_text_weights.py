@@ -41,7 +41,7 @@ from mm_interleaved.model.quantization import quantize
 from mm_interleaved.model.weights import why_not_captured
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 
-from ..conftest import awaken, picture
+from ..conftest import awaken, make_image
 
 KINDS = ["dynamic", "static"]
 GREEDY = TextSettings(max_new_tokens=5, min_new_tokens=5, num_beams=1)
@@ -203,7 +203,7 @@ def test_a_session_with_an_adapter(mine: MMInterleaved, processor: MMInterleaved
         TextSettings(max_new_tokens=5, min_new_tokens=5, num_beams=1, cache_implementation=kind),
         ImageSettings(num_inference_steps=2, guidance_scale=1.5), max_turns=4, force_image=True,
     )  # fmt: skip
-    documents = [Document([Text("a red house"), Image(picture(1)), Text("and")]), Document([Text("hello")])]
+    documents = [Document([Text("a red house"), Image(make_image(1)), Text("and")]), Document([Text("hello")])]
 
     def session(model: MMInterleaved) -> tuple[list[object], list[np.ndarray]]:
         segments = [s for d in model.generate(documents, "interleaved", processor, settings) for s in d.segments]
@@ -487,7 +487,7 @@ def test_hooks_run_once_for_each_forward(
 
         register(count)
     with decoding_kernels(kernels):
-        mine.generate_text(processor(Document([Image(picture(1)), Text("a")])), TextSettings(2, 2, 1))
+        mine.generate_text(processor(Document([Image(make_image(1)), Text("a")])), TextSettings(2, 2, 1))
     of_images = {f"{SYNCHRONIZER}{name}" for name in ("feature_norm", "mmfs.value_proj")}  # once an image
     twice = {f"{SYNCHRONIZER}mmfs.{name}" for name in ("sampling_offsets", "attention_weights")}  # of queries, of slots
     expected = {name: 1 if name in of_images else 4 if name in twice else 2 for name in counts}

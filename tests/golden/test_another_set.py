@@ -24,8 +24,8 @@ from .test_golden import test_state_dict_is_used_completely as check_state_dict
 from .test_golden_generation import _generator
 
 BOS, EOS, PAD, IMAGE, SOI = 5, 7, 0, 60, 61  # neither the ids nor their order of the set at hand
-TOKENS = 5  # of a picture
-SIDE = 64  # of a drawn picture
+TOKENS = 5  # of an image
+SIDE = 64  # of a drawn image
 DESCRIPTION = {
     "llama": {
         "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 6, "num_attention_heads": 2, "vocab_size": 60,
@@ -97,7 +97,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[GoldenSet, MMInte
 
 
 def _row(*parts: int | str) -> list[int]:
-    """Token ids; "i" is a picture."""
+    """Token ids; "i" is an image."""
     return [token for p in parts for token in ([SOI, *[IMAGE] * TOKENS] if p == "i" else [p])]
 
 
@@ -160,7 +160,7 @@ def test_the_published_formula_and_the_fast_form(written: tuple[GoldenSet, MMInt
     torch.testing.assert_close(logits["fast"], logits["reference"], rtol=1e-4, atol=1e-4)
 
 
-def test_texts_pictures_and_both(written: tuple[GoldenSet, MMInterleaved]) -> None:
+def test_texts_images_and_both(written: tuple[GoldenSet, MMInterleaved]) -> None:
     golden, _ = written
     model = golden.model.eval()
     batch = golden.batch(_case(ROWS, COUNTS, left=True))
@@ -170,9 +170,9 @@ def test_texts_pictures_and_both(written: tuple[GoldenSet, MMInterleaved]) -> No
         assert len(texts) == len(ROWS)
         assert all(text.end in (None, EOS, SOI) for text in texts)
     image = from_original(num_inference_steps=2, guidance_scale=3.0, num_validation_images=2).image
-    pictures = model.generate_images(batch, image, targets=[0, 2])
-    assert pictures.shape == (2 * 2, 3, SIDE, SIDE)
-    assert torch.isfinite(pictures).all()
+    images = model.generate_images(batch, image, targets=[0, 2])
+    assert images.shape == (2 * 2, 3, SIDE, SIDE)
+    assert torch.isfinite(images).all()
 
     kwargs = {"max_length": 4, "min_length": 3, "num_beams": 1, "num_inference_steps": 1, "num_validation_images": 1}
     params = {"kwargs": kwargs, "num_iter": 3, "force_gen_image_next": True}

@@ -251,7 +251,7 @@ def test_training(golden: GoldenSet, case: str) -> None:
     for hook in hooks:
         hook.remove()
     model.eval()
-    assert torch.equal(target, before)  # the caller's pictures are left alone
+    assert torch.equal(target, before)  # the caller's images are left alone
     for name in ("loss", "loss_txt", "loss_img"):
         golden.close(case, name, getattr(out, name), x[f"out.{name}"])
     earlier: EarlierImages = seen.pop("earlier")
@@ -268,7 +268,7 @@ def test_training(golden: GoldenSet, case: str) -> None:
 
 
 def _check_earlier(golden: GoldenSet, case: str, x: dict[str, Tensor], earlier: EarlierImages) -> None:
-    """The original gives every picture one slot of maps: the previous picture's, or zeros."""
+    """The original gives every image one slot of maps: the previous image's, or zeros."""
     images = earlier.visible.images
     images = torch.cat([images, images.new_full((len(images), 1), -1)], dim=1)[:, :1]
     golden.close(case, "mmfs_mask_img", (images >= 0).long(), x["out.mmfs_mask_img"])

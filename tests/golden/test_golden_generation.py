@@ -1,4 +1,4 @@
-"""The cases of a golden folder that generate, by kind: texts, pictures, scores, and both in turn."""
+"""The cases of a golden folder that generate, by kind: texts, images, scores, and both in turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mm_interleaved.generation.settings import GenerationSettings, from_original
 from mm_interleaved.generation.text import end_tokens, write
 from mm_interleaved.model.layout import find_images, previous_images
 from mm_interleaved.processor import Batch
-from mm_interleaved.processor.images import center_crop, to_array, to_picture
+from mm_interleaved.processor.images import center_crop, to_array, to_pil
 from mm_interleaved.processor.packing import TokenStream
 
 from .golden_set import GoldenSet, kind, strided
@@ -123,8 +123,8 @@ class _PixelsOnly:
         self.pad = golden.config.pad_token_id
         self.first: Batch | None = None
 
-    def pixels(self, pictures: list[PIL.Image.Image]) -> Tensor:
-        found = [torch.from_numpy(to_array(center_crop(p, self.size))) for p in pictures]
+    def pixels(self, images: list[PIL.Image.Image]) -> Tensor:
+        found = [torch.from_numpy(to_array(center_crop(p, self.size))) for p in images]
         return torch.stack(found) if found else torch.zeros(0, 3, self.size, self.size)
 
     def decode_text(self, ids: list[int]) -> str:
@@ -143,7 +143,7 @@ class _PixelsOnly:
 
 
 def _pixels_equal(measured: Tensor, expected: Tensor) -> None:
-    """8-bit pictures: a float error of 1e-6 may flip a rounding here and there."""
+    """8-bit images: a float error of 1e-6 may flip a rounding here and there."""
     difference = (measured.int() - expected.int()).abs()
     assert difference.max() <= 3
     assert (difference > 0).float().mean() < 0.01
@@ -171,7 +171,7 @@ def _generator(golden: GoldenSet, x: dict[str, Tensor], params: dict) -> _FromId
         force_image=params["force_gen_image_next"],
     )
     ids = x["in.text_ids"][0]
-    images = [Image(to_picture(p.numpy())) for p in golden.pixels(x["in.image_idx"])]
+    images = [Image(to_pil(p.numpy())) for p in golden.pixels(x["in.image_idx"])]
     given = TokenStream(ids.numpy(), (ids >= 0).numpy(), images)
     return _FromIds(golden.model.eval(), _PixelsOnly(golden), settings, given)
 
@@ -179,7 +179,7 @@ def _generator(golden: GoldenSet, x: dict[str, Tensor], params: dict) -> _FromId
 def _check_turn(
     golden: GoldenSet, case: str, x: dict[str, Tensor], event: SegmentFinished, force: bool, drawn: list[Tensor]
 ) -> bool:
-    """Compare what a turn made; returns whether a picture must follow."""
+    """Compare what a turn made; returns whether an image must follow."""
     generated = event.segment.generated
     config, turn = golden.config, f"iter{generated.turn}"
     if isinstance(event.segment, Text):
@@ -191,8 +191,8 @@ def _check_turn(
         return follows
     golden.close(case, f"{turn}_image_strided", *strided(torch.cat(drawn), x[f"out.{turn}_image_strided"]))
     images = [to_array(center_crop(image, image.width)) for image in generated.candidates]
-    pictures = torch.stack([torch.from_numpy(image * 255) for image in images])
-    _pixels_equal(pictures.round(), x[f"out.{turn}_image_u8"])
+    pixels = torch.stack([torch.from_numpy(image * 255) for image in images])
+    _pixels_equal(pixels.round(), x[f"out.{turn}_image_u8"])
     shown = _PixelsOnly(golden).pixels(generated.candidates[:1])[0]
     _pixels_equal((shown * 255).round(), x[f"out.{turn}_new_image_tensor_u8"])
     drawn.clear()

@@ -12,9 +12,9 @@ from mm_interleaved.integrations import answering
 from mm_interleaved.integrations.answering import Answerer, cut, to_document, to_settings
 from mm_interleaved.pretrained import Loaded
 
-from ..conftest import picture
+from ..conftest import make_image
 
-A, B = picture(1), picture(2)
+A, B = make_image(1), make_image(2)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def shown(document: Document) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("context", "pictures", "expected"),
+    ("context", "images", "expected"),
     [
         ("What is it?", [A], [A, "What is it?", None]),
         ("Is <image> like <image>?", [A, B], ["Is", A, "like", B, "?", None]),
@@ -35,8 +35,8 @@ def shown(document: Document) -> list[object]:
         ("Why?", [], ["Why?", None]),
     ],
 )
-def test_pictures_stand_where_the_text_says(context: str, pictures: list, expected: list) -> None:
-    assert shown(to_document(context, pictures)) == expected
+def test_images_stand_where_the_text_says(context: str, images: list, expected: list) -> None:
+    assert shown(to_document(context, images)) == expected
 
 
 def test_styles() -> None:
@@ -46,7 +46,7 @@ def test_styles() -> None:
     assert [s.role for s in chat.segments] == ["user", "user", "assistant"]
     with pytest.raises(ValueError, match="no style 'other'; styles are plain, vqa, chat"):
         to_document("What?", [], "other")
-    with pytest.raises(ValueError, match="2 places for pictures, but 1"):
+    with pytest.raises(ValueError, match="2 places for images, but 1"):
         to_document("<image> <image>", [A])
 
 

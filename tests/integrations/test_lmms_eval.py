@@ -13,7 +13,7 @@ from mm_interleaved import MMInterleaved, MMInterleavedProcessor
 from mm_interleaved.toyworld.writers import write_dataset
 from mm_interleaved.toyworld.writers.base import Job
 
-from ..conftest import picture
+from ..conftest import make_image
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 TASK = """
@@ -22,7 +22,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function functions.pictures
+doc_to_visual: !function functions.images
 doc_to_text: !function functions.question
 doc_to_target: answer
 generation_kwargs: {{max_new_tokens: 6, until: ["\\n"]}}
@@ -32,7 +32,7 @@ metric_list:
 FUNCTIONS = """
 import PIL.Image
 
-def pictures(doc):
+def images(doc):
     return [PIL.Image.open(doc["image"]).convert("RGB")]
 
 def question(doc, lmms_eval_specific_kwargs=None):
@@ -95,8 +95,8 @@ def test_likelihoods(checkpoint: Path) -> None:
     from mm_interleaved.integrations.lmms_eval import MMInterleavedLmms
 
     lm = MMInterleavedLmms(str(checkpoint), device="cpu", batch_size="2")
-    lm.task_dict = {"toy": {"test": [{"picture": picture(1), "answer": "cat"}]}}
-    look = lambda doc: [doc["picture"]]  # noqa: E731
+    lm.task_dict = {"toy": {"test": [{"image": make_image(1), "answer": "cat"}]}}
+    look = lambda doc: [doc["image"]]  # noqa: E731
     targets = [" cat", " cat cat cat", lambda doc: " " + doc["answer"]]
     about = {"task": "toy", "doc_id": 0, "repeats": 1}
     requests = [Instance("loglikelihood", ("What?", t, look, 0, "toy", "test"), 0, about) for t in targets]

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from mm_interleaved.metrics.clip import CLIP, ImageSimilarity, TextSimilarity
-from tests.conftest import picture
+from tests.conftest import make_image
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> CLIP:
     return CLIP(folder, batch=2)
 
 
-def test_a_picture_is_most_like_itself(clip: CLIP) -> None:
-    pictures = {i: picture(i) for i in range(5)}
-    same = ImageSimilarity(clip)(pictures, pictures)
+def test_a_image_is_most_like_itself(clip: CLIP) -> None:
+    images = {i: make_image(i) for i in range(5)}
+    same = ImageSimilarity(clip)(images, images)
     assert same.values == pytest.approx({"clip_image_image": 1})
-    turned = ImageSimilarity(clip)({i: picture(i + 1) for i in pictures}, pictures)
+    turned = ImageSimilarity(clip)({i: make_image(i + 1) for i in images}, images)
     assert turned.values["clip_image_image"] < 0.9999
     assert turned.values["clip_image_image"] == pytest.approx(sum(turned.per_sample) / 5)
 
@@ -53,16 +53,16 @@ def test_vectors_have_length_one_and_do_not_depend_on_the_batch(clip: CLIP) -> N
 def test_vectors_are_those_of_the_model(clip: CLIP) -> None:
     model = CLIPModel.from_pretrained(clip.folder)
     tokens = CLIPTokenizer.from_pretrained(clip.folder)("a cat", padding="max_length", max_length=77)["input_ids"]
-    pixels = CLIPImageProcessor.from_pretrained(clip.folder)(picture(), return_tensors="pt").pixel_values
+    pixels = CLIPImageProcessor.from_pretrained(clip.folder)(make_image(), return_tensors="pt").pixel_values
     with torch.inference_mode():
         outputs = model(input_ids=torch.tensor([tokens]), pixel_values=pixels)
         cosine = float(outputs.logits_per_image[0, 0] / model.logit_scale.exp())
-    result = TextSimilarity(clip)({1: picture()}, {1: "a cat"})
+    result = TextSimilarity(clip)({1: make_image()}, {1: "a cat"})
     assert result.values["clip_text_image"] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_the_best_candidate_is_the_one_with_the_highest_cosine(clip: CLIP) -> None:
-    candidates = [picture(i) for i in range(5)]
+    candidates = [make_image(i) for i in range(5)]
     best, cosines = clip.rerank(candidates, "a cat")
     each = [TextSimilarity(clip)({1: one}, {1: "a cat"}).values["clip_text_image"] for one in candidates]
     assert cosines == pytest.approx(each, abs=1e-6)
@@ -78,6 +78,6 @@ def test_long_texts_are_cut(clip: CLIP) -> None:
 
 @pytest.mark.parametrize("name", [None, "nowhere"])
 def test_no_model_is_said(name: str | None, tmp_path: Path) -> None:
-    result = ImageSimilarity(CLIP(tmp_path / name if name else None))({1: picture()}, {1: picture()})
+    result = ImageSimilarity(CLIP(tmp_path / name if name else None))({1: make_image()}, {1: make_image()})
     assert result.skipped.startswith("no CLIP model")
     assert "clip-vit-large-patch14" in result.fix

@@ -15,7 +15,7 @@ from torchmetrics.image.fid import _compute_fid
 
 from mm_interleaved.metrics.images import FID, Statistics, frechet_distance, prepared
 from mm_interleaved.metrics.inception import FEATURES, FIDInception
-from tests.conftest import picture
+from tests.conftest import make_image
 
 
 def covariance(rng: np.random.Generator, size: int, rank: int) -> np.ndarray:
@@ -28,9 +28,9 @@ class Colors(torch.nn.Module):
 
     calls = 0
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        self.calls += len(pictures)
-        return torch.cat([pictures.mean((2, 3)), pictures.std((2, 3))], 1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += len(images)
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
 class TestDistance:
@@ -80,52 +80,52 @@ class TestPreparation:
             assert 0 <= ready.min() <= ready.max() <= 1
 
     def test_files_are_read_and_bad_ones_named(self, tmp_path: Path) -> None:
-        picture().save(tmp_path / "a.png")
-        assert (prepared(tmp_path / "a.png", 64) == prepared(picture(), 64)).all()
+        make_image().save(tmp_path / "a.png")
+        assert (prepared(tmp_path / "a.png", 64) == prepared(make_image(), 64)).all()
         (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
         for name in ("b.png", "none.png"):
-            with pytest.raises(ValueError, match=f"{name}: cannot be read as a picture"):
+            with pytest.raises(ValueError, match=f"{name}: cannot be read as an image"):
                 prepared(tmp_path / name, 64)
 
 
 class TestMetric:
     @pytest.fixture
-    def pictures(self) -> dict[int, PIL.Image.Image]:
-        return {i: picture(i, (80 + i % 2 * 10, 70)) for i in range(8)}
+    def images(self) -> dict[int, PIL.Image.Image]:
+        return {i: make_image(i, (80 + i % 2 * 10, 70)) for i in range(8)}
 
-    def test_identical_sets_are_at_zero_and_others_are_not(self, pictures: dict) -> None:
+    def test_identical_sets_are_at_zero_and_others_are_not(self, images: dict) -> None:
         metric = FID(extractor=Colors(), batch=3)
-        same = metric(pictures, pictures)
+        same = metric(images, images)
         assert same.values == pytest.approx({"fid_64": 0, "fid_native": 0}, abs=1e-9)
         assert same.per_sample is None
-        dark = {i: PIL.Image.eval(one, lambda v: v // 4) for i, one in pictures.items()}
-        apart = metric(dark, pictures)
+        dark = {i: PIL.Image.eval(one, lambda v: v // 4) for i, one in images.items()}
+        apart = metric(dark, images)
         assert apart.values["fid_64"] > 0.05
         assert apart.values["fid_64"] != pytest.approx(apart.values["fid_native"], rel=1e-4)
-        shuffled = dict(zip(pictures, list(pictures.values())[::-1], strict=True))
-        assert metric(shuffled, pictures).values == pytest.approx(same.values, abs=1e-9)
+        shuffled = dict(zip(images, list(images.values())[::-1], strict=True))
+        assert metric(shuffled, images).values == pytest.approx(same.values, abs=1e-9)
 
-    def test_batches_do_not_matter(self, pictures: dict) -> None:
-        chosen = list(pictures.values())
+    def test_batches_do_not_matter(self, images: dict) -> None:
+        chosen = list(images.values())
         one, many = (FID(extractor=Colors(), batch=n).features(chosen, None) for n in (1, 5))
         np.testing.assert_allclose(one, many, rtol=1e-6)
 
     def test_references_are_read_once_and_the_cache_knows_what_it_was_made_from(
-        self, pictures: dict, tmp_path: Path
+        self, images: dict, tmp_path: Path
     ) -> None:
         files = {}
-        for i, one in pictures.items():
+        for i, one in images.items():
             files[i] = tmp_path / f"{i}.png"
             one.save(files[i])
         network, cache = Colors(), tmp_path / "cache"
         metric = FID(extractor=network, name="colors", cache=cache, resolutions=(64,))
-        first = metric(pictures, files)
+        first = metric(images, files)
         assert network.calls == 16
-        assert metric(pictures, files).values == first.values
+        assert metric(images, files).values == first.values
         assert network.calls == 24
         assert len(list(cache.iterdir())) == 1
-        picture(99).save(files[0])
-        assert metric(pictures, files).values["fid_64"] > 1e-6
+        make_image(99).save(files[0])
+        assert metric(images, files).values["fid_64"] > 1e-6
         assert len(list(cache.iterdir())) == 2
 
     def test_a_cache_of_something_else_is_refused(self, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ class TestMetric:
         again = Statistics.load(path, "here")
         np.testing.assert_array_equal(again.sigma, made.sigma)
         assert again.count == 5
-        with pytest.raises(ValueError, match="made from other pictures"):
+        with pytest.raises(ValueError, match="made from other images"):
             Statistics.load(path, "elsewhere")
         path.write_bytes(b"not a file of arrays")
         with pytest.raises(ValueError, match="not a file of FID statistics"):
@@ -144,9 +144,9 @@ class TestMetric:
         with pytest.raises(ValueError, match="allow_pickle"):
             Statistics.load(path, "here")
 
-    def test_one_picture_has_no_covariance(self) -> None:
-        result = FID(extractor=Colors())({1: picture()}, {1: picture()})
-        assert result.skipped == "FID needs two pictures or more, got 1"
+    def test_one_image_has_no_covariance(self) -> None:
+        result = FID(extractor=Colors())({1: make_image()}, {1: make_image()})
+        assert result.skipped == "FID needs two images or more, got 1"
 
 
 class TestInception:
@@ -156,12 +156,12 @@ class TestInception:
         state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
         save_file(state, tmp_path / "w.safetensors")
         torch.save(state, tmp_path / "w.pth")
-        pictures = torch.rand(2, 3, 64, 64)
+        images = torch.rand(2, 3, 64, 64)
         with torch.inference_mode():
-            expected = net(pictures)
+            expected = net(images)
             assert expected.shape == (2, FEATURES)
             for name in ("w.safetensors", "w.pth"):
-                torch.testing.assert_close(FIDInception.load(tmp_path / name)(pictures), expected)
+                torch.testing.assert_close(FIDInception.load(tmp_path / name)(images), expected)
 
     def test_other_weights_are_refused(self, tmp_path: Path) -> None:
         save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
@@ -172,7 +172,7 @@ class TestInception:
 
     @pytest.mark.parametrize("name", [None, "nowhere.pth"])
     def test_no_weights_are_said(self, name: str | None, tmp_path: Path) -> None:
-        pictures = {i: picture(i) for i in range(2)}
-        result = FID(tmp_path / name if name else None)(pictures, pictures)
+        images = {i: make_image(i) for i in range(2)}
+        result = FID(tmp_path / name if name else None)(images, images)
         assert "weight file" in result.skipped
         assert "pt_inception-2015-12-05-6726825d.pth" in result.fix

@@ -14,12 +14,12 @@ from mm_interleaved.metrics.dialogue import dialogue_ranking
 from mm_interleaved.metrics.grounding import grounding_accuracy
 from mm_interleaved.metrics.images import FID
 from mm_interleaved.metrics.segmentation import MeanIoU, SegmentedMeanIoU, Segmenter
-from mm_interleaved.metrics.toyworld import ScenePictures, scene_captions
+from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 from mm_interleaved.metrics.vqa import VQAAccuracy, gqa_accuracy
 
 METRICS = [
     CaptionMetrics(), VQAAccuracy(), gqa_accuracy, dialogue_ranking, grounding_accuracy, MeanIoU(), FID(),
-    SegmentedMeanIoU(Segmenter(None)), ImageSimilarity(CLIP(None)), TextSimilarity(CLIP(None)), ScenePictures(),
+    SegmentedMeanIoU(Segmenter(None)), ImageSimilarity(CLIP(None)), TextSimilarity(CLIP(None)), SceneImages(),
     scene_captions,
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from mm_interleaved.metrics.segmentation import CLASSES, MeanIoU, SegmentedMeanIoU, Segmenter, areas
-from tests.conftest import picture
+from tests.conftest import make_image
 
 
 def test_areas_by_hand() -> None:
@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestSegmenter:
     def test_maps_have_the_size_asked_for_and_score_fully_against_themselves(self, folder: Path) -> None:
         segmenter = Segmenter(folder)
-        drawn = picture(0)
+        drawn = make_image(0)
         found = segmenter(drawn, (40, 30))
         assert found.shape == (30, 40)
         assert 1 <= found.min() <= found.max() <= CLASSES
@@ -101,6 +101,6 @@ class TestSegmenter:
     @pytest.mark.parametrize("name", [None, "nowhere"])
     def test_no_model_is_said(self, name: str | None, tmp_path: Path) -> None:
         metric = SegmentedMeanIoU(Segmenter(tmp_path / name if name else None))
-        result = metric({"a": picture()}, {"a": np.ones((4, 4), int)})
+        result = metric({"a": make_image()}, {"a": np.ones((4, 4), int)})
         assert result.skipped.startswith("no segmentation model")
         assert "oneformer" in result.fix

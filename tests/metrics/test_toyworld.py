@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mm_interleaved.metrics.toyworld import ScenePictures, scene_captions
+from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 from mm_interleaved.toyworld.draw import draw
 from mm_interleaved.toyworld.language import caption
 from mm_interleaved.toyworld.sampling import random_scene
@@ -19,16 +19,16 @@ SCENES = {seed: random_scene(np.random.default_rng(seed)) for seed in range(6)}
 
 
 def test_drawn_scenes_are_read_well_and_blank_ones_not_at_all() -> None:
-    drawn = ScenePictures()({key: draw(scene, 128) for key, scene in SCENES.items()}, SCENES)
+    drawn = SceneImages()({key: draw(scene, 128) for key, scene in SCENES.items()}, SCENES)
     assert drawn.values["found_kind_color"] > 80
     assert len(drawn.per_sample) == len(SCENES)
-    blank = ScenePictures()(dict.fromkeys(SCENES, PIL.Image.new("RGB", (128, 128))), SCENES)
+    blank = SceneImages()(dict.fromkeys(SCENES, PIL.Image.new("RGB", (128, 128))), SCENES)
     assert blank.values["found_kind"] == 0
     assert blank.per_sample == [0] * len(SCENES)
 
 
 def test_missing_weights_are_said(tmp_path: Path) -> None:
-    result = ScenePictures(tmp_path / "none.safetensors")({1: PIL.Image.new("RGB", (8, 8))}, {1: SCENES[1]})
+    result = SceneImages(tmp_path / "none.safetensors")({1: PIL.Image.new("RGB", (8, 8))}, {1: SCENES[1]})
     assert "no reader's weights" in result.skipped
     assert "train_reader" in result.fix
 
@@ -60,7 +60,7 @@ def test_captions_that_state_nothing_are_neither_right_nor_wrong() -> None:
 def test_of_a_story_what_no_text_tells_must_be_kept() -> None:
     red, blue = Scene((Thing(Look("fox", "red"), 4),)), Scene((Thing(Look("fox", "blue"), 4),))
     frames = {1: Frame("Mila is still here.", red, (0,)), 2: Frame("the fox is red.", red, ())}
-    result = ScenePictures()({1: draw(blue, 128), 2: draw(red, 128)}, frames)
+    result = SceneImages()({1: draw(blue, 128), 2: draw(red, 128)}, frames)
     assert result.values["kept"] == result.values["kept_color"] == 0
     assert result.values["kept_kind"] == 100
     assert result.values["found_kind_color"] == 50
@@ -69,7 +69,7 @@ def test_of_a_story_what_no_text_tells_must_be_kept() -> None:
 
 
 def test_ratios_are_those_of_the_values() -> None:
-    result = ScenePictures()({key: draw(scene, 128) for key, scene in SCENES.items()}, SCENES)
+    result = SceneImages()({key: draw(scene, 128) for key, scene in SCENES.items()}, SCENES)
     assert result.ratios.keys() == result.values.keys()
     for name, parts in result.ratios.items():
         assert len(parts) == len(SCENES)

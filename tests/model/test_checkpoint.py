@@ -233,7 +233,7 @@ def test_pickles_are_not_loaded_as_ours(model: MMInterleaved, tmp_path: Path) ->
         MMInterleaved.from_pretrained(tmp_path)
 
 
-# ---- larger pictures
+# ---- larger images
 
 
 def test_image_upscale(original: dict[str, Tensor], model: MMInterleaved, tmp_path: Path) -> None:

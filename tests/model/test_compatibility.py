@@ -30,7 +30,7 @@ from mm_interleaved.model.resampler import ResamplerAttention
 from mm_interleaved.model.vit_adapter import ChannelNorm
 from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, build_labels
 
-from ..conftest import picture
+from ..conftest import make_image
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +65,17 @@ def test_k2_a_query_that_sees_nothing_gets_the_output_bias(model: MMInterleaved)
     assert expected.any()
 
 
-def test_k3_the_image_decoder_sees_one_previous_picture(release: MMInterleaved) -> None:
+def test_k3_the_image_decoder_sees_one_previous_image(release: MMInterleaved) -> None:
     assert release.config.image_decoder.previous_images == 1
     ids = torch.tensor([[1, 2, 2, 2]])
     assert previous_images(find_images(ids, torch.ones_like(ids), 2, None), 1).tolist() == [[-1], [0], [1]]
 
 
-def test_k4_the_unconditional_half_sees_the_pictures() -> None:
+def test_k4_the_unconditional_half_sees_the_images() -> None:
     assert ImageSettings().unconditional_sees_images  # what it does: test_image_decoder.py
 
 
-def test_k5_context_is_reversed_and_counted_from_the_picture(model: MMInterleaved) -> None:
+def test_k5_context_is_reversed_and_counted_from_the_image(model: MMInterleaved) -> None:
     ids = torch.tensor([[1, 9, 9, model.config.soi_token_id]])
     hidden = torch.randn(1, 4, 32)
     positions = find_images(ids, torch.ones_like(ids), model.config.soi_token_id, None)
@@ -127,7 +127,7 @@ def test_k9_the_begin_of_image_embedding_and_head(debug_config: MMInterleavedCon
 
 
 def test_k10_tokenisation_and_padding(processor: MMInterleavedProcessor) -> None:
-    batch = processor(Document([Text("a "), Image(picture()), Text(" b")]))
+    batch = processor(Document([Text("a "), Image(make_image()), Text(" b")]))
     assert processor.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist()) == [
         "<s>", "▁a", SOI_TOKEN, *[IMAGE_TOKEN] * 4, "▁b",
     ]  # fmt: skip
@@ -177,7 +177,7 @@ def test_k14_the_class_token_is_resampled_without_a_position(model: MMInterleave
         torch.testing.assert_close(entered[0][:, 1:], tokenizer.post_norm(normed[:, 1:] + tokenizer.grid_positions()))
 
 
-def test_k15_the_announcement_does_not_see_its_picture() -> None:
+def test_k15_the_announcement_does_not_see_its_image() -> None:
     ids = torch.tensor([[1, 2, 3, 3]])
     assert visible_images(ids, torch.ones_like(ids), 1, 2)[0].tolist() == [[-1], [-1], [0], [0]]
 

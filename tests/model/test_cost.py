@@ -14,7 +14,7 @@ def test_release_costs() -> None:
     assert cost.token == pytest.approx(12.69e9 + head + output_proj, rel=1e-3)
     heads, levels, points, dim, macs = 16, 3, 8, 64, 5  # a sample weighs four neighbours, and is weighed
     samples = 10 * heads * levels * points * dim * macs
-    assert cost.token_with_images - cost.token == folded + 5 * samples  # W1, W2: pictures add only their samples
+    assert cost.token_with_images - cost.token == folded + 5 * samples  # W1, W2: images add only their samples
     assert cost.cache_per_image * 2 == pytest.approx(26.25 * 2**20, rel=1e-3)
     assert cost.draw_step == pytest.approx(2 * (402e9 + 19.6e9), rel=0.03)
     assert cost.parts[0].trainable == 1_465_276_208

@@ -70,7 +70,7 @@ def test_a_compiled_step_is_one_graph(model: MMInterleaved, made: list, monkeypa
     assert made[0]._compiled is not None
 
 
-def test_another_picture_of_the_same_shape(model: MMInterleaved, made: list) -> None:
+def test_another_image_of_the_same_shape(model: MMInterleaved, made: list) -> None:
     """The second takes the place of the first; nothing of the first is left."""
     for seed in (2, 3):
         seen = earlier(model, [[0]], seed)

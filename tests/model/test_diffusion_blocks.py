@@ -79,11 +79,11 @@ def test_the_vae_is_the_librarys(model: MMInterleaved, training: bool) -> None:
     decoder = copy.deepcopy(model.image_decoder).train(training)
     theirs = vae_of(decoder)
     assert list(decoder.vae.state_dict()) == list(theirs.state_dict())
-    pictures, latents = torch.rand(2, 3, 32, 32), torch.randn(decoder.latent_shape(2))
-    posterior = theirs.encode(2 * pictures - 1).latent_dist
+    images, latents = torch.rand(2, 3, 32, 32), torch.randn(decoder.latent_shape(2))
+    posterior = theirs.encode(2 * images - 1).latent_dist
     scale = decoder.vae.config.scaling_factor
     noise = torch.randn_like(latents)
-    assert torch.equal(decoder.encode(pictures, noise), (posterior.mean + posterior.std * noise) * scale)
+    assert torch.equal(decoder.encode(images, noise), (posterior.mean + posterior.std * noise) * scale)
     expected = (theirs.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1)
     assert torch.equal(decoder.decode(latents), expected)
 
@@ -215,13 +215,13 @@ def test_the_vae_on_a_gpu_is_the_librarys(tf32: bool) -> None:
         )
     theirs.load_state_dict(vae.state_dict())
     exact = copy.deepcopy(theirs).double()
-    pictures = torch.randn(2, 3, 256, 256, device="cuda")
-    last = pictures.contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 256, 256, device="cuda")
+    last = images.contiguous(memory_format=torch.channels_last)
     seen = watch(vae)
     latents = vae.encode(last).latent_dist.mean
     pixels = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
-    for found, given, way in ((latents, pictures, "encode"), (pixels, latents, "decode")):
+    for found, given, way in ((latents, images, "encode"), (pixels, latents, "decode")):
         expected, truth = (
             v.encode(x).latent_dist.mean if way == "encode" else v.decode(x).sample
             for v, x in ((theirs, given), (exact, given.double()))

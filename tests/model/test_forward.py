@@ -13,14 +13,16 @@ from transformers import Cache, DynamicCache, GenerationMixin, StaticCache
 from mm_interleaved import Batch, Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
 from mm_interleaved.model import MMInterleavedModel
 
-from ..conftest import picture
+from ..conftest import make_image
 from ..generation.test_text import prompts as ragged_prompts
 
 
 def documents() -> list[Document]:
     return [
-        Document([Text("a red house"), Image(picture(1)), Text("and the same"), Image(picture(2)), Text("at night")]),
-        Document([Image(picture(3)), Text("a boat")]),
+        Document(
+            [Text("a red house"), Image(make_image(1)), Text("and the same"), Image(make_image(2)), Text("at night")]
+        ),
+        Document([Image(make_image(3)), Text("a boat")]),
         Document([Text("no image here")]),
     ]
 

@@ -81,7 +81,7 @@ def test_one_step_against_the_formula(decoder: ImageDecoder, model: MMInterleave
 
 
 def test_guidance_mixes_both_predictions(decoder: ImageDecoder, model: MMInterleaved) -> None:
-    """K4: the unconditional half swaps the conditions for the learned ones and sees the same pictures."""
+    """K4: the unconditional half swaps the conditions for the learned ones and sees the same images."""
     seen, given = earlier(model, [[0]]), conditions(decoder)
     guided = steps_of(decoder, seen, guidance_scale=3.0)[0]
     start = torch.randn(decoder.latent_shape(1), generator=torch.Generator().manual_seed(0))
@@ -123,9 +123,7 @@ def test_the_model_says_how_strong_guidance_is(
     assert decoder.settled(ImageSettings()).guidance_scale == 2.5
 
 
-def test_one_generator_each_makes_pictures_independent_of_the_batch(
-    decoder: ImageDecoder, model: MMInterleaved
-) -> None:
+def test_one_generator_each_makes_images_independent_of_the_batch(decoder: ImageDecoder, model: MMInterleaved) -> None:
     settings = ImageSettings(num_inference_steps=3)
     given, images = conditions(decoder, 2), [[0], [-1]]
     generators = [torch.Generator().manual_seed(s) for s in (5, 6)]
@@ -150,10 +148,10 @@ WORKING = [
 @pytest.mark.parametrize("name", WORKING)
 def test_other_schedulers(decoder: ImageDecoder, model: MMInterleaved, name: str) -> None:
     steps = steps_of(decoder, earlier(model, [[0]]), scheduler=name, num_inference_steps=5, preview_every=2)
-    picture = decoder.decode(steps[-1].latents)
-    assert picture.isfinite().all()
+    image = decoder.decode(steps[-1].latents)
+    assert image.isfinite().all()
     assert steps[-1].index == steps[-1].total
-    assert steps[1].preview.shape == picture.shape
+    assert steps[1].preview.shape == image.shape
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -226,7 +224,7 @@ def loss_inputs(model: MMInterleaved, lengths: list[int]) -> dict:
 
 
 @torch.no_grad()
-def test_pictures_without_context_count_zero_but_count(model: MMInterleaved) -> None:
+def test_images_without_context_count_zero_but_count(model: MMInterleaved) -> None:
     """A context of <s> and SOI gives no loss, and stays in the denominator."""
     inputs = loss_inputs(model, [5, 2, 5])
     whole = model.image_decoder.loss(**inputs)
@@ -238,7 +236,7 @@ def test_pictures_without_context_count_zero_but_count(model: MMInterleaved) -> 
 
 
 @torch.no_grad()
-def test_loss_mask_takes_any_picture(model: MMInterleaved) -> None:
+def test_loss_mask_takes_any_image(model: MMInterleaved) -> None:
     inputs = loss_inputs(model, [5, 5])
     parts = [model.image_decoder.loss(**inputs, image_loss_mask=torch.tensor(m)) for m in ([1.0, 0.0], [0.0, 1.0])]
     torch.testing.assert_close(sum(parts), model.image_decoder.loss(**inputs))

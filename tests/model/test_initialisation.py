@@ -58,7 +58,7 @@ def test_adapter_starts_as_plain_clip(fresh: MMInterleaved) -> None:
     assert not any(i.injector.gamma.any() for i in fresh.visual_tokenizer.encoder.interactions)
 
 
-def test_pictures_enter_quietly(fresh: MMInterleaved) -> None:
+def test_images_enter_quietly(fresh: MMInterleaved) -> None:
     assert deviation(fresh.visual_tokenizer.proj.weight) == pytest.approx(1e-3, rel=0.1)
     wanted = fresh.config.visual_resampler.initializer_range
     assert deviation(fresh.visual_tokenizer.resampler.queries) == pytest.approx(wanted, rel=0.1)

@@ -1,4 +1,4 @@
-"""Who sees which picture, and what each picture is drawn from (acceptance check 5; K3, K5, K15)."""
+"""Who sees which image, and what each image is drawn from (acceptance check 5; K3, K5, K15)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seen(*rows: str) -> list[list[list[int]]]:
     return [[[i for i in t if i >= 0] for t in row] for row in visible_images(tokens, mask, BOS, SOI).tolist()]
 
 
-def test_a_picture_sees_itself_but_its_announcement_does_not() -> None:
+def test_a_image_sees_itself_but_its_announcement_does_not() -> None:
     """K15."""
     assert seen("sxbiiy") == [[[], [], [], [0], [0], [0]]]
 
@@ -41,7 +41,7 @@ def test_most_recent_first_and_only_of_the_own_document() -> None:
     assert seen("sbixbiysz") == [[[], [], [0], [0], [0], [1, 0], [1, 0], [], []]]
 
 
-def test_pictures_are_numbered_through_the_batch() -> None:
+def test_images_are_numbered_through_the_batch() -> None:
     assert seen("sbix", "sx..", "sbi.") == [
         [[], [], [0], [0]],
         [[], [], [], []],
@@ -51,7 +51,7 @@ def test_pictures_are_numbered_through_the_batch() -> None:
 
 @given(st.lists(st.text("sbix", min_size=1, max_size=14), min_size=1, max_size=3))
 def test_visibility_agrees_with_the_definition(rows: list[str]) -> None:
-    """Token t sees picture j iff its SOI s_j fulfils b_t < s_j + 1 <= t, b_t the last <s> up to t (spec/model 4.3)."""
+    """Token t sees image j iff its SOI s_j fulfils b_t < s_j + 1 <= t, b_t the last <s> up to t (spec/model 4.3)."""
     result = seen(*rows)
     offset = 0
     for row, text in enumerate(rows):
@@ -64,7 +64,7 @@ def test_visibility_agrees_with_the_definition(rows: list[str]) -> None:
 
 
 def example() -> tuple[Tensor, Tensor, Tensor]:
-    """Two documents in one row, three pictures."""
+    """Two documents in one row, three images."""
     tokens, mask = ids("saabiibisbi")
     return tokens, mask, torch.tensor([0, 0, 8])
 
@@ -81,7 +81,7 @@ def test_context_by_hand() -> None:
         assert context[row, : len(expected), 0].tolist() == expected
 
 
-def test_previous_pictures_by_hand() -> None:
+def test_previous_images_by_hand() -> None:
     """K3: only the one just before, and only of the same document."""
     tokens, mask, starts = example()
     positions = find_images(tokens, mask, SOI, starts)
@@ -89,7 +89,7 @@ def test_previous_pictures_by_hand() -> None:
     assert previous_images(positions, 2).tolist() == [[-1], [0], [-1]]
 
 
-def test_previous_pictures_of_a_wider_band() -> None:
+def test_previous_images_of_a_wider_band() -> None:
     tokens, mask = ids("sbibibibi", "sbi......")
     positions = find_images(tokens, mask, SOI, None)
     assert previous_images(positions, 1).tolist() == [[-1], [0], [1], [2], [-1]]
@@ -104,7 +104,7 @@ def test_without_starts_the_row_is_the_document() -> None:
     assert positions.starts.tolist() == [0, 2]
 
 
-def test_no_pictures() -> None:
+def test_no_images() -> None:
     tokens, mask = ids("sxx")
     assert visible_images(tokens, mask, BOS, SOI).shape == (1, 3, 0)
     positions = find_images(tokens, mask, SOI, None)

@@ -148,7 +148,7 @@ def test_a_query_that_sees_nothing_gets_a_constant() -> None:
         torch.testing.assert_close(out, constant.expand(2, 2, -1), rtol=0, atol=1e-12)
 
 
-def test_invisible_pictures_change_nothing() -> None:
+def test_invisible_images_change_nothing() -> None:
     mmfs = module()
     query, features = data(1, 2, 2)
     more = torch.cat([features, 1e3 * torch.randn(1, 2, 20, 6, dtype=torch.float64)], dim=1)
@@ -159,8 +159,8 @@ def test_invisible_pictures_change_nothing() -> None:
         torch.testing.assert_close(many, few, rtol=0, atol=1e-12)
 
 
-def test_order_of_pictures_matters_by_recency_alone() -> None:
-    """Hidden pictures between visible ones do not count: r is 1 for the most recent visible one."""
+def test_order_of_images_matters_by_recency_alone() -> None:
+    """Hidden images between visible ones do not count: r is 1 for the most recent visible one."""
     mmfs = module()
     query, features = data(1, 1, 3)
     between = run(mmfs, query, features, torch.tensor([[[1, 0, 1]]]).double(), "fast")
@@ -170,7 +170,7 @@ def test_order_of_pictures_matters_by_recency_alone() -> None:
     assert not torch.allclose(swapped, without)
 
 
-def test_groups_of_queries_share_their_pictures() -> None:
+def test_groups_of_queries_share_their_images() -> None:
     """The UNet's use: many queries a group, each with its own reference point."""
     mmfs = module()
     query, features = data(2, 5, 2)
@@ -231,7 +231,7 @@ def test_softmax_plus_one() -> None:
     torch.testing.assert_close(weights, logits.exp() / total[..., None, None, None])
 
 
-def test_more_pictures_than_the_table_tells_apart() -> None:
+def test_more_images_than_the_table_tells_apart() -> None:
     query, features = data(1, 1, 6)
     with pytest.raises(ValueError, match="6 images are visible at once, but this model distinguishes at most 5"):
         run(module(), query, features, torch.ones(1, 1, 6), "fast")

@@ -25,14 +25,14 @@ from mm_interleaved import (
 from mm_interleaved.model.config import _debug
 from mm_interleaved.training.checkpointing import disable_checkpointing, enable_checkpointing
 
-from ..conftest import awaken, picture
+from ..conftest import awaken, make_image
 
 
 def documents() -> list[Document]:
     return [
-        Document([Text("a red house"), Image(picture(1)), Text("and the same at night"), Image(picture(2))]),
-        Document([Image(picture(3)), Text("a boat")]),
-        Document([Text("no picture here")]),
+        Document([Text("a red house"), Image(make_image(1)), Text("and the same at night"), Image(make_image(2))]),
+        Document([Image(make_image(3)), Text("a boat")]),
+        Document([Text("no image here")]),
     ]
 
 
@@ -94,22 +94,22 @@ def test_nothing_to_learn_gives_zero_with_a_gradient(model: MMInterleaved, batch
 
 
 @torch.no_grad()
-def test_zero_pictures_in_the_batch(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    batch = processor(Document([Text("no picture at all")]), training=True)
+def test_zero_images_in_the_batch(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    batch = processor(Document([Text("no image at all")]), training=True)
     out = model(**batch)
     assert out.loss_img is None
     assert out.loss == out.loss_txt > 0
 
 
 @torch.no_grad()
-def test_the_caller_keeps_its_pictures(model: MMInterleaved, batch: Batch) -> None:
+def test_the_caller_keeps_its_images(model: MMInterleaved, batch: Batch) -> None:
     before = batch.pixel_values.clone(), batch.target_pixel_values.clone()
     model(**batch, noise_samples=noise(model))
     assert torch.equal(batch.pixel_values, before[0])
     assert torch.equal(batch.target_pixel_values, before[1])
 
 
-def test_eight_bit_pictures_are_the_same_pictures(model: MMInterleaved, batch: Batch) -> None:
+def test_eight_bit_images_are_the_same_images(model: MMInterleaved, batch: Batch) -> None:
     """Loaders leave them so, to move a quarter of the bytes."""
     raw = {n: (batch[n] * 255).round().to(torch.uint8) for n in ("pixel_values", "target_pixel_values")}
     expected = model(**batch, noise_samples=noise(model))
@@ -140,11 +140,11 @@ def test_a_batch_equals_its_rows(model: MMInterleaved, processor: MMInterleavedP
 
 
 @torch.no_grad()
-def test_packed_documents_share_attention_but_not_pictures(
+def test_packed_documents_share_attention_but_not_images(
     model: MMInterleaved, processor: MMInterleavedProcessor
 ) -> None:
     """K11: self-attention crosses documents, MMFS does not; `isolate_documents` stops the former."""
-    pair = [Document([Image(picture(1)), Text("a")]), Document([Image(picture(2)), Text("b")])]
+    pair = [Document([Image(make_image(1)), Text("a")]), Document([Image(make_image(2)), Text("b")])]
     packed = processor(pair, packing=True)
     second = processor(pair[1])
     length = second.input_ids.shape[1]
@@ -188,7 +188,7 @@ def test_decoders_through_the_same_code(model_type: str, processor: MMInterleave
 
 @torch.no_grad()
 @pytest.mark.parametrize(("patch", "image", "tokens", "layers"), [(8, 48, 3, 8), (14, 28, 5, 4)])
-def test_other_pictures_grids_and_tokens(patch: int, image: int, tokens: int, layers: int, tokenizer) -> None:
+def test_other_images_grids_and_tokens(patch: int, image: int, tokens: int, layers: int, tokenizer) -> None:
     """Nothing is tied to 224 px, a 16 x 16 grid, 24 layers, 512 px or 64 tokens."""
     config = _debug()
     grid = image // patch
@@ -329,8 +329,8 @@ def test_offloading_to_disk(
     prompts = processor(documents()[:2], padding_side="left")
     greedy = TextSettings(num_beams=1, max_new_tokens=4)
     assert offloaded.generate_text(prompts, greedy) == model.generate_text(prompts, greedy)
-    pictures = [m.generate_images(prompts, ImageSettings(num_inference_steps=2)) for m in (offloaded, model)]
-    torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+    images = [m.generate_images(prompts, ImageSettings(num_inference_steps=2)) for m in (offloaded, model)]
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_on_the_decoder(model: MMInterleaved, batch: Batch) -> None:
@@ -372,6 +372,6 @@ def test_stray_image_tokens(model: MMInterleaved, batch: Batch) -> None:
 
 
 def test_context_longer_than_the_table(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    batch = processor(Document([Text("a " * 520), Image(picture())]), training=True, max_length=600)
+    batch = processor(Document([Text("a " * 520), Image(make_image())]), training=True, max_length=600)
     with pytest.raises(ValueError, match=r"an image has 52\d tokens, but the model knows 512 positions"):
         model(**batch)

@@ -12,7 +12,7 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.model.layout import find_images, token_routes, visible_images
 from mm_interleaved.model.mmfs import VisibleImages
 
-from ..conftest import picture
+from ..conftest import make_image
 
 BOS, SOI = 1, 2
 
@@ -37,8 +37,8 @@ def test_routes_without_sorting_are_the_sorted_ones(rows, data) -> None:
 @pytest.fixture
 def batch(processor: MMInterleavedProcessor):
     pages = [
-        Document([Text("One."), Image(picture(0)), Text("Two."), Image(picture(1)), Text("Three.")]),
-        Document([Image(picture(2)), Text("Alone.")]),
+        Document([Text("One."), Image(make_image(0)), Text("Two."), Image(make_image(1)), Text("Three.")]),
+        Document([Image(make_image(2)), Text("Alone.")]),
     ]
     return processor(pages, training=True)
 
@@ -54,8 +54,8 @@ def test_a_planned_batch_has_the_same_losses(model: MMInterleaved, batch) -> Non
     assert masked.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
 
 
-def test_some_pictures_several_times_is_the_mean_over_the_draws(model: MMInterleaved, batch) -> None:
-    """With two draws of pictures 0 and 2, the loss is the mean of the losses with each."""
+def test_some_images_several_times_is_the_mean_over_the_draws(model: MMInterleaved, batch) -> None:
+    """With two draws of images 0 and 2, the loss is the mean of the losses with each."""
     targets, losses = torch.tensor([0, 2]), []
     single = [model.image_decoder.sample_noise(2, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     both = single[0].__class__(**{k: torch.cat([getattr(d, k) for d in single]) for k in vars(single[0])})
@@ -77,6 +77,6 @@ def test_a_model_without_synchronizers_reads_and_draws(part: str, batch, process
     assert names
     assert not any(n.startswith(prefix) for n in names)
     model(**batch).loss.backward()
-    page = Document([Text("One."), Image(picture(0)), Text("Two."), Image(), Text()])
+    page = Document([Text("One."), Image(make_image(0)), Text("Two."), Image(), Text()])
     *_, last = model.generate_interleaved(page, processor, num_inference_steps=2, max_new_tokens=4, num_beams=1)
     assert len(last.result.images) == 2

@@ -22,7 +22,7 @@ def cost(release: MMInterleaved) -> Cost:
 
 
 def test_a_token_of_the_release_is_bound_by_its_weights(release: MMInterleaved, cost: Cost) -> None:
-    need = roofline.decoding(release, cost, columns=600, pictures=5)
+    need = roofline.decoding(release, cost, columns=600, images=5)
     layers = 40 * 317_204_480 * 2  # spec/model 4.1
     head, mmfs = 32002 * 5120 * 2, 10 * 5120 * (640 + 1024) * 2
     keys = 600 * 2 * 40 * 5120 * 2
@@ -30,7 +30,7 @@ def test_a_token_of_the_release_is_bound_by_its_weights(release: MMInterleaved, 
     assert need.bytes == pytest.approx(layers + head + mmfs + keys + samples, rel=1e-3)
     assert need.seconds(4.28e12, 780e12) == pytest.approx(need.bytes / 4.28e12)
     assert 1e3 * need.seconds(4.28e12, 780e12) == pytest.approx(6.2, abs=0.2)  # as the goals have it
-    beams = roofline.decoding(release, cost, columns=600, pictures=5, rows=5)
+    beams = roofline.decoding(release, cost, columns=600, images=5, rows=5)
     assert beams.operations == 5 * need.operations
     assert beams.bytes < 1.01 * need.bytes
 

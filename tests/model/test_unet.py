@@ -56,7 +56,7 @@ def test_zero_convolutions_give_the_library_unet(unet: MMFSUNet, debug_config: M
 
 @torch.no_grad()
 @pytest.mark.parametrize("images", [[[-1], [-1]], [[], []]])
-def test_without_earlier_pictures_constants_are_added(
+def test_without_earlier_images_constants_are_added(
     unet: MMFSUNet, debug_config: MMInterleavedConfig, images: list
 ) -> None:
     """Masked or absent, a synchronizer adds the same vector to every cell."""
@@ -80,7 +80,7 @@ def test_without_earlier_pictures_constants_are_added(
 
 
 @torch.no_grad()
-def test_the_down_path_and_the_middle_see_no_picture(unet: MMFSUNet, debug_config: MMInterleavedConfig) -> None:
+def test_the_down_path_and_the_middle_see_no_image(unet: MMFSUNet, debug_config: MMInterleavedConfig) -> None:
     """K6: synchronizers come after the middle, so what enters them is the plain UNet's."""
     seen: list[Tensor] = []
     hooks = [s.register_forward_pre_hook(lambda _m, a: seen.append(a[0])) for s in unet.synchronizers]
@@ -113,7 +113,7 @@ def test_prepared_values_change_nothing(unet: MMFSUNet, debug_config: MMInterlea
 
 
 @torch.no_grad()
-def test_each_drawing_sees_its_own_picture(unet: MMFSUNet, debug_config: MMInterleavedConfig) -> None:
+def test_each_drawing_sees_its_own_image(unet: MMFSUNet, debug_config: MMInterleavedConfig) -> None:
     """A batch equals its drawings one by one."""
     sample, time, conditions, earlier = inputs(debug_config, [[1], [-1], [0]])
     together = unet(sample, time, conditions, earlier)

@@ -14,18 +14,18 @@ SQUARE = [(4, 4), (2, 2)]
 Arguments = dict[str, Any]
 
 
-def visible_images(groups: int, slots: int, pictures: int, generator: torch.Generator) -> Tensor:
-    """[groups, slots] of random pictures; group 0 sees as many as there is room for, others any number of them."""
+def visible_images(groups: int, slots: int, images: int, generator: torch.Generator) -> Tensor:
+    """[groups, slots] of random images; group 0 sees as many as there is room for, others any number of them."""
     counts = torch.randint(0, slots + 1, (groups,), generator=generator)
-    counts[0] = min(slots, pictures)
-    images = torch.stack([torch.randint(0, pictures, (slots,), generator=generator) for _ in range(groups)])
-    return torch.where(torch.arange(slots) < counts[:, None], images, -1)
+    counts[0] = min(slots, images)
+    visible = torch.stack([torch.randint(0, images, (slots,), generator=generator) for _ in range(groups)])
+    return torch.where(torch.arange(slots) < counts[:, None], visible, -1)
 
 
 def arguments(
     groups: int = 3,
     queries: int = 1,
-    pictures: int = 2,
+    images: int = 2,
     slots: int = 2,
     shapes: list[tuple[int, int]] = SQUARE,
     heads: int = 2,
@@ -44,13 +44,13 @@ def arguments(
     positions, levels = sum(h * w for h, w in shapes), len(shapes)
     work = torch.float64 if dtype == torch.float64 else torch.float32
     return {
-        "values": draw(pictures, positions, heads, dim),
+        "values": draw(images, positions, heads, dim),
         "offsets": 2 * draw(groups, queries, heads * points * 2),
         "logits": draw(groups, queries, heads * levels * points),
         "offset_table": draw(slots, heads * points * 2),
         "logit_table": draw(slots, heads * levels * points),
         "reference": torch.rand(1, queries, 2, generator=generator, dtype=torch.float64).to(device, work),
-        "images": visible_images(groups, slots, pictures, generator).to(device),
+        "images": visible_images(groups, slots, images, generator).to(device),
         "shapes": shapes,
         "scales": [w / shapes[-1][1] for _, w in shapes],
     }

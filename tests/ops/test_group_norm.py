@@ -14,7 +14,7 @@ from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 HALF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding
-# One tile, half of it; several parts of a picture; odd groups; more channels than a block; no map but a row of tokens.
+# One tile, half of it; several parts of an image; odd groups; more channels than a block; no map but a row of tokens.
 SHAPES = [((2, 4, 5, 3), 2), ((1, 8, 24, 24), 4), ((2, 21, 3, 4), 7), ((3, 80, 9, 7), 8), ((2, 320, 4, 4), 32),
           ((1, 12, 9), 3), ((2, 6, 1, 1), 2), ((2, 5, 4, 4), 1)]  # fmt: skip
 

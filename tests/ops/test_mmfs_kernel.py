@@ -42,11 +42,11 @@ def compare(given: dict, bound: float = 1e-5) -> dict[str, torch.Tensor]:
     return found
 
 
-LARGER = {"slots": 3, "pictures": 3, "points": 4, "shapes": [(8, 8), (4, 4), (2, 2)]}  # enough samples for an average
+LARGER = {"slots": 3, "images": 3, "points": 4, "shapes": [(8, 8), (4, 4), (2, 2)]}  # enough samples for an average
 CASES = {
-    "tokens": {"groups": 5, "slots": 3, "pictures": 3, "points": 4},
+    "tokens": {"groups": 5, "slots": 3, "images": 3, "points": 4},
     "maps of queries": {"groups": 2, "queries": 5},
-    "one query": {"groups": 1, "slots": 6, "pictures": 6},
+    "one query": {"groups": 1, "slots": 6, "images": 6},
     "one map": {"shapes": [(3, 3)], "heads": 1, "points": 1},
     "oblong maps": {"shapes": [(5, 3), (2, 4)], "queries": 2},
     "numbers that are no powers of two": {"points": 3, "dim": 12, "heads": 3, "slots": 5},
@@ -63,7 +63,7 @@ def test_results_and_gradients_are_the_twins(case: str, tile: None) -> None:
 @with_triton
 @pytest.mark.parametrize("seed", range(3))
 def test_ragged_counts(seed: int, tile: None) -> None:
-    given = arguments(groups=6, slots=4, pictures=5, seed=seed, points=2, heads=1, device=DEVICE)
+    given = arguments(groups=6, slots=4, images=5, seed=seed, points=2, heads=1, device=DEVICE)
     assert len({int(n) for n in (given["images"] >= 0).sum(1)}) > 2
     compare(given)
 
@@ -85,12 +85,12 @@ def test_nobody_sees_anything(tile: None) -> None:
 
 
 @with_triton
-@pytest.mark.parametrize("none", ["slots", "groups", "pictures"])
+@pytest.mark.parametrize("none", ["slots", "groups", "images"])
 def test_nothing_at_all(none: str) -> None:
     given = arguments(slots=0 if none == "slots" else 2, device=DEVICE)
     if none == "groups":
         given |= {k: given[k][:0] for k in ("offsets", "logits", "images")}
-    if none == "pictures":
+    if none == "images":
         given |= {"values": given["values"][:0], "images": torch.full_like(given["images"], -1)}
     mixed, ignored = mmfs_attention(MMFSInputs(**given), backend="triton")
     assert mixed.shape == (*given["offsets"].shape[:2], *given["values"].shape[2:])
@@ -167,8 +167,8 @@ def test_gradients_are_the_same_every_time(tile: None) -> None:
 
 @with_triton
 def test_packed_documents() -> None:
-    """A picture stands in another slot for every query, and some are in no document."""
-    given = arguments(**(LARGER | {"groups": 7, "pictures": 6}), device=DEVICE)
+    """An image stands in another slot for every query, and some are in no document."""
+    given = arguments(**(LARGER | {"groups": 7, "images": 6}), device=DEVICE)
     rows = [[-1, -1, -1], [0, -1, -1], [2, 0, -1], [4, 2, 0], [1, -1, -1], [5, 1, -1], [-1, 5, -1]]
     given["images"] = torch.tensor(rows, device=DEVICE)
     found = compare(given)
@@ -186,14 +186,14 @@ BLOCKS = {
 @with_triton
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("queries", [1, 23])
-def test_many_queries_of_a_picture(blocks: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_queries_of_a_image(blocks: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a block of them, some of which come near a tile and some not; tokens, and maps of queries."""
     from mm_interleaved.ops import mmfs_triton_backward
 
     for name, value in BLOCKS[blocks].items():
         monkeypatch.setattr(mmfs_triton_backward, name, value)
     groups = 40 if queries == 1 else 2
-    given = arguments(groups=groups, queries=queries, slots=2, pictures=2, shapes=[(3, 11), (1, 1), (3, 2)], heads=1,
+    given = arguments(groups=groups, queries=queries, slots=2, images=2, shapes=[(3, 11), (1, 1), (3, 2)], heads=1,
                       points=3, dim=6, device=DEVICE)  # fmt: skip
     given["scales"] = [1.0, 0.5, 0.25]
     given["reference"] = torch.rand(groups, queries, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)
@@ -204,8 +204,8 @@ def test_many_queries_of_a_picture(blocks: str, queries: int, monkeypatch: pytes
 @with_triton
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_a_query_does_not_see_cannot_harm_it(wrong: float, tile: None) -> None:
-    """Memory of pictures that are still to come may hold anything."""
-    given = arguments(groups=4, slots=2, pictures=3, device=DEVICE)
+    """Memory of images that are still to come may hold anything."""
+    given = arguments(groups=4, slots=2, images=3, device=DEVICE)
     given["images"] = torch.tensor([[-1, -1], [1, -1], [2, 1], [-1, 2]], device=DEVICE)
     expected = run(given, "triton")
     given["values"][0] = wrong
@@ -362,7 +362,7 @@ def test_training_folds_the_query_side(halved: bool) -> None:
 
 
 def test_gradcheck_of_the_twin() -> None:
-    given = arguments(groups=2, queries=1, pictures=2, slots=2, shapes=[(3, 4), (2, 2)], heads=1, points=2, dim=2,
+    given = arguments(groups=2, queries=1, images=2, slots=2, shapes=[(3, 4), (2, 2)], heads=1, points=2, dim=2,
                       dtype=torch.float64)  # fmt: skip
     leaves = [given[k].requires_grad_() for k in LEAVES]
 

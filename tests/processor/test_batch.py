@@ -13,14 +13,14 @@ from transformers import BatchFeature
 
 from mm_interleaved import Batch, Document, Image, MMInterleaved, MMInterleavedProcessor, Text
 
-from ..conftest import picture
+from ..conftest import make_image
 
 FLOATS = {"pixel_values", "target_pixel_values", "image_loss_mask"}
 
 
 @pytest.fixture
 def batch(processor: MMInterleavedProcessor) -> Batch:
-    return processor([Document([Text("a"), Image(picture())]), Document([Text("b c d")])], training=True)
+    return processor([Document([Text("a"), Image(make_image())]), Document([Text("b c d")])], training=True)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -91,7 +91,7 @@ def test_page_locked_memory(batch: Batch) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_takes_all_of_it(model: MMInterleaved, processor: MMInterleavedProcessor, training: bool) -> None:
-    batch = processor(Document([Text("a"), Image(picture())]), training=training)
+    batch = processor(Document([Text("a"), Image(make_image())]), training=training)
     out = model(**batch)
     assert (out.loss is None, out.logits is None) == (not training, training)
     with pytest.raises(TypeError, match="unexpected keyword argument 'pixels'"):

@@ -1,4 +1,4 @@
-"""Reading pictures of all sorts, and the release's way of fitting them into a square."""
+"""Reading images of all sorts, and the release's way of fitting them into a square."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 
 from mm_interleaved import MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.document import DocumentError, Image
-from mm_interleaved.processor.images import CROPS, MAX_PIXELS, center_crop, load_picture, squash, to_array, to_picture
+from mm_interleaved.processor.images import CROPS, MAX_PIXELS, center_crop, load_image, squash, to_array, to_pil
 
-from ..conftest import picture
+from ..conftest import make_image
 
 
 @settings(max_examples=25)
 @given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([7, 56, 224]))
 def test_center_crop_has_the_right_shape(width: int, height: int, size: int) -> None:
-    crop = center_crop(picture(size=(width, height)), size)
+    crop = center_crop(make_image(size=(width, height)), size)
     assert crop.shape == (size, size, 3)
     assert crop.dtype == np.uint8
 
 
 def test_center_crop_step_by_step() -> None:
     """640 x 480 to 112: halved twice with a box filter, then bicubic, then the middle (spec/model 1.4)."""
-    image = picture(size=(640, 480))
+    image = make_image(size=(640, 480))
     halved = image.resize((320, 240), PIL.Image.Resampling.BOX).resize((160, 120), PIL.Image.Resampling.BOX)
     resized = halved.resize((round(160 * 112 / 120), 112), PIL.Image.Resampling.BICUBIC)
     left = (resized.width - 112) // 2
@@ -37,7 +37,7 @@ def test_center_crop_step_by_step() -> None:
 
 
 def test_center_crop_of_its_own_size_changes_nothing() -> None:
-    image = picture(size=(56, 56))
+    image = make_image(size=(56, 56))
     assert np.array_equal(center_crop(image, 56), np.asarray(image))
 
 
@@ -50,7 +50,7 @@ def test_a_ribbon_is_cropped_without_being_blown_up() -> None:
     assert np.abs(crop.astype(int) - middle).max() <= 2
 
 
-def test_squash_keeps_the_whole_picture() -> None:
+def test_squash_keeps_the_whole_image() -> None:
     image = PIL.Image.new("RGB", (100, 10))
     image.paste((255, 0, 0), (90, 0, 100, 10))
     squashed = squash(image, 20)
@@ -59,14 +59,14 @@ def test_squash_keeps_the_whole_picture() -> None:
 
 
 @given(st.integers(0, 255))
-def test_arrays_and_pictures_round_trip(value: int) -> None:
+def test_arrays_and_images_round_trip(value: int) -> None:
     pixels = np.full((2, 3, 3), value, np.uint8)
-    assert np.array_equal(np.asarray(to_picture(to_array(pixels))), pixels)
+    assert np.array_equal(np.asarray(to_pil(to_array(pixels))), pixels)
 
 
-def test_to_picture_rounds_half_up_and_clips() -> None:
+def test_to_image_rounds_half_up_and_clips() -> None:
     values = np.array([0.5 / 255, 0.49 / 255, -1.0, 2.0]).reshape(1, 2, 2).repeat(3, 0)
-    assert np.asarray(to_picture(values))[..., 0].tolist() == [[1, 0], [0, 255]]
+    assert np.asarray(to_pil(values))[..., 0].tolist() == [[1, 0], [0, 255]]
 
 
 # ---- unusual files
@@ -79,12 +79,12 @@ def save(path: Path, image: PIL.Image.Image, **options: object) -> Path:
 
 def test_one_pixel(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", PIL.Image.new("RGB", (1, 1), (9, 8, 7)))
-    assert np.array_equal(center_crop(load_picture(path), 56), np.full((56, 56, 3), (9, 8, 7)))
+    assert np.array_equal(center_crop(load_image(path), 56), np.full((56, 56, 3), (9, 8, 7)))
 
 
 def test_cmyk(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)))
-    red, green, blue = load_picture(path).getpixel((4, 4))
+    red, green, blue = load_image(path).getpixel((4, 4))
     assert red > 200
     assert green < 60
     assert blue < 60
@@ -92,7 +92,7 @@ def test_cmyk(tmp_path: Path) -> None:
 
 def test_palette_with_transparency(tmp_path: Path) -> None:
     image = PIL.Image.new("RGB", (8, 8), (10, 200, 30)).quantize(4)
-    loaded = load_picture(save(tmp_path / "a.png", image, transparency=3))
+    loaded = load_image(save(tmp_path / "a.png", image, transparency=3))
     assert loaded.mode == "RGB"
     assert loaded.getpixel((4, 4)) == (10, 200, 30)
 
@@ -100,24 +100,24 @@ def test_palette_with_transparency(tmp_path: Path) -> None:
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     path = save(tmp_path / "a.png", PIL.Image.fromarray(ramp))
-    assert np.abs(np.asarray(load_picture(path))[..., 0] - ramp / 257).max() <= 0.5
+    assert np.abs(np.asarray(load_image(path))[..., 0] - ramp / 257).max() <= 0.5
 
 
 def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
     frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     path = save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert load_picture(path).getpixel((4, 4))[0] > 200
+    assert load_image(path).getpixel((4, 4))[0] > 200
 
 
 def test_a_photograph_taken_sideways_stands_upright(tmp_path: Path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to show
     path = save(tmp_path / "a.jpg", PIL.Image.new("RGB", (40, 20)), exif=exif)
-    assert load_picture(path).size == (20, 40)
+    assert load_image(path).size == (20, 40)
 
 
 def test_grey_with_alpha(tmp_path: Path) -> None:
-    assert load_picture(save(tmp_path / "a.png", PIL.Image.new("LA", (4, 4), (77, 0)))).getpixel((0, 0)) == (77, 77, 77)
+    assert load_image(save(tmp_path / "a.png", PIL.Image.new("LA", (4, 4), (77, 0)))).getpixel((0, 0)) == (77, 77, 77)
 
 
 # ---- files that cannot be used
@@ -125,40 +125,40 @@ def test_grey_with_alpha(tmp_path: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"gone\.png' does not exist"):
-        load_picture(tmp_path / "gone.png")
+        load_image(tmp_path / "gone.png")
 
 
 def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     with pytest.raises(DocumentError, match=r"is empty \(0 bytes\)"):
-        load_picture(tmp_path / "a.png")
+        load_image(tmp_path / "a.png")
 
 
-def test_no_picture_at_all(tmp_path: Path) -> None:
+def test_no_image_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(DocumentError, match="not a picture that can be read"):
-        load_picture(tmp_path / "a.png")
+    with pytest.raises(DocumentError, match="not an image that can be read"):
+        load_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
 def test_truncated_file(tmp_path: Path, kind: str) -> None:
-    path = save(tmp_path / f"a.{kind}", picture(size=(300, 200)))
+    path = save(tmp_path / f"a.{kind}", make_image(size=(300, 200)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DocumentError, match=r"damaged|not a picture"):
-        load_picture(path)
+    with pytest.raises(DocumentError, match=r"damaged|not an image"):
+        load_image(path)
 
 
 def test_every_truncation_is_refused_or_read(tmp_path: Path) -> None:
-    whole = save(tmp_path / "a.png", picture(size=(30, 20))).read_bytes()
+    whole = save(tmp_path / "a.png", make_image(size=(30, 20))).read_bytes()
     read, told = 0, set()
     for length in range(len(whole)):
         (tmp_path / "b.png").write_bytes(whole[:length])
         try:
-            found = load_picture(tmp_path / "b.png")
+            found = load_image(tmp_path / "b.png")
         except DocumentError as error:
             told.add("b.png" in str(error))
         else:
-            assert found.tobytes() == load_picture(tmp_path / "a.png").tobytes()
+            assert found.tobytes() == load_image(tmp_path / "a.png").tobytes()
             read += 1
     assert told == {True}
     assert read < 32  # only checksums and the closing mark, which follow the pixels, may be missing
@@ -168,9 +168,9 @@ def test_too_many_pixels_are_not_even_decoded(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", PIL.Image.new("1", (20_000, 20_000)))
     assert MAX_PIXELS < 20_000**2
     with pytest.raises(DocumentError, match="million pixels"):
-        load_picture(path)
+        load_image(path)
     side = math.isqrt(MAX_PIXELS) - 10  # large, but allowed; PIL's warning about it stays away
-    assert load_picture(save(tmp_path / "b.png", PIL.Image.new("1", (side, 4)))).size == (side, 4)
+    assert load_image(save(tmp_path / "b.png", PIL.Image.new("1", (side, 4)))).size == (side, 4)
 
 
 @pytest.mark.parametrize("size", [(1000, 700), (90, 60), (57, 2000), (224, 224)])
@@ -178,12 +178,12 @@ def test_too_many_pixels_are_not_even_decoded(tmp_path: Path) -> None:
 def test_both_views_are_what_each_alone_would_be(
     tokenizer: MMInterleavedTokenizer, size: tuple[int, int], crop: str
 ) -> None:
-    image = picture(3, size)
+    image = make_image(3, size)
     for sizes in ((56, 32), (32, 56), (48, 48)):
         processor = MMInterleavedProcessor(tokenizer, image_size=sizes[0], target_size=sizes[1], crop=crop)
         views = processor.views(Image(image), training=True)
         assert np.array_equal(views.seen, CROPS[crop](image, sizes[0]))
         assert np.array_equal(views.drawn, CROPS[crop](image, sizes[1]))
         assert processor.views(Image(image), training=False).drawn is None
-        other = processor.views(Image(image, target=picture(4)), training=True)
-        assert np.array_equal(other.drawn, CROPS[crop](picture(4), sizes[1]))
+        other = processor.views(Image(image, target=make_image(4)), training=True)
+        assert np.array_equal(other.drawn, CROPS[crop](make_image(4), sizes[1]))

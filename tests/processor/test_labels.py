@@ -28,7 +28,7 @@ def test_text_first() -> None:
     assert labels("sxyzbii/") == "_xyzb__/"
 
 
-def test_text_first_where_text_before_the_picture_is_ignored() -> None:
+def test_text_first_where_text_before_the_image_is_ignored() -> None:
     assert labels("sxyzbii/", ignore_text_before_image=True) == "____b__/"
     assert labels("sbiixyz/", ignore_text_before_image=True) == "____xyz/"
 
@@ -41,7 +41,7 @@ def test_packed_documents_are_judged_one_by_one() -> None:
 def test_chunk_that_starts_in_the_middle_of_a_document() -> None:
     assert labels("xybii/sz", ignore_text_before_image=True) == "__b__/__"
     assert labels("xybii/sz") == "xyb__/_z"
-    assert labels("biix/") == "b__x/"  # not right after <s>: the picture is announced
+    assert labels("biix/") == "b__x/"  # not right after <s>: the image is announced
 
 
 def test_chunk_cut_at_its_end() -> None:

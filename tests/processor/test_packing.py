@@ -1,7 +1,7 @@
-"""Packing by spec/model 1.3: no picture is ever cut, nothing is lost.
+"""Packing by spec/model 1.3: no image is ever cut, nothing is lost.
 
 Its rule for a single pair longer than a row is kept before packing, where it is known what a pair is: see
-`test_long_pairs_lose_words_but_not_their_picture` in tests/data/test_sources.py.
+`test_long_pairs_lose_words_but_not_their_image` in tests/data/test_sources.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ N = 4  # image tokens
 
 
 def stream(text: str, name: str = "d") -> TokenStream:
-    """`s` is <s>, `i` a whole picture, everything else a word."""
+    """`s` is <s>, `i` a whole image, everything else a word."""
     ids: list[int] = []
     for letter in text:
         ids += [SOI, *[IMG] * N] if letter == "i" else [BOS if letter == "s" else WORD]
@@ -42,14 +42,14 @@ def packed(documents: list[str], length: int, **options: object) -> list[str]:
 
 def test_rows_are_filled_across_documents() -> None:
     assert packed(["siw", "siw"], 7) == ["siw", "siw"]
-    assert packed(["siwww", "swi"], 12) == ["siwwwsw", "i"]  # the second picture would be cut
+    assert packed(["siwww", "swi"], 12) == ["siwwwsw", "i"]  # the second image would be cut
 
 
-def test_a_row_ends_before_the_document_of_a_cut_picture() -> None:
+def test_a_row_ends_before_the_document_of_a_cut_image() -> None:
     assert packed(["siwww", "swi"], 12, cut="document") == ["siwww", "swi"]
 
 
-def test_a_document_that_fills_the_row_is_cut_before_the_picture() -> None:
+def test_a_document_that_fills_the_row_is_cut_before_the_image() -> None:
     assert packed(["siwwwwi"], 12, cut="document") == ["siwwww", "i"]
 
 
@@ -58,7 +58,7 @@ def test_continued_documents_have_no_start() -> None:
 
 
 @pytest.mark.parametrize("offset", range(N + 2))
-def test_every_way_to_cut_a_picture(offset: int) -> None:
+def test_every_way_to_cut_a_image(offset: int) -> None:
     words = "w" * offset
     rows = packed(["si" + words + "i"], 1 + 5 + 3)
     assert "".join(rows).replace("s", "") == "i" + words + "i"
@@ -66,13 +66,13 @@ def test_every_way_to_cut_a_picture(offset: int) -> None:
         assert row.count("i") * (N + 1) + len(row) - row.count("i") <= 9
 
 
-def test_picture_limit_cuts_after_the_picture_or_before_the_document() -> None:
+def test_image_limit_cuts_after_the_image_or_before_the_document() -> None:
     assert packed(["siw", "siw", "siw"], 21, max_images=2) == ["siwsi", "wsiw"]
     assert packed(["siw", "siw", "siw"], 21, max_images=2, cut="document") == ["siwsiw", "siw"]
-    assert packed(["siiiw"], 17, max_images=2, cut="document") == ["sii", "iw"]  # no <s> between the pictures
+    assert packed(["siiiw"], 17, max_images=2, cut="document") == ["sii", "iw"]  # no <s> between the images
 
 
-def test_rows_without_pictures_are_dropped() -> None:
+def test_rows_without_images_are_dropped() -> None:
     assert packed(["swwwww", "si"], 6) == ["si"]
     assert packed(["swww"], 100) == []
 
@@ -83,7 +83,7 @@ def test_the_end_of_the_stream() -> None:
     assert packed(["siw"], 7, keep_last=False) == ["siw"]
 
 
-def test_a_row_too_short_for_a_picture() -> None:
+def test_a_row_too_short_for_a_image() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         packed(["siw"], 4)
 
@@ -107,7 +107,7 @@ def test_nothing_is_cut_or_lost(documents: list[str], length: int, limit: int | 
         assert 0 < len(row.images) == len(soi) <= (limit or len(soi))
         assert (row.ids == IMG).sum() == N * len(soi)
         assert all((row.ids[s + 1 : s + 1 + N] == IMG).all() for s in soi)
-    # Pictures in order, none lost; and the rows are stretches of the stream, in order.
+    # Images in order, none lost; and the rows are stretches of the stream, in order.
     assert [i.source for row in rows for i in row.images] == [i.source for s in streams for i in s.images]
     whole, position = "".join(documents), 0
     for row in rows:

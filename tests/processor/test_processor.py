@@ -17,7 +17,7 @@ from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedTokeni
 from mm_interleaved.processor.images import center_crop
 from mm_interleaved.processor.tokenizer import encode_text
 
-from ..conftest import picture
+from ..conftest import make_image
 
 N = 4  # image tokens of the debug model
 
@@ -27,7 +27,7 @@ def words(processor: MMInterleavedProcessor, ids: torch.Tensor) -> list[str]:
 
 
 def test_one_document(processor: MMInterleavedProcessor) -> None:
-    image = picture(size=(100, 60))
+    image = make_image(size=(100, 60))
     batch = processor(Document([Text("a cat "), Image(image), Text(" is red")]))
     assert words(processor, batch.input_ids[0]) == ["<s>", "▁a", "▁cat", SOI_TOKEN, *[IMAGE_TOKEN] * N, "▁is", "▁red"]
     assert batch.position_ids.tolist() == [list(range(10))]
@@ -43,7 +43,7 @@ def test_one_document(processor: MMInterleavedProcessor) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(processor: MMInterleavedProcessor, side: str) -> None:
-    batch = processor([Document([Text("a")]), Document([Image(picture()), Text("b")])], padding_side=side)
+    batch = processor([Document([Text("a")]), Document([Image(make_image()), Text("b")])], padding_side=side)
     assert batch.input_ids.shape == (2, 1 + 1 + N + 1)
     real = batch.attention_mask[0].bool()
     assert real.tolist() == ([False] * 5 + [True] * 2 if side == "left" else [True] * 2 + [False] * 5)
@@ -52,7 +52,7 @@ def test_padding(processor: MMInterleavedProcessor, side: str) -> None:
     assert batch.document_starts.tolist() == [0]
 
 
-def test_zero_pictures(processor: MMInterleavedProcessor) -> None:
+def test_zero_images(processor: MMInterleavedProcessor) -> None:
     batch = processor(Document([Text("just text")]), training=True)
     assert batch.pixel_values.shape == (0, 3, 56, 56)
     assert batch.target_pixel_values.shape == (0, 3, 32, 32)
@@ -60,7 +60,7 @@ def test_zero_pictures(processor: MMInterleavedProcessor) -> None:
 
 
 def test_training_batch(processor: MMInterleavedProcessor) -> None:
-    given_image, shown = picture(1), picture(2)
+    given_image, shown = make_image(1), make_image(2)
     document = Document([
         Text("a cat", supervise=False), Image(given_image, supervise=False), Text("b"), Image(given_image,
         target=shown),
@@ -89,7 +89,7 @@ def test_attached_texts(processor: MMInterleavedProcessor) -> None:
 
 
 def test_packing(processor: MMInterleavedProcessor) -> None:
-    documents = [Document([Text("a b"), Image(picture(k))]) for k in range(3)]
+    documents = [Document([Text("a b"), Image(make_image(k))]) for k in range(3)]
     batch = processor(documents, training=True, packing=True, max_length=20)
     assert batch.input_ids.shape[0] == 2
     assert (batch.input_ids == processor.soi_token_id).sum() == len(batch.pixel_values) == 3
@@ -105,7 +105,7 @@ def test_text_alone_cannot_be_packed(processor: MMInterleavedProcessor) -> None:
 
 
 def test_strings_with_placeholders(processor: MMInterleavedProcessor) -> None:
-    image = picture()
+    image = make_image()
     expected = processor(Document([Text("a"), Image(image), Text("b")]))
     batch = processor(text=f"a{IMAGE_TOKEN}b", images=[image])
     assert torch.equal(batch.input_ids, expected.input_ids)
@@ -113,9 +113,9 @@ def test_strings_with_placeholders(processor: MMInterleavedProcessor) -> None:
     assert two.image_rows.tolist() == [1, 1]
 
 
-def test_more_slots_than_pictures(processor: MMInterleavedProcessor) -> None:
+def test_more_slots_than_images(processor: MMInterleavedProcessor) -> None:
     with pytest.raises(DocumentError, match="2 image slots, but 1 images"):
-        processor(text=f"{IMAGE_TOKEN} {IMAGE_TOKEN}", images=[picture()])
+        processor(text=f"{IMAGE_TOKEN} {IMAGE_TOKEN}", images=[make_image()])
 
 
 SEGMENTS = st.lists(
@@ -129,7 +129,7 @@ SEGMENTS = st.lists(
 def test_documents_to_tensors_and_back(segments: list) -> None:
     tokenizer = MMInterleavedTokenizer.from_vocab(TOKENIZER)
     processor = MMInterleavedProcessor.for_model(MMInterleavedConfig.preset("debug"), tokenizer)
-    document = Document([Image(picture(s)) if isinstance(s, int) else s for s in segments])
+    document = Document([Image(make_image(s)) if isinstance(s, int) else s for s in segments])
     batch = processor(document)
     again = processor.to_document(batch.input_ids[0].tolist(), [i.source for i in document.images])
     assert torch.equal(processor(again).input_ids, batch.input_ids)
@@ -144,7 +144,7 @@ def test_documents_to_tensors_and_back(segments: list) -> None:
 def chat() -> Document:
     return Document.from_messages([
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "Who?"}]},
+        {"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "Who?"}]},
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": "Sure?"},
     ])  # fmt: skip
@@ -152,8 +152,8 @@ def chat() -> Document:
 
 def test_conversation_is_written_through_the_template(processor: MMInterleavedProcessor) -> None:
     segments = processor.render(chat())
-    text = "".join(s.text if isinstance(s, Text) else "<picture>" for s in segments)
-    assert text == "Be brief. USER: <picture>Who? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
+    text = "".join(s.text if isinstance(s, Text) else "<image>" for s in segments)
+    assert text == "Be brief. USER: <image>Who? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
     assert "".join(s.text for s in segments if isinstance(s, Text) and s.supervise) == " A cat.</s>"
 
 
@@ -201,8 +201,8 @@ def test_too_long(processor: MMInterleavedProcessor) -> None:
     assert processor(document, truncation=True).input_ids.shape == (1, 512)
 
 
-def test_truncation_does_not_cut_a_picture(processor: MMInterleavedProcessor) -> None:
-    batch = processor(Document([Text("a b"), Image(picture())]), truncation=True, max_length=6)
+def test_truncation_does_not_cut_a_image(processor: MMInterleavedProcessor) -> None:
+    batch = processor(Document([Text("a b"), Image(make_image())]), truncation=True, max_length=6)
     assert batch.input_ids.shape == (1, 3)
     assert len(batch.pixel_values) == 0
 
@@ -231,7 +231,7 @@ def test_tokenizer_of_another_model() -> None:
 def test_save_and_load(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     processor.save_pretrained(tmp_path)
     again = MMInterleavedProcessor.from_pretrained(tmp_path)
-    document = Document([Text("a"), Image(picture())])
+    document = Document([Text("a"), Image(make_image())])
     assert torch.equal(again(document).input_ids, processor(document).input_ids)
     assert again.to_dict() == processor.to_dict()
     assert again.chat_template == processor.chat_template
@@ -256,7 +256,7 @@ def test_a_record_has_the_ids_of_its_assembled_string(
     for number, after in spots:
         marked[number] = marked[number] + image if after else image + marked[number]
     path = tmp_path_factory.mktemp("record") / "a.png"
-    picture().save(path)
+    make_image().save(path)
     record = {
         "sentences": sentences,
         "images": [str(path) for _ in spots],

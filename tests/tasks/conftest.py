@@ -15,7 +15,7 @@ from mm_interleaved.toyworld.writers.base import Job
 
 SIZE, COUNT, SEED = 64, 4, 0
 
-# For each task: the toy world's format, and where its pictures lie.
+# For each task: the toy world's format, and where its images lie.
 FILES = {
     "coco_karpathy": ("coco", ""), "flickr30k": ("flickr30k", "flickr30k-images"), "nocaps": ("nocaps", "images"),
     "image2paragraph": ("image2paragraph", "images"), "vqav2": ("vqav2", ""), "okvqa": ("okvqa", ""),
@@ -55,17 +55,17 @@ def toy_task(written: Written) -> Callable[..., Task]:
     """A task on toy data, with whatever settings."""
 
     def make(name: str, split: str = "", **settings: object) -> Task:
-        form, pictures = FILES[name]
+        form, images = FILES[name]
         phase = settings.pop("phase", "") or PHASES.get(name, split or "val")
         folder = written(form, split or (phase if phase in ("train", "test") and name != "flickr30k" else "val"))
-        paths = {"images": str(folder / pictures), "annotations": str(folder)} | settings
+        paths = {"images": str(folder / images), "annotations": str(folder)} | settings
         return make_task(TaskConfig(name, phase=str(phase), **paths))  # type: ignore[arg-type]
 
     return make
 
 
 def scene(index: int, split: str = "val") -> Scene:
-    """What picture number `index` of most formats shows."""
+    """What image number `index` of most formats shows."""
     return random_scene(scene_rng(SEED, split, index), split=split)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from mm_interleaved.tasks import TASKS, TaskConfig, make_task
 from mm_interleaved.toyworld.writers import write_dataset
 from mm_interleaved.toyworld.writers.base import Job
 
-from ..conftest import picture
+from ..conftest import make_image
 
 TEXT = (Path(__file__).parents[2] / "docs/tasks.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", TEXT, re.DOTALL))
@@ -37,7 +37,7 @@ def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("mm_interleaved.tasks.TASKS", dict(TASKS))
     run("own")
     (tmp_path / "jokes/images").mkdir(parents=True)
-    picture().save(tmp_path / "jokes/images/a.png")
+    make_image().save(tmp_path / "jokes/images/a.png")
     lines = [{"image": "a.png", "joke": "it is"}, {"image": "b.png", "joke": "it was"}]
     (tmp_path / "jokes/jokes_val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = make_task(TaskConfig("jokes", root=str(tmp_path)))

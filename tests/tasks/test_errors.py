@@ -1,4 +1,4 @@
-"""Bad files: what is wrong, where, and what to do; a missing picture spoils its own sample only."""
+"""Bad files: what is wrong, where, and what to do; a missing image spoils its own sample only."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def own(written: Written, tmp_path: Path) -> Callable[..., tuple[Task, Path]]:
     """A task on a copy of its files that a test may spoil."""
 
     def copy(name: str, **options: Any) -> tuple[Task, Path]:
-        form, pictures = FILES[name]
+        form, image_folder = FILES[name]
         phase = PHASES.get(name, "val")
         folder = tmp_path / form
         shutil.copytree(written(form, "train" if phase == "train" else "val"), folder)
-        config = TaskConfig(name, images=str(folder / pictures), annotations=str(folder), phase=phase, **options)
+        config = TaskConfig(name, images=str(folder / image_folder), annotations=str(folder), phase=phase, **options)
         return make_task(config), folder
 
     return copy
@@ -85,7 +85,7 @@ def test_a_file_of_another_layout(name: str, file: str, content: bytes, own: Cal
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n not in ("pororo", "flintstones")])
-def test_a_missing_picture_spoils_its_sample_only(name: str, own: Callable) -> None:
+def test_a_missing_image_spoils_its_sample_only(name: str, own: Callable) -> None:
     task, folder = own(name, **({"limit": 9} if name == "lncoco" else {}))
     gone = sorted(p for p in folder.rglob("*") if p.suffix in (".jpg", ".png"))[-1]
     gone.unlink()
@@ -97,7 +97,7 @@ def test_a_missing_picture_spoils_its_sample_only(name: str, own: Callable) -> N
 
 
 @pytest.mark.parametrize("name", ["pororo", "flintstones"])
-@pytest.mark.parametrize("content", [None, b"no picture"])
+@pytest.mark.parametrize("content", [None, b"no image"])
 def test_a_clip_that_cannot_be_read(name: str, content: bytes | None, own: Callable) -> None:
     """BUG-24."""
     task, folder = own(name)
@@ -115,7 +115,7 @@ def test_a_strip_of_another_width(own: Callable) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "", "a\0b", "x" * 5000, "loop"])
-def test_a_picture_elsewhere(name: str, tmp_path: Path) -> None:
+def test_a_image_elsewhere(name: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "secret.png").write_bytes(b"x")
     (tmp_path / "images" / "loop").symlink_to("loop")
@@ -155,7 +155,7 @@ def blank_answers(data: dict) -> None:
         ("gqa", lambda d: d["20000010"].update(answer=""), ["question 20000010, 'answer'", "blank"]),
         ("visdial", lambda d: d["data"]["answers"].clear(), ["there is no answer ", "only 0"]),
         ("visdial", lambda d: d["data"]["dialogs"][0].update(dialog=[]), ["'dialog'", "empty"]),
-        ("visdial", lambda d: d["data"]["dialogs"][0].update(image_id=5), ["picture 5 is not in"]),
+        ("visdial", lambda d: d["data"]["dialogs"][0].update(image_id=5), ["image 5 is not in"]),
         ("coco", lambda d: d["images"].append({"id": 9, "file_name": "x.jpg"}), ["image 9", "no reference"]),
         ("ade20k", lambda d: d[0].update(caption=None), ["'caption'", "must be a string, not null"]),
         ("region_caption", lambda d: d["annotations"][0].update(bbox=[5, 5, 1, 9]), ["[5, 5, 1, 9] is no box"]),
@@ -216,8 +216,8 @@ def test_settings_that_are_not_possible(settings: dict[str, Any], message: str) 
         make_task(TaskConfig(**settings))
 
 
-def test_no_folder_of_pictures(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"datasets/coco: task 'vqav2' has its pictures in this folder, which does not"):
+def test_no_folder_of_images(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"datasets/coco: task 'vqav2' has its images in this folder, which does not"):
         next(make_task(TaskConfig("vqav2", root=str(tmp_path / "datasets"))).samples())
 
 
@@ -244,7 +244,7 @@ WORDS = st.text("ab{}<> .?\n", max_size=8)
 @for_all(st.lists(st.one_of(WORDS, st.just(None)), max_size=6), st.text("xy {}", max_size=6))
 @settings(max_examples=200)
 def test_templates_lose_nothing(parts: list[str | None], value: str) -> None:
-    """The segments read as the template with its fields filled in, but for white space next to pictures and ends."""
+    """The segments read as the template with its fields filled in, but for white space next to images and ends."""
     escaped = "".join("{image}" if p is None else p.replace("{", "{{").replace("}", "}}") + "{word}" for p in parts)
     segments = render(escaped, {"image": Image("x"), "word": value})
     wanted = "".join("\0" if p is None else p + value for p in parts)

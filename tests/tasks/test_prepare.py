@@ -16,7 +16,7 @@ from mm_interleaved.tasks import TASKS, Sample, Task, TaskConfig, TaskError, mak
 from mm_interleaved.tasks.check import EXPECTED, check_task
 from mm_interleaved.tasks.prepare import CONVERTERS, prepare
 
-from ..conftest import picture
+from ..conftest import make_image
 
 
 def write(path: Path, data: Any) -> None:
@@ -26,7 +26,7 @@ def write(path: Path, data: Any) -> None:
 
 def save(path: Path, size: tuple[int, int] = (60, 40)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(1, size).save(path)
+    make_image(1, size).save(path)
 
 
 def convert(name: str, folder: Path, phase: str = "") -> list[Sample]:
@@ -126,7 +126,7 @@ def test_ade20k(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vist", "vist_text"])
 def test_vist(name: str, tmp_path: Path) -> None:
-    """Turns of a story in their order; a story that lacks a picture is left out."""
+    """Turns of a story in their order; a story that lacks an image is left out."""
 
     def turn(story: str, order: int, image: str) -> list[dict[str, Any]]:
         return [{"story_id": story, "worker_arranged_photo_order": order, "photo_flickr_id": image,
@@ -179,8 +179,8 @@ class TestCheck:
         assert (found.missing, found.unreadable) == (0, 0)
         assert found.expected == EXPECTED.get((name, "val"))
 
-    def test_pictures_that_are_missing_or_damaged(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
-        """A header that is no picture's, a picture that ends too soon, and none at all."""
+    def test_images_that_are_missing_or_damaged(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
+        """A header that is no image's, an image that ends too soon, and none at all."""
         whole = toy_task("coco")
         folder = tmp_path / "coco/val2014"
         folder.mkdir(parents=True)

@@ -47,11 +47,11 @@ GOLDEN = {
     "flintstones": "{0}IMG {1}IMG {2}IMG {3}IMG {4}IMG",
     "llava_instruct": VQA,
 }
-PICTURE = SOI_TOKEN + 64 * IMAGE_TOKEN
+IMAGE = SOI_TOKEN + 64 * IMAGE_TOKEN
 
 
 def written_out(sample: Sample) -> Document:
-    """With a picture in every picture slot, and no text slot: what the model reads, and where pictures are drawn."""
+    """With an image in every image slot, and no text slot: what the model reads, and where images are drawn."""
     segments = [Image("x") if isinstance(s, Image) else s for s in sample.document.segments if s != Text()]
     return Document(segments)
 
@@ -76,7 +76,7 @@ def test_prompt(name: str, toy_task: ToyTask, release: MMInterleavedProcessor) -
     for sample, _ in zip(task.samples(), range(3), strict=False):
         told = {key: value for key, value in sample.meta.items() if key in ("question", "caption")}
         text = GOLDEN[name].format(*sample.meta.get("captions", ()), box=box_text(sample), **told)
-        golden = [1, *encode_text(release.tokenizer, text.replace("IMG", PICTURE))]
+        golden = [1, *encode_text(release.tokenizer, text.replace("IMG", IMAGE))]
         assert ids_of(sample, release) == golden
 
 
@@ -96,12 +96,12 @@ def test_visdial(toy_task: ToyTask, release: MMInterleavedProcessor) -> None:
             assert rounds[-1] == f"{sample.meta['question']}? answer:"
             target = sample.meta["round"] - 1
             assert len(rounds) - 2 == (max(target - 1, 0) if compat else target)
-            golden = [1, *encode_text(release.tokenizer, f"{PICTURE} {text.text}")]
+            golden = [1, *encode_text(release.tokenizer, f"{IMAGE} {text.text}")]
             assert ids_of(sample, release) == golden
 
 
 def test_the_ids_of_a_caption_prompt(toy_task: ToyTask, release: MMInterleavedProcessor) -> None:
-    """Conformance test 1: nothing but `<s>`, the picture, and pieces that begin words."""
+    """Conformance test 1: nothing but `<s>`, the image, and pieces that begin words."""
     ids = ids_of(first(toy_task("coco_karpathy")), release)
     assert ids[:2] == [1, 2048]
     assert ids[2:66] == [2049] * 64
@@ -138,7 +138,7 @@ def test_settings(name: str, wanted: tuple, toy_task: ToyTask) -> None:
 
 
 @pytest.mark.parametrize(("name", "candidates", "select"), [("coco", 8, "clip"), ("lncoco", 1, "first")])
-def test_picture_settings(name: str, candidates: int, select: str, toy_task: ToyTask) -> None:
+def test_image_settings(name: str, candidates: int, select: str, toy_task: ToyTask) -> None:
     task = toy_task(name)
     image = task.settings.image
     assert (image.num_inference_steps, image.guidance_scale, image.num_candidates) == (250, 3.5, candidates)
@@ -169,7 +169,7 @@ def test_post_processing(toy_task: ToyTask) -> None:
     assert toy_task("vqav2").post(" red\n") == "red"
 
 
-def test_boxes_need_whole_pictures(toy_task: ToyTask) -> None:
+def test_boxes_need_whole_images(toy_task: ToyTask) -> None:
     squashed = {name for name in FILES if toy_task(name).crop == "squash"}
     assert squashed == {"refcoco", "refcoco+", "refcocog", "grit_grounding", "region_caption", "region_vqa",
                         "grounded_caption"}  # fmt: skip
@@ -196,7 +196,7 @@ def test_examples_are_drawn_once_and_for_all(toy_task: ToyTask, written: Callabl
         for example in examples:
             question, answer = example.strip().split(" Short answer: ")
             assert answers[question] == answer
-        assert len(sample.document.images) == 1  # the template has no picture
+        assert len(sample.document.images) == 1  # the template has no image
 
 
 def test_neighbours_stand_last_first(toy_task: ToyTask, tmp_path: Path) -> None:
@@ -208,10 +208,10 @@ def test_neighbours_stand_last_first(toy_task: ToyTask, tmp_path: Path) -> None:
     source = toy_task("coco_karpathy", "train")
     settings = {"shots": 2, "shot_images": source.config.images, "shot_annotations": source.config.annotations,
                 "neighbours": str(path), "shot_template": "{image}Caption: {caption}"}  # fmt: skip
-    pictures = {s.id: s.document.images[0].source for s in source.samples()}
+    images = {s.id: s.document.images[0].source for s in source.samples()}
     for sample in toy_task("coco_karpathy", **settings).samples():
         near = lists[sample.id]
-        assert [i.source for i in sample.document.images[:2]] == [pictures[near[1]], pictures[near[0]]]
+        assert [i.source for i in sample.document.images[:2]] == [images[near[1]], images[near[0]]]
         assert len(sample.document.images) == 3
     path.write_text(json.dumps({samples[0].id: ["nobody", train[0]]}))
     with pytest.raises(TaskError, match="no example 'nobody'"):

@@ -1,4 +1,4 @@
-"""Each task reads what the toy world wrote in its official layout: answers, boxes, pictures."""
+"""Each task reads what the toy world wrote in its official layout: answers, boxes, images."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def samples(task: Task) -> list[Sample]:
 
 
 def shows(source: object, index: int, split: str = "val") -> bool:
-    """Whether it is the picture of the toy world's scene of that number, but for JPEG's losses."""
-    picture = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
+    """Whether it is the image of the toy world's scene of that number, but for JPEG's losses."""
+    image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
     wanted = np.asarray(draw(scene(index, split), SIZE), np.float32)
-    return picture.size == (SIZE, SIZE) and np.abs(np.asarray(picture.convert("RGB"), np.float32) - wanted).mean() < 4
+    return image.size == (SIZE, SIZE) and np.abs(np.asarray(image.convert("RGB"), np.float32) - wanted).mean() < 4
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_samples_have_what_they_need(name: str, toy_task: ToyTask) -> None:
-    """Unique ids, pictures that are there, a slot to fill, the same every time; `limit` takes the first."""
+    """Unique ids, images that are there, a slot to fill, the same every time; `limit` takes the first."""
     found = samples(toy_task(name, limit=9))
     assert len(found) >= (1 if name == "grit_grounding" else 4)
     assert len({s.id for s in found}) == len(found)
@@ -60,7 +60,7 @@ def test_samples_have_what_they_need(name: str, toy_task: ToyTask) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_training_documents(name: str, toy_task: ToyTask, processor: MMInterleavedProcessor) -> None:
-    """What fills the slots is learned, pictures that are given are not; the processor takes them as they are."""
+    """What fills the slots is learned, images that are given are not; the processor takes them as they are."""
     task = toy_task(name, limit=2)
     for sample, document in zip(task.samples(), task.documents(), strict=True):
         assert not any(s.is_open for s in document.segments)
@@ -86,7 +86,7 @@ def test_nocaps_has_domains(toy_task: ToyTask) -> None:
 
 
 def test_captions_one_a_record(toy_task: ToyTask, written: Written, tmp_path: Path) -> None:
-    """BLIP's file for training lists a picture once for each caption."""
+    """BLIP's file for training lists an image once for each caption."""
     listed = json.loads((written("coco") / "annotations/coco_karpathy_val.json").read_text())
     flat = [{"image": r["image"], "caption": c, "image_id": "coco_1"} for r in listed for c in r["caption"]]
     (tmp_path / "coco_karpathy_val.json").write_text(json.dumps(flat))
@@ -97,7 +97,7 @@ def test_captions_one_a_record(toy_task: ToyTask, written: Written, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["vqav2", "okvqa", "textvqa", "vizwiz_vqa", "gqa"])
 def test_questions(name: str, toy_task: ToyTask) -> None:
-    """Two questions a picture (VizWiz: one); the answer to learn is what most people said."""
+    """Two questions an image (VizWiz: one); the answer to learn is what most people said."""
     for index, sample in enumerate(samples(toy_task(name))):
         assert shows(sample.document.images[0].source, index if name == "vizwiz_vqa" else index // 2)
         answer = sample.answer[0].text
@@ -118,7 +118,7 @@ def test_visdial(toy_task: ToyTask) -> None:
         assert len(sample.options) == len(set(sample.options)) == len(relevance) == 100
         assert relevance[right] == 1.0 == max(relevance)
         assert sample.answer == [Text(sample.options[right])]
-        # The text speaks of this picture.
+        # The text speaks of this image.
         caption = re.match("caption: (.*?) question: ", sample.document.segments[1].text)[1]
         score = score_caption(caption, scene(index))
         assert score.stated == score.right > 0
@@ -138,7 +138,7 @@ def test_boxes(name: str, toy_task: ToyTask) -> None:
             assert (sample.meta["width"], sample.meta["height"]) == (SIZE, SIZE)
 
 
-def test_boxes_of_wide_pictures(toy_task: ToyTask, tmp_path: Path) -> None:
+def test_boxes_of_wide_images(toy_task: ToyTask, tmp_path: Path) -> None:
     """Each side counts in thousandths of its own length."""
     PIL.Image.new("RGB", (200, 50)).save(tmp_path / "a.png")
     (tmp_path / "refcoco_val.jsonl").write_text(json.dumps({"image": "a.png", "bbox": [20, 5, 100, 50], "sent": "it"}))
@@ -170,21 +170,21 @@ def test_text_to_image(name: str, toy_task: ToyTask) -> None:
     for index, sample in enumerate(found[:4]):
         text, slot = sample.document.segments
         assert slot == Image()
-        picture = index if name == "coco" else [0, 1, 1, 2][index]
-        assert shows(sample.reference[0], picture)
+        image = index if name == "coco" else [0, 1, 1, 2][index]
+        assert shows(sample.reference[0], image)
         assert text.text == (text.text.lower() if name == "coco" else text.text)
         assert sample.answer == [Image(Path(sample.reference[0]))]
 
 
 def test_narratives_are_drawn_again_by_a_seed(toy_task: ToyTask) -> None:
-    """BUG-11: the same on every process; pictures come equally often, whatever their number of narratives."""
+    """BUG-11: the same on every process; images come equally often, whatever their number of narratives."""
 
-    def pictures(seed: int) -> list[str]:
+    def images(seed: int) -> list[str]:
         return [s.reference[0] for s in toy_task("lncoco", limit=2000, seed=seed).samples()]
 
-    one = pictures(0)
+    one = images(0)
     assert len(one) == 2000
-    assert one == pictures(0) != pictures(1)
+    assert one == images(0) != images(1)
     assert len(set(one[:6])) == COUNT  # first every narrative, once
     counts = [one[6:].count(name) for name in set(one)]
     assert max(counts) < 1.2 * min(counts)
@@ -219,7 +219,7 @@ def test_label_maps_are_colored(written: Written, tmp_path: Path) -> None:
 
 
 def kinds(sample: Sample) -> str:
-    """T: a text, I: a given picture, t and i: slots."""
+    """T: a text, I: a given image, t and i: slots."""
     letters = {(Text, False): "T", (Image, False): "I", (Text, True): "t", (Image, True): "i"}
     return "".join(letters[type(s), s.is_open] for s in sample.document.segments)
 
@@ -272,10 +272,10 @@ def test_one_frame_of_each_clip(name: str, toy_task: ToyTask, written: Written) 
     assert [s.meta["frames"] for s in found] == [s.meta["frames"] for s in again] != [s.meta["frames"] for s in other]
     strips = {p.name: np.asarray(PIL.Image.open(p)) for p in written(name).rglob("*.png")}
     for sample in found:
-        for picture, frame in zip(sample.reference, sample.meta["frames"][1:], strict=True):
-            assert picture.size == (128, 128)
+        for image, frame in zip(sample.reference, sample.meta["frames"][1:], strict=True):
+            assert image.size == (128, 128)
             frames = (strip[128 * frame : 128 * (frame + 1)] for strip in strips.values())
-            assert any(np.array_equal(np.asarray(picture), one) for one in frames)
+            assert any(np.array_equal(np.asarray(image), one) for one in frames)
     assert {f for s in found for f in s.meta["frames"]} > {0}
 
 
@@ -286,7 +286,7 @@ def test_names_keep_their_capitals(toy_task: ToyTask) -> None:
 
 
 def test_instructions(toy_task: ToyTask, written: Written) -> None:
-    """A round is a sample; records without a picture are left out; placeholders and their line breaks are gone."""
+    """A round is a sample; records without an image are left out; placeholders and their line breaks are gone."""
     records = json.loads((written("llava", "train") / "llava_instruct.json").read_text())
     rounds = [r["conversations"][i : i + 2] for r in records if "image" in r
               for i in range(0, len(r["conversations"]), 2)]  # fmt: skip

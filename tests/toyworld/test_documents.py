@@ -124,7 +124,7 @@ def test_impossible_mixtures_are_refused(weights: dict[str, float]) -> None:
         DocumentMix(**weights)
 
 
-def test_tiny_pictures_are_refused() -> None:
+def test_tiny_images_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 48"):
         random_document(np.random.default_rng(0), size=47)
 
@@ -213,7 +213,7 @@ def test_box_text_and_colours_of_label_maps() -> None:
     assert len({colored(np.array([[v]])).getpixel((0, 0)) for v in LABELS.values()}) == len(LABELS)
 
 
-def test_a_label_map_belongs_to_the_picture_after_it() -> None:
+def test_a_label_map_belongs_to_the_image_after_it() -> None:
     for index in range(5):
         scene = random_scene(scene_rng(3, "train", index), split="train")
         shown, _, learned = FORMS["segmentation"](scene_rng(3, "train", index), "train", SIZE_PX, (1, 5))

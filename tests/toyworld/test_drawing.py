@@ -1,4 +1,4 @@
-"""Pictures, boxes and label maps tell the same about a scene."""
+"""Images, boxes and label maps tell the same about a scene."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def one(look: Look, size: str = "big", ground: str = "snow") -> Scene:
 
 @settings(max_examples=20)
 @given(scenes)
-def test_the_same_scene_is_the_same_picture(scene: Scene) -> None:
+def test_the_same_scene_is_the_same_image(scene: Scene) -> None:
     first = draw(scene, 128)
     sprite.cache_clear()
     copy = replace(scene, things=tuple(replace(thing) for thing in scene.things))
@@ -109,7 +109,7 @@ def test_every_kind_is_drawn(name: str, size: int) -> None:
         assert changed[y0:y1, x0:x1].mean() > 0.3
 
 
-def test_kinds_differ_in_their_pictures() -> None:
+def test_kinds_differ_in_their_images() -> None:
     drawn = {name: pixels(one(Look(name, "purple")), 64)[20:44, 20:44].ravel() for name in KINDS}
     names = list(drawn)
     for i, a in enumerate(names):
@@ -118,9 +118,9 @@ def test_kinds_differ_in_their_pictures() -> None:
 
 
 def mean_color(look: Look) -> np.ndarray:
-    """Of a thing as large as in a picture of 128 px, without its pale rim."""
-    picture = sprite(look, 40)
-    inner = picture.color[(picture.alpha[..., 0] > 0.9) & (picture.color.min(-1) < 225)]
+    """Of a thing as large as in an image of 128 px, without its pale rim."""
+    image = sprite(look, 40)
+    inner = image.color[(image.alpha[..., 0] > 0.9) & (image.color.min(-1) < 225)]
     return inner.mean(0).astype(float)
 
 
@@ -184,7 +184,7 @@ def test_what_there_is_not_is_refused(scene: Scene, message: str) -> None:
 
 
 def test_the_atlas_holds_every_emoji_and_is_small() -> None:
-    with PIL.Image.open(ATLAS) as picture:
-        assert picture.text["kinds"].split() == [kind.name for kind in KINDS.values() if kind.emoji]
+    with PIL.Image.open(ATLAS) as image:
+        assert image.text["kinds"].split() == [kind.name for kind in KINDS.values() if kind.emoji]
     assert ATLAS.stat().st_size < 1.2e6
     assert "SIL OPEN FONT LICENSE" in (ATLAS.parent / "OFL.txt").read_text()

@@ -1,4 +1,4 @@
-"""The reader: what goes in and out, that it learns, and how pictures are scored with it."""
+"""The reader: what goes in and out, that it learns, and how images are scored with it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TestScore:
         seen = truth(scene)
         order.shuffle(seen)
         score = match(scene, seen)
-        assert score.perfect == score.pictures == 1
+        assert score.perfect == score.images == 1
         assert score.extras == 0
         rates = score.rates()
         assert {rates.pop("extras")} == {0.0}
@@ -54,7 +54,7 @@ class TestScore:
         assert score.relations_right <= score.relations == len(stated(asked))
         assert score.glyphs_read <= score.glyphs
         both = score + match(drawn, truth(drawn))
-        assert both.pictures == 2
+        assert both.images == 2
         assert both.requested == len(asked.things) + len(drawn.things)
         assert all(0 <= rate <= 1 for name, rate in both.rates().items() if name != "extras")
 
@@ -147,13 +147,13 @@ class TestNet:
         traits["color"][0, 0, 3, 5, 5] = 1.0
         assert [one.size for one in reader.things(outputs)[0]] == ["big", "small"]
 
-    def test_pictures_of_any_size_and_mode_are_read(self, tmp_path: Path) -> None:
+    def test_images_of_any_size_and_mode_are_read(self, tmp_path: Path) -> None:
         save(ReaderNet(), tmp_path / "reader.safetensors")
         reader = Reader.load(tmp_path / "reader.safetensors")
         reader.threshold = 0.0
-        pictures = [draw(random_scene(scene_rng(0, "val", i)), 256) for i in range(3)]
-        pictures[1] = pictures[1].convert("L").resize((64, 100), PIL.Image.Resampling.BILINEAR)
-        read = reader.read(pictures, batch=2)
+        images = [draw(random_scene(scene_rng(0, "val", i)), 256) for i in range(3)]
+        images[1] = images[1].convert("L").resize((64, 100), PIL.Image.Resampling.BILINEAR)
+        read = reader.read(images, batch=2)
         assert len(read) == 3
         assert all(seen for seen in read)
         assert all(a.score >= b.score for seen in read for a, b in pairwise(seen))
@@ -165,9 +165,9 @@ class TestNet:
         save(net, path)
         assert path.stat().st_size < 2e6
         assert [file.name for file in path.parent.iterdir()] == ["reader.safetensors"]
-        again, pictures = Reader.load(path).net, torch.rand(2, 3, PIXELS, PIXELS)
+        again, images = Reader.load(path).net, torch.rand(2, 3, PIXELS, PIXELS)
         with torch.no_grad():
-            torch.testing.assert_close(again(pictures), net.eval()(pictures), atol=2e-2, rtol=1e-2)
+            torch.testing.assert_close(again(images), net.eval()(images), atol=2e-2, rtol=1e-2)
 
     def test_missing_weights_say_how_to_make_them(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="train_reader --output"):
@@ -177,32 +177,32 @@ class TestNet:
 class TestTraining:
     def test_batches_are_repeatable_and_describe_their_scenes(self) -> None:
         batches = SceneBatches(3, 4, seed=5)
-        pictures, geometry, traits = batches[2]
-        for first, second in zip((pictures, geometry, traits), batches[2], strict=True):
+        images, geometry, traits = batches[2]
+        for first, second in zip((images, geometry, traits), batches[2], strict=True):
             assert torch.equal(first, second)
-        assert not torch.equal(pictures, batches[1][0])
-        assert pictures.shape == (4, 3, PIXELS, PIXELS)
+        assert not torch.equal(images, batches[1][0])
+        assert images.shape == (4, 3, PIXELS, PIXELS)
         real = traits[..., 0] >= 0
         assert real.any(1).all()
         assert (geometry[real] > 0).all()
         assert (geometry[~real] == 0).all()
 
-    def test_spoiling_keeps_the_picture_recognisable(self) -> None:
-        pictures = SceneBatches(1, 16, seed=0)[0][0].float() / 255
-        spoiled = spoil(pictures, torch.Generator().manual_seed(0))
-        assert spoiled.shape == pictures.shape
+    def test_spoiling_keeps_the_image_recognisable(self) -> None:
+        images = SceneBatches(1, 16, seed=0)[0][0].float() / 255
+        spoiled = spoil(images, torch.Generator().manual_seed(0))
+        assert spoiled.shape == images.shape
         assert 0 <= spoiled.min() <= spoiled.max() <= 1
-        assert 0.001 < (spoiled - pictures).abs().mean() < 0.1
+        assert 0.001 < (spoiled - images).abs().mean() < 0.1
 
     def test_the_loss_of_true_outputs_is_small(self) -> None:
         _, geometry, traits = SceneBatches(1, 4, seed=0)[0]
         outputs = torch.full((4, len(SIZES), OUTPUTS, MAP, MAP), -9.0)
         centers, shifts, sides, logits = split(outputs)
-        for picture, number in (traits[..., 0] >= 0).nonzero().tolist():
-            x, y, width, height = geometry[picture, number].tolist()
-            size, *values = traits[picture, number].tolist()
-            at = (picture, size, slice(None), int(y * MAP), int(x * MAP))
-            centers[picture, size, int(y * MAP), int(x * MAP)] = 9.0
+        for image, number in (traits[..., 0] >= 0).nonzero().tolist():
+            x, y, width, height = geometry[image, number].tolist()
+            size, *values = traits[image, number].tolist()
+            at = (image, size, slice(None), int(y * MAP), int(x * MAP))
+            centers[image, size, int(y * MAP), int(x * MAP)] = 9.0
             shifts[at] = torch.tensor([x * MAP % 1, y * MAP % 1])
             sides[at] = torch.tensor([width, height])
             for trait, value in zip(logits.values(), values, strict=True):

@@ -30,7 +30,7 @@ def ground_of(text: str) -> str:
 
 @dataclass
 class Replay:
-    """Keeps the state that the text of a story determines, from the first picture on."""
+    """Keeps the state that the text of a story determines, from the first image on."""
 
     ground: str
     things: dict[str, dict[str, object]]
@@ -176,7 +176,7 @@ def story_of(seed: int, **options) -> Story:
 
 @settings(max_examples=250)
 @given(seed=SEEDS)
-def test_text_determines_every_picture_after_the_first(seed: int) -> None:
+def test_text_determines_every_image_after_the_first(seed: int) -> None:
     told = story_of(seed)
     replay = Replay.of(told.frames[0].scene)
     for frame in told.frames[1:]:
@@ -234,7 +234,7 @@ def test_stories_are_short_enough_to_learn() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_first_pictures_belong_to_the_split(split: str) -> None:
+def test_first_images_belong_to_the_split(split: str) -> None:
     for i in range(15):
         assert split_of(story(scene_rng(1, split, i), split=split).frames[0].scene) == split
 

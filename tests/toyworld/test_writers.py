@@ -40,10 +40,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def opened(path: Path) -> PIL.Image.Image:
-    picture = PIL.Image.open(path)
-    picture.load()
-    assert picture.size == (48, 48)
-    return picture
+    image = PIL.Image.open(path)
+    image.load()
+    assert image.size == (48, 48)
+    return image
 
 
 def scenes(job: Job = JOB) -> Iterator[Scene]:
@@ -189,8 +189,8 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
         ("coco", Job(0, "train", 0, 48), 1, "samples: 0"),
         ("coco", Job(1, "training", 0, 48), 1, "splits are train, val, test"),
         ("coco", Job(1, "train", -1, 48), 1, "seed: -1"),
-        ("coco", Job(1, "train", 0, 7), 1, "pictures of 7 pixels"),
-        ("coco", Job(1, "train", 0, 100_000), 1, "pictures of 100000 pixels"),
+        ("coco", Job(1, "train", 0, 7), 1, "images of 7 pixels"),
+        ("coco", Job(1, "train", 0, 100_000), 1, "images of 100000 pixels"),
         ("coco", JOB, 0, "workers: 0"),
     ],
 )

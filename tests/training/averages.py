@@ -13,7 +13,7 @@ from mm_interleaved.training.config import LossConfig, ShapesConfig
 from mm_interleaved.training.graphs import RecordedStep
 from mm_interleaved.training.pipeline import prepare_documents
 
-from ..conftest import picture
+from ..conftest import make_image
 
 
 def main() -> None:
@@ -22,14 +22,14 @@ def main() -> None:
     rank = dist.get_rank()
     loaded = load("debug")
     model = DistributedDataParallel(loaded.model, find_unused_parameters=True)
-    shapes = ShapesConfig(1, pictures=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
+    shapes = ShapesConfig(1, images=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
     step, prepare = RecordedStep(shapes, 2), prepare_documents(loaded.model, LossConfig(), shapes)
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     graphs.capture = lambda step, device: step  # run again instead of replayed, on a CPU
     for number in range(4):
         count = 2 if rank == 0 or number % 2 else 1
-        pictures = [Image(picture(number + n + 5 * rank)) for n in range(count)]
-        batch = loaded.processor(Document([Text("a red house"), *pictures]), training=True)
+        images = [Image(make_image(number + n + 5 * rank)) for n in range(count)]
+        batch = loaded.processor(Document([Text("a red house"), *images]), training=True)
         fill = {"input_ids": loaded.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         for name, value in fill.items():
             row = batch[name]

@@ -42,9 +42,9 @@ class Colors:
             yield self.batch(number, PIL.Image.new("RGB", (40, 40), COLORS[number]))
         self.place = 0
 
-    def batch(self, number: int, picture: PIL.Image.Image) -> Batch:
+    def batch(self, number: int, image: PIL.Image.Image) -> Batch:
         """The batch about a colour."""
-        document = Document([Text(f"This is {COLORS[number]}."), Image(picture), Text("And again."), Image(picture)])
+        document = Document([Text(f"This is {COLORS[number]}."), Image(image), Text("And again."), Image(image)])
         return self.processor(document, training=True)
 
     def set_epoch(self, epoch: int) -> None:
@@ -58,12 +58,12 @@ class Colors:
 
 
 class Mixed(Colors):
-    """In turn two pictures, none at all, and one without anything before it, whose text is not learned."""
+    """In turn two images, none at all, and one without anything before it, whose text is not learned."""
 
-    def batch(self, number: int, picture: PIL.Image.Image) -> Batch:
+    def batch(self, number: int, image: PIL.Image.Image) -> Batch:
         """The batch about a colour."""
         text = Text(f"This is {COLORS[number]}.")
-        kinds = [[text, Image(picture), text, Image(picture)], [text], [Image(picture), text]]
+        kinds = [[text, Image(image), text, Image(image)], [text], [Image(image), text]]
         batch = self.processor(Document(kinds[number % 3]), training=True)
         if number % 3 == 2:
             batch["loss_text_weight"] = 0.0

@@ -1,4 +1,4 @@
-"""The picture autoencoder: its losses by hand, its run, and the VAE it hands over to a model."""
+"""The image autoencoder: its losses by hand, its run, and the VAE it hands over to a model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mm_interleaved.training.config import (
     AutoencoderConfig,
     AutoencoderLossConfig,
     AutoencoderRunConfig,
-    PicturesConfig,
+    ImagesConfig,
 )
-from mm_interleaved.training.pictures import PictureLoader, pictures_of
+from mm_interleaved.training.images import ImageLoader, images_of
 from mm_interleaved.training.run import train, train_autoencoder
 
-from ..conftest import picture
+from ..conftest import make_image
 from .conftest import ROOT, logged
 from .stand_in import Colors
 
@@ -43,10 +43,10 @@ TINY = [
 
 @pytest.fixture
 def settings(tmp_path: Path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for seed in range(9):
-        picture(seed).save(folder / f"{seed}.png")
+        make_image(seed).save(folder / f"{seed}.png")
 
     def make(*changes: str, run: str = "vae") -> AutoencoderRunConfig:
         own = [f"output={tmp_path / run}", f"data.folder={folder}", f"eval_data.folder={folder}"]
@@ -131,22 +131,22 @@ def test_the_generators_side_leaves_the_discriminator_alone_and_the_other_way_ro
     assert any(p.grad.any() for p in task.discriminator.parameters())
 
 
-def test_pictures_come_once_an_epoch_and_go_on_anywhere() -> None:
-    config = PicturesConfig(count=10, batch_size=2, seed=3)
-    loader = PictureLoader(config, pictures_of(config, 44))
-    first = [b["pictures"] for b in loader]
+def test_images_come_once_an_epoch_and_go_on_anywhere() -> None:
+    config = ImagesConfig(count=10, batch_size=2, seed=3)
+    loader = ImageLoader(config, images_of(config, 44))
+    first = [b["images"] for b in loader]
     assert len(first) == 5
     assert len({p.numpy().tobytes() for b in first for p in b}) == 10
-    half = PictureLoader(config, pictures_of(config, 44))
+    half = ImageLoader(config, images_of(config, 44))
     stream = iter(half)
     next(stream), next(stream)
-    resumed = PictureLoader(config, pictures_of(config, 44))
+    resumed = ImageLoader(config, images_of(config, 44))
     resumed.load_state_dict(half.state_dict())
-    assert all(torch.equal(b["pictures"], w) for b, w in zip(resumed, first[2:], strict=True))
+    assert all(torch.equal(b["images"], w) for b, w in zip(resumed, first[2:], strict=True))
     ranks = [
-        [p.numpy().tobytes() for b in PictureLoader(config, pictures_of(config, 44), r, 2) for p in b["pictures"]]
+        [p.numpy().tobytes() for b in ImageLoader(config, images_of(config, 44), r, 2) for p in b["images"]]
         for r in range(2)
     ]
     assert len(set(ranks[0]) & set(ranks[1])) == 0
-    with pytest.raises(ValueError, match="10 pictures are fewer than a batch of 20"):
-        PictureLoader(few := PicturesConfig(count=10, batch_size=20), pictures_of(few, 44))
+    with pytest.raises(ValueError, match="10 images are fewer than a batch of 20"):
+        ImageLoader(few := ImagesConfig(count=10, batch_size=20), images_of(few, 44))

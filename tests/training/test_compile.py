@@ -28,8 +28,8 @@ def test_decoder_layers_with_checkpointing(
         call = getattr(decoder_layer, name)
         monkeypatch.setattr(decoder_layer, name, lambda *args, call=call: call(*args, backend))
     config = model.config
-    picture = [config.soi_token_id] + [config.image_token_id] * config.num_image_tokens
-    ids = torch.tensor([[config.bos_token_id, 5, 6, *picture, 7, 8, 9]])
+    image = [config.soi_token_id] + [config.image_token_id] * config.num_image_tokens
+    ids = torch.tensor([[config.bos_token_id, 5, 6, *image, 7, 8, 9]])
     side = config.vision_config.image_size
     pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()

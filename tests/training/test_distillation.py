@@ -10,13 +10,13 @@ import torch
 from mm_interleaved import Batch, Document, Image, MMInterleaved, MMInterleavedProcessor, Text
 from mm_interleaved.training.distillation import ConditionDistillation, DistilledOutput
 
-from ..conftest import picture
+from ..conftest import make_image
 
 
 @pytest.fixture
 def batch(processor: MMInterleavedProcessor) -> Batch:
     pages = [
-        Document([Text("a red house"), Image(picture(1)), Text("and the same at night"), Image(picture(2))]),
+        Document([Text("a red house"), Image(make_image(1)), Text("and the same at night"), Image(make_image(2))]),
         Document([Text("no image here")]),
     ]
     return processor(pages, training=True)

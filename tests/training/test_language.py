@@ -18,9 +18,9 @@ from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import GROUNDS, RELATIONS, SIZES
 from mm_interleaved.training.building import build, build_tokenizer
 from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
+from mm_interleaved.training.images import ImageLoader, ToyTexts
 from mm_interleaved.training.language import LanguageTask
 from mm_interleaved.training.parts import SharedReader
-from mm_interleaved.training.pictures import PictureLoader, ToyTexts
 from mm_interleaved.training.pipeline import prepare_texts
 from mm_interleaved.training.run import train_language
 from mm_interleaved.training.told import THINGS, TOLD, told
@@ -109,7 +109,7 @@ def test_only_what_belongs_to_text_learns() -> None:
     config = settings(Path("x"))
     model = build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)[0].config
     texts = ToyTexts(config.data, build_tokenizer(config.model, TOKENIZER), model.soi_token_id)
-    inputs = prepare_texts(next(iter(PictureLoader(config.data, texts))), 0, torch.device("cpu"))
+    inputs = prepare_texts(next(iter(ImageLoader(config.data, texts))), 0, torch.device("cpu"))
     inputs.pop("stats")
     assert inputs["input_ids"].shape[1] % 16 == 0
     task = LanguageTask(model)

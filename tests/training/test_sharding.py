@@ -13,11 +13,11 @@ from mm_interleaved.pretrained import load
 from mm_interleaved.training.distillation import ConditionDistillation
 from mm_interleaved.training.sharding import ForceAllBranches, take_part
 
-PICTURE = Image(PIL.Image.new("RGB", (40, 40), "red"))
+IMAGE = Image(PIL.Image.new("RGB", (40, 40), "red"))
 BATCHES = {
     "text": ([Text("Nothing to see.")], {}),
-    "no text learned": ([Text("One."), PICTURE, PICTURE], {"loss_text_weight": 0.0}),
-    "no image learned": ([PICTURE, Text("Before."), PICTURE], {"loss_image_weight": 0.0}),
+    "no text learned": ([Text("One."), IMAGE, IMAGE], {"loss_text_weight": 0.0}),
+    "no image learned": ([IMAGE, Text("Before."), IMAGE], {"loss_image_weight": 0.0}),
 }
 
 

@@ -19,14 +19,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mm_interleaved import Batch, Document, Image, MMInterleaved, MMInterleavedProcessor, Text
 from mm_interleaved.training.counting import CountingTrainer
 
-from ..conftest import picture
+from ..conftest import make_image
 
-ALIKE = [Document([Text(f"{color} house"), Image(picture(i)), Text("night")]) for i, color in enumerate("abcd")]
+ALIKE = [Document([Text(f"{color} house"), Image(make_image(i)), Text("night")]) for i, color in enumerate("abcd")]
 UNEQUAL = [
-    Document([Text("a red house"), Image(picture(1)), Text("and the same at night"), Image(picture(2))]),
-    Document([Image(picture(3)), Text("a boat")]),
+    Document([Text("a red house"), Image(make_image(1)), Text("and the same at night"), Image(make_image(2))]),
+    Document([Image(make_image(3)), Text("a boat")]),
     Document([Text("no image here, but a long text about it")]),
-    Document([Text("b"), Image(picture(4))]),
+    Document([Text("b"), Image(make_image(4))]),
 ]
 
 

@@ -30,7 +30,7 @@ from mm_interleaved.training.graphs import RecordedStep
 from mm_interleaved.training.pipeline import choose_targets, prepare_documents, seed_of
 from mm_interleaved.training.run import compile_regions, train
 
-from ..conftest import picture
+from ..conftest import make_image
 from .conftest import ROOT, arguments, logged
 from .stand_in import Colors
 
@@ -68,7 +68,7 @@ def main_ok(words: list[str]) -> None:
 
 
 class Poisoned(Colors):
-    """The third batch has a picture that is no number."""
+    """The third batch has an image that is no number."""
 
     def __iter__(self):
         for number, batch in enumerate(super().__iter__()):
@@ -199,7 +199,7 @@ def test_seeds_differ_and_do_not_depend_on_the_process() -> None:
     assert seed_of(0, 1) == seed_of(0, 1)
 
 
-def test_some_pictures_are_chosen() -> None:
+def test_some_images_are_chosen() -> None:
     assert choose_targets(7, 1.0, 3, ShapesConfig()) is None
     chosen = choose_targets(7, 0.5, 3, ShapesConfig())
     assert chosen is not None
@@ -207,7 +207,7 @@ def test_some_pictures_are_chosen() -> None:
     assert {tuple(choose_targets(7, 0.5, s, ShapesConfig()).tolist()) for s in range(20)} != {tuple(chosen.tolist())}
 
 
-def test_pictures_that_count_are_chosen_first() -> None:
+def test_images_that_count_are_chosen_first() -> None:
     weights = torch.tensor([0.0, 1.0, 0.0, 0.5, 1.0, 0.0])
     chosen = [choose_targets(6, 0.5, s, ShapesConfig(), weights).tolist() for s in range(20)]
     assert chosen == [[1, 3, 4]] * 20
@@ -217,13 +217,13 @@ def test_pictures_that_count_are_chosen_first() -> None:
 
 
 def test_padded_shapes_change_no_loss() -> None:
-    """Blank pictures behind the real ones are seen by nothing, longer contexts are masked."""
+    """Blank images behind the real ones are seen by nothing, longer contexts are masked."""
     small = load("debug")
-    pictures = [Image(picture(number)) for number in range(3)]
-    documents = [Document([Text("a red house"), pictures[0], pictures[1]]), Document([pictures[2], Text("a cat")])]
+    images = [Image(make_image(number)) for number in range(3)]
+    documents = [Document([Text("a red house"), images[0], images[1]]), Document([images[2], Text("a cat")])]
     batch = small.processor(documents, training=True)
     found = []
-    fixed = ShapesConfig(1, pictures=7, drawn=3, conditioning=3, context=50, labelled=99, visible=4)
+    fixed = ShapesConfig(1, images=7, drawn=3, conditioning=3, context=50, labelled=99, visible=4)
     for shapes in (ShapesConfig(), ShapesConfig(8), fixed):
         inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
         inputs.pop("stats")
@@ -246,7 +246,7 @@ def test_padded_shapes_change_no_loss() -> None:
 @pytest.mark.parametrize(
     ("count", "fraction", "multiple", "drawn"), [(10, 0.5, 1, 5), (70, 0.5, 32, 32), (9, 1, 4, 8), (3, 1, 4, 3)]
 )
-def test_how_many_pictures_are_drawn(count: int, fraction: float, multiple: int, drawn: int) -> None:
+def test_how_many_images_are_drawn(count: int, fraction: float, multiple: int, drawn: int) -> None:
     chosen = choose_targets(count, fraction, 0, ShapesConfig(multiple))
     assert (count if chosen is None else len(set(chosen.tolist()))) == drawn
 
@@ -266,8 +266,11 @@ def test_a_planned_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     """So it can be recorded; as when recording, transformers is told not to look at values."""
     small = load("debug")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    documents = [Document([Text("a red house"), Image(picture(0)), Image(picture(1))]), Document([Text("no picture")])]
-    shapes = ShapesConfig(1, pictures=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3)
+    documents = [
+        Document([Text("a red house"), Image(make_image(0)), Image(make_image(1))]),
+        Document([Text("no image")]),
+    ]
+    shapes = ShapesConfig(1, images=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3)
     batch = small.processor(documents, training=True)
     inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
     inputs.pop("stats")
@@ -285,12 +288,12 @@ def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPat
         return step
 
     monkeypatch.setattr(graphs, "capture", capture)
-    shapes = ShapesConfig(1, pictures=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
+    shapes = ShapesConfig(1, images=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
     step = RecordedStep(shapes)
     prepare = prepare_documents(small.model, LossConfig(), shapes)
     for seed, count in enumerate([2, 1, 2]):
-        pictures = [Image(picture(seed + n)) for n in range(count)]
-        batch = small.processor(Document([Text("a red house"), *pictures]), training=True)
+        images = [Image(make_image(seed + n)) for n in range(count)]
+        batch = small.processor(Document([Text("a red house"), *images]), training=True)
         fill = {"input_ids": small.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         for name, value in fill.items():
             row = batch[name]
@@ -317,8 +320,8 @@ def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.Mon
     """Compiled as far as a CPU does it quickly: traced forward and backward, then run operator by operator."""
     monkeypatch.setattr(graphs, "capture", lambda step, device: step)
     small = load("debug")
-    shapes = ShapesConfig(1, pictures=2, drawn=2, conditioning=1, context=60, labelled=40, visible=2, graph=True)
-    document = Document([Text("a red house"), Image(picture(0)), Text("and a tree"), Image(picture(1))])
+    shapes = ShapesConfig(1, images=2, drawn=2, conditioning=1, context=60, labelled=40, visible=2, graph=True)
+    document = Document([Text("a red house"), Image(make_image(0)), Text("and a tree"), Image(make_image(1))])
     inputs = prepare_documents(small.model, LossConfig(), shapes)(
         small.processor(document, training=True), 0, torch.device("cpu")
     )
@@ -337,13 +340,13 @@ def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.Mon
     torch.testing.assert_close(found[1], found[0])
 
 
-def test_batches_without_earlier_pictures_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_without_earlier_images_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "capture", lambda step, device: step)
     small = load("debug")
-    shapes = ShapesConfig(1, pictures=1, drawn=1, context=20, labelled=20, visible=1, graph=True)
+    shapes = ShapesConfig(1, images=1, drawn=1, context=20, labelled=20, visible=1, graph=True)
     step, batch = (
         RecordedStep(shapes),
-        small.processor(Document([Text("a red house"), Image(picture(0))]), training=True),
+        small.processor(Document([Text("a red house"), Image(make_image(0))]), training=True),
     )
     inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 0, torch.device("cpu"))
     inputs.pop("stats")
@@ -351,4 +354,4 @@ def test_batches_without_earlier_pictures_are_recorded_too(monkeypatch: pytest.M
     assert torch.equal(step(small.model, inputs).loss, expected)
     assert step.replayed == 1
     with pytest.raises(ValueError, match=r"shapes\.graph needs every size but that of conditioning"):
-        ShapesConfig(1, pictures=1, drawn=1, labelled=20, visible=1, graph=True)
+        ShapesConfig(1, images=1, drawn=1, labelled=20, visible=1, graph=True)

@@ -17,7 +17,7 @@ from mm_interleaved.toyworld.scene import SIZES
 from mm_interleaved.toyworld.train_reader import labels
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
-from mm_interleaved.training.pictures import PictureLoader, ToyScenes
+from mm_interleaved.training.images import ImageLoader, ToyScenes
 from mm_interleaved.training.run import train_vision
 from mm_interleaved.training.vision import VisionTask, cell_traits
 
@@ -75,14 +75,14 @@ def test_tokens_are_handed_over_at_unit_length(tmp_path: Path) -> None:
     config = settings(tmp_path, "ema.decay=0")
     model, _ = build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)
     task = VisionTask(model.config)
-    batches = list(PictureLoader(config.data, ToyScenes(config.data, 56)))
+    batches = list(ImageLoader(config.data, ToyScenes(config.data, 56)))
     with torch.no_grad():
         task.visual_tokenizer.proj.weight.mul_(300)  # as training makes it
         for batch in batches * 4:  # the running statistics settle
             task(**batch)
     model.visual_tokenizer.load_state_dict(task.weights())
     with torch.no_grad():
-        tokens = torch.cat([model.encode_images(batch["pictures"]).tokens for batch in batches])
+        tokens = torch.cat([model.encode_images(batch["images"]).tokens for batch in batches])
     assert 0.9 < tokens.square().mean() < 1.1
 
 
@@ -100,7 +100,7 @@ def test_every_reader_is_used() -> None:
     """Each map and the tokens have a gradient from their own loss."""
     config = settings(Path("x"))
     task = VisionTask(build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)[0].config)
-    batch = next(iter(PictureLoader(config.data, ToyScenes(config.data, 56))))
+    batch = next(iter(ImageLoader(config.data, ToyScenes(config.data, 56))))
     task(**batch).loss.backward()
     heads = [*task.map_readers.parameters(), *task.token_reader.parameters()]
     assert all(p.grad.abs().sum() > 0 for p in heads)
@@ -120,7 +120,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, content: str | None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("data.folder=pictures", "labels"),
+        ("data.folder=images", "labels"),
         ("data.batch_size=1", "at least 2"),
         ("gradient_checkpointing=true", "without it"),
     ],

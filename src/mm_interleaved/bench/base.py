@@ -38,7 +38,7 @@ class Row:
         reserved_bytes: most memory that the process held on the GPU while the row was measured, the weights among it.
         lossless: whether the fast way's results are the twin's.
         note: whatever else is worth knowing.
-        x: number of pictures or rounds, for plots.
+        x: number of images or rounds, for plots.
     """
 
     line: str
@@ -70,15 +70,15 @@ class Sizes:
     """How much work each line does.
 
     Attributes:
-        texts: (tokens, pictures) of contexts that are decoded from.
+        texts: (tokens, images) of contexts that are decoded from.
         tokens: decoded for a figure; `twin_tokens` by the twin, which is slower.
         beams: of beam search.
-        length, pictures: of the text that is prefilled.
-        drawing: (tokens, pictures) of the context that a picture is drawn from; `steps` denoising steps.
+        length, images: of the text that is prefilled.
+        drawing: (tokens, images) of the context that an image is drawn from; `steps` denoising steps.
         rounds, round_tokens: of a session; `twin_rounds` of its twin.
-        batch, batch_length, batch_pictures: of a training step.
+        batch, batch_length, batch_images: of a training step.
         captions: of a batch of the evaluation.
-        counts: numbers of pictures over which lines are drawn.
+        counts: numbers of images over which lines are drawn.
         repeats: of short work.
     """
 
@@ -87,7 +87,7 @@ class Sizes:
     twin_tokens: int = 8
     beams: int = 5
     length: int = 2048
-    pictures: int = 15
+    images: int = 15
     drawing: tuple[int, int] = (400, 3)
     steps: int = 30
     rounds: int = 10
@@ -95,7 +95,7 @@ class Sizes:
     twin_rounds: int = 2
     batch: int = 4
     batch_length: int = 2048
-    batch_pictures: int = 8
+    batch_images: int = 8
     captions: int = 64
     counts: Sequence[int] = (1, 2, 5, 10, 15, 20, 30)
     repeats: int = 20
@@ -103,11 +103,11 @@ class Sizes:
 
 SIZES = {
     "release": Sizes(),
-    "small": Sizes(texts=((200, 2), (600, 5)), tokens=32, twin_tokens=32, length=512, pictures=5, drawing=(200, 2),
-                   rounds=4, round_tokens=16, twin_rounds=4, batch=2, batch_length=256, batch_pictures=3, repeats=5,
+    "small": Sizes(texts=((200, 2), (600, 5)), tokens=32, twin_tokens=32, length=512, images=5, drawing=(200, 2),
+                   rounds=4, round_tokens=16, twin_rounds=4, batch=2, batch_length=256, batch_images=3, repeats=5,
                    counts=(1, 5, 15, 30)),
-    "debug": Sizes(texts=((60, 2),), tokens=4, twin_tokens=4, beams=2, length=60, pictures=2, drawing=(40, 1), steps=2,
-                   rounds=2, round_tokens=3, twin_rounds=2, batch=1, batch_length=64, batch_pictures=2, captions=3,
+    "debug": Sizes(texts=((60, 2),), tokens=4, twin_tokens=4, beams=2, length=60, images=2, drawing=(40, 1), steps=2,
+                   rounds=2, round_tokens=3, twin_rounds=2, batch=1, batch_length=64, batch_images=2, captions=3,
                    counts=(1, 3), repeats=2),
 }  # fmt: skip
 
@@ -120,7 +120,7 @@ class Bench:
         preset: size of the model.
         device, dtype: where and in which type it runs.
         sizes: how much work is done.
-        compile: whether pictures are also drawn by a compiled UNet, which takes minutes to make.
+        compile: whether images are also drawn by a compiled UNet, which takes minutes to make.
         mmfs: backend of every synchronizer; None: as the model has it.
         quantization: of the language model's large matrices; None: none.
         say: told about what is going on.
@@ -171,9 +171,9 @@ class Bench:
 
     @cached_property
     def noise(self) -> Tensor:
-        """Pixels of as many pictures as any line takes, on the device, so that no line has to make them."""
+        """Pixels of as many images as any line takes, on the device, so that no line has to make them."""
         side, sizes = self.model.config.vision_config.image_size, self.sizes
-        most = max(sizes.pictures, *sizes.counts, *(count for _, count in sizes.texts))
+        most = max(sizes.images, *sizes.counts, *(count for _, count in sizes.texts))
         return torch.rand(most, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def bound(self, need: Need) -> float:
@@ -210,26 +210,26 @@ def fresh(preset: str, device: torch.device, dtype: torch.dtype) -> Loaded:
     return Loaded(model, MMInterleavedProcessor.for_model(config, tokenizer), trained=False, name=preset)
 
 
-def document(config: MMInterleavedConfig, length: int, pictures: int) -> Tensor:
-    """Token ids [length] of one document with so many whole pictures spread over it."""
+def document(config: MMInterleavedConfig, length: int, images: int) -> Tensor:
+    """Token ids [length] of one document with so many whole images spread over it."""
     ids = [config.bos_token_id]
-    room = length - 1 - pictures * (1 + config.num_image_tokens)
-    if room < pictures + 1:
-        raise ValueError(f"{pictures} pictures do not fit into {length} tokens")
-    for _ in range(pictures):
-        ids += [20] * (room // (pictures + 1)) + [config.soi_token_id]
+    room = length - 1 - images * (1 + config.num_image_tokens)
+    if room < images + 1:
+        raise ValueError(f"{images} images do not fit into {length} tokens")
+    for _ in range(images):
+        ids += [20] * (room // (images + 1)) + [config.soi_token_id]
         ids += [config.image_token_id] * config.num_image_tokens
     return torch.tensor(ids + [20] * (length - len(ids)))
 
 
 def prefilled(
-    bench: Bench, length: int, pictures: int, implementation: CacheImplementation = "auto", tokens: int = 0
+    bench: Bench, length: int, images: int, implementation: CacheImplementation = "auto", tokens: int = 0
 ) -> GenerationState:
     """A state of one row that has read so many tokens and images, with room for `tokens` more at once."""
     model = bench.model
-    ids = document(model.config, length, pictures)[None]
+    ids = document(model.config, length, images)[None]
     state = GenerationState(
-        model, 1, uses_graphs(model, implementation), tokens=length + tokens, slots=pictures, images=pictures
+        model, 1, uses_graphs(model, implementation), tokens=length + tokens, slots=images, images=images
     )
-    state.prefill(ids, torch.ones_like(ids), bench.noise[:pictures] if pictures else None)
+    state.prefill(ids, torch.ones_like(ids), bench.noise[:images] if images else None)
     return state

@@ -1,9 +1,9 @@
 """Lines about MMFS: the attention alone, and the whole synchronizer, kernels against the plain composition.
 
 `op` is the attention alone. `layer` is the whole synchronizer: for inference with values kept and the query side
-folded; with gradients as in training, the values projected from the maps. Tokens see the pictures before them, `n`
+folded; with gradients as in training, the values projected from the maps. Tokens see the images before them, `n`
 spread evenly over the text. `decode` is one token behind all of them, on a GPU inside a CUDA graph. `grid` is one map
-of the UNet, two drawings with one earlier picture each.
+of the UNet, two drawings with one earlier image each.
 
 Bounds count what cannot be avoided: each input read once, each result written once, the arithmetic of matrix products
 and samples.
@@ -46,7 +46,7 @@ class Case:
     gradients: bool = True
 
     @property
-    def pictures(self) -> int:
+    def num_images(self) -> int:
         return int(self.images.max()) + 1
 
     @property
@@ -59,7 +59,7 @@ class Case:
 
 
 def tokens(batch: int, length: int, n: int, everything: bool = False) -> Tensor:
-    """[batch * length, n]: the pictures that each token sees."""
+    """[batch * length, n]: the images that each token sees."""
     place, slot = torch.arange(length)[:, None], torch.arange(n)
     count = torch.full_like(place, n) if everything else 1 + place * n // length
     row = torch.where(slot < count, count - 1 - slot, -1)
@@ -71,7 +71,7 @@ def cases(bench: Bench) -> list[Case]:
     """What the tasks of a model of that size are made of."""
     config, length = MMInterleavedConfig.preset(bench.preset), bench.sizes.length
     text, features, mmfs = config.text_config.hidden_size, config.vision_config.hidden_size, config.mmfs
-    n, few = bench.sizes.pictures, max(bench.sizes.pictures // 3, 1)
+    n, few = bench.sizes.images, max(bench.sizes.images // 3, 1)
     last = tokens(1, length, n)[-1:]
     found = [
         Case(f"tokens, batch 1, n {n}", mmfs, text, features, tokens(1, length, n), 1),
@@ -95,8 +95,8 @@ class Work:
         torch.nn.init.normal_(self.mmfs.sampling_offsets.weight, std=case.width**-0.5)
         groups, positions = len(case.images), sum(h * w for h, w in case.shapes)
         self.query = torch.randn(groups, case.queries, case.width, device=device, dtype=dtype)
-        self.maps = torch.randn(case.pictures, positions, case.features, device=device, dtype=dtype)
-        visible = VisibleImages.build(case.images, case.pictures)  # the plain form is timed without sorting
+        self.maps = torch.randn(case.num_images, positions, case.features, device=device, dtype=dtype)
+        visible = VisibleImages.build(case.images, case.num_images)  # the plain form is timed without sorting
         assert visible.routes is not None  # on the host they are always sorted
         self.visible = VisibleImages(visible.images.to(device), visible.routes.to(device))
         centre = torch.full((1, 1, 2), 0.5, device=device)
@@ -235,12 +235,12 @@ def _rows(bench: Bench, line: str) -> Iterator[Row]:
             yield measured(bench, work, line, gradients)
 
 
-def layer_by_pictures(bench: Bench) -> Iterator[Row]:
-    """A layer over a whole text against the number of its pictures: time and memory."""
+def layer_by_images(bench: Bench) -> Iterator[Row]:
+    """A layer over a whole text against the number of its images: time and memory."""
     config = MMInterleavedConfig.preset(bench.preset)
     text, features = config.text_config.hidden_size, config.vision_config.hidden_size
     for n in bench.sizes.counts:
         case = Case(f"tokens, n {n}", config.mmfs, text, features, tokens(1, bench.sizes.length, n), 1)
-        row = measured(bench, Work(case, bench.device, bench.dtype), "layer-by-pictures", False)
+        row = measured(bench, Work(case, bench.device, bench.dtype), "layer-by-images", False)
         row.x = n
         yield row

@@ -96,14 +96,14 @@ def comparison(a: dict[str, Any], b: dict[str, Any]) -> Table:
 
 
 PLOTS = {
-    "layer-by-pictures": ("pictures", "ms", "An MMFS layer over a whole text"),
-    "decode-by-pictures": ("pictures", "ms a token", "A token"),
+    "layer-by-images": ("images", "ms", "An MMFS layer over a whole text"),
+    "decode-by-images": ("images", "ms a token", "A token"),
     "session": ("rounds", "s", "A session"),
 }
 
 
 def plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Draw what was measured against a number of pictures or rounds; the files that were written."""
+    """Draw what was measured against a number of images or rounds; the files that were written."""
     import matplotlib.pyplot as plt
 
     written = []
@@ -111,7 +111,7 @@ def plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         rows = [r for r in rows_of(result) if r.line == name and r.x is not None]
         if len(rows) < 2:
             continue
-        memory = any(r.peak_bytes is not None for r in rows) and name == "layer-by-pictures"
+        memory = any(r.peak_bytes is not None for r in rows) and name == "layer-by-images"
         figure, axes = plt.subplots(1, 2 if memory else 1, figsize=(9 if memory else 4.8, 3.4), squeeze=False)
         _curves(axes[0, 0], rows, [("fast", "value"), ("plain twin", "twin"), ("bound", "bound")], 1)
         axes[0, 0].set(xlabel=across, ylabel=unit, title=title)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..document import Document, Image, Text
 from ..generation import TEXT_PRESETS, GenerationSettings, InterleavedGenerator, TextDelta, TextSettings
 from ..model import roofline
-from ..processor.images import to_picture
+from ..processor.images import to_pil
 from .base import Bench, Row
 from .session import Session
 
@@ -17,7 +17,7 @@ def first_token(bench: Bench) -> Iterator[Row]:
     """From the request of a fresh session to its first text; whatever the process keeps between sessions is warm."""
     length, count = bench.sizes.texts[0]
     config = bench.model.config
-    images = [Image(to_picture(pixels.cpu().numpy())) for pixels in bench.noise[:count]]
+    images = [Image(to_pil(pixels.cpu().numpy())) for pixels in bench.noise[:count]]
     words = max(1, length - 1 - count * (1 + config.num_image_tokens))
     prompt = Text("a" + " a" * (words - 1))
     document = Document([*images, prompt, Text()])
@@ -64,7 +64,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
     size = bench.sizes.captions
     noise = [bench.noise[i % len(bench.noise)].roll(i, -1).cpu().numpy() for i in range(size)]
     batch = bench.loaded.processor(
-        [Document([Image(to_picture(x)), Text("a photo of")]) for x in noise], padding_side="left"
+        [Document([Image(to_pil(x)), Text("a photo of")]) for x in noise], padding_side="left"
     )
     usual = TEXT_PRESETS["caption"]
     settings = replace(usual, min_new_tokens=usual.max_new_tokens)

@@ -10,33 +10,33 @@ from dataclasses import dataclass
 import torch
 
 from ..ops.mmfs_attention import HAS_TRITON
-from . import mmfs, pictures, requests, session, text, training
+from . import images, mmfs, requests, session, text, training
 from .base import Bench, Row
 
 __all__ = ["LINES", "USUAL", "Bench", "Row", "Trouble", "run_lines"]
 
 LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "decode": text.decode,
-    "picture": pictures.picture,
+    "image": images.image,
     "admission": text.admission,
     "decode-step": text.decode_step,
-    "pixels": pictures.pixels,
-    "encode": pictures.encode,
+    "pixels": images.pixels,
+    "encode": images.encode,
     "prefill": text.prefill,
     "op": mmfs.op,
     "layer": mmfs.layer,
-    "adapter": pictures.adapter,
+    "adapter": images.adapter,
     "training": training.training,
     "training-compiled": training.training_compiled,
     "session": session.session,
     "first-token": requests.first_token,
     "two-sessions": requests.two_sessions,
     "evaluation": requests.evaluation,
-    "layer-by-pictures": mmfs.layer_by_pictures,
-    "decode-by-pictures": text.decode_by_pictures,
+    "layer-by-images": mmfs.layer_by_images,
+    "decode-by-images": text.decode_by_images,
     "products": text.products,
     "tiles": text.tiles,
-    "layouts": pictures.layouts,
+    "layouts": images.layouts,
 }
 USUAL = [name for name in LINES if name not in ("products", "tiles", "layouts", "training-compiled")]
 

@@ -1,4 +1,4 @@
-"""Lines about sessions: rounds of text and a picture, with caches kept or everything read anew at every turn."""
+"""Lines about sessions: rounds of text and an image, with caches kept or everything read anew at every turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Bench, Row
 
 
 class Session:
-    """One way to write a document that starts with a picture, a round at a time."""
+    """One way to write a document that starts with an image, a round at a time."""
 
     def __init__(self, kind: type[InterleavedGenerator], bench: Bench, implementation: CacheImplementation) -> None:
         sizes, noise = bench.sizes, np.random.default_rng(0)
@@ -33,7 +33,7 @@ class Session:
         self.made: list[object] = []
 
     def round(self) -> bool:
-        """Go on until the next picture is finished; whether there was room for one."""
+        """Go on until the next image is finished; whether there was room for one."""
         begin, drawn = self.clock(), False
         for event in self.events:
             if isinstance(event, SegmentFinished):
@@ -76,12 +76,12 @@ def session(bench: Bench) -> Iterator[Row]:
         bound += bench.bound(roofline.drawing(model, bench.cost))
         same = fast.made[: len(plain.made)] == plain.made or _close(fast.made, plain.made)
         note = "" if not twin else "same document" if same else "another document"
-        case = f"{number} rounds of {sizes.round_tokens} tokens and a picture of {sizes.steps} steps"
+        case = f"{number} rounds of {sizes.round_tokens} tokens and an image of {sizes.steps} steps"
         yield Row("session", case, "s", fast.seconds, plain.seconds if twin else None, bound, note=note, x=number)
 
 
 def _close(a: list[object], b: list[object]) -> bool:
-    """Equal ids, and pictures within one rounding."""
+    """Equal ids, and images within one rounding."""
     for x, y in zip(a, b, strict=False):
         if isinstance(x, list):
             if x != y:

@@ -23,11 +23,11 @@ from .base import Bench, Row, prefilled
 
 
 def prefill(bench: Bench) -> Iterator[Row]:
-    """A long prompt with many pictures, encoded and read; the twin weighs pictures by the published form of MMFS."""
+    """A long prompt with many images, encoded and read; the twin weighs images by the published form of MMFS."""
     sizes, model, clock = bench.sizes, bench.model, bench.clock
 
     def work(implementation: CacheImplementation = "auto") -> object:
-        return prefilled(bench, sizes.length, sizes.pictures, implementation)
+        return prefilled(bench, sizes.length, sizes.images, implementation)
 
     value, peak = clock.time(work, 4), clock.peak(work)
     model.set_mmfs_implementation("reference")
@@ -36,35 +36,35 @@ def prefill(bench: Bench) -> Iterator[Row]:
         twin, twin_peak = clock.time(plain, 1), clock.peak(plain)
     finally:
         model.set_mmfs_implementation("fast")
-    need = roofline.reading(model, bench.cost, sizes.length, sizes.pictures)
-    yield Row("prefill", f"{sizes.length} tokens, {sizes.pictures} pictures", "ms", 1e3 * value, 1e3 * twin,
+    need = roofline.reading(model, bench.cost, sizes.length, sizes.images)
+    yield Row("prefill", f"{sizes.length} tokens, {sizes.images} images", "ms", 1e3 * value, 1e3 * twin,
               1e3 * bench.bound(need), peak, twin_peak)  # fmt: skip
 
 
 def decode(bench: Bench) -> Iterator[Row]:
     """A token: greedy, sampled, by beams; the twin's caches grow."""
     beams = bench.sizes.beams
-    for length, pictures in bench.sizes.texts:
-        case = f"{length} tokens, {pictures} pictures"
-        yield _writing(bench, length, pictures, case, TextSettings(num_beams=1))
-    length, pictures = bench.sizes.texts[0]
-    case = f"{length} tokens, {pictures} pictures"
-    yield _writing(bench, length, pictures, f"{case}, {beams} beams", TextSettings(num_beams=beams), beams)
-    yield _writing(bench, length, pictures, f"{case}, sampled", TextSettings(num_beams=1, do_sample=True))
+    for length, images in bench.sizes.texts:
+        case = f"{length} tokens, {images} images"
+        yield _writing(bench, length, images, case, TextSettings(num_beams=1))
+    length, images = bench.sizes.texts[0]
+    case = f"{length} tokens, {images} images"
+    yield _writing(bench, length, images, f"{case}, {beams} beams", TextSettings(num_beams=beams), beams)
+    yield _writing(bench, length, images, f"{case}, sampled", TextSettings(num_beams=1, do_sample=True))
 
 
-def decode_by_pictures(bench: Bench) -> Iterator[Row]:
-    """A token against the number of pictures that it sees, fast way only."""
+def decode_by_images(bench: Bench) -> Iterator[Row]:
+    """A token against the number of images that it sees, fast way only."""
     config = bench.model.config
     for count in bench.sizes.counts:
         length = 2 + count * (2 + config.num_image_tokens)
         if count < config.mmfs.max_images and length < config.max_context_length:
-            row = _writing(bench, length, count, f"{count} pictures", TextSettings(num_beams=1), twin=False)
-            yield replace(row, line="decode-by-pictures", x=count)
+            row = _writing(bench, length, count, f"{count} images", TextSettings(num_beams=1), twin=False)
+            yield replace(row, line="decode-by-images", x=count)
 
 
 def _writing(
-    bench: Bench, length: int, pictures: int, case: str, settings: TextSettings, rows: int = 1, twin: bool = True
+    bench: Bench, length: int, images: int, case: str, settings: TextSettings, rows: int = 1, twin: bool = True
 ) -> Row:
     """Milliseconds a token, of many; what was recorded before is not counted."""
     sizes = bench.sizes
@@ -72,7 +72,7 @@ def _writing(
     def work(implementation: str, tokens: int) -> Callable[[], object]:
         chosen = replace(settings, cache_implementation=implementation, max_new_tokens=tokens, min_new_tokens=tokens)
 
-        state = prefilled(bench, length, pictures, chosen.cache_implementation)
+        state = prefilled(bench, length, images, chosen.cache_implementation)
 
         def run() -> object:
             if chosen.num_beams > 1:
@@ -85,7 +85,7 @@ def _writing(
     fast = work("static", sizes.tokens)
     value, peak = bench.clock.time(fast, 2), bench.clock.peak(fast)
     plain = bench.clock.time(work("dynamic", sizes.twin_tokens), 1) / sizes.twin_tokens if twin else None
-    need = roofline.decoding(bench.model, bench.cost, length, pictures, rows)
+    need = roofline.decoding(bench.model, bench.cost, length, images, rows)
     return Row("decode", case, "ms/token", 1e3 * value / sizes.tokens, None if plain is None else 1e3 * plain,
                1e3 * bench.bound(need), peak)  # fmt: skip
 
@@ -103,16 +103,16 @@ def admission(bench: Bench) -> Iterator[Row]:
 
 def decode_step(bench: Bench) -> Iterator[Row]:
     """The captured step alone, through the kernels and through the library's products; the twin is not captured."""
-    length, pictures = bench.sizes.texts[0]
+    length, images = bench.sizes.texts[0]
     cuda, steps = bench.device.type == "cuda", bench.sizes.repeats
-    need = roofline.decoding(bench.model, bench.cost, length, pictures)
+    need = roofline.decoding(bench.model, bench.cost, length, images)
     token = torch.tensor([20], device=bench.device)
     reading = torch.ones(1, dtype=torch.bool, device=bench.device)
     for kernels in (False, True) if cuda else (False,):
         times = []
         with decoding_kernels("auto" if kernels else "never"):
             for implementation in ("static", "dynamic") if cuda else ("dynamic",):
-                state = prefilled(bench, length, pictures, implementation, 3 * steps)
+                state = prefilled(bench, length, images, implementation, 3 * steps)
 
                 def work(state: GenerationState = state) -> None:
                     for _ in range(steps):
@@ -122,7 +122,7 @@ def decode_step(bench: Bench) -> Iterator[Row]:
                 times.append(bench.clock.time(work, 1) / steps)
                 del state
         case = "Triton kernels" if kernels else "library products"
-        yield Row("decode-step", f"{length} tokens, {pictures} pictures, {case}", "ms", 1e3 * times[0],
+        yield Row("decode-step", f"{length} tokens, {images} images, {case}", "ms", 1e3 * times[0],
                   1e3 * times[1] if cuda else None, 1e3 * bench.bound(need))  # fmt: skip
 
 

@@ -30,8 +30,8 @@ def training_compiled(bench: Bench) -> Iterator[Row]:
 
 def _row(bench: Bench, selective: bool, name: str) -> Row:
     sizes, model, config = bench.sizes, bench.model, bench.model.config
-    count = sizes.batch * sizes.batch_pictures
-    ids = document(config, sizes.batch_length, sizes.batch_pictures).expand(sizes.batch, -1)
+    count = sizes.batch * sizes.batch_images
+    ids = document(config, sizes.batch_length, sizes.batch_images).expand(sizes.batch, -1)
     mask = torch.ones_like(ids)
     labels = ids.masked_fill(ids == config.image_token_id, -100)
     layout = model.plan(ids, mask, labels=labels).to(bench.device)
@@ -53,7 +53,7 @@ def _row(bench: Bench, selective: bool, name: str) -> Row:
             step()
 
     need = Need(step_cost(config).of(sizes.batch * sizes.batch_length, count, count))
-    case = f"{sizes.batch} rows of {sizes.batch_length} tokens with {sizes.batch_pictures} pictures each"
+    case = f"{sizes.batch} rows of {sizes.batch_length} tokens with {sizes.batch_images} images each"
     model.freeze()
     model.train()
     enable_checkpointing(model, selective)

@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Read and write documents in which text and pictures alternate.",
+    help="Read and write documents in which text and images alternate.",
 )
 app.command()(generate)
 app.command()(info)

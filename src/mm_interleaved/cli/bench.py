@@ -23,7 +23,7 @@ def bench(
     only: Annotated[str | None, typer.Option(help="Lines to run, separated by commas; default: the usual.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further row is begun.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Of the session.", min=1)] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of a picture.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of an image.", min=1)] = None,
     compile_unet: Annotated[bool, typer.Option("--compile", help="Also draw with a compiled UNet.")] = False,
     quantization: Annotated[str | None, typer.Option(help="int8 or fp8 for the language model's matrices.")] = None,
     mmfs: Annotated[str | None, typer.Option(help="Backend of MMFS in the model: plain, triton or auto.")] = None,
@@ -34,7 +34,7 @@ def bench(
         tuple[Path, Path] | None, typer.Option(help="Two JSON files to set beside each other; nothing is measured.")
     ] = None,
 ) -> None:
-    """Measure the model's work, with random weights: decoding, pictures, prefill, MMFS, sessions, a training step."""
+    """Measure the model's work, with random weights: decoding, images, prefill, MMFS, sessions, a training step."""
     from ..bench import report
 
     if compare is not None:

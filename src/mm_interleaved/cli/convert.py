@@ -38,7 +38,7 @@ def convert(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: as they are.")] = None,
     image_upscale: Annotated[
-        float | None, typer.Option(help="Let the model see pictures so many times as large.")
+        float | None, typer.Option(help="Let the model see images so many times as large.")
     ] = None,
     to_original: Annotated[bool, typer.Option("--to-original", help="The other way round.")] = False,
 ) -> None:

@@ -137,22 +137,22 @@ def _statistics(batches: list[Batch]) -> dict[str, str]:
     rows = sum(len(b.input_ids) for b in batches)
     lengths = [int(n) for b in batches for n in b.attention_mask.sum(1)]
     learned = sum(int((b.labels != -100).sum()) for b in batches)
-    pictures = sum(len(b.image_rows) for b in batches)
+    images = sum(len(b.image_rows) for b in batches)
     drawn = sum(int(b.image_loss_mask.sum()) for b in batches if b.image_loss_mask is not None)
     places = sum(b.input_ids.numel() for b in batches)
     return {
         "tokens in a row": f"{sum(lengths) / rows:.1f} ({min(lengths)} to {max(lengths)})",
-        "pictures in a row": f"{pictures / rows:.2f}",
+        "images in a row": f"{images / rows:.2f}",
         "tokens learned": f"{learned / sum(lengths):.1%}",
-        "pictures learned": f"{drawn / pictures:.1%}" if pictures else "none",
+        "images learned": f"{drawn / images:.1%}" if images else "none",
         "padding": f"{1 - sum(lengths) / places:.1%}",
     }
 
 
 def _print_speed(config: DataConfig, processor: MMInterleavedProcessor, seconds: float) -> None:
-    """Tokens and pictures a second of the loader alone, after its first batch."""
+    """Tokens and images a second of the loader alone, after its first batch."""
     loader = build_loader(replace(config, sampling="forever"), processor)
-    tokens = pictures = rows = 0
+    tokens = images = rows = 0
     with console.status("measuring the speed"):
         begin = time.perf_counter()
         iterator = iter(loader)
@@ -161,9 +161,9 @@ def _print_speed(config: DataConfig, processor: MMInterleavedProcessor, seconds:
         while (passed := time.perf_counter() - start) < seconds:
             batch = next(iterator)
             tokens += int(batch.attention_mask.sum())
-            pictures, rows = pictures + len(batch.image_rows), rows + len(batch.input_ids)
+            images, rows = images + len(batch.image_rows), rows + len(batch.input_ids)
     workers = f"{config.num_workers} worker processes" if config.num_workers else "the main process"
     output.print(
-        f"the loader alone, {workers}: {tokens / passed:,.0f} tokens/s, {pictures / passed:,.1f} pictures/s, "
+        f"the loader alone, {workers}: {tokens / passed:,.0f} tokens/s, {images / passed:,.1f} images/s, "
         f"{rows / passed:,.1f} rows/s; first batch after {first:.1f} s"
     )

@@ -1,6 +1,6 @@
 """`gallery.html` of a task: what was asked, made and right, sample by sample, the worst first.
 
-The page is one file; the pictures that it shows lie beside it in `gallery/`, small.
+The page is one file; the images that it shows lie beside it in `gallery/`, small.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..document import DocumentError, Image, Text
 from ..evaluation.predictions import Record
 from ..evaluation.scoring import SampleScores, Scored, TaskResult
 from ..files import write_atomic
-from ..processor.images import load_picture
+from ..processor.images import load_image
 from ..tasks import Sample
 
-GALLERY, PICTURES = "gallery.html", "gallery"
-SIDE = 320  # longest side of a picture in the gallery, in pixels
+GALLERY, IMAGES = "gallery.html", "gallery"
+SIDE = 320  # longest side of an image in the gallery, in pixels
 BEST_OPTIONS = 5  # of many candidate answers, how many are shown
 
 
@@ -38,11 +38,11 @@ def choose(scores: dict[str, float], ids: Sequence[str], limit: int) -> list[str
 
 
 def write_gallery(given: Scored, scores: SampleScores, result: TaskResult, limit: int) -> Path | None:
-    """Write the page of a task and its pictures; its path, None if nothing is to be shown."""
+    """Write the page of a task and its images; its path, None if nothing is to be shown."""
     if not limit or not given.samples:
         return None
     rows = {s.id: (s, r) for s, r in zip(given.samples, given.records, strict=True)}
-    folder = given.folder / PICTURES
+    folder = given.folder / IMAGES
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     chosen = choose(dict(scores.scores), list(rows), limit)
@@ -59,7 +59,7 @@ def write_gallery(given: Scored, scores: SampleScores, result: TaskResult, limit
 
 def _entry(number: int, sample: Sample, record: Record, given: Scored, score: float | None) -> dict[str, Any]:
     """What the page shows of a sample."""
-    folder = given.folder / PICTURES
+    folder = given.folder / IMAGES
     asked = []
     for slot, segment in enumerate(sample.document.segments):
         if segment.is_open:
@@ -87,7 +87,7 @@ def _entry(number: int, sample: Sample, record: Record, given: Scored, score: fl
 
 
 def _right(number: int, sample: Sample, record: Record, folder: Path) -> list[dict[str, Any]]:
-    """The reference: pictures, texts, or the answers that count."""
+    """The reference: images, texts, or the answers that count."""
     reference = sample.reference
     if "references" in record:
         return [{"url": name} for name in record["references"]]
@@ -105,11 +105,11 @@ def _right(number: int, sample: Sample, record: Record, folder: Path) -> list[di
 
 
 def _thumbnail(source: Any, path: Path) -> str | None:
-    """Write a small copy beside the page; its relative URL, None if the picture cannot be read any more."""
+    """Write a small copy beside the page; its relative URL, None if the image cannot be read any more."""
     try:
-        picture = load_picture(source)
+        image = load_image(source)
     except DocumentError:
         return None
-    picture.thumbnail((SIDE, SIDE), PIL.Image.Resampling.LANCZOS)
-    picture.save(path, "JPEG", quality=88)
-    return f"{PICTURES}/{path.name}"
+    image.thumbnail((SIDE, SIDE), PIL.Image.Resampling.LANCZOS)
+    image.save(path, "JPEG", quality=88)
+    return f"{IMAGES}/{path.name}"

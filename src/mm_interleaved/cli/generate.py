@@ -27,7 +27,7 @@ from ..generation.interleaved import Prepared
 from ..generation.settings import override
 from ..model.quantization import QUANTIZATIONS, Quantization
 from ..pretrained import Loaded, load
-from ..processor.images import load_picture
+from ..processor.images import load_image
 from .console import console, output
 from .results import ResultsFolder, UsageError, refuse_occupied
 
@@ -38,28 +38,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def generate(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON or JSON lines with documents.")],
     output_folder: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for pictures, results.json, report.html.")
+        Path, typer.Option("--output", "-o", help="Folder for images, results.json, report.html.")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of texts and pictures; the original's pictures have 42.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of texts and images; the original's images have 42.")] = None,
     preset: Annotated[str, typer.Option(help=f"How text is written: {', '.join(TEXT_PRESETS)}.")] = "interleaved",
     max_turns: Annotated[
         int | None,
         typer.Option(
-            help="Most texts and pictures for each document; a record's own num_iter wins, unless --stop-at-eos."
+            help="Most texts and images for each document; a record's own num_iter wins, unless --stop-at-eos."
         ),
     ] = None,
-    max_images: Annotated[int | None, typer.Option(help="Most pictures for each document.")] = None,
+    max_images: Annotated[int | None, typer.Option(help="Most images for each document.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens for each document.")] = None,
     max_segments: Annotated[int | None, typer.Option(help="Most segments for each document.")] = None,
     stop_at_eos: Annotated[
         bool | None, typer.Option(help="Whether </s> ends a document; by default not for records of the original.")
     ] = None,
-    force_image: Annotated[bool, typer.Option(help="Let a picture follow every text.")] = False,
+    force_image: Annotated[bool, typer.Option(help="Let an image follow every text.")] = False,
     replace_texts: Annotated[bool, typer.Option(help="Go on from the document's forced texts.")] = False,
-    vary_noise: Annotated[bool, typer.Option(help="New noise for every picture of a document.")] = False,
+    vary_noise: Annotated[bool, typer.Option(help="New noise for every image of a document.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of one text.")] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of one text.")] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams; more than one turns sampling off.")] = None,
@@ -71,15 +69,15 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
     length_penalty: Annotated[float | None, typer.Option(help="For beams.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of a picture.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of an image.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of guidance; 1: off; default: the model's.")] = None,
-    candidates: Annotated[int | None, typer.Option(help="Pictures drawn for each slot; the first is used.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Images drawn for each slot; the first is used.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Name of a diffusers scheduler.")] = None,
     image_preset: Annotated[
-        str, typer.Option(help=f"How pictures are drawn, under the other options: {', '.join(IMAGE_PRESETS)}.")
+        str, typer.Option(help=f"How images are drawn, under the other options: {', '.join(IMAGE_PRESETS)}.")
     ] = "ddpm-30",
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder that pictures may come from; default: the input's.")
+        Path | None, typer.Option(help="Folder that images may come from; default: the input's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Documents that take their turns together.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
@@ -91,9 +89,9 @@ def generate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
 ) -> None:
-    """Fill the open slots of documents and let them go on, in text and pictures.
+    """Fill the open slots of documents and let them go on, in text and images.
 
-    Writes the pictures, results.json (the original's fields and ours) and report.html into the output folder.
+    Writes the images, results.json (the original's fields and ours) and report.html into the output folder.
     """
     if preset not in TEXT_PRESETS:
         raise UsageError(f"there is no preset '{preset}'; there are {', '.join(TEXT_PRESETS)}")
@@ -121,7 +119,7 @@ def generate(
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root)
     for document in documents:
-        _check_pictures(document)
+        _check_images(document)
     loaded = _load(model, dtype, where, quantization)
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, settings)
@@ -151,13 +149,13 @@ def _with_option(message: str) -> str:
     return message if option is None else f"{option}: {message}"
 
 
-def _check_pictures(document: Document) -> None:
-    """Read every given picture once, so that a bad one is known before the work begins."""
+def _check_images(document: Document) -> None:
+    """Read every given image once, so that a bad one is known before the work begins."""
     for index, segment in enumerate(document.segments):
-        for picture in (getattr(segment, "source", None), getattr(segment, "target", None)):
-            if picture is not None:
+        for image in (getattr(segment, "source", None), getattr(segment, "target", None)):
+            if image is not None:
                 try:
-                    load_picture(picture, f"segments[{index}]")
+                    load_image(image, f"segments[{index}]")
                 except DocumentError as error:
                     raise error.at(document.name) from None
 

@@ -20,11 +20,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 def info(
     model: Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}, or the folder of a checkpoint.")],
-    images: Annotated[int, typer.Option(help="Visible pictures in the cost of a token.", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="Denoising steps in the cost of a picture.", min=1)] = 30,
+    images: Annotated[int, typer.Option(help="Visible images in the cost of a token.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Denoising steps in the cost of an image.", min=1)] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers for programs.")] = False,
 ) -> None:
-    """Show parameters by part, memory by type, and the cost of a token and of a picture. Needs no weights."""
+    """Show parameters by part, memory by type, and the cost of a token and of an image. Needs no weights."""
     config = _config(model)
     if images >= config.mmfs.max_images:
         raise UsageError(
@@ -70,7 +70,7 @@ def _memory_table(cost: Cost) -> Table:
     rows = {
         "weights": cost.parts[0].total,
         "keys and values, 1000 tokens": 1000 * cost.cache_per_token,
-        "MMFS values, one picture": cost.cache_per_image,
+        "MMFS values, one image": cost.cache_per_image,
     }
     for name, count in rows.items():
         table.add_row(name, *(_bytes(count * size) for size in BYTES.values()))
@@ -82,11 +82,11 @@ def _cost_table(config: MMInterleavedConfig, cost: Cost) -> Table:
     table.add_column("of")
     table.add_column("multiply-accumulates", justify="right")
     size, drawn = config.vision_config.image_size, config.image_decoder.image_size
-    table.add_row("a token, no picture visible", _macs(cost.token))
-    table.add_row(f"a token, {cost.images} pictures visible", _macs(cost.token_with_images))
-    table.add_row(f"seeing a picture ({size} px)", _macs(cost.encode_image))
+    table.add_row("a token, no image visible", _macs(cost.token))
+    table.add_row(f"a token, {cost.images} images visible", _macs(cost.token_with_images))
+    table.add_row(f"seeing an image ({size} px)", _macs(cost.encode_image))
     table.add_row("a denoising step with guidance", _macs(cost.draw_step))
-    table.add_row(f"drawing a picture ({drawn} px, {cost.steps} steps)", _macs(cost.draw_image))
+    table.add_row(f"drawing an image ({drawn} px, {cost.steps} steps)", _macs(cost.draw_image))
     return table
 
 

@@ -10,17 +10,17 @@ from typing import Any
 import PIL.Image
 from jinja2 import Environment, PackageLoader
 
-from ..processor.images import load_picture
+from ..processor.images import load_image
 
-SHOWN_SIDE = 640  # longest side of a picture in the report, in pixels
+SHOWN_SIDE = 640  # longest side of an image in the report, in pixels
 
 
 def _data_url(path: Path) -> str:
-    picture = load_picture(path)
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), PIL.Image.Resampling.LANCZOS)
+    image = load_image(path)
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), PIL.Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    kind = "PNG" if picture.width * picture.height <= 256 * 256 else "JPEG"
-    picture.save(buffer, kind, quality=88)
+    kind = "PNG" if image.width * image.height <= 256 * 256 else "JPEG"
+    image.save(buffer, kind, quality=88)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

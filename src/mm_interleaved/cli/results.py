@@ -22,7 +22,7 @@ from ..document import Document, Generated, Image, Segment, Text
 from ..files import write_atomic
 from ..generation import GenerationSettings
 from ..pretrained import Loaded
-from ..processor.images import load_picture
+from ..processor.images import load_image
 from .report import write_report
 
 RESULTS, REPORT = "results.json", "report.html"
@@ -32,9 +32,9 @@ class UsageError(ValueError):
     """A command that cannot be carried out as it was given."""
 
 
-def _png(picture: PIL.Image.Image) -> bytes:
+def _png(image: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -187,7 +187,7 @@ class ResultsFolder:
                 continue
             if isinstance(segment.source, PIL.Image.Image):
                 names.append(self._given_path(sample, number, segment))
-                write_atomic(self.folder / names[-1], _png(load_picture(segment.source)))
+                write_atomic(self.folder / names[-1], _png(load_image(segment.source)))
         return names
 
     def _given_path(self, sample: int, number: int, segment: Image) -> str:

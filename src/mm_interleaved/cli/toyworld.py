@@ -34,7 +34,7 @@ def write(
     count: Annotated[int, typer.Option("-n", "--count", help="Number of samples.")],
     split: Split = "train",
     seed: Seed = 0,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 256,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
     workers: Annotated[int, typer.Option(help="Processes; 0 for one a core. The data do not depend on it.")] = 0,
 ) -> None:
     """Write a data set in the files and folders of a published one."""
@@ -56,10 +56,10 @@ def show(
     count: Annotated[int, typer.Option("-n", "--count", help="Number of documents.", min=1, max=200)] = 12,
     split: Split = "train",
     seed: Seed = 0,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.", min=SMALLEST, max=1024)] = 192,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.", min=SMALLEST, max=1024)] = 192,
     form: Annotated[str, typer.Option(help=f"Only of this form: {', '.join(FORM_NAMES)}.")] = "",
 ) -> None:
-    """Draw a sheet of documents with their texts. Gray text is given, pictures in green frames are learned."""
+    """Draw a sheet of documents with their texts. Gray text is given, images in green frames are learned."""
     if split not in SPLITS:
         raise UsageError(f"there is no split '{split}'; splits are {', '.join(SPLITS)}")
     if form and form not in FORM_NAMES:

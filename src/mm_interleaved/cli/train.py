@@ -28,7 +28,7 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
 
 
 def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
-    """Train the picture autoencoder of a small model."""
+    """Train the image autoencoder of a small model."""
     loaded = load_config(config, AutoencoderRunConfig, settings or [])
     with _training() as run:
         run.train_autoencoder(loaded, device)

@@ -39,19 +39,19 @@ class SourceConfig:
         shards: files of the source: names or patterns (`docs_{0..99}.jsonl`, `*.tar`), relative to `root`. A shard may
             be plain, `.gz` or `.zip`; MMC4's `NAME` is also found as `NAME.zip`.
         root: folder of the shards.
-        image_root: folder of the pictures, which no path may leave; None: `root`.
+        image_root: folder of the images, which no path may leave; None: `root`.
         batch_size: rows of a batch.
         max_length: longest row in tokens; None: the model's.
-        cut: where a row ends whose last picture does not fit: before that `image`, or before the `document` that holds
+        cut: where a row ends whose last image does not fit: before that `image`, or before the `document` that holds
             it; None: `document` for pairs, `image` for the rest.
-        max_images_per_sequence: most pictures in a row; None: no limit.
+        max_images_per_sequence: most images in a row; None: no limit.
         keep_remainder: whether what is left at the end of a pass makes a (short) row.
-        keep_text_only: whether rows without a picture are kept.
-        min_images: documents with fewer pictures are rejected.
-        max_images: most pictures of a document, chosen at random; None: 6 for mmc4, no limit for the rest.
-        single_image_prob: share of documents with exactly one picture that is rejected; None: 0.5 for mmc4, else 0.
-        sim_threshold: pictures of mmc4 that match their sentence less than this are dropped.
-        image_first_prob: how often a picture stands before its sentence (mmc4) or caption (pairs).
+        keep_text_only: whether rows without an image are kept.
+        min_images: documents with fewer images are rejected.
+        max_images: most images of a document, chosen at random; None: 6 for mmc4, no limit for the rest.
+        single_image_prob: share of documents with exactly one image that is rejected; None: 0.5 for mmc4, else 0.
+        sim_threshold: images of mmc4 that match their sentence less than this are dropped.
+        image_first_prob: how often an image stands before its sentence (mmc4) or caption (pairs).
         lowercase: whether captions are lower-cased.
         min_caption_length: captions with fewer characters are rejected.
         few_shot_merge_prob: share of rows in which pairs are merged into contexts of several.
@@ -60,18 +60,18 @@ class SourceConfig:
         shuffle_shards: whether the order of shards is drawn.
         num_samples: rows of an epoch over all ranks and workers, repeated or cut as needed; None: what is there.
         floor: whether its share for each rank and worker is rounded down instead of up.
-        ignore_text_before_image: whether text of a document before its first picture is not learned.
+        ignore_text_before_image: whether text of a document before its first image is not learned.
         loss_image_weight: of this source's batches; None: as the trainer says.
         loss_text_weight: likewise.
-        probe_pictures: whether the header of a picture is read before the document is used. If not, pictures that
+        probe_images: whether the header of an image is read before the document is used. If not, images that
             cannot be read are noticed later, and the row around them becomes shorter.
         draft_jpeg: decode large JPEGs at a fraction of their size; faster, other pixels.
         split: of the toy world.
         documents: of the toy world in a pass.
-        options: of the toy world: `size` of the pictures, `mix` (weights of the forms of documents by name, `rest`
+        options: of the toy world: `size` of the images, `mix` (weights of the forms of documents by name, `rest`
             for those not named).
         compat: behaviour of the original to reproduce: `BUG-1` (strict JSON), `BUG-2` (merging changes nothing),
-            `BUG-3` (pictures of one sentence stand as listed), `ODD-3` (the order of documents is drawn anew each run).
+            `BUG-3` (images of one sentence stand as listed), `ODD-3` (the order of documents is drawn anew each run).
     """
 
     type: str
@@ -101,7 +101,7 @@ class SourceConfig:
     ignore_text_before_image: bool = False
     loss_image_weight: float | None = None
     loss_text_weight: float | None = None
-    probe_pictures: bool = True
+    probe_images: bool = True
     draft_jpeg: bool = False
     split: str = "train"
     documents: int = 100_000
@@ -129,7 +129,7 @@ class SourceConfig:
 
     @property
     def is_pairs(self) -> bool:
-        """Whether each record is one picture with its caption."""
+        """Whether each record is one image with its caption."""
         return self.type in PAIR_TYPES
 
 

@@ -181,7 +181,7 @@ def _as_it_is(parcel: Parcel) -> Parcel:
 
 
 class _PackedRows(IterableDataset):
-    """What a worker process runs: sources, mixture, pictures, tensors."""
+    """What a worker process runs: sources, mixture, images, tensors."""
 
     def __init__(
         self, config: DataConfig, processor: MMInterleavedProcessor, rank: int, world_size: int, folder: Path
@@ -271,10 +271,10 @@ class _Parcels:
         """The state after the last parcel."""
         return {"identity": self._identity, "mixture": self._mixture.state_dict(), "done": self._done}
 
-    # ---- pictures and tensors
+    # ---- images and tensors
 
     def _collate(self, drawn: Drawn) -> Batch | None:
-        """The batch; None: no row is left, because pictures could not be read."""
+        """The batch; None: no row is left, because images could not be read."""
         rows, views, sources = [], [], []
         for index, row in zip(drawn.sources, drawn.rows, strict=True):
             found = self._look(row, index)
@@ -300,30 +300,30 @@ class _Parcels:
         return batch
 
     def _look(self, row: TokenStream, index: int) -> tuple[TokenStream, list[Views]] | None:
-        """A row with its pictures, without those that cannot be read; None: nothing worth learning is left."""
+        """A row with its images, without those that cannot be read; None: nothing worth learning is left."""
         source = self._config.sources[index]
         views: list[Views | None] = []
         for image in row.images:
             try:
                 views.append(self._processor.views(image, training=True, draft=source.draft_jpeg))
             except DocumentError as error:
-                self._report.reject(source.name, "picture damaged", str(error))
+                self._report.reject(source.name, "image damaged", str(error))
                 views.append(None)
         seen = [view for view in views if view is not None]
         if len(seen) < len(views):
             row, seen = self._without(row, views, whole_documents=source.is_pairs)
             if not row.images and not (source.keep_text_only and len(row)):
-                self._report.reject(source.name, "row without a picture")
+                self._report.reject(source.name, "row without an image")
                 return None
         self._report.count(source.name, "rows")
         self._report.count(source.name, "tokens", len(row))
-        self._report.count(source.name, "pictures", len(row.images))
+        self._report.count(source.name, "images", len(row.images))
         return row, seen
 
     def _without(
         self, row: TokenStream, views: list[Views | None], whole_documents: bool
     ) -> tuple[TokenStream, list[Views]]:
-        """A row without the pictures that have no view, or without the documents that they stand in."""
+        """A row without the images that have no view, or without the documents that they stand in."""
         starts = np.flatnonzero(row.ids == self._processor.soi_token_id)
         borders = np.flatnonzero(row.ids == self._processor.tokenizer.bos_token_id)
         kept = np.ones(len(row), bool)

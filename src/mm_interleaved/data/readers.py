@@ -1,4 +1,4 @@
-"""Records become documents: the rules of each type of source (spec/data_eval 2.1, 2.2). No picture is decoded here."""
+"""Records become documents: the rules of each type of source (spec/data_eval 2.1, 2.2). No image is decoded here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..document import Document, DocumentError, FileSlice, Folder, Image, Segment, Text, interleave
-from ..processor.images import open_picture
+from ..processor.images import open_image
 from .config import SourceConfig
 from .report import DataError, Rejected
 from .shards import LineShards, Record, Shards, TarShards, expand
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")  # extensions in tar shards
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")  # extensions in tar shards
 LITERAL = "Python literal instead of JSON"  # read all the same, but counted
 
 Note = Callable[[str, str], None]  # (reason, example): something was left out, or is odd
@@ -50,7 +50,7 @@ def make_reader(config: SourceConfig, folder: Path) -> Reader:
     """The reader of a source; its relative paths start at `folder`.
 
     Raises:
-        DataError: the folder of the shards or pictures does not exist, or no shard matches.
+        DataError: the folder of the shards or images does not exist, or no shard matches.
     """
     if config.type == "toyworld":
         return ToyWorld(config)
@@ -60,18 +60,18 @@ def make_reader(config: SourceConfig, folder: Path) -> Reader:
         if not path.is_dir():
             raise DataError(f"source '{config.name}': there is no folder {path}")
     names = [name for pattern in config.shards for name in expand(pattern, root)]
-    pictures = Pictures(image_root.resolve(), config.probe_pictures)
+    images = ImageFolder(image_root.resolve(), config.probe_images)
     shards = (TarShards if config.type == "webdataset" else LineShards)(root, names)
     readers = {"mmc4": MMC4, "pairs": Pairs, "webdataset": WebDataset, "documents": Documents}
-    return readers[config.type](config, shards, pictures)
+    return readers[config.type](config, shards, images)
 
 
 # ---- pieces
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures of a source.
+class ImageFolder:
+    """The images of a source.
 
     Attributes:
         root: the folder that they lie in, resolved.
@@ -82,37 +82,37 @@ class Pictures:
     probe: bool
 
     def find(self, name: Any, where: str) -> Path:
-        """The path of the picture that a record names.
+        """The path of the image that a record names.
 
         Raises:
-            Rejected: it is no name, leads out of the folder, does not exist, or is no picture.
+            Rejected: it is no name, leads out of the folder, does not exist, or is no image.
         """
         if not isinstance(name, str) or not name or "\0" in name:
-            raise Rejected("picture without a name", f"{where}: {name!r}")
+            raise Rejected("image without a name", f"{where}: {name!r}")
         if "://" in name:
-            raise Rejected("picture is a URL", f"{where}: {name}")
+            raise Rejected("image is a URL", f"{where}: {name}")
         path = (self.root / name).resolve()
         if not path.is_relative_to(self.root):
-            raise Rejected("picture outside its folder", f"{where}: {name}")
+            raise Rejected("image outside its folder", f"{where}: {name}")
         self.check(path, f"{where}: {name}")
         return path
 
     def check(self, source: Path | FileSlice, example: str) -> None:
-        """Refuse what is no picture, as far as its header tells."""
+        """Refuse what is no image, as far as its header tells."""
         if isinstance(source, FileSlice):
             size = source.length
         else:
             try:
                 size = source.stat().st_size
             except OSError:
-                raise Rejected("picture missing", example) from None
+                raise Rejected("image missing", example) from None
         if size == 0:
-            raise Rejected("picture empty", example)
+            raise Rejected("image empty", example)
         if self.probe:
             try:
-                open_picture(source).close()
+                open_image(source).close()
             except DocumentError as error:
-                reason = "picture too large" if "million pixels" in error.problem else "picture unreadable"
+                reason = "image too large" if "million pixels" in error.problem else "image unreadable"
                 raise Rejected(reason, f"{example}: {error.problem}") from None
 
 
@@ -155,28 +155,28 @@ def list_of(data: dict[str, Any], key: str, kind: type, where: str) -> list[Any]
 
 @dataclass(frozen=True)
 class MMC4:
-    """Sentences with pictures matched to them (spec/data_eval 2.1)."""
+    """Sentences with images matched to them (spec/data_eval 2.1)."""
 
     config: SourceConfig
     shards: Shards
-    pictures: Pictures
+    images: ImageFolder
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
-        """Steps 1 to 8; what needs no picture is decided before pictures are looked at."""
+        """Steps 1 to 8; what needs no image is decided before images are looked at."""
         where = self.shards.place(record)
         data = decode(record.payload, where)
         sentences = list_of(data, "text_list", str, where)
         kept = self._kept(data, len(sentences), where, note)
         if not kept:
-            raise Rejected("no picture left", where)
+            raise Rejected("no image left", where)
         chosen = [kept[i] for i in rng.permutation(len(kept))[: self.config.max_images or 6]]
         chosen.sort(key=lambda item: item[0])
         first = rng.random(len(chosen)) < self.config.image_first_prob
         if len(chosen) < self.config.min_images:
-            raise Rejected("too few pictures", where)
+            raise Rejected("too few images", where)
         drop = 0.5 if self.config.single_image_prob is None else self.config.single_image_prob
         if len(chosen) == 1 and rng.random() < drop:
-            raise Rejected("only one picture", where)
+            raise Rejected("only one image", where)
         spots = [(place, not before) for (place, _), before in zip(chosen, first.tolist(), strict=True)]
         paths = [path for _, path in chosen]
         if "BUG-3" not in self.config.compat:
@@ -186,7 +186,7 @@ class MMC4:
         return Document(interleave(sentences, placed), place=where)
 
     def _kept(self, data: dict[str, Any], sentences: int, where: str, note: Note) -> list[tuple[int, Path]]:
-        """(sentence, path) of every picture that may be used, in the order of the file."""
+        """(sentence, path) of every image that may be used, in the order of the file."""
         infos = list_of(data, "image_info", dict, where)
         matrix = data.get("similarity_matrix")
         if not isinstance(matrix, list):
@@ -202,7 +202,7 @@ class MMC4:
                     raise Rejected("similarity too low", example)
                 if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < sentences:
                     raise Rejected("sentence index out of range", f"{example}: {place} of {sentences}")
-                kept.append((place, self.pictures.find(info.get("image_name"), where)))
+                kept.append((place, self.images.find(info.get("image_name"), where)))
             except Rejected as rejected:
                 note(rejected.reason, rejected.example)
         return kept
@@ -212,14 +212,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def pair(
-    config: SourceConfig, caption: str, picture: Path | FileSlice, rng: np.random.Generator, where: str
-) -> Document:
-    """A picture with its caption, in an order that is drawn (spec/data_eval 2.2)."""
+def pair(config: SourceConfig, caption: str, image: Path | FileSlice, rng: np.random.Generator, where: str) -> Document:
+    """An image with its caption, in an order that is drawn (spec/data_eval 2.2)."""
     caption = caption.lower() if config.lowercase else caption
     if len(caption.strip()) < max(config.min_caption_length, 1):
         raise Rejected("caption too short", f"{where}: {caption!r}")
-    segments: list[Segment] = [Image(picture), Text(caption)]
+    segments: list[Segment] = [Image(image), Text(caption)]
     return Document(segments if rng.random() < config.image_first_prob else segments[::-1], place=where)
 
 
@@ -238,31 +236,31 @@ class Pairs:
 
     config: SourceConfig
     shards: Shards
-    pictures: Pictures
+    images: ImageFolder
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
-        """One picture, one caption."""
+        """One image, one caption."""
         where = self.shards.place(record)
         data = decode(record.payload, where, None if "BUG-1" in self.config.compat else note)
         caption = caption_of(data.get("caption"), where)
-        return pair(self.config, caption, self.pictures.find(data.get("image"), where), rng, where)
+        return pair(self.config, caption, self.images.find(data.get("image"), where), rng, where)
 
 
 @dataclass(frozen=True)
 class WebDataset:
-    """Tar archives of pictures with `.txt`, or `.json` with a `caption`."""
+    """Tar archives of images with `.txt`, or `.json` with a `caption`."""
 
     config: SourceConfig
     shards: Shards
-    pictures: Pictures
+    images: ImageFolder
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
-        """One picture, one caption."""
+        """One image, one caption."""
         where = self.shards.place(record)
-        picture = next((record.payload[e] for e in PICTURES if e in record.payload), None)
-        if picture is None:
-            raise Rejected("sample without a picture", f"{where}: {', '.join(record.payload)}")
-        self.pictures.check(picture, where)
+        image = next((record.payload[e] for e in IMAGES if e in record.payload), None)
+        if image is None:
+            raise Rejected("sample without an image", f"{where}: {', '.join(record.payload)}")
+        self.images.check(image, where)
         if "txt" in record.payload:
             try:
                 caption = record.payload["txt"].read().decode("utf-8-sig")
@@ -272,7 +270,7 @@ class WebDataset:
             caption = caption_of(decode(record.payload["json"].read(), where).get("caption"), where)
         else:
             raise Rejected("'caption' missing", where)
-        return pair(self.config, caption.strip(), picture, rng, where)
+        return pair(self.config, caption.strip(), image, rng, where)
 
 
 @dataclass(frozen=True)
@@ -281,10 +279,10 @@ class Documents:
 
     config: SourceConfig
     shards: Shards
-    pictures: Pictures
+    images: ImageFolder
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
-        """The document, with at most `max_images` of its pictures."""
+        """The document, with at most `max_images` of its images."""
         where = self.shards.place(record)
         data = decode(record.payload, where)
         if "texts" in data and "images" in data:
@@ -294,21 +292,21 @@ class Documents:
         self._choose(document, rng)
         count = len(document.images)
         if count < self.config.min_images:
-            raise Rejected("too few pictures", where)
+            raise Rejected("too few images", where)
         if count == 1 and rng.random() < (self.config.single_image_prob or 0):
-            raise Rejected("only one picture", where)
+            raise Rejected("only one image", where)
         return document
 
     def _own(self, data: dict[str, Any], where: str) -> Document:
         try:
-            document = Document.from_dict(data, Folder(self.pictures.root))
+            document = Document.from_dict(data, Folder(self.images.root))
         except DocumentError as error:
             raise Rejected(_kind(error.problem), f"{where}: {error}") from None
         document.place = where
         for image in document.images:
             for source in (image.source, image.target):
                 if isinstance(source, Path):
-                    self.pictures.check(source, f"{where}: {source}")
+                    self.images.check(source, f"{where}: {source}")
         return document
 
     def _parallel(self, data: dict[str, Any], where: str, note: Note) -> list[Segment]:
@@ -319,7 +317,7 @@ class Documents:
         for text, image in zip(texts, images, strict=True):
             if image is not None:
                 try:
-                    segments.append(Image(self.pictures.find(image, where)))
+                    segments.append(Image(self.images.find(image, where)))
                 except Rejected as rejected:
                     note(rejected.reason, rejected.example)
             if isinstance(text, str):
@@ -367,7 +365,7 @@ class ToyWorld:
     """
 
     def __init__(self, config: SourceConfig) -> None:
-        # Drawing needs libraries and pictures that other sources do without.
+        # Drawing needs libraries and images that other sources do without.
         from ..toyworld.documents import toy_document
         from ..toyworld.sampling import SPLITS, Split
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # What is counted, in the order of `mmi data check`.
-COUNTS = ("shards", "records", "documents", "pictures", "rows", "tokens")
+COUNTS = ("shards", "records", "documents", "images", "rows", "tokens")
 
 
 class DataError(ValueError):
@@ -14,7 +14,7 @@ class DataError(ValueError):
 
 
 class Rejected(Exception):
-    """A record, picture or shard that is left out.
+    """A record, image or shard that is left out.
 
     Args:
         reason: a short name for its kind; rejections are counted by it.

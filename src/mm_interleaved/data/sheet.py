@@ -1,4 +1,4 @@
-"""Packed rows as a picture for people: text with the pictures in their places."""
+"""Packed rows as an image for people: text with the images in their places."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INK, PALE, RULE, LEARNED, GIVEN = "#202020", "#9a9a9a", "#d0d0d0", "#2e7d32", "#
 
 @dataclass(frozen=True)
 class _Piece:
-    """A word, a picture, or the start of a document."""
+    """A word, an image, or the start of a document."""
 
     content: str | PIL.Image.Image | None
     learned: bool
@@ -53,7 +53,7 @@ def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterat
     mask = batch.attention_mask[row].bool()
     ids = batch.input_ids[row][mask].tolist()
     learned = ((batch.labels[row][mask] != -100).numpy() if "labels" in batch else np.ones(len(ids), bool)).tolist()
-    pictures = iter(np.flatnonzero(batch.image_rows.numpy() == row).tolist())
+    images = iter(np.flatnonzero(batch.image_rows.numpy() == row).tolist())
     run: list[int] = []
     flag = False
     for token, is_learned in [*zip(ids, learned, strict=True), (None, False)]:
@@ -64,7 +64,7 @@ def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterat
         if token == processor.tokenizer.bos_token_id:
             yield _Piece(None, False)
         elif token == processor.soi_token_id:
-            index = next(pictures)
+            index = next(images)
             supervised = "image_loss_mask" not in batch or bool(batch.image_loss_mask[index])
             yield _Piece(PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy()), supervised)
         elif token is not None and token != processor.image_token_id:

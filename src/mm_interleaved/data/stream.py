@@ -148,7 +148,7 @@ class SourceStream:
         """The next row; None: the pass is over (or the limit reached), or a whole pass has no document.
 
         Raises:
-            DataError: a row is too short for one picture.
+            DataError: a row is too short for one image.
         """
         if self._limit is not None and self._rows >= self._limit:
             return None
@@ -182,7 +182,7 @@ class SourceStream:
             if row.images or self.config.keep_text_only:
                 return self._merged(row)
             self._pass_dropped += 1
-            self.report.reject(self.config.name, "row without a picture")
+            self.report.reject(self.config.name, "row without an image")
         return None
 
     def _drop_remainder(self) -> None:
@@ -270,7 +270,7 @@ class SourceStream:
         return self._shortened(stream) if self.config.is_pairs else stream
 
     def _shortened(self, stream: TokenStream) -> TokenStream:
-        """A pair that fits into a row: the caption is cut, never the picture (spec/model 1.3, data_eval 2.2)."""
+        """A pair that fits into a row: the caption is cut, never the image (spec/model 1.3, data_eval 2.2)."""
         length, tail = self._rules.length, self._rules.num_image_tokens + 2
         if len(stream) <= length:
             return stream

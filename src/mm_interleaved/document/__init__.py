@@ -1,4 +1,4 @@
-"""Documents: text and pictures in the order in which one reads them. Plain data; no tensors.
+"""Documents: text and images in the order in which one reads them. Plain data; no tensors.
 
     Document([Text("A cat."), Image("cat.png"), Text("The same cat asleep:"), Image()])
 
@@ -9,7 +9,7 @@ one document, a list of them, or one a line:
     {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Who?"}]}]}
     {"sentences": [...], "images": [...], "sentence_ixs": [...], "image_first": [...], ...}     the original's record
 
-Paths are relative to the file and may not lead out of its folder; `data:image/...;base64,` URLs carry a picture inline.
+Paths are relative to the file and may not lead out of its folder; `data:image/...;base64,` URLs carry an image inline.
 """
 
 from .document import Document

@@ -1,4 +1,4 @@
-"""Text and pictures in the order in which one reads them, and how they are written down."""
+"""Text and images in the order in which one reads them, and how they are written down."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .segments import FileSlice, Image, Segment, Text
 
 @dataclass
 class Document:
-    """Text and pictures in reading order.
+    """Text and images in reading order.
 
     Attributes:
         segments: what stands in it.
         id: a name for messages and results.
-        max_turns: how many texts and pictures to generate, if the document itself says so (the original's `num_iter`,
+        max_turns: how many texts and images to generate, if the document itself says so (the original's `num_iter`,
             2 where a record gives none).
         forced_texts: by turn, text that replaces the generated one (the original's `multiround_context`).
         stop_at_eos: whether `</s>` ends it; None: as the settings say. Records of the original do not end there.
@@ -60,7 +60,7 @@ class Document:
 
     @property
     def images(self) -> list[Image]:
-        """The pictures, open slots included."""
+        """The images, open slots included."""
         return [s for s in self.segments if isinstance(s, Image)]
 
     @property
@@ -82,10 +82,10 @@ class Document:
         return cls(**read_form(data, folder or Folder()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The `segments` form. Pictures must be paths.
+        """The `segments` form. Images must be paths.
 
         Raises:
-            DocumentError: a picture exists only in memory.
+            DocumentError: an image exists only in memory.
         """
         data: dict[str, Any] = {"segments": [_segment_to_dict(s, i) for i, s in enumerate(self.segments)]}
         optional = {
@@ -104,7 +104,7 @@ class Document:
     def to_messages(self) -> list[dict[str, Any]]:
         """Chat messages; segments without a role are the user's, and neighbours of one role make one message.
 
-        A picture from a file is a part with a `path`, one in memory a part with an `image`.
+        An image from a file is a part with a `path`, one in memory a part with an `image`.
         """
         messages: list[dict[str, Any]] = []
         for segment in self.segments:
@@ -121,10 +121,10 @@ class Document:
         return messages
 
     def to_record(self) -> dict[str, Any]:
-        """The original's record. Every text is a sentence; a picture stands after the sentence before it.
+        """The original's record. Every text is a sentence; an image stands after the sentence before it.
 
         Raises:
-            DocumentError: the document has no picture, or an open slot anywhere but at its end.
+            DocumentError: the document has no image, or an open slot anywhere but at its end.
         """
         sentences: list[str] = []
         images: list[str | None] = []
@@ -140,7 +140,7 @@ class Document:
             elif segment.text is not None:
                 sentences.append(segment.text)
         if not images:
-            raise DocumentError("a record of the original needs at least one picture")
+            raise DocumentError("a record of the original needs at least one image")
         record: dict[str, Any] = {
             "sentences": sentences or [""],
             "images": images,
@@ -155,7 +155,7 @@ class Document:
 def _path_text(source: object, index: int) -> str | None:
     if isinstance(source, (PIL.Image.Image, FileSlice)):
         problem = "is only part of a file" if isinstance(source, FileSlice) else "exists only in memory"
-        raise DocumentError(f"the picture {problem}", f"segments[{index}]", "Save it and use its path")
+        raise DocumentError(f"the image {problem}", f"segments[{index}]", "Save it and use its path")
     return None if source is None else str(source)
 
 

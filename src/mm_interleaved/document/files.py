@@ -17,7 +17,7 @@ def load_documents(path: str | Path, image_root: str | Path | None = None) -> li
 
     Args:
         path: one document, a list of documents, or one document a line.
-        image_root: the folder that pictures must stay in; None: the folder of the file, where paths start
+        image_root: the folder that images must stay in; None: the folder of the file, where paths start
             in any case.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where the pictures that a document names may lie."""
+"""Where the images that a document names may lie."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Folder:
     base: Path | None = None
     limit: Path | None = None
 
-    def picture(self, text: Any, where: str) -> Path | PIL.Image.Image:
-        """The picture that `text` names: the path of an existing file, or the picture of a data URL.
+    def image(self, text: Any, where: str) -> Path | PIL.Image.Image:
+        """The image that `text` names: the path of an existing file, or the image of a data URL.
 
         Raises:
             DocumentError: there is no such file, or it lies outside the folder, or the URL is not a data URL.
         """
-        text = check(text, str, where, "Give the path of a picture, or null for a slot to fill")
+        text = check(text, str, where, "Give the path of an image, or null for a slot to fill")
         if text.startswith("data:"):
-            return _inline_picture(text, where)
+            return _inline_image(text, where)
         if "://" in text:
-            raise DocumentError(f"'{text}' is a URL", where, "Pictures are not fetched; download it and give its path")
+            raise DocumentError(f"'{text}' is a URL", where, "Images are not fetched; download it and give its path")
         if "\0" in text:
             raise DocumentError("the path holds a null character", where, "Remove it")
         if self.base is None:
@@ -50,19 +50,19 @@ class Folder:
         if not path.is_relative_to(limit):
             raise DocumentError(
                 f"'{text}' lies outside the folder {limit}", where,
-                "Move the picture there, or allow a wider folder with --image-root",
+                "Move the image there, or allow a wider folder with --image-root",
             )  # fmt: skip
         if not there:
             raise DocumentError(f"the file '{text}' does not exist", where, f"Paths are relative to {self.base}")
         return path
 
 
-def _inline_picture(url: str, where: str) -> PIL.Image.Image:
+def _inline_image(url: str, where: str) -> PIL.Image.Image:
     header, _, payload = url.partition(",")
     if not header.endswith(";base64"):
         raise DocumentError("the data URL is not base64", where, "Write data:image/png;base64,...")
     try:
         return PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
     except (*UNREADABLE_IMAGE, PIL.Image.DecompressionBombError):
-        raise DocumentError("the data URL holds no picture that can be read", where,
+        raise DocumentError("the data URL holds no image that can be read", where,
                             "Write data:image/png;base64,... with all of a PNG or JPEG") from None  # fmt: skip

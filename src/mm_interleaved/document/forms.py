@@ -60,8 +60,7 @@ def _from_segments(data: dict[str, Any], folder: Folder) -> Fields:
             segments.append(Text(text, supervise, role, check(item.get("attached", False), bool, f"{where}.attached")))
             continue
         source, target = (
-            None if item.get(key) is None else folder.picture(item[key], f"{where}.{key}")
-            for key in ("image", "target")
+            None if item.get(key) is None else folder.image(item[key], f"{where}.{key}") for key in ("image", "target")
         )
         segments.append(Image(source, supervise, role, target))
     if not segments:
@@ -107,13 +106,13 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
     if kind == "image_url":
         url = part.get("image_url")
         url = cast(dict[str, Any], url).get("url") if isinstance(url, dict) else url
-        return Image(folder.picture(url, f"{where}.image_url"), supervise, role)
+        return Image(folder.image(url, f"{where}.image_url"), supervise, role)
     if kind == "image":
         for key in ("path", "image", "url"):
             if key in part:
                 source = part[key]
                 if isinstance(source, str) or source is None:
-                    source = folder.picture(source, f"{where}.{key}")
+                    source = folder.image(source, f"{where}.{key}")
                 try:
                     return Image(source, supervise, role)
                 except DocumentError as error:
@@ -123,7 +122,7 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
 
 
 def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
-    """The original's record (spec/model 6.6): pictures attached to sentences by number."""
+    """The original's record (spec/model 6.6): images attached to sentences by number."""
     check_fields(data, RECORD_FIELDS)
     missing = [key for key in RECORD_FIELDS[:4] if key not in data]
     if missing:
@@ -135,10 +134,10 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
     )
     paths = check(data["images"], list, "images")
     if not paths:
-        raise DocumentError("a record needs at least one picture", "images", "Use the 'segments' form for text alone")
+        raise DocumentError("a record needs at least one image", "images", "Use the 'segments' form for text alone")
     if not len(paths) == len(places) == len(first):
         raise DocumentError(f"images, sentence_ixs and image_first have {len(paths)}, {len(places)} and {len(first)} "
-                            "entries", fix="Give one of each for every picture")  # fmt: skip
+                            "entries", fix="Give one of each for every image")  # fmt: skip
     for index, place in enumerate(places):
         if not 0 <= place < len(sentences):
             raise DocumentError(f"there is no sentence {place}", f"sentence_ixs[{index}]",
@@ -146,18 +145,18 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
     order = [(place, not before) for place, before in zip(places, first, strict=True)]
     for index in range(1, len(order)):
         if order[index] < order[index - 1]:
-            raise DocumentError(f"picture {index} stands before picture {index - 1}", f"images[{index}]",
-                                "List the pictures in the order in which they stand in the text")  # fmt: skip
+            raise DocumentError(f"image {index} stands before image {index - 1}", f"images[{index}]",
+                                "List the images in the order in which they stand in the text")  # fmt: skip
 
     mode = data.get("generate_mode", "generate_texts")
     if check(mode, str, "generate_mode") not in _MODES:
         raise DocumentError(f"unknown mode '{mode}'", "generate_mode", f"Modes are {', '.join(_MODES)}")
     draws_last = _MODES[mode] == "image"
-    pictures = [
-        Image() if draws_last and i == len(paths) - 1 else Image(folder.picture(p, f"images[{i}]"))
+    images = [
+        Image() if draws_last and i == len(paths) - 1 else Image(folder.image(p, f"images[{i}]"))
         for i, p in enumerate(paths)
     ]
-    segments = _trimmed(interleave(sentences, list(zip(order, pictures, strict=True))))
+    segments = _trimmed(interleave(sentences, list(zip(order, images, strict=True))))
     turns = data.get("num_iter")
     return {
         "segments": segments,
@@ -170,9 +169,9 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
 
 
 def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool], Image]]) -> list[Segment]:
-    """Sentences joined by one space, with pictures at (sentence, whether after it), as MMC4 and records have them.
+    """Sentences joined by one space, with images at (sentence, whether after it), as MMC4 and records have them.
 
-    White space next to a picture does not count, so runs of nothing else are left out.
+    White space next to an image does not count, so runs of nothing else are left out.
     """
     segments: list[Segment] = []
     run: list[str] = []
@@ -194,5 +193,5 @@ def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool]
 
 
 def _trimmed(segments: list[Segment]) -> list[Segment]:
-    """Texts without white space around them: next to pictures it does not count, at both ends a record has none."""
+    """Texts without white space around them: next to images it does not count, at both ends a record has none."""
     return [Text(s.text.strip()) if isinstance(s, Text) and s.text is not None else s for s in segments]

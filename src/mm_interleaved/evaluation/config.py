@@ -22,9 +22,9 @@ class MetricConfig:
 
     Attributes:
         inception: file of the Inception weights, for FID.
-        clip: folder of a CLIP model, for similarities and for choosing among several pictures.
+        clip: folder of a CLIP model, for similarities and for choosing among several images.
         segmenter: folder of a segmentation model trained on ADE20K, for mIoU.
-        cache: folder in which statistics of reference pictures are kept; None: they are computed anew.
+        cache: folder in which statistics of reference images are kept; None: they are computed anew.
         meteor: METEOR of captions as well; it needs Java and a gigabyte of memory.
         resamples: bootstrap samples behind a confidence interval.
     """

@@ -28,12 +28,12 @@ from ..generation.interleaved import Prepared
 from ..generation.settings import override
 from ..metrics.clip import CLIP
 from ..processor import MMInterleavedProcessor
-from ..processor.images import CROPS, Source, load_picture
+from ..processor.images import CROPS, Source, load_image
 from ..processor.packing import TokenStream
 from ..processor.tokenizer import encode_text
 from ..tasks import Sample, Task, TaskError
 from .config import TaskSuite
-from .predictions import IMAGES, REFERENCES, Made, Predictions, Record, picture_name
+from .predictions import IMAGES, REFERENCES, Made, Predictions, Record, image_name
 
 WINDOW = 32  # batches of samples that are sorted by length among themselves
 
@@ -71,7 +71,7 @@ class Speed:
     Attributes:
         samples: finished by this process; what was there already does not count.
         seconds: in all.
-        model_seconds: of these, from loaded batches to their texts, scores and pictures. The rest is waiting for files
+        model_seconds: of these, from loaded batches to their texts, scores and images. The rest is waiting for files
             to be read and written. What the host does for the model is part of it, and so is what the threads that
             read and write cost the host, as they share Python's lock: a share of 1 means that the model never waits
             for a batch, not that the device is never idle. Samples a second tell of both.
@@ -95,7 +95,7 @@ class Ready:
 
     Attributes:
         sample: what is asked.
-        prepared: its document, with its pictures as the model sees them; without slots where options are scored.
+        prepared: its document, with its images as the model sees them; without slots where options are scored.
         options: the tokens of its candidate answers.
     """
 
@@ -124,7 +124,7 @@ class Predictor:
         self.clip = clip_of(task, suite, model.compute_device)
         if self.clip is not None:
             try:
-                self.clip.embed_texts(["a picture"])
+                self.clip.embed_texts(["an image"])
             except (
                 ValueError,
                 OSError,
@@ -140,8 +140,8 @@ class Predictor:
             return sample.problem
         try:
             document = self._opened(sample.document)
-            for path in _true_pictures(sample) if self.task.makes == "image" else ():
-                load_picture(path)  # a metric that meets a damaged one has no result at all
+            for path in _true_images(sample) if self.task.makes == "image" else ():
+                load_image(path)  # a metric that meets a damaged one has no result at all
             if self.task.makes == "scores":
                 document = replace(document, segments=[s for s in document.segments if not s.is_open])
             return self._fitting(sample, document)
@@ -149,11 +149,11 @@ class Predictor:
             return str(error)
 
     def _opened(self, document: Document) -> Document:
-        """A document with its pictures as the model sees them, which are small."""
+        """A document with its images as the model sees them, which are small."""
         segments = []
         for segment in document.segments:
             if isinstance(segment, Image) and segment.source is not None:
-                seen = CROPS[self.task.crop](load_picture(cast(Source, segment.source)), self.processor.image_size)
+                seen = CROPS[self.task.crop](load_image(cast(Source, segment.source)), self.processor.image_size)
                 segment = replace(segment, source=PIL.Image.fromarray(seen))
             segments.append(segment)
         return replace(document, segments=segments)
@@ -199,22 +199,22 @@ class Predictor:
         return found
 
     def _chosen(self, sample: Sample, candidates: Sequence[Sequence[PIL.Image.Image]], index: int) -> Made:
-        """The pictures, chosen among candidates, and the true ones if they are no files."""
+        """The images, chosen among candidates, and the true ones if they are no files."""
         record: Record = {"images": []}
-        pictures: dict[str, PIL.Image.Image] = {}
+        files: dict[str, PIL.Image.Image] = {}
         for slot, images in enumerate(candidates):
             best = 0
             if self.clip is not None and len(images) > 1:
                 best, cosines = self.clip.rerank(images, str(sample.meta["caption"]))
                 record |= {"candidate": best, "cosines": [round(c, 6) for c in cosines]}
-            pictures[picture_name(IMAGES, index, slot)] = images[best]
-        record["images"] = list(pictures)
+            files[image_name(IMAGES, index, slot)] = images[best]
+        record["images"] = list(files)
         references = sample.reference if isinstance(sample.reference, list) else []
         if any(isinstance(r, PIL.Image.Image) for r in references):
-            true = {picture_name(REFERENCES, index, slot): r for slot, r in enumerate(references)}
+            true = {image_name(REFERENCES, index, slot): r for slot, r in enumerate(references)}
             record["references"] = list(true)
-            pictures |= true
-        return Made(record, pictures)
+            files |= true
+        return Made(record, files)
 
     def _score(self, batch: Sequence[Ready]) -> list[Made]:
         options = [ready.options for ready in batch]
@@ -258,13 +258,13 @@ def clip_of(task: Task, suite: TaskSuite, device: torch.device | str) -> CLIP | 
         return None
     folder = Path(suite.metrics.clip)
     if not (folder / "config.json").is_file():
-        raise TaskError(f"'{folder}' has no config.json, so it is no CLIP model to choose pictures by",
+        raise TaskError(f"'{folder}' has no config.json, so it is no CLIP model to choose images by",
                         f"task '{task.name}', 'metrics.clip'", "Correct it, or leave it out to draw one")  # fmt: skip
     return CLIP(folder, device)
 
 
-def _true_pictures(sample: Sample) -> list[str]:
-    """Paths of the pictures that drawn ones are compared with."""
+def _true_images(sample: Sample) -> list[str]:
+    """Paths of the images that drawn ones are compared with."""
     if isinstance(sample.reference, dict):
         return [sample.reference["photo"], sample.reference["labels"]]
     return [path for path in sample.reference if isinstance(path, str)]

@@ -1,13 +1,13 @@
-"""The folder of a task's predictions: JSON lines that grow while a run goes on, and the pictures that they name.
+"""The folder of a task's predictions: JSON lines that grow while a run goes on, and the images that they name.
 
     run.json             what the predictions were made with (another run is refused), and how many samples were asked
                          for, first and later
     predictions.jsonl    one object a sample, in the order of the task: index, id and text, images or scores
     part-N.jsonl         what process N has added since; joined to the above when the task is done or goes on
-    images/              the pictures drawn
-    references/          true pictures that are no files of their own (frames of clips)
+    images/              the images drawn
+    references/          true images that are no files of their own (frames of clips)
 
-A line is written when its sample is finished and its pictures are there, so whatever is cut off can be taken up again.
+A line is written when its sample is finished and its images are there, so whatever is cut off can be taken up again.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Made:
 
     Attributes:
         record: its line.
-        pictures: those that the line names, by their paths from the folder.
+        images: those that the line names, by their paths from the folder.
     """
 
     record: Record
-    pictures: Mapping[str, PIL.Image.Image] = field(default_factory=dict)
+    images: Mapping[str, PIL.Image.Image] = field(default_factory=dict)
 
 
 class Predictions:
@@ -125,10 +125,10 @@ class Predictions:
         return {record["index"]: record for record in read_records(self.path)}
 
     def add(self, made: Sequence[Made]) -> None:
-        """Write pictures as PNG, then append the lines that name them to this process's file, in one go."""
-        for name, picture in ((name, picture) for one in made for name, picture in one.pictures.items()):
+        """Write images as PNG, then append the lines that name them to this process's file, in one go."""
+        for name, image in ((name, image) for one in made for name, image in one.images.items()):
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            image.save(buffer, "PNG")
             (self.folder / name).parent.mkdir(exist_ok=True)
             write_atomic(self.folder / name, buffer.getvalue())
         content = "".join(json.dumps(one.record, ensure_ascii=False) + "\n" for one in made).encode()
@@ -138,8 +138,8 @@ class Predictions:
             os.fsync(file.fileno())
 
 
-def picture_name(kind: str, index: int, slot: int) -> str:
-    """Where a picture of a sample lies, from the folder."""
+def image_name(kind: str, index: int, slot: int) -> str:
+    """Where an image of a sample lies, from the folder."""
     return f"{kind}/{index:06d}_{slot}.png"
 
 

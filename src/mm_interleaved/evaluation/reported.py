@@ -2,7 +2,7 @@
 
 None of these values was measured here. Those that later papers repeat in their tables are `checked`; the others were
 noted from memory and may be wrong in a digit, so nothing may depend on them. Sets and protocols may differ as well: the
-release's FID is of 64-pixel pictures, and its VQAv2 figure may be of another split.
+release's FID is of 64-pixel images, and its VQAv2 figure may be of another split.
 """
 
 from __future__ import annotations

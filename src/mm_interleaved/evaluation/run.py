@@ -288,7 +288,7 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
         )
         return
     if task.select == "clip" and config.metrics.clip is None:
-        result.notes.append(f"one picture for each text: there is no CLIP model (metrics.clip) to choose among "
+        result.notes.append(f"one image for each text: there is no CLIP model (metrics.clip) to choose among "
                             f"{task.settings.image.num_candidates}")  # fmt: skip
     if not task.metrics:
         result.notes.append("nothing is measured: the task is for training")

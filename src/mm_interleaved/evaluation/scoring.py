@@ -23,7 +23,7 @@ from ..metrics.dialogue import DialogueReference, dialogue_ranking
 from ..metrics.grounding import grounding_accuracy
 from ..metrics.images import FID
 from ..metrics.segmentation import CLASSES, SegmentedMeanIoU, Segmenter
-from ..metrics.toyworld import ScenePictures, scene_captions
+from ..metrics.toyworld import SceneImages, scene_captions
 from ..metrics.vqa import VQAAccuracy, VQAReference, gqa_accuracy, vizwiz_score
 from ..tasks import Sample, Task
 from .config import EvaluationError, MetricConfig
@@ -63,12 +63,12 @@ class Scored:
         """References by sample."""
         return {sample.id: make(sample) for sample in self.samples}
 
-    def pictures(self) -> dict[tuple[str, int], Path]:
-        """Drawn pictures, by sample and slot."""
+    def images(self) -> dict[tuple[str, int], Path]:
+        """Drawn images, by sample and slot."""
         return {(r["id"], k): self.folder / name for r in self.records for k, name in enumerate(r["images"])}
 
-    def true_pictures(self) -> dict[tuple[str, int], Path]:
-        """The pictures that were to be drawn, by sample and slot."""
+    def true_images(self) -> dict[tuple[str, int], Path]:
+        """The images that were to be drawn, by sample and slot."""
         found = {}
         for sample, record in zip(self.samples, self.records, strict=True):
             kept = [self.folder / name for name in record.get("references", ())]
@@ -130,18 +130,18 @@ def fid(given: Scored) -> MetricResult:
     """At the release's 64 pixels and at native resolution."""
     options = given.metrics
     metric = FID(_path(options.inception), cache=_path(options.cache), device=given.device)
-    return metric(given.pictures(), given.true_pictures())
+    return metric(given.images(), given.true_images())
 
 
 def text_similarity(given: Scored) -> MetricResult:
-    """CLIP, pictures and what they were asked for with."""
+    """CLIP, images and what they were asked for with."""
     texts = {(s.id, 0): str(s.meta["caption"]) for s in given.samples}
-    return TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.pictures(), texts)
+    return TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), texts)
 
 
 def image_similarity(given: Scored) -> MetricResult:
-    """CLIP, pictures and true pictures."""
-    return ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.pictures(), given.true_pictures())
+    """CLIP, images and true images."""
+    return ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), given.true_images())
 
 
 def captions_of_scenes(given: Scored) -> MetricResult:
@@ -149,26 +149,26 @@ def captions_of_scenes(given: Scored) -> MetricResult:
     return scene_captions(given.by_id("prediction"), shown_scenes(given.samples, given.about or {}))
 
 
-def pictures_of_scenes(given: Scored) -> MetricResult:
-    """Toy data: what the toy world's reader finds in drawn pictures."""
-    result = ScenePictures(device=given.device)(given.pictures(), drawn_scenes(given.samples, given.about or {}))
-    for name, parts in result.ratios.items():  # pictures of one story have more in common than others
+def images_of_scenes(given: Scored) -> MetricResult:
+    """Toy data: what the toy world's reader finds in drawn images."""
+    result = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.about or {}))
+    for name, parts in result.ratios.items():  # images of one story have more in common than others
         result.ratios[name] = [(sum(a for a, _ in p), sum(b for _, b in p)) for p in _by_sample(given, parts).values()]
     return result
 
 
 def miou(given: Scored) -> MetricResult:
-    """ADE20K: what a segmenter sees in the pictures, against the label maps."""
+    """ADE20K: what a segmenter sees in the images, against the label maps."""
     segmenter = Segmenter(_path(given.metrics.segmenter), given.device)
-    pictures = {r["id"]: given.folder / r["images"][0] for r in given.records}
-    return SegmentedMeanIoU(segmenter)(pictures, given.references(_labels))
+    images = {r["id"]: given.folder / r["images"][0] for r in given.records}
+    return SegmentedMeanIoU(segmenter)(images, given.references(_labels))
 
 
 METRICS: dict[str, Callable[[Scored], MetricResult]] = {
     "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
     "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
     "image_similarity": image_similarity, "miou": miou, "scene_captions": captions_of_scenes,
-    "scene_pictures": pictures_of_scenes,
+    "scene_images": images_of_scenes,
 }  # fmt: skip
 SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}
 """Which of the `metrics` settings gives a metric the file or folder that it needs."""
@@ -187,7 +187,7 @@ def _people(sample: Sample) -> VQAReference:
 
 
 def _labels(sample: Sample) -> np.ndarray:
-    """A label map, cut to its middle as the picture that shows it was, or whole: integers [H, W]."""
+    """A label map, cut to its middle as the image that shows it was, or whole: integers [H, W]."""
     path = sample.reference["labels"]
     try:
         with PIL.Image.open(path) as opened:
@@ -269,10 +269,10 @@ def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], Sam
 
 
 def _by_sample(given: Scored, values: Sequence[V]) -> dict[str, list[V]]:
-    """What there is of each sample: one value, or one of each of its pictures."""
+    """What there is of each sample: one value, or one of each of its images."""
     ids = [s.id for s in given.samples]
     if len(values) != len(ids):
-        ids = [name for name, _ in given.pictures()]
+        ids = [name for name, _ in given.images()]
     found: dict[str, list[V]] = defaultdict(list)
     for name, value in zip(ids, values, strict=True):
         found[name].append(value)

@@ -1,6 +1,6 @@
 """What is known beyond the references if a task's files are the toy world's: the scenes themselves.
 
-`toyworld.json`, which lies beside the data, says what they were drawn from, and a picture's name says which it is.
+`toyworld.json`, which lies beside the data, says what they were drawn from, and an image's name says which it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..toyworld.writers.stories import PLACES, told_by
 
 SHOWN = ("coco_karpathy", "flickr30k", "nocaps", "image2paragraph")  # tasks that describe the scene they are shown
 DRAWN = ("coco", "lncoco", "ade20k", "vist", "pororo", "flintstones")  # tasks that draw scenes
-NUMBERS = 1_000_000  # pictures of a split are numbered from a multiple of this on
+NUMBERS = 1_000_000  # images of a split are numbered from a multiple of this on
 
 
 def find_about(task: Task) -> dict[str, Any] | None:
@@ -42,24 +42,24 @@ def metric_for(name: str, about: dict[str, Any] | None) -> str:
     """Name of the metric that knows the scenes of a kind of task; "": there is none."""
     if about is None:
         return ""
-    return "scene_captions" if name in SHOWN else "scene_pictures" if name in DRAWN else ""
+    return "scene_captions" if name in SHOWN else "scene_images" if name in DRAWN else ""
 
 
 def shown_scenes(samples: Sequence[Sample], about: dict[str, Any]) -> dict[str, Scene]:
-    """What is in the pictures that samples show, by sample.
+    """What is in the images that samples show, by sample.
 
     Raises:
-        ValueError: a picture has no number.
+        ValueError: an image has no number.
     """
     job = _job(about)
     return {sample.id: _scene(job, str(_given(sample))) for sample in samples}
 
 
 def drawn_scenes(samples: Sequence[Sample], about: dict[str, Any]) -> dict[tuple[str, int], Scene | Frame]:
-    """What the pictures are to show that samples ask for, by sample and slot; of stories, with what their texts tell.
+    """What the images are to show that samples ask for, by sample and slot; of stories, with what their texts tell.
 
     Raises:
-        ValueError: a picture has no number.
+        ValueError: an image has no number.
     """
     job = _job(about)
     found: dict[tuple[str, int], Scene | Frame] = {}
@@ -80,17 +80,17 @@ def _given(sample: Sample) -> Any:
     return next(s.source for s in sample.document.segments if isinstance(s, Image) and s.source is not None)
 
 
-def _scene(job: Job, picture: str) -> Scene:
-    return job.scene((_number(picture) - 1) % NUMBERS)[0]
+def _scene(job: Job, image: str) -> Scene:
+    return job.scene((_number(image) - 1) % NUMBERS)[0]
 
 
-def _frame(job: Job, picture: str) -> Frame:
-    number, place = divmod(_number(picture), PLACES)
+def _frame(job: Job, image: str) -> Frame:
+    number, place = divmod(_number(image), PLACES)
     return told_by(job, (number - 1) % NUMBERS)[0].frames[place]
 
 
-def _number(picture: str) -> int:
-    found = re.search(r"\d+$", Path(picture).stem)
+def _number(image: str) -> int:
+    found = re.search(r"\d+$", Path(image).stem)
     if found is None:
-        raise ValueError(f"the toy world numbers its pictures, but '{Path(picture).name}' has no number")
+        raise ValueError(f"the toy world numbers its images, but '{Path(image).name}' has no number")
     return int(found[0])

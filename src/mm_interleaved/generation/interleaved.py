@@ -25,7 +25,7 @@ from ..document import ORIGINAL_TURNS, Document, DocumentError, Generated, Image
 from ..model import MMInterleavedModel
 from ..model.image_decoder import DenoisingStep
 from ..processor import MMInterleavedProcessor
-from ..processor.images import to_picture
+from ..processor.images import to_pil
 from ..processor.packing import TokenStream
 from ..processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from .rules import WrittenText, end_tokens
@@ -474,7 +474,7 @@ class InterleavedGenerator:
                     yield from _progress(chosen, number, step)
             assert step is not None  # there is one at least
             for images, values in zip(candidates, decode(step.latents), strict=True):
-                images.append(to_picture(values.float().cpu().numpy()))
+                images.append(to_pil(values.float().cpu().numpy()))
         pixels = self.processor.pixels([images[0] for images in candidates])
         for index, images, first in zip(chosen, candidates, pixels, strict=True):
             yield self._after_image(index, images, first)
@@ -514,5 +514,5 @@ def _check_forced(document: Document) -> None:
 
 def _progress(chosen: list[int], candidate: int, step: DenoisingStep) -> Iterator[Event]:
     for position, index in enumerate(chosen):
-        preview = None if step.preview is None else to_picture(step.preview[position].float().cpu().numpy())
+        preview = None if step.preview is None else to_pil(step.preview[position].float().cpu().numpy())
         yield ImageProgress(index, candidate, step.index, step.total, preview)

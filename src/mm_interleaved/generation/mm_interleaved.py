@@ -25,7 +25,7 @@ from .workspace import uses_graphs
 
 
 class MMInterleaved(MMInterleavedModel):
-    """Reads and writes documents in which text and pictures alternate.
+    """Reads and writes documents in which text and images alternate.
 
     model = MMInterleaved.from_pretrained(folder)
     processor = MMInterleavedProcessor.from_pretrained(folder)
@@ -81,21 +81,21 @@ class MMInterleaved(MMInterleavedModel):
     def generate_images(
         self, batch: Batch, settings: ImageSettings | None = None, targets: Sequence[int] | None = None
     ) -> Tensor:
-        """Draw pictures of a batch anew, each from what stands before it in its row.
+        """Draw images of a batch anew, each from what stands before it in its row.
 
-        The pictures that are drawn have pixels in the batch too (any will do for the last one of a row: nothing that is
-        drawn depends on its own pixels). One generator a candidate draws the noise of all pictures.
+        The images that are drawn have pixels in the batch too (any will do for the last one of a row: nothing that is
+        drawn depends on its own pixels). One generator a candidate draws the noise of all images.
 
         Args:
-            batch: rows of text and pictures.
+            batch: rows of text and images.
             settings: how; None: the original's defaults.
-            targets: numbers of the pictures to draw, counted through the batch; None: all.
+            targets: numbers of the images to draw, counted through the batch; None: all.
 
         Returns:
-            [candidates * pictures, 3, image_size, image_size] in [0, 1], all pictures of the first candidate first.
+            [candidates * images, 3, image_size, image_size] in [0, 1], all images of the first candidate first.
 
         Raises:
-            ValueError: the batch has no picture, there is no such target, or the settings do not fit the model.
+            ValueError: the batch has no image, there is no such target, or the settings do not fit the model.
         """
         settings = settings or ImageSettings()
         self.image_decoder.sampler(settings)
@@ -105,10 +105,10 @@ class MMInterleaved(MMInterleavedModel):
         count = len(positions.rows)
         targets = list(range(count)) if targets is None else list(targets)
         if not targets or not all(0 <= t < count for t in targets):
-            raise ValueError(f"targets {targets} are not among the {count} pictures of the batch")
+            raise ValueError(f"targets {targets} are not among the {count} images of the batch")
         features, memory = self._encode(batch.get("pixel_values"))
         if len(memory) != count:
-            raise ValueError(f"input_ids holds {count} begin-of-image tokens, but there are {len(memory)} pictures")
+            raise ValueError(f"input_ids holds {count} begin-of-image tokens, but there are {len(memory)} images")
         assert features is not None  # there is a target, and so an image
         images = visible_images(input_ids, mask, self.config.bos_token_id, self.config.soi_token_id)
         hidden = self.decode(
@@ -118,19 +118,19 @@ class MMInterleaved(MMInterleavedModel):
         chosen = ImagePositions(positions.rows[targets], positions.columns[targets], positions.starts[targets])
         context, context_mask = self.image_context(hidden, chosen)
         conditions = self.image_decoder.resampler(context, context_mask)
-        pictures = []
+        decoded = []
         for candidate in range(settings.num_candidates):
             generator = torch.Generator().manual_seed(settings.seed + candidate)
             for begin in range(0, len(targets), settings.batch_size):
                 part = slice(begin, begin + settings.batch_size)
                 seen = EarlierImages.build(features.pyramid, earlier[part])
                 *_, last = self.image_decoder.denoise(conditions[part], seen, settings, generator)
-                pictures.append(self.image_decoder.decode(last.latents, settings.decode_dtype == "bfloat16"))
-        return torch.cat(pictures)
+                decoded.append(self.image_decoder.decode(last.latents, settings.decode_dtype == "bfloat16"))
+        return torch.cat(decoded)
 
     @torch.no_grad()
     def score(self, batch: Batch, options: Sequence[Sequence[Sequence[int]]], batch_size: int = 4) -> list[list[float]]:
-        """Log-probability of each option as the continuation of its row; prompts and pictures are read once.
+        """Log-probability of each option as the continuation of its row; prompts and images are read once.
 
         Args:
             batch: prompts, padded on any side.
@@ -157,14 +157,14 @@ class MMInterleaved(MMInterleavedModel):
 
         Args:
             documents: one or several; several take their turns together.
-            processor: turns documents into tokens and pictures into pixels.
+            processor: turns documents into tokens and images into pixels.
             settings: how; None: the original's defaults.
             progress: whether to give an event for every denoising step.
             **changes: single settings, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
 
         Raises:
             DocumentError: a document cannot be used, or is longer than the model's context.
-            ValueError: there is no such setting, or pictures cannot be drawn with these settings.
+            ValueError: there is no such setting, or images cannot be drawn with these settings.
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)
         settings = override(settings or GenerationSettings(), **changes)

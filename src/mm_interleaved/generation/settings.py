@@ -54,17 +54,17 @@ class GenerationSettings:
     """Everything that decides what is generated; saved beside the results.
 
     Attributes:
-        text, image: how texts are written and pictures drawn.
-        seed: for sampled text; pictures have their own in `image.seed`.
-        max_turns: most texts and pictures to make; None: the document says, else as many as it has open slots, else 2.
+        text, image: how texts are written and images drawn.
+        seed: for sampled text; images have their own in `image.seed`.
+        max_turns: most texts and images to make; None: the document says, else as many as it has open slots, else 2.
             Records of the original follow its rule (spec/model 6.6): a `num_iter` of their own wins over this, unless
             stop_at_eos is True; then theirs does not count, and the limit is this, else 2. To make more turns than a
             record asks for, change its `num_iter` or set stop_at_eos; to make fewer, set max_segments.
         stop_at_eos: whether `</s>` ends a document (the original's `auto_end`); None: the document says, else yes.
         max_segments, max_tokens, max_images: further limits on what is made; None: no limit.
-        force_image: let a picture follow every text, asked for or not (`force_gen_image_next`).
+        force_image: let an image follow every text, asked for or not (`force_gen_image_next`).
         replace_texts: go on from the document's `forced_texts` instead of the written texts (`force_replace_gen_text`).
-        vary_noise: give every picture of a document its own noise (seed + turn); the original repeats the same.
+        vary_noise: give every image of a document its own noise (seed + turn); the original repeats the same.
     """
 
     text: TextSettings = field(default_factory=TextSettings)
@@ -95,11 +95,11 @@ TEXT_PRESETS = {
 
 @dataclass(frozen=True)
 class ImagePreset:
-    """A way to draw pictures.
+    """A way to draw images.
 
     Attributes:
         settings: of it.
-        lossless: whether its pictures are those of the release's own way; else they are others, for fewer steps.
+        lossless: whether its images are those of the release's own way; else they are others, for fewer steps.
     """
 
     settings: ImageSettings

@@ -1,4 +1,4 @@
-"""Questions with pictures, as evaluation harnesses ask them, to documents, settings and answers."""
+"""Questions with images, as evaluation harnesses ask them, to documents, settings and answers."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from ..processor.tokenizer import encode_text
 PLACEHOLDER = re.compile(r"\s*<image(?:[ _]?\d+)?>\s*")
 STYLES = ("plain", "vqa", "chat")
 log = logging.getLogger(__name__)
-Picture = PIL.Image.Image | str | Path
+ImageSource = PIL.Image.Image | str | Path
 
 
-def to_document(context: str, pictures: Sequence[Picture], style: str = "plain") -> Document:
+def to_document(context: str, images: Sequence[ImageSource], style: str = "plain") -> Document:
     """A question as a document whose last segment is open.
 
     Args:
-        context: the text; pictures stand where it has `<image>`, those that are left over in front of it.
-        pictures: in order.
+        context: the text; images stand where it has `<image>`, those that are left over in front of it.
+        images: in order.
         style: "plain", the text as it is; "vqa", as the original asks questions; "chat", as a conversation.
 
     Raises:
-        ValueError: there is no such style, or the text has more places for pictures than there are pictures.
+        ValueError: there is no such style, or the text has more places for images than there are images.
     """
     if style not in STYLES:
         raise ValueError(f"there is no style '{style}'; styles are {', '.join(STYLES)}")
     texts = PLACEHOLDER.split(context)
     places = len(texts) - 1
-    if places > len(pictures):
-        raise ValueError(f"the question has {places} places for pictures, but {len(pictures)} pictures: {context[:80]}")
-    waiting = [Image(picture, supervise=False) for picture in pictures]
+    if places > len(images):
+        raise ValueError(f"the question has {places} places for images, but {len(images)} images: {context[:80]}")
+    waiting = [Image(image, supervise=False) for image in images]
     segments: list[Segment] = [*waiting[: len(waiting) - places]]
     placed = waiting[len(waiting) - places :]
     for index, text in enumerate(texts):

@@ -51,7 +51,7 @@ class MMInterleavedLmms(lmms):
         loaded = load(pretrained, DTYPES[dtype] if dtype else None, state.device)
         self.answerer = Answerer(loaded, int(batch_size), int(seed))
 
-    def _pictures(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> list[Any]:
+    def _images(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> list[Any]:
         found = doc_to_visual(self.task_dict[task][split][doc_id])
         return list(found) if isinstance(found, (list, tuple)) else [found]
 
@@ -65,7 +65,7 @@ class MMInterleavedLmms(lmms):
             documents, ids = [], []
             for index in indices:
                 context, _, doc_to_visual, doc_id, task, split = requests[index].args
-                documents.append(to_document(context, self._pictures(doc_to_visual, doc_id, task, split), self.style))
+                documents.append(to_document(context, self._images(doc_to_visual, doc_id, task, split), self.style))
                 ids.append(f"{task}/{doc_id}")
             arguments = requests[indices[0]].args[1]
             written = self.answerer.write(documents, to_settings(arguments), ids)
@@ -79,10 +79,10 @@ class MMInterleavedLmms(lmms):
         documents, texts = [], []
         for request in requests:
             context, target, *rest = request.args
-            pictures = self._pictures(*rest) if rest else []
+            images = self._images(*rest) if rest else []
             doc_id, task, split = rest[1:] if rest else (0, "", "")
             texts.append(target(self.task_dict[task][split][doc_id]) if callable(target) else target)
-            documents.append(to_document(context, pictures, self.style))
+            documents.append(to_document(context, images, self.style))
         return list(self.answerer.score(documents, texts))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

@@ -9,11 +9,11 @@
 | `captions` | `CaptionMetrics` | captions |
 | `vqa` | `VQAAccuracy`, `gqa_accuracy` | `VQAReference`; the answer |
 | `dialogue` | `dialogue_ranking` | `DialogueReference` |
-| `grounding` | `grounding_accuracy` | boxes in 1/999 of the picture |
+| `grounding` | `grounding_accuracy` | boxes in 1/999 of the image |
 | `segmentation` | `MeanIoU`, `SegmentedMeanIoU` | label maps |
-| `images` | `FID` | pictures |
-| `clip` | `ImageSimilarity`, `TextSimilarity`; `CLIP.rerank` | pictures; texts |
-| `toyworld` | `ScenePictures`, `scene_captions` | scenes |
+| `images` | `FID` | images |
+| `clip` | `ImageSimilarity`, `TextSimilarity`; `CLIP.rerank` | images; texts |
+| `toyworld` | `SceneImages`, `scene_captions` | scenes |
 """
 
 from .result import Metric, MetricResult, MissingRequirement, aligned, confidence_interval, reports_missing

@@ -1,4 +1,4 @@
-"""Likeness of pictures to pictures and to text by CLIP, and the best of several candidates."""
+"""Likeness of images to images and to text by CLIP, and the best of several candidates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .pictures import Picture, rgb
+from .image_files import ImageLike, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
 FIX = "fetch openai/clip-vit-large-patch14 (the release's) and give the path of its folder"
@@ -25,7 +25,7 @@ class CLIP:
     Attributes:
         folder: model, tokenizer and image processor, as transformers saves them.
         device: where it runs.
-        batch: how many pictures or texts at a time.
+        batch: how many images or texts at a time.
     """
 
     folder: Path | None
@@ -44,13 +44,13 @@ class CLIP:
         return model.to(self.device).eval(), images, tokenizer  # pyright: ignore[reportArgumentType]
 
     @torch.inference_mode()
-    def embed_images(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """Unit vectors [N, D] of pictures."""
-        model, images, _ = self._parts
+    def embed_images(self, images: Sequence[ImageLike]) -> torch.Tensor:
+        """Unit vectors [N, D] of images."""
+        model, image_processor, _ = self._parts
         found = []
-        for start in range(0, len(pictures), self.batch):
-            chosen = [rgb(picture) for picture in pictures[start : start + self.batch]]
-            pixels = images(chosen, return_tensors="pt")["pixel_values"].to(self.device)
+        for start in range(0, len(images), self.batch):
+            chosen = [rgb(image) for image in images[start : start + self.batch]]
+            pixels = image_processor(chosen, return_tensors="pt")["pixel_values"].to(self.device)
             found.append(_pooled(model.get_image_features(pixel_values=pixels)))
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
@@ -71,7 +71,7 @@ class CLIP:
             found.append(_pooled(model.get_text_features(**inputs)))
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
-    def rerank(self, candidates: Sequence[Picture], text: str) -> tuple[int, list[float]]:
+    def rerank(self, candidates: Sequence[ImageLike], text: str) -> tuple[int, list[float]]:
         """Which candidate fits a text best, and the cosine of each.
 
         Raises:
@@ -79,44 +79,46 @@ class CLIP:
             ValueError: no candidates.
         """
         if not candidates:
-            raise ValueError("re-ranking needs at least one candidate picture")
+            raise ValueError("re-ranking needs at least one candidate image")
         cosines = (self.embed_images(candidates) @ self.embed_texts([text])[0]).tolist()
         return cosines.index(max(cosines)), cosines
 
 
 @dataclass(frozen=True)
 class ImageSimilarity:
-    """Mean cosine of generated pictures (by id) and reference pictures: `clip_image_image`, the stories' measure."""
+    """Mean cosine of generated images (by id) and reference images: `clip_image_image`, the stories' measure."""
 
     clip: CLIP
 
     @reports_missing
-    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, Picture]) -> MetricResult:
-        """Score pictures.
+    def __call__(
+        self, predictions: Mapping[Hashable, ImageLike], references: Mapping[Hashable, ImageLike]
+    ) -> MetricResult:
+        """Score images.
 
         Raises:
             ValueError: the ids differ.
         """
         rows = aligned(predictions, references)
-        made = self.clip.embed_images([picture for _, picture, _ in rows])
-        return _cosines("clip_image_image", made, self.clip.embed_images([picture for _, _, picture in rows]))
+        made = self.clip.embed_images([image for _, image, _ in rows])
+        return _cosines("clip_image_image", made, self.clip.embed_images([image for _, _, image in rows]))
 
 
 @dataclass(frozen=True)
 class TextSimilarity:
-    """Mean cosine of generated pictures (by id) and the texts they were asked for with: `clip_text_image`."""
+    """Mean cosine of generated images (by id) and the texts they were asked for with: `clip_text_image`."""
 
     clip: CLIP
 
     @reports_missing
-    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, str]) -> MetricResult:
-        """Score pictures.
+    def __call__(self, predictions: Mapping[Hashable, ImageLike], references: Mapping[Hashable, str]) -> MetricResult:
+        """Score images.
 
         Raises:
             ValueError: the ids differ.
         """
         rows = aligned(predictions, references)
-        made = self.clip.embed_images([picture for _, picture, _ in rows])
+        made = self.clip.embed_images([image for _, image, _ in rows])
         return _cosines("clip_text_image", made, self.clip.embed_texts([text for _, _, text in rows]))
 
 

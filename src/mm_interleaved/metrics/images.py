@@ -1,4 +1,4 @@
-"""Fréchet distance between sets of pictures (FID), at the release's 64 pixels and at native resolution."""
+"""Fréchet distance between sets of images (FID), at the release's 64 pixels and at native resolution."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .image_files import ImageLike, rgb
 from .inception import FIDInception
-from .pictures import Picture, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
-COMPATIBLE = 64  # pixels to which the release shrinks all pictures; its FIDs are not comparable with others
+COMPATIBLE = 64  # pixels to which the release shrinks all images; its FIDs are not comparable with others
 Extractor = Callable[[torch.Tensor], torch.Tensor]
-"""Pictures, float32 [B, 3, H, W] in [0, 1], to features [B, D]. An `nn.Module` runs on the metric's device."""
+"""Images, float32 [B, 3, H, W] in [0, 1], to features [B, D]. An `nn.Module` runs on the metric's device."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [D] and unbiased covariance [D, D] of features, float64, and of how many pictures."""
+    """Mean [D] and unbiased covariance [D, D] of features, float64, and of how many images."""
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -32,13 +32,13 @@ class Statistics:
 
     @classmethod
     def of(cls, features: np.ndarray) -> Statistics:
-        """From features [N, D] of two pictures or more.
+        """From features [N, D] of two images or more.
 
         Raises:
-            MissingRequirement: fewer than two pictures; they have no covariance.
+            MissingRequirement: fewer than two images; they have no covariance.
         """
         if len(features) < 2:
-            raise MissingRequirement(f"FID needs two pictures or more, got {len(features)}", "score more samples")
+            raise MissingRequirement(f"FID needs two images or more, got {len(features)}", "score more samples")
         exact = features.astype(np.float64)
         return cls(exact.mean(0), np.atleast_2d(np.cov(exact, rowvar=False)), len(exact))
 
@@ -54,7 +54,7 @@ class Statistics:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is not one of ours, or was made from other pictures, features or pixels.
+            ValueError: the file is not one of ours, or was made from other images, features or pixels.
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -62,7 +62,7 @@ class Statistics:
         except (KeyError, EOFError, ValueError, OSError) as error:
             raise ValueError(f"{path}: not a file of FID statistics ({error}); delete it or name another") from error
         if str(found["key"]) != key:
-            raise ValueError(f"{path}: made from other pictures, weights or pixels; delete it or name another")
+            raise ValueError(f"{path}: made from other images, weights or pixels; delete it or name another")
         return cls(found["mu"], found["sigma"], int(found["count"]))
 
 
@@ -88,14 +88,14 @@ def _root(matrix: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
-def prepared(picture: Picture, resolution: int | None) -> torch.Tensor:
-    """A picture as float32 [3, S, S] in [0, 1], the middle square of it.
+def prepared(source: ImageLike, resolution: int | None) -> torch.Tensor:
+    """An image as float32 [3, S, S] in [0, 1], the middle square of it.
 
     Args:
-        picture: of any size and mode, or a file of one.
+        source: an image of any size and mode, or a file of one.
         resolution: S; the short side is first resized to it, bicubically. None leaves the pixels as they are.
     """
-    image = rgb(picture)
+    image = rgb(source)
     if resolution is not None:
         short = min(image.size)
         width, height = (max(resolution, int(resolution * side / short)) for side in image.size)
@@ -108,7 +108,7 @@ def prepared(picture: Picture, resolution: int | None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FID:
-    """Fréchet distance of generated pictures (by id) from reference pictures.
+    """Fréchet distance of generated images (by id) from reference images.
 
     Values: `fid_64`, the release's, and `fid_native`, of the middle squares at their own size, which the network
     resizes to 299 pixels. No score belongs to one sample.
@@ -119,8 +119,8 @@ class FID:
         name: of the features.
         cache: folder in which statistics of the references are kept.
         device: where the network runs.
-        batch: how many pictures at a time.
-        resolutions: short sides to which pictures are shrunk; None for native.
+        batch: how many images at a time.
+        resolutions: short sides to which images are shrunk; None for native.
     """
 
     weights: Path | None = None
@@ -137,7 +137,9 @@ class FID:
         return network.to(self.device).eval() if isinstance(network, torch.nn.Module) else network
 
     @reports_missing
-    def __call__(self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, Picture]) -> MetricResult:
+    def __call__(
+        self, predictions: Mapping[Hashable, ImageLike], references: Mapping[Hashable, ImageLike]
+    ) -> MetricResult:
         """Compare the sets.
 
         Raises:
@@ -146,15 +148,15 @@ class FID:
         rows = aligned(predictions, references)
         values = {}
         for resolution in self.resolutions:
-            fake = Statistics.of(self.features((picture for _, picture, _ in rows), resolution))
-            real = self._reference([picture for _, _, picture in rows], resolution)
+            fake = Statistics.of(self.features((image for _, image, _ in rows), resolution))
+            real = self._reference([image for _, _, image in rows], resolution)
             label = "fid_native" if resolution is None else f"fid_{resolution}"
             values[label] = frechet_distance(fake.mu, fake.sigma, real.mu, real.sigma)
         return MetricResult(values)
 
     @torch.inference_mode()
-    def features(self, pictures: Iterable[Picture], resolution: int | None) -> np.ndarray:
-        """Features [N, D] of pictures. Those of equal size in a row go through the network together."""
+    def features(self, images: Iterable[ImageLike], resolution: int | None) -> np.ndarray:
+        """Features [N, D] of images. Those of equal size in a row go through the network together."""
         found, waiting = [], []
 
         def run() -> None:
@@ -162,34 +164,34 @@ class FID:
                 found.append(self._network(torch.stack(waiting).to(self.device)).float().cpu().numpy())
                 waiting.clear()
 
-        for picture in pictures:
-            ready = prepared(picture, resolution)
+        for image in images:
+            ready = prepared(image, resolution)
             if len(waiting) == self.batch or (waiting and waiting[0].shape != ready.shape):
                 run()
             waiting.append(ready)
         run()
         return np.concatenate(found) if found else np.zeros((0, 0))
 
-    def _reference(self, pictures: list[Picture], resolution: int | None) -> Statistics:
+    def _reference(self, images: list[ImageLike], resolution: int | None) -> Statistics:
         """Statistics of the references, from the cache if it has them."""
         if self.cache is None:
-            return Statistics.of(self.features(pictures, resolution))
-        key = f"{self.name} {resolution or 'native'} {fingerprint(pictures)}"
+            return Statistics.of(self.features(images, resolution))
+        key = f"{self.name} {resolution or 'native'} {fingerprint(images)}"
         path = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if path.is_file():
             return Statistics.load(path, key)
-        made = Statistics.of(self.features(pictures, resolution))
+        made = Statistics.of(self.features(images, resolution))
         made.save(path, key)
         return made
 
 
-def fingerprint(pictures: Iterable[Picture]) -> str:
-    """Of the pictures' content, in order: of files their name, size and time of change, of others their pixels."""
+def fingerprint(images: Iterable[ImageLike]) -> str:
+    """Of the images' content, in order: of files their name, size and time of change, of others their pixels."""
     digest = hashlib.sha256()
-    for picture in pictures:
-        if isinstance(picture, PIL.Image.Image):
-            digest.update(f"{picture.size} {picture.mode}".encode() + picture.tobytes())
+    for image in images:
+        if isinstance(image, PIL.Image.Image):
+            digest.update(f"{image.size} {image.mode}".encode() + image.tobytes())
         else:
-            about = picture.stat()
-            digest.update(f"{picture.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode())
+            about = image.stat()
+            digest.update(f"{image.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -123,7 +123,7 @@ class _BlockE(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Pictures [B, 3, H, W] in [0, 1] to features [B, 2048]: the average over the last feature map ("pool3")."""
+    """Images [B, 3, H, W] in [0, 1] to features [B, 2048]: the average over the last feature map ("pool3")."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,9 +139,9 @@ class FIDInception(nn.Module):
         self.Mixed_7a = _BlockD(768)
         self.Mixed_7b, self.Mixed_7c = _BlockE(1280, last=False), _BlockE(2048, last=True)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Resize to 299 pixels, bilinearly and without antialiasing as FID's scores have it, and run the network."""
-        x = 2 * F.interpolate(pictures, (PIXELS, PIXELS), mode="bilinear", align_corners=False) - 1
+        x = 2 * F.interpolate(images, (PIXELS, PIXELS), mode="bilinear", align_corners=False) - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)

@@ -1,4 +1,4 @@
-"""Mean IoU of label maps as for ADE20K, and the segmenter that labels generated pictures."""
+"""Mean IoU of label maps as for ADE20K, and the segmenter that labels generated images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .pictures import Picture, rgb
+from .image_files import ImageLike, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
 CLASSES = 150  # of ADE20K; labels 1 to 150, 0 is unlabelled
@@ -119,15 +119,15 @@ class Segmenter:
         return model.to(self.device).eval(), processor, asked
 
     @torch.inference_mode()
-    def __call__(self, picture: Picture, size: tuple[int, int]) -> np.ndarray:
-        """Label a picture: 1 and up, int64 [height, width] of the size asked for.
+    def __call__(self, image: ImageLike, size: tuple[int, int]) -> np.ndarray:
+        """Label an image: 1 and up, int64 [height, width] of the size asked for.
 
         Args:
-            picture: is first stretched to the size, bicubically, as the release does.
+            image: is first stretched to the size, bicubically, as the release does.
             size: width and height of the label map it will be compared with.
         """
         model, processor, asked = self._parts
-        stretched = rgb(picture).resize(size, PIL.Image.Resampling.BICUBIC)
+        stretched = rgb(image).resize(size, PIL.Image.Resampling.BICUBIC)
         inputs = processor(images=[stretched], return_tensors="pt", **asked).to(self.device)
         (found,) = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[size[::-1]])
         return found.cpu().numpy().astype(np.int64) + 1
@@ -135,20 +135,20 @@ class Segmenter:
 
 @dataclass(frozen=True)
 class SegmentedMeanIoU:
-    """`MeanIoU` of generated pictures (by id) against label maps [H, W] that they were drawn from."""
+    """`MeanIoU` of generated images (by id) against label maps [H, W] that they were drawn from."""
 
     segmenter: Segmenter
     classes: int = CLASSES
 
     @reports_missing
     def __call__(
-        self, predictions: Mapping[Hashable, Picture], references: Mapping[Hashable, np.ndarray]
+        self, predictions: Mapping[Hashable, ImageLike], references: Mapping[Hashable, np.ndarray]
     ) -> MetricResult:
-        """Segment the pictures and score the maps.
+        """Segment the images and score the maps.
 
         Raises:
             ValueError: the ids differ, or a label is out of range.
         """
         rows = aligned(predictions, references)
-        maps = {key: self.segmenter(picture, label.shape[::-1]) for key, picture, label in rows}
+        maps = {key: self.segmenter(image, label.shape[::-1]) for key, image, label in rows}
         return MeanIoU(self.classes)(maps, references)

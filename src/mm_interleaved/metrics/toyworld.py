@@ -1,4 +1,4 @@
-"""The toy world's own scores: what its reader sees in a picture, and which facts a caption gets right."""
+"""The toy world's own scores: what its reader sees in an image, and which facts a caption gets right."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..toyworld.reader import WEIGHTS, Reader, Seen, train_command
 from ..toyworld.scene import Scene
 from ..toyworld.score import SceneScore, match
 from ..toyworld.stories import Frame
-from .pictures import Picture, rgb
+from .image_files import ImageLike, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
-BATCH = 64  # pictures read at a time
+BATCH = 64  # images read at a time
 
 
 @dataclass(frozen=True)
-class ScenePictures:
-    """How well pictures show the scenes that were asked for: the rates of `SceneScore`, in percent.
+class SceneImages:
+    """How well images show the scenes that were asked for: the rates of `SceneScore`, in percent.
 
     Of a story's frame, no relations are asked for (its text tells cells), but looks must be kept that no text tells.
-    The pictures' scores are the percent of things found with their kind and colour.
+    The images' scores are the percent of things found with their kind and colour.
 
     Attributes:
         weights: of the reader.
@@ -35,9 +35,9 @@ class ScenePictures:
     device: torch.device | str = "cpu"
 
     @reports_missing
-    def __call__(self, predictions: Mapping[Hashable, Picture],
+    def __call__(self, predictions: Mapping[Hashable, ImageLike],
                  references: Mapping[Hashable, Scene | Frame]) -> MetricResult:  # fmt: skip
-        """Read the pictures and compare with the scenes.
+        """Read the images and compare with the scenes.
 
         Raises:
             ValueError: the ids differ.
@@ -48,7 +48,7 @@ class ScenePictures:
         reader = Reader.load(self.weights, self.device)
         seen = []
         for start in range(0, len(rows), BATCH):
-            seen += reader.read([rgb(picture) for _, picture, _ in rows[start : start + BATCH]])
+            seen += reader.read([rgb(image) for _, image, _ in rows[start : start + BATCH]])
         scores = [_score(asked, found) for (_, _, asked), found in zip(rows, seen, strict=True)]
         return _summed([score.ratios() for score in scores], "found_kind_color")
 

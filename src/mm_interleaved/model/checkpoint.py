@@ -266,10 +266,10 @@ def expected_parameters(config: MMInterleavedConfig) -> dict[str, torch.Size]:
 
 
 def upscale(config: MMInterleavedConfig, factor: float) -> MMInterleavedConfig:
-    """The configuration for pictures `factor` times as large (the original's `image_upscale`).
+    """The configuration for images `factor` times as large (the original's `image_upscale`).
 
     The patch grid grows to int(factor * grid); every map grows with it. Offsets keep their meaning, a share of the
-    picture.
+    image.
     """
     tree = config.to_dict()
     grid = int(config.grid_size * factor)

@@ -24,13 +24,13 @@ SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass
 class MMFSConfig:
-    """One multi-modal feature synchronizer: deformable attention into the maps of earlier pictures."""
+    """One multi-modal feature synchronizer: deformable attention into the maps of earlier images."""
 
     hidden_size: int  # width of the sampled values, over all heads
     levels: list[int]  # sides of the maps it reads, fine to coarse
     num_heads: int = 16
-    num_points: int = 8  # sampling points per head and picture, shared by all levels
-    base_size: int | None = None  # offsets count in 1/base_size of the picture's side; None: side of the query map
+    num_points: int = 8  # sampling points per head and image, shared by all levels
+    base_size: int | None = None  # offsets count in 1/base_size of the image's side; None: side of the query map
     max_images: int = 50  # rows of the relative-position table; row 0 is never used
     offset_init: float = 3.0  # offset biases start uniform in +-offset_init
     enabled: bool = True  # False: the network is built without these synchronizers (an ablation)
@@ -69,15 +69,15 @@ class ResamplerConfig:
 class ImageDecoderConfig:
     """The diffusion decoder: resampler, UNet with synchronizers, VAE and noise schedule."""
 
-    image_size: int  # side of the decoded picture in pixels
+    image_size: int  # side of the decoded image in pixels
     unet: dict[str, Any]  # diffusers UNet2DConditionModel
     vae: dict[str, Any]  # diffusers AutoencoderKL
     scheduler: dict[str, Any]  # diffusers DDPMScheduler
     resampler: ResamplerConfig
     mmfs: MMFSConfig
-    unconditional_probability: float = 0.1  # share of training pictures that lose their context (guidance)
-    vae_batch_size: int = 32  # pictures encoded by the VAE at a time
-    previous_images: int = 1  # how many earlier pictures of the document the UNet looks at
+    unconditional_probability: float = 0.1  # share of training images that lose their context (guidance)
+    vae_batch_size: int = 32  # images encoded by the VAE at a time
+    previous_images: int = 1  # how many earlier images of the document the UNet looks at
     guidance_scale: float = 7.5  # strength of classifier-free guidance, unless the settings of generation say otherwise
 
     @property
@@ -159,13 +159,13 @@ class MMInterleavedConfig(PreTrainedConfig):
         text_config: a transformers decoder; its `vocab_size` includes the new tokens.
         vision_config: the CLIP vision tower.
         adapter, visual_resampler, mmfs, image_decoder: see the dataclasses of this module.
-        mmfs_every: every how many decoder layers look at the pictures, from layer 0 on.
+        mmfs_every: every how many decoder layers look at the images, from layer 0 on.
         mmfs_implementation: "fast" (exact, the default) or "reference" (the published formula, slow).
-        max_context_length: longest context of a picture in tokens (the table of context positions).
+        max_context_length: longest context of an image in tokens (the table of context positions).
         num_new_tokens: tokens at the end of the vocabulary that have their own trainable head rows.
         frozen: regular expressions of the parameters that are not trained.
         loss_text_weight, loss_image_weight: weights of the two losses.
-        normalize_image_loss: divide the image loss by the pictures that count instead of by all (release: all).
+        normalize_image_loss: divide the image loss by the images that count instead of by all (release: all).
         isolate_documents: let self-attention see only its own document in a packed row (release: no).
 
     Raises:
@@ -229,13 +229,13 @@ class MMInterleavedConfig(PreTrainedConfig):
 
     @property
     def pyramid_sides(self) -> list[int]:
-        """Sides of the four feature maps of a picture, fine to coarse."""
+        """Sides of the four feature maps of an image, fine to coarse."""
         grid = self.grid_size
         return [4 * grid, 2 * grid, grid, grid // 2]
 
     @property
     def num_image_tokens(self) -> int:
-        """Visual tokens per picture."""
+        """Visual tokens per image."""
         return self.visual_resampler.num_queries
 
     @property
@@ -256,9 +256,9 @@ class MMInterleavedConfig(PreTrainedConfig):
             (self.grid_size % 2 == 0, f"the patch grid must have an even side, not {self.grid_size}"),
             (vision.num_hidden_layers % 4 == 0, "vision_config.num_hidden_layers must be a multiple of 4 (one group "
              f"per interaction), not {vision.num_hidden_layers}"),
-            (set(self.mmfs.levels) <= set(sides), f"mmfs.levels {self.mmfs.levels} are not among the picture's maps "
+            (set(self.mmfs.levels) <= set(sides), f"mmfs.levels {self.mmfs.levels} are not among the image's maps "
              f"{sides}"),
-            (decoder.mmfs.levels == sides, f"image_decoder.mmfs.levels must be all the picture's maps {sides}, not "
+            (decoder.mmfs.levels == sides, f"image_decoder.mmfs.levels must be all the image's maps {sides}, not "
              f"{decoder.mmfs.levels}"),
             ({decoder.unet.get(f"{way}_channels", 4) for way in ("in", "out")} == {decoder.vae["latent_channels"]},
              "image_decoder.unet.in_channels and out_channels must equal the VAE's latent_channels "
@@ -423,7 +423,7 @@ def _small_image_decoder() -> dict[str, Any]:
             "norm_num_groups": 16,
         },
         "vae": _vae([32, 64, 96], 128, groups=16),
-        # Latents of drawn pictures are smooth: at most times the noise alone could be told without any condition,
+        # Latents of drawn images are smooth: at most times the noise alone could be told without any condition,
         # and the loss of the noise hardly depends on them. The velocity's does.
         "scheduler": {**SD_SCHEDULER, "prediction_type": "v_prediction"},
         "resampler": {
@@ -438,7 +438,7 @@ def _small_image_decoder() -> dict[str, Any]:
 
 
 def _small() -> dict[str, Any]:
-    """About 15 M parameters, pictures of 128 px; meant for a laptop CPU."""
+    """About 15 M parameters, images of 128 px; meant for a laptop CPU."""
     return {
         "text_config": {
             "model_type": "llama",

@@ -37,15 +37,15 @@ class Cost:
 
     Attributes:
         parts: parameters by part, nested parts indented.
-        token: MACs of one decoded token without pictures, text head included.
-        token_with_images: the same with `images` visible pictures, their values being cached.
-        images: how many pictures that counts.
-        encode_image: MACs to encode one picture and to project its values for all decoder layers.
-        draw_step: MACs of one denoising step with guidance and one earlier picture.
-        draw_image: MACs of a whole picture with `steps` steps: conditions, values, denoising, VAE.
+        token: MACs of one decoded token without images, text head included.
+        token_with_images: the same with `images` visible images, their values being cached.
+        images: how many images that counts.
+        encode_image: MACs to encode one image and to project its values for all decoder layers.
+        draw_step: MACs of one denoising step with guidance and one earlier image.
+        draw_image: MACs of a whole image with `steps` steps: conditions, values, denoising, VAE.
         steps: how many steps that counts.
         cache_per_token: cached keys and values of a token, in elements.
-        cache_per_image: cached MMFS values of a picture, in elements.
+        cache_per_image: cached MMFS values of an image, in elements.
     """
 
     parts: list[Part]
@@ -137,7 +137,7 @@ def _layers(model: MMInterleavedModel) -> list:
 
 
 def _token(model: MMInterleavedModel, pyramid: list[Tensor], images: int) -> int:
-    """One token that sees `images` pictures, whose values are at hand."""
+    """One token that sees `images` images, whose values are at hand."""
     seen = image_features(model.config, [m.expand(images, -1, -1, -1) for m in pyramid])
     with torch.no_grad():
         seen.values = [s.project(seen.features) for s in _layers(model)]

@@ -233,15 +233,15 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             )
 
     def embed(self, input_ids: Tensor, image_tokens: Tensor | None, checked: bool = False) -> Tensor:
-        """Token embeddings [batch, length, width], with pictures in place and `soi_token` added to every SOI.
+        """Token embeddings [batch, length, width], with images in place and `soi_token` added to every SOI.
 
         Args:
             input_ids: [batch, length].
-            image_tokens: [pictures, num_image_tokens, width] in the order of their slots; None: no picture.
-            checked: whether their slots are known to be there; more pictures may then follow, for which there are none.
+            image_tokens: [images, num_image_tokens, width] in the order of their slots; None: no image.
+            checked: whether their slots are known to be there; more images may then follow, for which there are none.
 
         Raises:
-            ValueError: the number of image slots is not num_image_tokens times the number of pictures.
+            ValueError: the number of image slots is not num_image_tokens times the number of images.
         """
         embeds = self.language_model.embed_tokens(input_ids)
         is_soi = (input_ids == self.config.soi_token_id)[..., None]

@@ -186,7 +186,7 @@ def config_from_original(description: dict[str, Any]) -> MMInterleavedConfig:
         raise ValueError(f"the description of the original's model lacks {', '.join(missing)}")
     if not description["model"]["visual_tokenizer_config"].get("clip_normalize", True):
         raise ValueError(
-            "clip_normalize=False is not supported; released models normalise pictures with CLIP's constants"
+            "clip_normalize=False is not supported; released models normalise images with CLIP's constants"
         )
     model, clip, vae = description["model"], description["clip_vision"], dict(description["vae"])
     decoder, tokens = model["image_decoder_config"], model["special_token_dict"]

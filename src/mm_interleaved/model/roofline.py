@@ -1,6 +1,6 @@
 """How long work must take at least: what it computes and what it moves, from the model itself.
 
-Only what cannot be avoided counts: every weight that takes part is read once a call, every kept key, value and picture
+Only what cannot be avoided counts: every weight that takes part is read once a call, every kept key, value and image
 sample once, and matrix products are done once. Whichever of memory and arithmetic takes longer is the bound.
 """
 
@@ -40,8 +40,8 @@ def _size(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for m in modules for p in m.parameters() for t in stored(p))
 
 
-def decoding(model: MMInterleavedModel, cost: Cost, columns: int, pictures: int, rows: int = 1) -> Need:
-    """One token of `rows` rows that share `columns` columns and see `pictures` pictures.
+def decoding(model: MMInterleavedModel, cost: Cost, columns: int, images: int, rows: int = 1) -> Need:
+    """One token of `rows` rows that share `columns` columns and see `images` images.
 
     The query side of MMFS counts as folded, and its samples as four neighbours each.
     """
@@ -49,10 +49,10 @@ def decoding(model: MMInterleavedModel, cost: Cost, columns: int, pictures: int,
     element = language.norm.weight.element_size()
     layers = synchronizers(language)
     folded = mmfs.num_heads * mmfs.num_points * (2 + len(mmfs.levels))
-    looking = len(layers) * text.hidden_size * (folded * (pictures > 0) + mmfs.hidden_size) * element
-    samples = len(layers) * pictures * len(mmfs.levels) * mmfs.num_points * mmfs.hidden_size * 4
+    looking = len(layers) * text.hidden_size * (folded * (images > 0) + mmfs.hidden_size) * element
+    samples = len(layers) * images * len(mmfs.levels) * mmfs.num_points * mmfs.hidden_size * 4
     attention = 2 * 2 * columns * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    per_token = cost.token + (cost.token_with_images - cost.token) * (pictures > 0)
+    per_token = cost.token + (cost.token_with_images - cost.token) * (images > 0)
     return Need(
         operations=rows * (2 * per_token + attention),
         bytes=_size(language.layers, language.norm, model.lm_head) - _size(*layers) + looking
@@ -60,16 +60,16 @@ def decoding(model: MMInterleavedModel, cost: Cost, columns: int, pictures: int,
     )  # fmt: skip
 
 
-def reading(model: MMInterleavedModel, cost: Cost, length: int, pictures: int) -> Need:
-    """A text of `length` tokens read at once, and its pictures encoded."""
+def reading(model: MMInterleavedModel, cost: Cost, length: int, images: int) -> Need:
+    """A text of `length` tokens read at once, and its images encoded."""
     text = model.config.text_config
     head = text.hidden_size * model.config.vocab_size
     attention = 2 * length * length * text.num_attention_heads * text.head_dim * text.num_hidden_layers  # causal
-    macs = length * (cost.token_with_images - head) + pictures * cost.encode_image
+    macs = length * (cost.token_with_images - head) + images * cost.encode_image
     return Need(2 * macs + attention, _size(model.language_model, model.visual_tokenizer))
 
 
 def drawing(model: MMInterleavedModel, cost: Cost) -> Need:
-    """A picture of `cost.steps` guided steps, from its context to its pixels."""
+    """An image of `cost.steps` guided steps, from its context to its pixels."""
     decoder = model.image_decoder
     return Need(2 * cost.draw_image, cost.steps * _size(decoder.unet) + _size(decoder.vae, decoder.resampler))

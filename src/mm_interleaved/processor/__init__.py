@@ -1,4 +1,4 @@
-"""Documents to tensors and back: tokenisation, picture transforms, packing, labels."""
+"""Documents to tensors and back: tokenisation, image transforms, packing, labels."""
 
 from .batch import Batch, build_labels
 from .processor import MMInterleavedProcessor

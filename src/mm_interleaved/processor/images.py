@@ -1,4 +1,4 @@
-"""Pictures in files become arrays: reading with clear errors, and the two ways of fitting a picture into a square."""
+"""Images in files become arrays: reading with clear errors, and the two ways of fitting an image into a square."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import PIL.ImageOps
 from ..document import DocumentError, FileSlice
 from ..document.errors import UNREADABLE_IMAGE
 
-Source = str | Path | FileSlice | PIL.Image.Image  # of a picture
+Source = str | Path | FileSlice | PIL.Image.Image  # of an image
 
 MAX_PIXELS = 178_956_970  # where PIL itself suspects a decompression bomb (about 13400 x 13400)
 
 
-def open_picture(source: Source, where: str = "") -> PIL.Image.Image:
-    """A picture whose header has been read, but not yet its pixels.
+def open_image(source: Source, where: str = "") -> PIL.Image.Image:
+    """An image whose header has been read, but not yet its pixels.
 
     Raises:
         DocumentError: missing, empty, without pixels, too large, closed, or in no format that PIL reads.
@@ -42,20 +42,20 @@ def open_picture(source: Source, where: str = "") -> PIL.Image.Image:
         return image
 
 
-def load_picture(source: Source, where: str = "", draft: int | None = None) -> PIL.Image.Image:
-    """An RGB picture from a file or a PIL image: the first frame, upright, at 8 bits a channel.
+def load_image(source: Source, where: str = "", draft: int | None = None) -> PIL.Image.Image:
+    """An RGB image from a file or a PIL image: the first frame, upright, at 8 bits a channel.
 
     Args:
         source: where it is.
         where: the place to name in errors.
         draft: decode a JPEG at a fraction of its size, as long as both sides keep this many pixels. Faster for large
-            pictures; the pixels differ a little.
+            images; the pixels differ a little.
 
     Raises:
         DocumentError: missing, empty, truncated, too large, closed, in no format that PIL reads, or in a mode whose
             values have no known range.
     """
-    image = open_picture(source, where)
+    image = open_image(source, where)
     with _explained(source, where):
         if draft:
             image.draft(None, (draft, draft))
@@ -76,7 +76,7 @@ def _explained(source: Source, where: str) -> Iterator[None]:
         raise DocumentError(f"{name} does not exist", where, "Check the path") from None
     except PIL.UnidentifiedImageError:
         empty = _size(source) == 0
-        problem = "is empty (0 bytes)" if empty else "is not a picture that can be read"
+        problem = "is empty (0 bytes)" if empty else "is not an image that can be read"
         raise DocumentError(f"{name} {problem}", where, "Save it as PNG or JPEG") from None
     except PIL.Image.DecompressionBombError:
         raise DocumentError(
@@ -124,16 +124,16 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def halved(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """The picture, halved with a box filter while its shorter side is at least twice `size`."""
+    """The image, halved with a box filter while its shorter side is at least twice `size`."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
     return image
 
 
 def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """The central square of a picture at `size` pixels, as the release computes it (spec/model 1.4).
+    """The central square of an image at `size` pixels, as the release computes it (spec/model 1.4).
 
-    While the shorter side is at least twice `size` the picture is halved with a box filter; then it is resized
+    While the shorter side is at least twice `size` the image is halved with a box filter; then it is resized
     bicubically until the shorter side is `size`, and cropped.
 
     Returns:
@@ -154,7 +154,7 @@ def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
 
 
 def squash(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """The whole picture, stretched bicubically to a square: uint8 [size, size, 3]. Keeps boxes valid."""
+    """The whole image, stretched bicubically to a square: uint8 [size, size, 3]. Keeps boxes valid."""
     return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC))
 
 
@@ -166,7 +166,7 @@ def to_array(image: np.ndarray) -> np.ndarray:
     return image.transpose(2, 0, 1).astype(np.float32) / 255
 
 
-def to_picture(values: np.ndarray) -> PIL.Image.Image:
-    """float [3, height, width] in [0, 1] to a picture; rounds half up, as the release does."""
+def to_pil(values: np.ndarray) -> PIL.Image.Image:
+    """float [3, height, width] in [0, 1] to an image; rounds half up, as the release does."""
     pixels = (values.astype(np.float32) * 255 + 0.5).clip(0, 255).astype(np.uint8)
     return PIL.Image.fromarray(pixels.transpose(1, 2, 0))

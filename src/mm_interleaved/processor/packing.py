@@ -18,12 +18,12 @@ Cut = Literal["image", "document"]
 
 @dataclass
 class TokenStream:
-    """Tokens with the pictures that stand among them.
+    """Tokens with the images that stand among them.
 
     Attributes:
-        ids: int64 [length]; each picture is one begin-of-image id and `num_image_tokens` image ids.
+        ids: int64 [length]; each image is one begin-of-image id and `num_image_tokens` image ids.
         learned: bool [length], whether training learns the token.
-        images: the pictures in the order of their begin-of-image ids.
+        images: the images in the order of their begin-of-image ids.
     """
 
     ids: np.ndarray
@@ -43,7 +43,7 @@ class TokenStream:
         return TokenStream(ids, learned, self.images + other.images)
 
     def split(self, at: int, soi_token_id: int) -> tuple[TokenStream, TokenStream]:
-        """The part before position `at` and the rest; a picture goes with its begin-of-image id."""
+        """The part before position `at` and the rest; an image goes with its begin-of-image id."""
         count = int((self.ids[:at] == soi_token_id).sum())
         return (
             TokenStream(self.ids[:at], self.learned[:at], self.images[:count]),
@@ -62,19 +62,19 @@ def pack(
     cut: Cut = "image",
     keep_last: bool = True,
 ) -> Iterator[TokenStream]:
-    """Join documents and cut the stream into rows of at most `length` tokens. No picture is ever cut.
+    """Join documents and cut the stream into rows of at most `length` tokens. No image is ever cut.
 
-    A row may start and end in the middle of a document. Rows without a picture are dropped.
+    A row may start and end in the middle of a document. Rows without an image are dropped.
 
     Args:
         documents: token streams, each starting with `<s>`.
         length: tokens of a full row.
-        num_image_tokens: image ids per picture.
+        num_image_tokens: image ids per image.
         bos_token_id: id of `<s>`.
         soi_token_id: id of the begin-of-image token.
-        max_images: most pictures in a row; None: no limit.
-        cut: where a row ends whose last picture does not fit: before that picture ("image"), or before the document
-            that holds it ("document"; a document that fills the whole row is cut before the picture all the same).
+        max_images: most images in a row; None: no limit.
+        cut: where a row ends whose last image does not fit: before that image ("image"), or before the document
+            that holds it ("document"; a document that fills the whole row is cut before the image all the same).
         keep_last: whether what remains at the end makes a row, however short.
     """
     rules = PackingRules(length, num_image_tokens, bos_token_id, soi_token_id, max_images, cut)
@@ -111,7 +111,7 @@ class PackingRules:
         if limit is not None and len(complete) > limit:
             end = self._after_limit(buffer.ids, soi, limit)
         elif len(complete) < len(soi):
-            end = self._before_cut_picture(buffer.ids, int(soi[-1]))
+            end = self._before_cut_image(buffer.ids, int(soi[-1]))
         return buffer.split(end, self.soi_token_id)
 
     def _after_limit(self, ids: np.ndarray, soi: np.ndarray, limit: int) -> int:
@@ -121,13 +121,11 @@ class PackingRules:
         start = self._last_bos(ids, surplus)
         return start if start > soi[limit - 1] else surplus
 
-    def _before_cut_picture(self, ids: np.ndarray, picture: int) -> int:
-        if picture == 0:
-            raise ValueError(
-                f"a picture of {self.num_image_tokens + 1} tokens does not fit into a row of {self.length}"
-            )
-        start = self._last_bos(ids, picture) if self.cut == "document" else 0
-        return start if start > 0 else picture
+    def _before_cut_image(self, ids: np.ndarray, image: int) -> int:
+        if image == 0:
+            raise ValueError(f"an image of {self.num_image_tokens + 1} tokens does not fit into a row of {self.length}")
+        start = self._last_bos(ids, image) if self.cut == "document" else 0
+        return start if start > 0 else image
 
     def _last_bos(self, ids: np.ndarray, before: int) -> int:
         found = np.flatnonzero(ids[:before] == self.bos_token_id)

@@ -18,11 +18,11 @@ from ..document.arrays import is_array
 from ..model.config import MMInterleavedConfig
 from ..validation import nearest_name
 from .batch import Batch, build_labels
-from .images import CROPS, Source, halved, load_picture
+from .images import CROPS, Source, halved, load_image
 from .packing import Cut, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
 
-# Vicuna's manner of speaking. A template prints one <|image|> for a picture.
+# Vicuna's manner of speaking. A template prints one <|image|> for an image.
 CHAT_TEMPLATE = """
 {%- macro show(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = """
 
 
 class Views(NamedTuple):
-    """One picture in both sizes.
+    """One image in both sizes.
 
     Attributes:
         seen: uint8 [image_size, image_size, 3].
@@ -50,15 +50,15 @@ class Views(NamedTuple):
 
 
 class MMInterleavedProcessor(ProcessorMixin):
-    """Turns documents into a `Batch`, and ids and pictures back into documents.
+    """Turns documents into a `Batch`, and ids and images back into documents.
 
     Args:
         tokenizer: any transformers tokenizer; the two image tokens are added if it lacks them.
-        num_image_tokens: visual tokens of a picture.
-        image_size: side of the pictures that the model sees.
-        target_size: side of the pictures that the model draws.
+        num_image_tokens: visual tokens of an image.
+        image_size: side of the images that the model sees.
+        target_size: side of the images that the model draws.
         max_length: longest row in tokens.
-        crop: how pictures become square: "center" cuts the middle out, "squash" stretches (for boxes).
+        crop: how images become square: "center" cuts the middle out, "squash" stretches (for boxes).
         chat_template: Jinja template for conversations; None: Vicuna's manner.
     """
 
@@ -115,10 +115,10 @@ class MMInterleavedProcessor(ProcessorMixin):
         """Segments as tokens.
 
         Args:
-            segments: texts and pictures without open slots and roles.
+            segments: texts and images without open slots and roles.
             start: begin with `<s>`.
             close: end with `</s>`.
-            after_image: a picture stands right before these segments.
+            after_image: an image stands right before these segments.
 
         Raises:
             DocumentError: an open slot, or a text with a reserved image token in it.
@@ -188,7 +188,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         for index, segment in enumerate(segments):
             _check_segment(segment, index)
         images = iter([s for s in segments if isinstance(s, Image)])
-        # The template sees where pictures stand, not what they are.
+        # The template sees where images stand, not what they are.
         messages = Document([Image("", role=s.role) if isinstance(s, Image) else s for s in segments]).to_messages()
         written: list[Segment] = []
         said = ""
@@ -296,10 +296,10 @@ class MMInterleavedProcessor(ProcessorMixin):
             padding_side: where shorter rows are filled up; left for text generation.
             packing: join documents into rows of `max_length` tokens instead of one row each.
             cut: with packing, where rows end; see `packing.pack`.
-            max_images: with packing, most pictures in a row.
+            max_images: with packing, most images in a row.
             max_length: longest row; None: the model's.
-            truncation: cut longer rows (before a picture that does not fit) instead of refusing them.
-            ignore_text_before_image: do not learn text before the first picture, for all documents or for each
+            truncation: cut longer rows (before an image that does not fit) instead of refusing them.
+            ignore_text_before_image: do not learn text before the first image, for all documents or for each
                 (spec/model 7.1; with packing one value for all).
             padding: True or "longest", as transformers calls what is done to shorter rows.
             return_tensors: "pt"; the processor gives PyTorch tensors only.
@@ -344,7 +344,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             )
         )
         if not rows:
-            raise ValueError("packing drops rows without pictures, and no document has one")
+            raise ValueError("packing drops rows without images, and no document has one")
         return rows
 
     def _fit(self, stream: TokenStream, index: int, document: Document, limit: int, truncation: bool) -> TokenStream:
@@ -356,8 +356,8 @@ class MMInterleavedProcessor(ProcessorMixin):
                 "Shorten it, or cut it with truncation",
             )  # fmt: skip
         soi = np.flatnonzero(stream.ids[:limit] == self.soi_token_id)
-        cut_picture = len(soi) and soi[-1] + self.num_image_tokens >= limit
-        return stream.split(int(soi[-1]) if cut_picture else limit, self.soi_token_id)[0]
+        cut_image = len(soi) and soi[-1] + self.num_image_tokens >= limit
+        return stream.split(int(soi[-1]) if cut_image else limit, self.soi_token_id)[0]
 
     def collate(
         self,
@@ -378,7 +378,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             ignore_text_before_image: as in `__call__`.
             views: the images as `views` returns them; None: they are read here.
             pad_to: shortest length of the rows.
-            eight_bit: leave pictures as uint8, a quarter of the memory on their way to the model.
+            eight_bit: leave images as uint8, a quarter of the memory on their way to the model.
 
         Raises:
             DocumentError: an image cannot be read; names its row and its number there.
@@ -427,10 +427,10 @@ class MMInterleavedProcessor(ProcessorMixin):
             batch["image_loss_mask"] = torch.tensor([float(i.supervise) for i in images])
         return batch
 
-    def pixels(self, pictures: Sequence[PIL.Image.Image], size: int | None = None) -> torch.Tensor:
-        """RGB pictures as float32 [pictures, 3, size, size] in [0, 1]; size None: the encoder's."""
+    def pixels(self, images: Sequence[PIL.Image.Image], size: int | None = None) -> torch.Tensor:
+        """RGB images as float32 [images, 3, size, size] in [0, 1]; size None: the encoder's."""
         size = size or self.image_size
-        return _stack([CROPS[self.crop](picture, size) for picture in pictures], size)
+        return _stack([CROPS[self.crop](image, size) for image in images], size)
 
     def views(self, image: Image, training: bool, draft: bool = False, where: str = "") -> Views:
         """An image as the model reads it and, for training, as it generates it; both from one decoding.
@@ -438,23 +438,23 @@ class MMInterleavedProcessor(ProcessorMixin):
         Args:
             image: the segment.
             training: whether the view to generate is needed.
-            draft: decode large JPEGs at a fraction of their size; see `load_picture`.
+            draft: decode large JPEGs at a fraction of their size; see `load_image`.
             where: the place to name in errors.
 
         Raises:
             DocumentError: it cannot be read.
         """
         crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
-        picture = load_picture(cast("Source", image.source), where, least)
+        opened = load_image(cast("Source", image.source), where, least)
         if self.crop == "center" and training:
-            picture = halved(picture, max(self.image_size, self.target_size))  # the first halvings serve both views
-        seen = crop(picture, self.image_size)
+            opened = halved(opened, max(self.image_size, self.target_size))  # the first halvings serve both views
+        seen = crop(opened, self.image_size)
         if not training:
             return Views(seen, None)
         target = (
-            picture
+            opened
             if image.target is None
-            else load_picture(cast("Source", image.target), f"{where}, target" if where else "target", least)
+            else load_image(cast("Source", image.target), f"{where}, target" if where else "target", least)
         )
         if image.target is None and self.target_size == self.image_size:
             return Views(seen, seen)
@@ -467,34 +467,34 @@ class MMInterleavedProcessor(ProcessorMixin):
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def to_document(self, ids: Sequence[int], images: Sequence[Any] = ()) -> Document:
-        """Ids and their pictures as a document.
+        """Ids and their images as a document.
 
         Raises:
-            ValueError: there are more or fewer pictures than begin-of-image tokens.
+            ValueError: there are more or fewer images than begin-of-image tokens.
         """
         segments: list[Segment] = []
         run: list[int] = []
-        pictures = list(images)
+        remaining = list(images)
         count = sum(1 for i in ids if i == self.soi_token_id)
-        if count != len(pictures):
-            raise ValueError(f"the ids hold {count} begin-of-image tokens, but there are {len(pictures)} pictures")
+        if count != len(remaining):
+            raise ValueError(f"the ids hold {count} begin-of-image tokens, but there are {len(remaining)} images")
         for token in [*ids, None]:
             if token is None or token == self.soi_token_id:
                 if words := self.decode_text(run):
                     segments.append(Text(words))
                 run = []
                 if token is not None:
-                    segments.append(Image(pictures.pop(0)))
+                    segments.append(Image(remaining.pop(0)))
             elif token != self.image_token_id:
                 run.append(token)
         return Document(segments)
 
 
-def _stack(pictures: Sequence[np.ndarray], size: int, eight_bit: bool = False) -> torch.Tensor:
-    """uint8 pictures [size, size, 3] as float32 [pictures, 3, size, size] in [0, 1], or as uint8."""
-    if not pictures:
+def _stack(images: Sequence[np.ndarray], size: int, eight_bit: bool = False) -> torch.Tensor:
+    """uint8 images [size, size, 3] as float32 [images, 3, size, size] in [0, 1], or as uint8."""
+    if not images:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8 if eight_bit else torch.float32)
-    channels_first = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    channels_first = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     if eight_bit:
         return channels_first.contiguous()
     return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
@@ -536,7 +536,7 @@ def _check_segment(segment: Segment, index: int) -> None:
     for token in (SOI_TOKEN, IMAGE_TOKEN):
         if isinstance(segment, Text) and token in (segment.text or ""):
             raise DocumentError(f"the text contains the reserved token '{token}'", f"segments[{index}]",
-                                "Pictures are segments of their own")  # fmt: skip
+                                "Images are segments of their own")  # fmt: skip
 
 
 def _with_image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -559,7 +559,7 @@ def _join(texts: Sequence[Text]) -> str:
 
 
 def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Segment]:
-    """Text with one image token a picture as segments."""
+    """Text with one image token an image as segments."""
     segments: list[Segment] = []
     for index, piece in enumerate(text.split(IMAGE_TOKEN)):
         if index:

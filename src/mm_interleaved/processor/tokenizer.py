@@ -1,7 +1,7 @@
 """Text and ids: a SentencePiece tokenizer with the two image tokens, and the segment-wise rule of the release.
 
 The released weights were trained with a tokenizer that treats every stretch of text between special tokens as a text of
-its own, so that the first word after a picture always carries the word-boundary mark (spec/model 1.2). Tokenizers of
+its own, so that the first word after an image always carries the word-boundary mark (spec/model 1.2). Tokenizers of
 today do not; `encode_text` spells the rule out and works with any of them.
 """
 
@@ -16,8 +16,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-SOI_TOKEN = "<|beginofimage|>"  # opens a picture
-IMAGE_TOKEN = "<|image|>"  # one visual token of a picture
+SOI_TOKEN = "<|beginofimage|>"  # opens an image
+IMAGE_TOKEN = "<|image|>"  # one visual token of an image
 
 
 class MMInterleavedTokenizer(SentencePieceBackend):

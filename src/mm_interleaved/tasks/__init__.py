@@ -13,7 +13,7 @@ import difflib
 
 from . import ade20k, captions, grounding, instructions, stories, text_to_image, visdial, vqa
 from .base import Item, Sample, Task, TaskConfig, TaskType, given, render
-from .files import Pictures, Source, TaskError
+from .files import ImageFolder, Source, TaskError
 
 FAMILIES = (captions, vqa, visdial, grounding, text_to_image, ade20k, stories, instructions)
 TASKS: dict[str, TaskType] = {task.name: task for family in FAMILIES for task in family.TASKS}
@@ -45,6 +45,6 @@ def register(task: TaskType) -> TaskType:
 
 
 __all__ = [
-    "TASKS", "Item", "Pictures", "Sample", "Source", "Task", "TaskConfig", "TaskError", "TaskType", "given",
+    "TASKS", "Item", "ImageFolder", "Sample", "Source", "Task", "TaskConfig", "TaskError", "TaskType", "given",
     "make_task", "register", "render",
 ]  # fmt: skip

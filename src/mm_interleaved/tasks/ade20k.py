@@ -54,7 +54,7 @@ def read(source: Source) -> Iterator[Item]:
     """A coloured map, a caption, and the photo as an open slot.
 
     The reference names the label map and how the photo is to be laid over it: both are cut to their middle, or (in the
-    original, `compat`) the square picture is stretched to the map's sides.
+    original, `compat`) the square image is stretched to the map's sides.
     """
     path = source.file(f"{source.phase}.json")
     for where, record in records(read_json(path), str(path)):

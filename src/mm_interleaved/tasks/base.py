@@ -13,7 +13,7 @@ import numpy as np
 
 from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
-from .files import Pictures, Source, TaskError, checked, read_json
+from .files import ImageFolder, Source, TaskError, checked, read_json
 
 Makes = Literal["text", "image", "scores"]
 Value = str | Segment | Sequence[Segment]
@@ -25,12 +25,12 @@ class Item:
 
     Attributes:
         id: unique in its task.
-        fields: what may stand in a prompt template, by name: text, a picture, or several segments.
+        fields: what may stand in a prompt template, by name: text, an image, or several segments.
         reference: what metrics compare with; plain data.
         answer: what training learns in the place of the open slots, in order.
         options: for tasks that rank them, the texts to score.
         meta: what else metrics and galleries want to know.
-        problem: why it cannot be evaluated (its picture is missing), "" if it can.
+        problem: why it cannot be evaluated (its image is missing), "" if it can.
         place: where it stands in the files.
     """
 
@@ -49,7 +49,7 @@ class Sample:
     """An item with its prompt written out.
 
     Attributes:
-        document: the prompt, with an open slot for each text or picture that is to be made.
+        document: the prompt, with an open slot for each text or image that is to be made.
         id, reference, answer, options, meta, problem: as in `Item`.
     """
 
@@ -70,16 +70,16 @@ class TaskType:
         name: how configurations call it.
         description: what it is, in a line.
         read: yields the items of a phase in a fixed order.
-        makes: what is generated: a text, pictures, or scores of options.
+        makes: what is generated: a text, images, or scores of options.
         prompt: template with `{field}`s of the items; an open slot is added to its end if it has none.
         metrics: names of what is measured.
-        settings: how texts are written or pictures drawn.
+        settings: how texts are written or images drawn.
         post: what is done to a generated text before it is measured.
         phases: parts of the data set, the default first.
         options: the task's own settings and their values, the default first; no values: any text.
         example: template of a few-shot example; "": the task takes none.
-        crop: how pictures become square: boxes need "squash".
-        select: which of several pictures for a prompt counts: the first, or the one that CLIP finds closest.
+        crop: how images become square: boxes need "squash".
+        select: which of several images for a prompt counts: the first, or the one that CLIP finds closest.
         images, annotations: where the files lie in the documented tree.
         obtain: where to get the files, for messages.
     """
@@ -110,7 +110,7 @@ class TaskConfig:
         task: name of a task type.
         name: how results call it; "": the type's name.
         root: folder of the documented tree; the type knows where its files lie there.
-        images: folder of the pictures; None: where it lies in the tree.
+        images: folder of the images; None: where it lies in the tree.
         annotations: folder of the annotation files, or the one such file; None: where it lies in the tree.
         phase: part of the data set; "": the type's default.
         limit: take so many samples, from the start.
@@ -118,7 +118,7 @@ class TaskConfig:
         generation: settings that differ, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
         options: the type's own settings.
         shots: examples before the question (`{examples}` in the prompt; else they stand in front).
-        shot_template: how one is written; None: the type's way. Pictures come along if it has `{image}`.
+        shot_template: how one is written; None: the type's way. Images come along if it has `{image}`.
         shot_phase: part of the data set that examples come from.
         shot_images, shot_annotations: where that part lies; None: as above.
         neighbours: JSON file {sample's id: [examples' ids, the most similar first]}; None: examples are drawn.
@@ -221,23 +221,23 @@ class Task:
         """Where the files are, and which part of them is wanted.
 
         Raises:
-            TaskError: the folder of pictures does not exist.
+            TaskError: the folder of images does not exist.
         """
         config, kind = self.config, self.kind
         root = Path(config.root)
         images = Path(config.images) if config.images is not None else root / kind.images
         annotations = Path(config.annotations) if config.annotations is not None else root / kind.annotations
         if not images.is_dir():
-            raise TaskError(f"task '{self.name}' has its pictures in this folder, which does not exist", str(images),
+            raise TaskError(f"task '{self.name}' has its images in this folder, which does not exist", str(images),
                             kind.obtain)  # fmt: skip
         options = {name: values[0] if values else "" for name, values in kind.options.items()} | config.options
         phase = config.phase or kind.phases[0]
-        return Source(self.name, Pictures(images), annotations, phase, kind.obtain, options, config.limit,
+        return Source(self.name, ImageFolder(images), annotations, phase, kind.obtain, options, config.limit,
                       config.seed, config.compat)  # fmt: skip
 
     def _shot_source(self) -> Source:
         config, source = self.config, self.source()
-        images = source.images if config.shot_images is None else Pictures(Path(config.shot_images))
+        images = source.images if config.shot_images is None else ImageFolder(Path(config.shot_images))
         annotations = source.annotations if config.shot_annotations is None else Path(config.shot_annotations)
         return replace(source, images=images, annotations=annotations, phase=config.shot_phase, limit=None)
 
@@ -288,7 +288,7 @@ class Shots:
 
 
 def render(template: str, fields: Mapping[str, Value], where: str = "") -> list[Segment]:
-    """A prompt as segments: the template with its `{field}`s filled in; white space next to pictures is dropped.
+    """A prompt as segments: the template with its `{field}`s filled in; white space next to images is dropped.
 
     Raises:
         TaskError: the template has a field that there is not, or is no template.
@@ -365,5 +365,5 @@ def _check(kind: TaskType, config: TaskConfig) -> None:
 
 
 def given(path: Path | str) -> Image:
-    """A picture of a prompt."""
+    """An image of a prompt."""
     return Image(path, supervise=False)

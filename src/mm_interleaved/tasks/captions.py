@@ -23,7 +23,7 @@ def first_sentence(text: str) -> str:
 
 
 def read_karpathy(source: Source) -> Iterator[Item]:
-    """A list of {image, caption: [five]}, as BLIP published it; the id is the number in the picture's name."""
+    """A list of {image, caption: [five]}, as BLIP published it; the id is the number in the image's name."""
     path = source.file(f"annotations/coco_karpathy_{source.phase}.json")
     for index, (where, record) in enumerate(records(read_json(path), str(path))):
         name = get(record, "image", str, where)
@@ -31,8 +31,8 @@ def read_karpathy(source: Source) -> Iterator[Item]:
         single = isinstance(value, str)  # the list for training has a record for every caption
         captions = strings([value] if single else value, f"{where}, 'caption'")
         number = str(trailing_number(name, where))
-        picture, problem = source.images.find(name)
-        yield Item(f"{number}-{index}" if single else number, {"image": given(picture)}, captions,
+        image, problem = source.images.find(name)
+        yield Item(f"{number}-{index}" if single else number, {"image": given(image)}, captions,
                    [Text(captions[0].lower())], meta={"image_id": number}, problem=problem, place=where)  # fmt: skip
 
 
@@ -45,12 +45,12 @@ def read_coco_form(name: str) -> Any:
         images = by_key(list(records(data.get("images"), f"{path}, 'images'")), "id", int)
         captions = _captions(data, path, set(images))
         for number, (where, record) in images.items():
-            picture, problem = source.images.find(get(record, "file_name", str, where))
+            image, problem = source.images.find(get(record, "file_name", str, where))
             texts = strings(captions.get(number, []), f"{where}, captions of image {number}")
             meta = {"image_id": str(number)}
             if "domain" in record:
                 meta["domain"] = get(record, "domain", str, where)
-            yield Item(str(number), {"image": given(picture)}, texts, [Text(texts[0].lower())], meta=meta,
+            yield Item(str(number), {"image": given(image)}, texts, [Text(texts[0].lower())], meta=meta,
                        problem=problem, place=where)  # fmt: skip
 
     return read
@@ -70,7 +70,7 @@ def _captions(data: dict[str, Any], path: Path, known: set[int]) -> dict[int, li
 
 
 def read_paragraphs(source: Source) -> Iterator[Item]:
-    """`paragraphs_coco.json` and the ids of a phase; the picture is the end of its URL (`VG_100K/2356347.jpg`)."""
+    """`paragraphs_coco.json` and the ids of a phase; the image is the end of its URL (`VG_100K/2356347.jpg`)."""
     path = source.file("annotations/paragraphs_coco.json")
     split = source.file(f"annotations/{source.phase}_split.json")
     data = checked(read_json(path), dict, str(path))
@@ -81,28 +81,28 @@ def read_paragraphs(source: Source) -> Iterator[Item]:
             raise TaskError(f"image {number} has no paragraph in {path}", f"{split}, item {index}",
                             "Take both files from one release")  # fmt: skip
         where, record = found[number]
-        picture, problem = source.images.find("/".join(get(record, "url", str, where).split("/")[-2:]))
+        image, problem = source.images.find("/".join(get(record, "url", str, where).split("/")[-2:]))
         texts = strings([get(record, "caption", str, where)], where)
-        yield Item(str(number), {"image": given(picture)}, texts, [Text(texts[0])], meta={"image_id": str(number)},
+        yield Item(str(number), {"image": given(image)}, texts, [Text(texts[0])], meta={"image_id": str(number)},
                    problem=problem, place=where)  # fmt: skip
 
 
 _SHARED: dict[str, Any] = {"makes": "text", "prompt": PROMPT, "metrics": METRICS, "settings": SETTINGS,
                            "example": EXAMPLE}  # fmt: skip
 TASKS = (
-    TaskType("coco_karpathy", "captions of COCO pictures, Karpathy's split", read_karpathy, post=first_sentence,
+    TaskType("coco_karpathy", "captions of COCO images, Karpathy's split", read_karpathy, post=first_sentence,
              phases=("test", "val", "train"), images="coco", annotations="coco",
              obtain="Get coco_karpathy_*.json from the BLIP release, train2014 and val2014 from cocodataset.org",
              **_SHARED),
-    TaskType("flickr30k", "captions of Flickr30k's 1,000 test pictures", read_coco_form("test1k.token.coco_format"),
+    TaskType("flickr30k", "captions of Flickr30k's 1,000 test images", read_coco_form("test1k.token.coco_format"),
              phases=("test",), images="flickr30k/flickr30k-images", annotations="flickr30k",
-             obtain="Ask the Flickr30k site for the pictures; write Karpathy's test split in COCO's form", **_SHARED),
+             obtain="Ask the Flickr30k site for the images; write Karpathy's test split in COCO's form", **_SHARED),
     TaskType("nocaps", "captions of objects that COCO does not have", read_coco_form("nocaps_val_4500_captions.json"),
              images="nocaps/images", annotations="nocaps",
-             obtain="Get the annotations from nocaps.org and the pictures that they list from Open Images", **_SHARED),
-    TaskType("image2paragraph", "paragraphs about Visual Genome pictures", read_paragraphs,
+             obtain="Get the annotations from nocaps.org and the images that they list from Open Images", **_SHARED),
+    TaskType("image2paragraph", "paragraphs about Visual Genome images", read_paragraphs,
              makes="text", prompt="{image}Please describe the image in detail. The image depicts", metrics=METRICS,
              settings=GenerationSettings(text=TEXT_PRESETS["paragraph"]), example=EXAMPLE,
              phases=("test", "val", "train"), images="image2paragraph/images", annotations="image2paragraph",
-             obtain="Get the paragraphs and Visual Genome's two archives of pictures; convert them to COCO's form"),
+             obtain="Get the paragraphs and Visual Genome's two archives of images; convert them to COCO's form"),
 )  # fmt: skip

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..document import DocumentError, Image, Segment
-from ..processor.images import load_picture, open_picture
+from ..processor.images import load_image, open_image
 from .base import Sample, Task
 from .files import TaskError
 
 NAMED = 5  # problems of one kind that are named
-DECODED = 100  # pictures that are read to their last pixel; of the others only the header
+DECODED = 100  # images that are read to their last pixel; of the others only the header
 
 EXPECTED = {
     ("coco_karpathy", "test"): 5_000, ("flickr30k", "test"): 1_000, ("nocaps", "val"): 4_500,
@@ -28,15 +28,15 @@ class TaskCheck:
 
     Attributes:
         samples: how many there are.
-        pictures: different picture files that they name.
-        missing, unreadable: how many of those are not there, or no pictures.
+        images: different image files that they name.
+        missing, unreadable: how many of those are not there, or no images.
         expected: samples of the official set; None: not known, or a limit was set.
         problems: what is wrong, with places; a few of each kind.
         fix: where the files come from.
     """
 
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     missing: int = 0
     unreadable: int = 0
     expected: int | None = None
@@ -50,7 +50,7 @@ class TaskCheck:
 
 
 def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCheck:
-    """Read all of a task's annotations, look at every picture's header, and decode some pictures.
+    """Read all of a task's annotations, look at every image's header, and decode some images.
 
     Args:
         task: what to check.
@@ -67,11 +67,11 @@ def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCh
             advance()
     except TaskError as error:
         found.problems.insert(0, str(error))
-    found.pictures = len(seen)
+    found.images = len(seen)
     for number, path in enumerate(sorted(path for path, problem in seen.items() if not problem)):
         if number % max(len(seen) // DECODED, 1) == 0:
             try:
-                load_picture(path)
+                load_image(path)
             except DocumentError as error:
                 _count_unreadable(found, str(error))
     return found
@@ -91,7 +91,7 @@ def _check_sample(sample: Sample, found: TaskCheck, seen: dict[Path, str]) -> No
             seen[path] = sample.problem
             continue
         try:
-            open_picture(path)
+            open_image(path)
         except DocumentError as error:
             seen[path] = str(error)
             _count_unreadable(found, str(error))

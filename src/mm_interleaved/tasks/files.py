@@ -1,4 +1,4 @@
-"""Annotation files and the pictures beside them: read with care, and with errors that say where and what to do."""
+"""Annotation files and the images beside them: read with care, and with errors that say where and what to do."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class TaskError(DocumentError):
 
 
 @dataclass
-class Pictures:
-    """A folder of pictures, which no name may leave."""
+class ImageFolder:
+    """A folder of images, which no name may leave."""
 
     root: Path
     _seen: dict[str, tuple[Path, str]] = field(default_factory=dict, repr=False)
 
     def find(self, name: str) -> tuple[Path, str]:
-        """The path of a picture, and why it cannot be used ("": it can). Nothing is decoded."""
+        """The path of an image, and why it cannot be used ("": it can). Nothing is decoded."""
         if name not in self._seen:
             self._seen[name] = self._find(name)
         return self._seen[name]
@@ -35,16 +35,16 @@ class Pictures:
     def _find(self, name: str) -> tuple[Path, str]:
         root = self.root.resolve()
         if not name or "\0" in name:
-            return root, f"the picture's name {name!r} is no path; correct the annotations"
+            return root, f"the image's name {name!r} is no path; correct the annotations"
         try:
             path = (root / name).resolve()
             if not path.is_relative_to(root):
-                return root, f"the picture '{name}' lies outside {self.root}; move it there"
+                return root, f"the image '{name}' lies outside {self.root}; move it there"
             if path.is_file():
                 return path, ""
         except (OSError, RuntimeError):  # a name that is too long; links that go round in circles
-            return root, f"the picture's name '{name[:60]}...' leads nowhere; correct the annotations"
-        return path, f"the picture '{name}' is not in {self.root}; fetch it, or correct the folder of pictures"
+            return root, f"the image's name '{name[:60]}...' leads nowhere; correct the annotations"
+        return path, f"the image '{name}' is not in {self.root}; fetch it, or correct the folder of images"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Source:
 
     Attributes:
         task: for messages.
-        images: folder of the pictures.
+        images: folder of the images.
         annotations: folder of the annotation files, or for tasks with one such file the file itself.
         phase: part of the data set, in its own words (`val`, `test`, ...).
         obtain: where the files come from, for messages.
@@ -64,7 +64,7 @@ class Source:
     """
 
     task: str
-    images: Pictures
+    images: ImageFolder
     annotations: Path
     phase: str = ""
     obtain: str = ""

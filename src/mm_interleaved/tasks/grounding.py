@@ -1,6 +1,6 @@
 """Boxes and regions: RefCOCO, RefCOCO+, RefCOCOg, and data sets of regions (spec/data_eval 3.3, 4.13).
 
-Boxes are text: whole thousandths of the picture's sides, `(012,045)(678,999)`. Pictures are squashed, never cropped.
+Boxes are text: whole thousandths of the image's sides, `(012,045)(678,999)`. Images are squashed, never cropped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..document import DocumentError, Text
-from ..processor.images import open_picture
+from ..processor.images import open_image
 from .base import Item, TaskType, given
 from .files import Source, TaskError, box, checked, get, read_json, read_lines, records, strings
 
@@ -25,7 +25,7 @@ _TAGGED = re.compile(r"<box>\((-?[\d.]+),(-?[\d.]+)\)\((-?[\d.]+),(-?[\d.]+)\)</
 
 
 def thousandths(pixels: tuple[float, float, float, float], size: tuple[int, int]) -> list[int]:
-    """A box in pixels of a picture (width, height) as whole numbers from 0 to 999, cut down."""
+    """A box in pixels of an image (width, height) as whole numbers from 0 to 999, cut down."""
     return [int(side / size[i % 2] * SCALE) for i, side in enumerate(pixels)]
 
 
@@ -37,25 +37,25 @@ def box_text(sides: list[int]) -> str:
 
 @lru_cache(maxsize=100_000)
 def _size(path: Path) -> tuple[int, int]:
-    return open_picture(path).size
+    return open_image(path).size
 
 
 def _region(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int], list[int]]:
-    """The picture, why it cannot be used, its size, and the region of a record."""
+    """The image, why it cannot be used, its size, and the region of a record."""
     pixels = box(record.get("bbox"), f"{where}, 'bbox'")
-    picture, problem, size = _picture(source, record, where)
-    return picture, problem, size, thousandths(pixels, size)
+    image, problem, size = _image(source, record, where)
+    return image, problem, size, thousandths(pixels, size)
 
 
-def _picture(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int]]:
-    picture, problem = source.images.find(get(record, "image", str, where))
+def _image(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int]]:
+    image, problem = source.images.find(get(record, "image", str, where))
     size = (1, 1)
     if not problem:
         try:
-            size = _size(picture)
+            size = _size(image)
         except DocumentError as error:
             problem = str(error)
-    return picture, problem, size
+    return image, problem, size
 
 
 def read_expressions(source: Source, name: str) -> Iterator[Item]:
@@ -66,10 +66,10 @@ def read_expressions(source: Source, name: str) -> Iterator[Item]:
         if "confidence" in record and get(record, "confidence", float, where) < threshold:
             continue
         caption = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
-        picture, problem, size, sides = _region(source, record, where)
+        image, problem, size, sides = _region(source, record, where)
         yield Item(
             str(index),
-            {"image": given(picture), "caption": caption},
+            {"image": given(image), "caption": caption},
             sides,
             [Text(f"{box_text(sides)}</box>", attached=True)],
             meta={"caption": caption, "width": size[0], "height": size[1]},
@@ -92,9 +92,9 @@ def read_regions(source: Source) -> Iterator[Item]:
     data = checked(read_json(path), dict, str(path))
     for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
         caption = strings([get(record, "caption", str, where)], f"{where}, 'caption'")
-        picture, problem, _, sides = _region(source, record, where)
+        image, problem, _, sides = _region(source, record, where)
         number = str(record.get("image_id", where))
-        yield Item(number, {"image": given(picture), "box": box_text(sides)}, caption, [Text(caption[0])],
+        yield Item(number, {"image": given(image), "box": box_text(sides)}, caption, [Text(caption[0])],
                    meta={"image_id": number, "box": sides}, problem=problem, place=where)  # fmt: skip
 
 
@@ -103,8 +103,8 @@ def read_region_questions(source: Source) -> Iterator[Item]:
     path = source.file(f"vgvqa_{source.phase}.jsonl")
     for index, (where, record) in enumerate(read_lines(path)):
         answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
-        picture, problem, _, sides = _region(source, record, where)
-        fields = {"image": given(picture), "box": box_text(sides), "question": get(record, "question", str, where)}
+        image, problem, _, sides = _region(source, record, where)
+        fields = {"image": given(image), "box": box_text(sides), "question": get(record, "question", str, where)}
         meta = {"question": fields["question"], "box": sides}
         yield Item(str(index), fields, answer[0], [Text(answer[0])], meta=meta, problem=problem, place=where)
 
@@ -114,14 +114,14 @@ def read_grounded_captions(source: Source) -> Iterator[Item]:
     path = source.file(f"{source.phase}.jsonl")
     for index, (where, record) in enumerate(read_lines(path)):
         sent = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
-        picture, problem, size = _picture(source, record, where)
+        image, problem, size = _image(source, record, where)
 
         def scaled(found: re.Match[str], size: tuple[int, int] = size, where: str = where) -> str:
             pixels = box([float(side) for side in found.groups()], where)
             return f"<box>{box_text(thousandths(pixels, size))}</box>"
 
         text = _TAGGED.sub(scaled, sent)
-        yield Item(str(index), {"image": given(picture)}, [text], [Text(text)], problem=problem, place=where)
+        yield Item(str(index), {"image": given(image)}, [text], [Text(text)], problem=problem, place=where)
 
 
 _OBTAIN = "Write the annotations of RefCOCO as JSON lines {image, bbox: [x1, y1, x2, y2], sent}"
@@ -139,7 +139,7 @@ TASKS = (
     _expressions("refcoco", ("val", "testA", "testB", "train")),
     _expressions("refcoco+", ("val", "testA", "testB", "train")),
     _expressions("refcocog", ("val", "test", "train")),
-    TaskType("grit_grounding", "boxes of noun phrases in web pictures",
+    TaskType("grit_grounding", "boxes of noun phrases in web images",
              partial(read_expressions, name="train_grounding.jsonl"), makes="text", prompt=GROUNDING,
              metrics=("grounding_accuracy",), crop="squash", phases=("train",), options={"confidence": ()},
              images="grit/images", annotations="grit", obtain="Make JSON lines {image, sent, bbox, confidence}"),

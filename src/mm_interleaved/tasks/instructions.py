@@ -17,8 +17,8 @@ from .vqa import PROMPT
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
 
 
-def _with_pictures(source: Source) -> Iterator[tuple[str, str, Any, str, list[tuple[str, str]]]]:
-    """(where, id, picture, its problem, rounds) of every record that has a picture; others are left out.
+def _with_images(source: Source) -> Iterator[tuple[str, str, Any, str, list[tuple[str, str]]]]:
+    """(where, id, image, its problem, rounds) of every record that has an image; others are left out.
 
     The file holds {id, image, conversations: [{from, value}, ...]}, listed or a line each.
     """
@@ -26,23 +26,23 @@ def _with_pictures(source: Source) -> Iterator[tuple[str, str, Any, str, list[tu
     listed = read_lines(path) if path.suffix == ".jsonl" else records(read_json(path), str(path))
     for index, (where, record) in enumerate(listed):
         if record.get("image") is not None:
-            picture, problem = source.images.find(get(record, "image", str, where))
-            yield where, f"{index}-{record.get('id', '')}".rstrip("-"), picture, problem, _rounds(record, where)
+            image, problem = source.images.find(get(record, "image", str, where))
+            yield where, f"{index}-{record.get('id', '')}".rstrip("-"), image, problem, _rounds(record, where)
 
 
 def read_rounds(source: Source) -> Iterator[Item]:
     """Every round on its own, without what was said before."""
-    for where, name, picture, problem, rounds in _with_pictures(source):
+    for where, name, image, problem, rounds in _with_images(source):
         for number, (question, answer) in enumerate(rounds):
-            fields = {"image": given(picture), "question": question}
+            fields = {"image": given(image), "question": question}
             yield Item(f"{name}-{number}", fields, [answer], [Text(answer)], meta={"question": question},
                        problem=problem, place=where)  # fmt: skip
 
 
 def read_conversations(source: Source) -> Iterator[Item]:
     """All rounds, with roles; what the assistant says is learned."""
-    for where, name, picture, problem, rounds in _with_pictures(source):
-        segments: list[Segment] = [Image(picture, supervise=False, role="user")]
+    for where, name, image, problem, rounds in _with_images(source):
+        segments: list[Segment] = [Image(image, supervise=False, role="user")]
         for question, _ in rounds:
             segments += [Text(question, supervise=False, role="user"), Text(role="assistant")]
         answers = [answer for _, answer in rounds]
@@ -69,10 +69,10 @@ def _rounds(record: dict[str, Any], where: str) -> list[tuple[str, str]]:
 
 _SHARED: dict[str, Any] = {"makes": "text", "metrics": (), "phases": ("train",), "images": "llava/images",
                            "annotations": "llava",
-                           "obtain": "Get a file of LLaVA's form, and the pictures that it names"}  # fmt: skip
+                           "obtain": "Get a file of LLaVA's form, and the images that it names"}  # fmt: skip
 TASKS = (
-    TaskType("llava_instruct", "single rounds of instructions about pictures, for training", read_rounds,
+    TaskType("llava_instruct", "single rounds of instructions about images, for training", read_rounds,
              prompt=PROMPT, **_SHARED),
-    TaskType("llava_conversations", "conversations about pictures, for training", read_conversations,
+    TaskType("llava_conversations", "conversations about images, for training", read_conversations,
              prompt="{conversation}", **_SHARED),
 )  # fmt: skip

@@ -19,7 +19,7 @@ import PIL.Image
 
 from ..document import DocumentError
 from ..files import write_atomic
-from ..processor.images import load_picture
+from ..processor.images import load_image
 from .ade20k import color_maps
 from .base import TaskType
 from .files import TaskError, checked, get, read_json, records, strings, trailing_number
@@ -128,7 +128,7 @@ def flickr30k(job: Job) -> Lines:
             annotations.append({"id": len(annotations), "image_id": number, "caption": text})
     target = job.annotations / "test1k.token.coco_format"
     _write_json(target, {"images": images, "annotations": annotations})
-    return [f"{target}: {len(images)} pictures, {len(annotations)} captions"]
+    return [f"{target}: {len(images)} images, {len(annotations)} captions"]
 
 
 def image2paragraph(job: Job) -> Lines:
@@ -137,7 +137,7 @@ def image2paragraph(job: Job) -> Lines:
     annotations, numbers = [], {}
     for where, record in records(read_json(path), str(path)):
         number = get(record, "image_id", int, where)
-        if number in numbers:  # a few pictures have two paragraphs; the reader wants one
+        if number in numbers:  # a few images have two paragraphs; the reader wants one
             continue
         numbers[number] = None
         annotations.append({"id": len(annotations), "image_id": number, "url": get(record, "url", str, where),
@@ -149,7 +149,7 @@ def image2paragraph(job: Job) -> Lines:
         split = job.file(f"{phase}_split.json")
         chosen = checked(read_json(split), list, str(split))
         _write_json(job.annotations / "annotations" / split.name, chosen)
-        lines.append(f"{job.annotations / 'annotations' / split.name}: {len(chosen)} pictures")
+        lines.append(f"{job.annotations / 'annotations' / split.name}: {len(chosen)} images")
     return lines
 
 
@@ -194,7 +194,7 @@ def refer(job: Job) -> Lines:
         record = checked(ref, dict, where)
         region, image = get(record, "ann_id", int, where), get(record, "image_id", int, where)
         if region not in boxes or image not in names:
-            raise TaskError(f"region {region} or picture {image} is not in {instances}", where,
+            raise TaskError(f"region {region} or image {image} is not in {instances}", where,
                             "Take both files from one release")  # fmt: skip
         x, y, width, height = boxes[region]
         bbox = [x, y, x + width, y + height]
@@ -210,7 +210,7 @@ def refer(job: Job) -> Lines:
 
 
 def _instances(path: Path) -> tuple[dict[int, list[float]], dict[int, str]]:
-    """Boxes (x, y, width, height) by region, and files by picture."""
+    """Boxes (x, y, width, height) by region, and files by image."""
     data = checked(read_json(path), dict, str(path))
     boxes, names = {}, {}
     for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
@@ -223,7 +223,7 @@ def _instances(path: Path) -> tuple[dict[int, list[float]], dict[int, str]]:
     return boxes, names
 
 
-# ---- pictures
+# ---- images
 
 
 def ade20k(job: Job) -> Lines:
@@ -237,9 +237,9 @@ def ade20k(job: Job) -> Lines:
 
 
 def vist(job: Job) -> Lines:
-    """`{phase}.story-in-sequence.json`, a list of single turns, to turns by story; JPEG pictures become PNG files.
+    """`{phase}.story-in-sequence.json`, a list of single turns, to turns by story; JPEG images become PNG files.
 
-    Stories of which a picture is missing are left out.
+    Stories of which an image is missing are left out.
     """
     path = job.file(f"{job.phase}.story-in-sequence.json")
     data = checked(read_json(path), dict, str(path))
@@ -251,22 +251,22 @@ def vist(job: Job) -> Lines:
                      "image_id": get(turn, "photo_flickr_id", str, where),
                      "caption": get(turn, "original_text", str, where)}  # fmt: skip
             stories.setdefault(get(turn, "story_id", str, where), []).append(entry)
-    pictures = job.images / f"{job.phase}_images"
+    images = job.images / f"{job.phase}_images"
     needed = dict.fromkeys(turn["image_id"] for turns in stories.values() for turn in turns)
-    there = {name for name in needed if _as_png(job.source, pictures, name, job.phase)}
+    there = {name for name in needed if _as_png(job.source, images, name, job.phase)}
     whole = {name: turns for name, turns in stories.items() if all(t["image_id"] in there for t in turns)}
     if not whole:
-        raise TaskError(f"no story has all its pictures, of {len(stories)}", str(job.source),
-                        f"Put the pictures into {job.phase}_images/ there, named by their Flickr number")  # fmt: skip
+        raise TaskError(f"no story has all its images, of {len(stories)}", str(job.source),
+                        f"Put the images into {job.phase}_images/ there, named by their Flickr number")  # fmt: skip
     target = job.annotations / "annotations" / f"{job.phase}_formatted_filtered.json"
     _write_json(target, {"annotations": whole})
     left = len(stories) - len(whole)
-    return [f"{target}: {len(whole)} stories; {left} left out, since pictures are missing",
-            f"{pictures}: {len(there)} of {len(needed)} pictures"]  # fmt: skip
+    return [f"{target}: {len(whole)} stories; {left} left out, since images are missing",
+            f"{images}: {len(there)} of {len(needed)} images"]  # fmt: skip
 
 
 def _as_png(source: Path, target: Path, name: str, phase: str) -> bool:
-    """Make sure that a picture is there as PNG; whether it is."""
+    """Make sure that an image is there as PNG; whether it is."""
     if Path(name).name != name:
         return False  # no Flickr number
     if (target / f"{name}.png").is_file():
@@ -276,16 +276,16 @@ def _as_png(source: Path, target: Path, name: str, phase: str) -> bool:
             path = folder / f"{name}.{ending}"
             if path.is_file():
                 try:
-                    _save_png(load_picture(path), target / f"{name}.png")
+                    _save_png(load_image(path), target / f"{name}.png")
                 except DocumentError:
                     return False
                 return True
     return False
 
 
-def _save_png(picture: PIL.Image.Image, path: Path) -> None:
+def _save_png(image: PIL.Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, buffer.getvalue())
 
@@ -323,10 +323,10 @@ CONVERTERS: dict[str, Converter] = {
     "refcocog": Converter("refs(umd).p to JSON lines", refer, _REFER),
     "ade20k": Converter("label maps to coloured maps, in place", ade20k,
                         "Get ADEChallengeData2016 and give its folder"),
-    "vist": Converter("*.story-in-sequence.json to turns by story, pictures to PNG", vist,
-                      "Get VIST's stories in sequence (SIS) and its pictures"),
-    "vist_text": Converter("*.story-in-sequence.json to turns by story, pictures to PNG", vist,
-                           "Get VIST's stories in sequence (SIS) and its pictures"),
+    "vist": Converter("*.story-in-sequence.json to turns by story, images to PNG", vist,
+                      "Get VIST's stories in sequence (SIS) and its images"),
+    "vist_text": Converter("*.story-in-sequence.json to turns by story, images to PNG", vist,
+                           "Get VIST's stories in sequence (SIS) and its images"),
     "flintstones": Converter("videos (.npy) to strips of frames (.png)", flintstones,
                              "Get FlintstonesSV as StoryDALL-E publishes it"),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Illustrated stories: VIST, PororoSV and FlintstonesSV (spec/data_eval 4.9-4.11).
 
-Protocols: only the last picture is drawn, or all after the first, each seeing those drawn before it (their slots are
-open one after the other). The context may be cut down to its texts, its pictures, or nothing.
+Protocols: only the last image is drawn, or all after the first, each seeing those drawn before it (their slots are
+open one after the other). The context may be cut down to its texts, its images, or nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from ..document import DocumentError, Image, Segment, Text
-from ..processor.images import load_picture
+from ..processor.images import load_image
 from .base import Item, TaskType
 from .files import Source, TaskError, checked, get, read_json, records, strings
 from .pickles import read_npy, read_pickle
@@ -30,23 +30,23 @@ FLINTSTONES = ("Fred", "Barney", "Wilma", "Betty", "Pebbles", "Dino", "Slate")
 
 @dataclass(frozen=True)
 class Turn:
-    """A caption and its picture (or why there is none), what the picture is called, and which frame of a clip it is."""
+    """A caption and its image (or why there is none), what the image is called, and which frame of a clip it is."""
 
     caption: str
-    picture: Any
+    image: Any
     problem: str = ""
     frame: int | None = None
     name: str = ""
 
 
 def lay_out(turns: Sequence[Turn], context: str, drawn: int, learn: bool) -> list[Segment]:
-    """Captions and pictures in turn; the last `drawn` pictures are open slots.
+    """Captions and images in turn; the last `drawn` images are open slots.
 
     Args:
         turns: the story.
         context: of `CONTEXTS`, what is kept of the turns before the first slot.
         drawn: slots at the end.
-        learn: whether training learns captions and given pictures too.
+        learn: whether training learns captions and given images too.
     """
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
@@ -56,14 +56,14 @@ def lay_out(turns: Sequence[Turn], context: str, drawn: int, learn: bool) -> lis
         if last:
             segments.append(Image())
         elif context in ("multi_modal", "image_only"):
-            segments.append(Image(turn.picture, supervise=learn))
+            segments.append(Image(turn.image, supervise=learn))
     return segments
 
 
 def _item(source: Source, number: str, turns: list[Turn], drawn: int, where: str) -> Item:
     context, learn = source.options["context"], source.phase == "train"
     segments = lay_out(turns, "multi_modal" if learn else context, drawn, learn)
-    targets = [turn.picture for turn in turns[len(turns) - drawn :]]
+    targets = [turn.image for turn in turns[len(turns) - drawn :]]
     meta: dict[str, Any] = {
         "captions": [t.caption for t in turns],
         "drawn": [t.name for t in turns[len(turns) - drawn :]],
@@ -88,8 +88,8 @@ def _vist_stories(source: Source) -> Iterator[tuple[str, str, list[Turn]]]:
         turns = []
         for _, place, record in sorted(found, key=lambda item: item[0]):
             caption = strings([get(record, "caption", str, place)], f"{place}, 'caption'")[0].strip()
-            picture = f"{source.phase}_images/{get(record, 'image_id', str, place)}.png"
-            turns.append(Turn(caption, *source.images.find(picture), name=Path(picture).stem))
+            image = f"{source.phase}_images/{get(record, 'image_id', str, place)}.png"
+            turns.append(Turn(caption, *source.images.find(image), name=Path(image).stem))
         yield name, where, turns
 
 
@@ -103,7 +103,7 @@ def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
 
 
 def read_vist(source: Source) -> Iterator[Item]:
-    """Stories of which the last picture is drawn; with `rounds=all`, the beginnings of each as well."""
+    """Stories of which the last image is drawn; with `rounds=all`, the beginnings of each as well."""
     for name, where, turns in _vist_stories(source):
         for length in _prefixes(source, turns):
             number = name if source.options["rounds"] == "last" else f"{name}-{length}"
@@ -121,7 +121,7 @@ def read_vist_text(source: Source) -> Iterator[Item]:
             *before, last = turns[:length]
             segments = [] if context == "current" else lay_out(before, context, 0, False)
             if context != "text_only":
-                segments.append(Image(last.picture, supervise=False))
+                segments.append(Image(last.image, supervise=False))
             problem = next((t.problem for t in turns[:length] if t.problem), "")
             number = name if source.options["rounds"] == "last" else f"{name}-{length}"
             meta = {"captions": [t.caption for t in turns[:length]]}
@@ -147,19 +147,19 @@ def _clip(source: Source, name: str, caption: str, rng: np.random.Generator) -> 
     if problem:
         return Turn(caption, path, problem, 0, called)
     try:
-        strip = load_picture(path)
+        strip = load_image(path)
     except DocumentError as error:
         return Turn(caption, path, str(error), 0, called)
     if strip.width != FRAME or strip.height < FRAME:
         problem = f"'{path}' is no strip of frames of {FRAME} x {FRAME} pixels; convert the clip"
         return Turn(caption, path, problem, 0, called)
     frame = int(rng.integers(strip.height // FRAME))
-    picture: PIL.Image.Image = strip.crop((0, frame * FRAME, FRAME, (frame + 1) * FRAME))
-    return Turn(caption, picture, "", frame, called)
+    image: PIL.Image.Image = strip.crop((0, frame * FRAME, FRAME, (frame + 1) * FRAME))
+    return Turn(caption, image, "", frame, called)
 
 
 def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]], where: str) -> Item:
-    """A story of (picture, caption)."""
+    """A story of (image, caption)."""
     rng = np.random.default_rng([source.seed, index])
     turns = [_clip(source, name, caption, rng) for name, caption in clips]
     drawn = len(turns) - 1 if source.options["protocol"] == "autoregressive" else 1
@@ -233,10 +233,10 @@ _CLIPS: dict[str, Any] = {
     **_SHARED,
 }  # fmt: skip
 _VIST = {"images": "vist/images", "annotations": "vist", "phases": ("val", "test", "train"),
-         "obtain": "Get VIST's stories and pictures; group them as {annotations: {story: [{sequence_index, image_id, "
-                   "caption}]}} without stories that lack pictures"}  # fmt: skip
+         "obtain": "Get VIST's stories and images; group them as {annotations: {story: [{sequence_index, image_id, "
+                   "caption}]}} without stories that lack images"}  # fmt: skip
 TASKS = (
-    TaskType("vist", "the last picture of photo stories", read_vist,
+    TaskType("vist", "the last image of photo stories", read_vist,
              options={"context": CONTEXTS, "rounds": ("last", "all"), "protocol": ("last", "autoregressive")},
              **_SHARED, **_VIST),
     TaskType("vist_text", "the last sentence of photo stories", read_vist_text, makes="text", prompt="{story}",

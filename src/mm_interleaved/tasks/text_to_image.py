@@ -1,4 +1,4 @@
-"""Pictures from captions: COCO and Localized Narratives of COCO (spec/data_eval 4.7, 4.8)."""
+"""Images from captions: COCO and Localized Narratives of COCO (spec/data_eval 4.7, 4.8)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = 30_000
 
 
 def read_coco(source: Source) -> Iterator[Item]:
-    """The first caption of every picture, in lower case; the original takes the first 30,000."""
+    """The first caption of every image, in lower case; the original takes the first 30,000."""
     path = source.file(f"annotations/captions_{source.phase}2014.json")
     data = checked(read_json(path), dict, str(path))
     images = by_key(list(records(data.get("images"), f"{path}, 'images'")), "id", int)
@@ -28,14 +28,14 @@ def read_coco(source: Source) -> Iterator[Item]:
     for number, (where, record) in images.items():
         place, caption = captions.get(number, (f"{where}, captions of image {number}", ""))
         text = strings([caption], place)[0].lower().strip()
-        picture, problem = source.images.find(f"{source.phase}2014/{get(record, 'file_name', str, where)}")
-        yield _item(str(number), text, picture, problem, place)
+        image, problem = source.images.find(f"{source.phase}2014/{get(record, 'file_name', str, where)}")
+        yield _item(str(number), text, image, problem, place)
 
 
 def read_narratives(source: Source) -> Iterator[Item]:
     """Every narrative, then more drawn with replacement until there are `limit`, or 30,000.
 
-    A narrative's weight is 1 / (narratives of its picture). The original draws anew in each process (BUG-11).
+    A narrative's weight is 1 / (narratives of its image). The original draws anew in each process (BUG-11).
     """
     path = source.file("coco_val_captions.jsonl")
     found = [(where, get(r, "image_id", str, where), get(r, "caption", str, where)) for where, r in read_lines(path)]
@@ -47,22 +47,22 @@ def read_narratives(source: Source) -> Iterator[Item]:
     for index, which in enumerate([*range(len(found)), *drawn.tolist()]):
         where, number, caption = found[which]
         text = strings([caption], f"{where}, 'caption'")[0].strip()
-        picture, problem = source.images.find(f"val2017/{number.zfill(12)}.jpg")
-        yield _item(str(index), text, picture, problem, where)
+        image, problem = source.images.find(f"val2017/{number.zfill(12)}.jpg")
+        yield _item(str(index), text, image, problem, where)
 
 
-def _item(number: str, text: str, picture: Any, problem: str, place: str) -> Item:
-    return Item(number, {"caption": text}, [str(picture)], [Image(picture)], meta={"caption": text}, problem=problem,
+def _item(number: str, text: str, image: Any, problem: str, place: str) -> Item:
+    return Item(number, {"caption": text}, [str(image)], [Image(image)], meta={"caption": text}, problem=problem,
                 place=place)  # fmt: skip
 
 
 TASKS = (
-    TaskType("coco", "pictures from COCO captions", read_coco, makes="image", prompt=PROMPT,
+    TaskType("coco", "images from COCO captions", read_coco, makes="image", prompt=PROMPT,
              metrics=("fid", "text_similarity"), select="clip",
              settings=GenerationSettings(image=ImageSettings(250, 3.5, num_candidates=8)),
              phases=("val", "train"), images="coco", annotations="coco",
-             obtain="Get annotations and pictures of 2014 from cocodataset.org"),
-    TaskType("lncoco", "pictures from Localized Narratives of COCO", read_narratives, makes="image", prompt=PROMPT,
+             obtain="Get annotations and images of 2014 from cocodataset.org"),
+    TaskType("lncoco", "images from Localized Narratives of COCO", read_narratives, makes="image", prompt=PROMPT,
              metrics=("fid", "text_similarity"), settings=GenerationSettings(image=ImageSettings(250, 3.5)),
              images="coco", annotations="lncoco",
              obtain="Get coco_val_captions.jsonl of Localized Narratives, and COCO's val2017"),

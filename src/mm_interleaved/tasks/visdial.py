@@ -27,7 +27,7 @@ def read(source: Source) -> Iterator[Item]:
     for where, dialog in dialogs:
         number = get(dialog, "image_id", int, where)
         if number not in annotated:
-            raise TaskError(f"the dialogue about picture {number} is not in {dense}", where,
+            raise TaskError(f"the dialogue about image {number} is not in {dense}", where,
                             "Take both files from one release")  # fmt: skip
         place, annotation = annotated[number]
         yield _item(source, dialog, annotation, questions, answers, where, place)
@@ -39,7 +39,7 @@ def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], qu
     rounds = [r for _, r in records(dialog.get("dialog"), f"{where}, 'dialog'")]
     target = get(annotation, "round_id", int, place) - 1
     if not 0 <= target < len(rounds):
-        raise TaskError(f"there is no round {target + 1} in the dialogue about picture {number}", place,
+        raise TaskError(f"there is no round {target + 1} in the dialogue about image {number}", place,
                         f"Rounds are numbered 1 to {len(rounds)}")  # fmt: skip
     here = f"{where}, round {target + 1}"
     history = "".join(
@@ -56,10 +56,10 @@ def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], qu
     if len(relevance) != len(options) or not any(relevance) or not 0 <= right < len(options):
         raise TaskError(f"{len(options)} options, the right one being number {right}, but {len(relevance)} relevances "
                         f"of which {sum(map(bool, relevance))} are not 0", place, "Fetch both files again")  # fmt: skip
-    picture, problem = source.images.find(
+    image, problem = source.images.find(
         f"VisualDialog_{source.phase}2018/VisualDialog_{source.phase}2018_{number:012d}.jpg"
     )
-    fields = {"image": given(picture), "caption": get(dialog, "caption", str, where), "history": history,
+    fields = {"image": given(image), "caption": get(dialog, "caption", str, where), "history": history,
               "question": _text(rounds[target], "question", questions, here)}  # fmt: skip
     return Item(str(number), fields, {"relevance": relevance, "index": right}, [Text(options[right])], options,
                 {"round": target + 1, "question": fields["question"]}, problem, where)  # fmt: skip
@@ -74,7 +74,7 @@ def _text(record: dict[str, Any], key: str, texts: list[Any], where: str) -> str
 
 
 TASKS = (
-    TaskType("visdial", "which answer fits in a dialogue about a picture", read, makes="scores", prompt=PROMPT,
+    TaskType("visdial", "which answer fits in a dialogue about an image", read, makes="scores", prompt=PROMPT,
              metrics=("dialogue_ranking",), images="visdial", annotations="visdial",
-             obtain="Get dialogues, dense annotations and pictures of VisDial 1.0 from visualdialog.org"),
+             obtain="Get dialogues, dense annotations and images of VisDial 1.0 from visualdialog.org"),
 )  # fmt: skip

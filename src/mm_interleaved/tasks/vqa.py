@@ -1,4 +1,4 @@
-"""Questions about pictures: VQAv2, OK-VQA, TextVQA, VizWiz and GQA (spec/data_eval 4.5)."""
+"""Questions about images: VQAv2, OK-VQA, TextVQA, VizWiz and GQA (spec/data_eval 4.5)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ EXAMPLE = "Question: {question} Short answer: {answer}"
 SETTINGS = GenerationSettings(text=TEXT_PRESETS["vqa"])
 
 
-def coco_picture(phase: str, question: dict[str, Any], where: str) -> str:
-    """Where COCO's pictures lie, by number."""
+def coco_image(phase: str, question: dict[str, Any], where: str) -> str:
+    """Where COCO's images lie, by number."""
     return f"{phase}2014/COCO_{phase}2014_{get(question, 'image_id', int, where):012d}.jpg"
 
 
-def named_picture(phase: str, question: dict[str, Any], where: str) -> str:
+def named_image(phase: str, question: dict[str, Any], where: str) -> str:
     """The name that TextVQA's questions carry."""
     return get(question, "image", str, where)
 
 
-def read_vqa(questions: str, annotations: str, picture: Callable[[str, dict[str, Any], str], str]) -> Any:
+def read_vqa(questions: str, annotations: str, image: Callable[[str, dict[str, Any], str], str]) -> Any:
     """A reader of VQA's two files: questions, and annotations with ten answers each."""
 
     def read(source: Source) -> Iterator[Item]:
@@ -47,7 +47,7 @@ def read_vqa(questions: str, annotations: str, picture: Callable[[str, dict[str,
                                 "Take both files from one release")  # fmt: skip
             place, annotation = answers[number]
             people = _people(annotation, place)
-            path, problem = source.images.find(picture(source.phase, question, where))
+            path, problem = source.images.find(image(source.phase, question, where))
             meta = {key: annotation[key] for key in ("question_type", "answer_type") if key in annotation}
             asks = get(question, "question", str, where)
             yield Item(str(number), {"image": given(path), "question": asks}, people, [Text(_best(annotation, people))],
@@ -78,16 +78,16 @@ def _best(annotation: dict[str, Any], people: list[str]) -> str:
 
 
 def read_vizwiz(source: Source) -> Iterator[Item]:
-    """VizWiz's own list; the id is the number in the picture's name."""
+    """VizWiz's own list; the id is the number in the image's name."""
     path = source.file(f"{source.phase}.json")
     for where, record in records(read_json(path), str(path)):
         name, asks = get(record, "image", str, where), get(record, "question", str, where)
         people = _people(record, where)
-        picture, problem = source.images.find(f"{source.phase}/{name}")
+        image, problem = source.images.find(f"{source.phase}/{name}")
         meta = {"question": asks, "image": name, "answer_type": record.get("answer_type"),
                 "answerable": record.get("answerable")}  # fmt: skip
         common = max(people, key=people.count)
-        yield Item(str(trailing_number(name, where)), {"image": given(picture), "question": asks}, people,
+        yield Item(str(trailing_number(name, where)), {"image": given(image), "question": asks}, people,
                    [Text(common)], meta=meta, problem=problem, place=where)  # fmt: skip
 
 
@@ -99,33 +99,33 @@ def read_gqa(source: Source) -> Iterator[Item]:
         record = checked(value, dict, where)
         asks = get(record, "question", str, where)
         answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
-        picture, problem = source.images.find(f"{get(record, 'imageId', str, where)}.jpg")
+        image, problem = source.images.find(f"{get(record, 'imageId', str, where)}.jpg")
         types = record["types"] if isinstance(record.get("types"), dict) else {}
         meta = {"question": asks, "question_type": types.get("structural"), "answer_type": types.get("semantic")}
-        yield Item(number, {"image": given(picture), "question": asks}, answer[0], [Text(answer[0])], meta=meta,
+        yield Item(number, {"image": given(image), "question": asks}, answer[0], [Text(answer[0])], meta=meta,
                    problem=problem, place=where)  # fmt: skip
 
 
 _SHARED: dict[str, Any] = {"makes": "text", "settings": SETTINGS, "example": EXAMPLE, "phases": ("val", "train")}
 _VQA: dict[str, Any] = {"prompt": PROMPT, "metrics": ("vqa_accuracy",), **_SHARED}
 TASKS = (
-    TaskType("vqav2", "questions about COCO pictures",
+    TaskType("vqav2", "questions about COCO images",
              read_vqa("v2_OpenEnded_mscoco_{phase}2014_questions.json", "v2_mscoco_{phase}2014_annotations.json",
-                      coco_picture),
+                      coco_image),
              images="coco", annotations="VQAv2", obtain="Get questions and annotations from visualqa.org", **_VQA),
-    TaskType("okvqa", "questions about COCO pictures that need knowledge",
+    TaskType("okvqa", "questions about COCO images that need knowledge",
              read_vqa("OpenEnded_mscoco_{phase}2014_questions.json", "mscoco_{phase}2014_annotations.json",
-                      coco_picture),
+                      coco_image),
              images="coco", annotations="OK-VQA", obtain="Get questions and annotations from okvqa.allenai.org",
              **_VQA),
-    TaskType("textvqa", "questions about text in pictures",
-             read_vqa("textvqa_{phase}_questions.json", "textvqa_{phase}_annotations.json", named_picture),
+    TaskType("textvqa", "questions about text in images",
+             read_vqa("textvqa_{phase}_questions.json", "textvqa_{phase}_annotations.json", named_image),
              images="textvqa/train_images", annotations="textvqa",
              obtain="Get TextVQA 0.5.1 from textvqa.org and convert it to VQA's two files", **_VQA),
     TaskType("vizwiz_vqa", "questions that blind people asked", read_vizwiz, prompt=VIZWIZ_PROMPT,
              metrics=("vizwiz_accuracy",), images="VizWiz", annotations="VizWiz",
-             obtain="Get annotations and pictures from vizwiz.org", **_SHARED),
+             obtain="Get annotations and images from vizwiz.org", **_SHARED),
     TaskType("gqa", "questions made from scene graphs", read_gqa, prompt=PROMPT, metrics=("gqa_accuracy",),
              makes="text", settings=SETTINGS, example=EXAMPLE, phases=("testdev", "val", "train"),
-             images="gqa/images", annotations="gqa", obtain="Get the balanced questions and pictures of GQA 1.2"),
+             images="gqa/images", annotations="gqa", obtain="Get the balanced questions and images of GQA 1.2"),
 )  # fmt: skip

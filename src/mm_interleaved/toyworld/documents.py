@@ -1,4 +1,4 @@
-"""Documents of the toy world: scenes and stories as text and pictures, in every form that a model is trained on."""
+"""Documents of the toy world: scenes and stories as text and images, in every form that a model is trained on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REGION_VQA = "Answer this question according to the <ref>region</ref><box>{box}<
 GROUNDED_PROMPT = "Generate the caption with grounding."
 Things = tuple[int, int]
 SMALLEST = 48  # pixels; below, small things vanish
-BOX_SCALE = 999  # coordinates are thousandths of the picture's side, cut to whole numbers
+BOX_SCALE = 999  # coordinates are thousandths of the image's side, cut to whole numbers
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class DocumentMix:
     """How often each form of document comes, relative to the others; 0 for never.
 
     Attributes:
-        caption: a picture and its caption.
-        draw: a caption and its picture.
-        paragraph: a picture and all there is to say about it.
+        caption: an image and its caption.
+        draw: a caption and its image.
+        paragraph: an image and all there is to say about it.
         draw_paragraph: the same, text first.
-        vqa: a picture and 1 to 6 questions with answers, or one that may have none.
-        dialogue: a picture, a caption, and questions that refer to each other.
-        story: text and picture in turn; looks that no text tells must be taken from earlier pictures.
-        story_image_first: picture and text in turn.
-        refer: a picture, an expression, and the box of what it means.
-        region: a picture, a box, and an expression for what is there or a question about it with its answer.
-        grounded: a picture and a caption with boxes.
-        segmentation: a coloured label map, a caption and the picture.
-        redraw: a picture and instructions that change it.
+        vqa: an image and 1 to 6 questions with answers, or one that may have none.
+        dialogue: an image, a caption, and questions that refer to each other.
+        story: text and image in turn; looks that no text tells must be taken from earlier images.
+        story_image_first: image and text in turn.
+        refer: an image, an expression, and the box of what it means.
+        region: an image, a box, and an expression for what is there or a question about it with its answer.
+        grounded: an image and a caption with boxes.
+        segmentation: a coloured label map, a caption and the image.
+        redraw: an image and instructions that change it.
     """
 
     caption: float = 3.0
@@ -116,7 +116,7 @@ def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: D
         seed: of the whole set.
         split: of `sampling.SPLITS`; the scenes of different splits are disjoint.
         index: at least 0.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         mix: how often each form comes.
         things: the fewest and the most things of a scene; stories have their own.
     """
@@ -130,11 +130,11 @@ def random_document(rng: np.random.Generator, *, split: Split | None = None, siz
     """A document by chance; its `id` is its form.
 
     Raises:
-        ValueError: pictures of less than `SMALLEST` pixels, or `things` is not a range within 1 to 9.
+        ValueError: images of less than `SMALLEST` pixels, or `things` is not a range within 1 to 9.
     """
     check_things(things)
     if size < SMALLEST:
-        raise ValueError(f"size={size}: pictures are at least {SMALLEST} pixels wide")
+        raise ValueError(f"size={size}: images are at least {SMALLEST} pixels wide")
     form = (mix or DocumentMix()).choose(rng)
     return Document(FORMS[form](rng, split, size, things), id=form)
 
@@ -193,13 +193,13 @@ def _vqa(rng: np.random.Generator, split: Split | None, size: int, things: Thing
     if chance(rng, 0.15):
         return _vqa_unsure(scene, rng, size)
     first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
-    picture = _given(scene, size)
+    image = _given(scene, size)
     segments: list[Segment]
     if chance(rng, 0.5):
-        segments = [Text(VQA_BEFORE, supervise=False), picture]
+        segments = [Text(VQA_BEFORE, supervise=False), image]
         prompts = [VQA_AFTER] + [VQA_SHORT] * len(others)
     else:
-        segments = [picture]
+        segments = [image]
         prompts = [VQA_SHORT] * (1 + len(others))
     for asked, prompt in zip((first, *others), prompts, strict=True):
         segments += [Text(prompt.format(question=asked.question), supervise=False), Text(asked.answer)]
@@ -222,7 +222,7 @@ def _dialogue(rng: np.random.Generator, split: Split | None, size: int, things: 
 
 
 def _story(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    """A first picture that its text does not determine is given, not learned."""
+    """A first image that its text does not determine is given, not learned."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
         learned = bool(segments) or not frame.unsaid
@@ -231,7 +231,7 @@ def _story(rng: np.random.Generator, split: Split | None, size: int, things: Thi
 
 
 def _story_image_first(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    """No text tells what the next picture shows, so the pictures are given."""
+    """No text tells what the next image shows, so the images are given."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
         segments += [_given(frame.scene, size), Text(frame.text)]

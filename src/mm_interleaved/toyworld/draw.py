@@ -1,11 +1,11 @@
-"""From a scene to its picture, its boxes and its label map."""
+"""From a scene to its image, its boxes and its label map."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-from .grounds import ground, to_picture
+from .grounds import ground, to_pil
 from .kinds import KINDS
 from .scene import GRID, GROUNDS, Scene, Thing
 from .sprites import Sprite, known, sprite
@@ -59,7 +59,7 @@ def _placed(thing: Thing, size: int) -> tuple[Sprite, int, int]:
 
 
 def _overlap(x: int, y: int, pixels: int, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
-    """Where a square lies in the picture, and which part of the square that is."""
+    """Where a square lies in the image, and which part of the square that is."""
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + pixels, size), min(y + pixels, size)
     if x0 >= x1 or y0 >= y1:
         return None
@@ -74,10 +74,10 @@ def draw(scene: Scene, size: int = 256) -> Image.Image:
         size: side in pixels, at least 36.
 
     Returns:
-        An RGB picture [size, size].
+        An RGB image [size, size].
 
     Raises:
-        ValueError: a trait, size or ground that there is not, a host that cannot be, or too small a picture.
+        ValueError: a trait, size or ground that there is not, a host that cannot be, or too small an image.
     """
     known("ground", scene.ground, GROUNDS)
     canvas = ground(scene.ground, scene.seed, size)
@@ -91,11 +91,11 @@ def draw(scene: Scene, size: int = 256) -> Image.Image:
             here = canvas[where[0]]
             here *= 1 - one.alpha[where[1]]
             here += one.color[where[1]]
-    return to_picture(canvas)
+    return to_pil(canvas)
 
 
 def boxes(scene: Scene, size: int = 256) -> list[tuple[int, int, int, int]]:
-    """Where each thing is: x0, y0, x1, y1 of its own shape with what it wears, ends exclusive, cut at the picture's
+    """Where each thing is: x0, y0, x1, y1 of its own shape with what it wears, ends exclusive, cut at the image's
     edge. What hides a thing does not shrink its box; a shadow is not part of it.
     """
     found = []
@@ -118,7 +118,7 @@ def owners(scene: Scene, size: int = 256) -> np.ndarray:
 
 
 def visible(scene: Scene, size: int = 96) -> list[float]:
-    """Share of each thing's own shape that is seen: not hidden by others nor cut off by the picture's edge."""
+    """Share of each thing's own shape that is seen: not hidden by others nor cut off by the image's edge."""
     seen = owners(scene, size)
     whole = [int((_placed(thing, size)[0].alpha > 0.5).sum()) for thing in scene.things]
     return [int((seen == i).sum()) / area for i, area in enumerate(whole)]

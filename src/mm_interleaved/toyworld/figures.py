@@ -24,8 +24,8 @@ class Pen:
     def __init__(self, mode: str, pixels: int, height: float = 1.0) -> None:
         self.pixels, self.scale = pixels, pixels * OVERSAMPLE
         self.out_height = max(1, round(pixels * height))
-        self.picture = Image.new(mode, (self.scale, self.out_height * OVERSAMPLE))
-        self.draw = ImageDraw.Draw(self.picture)
+        self.image = Image.new(mode, (self.scale, self.out_height * OVERSAMPLE))
+        self.draw = ImageDraw.Draw(self.image)
 
     def polygon(self, points: Sequence[Point], paint: Paint) -> None:
         """A filled polygon."""
@@ -44,7 +44,7 @@ class Pen:
 
     def finish(self) -> Image.Image:
         """The shape at its own size."""
-        return self.picture.resize((self.pixels, self.out_height), Image.Resampling.LANCZOS)
+        return self.image.resize((self.pixels, self.out_height), Image.Resampling.LANCZOS)
 
 
 def _around(corners: int, radius: float, inner: float | None = None) -> list[Point]:

@@ -11,7 +11,7 @@ from .figures import Pen
 
 Color = tuple[int, int, int]
 # Per ground: colours from the top to the horizon, from the horizon to the bottom, height of the horizon (0 at the top),
-# and what is strewn: (shape, colour, opacity, number, size, from, to), sizes and heights in pictures.
+# and what is strewn: (shape, colour, opacity, number, size, from, to), sizes and heights in images.
 _PLANES: dict[str, tuple[tuple[Color, Color], tuple[Color, Color], float]] = {
     "meadow": (((176, 222, 250), (222, 240, 250)), ((176, 214, 140), (134, 190, 108)), 0.42),
     "beach": (((190, 230, 246), (118, 200, 222)), ((250, 232, 190), (234, 206, 150)), 0.40),
@@ -30,7 +30,7 @@ _DECOR: dict[str, tuple[tuple[str, Color, float, int, float, float, float], ...]
 }  # fmt: skip
 
 
-_WAVY = {"meadow": 0.035, "snow": 0.03, "night": 0.025}  # how far the horizon rises and falls, in pictures
+_WAVY = {"meadow": 0.035, "snow": 0.03, "night": 0.025}  # how far the horizon rises and falls, in images
 
 
 @lru_cache(maxsize=64)
@@ -73,7 +73,7 @@ def ground(name: str, seed: int, size: int) -> np.ndarray:
     Args:
         name: of `scene.GROUNDS`.
         seed: of where things are strewn.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
     """
     out = _plane(name, size, seed % 8).copy()
     rng = np.random.default_rng(seed)
@@ -94,6 +94,6 @@ def ground(name: str, seed: int, size: int) -> np.ndarray:
     return out
 
 
-def to_picture(values: np.ndarray) -> Image.Image:
-    """Colours in [0, 255] as a picture."""
+def to_pil(values: np.ndarray) -> Image.Image:
+    """Colours in [0, 255] as an image."""
     return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Recovers the things from a picture, drawn or generated, so that pictures can be scored without a human.
+"""Recovers the things from an image, drawn or generated, so that images can be scored without a human.
 
 A small convolutional net after CenterNet (Zhou et al., "Objects as Points", arXiv 1904.07850): a map of how likely a
 thing's centre lies in each 8 x 8 pixels, and at each of them what the thing would look like. Small and big things have
@@ -25,7 +25,7 @@ from .sprites import ASSETS
 PIXELS = 128  # what the net reads
 STRIDE = 8
 MAP = PIXELS // STRIDE
-TWICE = 1 / 12  # pictures; two of the same kind and colour nearer than this are one
+TWICE = 1 / 12  # images; two of the same kind and colour nearer than this are one
 WEIGHTS = ASSETS / "reader.safetensors"
 TRAITS: dict[str, tuple[str, ...]] = {
     "kind": tuple(KINDS),
@@ -41,13 +41,13 @@ OUTPUTS = _GEOMETRY + sum(len(values) for values in TRAITS.values())
 
 @dataclass(frozen=True)
 class Seen:
-    """A thing that was found in a picture.
+    """A thing that was found in an image.
 
     Attributes:
         look: what it looks like.
         cell: row * GRID + column of the cell in which its centre lies.
         size: "small" or "big".
-        box: x0, y0, x1, y1 in [0, 1] of the picture, as if nothing hid it.
+        box: x0, y0, x1, y1 in [0, 1] of the image, as if nothing hid it.
         score: how likely there is a thing, in [0, 1].
     """
 
@@ -80,7 +80,7 @@ class _Block(nn.Module):
 
 
 class ReaderNet(nn.Module):
-    """Pictures to maps.
+    """Images to maps.
 
     Args:
         width: channels at a quarter of the resolution; twice as many at an eighth.
@@ -98,17 +98,17 @@ class ReaderNet(nn.Module):
         with torch.no_grad():  # centres are rare; without this the first steps only learn that
             bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Read pictures.
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Read images.
 
         Args:
-            pictures: [B, 3, 128, 128], in [0, 1].
+            images: [B, 3, 128, 128], in [0, 1].
 
         Returns:
             [B, 2, OUTPUTS, 16, 16]: for small and big things the logit of a centre, its shift in [0, 1] in x and y, the
-            box's width and height in pictures, and the logits of each of `TRAITS`.
+            box's width and height in images, and the logits of each of `TRAITS`.
         """
-        x = self.head(self.coarse(self.fine(self.stem(pictures * 2 - 1))))
+        x = self.head(self.coarse(self.fine(self.stem(images * 2 - 1))))
         return self.out(x).unflatten(1, (len(SIZES), OUTPUTS))
 
 
@@ -118,11 +118,11 @@ def split(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return parts[0].squeeze(-3), parts[1], parts[2], dict(zip(TRAITS, parts[3:], strict=True))
 
 
-def to_tensor(pictures: Sequence[PIL.Image.Image]) -> torch.Tensor:
-    """Pictures of any size and mode as the net reads them: float32 [B, 3, 128, 128] in [0, 1]."""
+def to_tensor(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
+    """Images of any size and mode as the net reads them: float32 [B, 3, 128, 128] in [0, 1]."""
     ready = []
-    for picture in pictures:
-        one = picture.convert("RGB")
+    for image in images:
+        one = image.convert("RGB")
         if one.size != (PIXELS, PIXELS):
             one = one.resize((PIXELS, PIXELS), PIL.Image.Resampling.BICUBIC)
         ready.append(np.asarray(one))
@@ -130,7 +130,7 @@ def to_tensor(pictures: Sequence[PIL.Image.Image]) -> torch.Tensor:
 
 
 class Reader:
-    """The net with its weights, from pictures to things.
+    """The net with its weights, from images to things.
 
     Args:
         net: trained.
@@ -154,17 +154,17 @@ class Reader:
         return cls(net.to(device))
 
     @torch.inference_mode()
-    def read(self, pictures: Sequence[PIL.Image.Image], batch: int = 64) -> list[list[Seen]]:
-        """Find the things in each picture, the surest first.
+    def read(self, images: Sequence[PIL.Image.Image], batch: int = 64) -> list[list[Seen]]:
+        """Find the things in each image, the surest first.
 
         Args:
-            pictures: of any size, mode RGB or convertible.
+            images: of any size, mode RGB or convertible.
             batch: how many are read at a time.
         """
         device = next(self.net.parameters()).device
         found: list[list[Seen]] = []
-        for start in range(0, len(pictures), batch):
-            inputs = to_tensor(pictures[start : start + batch]).to(device)
+        for start in range(0, len(images), batch):
+            inputs = to_tensor(images[start : start + batch]).to(device)
             found += self.things(self.net(inputs).float().cpu())
         return found
 
@@ -175,14 +175,14 @@ class Reader:
         peaks = (F.max_pool2d(scores, 3, 1, 1) == scores) & (scores >= self.threshold)
         best = {name: logits.argmax(2).tolist() for name, logits in traits.items()}
         found: list[list[Seen]] = [[] for _ in outputs]
-        for picture, size, row, column in peaks.nonzero().tolist():
-            look = {name: TRAITS[name][best[name][picture][size][row][column]] for name in TRAITS}
-            x, y = ((torch.tensor([column, row]) + shifts[picture, size, :, row, column]) / MAP).clamp(0, 1).tolist()
-            width, height = sides[picture, size, :, row, column].clamp(0, 1).tolist()
+        for image, size, row, column in peaks.nonzero().tolist():
+            look = {name: TRAITS[name][best[name][image][size][row][column]] for name in TRAITS}
+            x, y = ((torch.tensor([column, row]) + shifts[image, size, :, row, column]) / MAP).clamp(0, 1).tolist()
+            width, height = sides[image, size, :, row, column].clamp(0, 1).tolist()
             cell = min(int(y * GRID), GRID - 1) * GRID + min(int(x * GRID), GRID - 1)
             box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            score = float(scores[picture, size, row, column])
-            found[picture].append(Seen(Look(**look), cell, SIZES[size], box, score))
+            score = float(scores[image, size, row, column])
+            found[image].append(Seen(Look(**look), cell, SIZES[size], box, score))
         return [_once(sorted(seen, key=lambda one: -one.score)) for seen in found]
 
 

@@ -1,4 +1,4 @@
-"""Instructions that change an earlier picture without telling again what is in it: one has to look."""
+"""Instructions that change an earlier image without telling again what is in it: one has to look."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Change = Callable[[Scene, int, str, np.random.Generator], tuple[str, Scene] | No
 
 
 def redrawn(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
-    """An instruction about the picture of a scene and the scene that it asks for.
+    """An instruction about the image of a scene and the scene that it asks for.
 
     Args:
         scene: each of its things stands in a cell of its own.

@@ -1,4 +1,4 @@
-"""What stands in a picture, as plain data. Captions, questions, boxes and pictures all derive from it."""
+"""What stands in an image, as plain data. Captions, questions, boxes and images all derive from it."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's content.
+    """One image's content.
 
     Attributes:
         things: 1 to 5 things; later ones are drawn over earlier ones, but what is behind its host is drawn before it.
         ground: the background, of `GROUNDS`.
-        seed: of what drawing leaves to chance (clouds, grass), so that a scene is always the same picture.
+        seed: of what drawing leaves to chance (clouds, grass), so that a scene is always the same image.
     """
 
     things: tuple[Thing, ...] = field(default_factory=tuple)

@@ -1,4 +1,4 @@
-"""How well what was seen in a picture agrees with the scene that was asked for."""
+"""How well what was seen in an image agrees with the scene that was asked for."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Relation = tuple[
     int, str, int
 ]  # number of a thing, of `RELATIONS`, number of another: "the first is <relation> the other"
 
-APART = 1 / 12  # by how much more of the picture one must be further left or up than the other: a quarter of a cell
+APART = 1 / 12  # by how much more of the image one must be further left or up than the other: a quarter of a cell
 CENTERED = 1 / 12  # within how much of its host's middle a thing inside it lies
 HIDDEN = 0.1  # share of a thing's box, at least, that the box of a thing in front of it covers
 
 
 @dataclass(frozen=True)
 class SceneScore:
-    """Counts; add them up over pictures.
+    """Counts; add them up over images.
 
     Attributes:
         requested: things asked for.
@@ -35,13 +35,13 @@ class SceneScore:
         glyphs_read: of those, found by kind and with that glyph.
         relations: relations asked for.
         relations_right: of those, that hold between the things found for them.
-        unsaid: things of a story whose look no text has told, so that it must be taken from an earlier picture.
+        unsaid: things of a story whose look no text has told, so that it must be taken from an earlier image.
         kept: of those, found with their whole look.
         kept_kind, kept_color, kept_texture, kept_part, kept_glyph: of those, found with this trait.
         extras: things seen that nobody asked for, or not that often.
-        perfect: pictures in which every thing asked for has its kind and colour, every relation holds, and nothing else
+        perfect: images in which every thing asked for has its kind and colour, every relation holds, and nothing else
             is seen.
-        pictures: 1; the number of pictures after adding up.
+        images: 1; the number of images after adding up.
     """
 
     requested: int = 0
@@ -65,7 +65,7 @@ class SceneScore:
     kept_glyph: int = 0
     extras: int = 0
     perfect: int = 0
-    pictures: int = 0
+    images: int = 0
 
     def __add__(self, other: SceneScore) -> SceneScore:
         return SceneScore(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -80,7 +80,7 @@ class SceneScore:
             "relations_right": self.relations,
             **{field.name: self.unsaid for field in fields(self) if field.name.startswith("kept")},
             "extras": self.requested,
-            "perfect": self.pictures,
+            "perfect": self.images,
         }
         return {name: (getattr(self, name), total) for name, total in totals.items()}
 
@@ -172,12 +172,12 @@ def match(scene: Scene, seen: Sequence[Seen], relations: Sequence[Relation] | No
 
     Args:
         scene: what was asked for.
-        seen: what a `Reader` found in the picture.
+        seen: what a `Reader` found in the image.
         relations: those that were asked for; if not given, all that hold in the scene, each pair one way round.
-        unsaid: numbers of the things whose look only an earlier picture tells.
+        unsaid: numbers of the things whose look only an earlier image tells.
 
     Returns:
-        Counts for this picture; see `SceneScore` for what each means, `pair` for which is compared with which and
+        Counts for this image; see `SceneScore` for what each means, `pair` for which is compared with which and
         `holds` for when a relation is right. A relation of which either thing was not found by kind is wrong.
     """
     found = pair(scene, seen)
@@ -200,5 +200,5 @@ def match(scene: Scene, seen: Sequence[Seen], relations: Sequence[Relation] | No
         **_kept([(scene.things[i], seen[found[i]]) for i in unsaid if i in found]),
         extras=len(seen) - len(pairs),
         perfect=int(colored == len(scene.things) == len(seen) and all(right)),
-        pictures=1,
+        images=1,
     )

@@ -1,4 +1,4 @@
-"""A contact sheet: documents with their pictures and texts, to look at."""
+"""A contact sheet: documents with their images and texts, to look at."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MARGIN = 8
 FONT_SIZE = 13
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # Pillow without FreeType has the second
 INK, PROMPT_INK = (20, 20, 20), (130, 130, 150)  # learned text, given text
-FRAMES = {True: (60, 150, 80), False: (170, 170, 185)}  # around learned and given pictures
+FRAMES = {True: (60, 150, 80), False: (170, 170, 185)}  # around learned and given images
 
 
 def contact_sheet(documents: Sequence[Document], cell: int = 192, columns: int = 6) -> PIL.Image.Image:
-    """Each document is a row (or more) of cells, pictures and texts in reading order.
+    """Each document is a row (or more) of cells, images and texts in reading order.
 
-    Text that is given and not learned is gray; pictures that are learned have a green frame.
+    Text that is given and not learned is gray; images that are learned have a green frame.
 
     Args:
-        documents: with pictures in memory.
+        documents: with images in memory.
         cell: side of a cell in pixels.
         columns: cells in a row.
     """
@@ -43,7 +43,7 @@ def _block(document: Document, cell: int, columns: int, font: Font) -> PIL.Image
             groups[-1].append(segment)
         else:
             groups.append([segment] if isinstance(segment, Text) else segment)
-    tiles = [_words(g, cell, font) if isinstance(g, list) else _picture(g, cell) for g in groups]
+    tiles = [_words(g, cell, font) if isinstance(g, list) else _image(g, cell) for g in groups]
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) + MARGIN for row in rows]
     block = PIL.Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, sum(heights) + 2 * MARGIN + FONT_SIZE), "white")
@@ -58,7 +58,7 @@ def _block(document: Document, cell: int, columns: int, font: Font) -> PIL.Image
     return block
 
 
-def _picture(image: Image, cell: int) -> PIL.Image.Image:
+def _image(image: Image, cell: int) -> PIL.Image.Image:
     assert isinstance(image.source, PIL.Image.Image), "sheets are made of documents in memory"
     tile = PIL.Image.new("RGB", (cell, cell), FRAMES[image.supervise])
     tile.paste(image.source.resize((cell - 4, cell - 4), PIL.Image.Resampling.BICUBIC), (2, 2))

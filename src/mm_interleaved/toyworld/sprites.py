@@ -1,4 +1,4 @@
-"""A thing as a small picture with transparency: tinted, textured, dressed and lettered.
+"""A thing as a small image with transparency: tinted, textured, dressed and lettered.
 
 A sprite fills a square of `pixels` a side. Half-made results are kept, since sizes and kinds are few and looks many.
 """
@@ -41,7 +41,7 @@ _PLATE = 0.42  # size of a glyph's plate
 
 @dataclass(frozen=True)
 class Sprite:
-    """A thing's picture.
+    """A thing's image.
 
     Attributes:
         color: float32 [pixels, pixels, 3] in [0, 255], times `alpha`.
@@ -72,9 +72,9 @@ class _Body:
 
 @cache
 def _atlas() -> dict[str, Image.Image]:
-    with Image.open(ATLAS) as picture:
-        names = str(picture.info["kinds"]).split()  # which emoji are on it, in order
-        whole = picture.convert("RGBA")
+    with Image.open(ATLAS) as image:
+        names = str(image.info["kinds"]).split()  # which emoji are on it, in order
+        whole = image.convert("RGBA")
     places = [(i % ATLAS_COLUMNS * TILE, i // ATLAS_COLUMNS * TILE) for i in range(len(names))]
     return {name: whole.crop((x, y, x + TILE, y + TILE)) for name, (x, y) in zip(names, places, strict=True)}
 
@@ -138,12 +138,12 @@ def _painted(body: _Body, look: Look, pixels: int) -> np.ndarray:
     return color
 
 
-def _lay(color: np.ndarray, alpha: np.ndarray, picture: Image.Image, left: float, top: float) -> None:
-    """Put an RGBA picture over premultiplied colours, in place, moved so that it lies within them."""
-    size = picture.size
+def _lay(color: np.ndarray, alpha: np.ndarray, image: Image.Image, left: float, top: float) -> None:
+    """Put an RGBA image over premultiplied colours, in place, moved so that it lies within them."""
+    size = image.size
     x = int(np.clip(round(left), 0, color.shape[1] - size[0]))
     y = int(np.clip(round(top), 0, color.shape[0] - size[1]))
-    values = np.asarray(picture, np.float32)
+    values = np.asarray(image, np.float32)
     over = values[..., 3:] / 255
     here = np.s_[y : y + size[1], x : x + size[0]]
     color[here] = color[here] * (1 - over) + values[..., :3] * over
@@ -182,7 +182,7 @@ def sprite(look: Look, pixels: int) -> Sprite:
         known(name, getattr(look, name), options)
     known("glyph", look.glyph, ("", *GLYPHS))
     if pixels < 8:
-        raise ValueError(f"a thing of {pixels} pixels is too small to draw; draw pictures of at least 36")
+        raise ValueError(f"a thing of {pixels} pixels is too small to draw; draw images of at least 36")
     body = _body(look.kind, pixels, look.part != "none")
     rim = np.float32(252.0)
     alpha = np.maximum(body.rim, body.alpha)

@@ -1,4 +1,4 @@
-"""Illustrated stories: characters are introduced once, in words or only in the first picture, and then go by name."""
+"""Illustrated stories: characters are introduced once, in words or only in the first image, and then go by name."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CAST = ((1, 0), (1, 1), (1, 1), (1, 2), (2, 0), (2, 0), (2, 1), (2, 1), (3, 0)) 
 
 @dataclass(frozen=True)
 class Frame:
-    """A piece of text and its picture.
+    """A piece of text and its image.
 
     Attributes:
-        text: with what came before, it determines the picture; what it does not mention stays as it was.
-        scene: the picture.
-        unsaid: numbers of things in it whose look no text up to here has told, so that an earlier picture is needed.
+        text: with what came before, it determines the image; what it does not mention stays as it was.
+        scene: the image.
+        unsaid: numbers of things in it whose look no text up to here has told, so that an earlier image is needed.
     """
 
     text: str
@@ -56,8 +56,8 @@ def story(rng: np.random.Generator, *, frames: tuple[int, int] = (2, 6), split: 
     Args:
         rng: makes every choice.
         frames: the fewest and the most frames.
-        split: of the first picture's arrangement; None: any.
-        shown: share of stories in which at least one character's look is only seen in the first picture.
+        split: of the first image's arrangement; None: any.
+        shown: share of stories in which at least one character's look is only seen in the first image.
 
     Raises:
         ValueError: `frames` is not a range that begins with 1 or more.

@@ -30,16 +30,16 @@ from .sampling import Split, random_scene, scene_rng
 from .scene import SIZES, Place, Scene, Thing
 
 MOST = 9  # things in a scene
-NEAR = 1 / 6  # how far from a thing's middle it may be found, in pictures
+NEAR = 1 / 6  # how far from a thing's middle it may be found, in images
 _CROWDED = 0.25  # share of training scenes with more things than stories have
-_JPEG = 0.3  # share of training pictures that go through JPEG
+_JPEG = 0.3  # share of training images that go through JPEG
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class SceneBatches(Dataset[Batch]):
-    """Batches by number, each always the same: pictures uint8 [B, 3, 128, 128]; geometry float32 [B, 9, 4], the boxes'
-    middles and sides in pictures; traits int64 [B, 9, 6], the size (-1: no thing) and then `TRAITS`.
+    """Batches by number, each always the same: images uint8 [B, 3, 128, 128]; geometry float32 [B, 9, 4], the boxes'
+    middles and sides in images; traits int64 [B, 9, 6], the size (-1: no thing) and then `TRAITS`.
     """
 
     def __init__(self, batches: int, batch: int, seed: int) -> None:
@@ -51,16 +51,16 @@ class SceneBatches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < self.batches:
             raise IndexError(number)
-        pictures = np.empty((self.batch, PIXELS, PIXELS, 3), np.uint8)
+        images = np.empty((self.batch, PIXELS, PIXELS, 3), np.uint8)
         geometry = np.zeros((self.batch, MOST, 4), np.float32)
         traits = np.full((self.batch, MOST, 1 + len(TRAITS)), -1, np.int64)
         for i in range(self.batch):
             rng = scene_rng(self.seed, "train", number * self.batch + i)
             scene = random_scene(rng, things=(5, MOST) if rng.random() < _CROWDED else (1, 5), split="train")
-            picture = draw(scene, PIXELS)
-            pictures[i] = np.asarray(_jpeg(picture, int(rng.integers(35, 95))) if rng.random() < _JPEG else picture)
+            image = draw(scene, PIXELS)
+            images[i] = np.asarray(_jpeg(image, int(rng.integers(35, 95))) if rng.random() < _JPEG else image)
             geometry[i], traits[i] = labels(scene)
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(geometry), torch.from_numpy(traits)
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(geometry), torch.from_numpy(traits)
 
 
 def labels(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,14 +78,14 @@ def labels(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
     return geometry, traits
 
 
-def _jpeg(picture: PIL.Image.Image, quality: int) -> PIL.Image.Image:
+def _jpeg(image: PIL.Image.Image, quality: int) -> PIL.Image.Image:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return PIL.Image.open(file)
 
 
 def middle(box: tuple[int, ...]) -> tuple[float, ...]:
-    """A box at `PIXELS` as its middle x, y and its width, height, in pictures."""
+    """A box at `PIXELS` as its middle x, y and its width, height, in images."""
     x0, y0, x1, y1 = box
     return (x0 + x1) / 2 / PIXELS, (y0 + y1) / 2 / PIXELS, (x1 - x0) / PIXELS, (y1 - y0) / PIXELS
 
@@ -95,19 +95,19 @@ def described(thing: Thing) -> list[int]:
     return [SIZES.index(thing.size)] + [values.index(getattr(thing.look, name)) for name, values in TRAITS.items()]
 
 
-def spoil(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """What an autoencoder and a diffusion model do to a picture: lost detail, blur, noise, wrong brightness and tint.
+def spoil(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """What an autoencoder and a diffusion model do to an image: lost detail, blur, noise, wrong brightness and tint.
 
     Args:
-        pictures: [B, 3, H, W] in [0, 1].
+        images: [B, 3, H, W] in [0, 1].
         generator: source of chance, on their device.
     """
 
     def chance(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        return torch.rand(*shape, generator=generator, device=pictures.device) * (high - low) + low
+        return torch.rand(*shape, generator=generator, device=images.device) * (high - low) + low
 
     groups = []
-    for group in pictures.chunk(8):  # one size and blur each, since both are done to many pictures at once
+    for group in images.chunk(8):  # one size and blur each, since both are done to many images at once
         kind, size, sigma = chance(3).tolist()
         if kind < 0.4:
             small = F.interpolate(group, size=int(52 + size * 70), mode="bilinear", antialias=True)
@@ -125,11 +125,11 @@ def spoil(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (out * gain + shift + noise * strength).clamp(0, 1)
 
 
-def _blurred(pictures: torch.Tensor, sigma: float) -> torch.Tensor:
-    x = torch.arange(-4, 5, device=pictures.device, dtype=pictures.dtype)
+def _blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    x = torch.arange(-4, 5, device=images.device, dtype=images.dtype)
     bell = torch.exp(-(x**2) / (2 * sigma**2))
     bell = (bell / bell.sum()).expand(3, 1, 1, -1)
-    padded = F.pad(pictures, (4, 4, 4, 4), mode="replicate")
+    padded = F.pad(images, (4, 4, 4, 4), mode="replicate")
     return F.conv2d(F.conv2d(padded, bell, groups=3), bell.transpose(2, 3), groups=3)
 
 
@@ -146,12 +146,12 @@ def loss(outputs: torch.Tensor, geometry: torch.Tensor, traits: torch.Tensor) ->
     """
     centers, shifts, sides, logits = split(outputs.float())
     real = traits[..., 0] >= 0
-    picture, number = real.nonzero(as_tuple=True)
-    place, size = geometry[picture, number], traits[picture, number, 0]
+    image, number = real.nonzero(as_tuple=True)
+    place, size = geometry[image, number], traits[image, number, 0]
     at = place[:, :2] * MAP
     column, row = at.long().clamp(0, MAP - 1).unbind(-1)
-    wanted = _bumps(centers, at, picture, size)
-    wanted[picture, size, row, column] = 1.0
+    wanted = _bumps(centers, at, image, size)
+    wanted[image, size, row, column] = 1.0
     chance = centers.sigmoid()
     hit = wanted == 1
     focal = torch.where(
@@ -159,24 +159,24 @@ def loss(outputs: torch.Tensor, geometry: torch.Tensor, traits: torch.Tensor) ->
         (1 - chance) ** 2 * F.logsigmoid(centers),
         (1 - wanted) ** 4 * chance**2 * F.logsigmoid(-centers),
     )
-    found = {"center": -focal.sum() / len(picture)}
+    found = {"center": -focal.sum() / len(image)}
     shift = at - torch.stack([column, row], -1)
-    found["shift"] = F.l1_loss(shifts[picture, size, :, row, column], shift)
-    found["box"] = 5 * F.l1_loss(sides[picture, size, :, row, column], place[:, 2:])
+    found["shift"] = F.l1_loss(shifts[image, size, :, row, column], shift)
+    found["box"] = 5 * F.l1_loss(sides[image, size, :, row, column], place[:, 2:])
     for i, (name, values) in enumerate(logits.items()):
-        found[name] = F.cross_entropy(values[picture, size, :, row, column], traits[picture, number, 1 + i])
+        found[name] = F.cross_entropy(values[image, size, :, row, column], traits[image, number, 1 + i])
     return found
 
 
 def _bumps(
-    centers: torch.Tensor, at: torch.Tensor, picture: torch.Tensor, size: torch.Tensor, sigma: float = 0.7
+    centers: torch.Tensor, at: torch.Tensor, image: torch.Tensor, size: torch.Tensor, sigma: float = 0.7
 ) -> torch.Tensor:
     """A bell around every thing, the highest where bells meet; like `centers`, [B, 2, 16, 16]."""
     grid = torch.arange(MAP, device=at.device) + 0.5
     bell = torch.exp(-((grid - at[:, None, :].transpose(1, 2)) ** 2) / (2 * sigma**2))  # [things, 2, 16]
     each = bell[:, 1, :, None] * bell[:, 0, None, :]
     out = torch.zeros_like(centers).flatten(0, 1)
-    index = (picture * len(SIZES) + size)[:, None, None].expand(-1, MAP, MAP)
+    index = (image * len(SIZES) + size)[:, None, None].expand(-1, MAP, MAP)
     return out.scatter_reduce(0, index, each, "amax").view_as(centers)
 
 
@@ -225,10 +225,10 @@ def train(
         SceneBatches(steps, batch, seed), batch_size=None, num_workers=workers, pin_memory=device != "cpu", **many
     )
     for step, tensors in enumerate(scenes):
-        pictures, geometry, traits = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        images, geometry, traits = (tensor.to(device, non_blocking=True) for tensor in tensors)
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps, peak)
-        inputs = spoil(pictures.float() / 255, generator).contiguous(memory_format=torch.channels_last)
+        inputs = spoil(images.float() / 255, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
             outputs = net(inputs)
         losses = loss(outputs, geometry, traits)
@@ -268,14 +268,14 @@ def paired(scene: Scene, seen: list[Seen]) -> list[tuple[Thing, Seen]]:
 
 
 def evaluate(reader: Reader, scenes: int = 1000, seed: int = 1, part: Split = "test", size: int = PIXELS) -> dict:
-    """Accuracies on clean pictures.
+    """Accuracies on clean images.
 
     Args:
         reader: what is measured.
         scenes: how many, of 1 to 5 things.
         seed: of the scenes.
         part: the split that they are from.
-        size: of the pictures drawn, in pixels.
+        size: of the images drawn, in pixels.
 
     Returns:
         Shares in [0, 1]: precision and recall of things; of those found, how many have the right kind, colour, both,
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="weights to write, or to evaluate")
     parser.add_argument("--evaluate", action="store_true", help="measure on held-out scenes, print JSON, and stop")
     parser.add_argument("--scenes", type=int, default=1000, help="to evaluate on")
-    parser.add_argument("--size", type=int, default=PIXELS, help="of the pictures to evaluate on, in pixels")
+    parser.add_argument("--size", type=int, default=PIXELS, help="of the images to evaluate on, in pixels")
     options = parser.parse_args()
     if options.evaluate:
         reader = Reader.load(options.output, options.device)
@@ -334,7 +334,7 @@ def main() -> None:
         if step % 100 == 0 or step == options.steps:
             rate = step * options.batch / (time.perf_counter() - began)
             values = "  ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
-            print(f"step {step:5}  {rate:6.0f} pictures/s  {values}", flush=True)
+            print(f"step {step:5}  {rate:6.0f} images/s  {values}", flush=True)
 
     net = train(options.steps, options.batch, options.device, report, options.workers, options.seed,
                 options.peak, options.start)  # fmt: skip

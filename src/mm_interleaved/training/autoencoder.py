@@ -1,4 +1,4 @@
-"""The picture autoencoder of a small model: diffusers' AutoencoderKL, trained on drawn or given pictures.
+"""The image autoencoder of a small model: diffusers' AutoencoderKL, trained on drawn or given images.
 
     loss = L1 + edges + frequency + kl [+ adversarial], each with its weight
 
@@ -30,16 +30,16 @@ STATISTICS_BATCHES = 8  # held-out batches that the scale of the latents is meas
 
 @dataclass
 class AutoencoderOutput(ModelOutput):
-    """Losses of a batch, each a mean over the pictures; `loss` is their weighted sum.
+    """Losses of a batch, each a mean over the images; `loss` is their weighted sum.
 
     Attributes:
         loss: weighted sum.
         loss_l1: mean absolute difference of pixels in [-1, 1].
         loss_edges, loss_frequency, loss_kl: see the module.
         loss_adversarial, loss_discriminator: hinge losses of the two sides; None without a discriminator.
-        psnr: in dB, of pixels in [0, 1]; the mean over pictures.
+        psnr: in dB, of pixels in [0, 1]; the mean over images.
         ssim: structural similarity (Wang et al. 2004); only outside training.
-        reconstruction: [pictures, 3, side, side] in [-1, 1]; only outside training.
+        reconstruction: [images, 3, side, side] in [-1, 1]; only outside training.
         latents: of the posterior's mode; only outside training.
     """
 
@@ -57,7 +57,7 @@ class AutoencoderOutput(ModelOutput):
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures [n, 3, side, side] to one logit a patch of about 34 pixels; positive means real."""
+    """Images [n, 3, side, side] to one logit a patch of about 34 pixels; positive means real."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ class AutoencoderTask(nn.Module):
         self.adversarial = False  # whether the discriminator's opinion counts yet
 
     def forward(self, pixels: Tensor, noise: Tensor) -> AutoencoderOutput:
-        """Losses of reconstructing pictures.
+        """Losses of reconstructing images.
 
         Args:
-            pixels: [pictures, 3, side, side] in [-1, 1].
+            pixels: [images, 3, side, side] in [-1, 1].
             noise: normal, of the latents' shape.
         """
         posterior = cast(AutoencoderKLOutput, self.vae.encode(pixels)).latent_dist
@@ -138,7 +138,7 @@ class AutoencoderTask(nn.Module):
 
 
 def vae_settings(config: AutoencoderConfig) -> dict:
-    """diffusers' settings; the factor between pictures and latents is 2 for every width after the first."""
+    """diffusers' settings; the factor between images and latents is 2 for every width after the first."""
     blocks = len(config.block_out_channels)
     return {
         "block_out_channels": list(config.block_out_channels),
@@ -154,7 +154,7 @@ def vae_settings(config: AutoencoderConfig) -> dict:
 
 
 def edge_loss(made: Tensor, wanted: Tensor, scales: int = 3) -> Tensor:
-    """Mean absolute difference of neighbouring pixels' differences, over `scales` halvings of the picture."""
+    """Mean absolute difference of neighbouring pixels' differences, over `scales` halvings of the image."""
     total = made.new_zeros(())
     for scale in range(scales):
         if scale:
@@ -174,13 +174,13 @@ def focal_frequency_loss(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def psnr(made: Tensor, wanted: Tensor) -> Tensor:
-    """Mean peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    """Mean peak signal-to-noise ratio in dB of images in [-1, 1]."""
     error = (made.clamp(-1, 1) - wanted).square().mean((1, 2, 3)) / 4
     return (-10 * error.clamp(min=1e-10).log10()).mean()
 
 
 def ssim(made: Tensor, wanted: Tensor) -> Tensor:
-    """Mean structural similarity of pictures in [-1, 1]: Gaussian window of 11 pixels, sigma 1.5."""
+    """Mean structural similarity of images in [-1, 1]: Gaussian window of 11 pixels, sigma 1.5."""
     line = torch.arange(11, device=made.device, dtype=made.dtype) - 5
     line = torch.exp(-line.square() / (2 * 1.5**2))
     window = torch.outer(line / line.sum(), line / line.sum()).expand(made.shape[1], 1, 11, 11)

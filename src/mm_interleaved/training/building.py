@@ -65,7 +65,7 @@ def build_config(source: ModelConfig, default_tokenizer: Path | None = None) -> 
 
 
 def build_tokenizer(source: ModelConfig, default_tokenizer: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, with the tokens of pictures.
+    """The tokenizer alone, with the tokens of images.
 
     Raises:
         ValueError: a folder holds something else.

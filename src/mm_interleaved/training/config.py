@@ -192,7 +192,7 @@ class ComponentsConfig:
 
 @dataclass
 class MMFSSwitches:
-    """Which parts of the model look at pictures through synchronizers."""
+    """Which parts of the model look at images through synchronizers."""
 
     llm: bool = True
     unet: bool = True
@@ -239,14 +239,14 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the two losses and how pictures enter.
+    """Weights of the two losses and how images enter.
 
     Attributes:
         text, image: weights (release: 1 and 10).
-        image_fraction: share of a batch's pictures that the image decoder learns to draw, chosen at random, first of
+        image_fraction: share of a batch's images that the image decoder learns to draw, chosen at random, first of
             all from those that count.
         draws_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
-        normalize_image_loss: divide by the pictures that count instead of by all.
+        normalize_image_loss: divide by the images that count instead of by all.
         vae_dtype: type in which targets are encoded.
         conditions: weight of what drawings are told staying as `model.checkpoint` says it; 0: it may change.
     """
@@ -274,7 +274,7 @@ class SampleConfig:
     Attributes:
         documents: a file of documents with open slots, as `mmi generate` takes it.
         count: how many of its documents.
-        num_inference_steps, guidance_scale: of a picture; None: the model's guidance.
+        num_inference_steps, guidance_scale: of an image; None: the model's guidance.
         max_new_tokens: longest text.
     """
 
@@ -289,26 +289,26 @@ class SampleConfig:
 class ShapesConfig:
     """Sizes that batches of documents are brought to, so that a device meets few of them, or always the same.
 
-    A GPU plans its convolutions anew for every number of pictures, which takes longer than a small model's whole step;
+    A GPU plans its convolutions anew for every number of images, which takes longer than a small model's whole step;
     and starting some ten thousand kernels one by one takes longer than running them.
 
     Attributes:
-        multiple: the pictures that are seen, those that condition drawings and the contexts of drawings are filled up,
+        multiple: the images that are seen, those that condition drawings and the contexts of drawings are filled up,
             those that are drawn cut down to a multiple of this.
-        pictures: fill up to so many pictures; 0: as `multiple` says. What is added is seen by nothing.
+        images: fill up to so many images; 0: as `multiple` says. What is added is seen by nothing.
         drawn: draw so many of them, if there are as many; 0: as `losses.image_fraction` says.
-        conditioning: pictures that condition drawings, likewise. Batches without any get none; a recording with 0 is of
+        conditioning: images that condition drawings, likewise. Batches without any get none; a recording with 0 is of
             such batches.
         context: tokens of the contexts of drawings, likewise.
         labelled: tokens to learn, likewise.
-        visible: pictures that a token sees, likewise.
+        visible: images that a token sees, likewise.
         graph: record the step as a CUDA graph at its first batch of just these sizes, and replay it from then on; other
             batches run as always (the log says how many were replayed). Needs `accumulation: 1`,
             `data.pad_to_max_length` and all sizes but `conditioning`.
     """
 
     multiple: int = 1
-    pictures: int = 0
+    images: int = 0
     drawn: int = 0
     conditioning: int = 0
     context: int = 0
@@ -328,7 +328,7 @@ class ShapesConfig:
             )
 
 
-SIZES = ("pictures", "drawn", "conditioning", "context", "labelled", "visible")
+SIZES = ("images", "drawn", "conditioning", "context", "labelled", "visible")
 
 
 @dataclass(kw_only=True)
@@ -378,7 +378,7 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class AutoencoderConfig:
-    """Sizes of the autoencoder; the latents' side is the picture's, halved for every width after the first."""
+    """Sizes of the autoencoder; the latents' side is the image's, halved for every width after the first."""
 
     image_size: int = 128
     block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
@@ -402,14 +402,14 @@ class AutoencoderLossConfig:
 
 
 @dataclass
-class PicturesConfig:
-    """What an autoencoder or another part of a model sees: a folder of pictures, or scenes of the toy world.
+class ImagesConfig:
+    """What an autoencoder or another part of a model sees: a folder of images, or scenes of the toy world.
 
     Attributes:
-        folder: every picture below it; None: the toy world.
+        folder: every image below it; None: the toy world.
         split: of the toy world.
         count: scenes of an epoch.
-        batch_size: pictures a batch and process.
+        batch_size: images a batch and process.
         seed: of scenes and order.
         num_workers: processes that draw or read.
     """
@@ -428,20 +428,20 @@ class PicturesConfig:
 
 @dataclass(kw_only=True)
 class AutoencoderRunConfig(RunConfig):
-    """`mmi train-vae`: a picture autoencoder.
+    """`mmi train-vae`: an image autoencoder.
 
     Attributes:
         autoencoder: its sizes.
         losses: their weights.
-        data: pictures to learn from.
-        eval_data: held-out pictures, for PSNR and SSIM and for the scale of the latents.
+        data: images to learn from.
+        eval_data: held-out images, for PSNR and SSIM and for the scale of the latents.
         eval_batches: how many batches of them.
     """
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     losses: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
-    data: PicturesConfig = field(default_factory=PicturesConfig)
-    eval_data: PicturesConfig = field(default_factory=lambda: PicturesConfig(split="val", count=2048))
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    eval_data: ImagesConfig = field(default_factory=lambda: ImagesConfig(split="val", count=2048))
     eval_batches: int = 16
 
     def __post_init__(self) -> None:
@@ -462,8 +462,8 @@ class PartRunConfig(RunConfig):
     """
 
     model: ModelConfig
-    data: PicturesConfig = field(default_factory=PicturesConfig)
-    eval_data: PicturesConfig = field(default_factory=lambda: PicturesConfig(split="val", count=2048))
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    eval_data: ImagesConfig = field(default_factory=lambda: ImagesConfig(split="val", count=2048))
     eval_batches: int = 8
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Curves of runs' logs as a picture."""
+"""Curves of runs' logs as an image."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class RecordedStep:
     def _fits(self, inputs: dict[str, Any]) -> bool:
         layout: Layout = inputs["layout"]
         sizes = {
-            "pictures": len(inputs["pixel_values"]),
+            "images": len(inputs["pixel_values"]),
             "drawn": len(layout.target_images),
             "conditioning": len(layout.conditioning_images),
             "context": layout.context_length,

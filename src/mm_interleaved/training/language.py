@@ -1,8 +1,8 @@
 """Pre-training of a small model's language model on text alone: it learns to write, and what a text asks to draw.
 
 The release starts from a language model that has read a lot, and from an image decoder that drew from texts before; a
-small model starts from nothing, and the loss of its pictures alone teaches it very slowly what a caption means. So
-captions of scenes are read here without any picture:
+small model starts from nothing, and the loss of its images alone teaches it very slowly what a caption means. So
+captions of scenes are read here without any image:
 
     loss = cross-entropy of the next word + loss of the conditions + max(0, -ln spread)
 

@@ -160,7 +160,7 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
         tensors = {
             n: x.to(device, non_blocking=True) for n, x in batch.items() if n not in _CHECKED_ONLY | weights.keys()
         }
-        if fill := _size(images, shapes.pictures, shapes) - images:
+        if fill := _size(images, shapes.images, shapes) - images:
             for name in _PER_IMAGE & tensors.keys():
                 own = tensors[name]
                 tensors[name] = torch.cat([own, own.new_zeros(fill, *own.shape[1:])])
@@ -196,7 +196,7 @@ def _planned(
         routes=device.type != "cuda" or not HAS_TRITON,
     )
     return layout.filled(
-        _size(len(batch.pixel_values), shapes.pictures, shapes),
+        _size(len(batch.pixel_values), shapes.images, shapes),
         shapes.visible,
         _size(len(layout.conditioning_images), shapes.conditioning, shapes),
         min(_size(layout.context_length, shapes.context, shapes), model.config.max_context_length),
@@ -228,7 +228,7 @@ def choose_targets(
 def prepare_scenes(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
     """The `Prepare` for batches of labelled scenes."""
     tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {**tensors, "stats": BatchStats(0, len(batch["pictures"]), 0)}
+    return {**tensors, "stats": BatchStats(0, len(batch["images"]), 0)}
 
 
 def prepare_texts(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
@@ -239,11 +239,11 @@ def prepare_texts(batch: dict[str, torch.Tensor], seed: int, device: torch.devic
     return {**tensors, "stats": BatchStats(int(batch["lengths"].sum()), 0, 0)}
 
 
-def prepare_pictures(latents: tuple[int, int, int]) -> Prepare:
-    """The `Prepare` for batches of pictures, with noise of the latents' shape."""
+def prepare_images(latents: tuple[int, int, int]) -> Prepare:
+    """The `Prepare` for batches of images, with noise of the latents' shape."""
 
     def prepare(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
-        pixels = batch["pictures"].to(device, non_blocking=True).float() / 127.5 - 1
+        pixels = batch["images"].to(device, non_blocking=True).float() / 127.5 - 1
         if device.type == "cuda":
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         generator = torch.Generator(device).manual_seed(seed)

@@ -25,20 +25,20 @@ from .building import build, build_config, build_tokenizer, given_model, load_la
 from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
 from .checkpoints import find_resume, step_of
-from .config import AutoencoderRunConfig, PartRunConfig, PicturesConfig, RunConfig, TrainConfig
+from .config import AutoencoderRunConfig, ImagesConfig, PartRunConfig, RunConfig, TrainConfig
 from .distillation import ConditionDistillation
 from .flops import step_cost
 from .graphs import RecordedStep
+from .images import ImageLoader, ImageSet, ToyScenes, ToyTexts, images_of
 from .language import WEIGHTS as LANGUAGE
 from .language import LanguageTask
 from .parts import save_part
-from .pictures import PictureLoader, PictureSet, ToyScenes, ToyTexts, pictures_of
 from .pipeline import (
     BatchPipeline,
     Loader,
     Prepare,
     prepare_documents,
-    prepare_pictures,
+    prepare_images,
     prepare_scenes,
     prepare_texts,
 )
@@ -125,7 +125,7 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
 
 
 def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -> str | None:
-    """Train a picture autoencoder; arguments, result and errors as for `train`.
+    """Train an image autoencoder; arguments, result and errors as for `train`.
 
     The `final` folder is a diffusers VAE, for `model.vae` of `train`.
     """
@@ -147,7 +147,7 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
         finish_autoencoder(trainer, cast(AutoencoderTask, trainer.model), folder)
 
     return _train_part(
-        config, make, lambda data: pictures_of(data, side), prepare_pictures(latents), finish, device,
+        config, make, lambda data: images_of(data, side), prepare_images(latents), finish, device,
         lambda task: [Adversary(task, config)],
     )  # fmt: skip
 
@@ -192,7 +192,7 @@ def train_language(
         compile_regions(task, config.compile)
         return task
 
-    def texts(data: PicturesConfig) -> ToyTexts:
+    def texts(data: ImagesConfig) -> ToyTexts:
         return ToyTexts(data, tokenizer, model.soi_token_id)
 
     return _train_part(config, make, texts, prepare_texts, _keep(LanguageTask.weights, LANGUAGE), device)
@@ -213,13 +213,13 @@ def _keep(state: Callable[[Any], dict[str, Tensor]], name: str) -> Callable[[Run
 def _train_part(
     config: AutoencoderRunConfig | PartRunConfig,
     make: Callable[[], nn.Module],
-    pictures: Callable[[PicturesConfig], PictureSet],
+    images: Callable[[ImagesConfig], ImageSet],
     prepare: Prepare,
     finish: Callable[[RunTrainer, Path], None],
     device: str | None,
     callbacks: Callable[[Any], list[TrainerCallback]] = lambda task: [],
 ) -> str | None:
-    """Train a part of a model on pictures: `make` makes it, with its losses, and `finish` writes its `final` folder."""
+    """Train a part of a model on images: `make` makes it, with its losses, and `finish` writes its `final` folder."""
     console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
     resume = start_run(config)
     args = training_arguments(config, device)
@@ -228,8 +228,8 @@ def _train_part(
         task = make()
     ranks = {"rank": args.process_index, "world_size": args.world_size}
 
-    def pipeline_of(data: PicturesConfig, seed: int) -> BatchPipeline:
-        return BatchPipeline(PictureLoader(data, pictures(data), **ranks), prepare, seed, args.device, **ranks)
+    def pipeline_of(data: ImagesConfig, seed: int) -> BatchPipeline:
+        return BatchPipeline(ImageLoader(data, images(data), **ranks), prepare, seed, args.device, **ranks)
 
     trainer = RunTrainer(
         task,
@@ -255,7 +255,7 @@ class Adversary(TrainerCallback):
 
 
 def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path) -> None:
-    """Measure the scale of the latents on held-out pictures, and write the VAE with it and its quality."""
+    """Measure the scale of the latents on held-out images, and write the VAE with it and its quality."""
     if not trainer.args.should_save:
         return
     assert trainer.eval_pipeline is not None

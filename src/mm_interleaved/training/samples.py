@@ -1,4 +1,4 @@
-"""Pictures and texts made from a few fixed documents while training goes on."""
+"""Images and texts made from a few fixed documents while training goes on."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
 from ..processor import MMInterleavedProcessor
-from ..processor.images import Source, load_picture
+from ..processor.images import Source, load_image
 from .config import TrainConfig
 from .trainer import RunTrainer
 
 
 class Samples(TrainerCallback):
-    """Fills the open slots of documents every `sample_every` steps: a strip of pictures (PNG) and a text file."""
+    """Fills the open slots of documents every `sample_every` steps: a strip of images (PNG) and a text file."""
 
     def __init__(
         self, trainer: RunTrainer, config: TrainConfig, model: MMInterleaved, processor: MMInterleavedProcessor
@@ -63,7 +63,7 @@ class Samples(TrainerCallback):
         self.model.train()
         folder = Path(self.config.output) / "samples"
         folder.mkdir(exist_ok=True)
-        rows = [_pictures(e.result, self.config.samples.count) for e in done]
+        rows = [_images(e.result, self.config.samples.count) for e in done]
         texts = [_text(e.result) for e in done]
         (folder / f"{step:07}.txt").write_text("\n\n".join(texts) + "\n")
         sheet = _sheet(rows, self.processor.target_size)
@@ -76,14 +76,14 @@ class Samples(TrainerCallback):
                     writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
 
-def _pictures(document: Document, limit: int) -> list[PIL.Image.Image]:
+def _images(document: Document, limit: int) -> list[PIL.Image.Image]:
     return [
-        load_picture(cast(Source, s.source)) for s in document.segments if isinstance(s, Image) and s.source is not None
+        load_image(cast(Source, s.source)) for s in document.segments if isinstance(s, Image) and s.source is not None
     ]
 
 
 def _text(document: Document) -> str:
-    return " ".join((s.text or "") if isinstance(s, Text) else "[picture]" for s in document.segments if not s.is_open)
+    return " ".join((s.text or "") if isinstance(s, Text) else "[image]" for s in document.segments if not s.is_open)
 
 
 def _sheet(rows: list[list[PIL.Image.Image]], side: int) -> PIL.Image.Image | None:
@@ -93,6 +93,6 @@ def _sheet(rows: list[list[PIL.Image.Image]], side: int) -> PIL.Image.Image | No
         return None
     sheet = PIL.Image.new("RGB", (width * side, len(rows) * side), "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture.convert("RGB").resize((side, side)), (x * side, y * side))
+        for x, image in enumerate(row):
+            sheet.paste(image.convert("RGB").resize((side, side)), (x * side, y * side))
     return sheet

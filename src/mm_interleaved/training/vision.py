@@ -9,7 +9,7 @@ Each map is brought to the labels' 16 x 16 and read by a 1 x 1 convolution. Of t
 for the scene's 3 x 3 cells (fewer tokens, for as many), and one linear layer, the same for all of them, has to name the
 thing in each: attention in the language model reads all tokens alike as well. The readers are thrown away.
 
-`spread` is how much of the tokens' length differs between pictures. What they have in common tells nothing, but left
+`spread` is how much of the tokens' length differs between images. What they have in common tells nothing, but left
 alone it grows until it drowns the rest; so the tokens are standardised before they are read, and the spread has a loss.
 """
 
@@ -44,7 +44,7 @@ class VisionOutput(ModelOutput):
         loss_tokens: over the cells.
         accuracy_kind, accuracy_color, accuracy_texture, accuracy_glyph: of the things, as told from the tokens.
         accuracy_maps: share of the things whose kind and colour the finest map tells.
-        spread: mean length of the tokens' deviation from their mean over the pictures, by the mean's length.
+        spread: mean length of the tokens' deviation from their mean over the images, by the mean's length.
     """
 
     loss: Tensor | None = None
@@ -77,20 +77,20 @@ class VisionTask(nn.Module):
                 assert reader.bias is not None
                 reader.bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
 
-    def forward(self, pictures: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
+    def forward(self, images: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
         """Losses of telling what is where.
 
         Args:
-            pictures: uint8 [batch, 3, image_size, image_size].
+            images: uint8 [batch, 3, image_size, image_size].
             geometry, traits: as `toyworld.train_reader.SceneBatches` has them.
         """
-        seen = self.visual_tokenizer(unit_range(pictures))
+        seen = self.visual_tokenizer(unit_range(images))
         maps = [
             reader(_resized(m)).unflatten(1, (len(SIZES), OUTPUTS))
             for reader, m in zip(self.map_readers, seen.pyramid, strict=True)
         ]
         cells = seen.tokens[:, : GRID * GRID]
-        with torch.autocast(pictures.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             of_maps = [torch.stack(list(scene_loss(m, geometry, traits).values())).sum() for m in maps]
             outputs = VisionOutput()
             wanted = cell_traits(geometry, traits)[:, : cells.shape[1]]
@@ -142,10 +142,10 @@ def _resized(m: Tensor) -> Tensor:
 
 def _named(outputs: Tensor, geometry: Tensor, traits: Tensor) -> Tensor:
     """Share of the things whose kind and colour a map [batch, sizes, OUTPUTS, side, side] tells at their centres."""
-    picture, number = (traits[..., 0] >= 0).nonzero(as_tuple=True)
-    column, row = (geometry[picture, number, :2] * MAP).long().clamp(0, MAP - 1).unbind(-1)
-    size, logits = traits[picture, number, 0], split(outputs)[-1]
-    kind, color = (logits[name][picture, size, :, row, column].argmax(-1) for name in ("kind", "color"))
+    image, number = (traits[..., 0] >= 0).nonzero(as_tuple=True)
+    column, row = (geometry[image, number, :2] * MAP).long().clamp(0, MAP - 1).unbind(-1)
+    size, logits = traits[image, number, 0], split(outputs)[-1]
+    kind, color = (logits[name][image, size, :, row, column].argmax(-1) for name in ("kind", "color"))
     names = list(TRAITS)
-    kinds, colors = (traits[picture, number, 1 + names.index(name)] for name in ("kind", "color"))
+    kinds, colors = (traits[image, number, 1 + names.index(name)] for name in ("kind", "color"))
     return ((kind == kinds) & (color == colors)).float().mean()

@@ -56,7 +56,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A caption of a picture and what was asked about it afterwards."""
+    """A caption of an image and what was asked about it afterwards."""
 
     caption: Caption
     rounds: tuple[Round, ...]

@@ -134,7 +134,7 @@ class _Reader:
             elif name == "cell":
                 self._settle()
                 self._place(value)
-            else:  # of the picture as a whole
+            else:  # of the image as a whole
                 self._settle()
                 self.facts[Fact(name, None, value)] = None
         self._settle()

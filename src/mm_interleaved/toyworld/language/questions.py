@@ -39,7 +39,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture.
+    """A question about an image.
 
     Attributes:
         question: with its question mark.
@@ -191,7 +191,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Asks in which part of the picture something is."""
+    """Asks in which part of the image something is."""
     index, thing = _pick(scene, rng)
     phrase = _named(scene, index, rng)
     if phrase is None:

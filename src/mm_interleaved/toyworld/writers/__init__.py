@@ -41,7 +41,7 @@ FORMATS: dict[str, Format] = {
     )
 }  # fmt: skip
 ABOUT = "toyworld.json"  # beside the data: what they are
-LARGEST = 4096  # pixels of a picture's side
+LARGEST = 4096  # pixels of an image's side
 
 
 class WriteError(ValueError):
@@ -124,7 +124,7 @@ def _check(name: str, job: Job, workers: int) -> None:
     if job.split not in SPLITS:
         raise WriteError(f"there is no split '{job.split}'; splits are {', '.join(SPLITS)}")
     if not SMALLEST <= job.size <= LARGEST:
-        raise WriteError(f"pictures of {job.size} pixels cannot be written; give {SMALLEST} to {LARGEST}")
+        raise WriteError(f"images of {job.size} pixels cannot be written; give {SMALLEST} to {LARGEST}")
     for what, value, least in (("samples", job.count, 1), ("workers", workers, 1), ("seed", job.seed, 0)):
         if value < least:
             raise WriteError(f"{what}: {value} is too small; give at least {least}")

@@ -13,22 +13,22 @@ import PIL.Image
 from ..documents import colored
 from ..draw import label_map
 from ..language import caption
-from .base import Format, Job, write_json, write_picture
+from .base import Format, Job, write_image, write_json
 
 
 def write(job: Job, indices: range, folder: Path) -> list[dict[str, str]]:
-    """Pictures and maps; returns the captions."""
+    """Images and maps; returns the captions."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         name = f"ADE_{job.split}_{job.number(index):08d}"
-        write_picture(scene, job.size, folder / "images" / _phase(job) / f"{name}.jpg")
+        write_image(scene, job.size, folder / "images" / _phase(job) / f"{name}.jpg")
         labels = label_map(scene, job.size)
-        pictures = {"annotations": PIL.Image.fromarray(labels), "annotations_with_color": colored(labels)}
-        for part, picture in pictures.items():
+        images = {"annotations": PIL.Image.fromarray(labels), "annotations_with_color": colored(labels)}
+        for part, image in images.items():
             path = folder / part / _phase(job) / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            image.save(path)
         found.append({"image_id": name, "caption": caption(scene, rng).text.rstrip(".")})
     return found
 

@@ -27,7 +27,7 @@ class Job:
         count: number of samples.
         split: whose scenes.
         seed: of everything.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
     """
 
     count: int
@@ -75,14 +75,14 @@ def nothing_more(job: Job, results: list[Any], folder: Path) -> None:
     """For formats that are complete with their shards."""
 
 
-def jpeg(picture: PIL.Image.Image) -> bytes:
+def jpeg(image: PIL.Image.Image) -> bytes:
     """As a file, with little loss: letters on things must stay legible."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
-def write_picture(scene: Scene, size: int, path: Path) -> None:
+def write_image(scene: Scene, size: int, path: Path) -> None:
     """Draw a scene into a JPEG file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(jpeg(draw(scene, size)))

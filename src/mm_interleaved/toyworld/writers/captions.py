@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..language import caption
-from .base import Format, Job, write_json, write_picture
+from .base import Format, Job, write_image, write_json
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
-def write(job: Job, indices: range, folder: Path, *, pictures: str, count: int) -> list[dict[str, Any]]:
-    """Pictures; returns their names and captions."""
+def write(job: Job, indices: range, folder: Path, *, images: str, count: int) -> list[dict[str, Any]]:
+    """Images; returns their names and captions."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{job.number(index):010d}.jpg"
-        write_picture(scene, job.size, folder / pictures / name)
+        write_image(scene, job.size, folder / images / name)
         texts = [caption(scene, rng).text for _ in range(count)]
         found.append({"id": job.number(index), "file_name": name, "captions": texts})
     return found
@@ -40,10 +40,10 @@ def finish(job: Job, results: list[list[dict[str, Any]]], folder: Path, *, file:
 
 
 FORMATS = (
-    Format("flickr30k", "pictures with five captions each, as Flickr30k's test file",
-           partial(write, pictures="flickr30k-images", count=5),
+    Format("flickr30k", "images with five captions each, as Flickr30k's test file",
+           partial(write, images="flickr30k-images", count=5),
            partial(finish, file="test1k.token.coco_format", domains=False), 100),
-    Format("nocaps", "pictures with ten captions and a domain each, as NoCaps",
-           partial(write, pictures="images", count=10),
+    Format("nocaps", "images with ten captions and a domain each, as NoCaps",
+           partial(write, images="images", count=10),
            partial(finish, file="nocaps_val_4500_captions.json", domains=True), 100),
 )  # fmt: skip

@@ -5,7 +5,7 @@
     annotations/coco_karpathy_val_gt.json  the same as COCO annotations, which scorers read
     val2014/COCO_val2014_000000000001.jpg
 
-As in the original, the pictures of Karpathy's test split lie in `val2014`.
+As in the original, the images of Karpathy's test split lie in `val2014`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ..language import caption
-from .base import Format, Job, write_json, write_picture
+from .base import Format, Job, write_image, write_json
 
-CAPTIONS = 5  # of every picture
+CAPTIONS = 5  # of every image
 
 
 def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns their names and captions."""
+    """Images; returns their names and captions."""
     part = _part(job)
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         number = index + 1
         name = f"COCO_{part}_{number:012d}.jpg"
-        write_picture(scene, job.size, folder / part / name)
+        write_image(scene, job.size, folder / part / name)
         found.append({"id": number, "file": name, "captions": [caption(scene, rng).text for _ in range(CAPTIONS)]})
     return found
 
@@ -54,4 +54,4 @@ def _part(job: Job) -> str:
     return "train2014" if job.split == "train" else "val2014"
 
 
-FORMAT = Format("coco", "pictures with five captions each, as COCO and Karpathy annotations", write, finish, 100)
+FORMAT = Format("coco", "images with five captions each, as COCO and Karpathy annotations", write, finish, 100)

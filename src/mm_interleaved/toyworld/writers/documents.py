@@ -14,7 +14,7 @@ from .base import Format, Job, json_lines
 
 
 def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns the records."""
+    """Images; returns the records."""
     (folder / "images").mkdir(exist_ok=True)
     records = []
     for index in indices:

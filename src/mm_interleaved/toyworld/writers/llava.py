@@ -1,4 +1,4 @@
-"""Instruction data in LLaVA's form: `llava_instruct.json` and `images/`; some records have no picture."""
+"""Instruction data in LLaVA's form: `llava_instruct.json` and `images/`; some records have no image."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..language import paragraph, questions
-from .base import Format, Job, write_json, write_picture
+from .base import Format, Job, write_image, write_json
 
 
 def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns the records."""
+    """Images; returns the records."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
@@ -21,7 +21,7 @@ def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
             continue
         if index % 2:
             rounds.append(("Describe the picture in detail.", paragraph(scene, rng).text))
-        write_picture(scene, job.size, folder / "images" / name)
+        write_image(scene, job.size, folder / "images" / name)
         where = "<image>\n{}" if index % 2 else "{}\n<image>"
         rounds[0] = (where.format(rounds[0][0]), rounds[0][1])
         found.append({"id": name.removesuffix(".jpg"), "image": name, "conversations": _turns(rounds)})
@@ -37,4 +37,4 @@ def finish(job: Job, results: list[list[dict[str, Any]]], folder: Path) -> None:
     write_json([record for batch in results for record in batch], folder / "llava_instruct.json")
 
 
-FORMATS = (Format("llava", "conversations about pictures, as LLaVA's instruction data", write, finish, 100),)
+FORMATS = (Format("llava", "conversations about images, as LLaVA's instruction data", write, finish, 100),)

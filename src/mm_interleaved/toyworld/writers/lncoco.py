@@ -1,4 +1,4 @@
-"""Localized Narratives of COCO: `coco_val_captions.jsonl` and `val2017/000001000001.jpg`. Some pictures have two."""
+"""Localized Narratives of COCO: `coco_val_captions.jsonl` and `val2017/000001000001.jpg`. Some images have two."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ..language import paragraph
-from .base import Format, Job, json_lines, write_picture
+from .base import Format, Job, json_lines, write_image
 
 
 def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns the narratives."""
+    """Images; returns the narratives."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         number = job.number(index)
-        write_picture(scene, job.size, folder / "val2017" / f"{number:012d}.jpg")
+        write_image(scene, job.size, folder / "val2017" / f"{number:012d}.jpg")
         for annotator in range(1 + index % 2):
             found.append({"dataset_id": "mscoco_val2017", "image_id": str(number), "annotator_id": annotator,
                           "caption": paragraph(scene, rng).text})  # fmt: skip

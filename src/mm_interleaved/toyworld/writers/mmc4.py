@@ -1,6 +1,6 @@
 """MMC4: zipped JSON lines, `data/docs_shard_<i>_v2.jsonl.zip`, and `images/` flat beside them.
 
-A document is a story, or a page of captioned pictures with sentences between them.
+A document is a story, or a page of captioned images with sentences between them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..language.words import chance
 from ..sampling import random_scene
 from ..scene import Scene
 from ..stories import story
-from .base import Format, Job, json_lines, nothing_more, write_picture
+from .base import Format, Job, json_lines, nothing_more, write_image
 
 BATCH = 500
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of files in archives: the same data make the same bytes
@@ -44,7 +44,7 @@ def _record(job: Job, index: int, images: Path) -> dict[str, Any]:
         name = f"{job.split}-{job.seed}-{index:08d}-{row}.jpg"
         scene = page[place][1]
         assert scene is not None
-        write_picture(scene, job.size, images / name)
+        write_image(scene, job.size, images / name)
         info.append({"image_name": name, "raw_url": f"https://toyworld.invalid/{name}", "matched_text_index": place,
                      "matched_sim": float(similarity[row, place])})  # fmt: skip
     return {
@@ -61,7 +61,7 @@ def _story(job: Job, rng: np.random.Generator) -> list[tuple[str, Scene | None]]
 
 
 def _page(job: Job, rng: np.random.Generator) -> list[tuple[str, Scene | None]]:
-    """One to four captioned pictures; some sentences have no picture."""
+    """One to four captioned images; some sentences have no image."""
     page: list[tuple[str, Scene | None]] = []
     for _ in range(1 + int(rng.random() * 4)):
         scene = random_scene(rng, split=job.split)
@@ -71,4 +71,4 @@ def _page(job: Job, rng: np.random.Generator) -> list[tuple[str, Scene | None]]:
     return page
 
 
-FORMAT = Format("mmc4", "pages of text and pictures, as zipped JSON lines", write, nothing_more, BATCH)
+FORMAT = Format("mmc4", "pages of text and images, as zipped JSON lines", write, nothing_more, BATCH)

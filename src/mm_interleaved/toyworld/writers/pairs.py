@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..language import caption
-from .base import Format, Job, json_lines, nothing_more, write_picture
+from .base import Format, Job, json_lines, nothing_more, write_image
 
 BATCH = 1000
 
@@ -17,9 +17,9 @@ def write(job: Job, indices: range, folder: Path) -> None:
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{shard}/{index:09d}.jpg"
-        write_picture(scene, job.size, folder / "images" / name)
+        write_image(scene, job.size, folder / "images" / name)
         records.append({"image": name, "caption": caption(scene, rng).text})
     (folder / f"{shard}.txt").write_text(json_lines(records), encoding="utf-8")
 
 
-FORMAT = Format("pairs", "pictures with captions, as lists of JSON lines", write, nothing_more, BATCH)
+FORMAT = Format("pairs", "images with captions, as lists of JSON lines", write, nothing_more, BATCH)

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ..language import paragraph
-from .base import Format, Job, write_json, write_picture
+from .base import Format, Job, write_image, write_json
 
 
 def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns the annotations."""
+    """Images; returns the annotations."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         number = job.number(index)
         name = f"VG_100K{'_2' if index % 2 else ''}/{number}.jpg"
-        write_picture(scene, job.size, folder / "images" / name)
+        write_image(scene, job.size, folder / "images" / name)
         url = f"https://toyworld.invalid/images/{name}"
         found.append({"id": number, "image_id": number, "caption": paragraph(scene, rng).text, "url": url})
     return found
@@ -30,4 +30,4 @@ def finish(job: Job, results: list[list[dict[str, Any]]], folder: Path) -> None:
     write_json([record["image_id"] for record in annotations], folder / "annotations" / f"{job.split}_split.json")
 
 
-FORMATS = (Format("image2paragraph", "pictures with a paragraph each, as Image2Paragraph", write, finish, 100),)
+FORMATS = (Format("image2paragraph", "images with a paragraph each, as Image2Paragraph", write, finish, 100),)

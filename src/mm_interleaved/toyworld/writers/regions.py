@@ -12,18 +12,18 @@ from typing import Any
 
 from ..draw import boxes
 from ..language import grounded, referring, region_question
-from .base import Format, Job, json_lines, write_json, write_picture
+from .base import Format, Job, json_lines, write_image, write_json
 
 EXPRESSIONS = ("refcoco", "refcoco+", "refcocog")
 
 
 def write_refcoco(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns an expression for each of the three sets."""
+    """Images; returns an expression for each of the three sets."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         name = f"COCO_train2014_{job.number(index):012d}.jpg"
-        write_picture(scene, job.size, folder / "train2014" / name)
+        write_image(scene, job.size, folder / "train2014" / name)
         found_boxes = boxes(scene, job.size)
         meant = {name: referring(scene, rng) for name in EXPRESSIONS}
         found.append({key: {"image": name, "bbox": list(found_boxes[said.index]), "sent": said.text}
@@ -45,12 +45,12 @@ def finish_refcoco(job: Job, results: list[list[dict[str, Any]]], folder: Path) 
 
 
 def write_vg(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns a region's caption and a question about it."""
+    """Images; returns a region's caption and a question about it."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{job.number(index)}.jpg"
-        write_picture(scene, job.size, folder / "images" / name)
+        write_image(scene, job.size, folder / "images" / name)
         said = referring(scene, rng)
         region = {"image": name, "bbox": list(boxes(scene, job.size)[said.index])}
         asked = region_question(scene, said.index, rng)
@@ -69,12 +69,12 @@ def finish_vg(job: Job, results: list[list[dict[str, Any]]], folder: Path) -> No
 
 
 def write_grit(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
-    """Pictures; returns a caption with boxes, and a phrase with its box and a confidence."""
+    """Images; returns a caption with boxes, and a phrase with its box and a confidence."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{job.number(index):09d}.jpg"
-        write_picture(scene, job.size, folder / "images" / name)
+        write_image(scene, job.size, folder / "images" / name)
         places = boxes(scene, job.size)
         tagged = grounded(scene, [f"({x1},{y1})({x2},{y2})" for x1, y1, x2, y2 in places], rng)
         said = referring(scene, rng)

@@ -1,4 +1,4 @@
-"""Stories of five pictures, as VIST, PororoSV and FlintstonesSV.
+"""Stories of five images, as VIST, PororoSV and FlintstonesSV.
 
     annotations/val_formatted_filtered.json, images/val_images/10000010.png
     descriptions.npy, img_cache4.npy, following_cache4.npy, train_seen_unseen_ids.npy, Toy_1/1000001_0.png
@@ -26,7 +26,7 @@ from .base import Format, Job, write_json
 
 LENGTH = 5
 FRAME = 128
-PLACES = 10  # pictures are numbered by ten times the story's number and their place in it
+PLACES = 10  # images are numbered by ten times the story's number and their place in it
 CAST = {"pororo": ("Pororo", "Loopy", "Eddy"), "flintstones": ("Fred", "Barney", "Wilma")}
 SPLITS = ("train", "val", "test")
 
@@ -39,15 +39,15 @@ def told_by(job: Job, index: int) -> tuple[Story, np.random.Generator]:
     return story(rng, frames=(LENGTH, LENGTH), split=job.split), rng
 
 
-def write(job: Job, indices: range, folder: Path, *, pictures: str, cast: str = "") -> list[list[Clip]]:
-    """Pictures; returns the clips of each story."""
+def write(job: Job, indices: range, folder: Path, *, images: str, cast: str = "") -> list[list[Clip]]:
+    """Images; returns the clips of each story."""
     found = []
     for index in indices:
         told, rng = told_by(job, index)
         names = dict(zip(told.characters, CAST.get(cast, told.characters), strict=False))
         clips = []
         for place, frame in enumerate(told.frames):
-            name = pictures.format(split=job.split, number=PLACES * job.number(index) + place)
+            name = images.format(split=job.split, number=PLACES * job.number(index) + place)
             path = folder / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             (strip(frame.scene, 1 + int(rng.random() * 3)) if cast else draw(frame.scene, job.size)).save(path)
@@ -99,11 +99,11 @@ def finish_flintstones(job: Job, results: list[list[list[Clip]]], folder: Path) 
 
 
 FORMATS = (
-    Format("vist", "stories of five pictures, as VIST", partial(write, pictures="images/{split}_images/{number}"),
+    Format("vist", "stories of five images, as VIST", partial(write, images="images/{split}_images/{number}"),
            finish_vist, 100),
-    Format("pororo", "stories of five clips, as PororoSV", partial(write, pictures="Toy_1/{number}", cast="pororo"),
+    Format("pororo", "stories of five clips, as PororoSV", partial(write, images="Toy_1/{number}", cast="pororo"),
            finish_pororo, 100),
     Format("flintstones", "stories of five clips, as FlintstonesSV",
-           partial(write, pictures="video_frames_sampled_png/s_01_e01_shot_{number}", cast="flintstones"),
+           partial(write, images="video_frames_sampled_png/s_01_e01_shot_{number}", cast="flintstones"),
            finish_flintstones, 100),
 )  # fmt: skip

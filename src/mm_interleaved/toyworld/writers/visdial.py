@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ..language import Dialogue, dialogue
-from .base import Format, Job, write_json, write_picture
+from .base import Format, Job, write_image, write_json
 
 
 def write(job: Job, indices: range, folder: Path) -> list[tuple[int, int, Dialogue]]:
-    """Pictures; returns (number, annotated round from 0, dialogue)."""
+    """Images; returns (number, annotated round from 0, dialogue)."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
         part = f"VisualDialog_{_phase(job)}2018"
-        write_picture(scene, job.size, folder / part / f"{part}_{job.number(index):012d}.jpg")
+        write_image(scene, job.size, folder / part / f"{part}_{job.number(index):012d}.jpg")
         told = dialogue(scene, rng)
         found.append((job.number(index), int(rng.random() * len(told.rounds)), told))
     return found
@@ -52,4 +52,4 @@ def _phase(job: Job) -> str:
     return "train" if job.split == "train" else "val"
 
 
-FORMATS = (Format("visdial", "dialogues about pictures, each answer among 100, as VisDial", write, finish, 100),)
+FORMATS = (Format("visdial", "dialogues about images, each answer among 100, as VisDial", write, finish, 100),)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..language import UNANSWERABLE, Question, questions, unanswerable
-from .base import Format, Job, write_json, write_picture
+from .base import Format, Job, write_image, write_json
 
-ASKED = 2  # questions of a picture, at most
+ASKED = 2  # questions of an image, at most
 HEADER = {"info": {"description": "Toy world"}, "task_type": "Open-Ended", "data_type": "mscoco",
           "license": {"name": "Apache-2.0"}}  # fmt: skip
 
@@ -27,14 +27,14 @@ def phase(job: Job) -> str:
 
 
 def write(
-    job: Job, indices: range, folder: Path, *, picture: str, asked: int = ASKED, lacking: int = 0
+    job: Job, indices: range, folder: Path, *, image: str, asked: int = ASKED, lacking: int = 0
 ) -> list[tuple[int, str, Any]]:
-    """Pictures; returns (number, picture's name, questions) of each. One in `lacking` pictures has no answer."""
+    """Images; returns (number, image's name, questions) of each. One in `lacking` images has no answer."""
     found = []
     for index in indices:
         scene, rng = job.scene(index)
-        name = picture.format(phase=phase(job), number=job.number(index))
-        write_picture(scene, job.size, folder / name)
+        name = image.format(phase=phase(job), number=job.number(index))
+        write_image(scene, job.size, folder / name)
         lacks = lacking and index % lacking == lacking - 1
         found.append((job.number(index), Path(name).name,
                       [unanswerable(scene, rng)] if lacks else questions(scene, rng, asked)))  # fmt: skip
@@ -42,7 +42,7 @@ def write(
 
 
 def _asked(results: list[Any]) -> list[tuple[int, int, str, Question]]:
-    """(number of the question, number and name of the picture, question)."""
+    """(number of the question, number and name of the image, question)."""
     return [
         (10 * number + place, number, name, question)
         for batch in results
@@ -72,7 +72,7 @@ def finish_vqa(job: Job, results: list[Any], folder: Path, *, name: str, files: 
 
 
 def finish_vizwiz(job: Job, results: list[Any], folder: Path) -> None:
-    """One list; some pictures show nothing of what was asked for."""
+    """One list; some images show nothing of what was asked for."""
     records = []
     for _, _, file, question in _asked(results):
         lacks = question.type == UNANSWERABLE
@@ -92,10 +92,10 @@ def finish_gqa(job: Job, results: list[Any], folder: Path) -> None:
     write_json(found, folder / f"{phase(job)}_balanced_questions.json")
 
 
-def _vqa(name: str, description: str, picture: str, prefix: str = "", files: tuple[str, str] | None = None) -> Format:
+def _vqa(name: str, description: str, image: str, prefix: str = "", files: tuple[str, str] | None = None) -> Format:
     files = files or (f"{prefix}OpenEnded_mscoco_{{phase}}2014_questions.json",
                       f"{prefix}mscoco_{{phase}}2014_annotations.json")  # fmt: skip
-    return Format(name, description, partial(write, picture=picture), partial(finish_vqa, name=name, files=files), 100)
+    return Format(name, description, partial(write, image=image), partial(finish_vqa, name=name, files=files), 100)
 
 
 _COCO = "{phase}2014/COCO_{phase}2014_{number:012d}.jpg"
@@ -106,6 +106,6 @@ FORMATS = (
     _vqa("textvqa", "questions with ten answers, as TextVQA in VQA's form", "train_images/{number:016x}.jpg",
          files=_TEXTVQA),
     Format("vizwiz_vqa", "questions with ten answers, as VizWiz",
-           partial(write, picture="{phase}/VizWiz_{phase}_{number:08d}.jpg", asked=1, lacking=4), finish_vizwiz, 100),
-    Format("gqa", "questions with one answer, as GQA", partial(write, picture="images/{number}.jpg"), finish_gqa, 100),
+           partial(write, image="{phase}/VizWiz_{phase}_{number:08d}.jpg", asked=1, lacking=4), finish_vizwiz, 100),
+    Format("gqa", "questions with one answer, as GQA", partial(write, image="images/{number}.jpg"), finish_gqa, 100),
 )  # fmt: skip

@@ -31,4 +31,4 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-FORMAT = Format("webdataset", "pictures with captions, as tar shards", write, nothing_more, BATCH)
+FORMAT = Format("webdataset", "images with captions, as tar shards", write, nothing_more, BATCH)

@@ -1,4 +1,4 @@
-"""Lines about pictures: drawing one, and what its pixels cost."""
+"""Lines about images: drawing one, and what its pixels cost."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..ops.mmfs_attention import Backend
 from .base import Bench, Row, prefilled
 
 
-def picture(bench: Bench) -> Iterator[Row]:
-    """A picture from its context to its pixels; the twin calls the UNet step by step.
+def image(bench: Bench) -> Iterator[Row]:
+    """An image from its context to its pixels; the twin calls the UNet step by step.
 
-    With and without an earlier picture, then by the quicker schedulers, and if asked for with a compiled UNet.
+    With and without an earlier image, then by the quicker schedulers, and if asked for with a compiled UNet.
     """
     sizes, settings = bench.sizes, ImageSettings(num_inference_steps=bench.sizes.steps)
-    length, pictures = sizes.drawing
-    state = prefilled(bench, length, pictures)
-    case = f"{sizes.steps} steps, {length} tokens, {pictures} pictures"
+    length, images = sizes.drawing
+    state = prefilled(bench, length, images)
+    case = f"{sizes.steps} steps, {length} tokens, {images} images"
     yield _drawn(bench, state, case, settings)
-    yield _drawn(bench, prefilled(bench, length, 0), f"{sizes.steps} steps, {length} tokens, no picture", settings)
+    yield _drawn(bench, prefilled(bench, length, 0), f"{sizes.steps} steps, {length} tokens, no image", settings)
     for name, preset in IMAGE_PRESETS.items():
         if not preset.lossless and sizes.steps >= preset.settings.num_inference_steps:
             yield replace(_drawn(bench, state, name, preset.settings, twin=False), lossless=False)
@@ -38,7 +38,7 @@ def picture(bench: Bench) -> Iterator[Row]:
 
 
 def layouts(bench: Bench) -> Iterator[Row]:
-    """A picture with the convolutions' channels last (as usual) and, as the twin, first."""
+    """An image with the convolutions' channels last (as usual) and, as the twin, first."""
     settings = ImageSettings(num_inference_steps=bench.sizes.steps, cache_implementation="static")
     state, usual, times = prefilled(bench, *bench.sizes.drawing), denoising.LAYOUT, []
     try:
@@ -62,7 +62,7 @@ def _drawn(bench: Bench, state: GenerationState, case: str, settings: ImageSetti
     cost, steps = bench.cost, settings.num_inference_steps
     cost = replace(cost, steps=steps, draw_image=cost.draw_image + (steps - cost.steps) * cost.draw_step)
     need = roofline.drawing(bench.model, cost)
-    return Row("picture", case, "s", value, plain, bench.bound(need), peak, plain_peak)
+    return Row("image", case, "s", value, plain, bench.bound(need), peak, plain_peak)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def draw(bench: Bench, state: GenerationState, settings: ImageSettings) -> torch
 
 
 def pixels(bench: Bench) -> Iterator[Row]:
-    """The VAE's decoder: in bfloat16 against float32, and how far apart the pictures are."""
+    """The VAE's decoder: in bfloat16 against float32, and how far apart the images are."""
     decoder = bench.model.image_decoder
     latents = torch.randn(decoder.latent_shape(1), generator=torch.Generator().manual_seed(0)).to(bench.device)
     half, exact = (decoder.decode(latents, h) for h in (True, False))
@@ -97,7 +97,7 @@ def encode(bench: Bench) -> Iterator[Row]:
         features = image_features(model.config, pyramid).features
         return [layer.project(features) for layer in layers]
 
-    for count in (1, bench.sizes.pictures):
+    for count in (1, bench.sizes.images):
         images = bench.noise[:count]
         with torch.no_grad():
 
@@ -112,12 +112,12 @@ def encode(bench: Bench) -> Iterator[Row]:
             value, twin = (bench.clock.time(work, bench.sizes.repeats) for work in (fast, plain))
             peak = bench.clock.peak(fast)
         need = roofline.Need(2 * bench.cost.encode_image * count)
-        case = f"{count} picture{'s' if count > 1 else ''}"
+        case = f"{count} image{'s' if count > 1 else ''}"
         yield Row("encode", case, "ms", 1e3 * value, 1e3 * twin, 1e3 * bench.bound(need), peak)
 
 
 def adapter(bench: Bench) -> Iterator[Row]:
-    """The ViT adapter's attention over some pictures, by the kernels of MMFS; the twin is the composition."""
+    """The ViT adapter's attention over some images, by the kernels of MMFS; the twin is the composition."""
     config = MMInterleavedConfig.preset(bench.preset)
     grid = config.vision_config.image_size // config.vision_config.patch_size
     stem = [2 * grid, grid, grid // 2]
@@ -132,7 +132,7 @@ def _adapter_row(
     bench: Bench, attention: DeformableAttention, name: str, looking: list[int], seen: list[int], gradients: bool
 ) -> Row:
     def random(sides: list[int]) -> torch.Tensor:
-        shape = bench.sizes.pictures, sum(side * side for side in sides), attention.value_proj.in_features
+        shape = bench.sizes.images, sum(side * side for side in sides), attention.value_proj.in_features
         return torch.randn(shape, device=bench.device, dtype=bench.dtype, requires_grad=gradients)
 
     query, features = random(looking), random(seen)
@@ -152,5 +152,5 @@ def _adapter_row(
     found = [run(backend) for backend in backends]
     times = [1e3 * bench.clock.time(partial(run, backend), bench.sizes.repeats) for backend in backends]
     note = f"{float((found[0] - found[1]).norm() / found[1].norm()):.1e} apart" if kernels else f"plain: {reason}"
-    case = f"{name}, {bench.sizes.pictures} pictures, {'with backward' if gradients else 'forward'}"
+    case = f"{name}, {bench.sizes.images} images, {'with backward' if gradients else 'forward'}"
     return Row("adapter", case, "ms", times[0], times[1] if kernels else None, note=note)

@@ -1,4 +1,4 @@
-"""Batches for the pre-training of single parts: scenes of the toy world, drawn or told, or the pictures of a folder."""
+"""Batches for the pre-training of single parts: scenes of the toy world, drawn or told, or the images of a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import leave_process_group
-from ..processor.images import CROPS, load_picture
+from ..processor.images import CROPS, load_image
 from ..toyworld.draw import draw
 from ..toyworld.language import Caption, caption, paragraph
 from ..toyworld.language.words import chance
@@ -21,17 +21,17 @@ from ..toyworld.reader import PIXELS
 from ..toyworld.sampling import Split, random_scene, scene_rng
 from ..toyworld.scene import Scene
 from ..toyworld.train_reader import labels
-from .config import PicturesConfig
+from .config import ImagesConfig
 from .told import told
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Item = dict[str, Tensor]
 
 
-class ToyPictures(Dataset[Item]):
-    """Scenes of the toy world, drawn when asked for: `pictures`, uint8 [3, side, side]."""
+class ToyImages(Dataset[Item]):
+    """Scenes of the toy world, drawn when asked for: `images`, uint8 [3, side, side]."""
 
-    def __init__(self, config: PicturesConfig, side: int) -> None:
+    def __init__(self, config: ImagesConfig, side: int) -> None:
         self.config, self.side = config, side
         self.split: Split = cast(Split, config.split)
 
@@ -40,7 +40,7 @@ class ToyPictures(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         rng = scene_rng(self.config.seed, self.split, index)
-        return {"pictures": _tensor(np.array(draw(random_scene(rng, split=self.split), self.side)))}
+        return {"images": _tensor(np.array(draw(random_scene(rng, split=self.split), self.side)))}
 
 
 class ToyScenes(Dataset[Item]):
@@ -51,7 +51,7 @@ class ToyScenes(Dataset[Item]):
         side: at which they are seen; they are drawn at the labels' 128 pixels.
     """
 
-    def __init__(self, config: PicturesConfig, side: int) -> None:
+    def __init__(self, config: ImagesConfig, side: int) -> None:
         self.config, self.side = config, side
         self.split: Split = cast(Split, config.split)
 
@@ -62,8 +62,8 @@ class ToyScenes(Dataset[Item]):
         rng = scene_rng(self.config.seed, self.split, index)
         scene = random_scene(rng, split=self.split)
         geometry, traits = labels(scene)
-        picture = CROPS["center"](draw(scene, PIXELS), self.side)
-        return {"pictures": _tensor(picture), "geometry": geometry, "traits": traits}
+        image = CROPS["center"](draw(scene, PIXELS), self.side)
+        return {"images": _tensor(image), "geometry": geometry, "traits": traits}
 
 
 class ToyTexts(Dataset[Item]):
@@ -76,7 +76,7 @@ class ToyTexts(Dataset[Item]):
         length: tokens that a text has room for; a longer one is written anew.
     """
 
-    def __init__(self, config: PicturesConfig, tokenizer: PreTrainedTokenizerBase, soi: int, length: int = 128) -> None:
+    def __init__(self, config: ImagesConfig, tokenizer: PreTrainedTokenizerBase, soi: int, length: int = 128) -> None:
         self.config, self.tokenizer, self.soi, self.length = config, tokenizer, soi, length
         self.split: Split = cast(Split, config.split)
 
@@ -100,43 +100,43 @@ class ToyTexts(Dataset[Item]):
         return text, [cast(int, self.tokenizer.bos_token_id), *words, self.soi]
 
 
-class FolderPictures(Dataset[Item]):
-    """Every picture below a folder, cut square and resized: `pictures`, uint8 [3, side, side]."""
+class FolderImages(Dataset[Item]):
+    """Every image below a folder, cut square and resized: `images`, uint8 [3, side, side]."""
 
     def __init__(self, folder: Path, side: int) -> None:
         self.side = side
         self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
         if not self.files:
-            raise ValueError(f"'{folder}' holds no picture ({', '.join(SUFFIXES)})")
+            raise ValueError(f"'{folder}' holds no image ({', '.join(SUFFIXES)})")
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Item:
-        return {"pictures": _tensor(CROPS["center"](load_picture(self.files[index]), self.side))}
+        return {"images": _tensor(CROPS["center"](load_image(self.files[index]), self.side))}
 
 
-PictureSet = ToyPictures | ToyScenes | ToyTexts | FolderPictures
+ImageSet = ToyImages | ToyScenes | ToyTexts | FolderImages
 
 
-def _tensor(picture: np.ndarray) -> Tensor:
-    return torch.tensor(picture).permute(2, 0, 1).contiguous()
+def _tensor(image: np.ndarray) -> Tensor:
+    return torch.tensor(image).permute(2, 0, 1).contiguous()
 
 
-def pictures_of(config: PicturesConfig, side: int) -> ToyPictures | FolderPictures:
-    """The pictures that `config` names."""
-    return ToyPictures(config, side) if config.folder is None else FolderPictures(Path(config.folder), side)
+def images_of(config: ImagesConfig, side: int) -> ToyImages | FolderImages:
+    """The images that `config` names."""
+    return ToyImages(config, side) if config.folder is None else FolderImages(Path(config.folder), side)
 
 
-class PictureLoader:
-    """Batches of pictures, in an order that follows from seed and epoch; see `pipeline.Loader`."""
+class ImageLoader:
+    """Batches of images, in an order that follows from seed and epoch; see `pipeline.Loader`."""
 
-    def __init__(self, config: PicturesConfig, dataset: PictureSet, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: ImagesConfig, dataset: ImageSet, rank: int = 0, world_size: int = 1) -> None:
         self.config, self.dataset, self.rank, self.world_size = config, dataset, rank, world_size
         self.epoch, self.served = 0, 0
         if len(self.dataset) < config.batch_size * world_size:
             raise ValueError(
-                f"{len(self.dataset)} pictures are fewer than a batch of {config.batch_size} on each of {world_size} "
+                f"{len(self.dataset)} images are fewer than a batch of {config.batch_size} on each of {world_size} "
                 "processes"
             )
 
