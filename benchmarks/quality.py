@@ -6,8 +6,8 @@ python benchmarks/quality.py runs/pretrain/final --samples 500 --device cuda
     captions    an image and the caption's prompt; what the text states is compared with the scene
     questions   an image and one question; the answer must be one that people give
     typed       the same, up to `--each` questions of each of `--types` about a scene, for what is rarely asked
-    boxes       an image and an expression for one thing in it; the box must overlap the thing's by half or more
-    drawing     a caption; the image is read by `toyworld.reader` and compared with what the caption states
+    boxes       an image and an expression for one object in it; the box must overlap the object's by half or more
+    drawing     a caption; the image is read by `toyworld.detector` and compared with what the caption states
     stories     text and first image are given, later texts too; each image is drawn from those drawn before it
     frames      the same, each image drawn from the true ones before it
 
@@ -37,11 +37,11 @@ from mm_interleaved.files import write_atomic
 from mm_interleaved.metrics.grounding import grounding_accuracy, parse_box
 from mm_interleaved.model.quantization import QUANTIZATIONS
 from mm_interleaved.pretrained import Loaded, load
+from mm_interleaved.toyworld.detector import Detection, Detector
 from mm_interleaved.toyworld.documents import CAPTION_PROMPT, REFER_PROMPT, VQA_SHORT, box_text
 from mm_interleaved.toyworld.draw import boxes, draw
 from mm_interleaved.toyworld.language import caption, questions, referring, score_caption
 from mm_interleaved.toyworld.language.questions import QUESTIONS, Question
-from mm_interleaved.toyworld.reader import Reader, Seen
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import Scene
 from mm_interleaved.toyworld.score import SceneScore, match
@@ -63,10 +63,10 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 class Exam:
-    """A model, its reader, and what both are asked."""
+    """A model, its detector, and what both are asked."""
 
-    def __init__(self, loaded: Loaded, reader: Reader, options: argparse.Namespace) -> None:
-        self.model, self.processor, self.reader, self.options = loaded.model, loaded.processor, reader, options
+    def __init__(self, loaded: Loaded, detector: Detector, options: argparse.Namespace) -> None:
+        self.model, self.processor, self.detector, self.options = loaded.model, loaded.processor, detector, options
         self.size = self.processor.target_size
         self.image = ImageSettings(
             num_inference_steps=options.steps, guidance_scale=options.guidance, batch_size=options.batch,
@@ -102,14 +102,14 @@ class Exam:
         return images
 
     def captions(self) -> dict[str, float]:
-        """Facts that are right of those stated, things mentioned of those there."""
+        """Facts that are right of those stated, objects mentioned of those there."""
         asked = list(self.scenes(1))
         given = [Document([Image(draw(s, self.size)), Text(CAPTION_PROMPT)]) for s, _ in asked]
         total: Counter[str] = Counter()
         for (scene, _), text in zip(asked, self.write(given, 80), strict=True):
             total.update(asdict(score_caption(text, scene)))
         return {"facts_right": total["right"] / max(total["stated"], 1),
-                "mentioned": total["mentioned"] / total["things"],
+                "mentioned": total["mentioned"] / total["objects"],
                 "facts": total["stated"]}  # fmt: skip
 
     def questions(self) -> dict[str, float]:
@@ -138,7 +138,7 @@ class Exam:
         return {"right": right.total() / max(count.total(), 1), "questions": count.total(), **by_type, **counts}
 
     def boxes(self) -> dict[str, float]:
-        """Things that are meant and found: boxes that overlap theirs by half or more; how much all do."""
+        """Objects that are meant and found: boxes that overlap theirs by half or more; how much all do."""
         asked = [(scene, referring(scene, rng)) for scene, rng in self.scenes(6)]
         given = [Document([Image(draw(s, self.size)), Text(REFER_PROMPT.format(text=m.text))]) for s, m in asked]
         told = [parse_box(box_text(boxes(s, self.size)[m.index], self.size)) for s, m in asked]
@@ -152,13 +152,13 @@ class Exam:
         images = self.paint([Document([Text(told.text), Image(blank)]) for _, told in asked])
         total = SceneScore()
         for (scene, told), seen in zip(asked, self._read(images), strict=True):
-            relations = [(f.thing, f.value, f.other) for f in told.facts if f.name == "relation"]
+            relations = [(f.obj, f.value, f.other) for f in told.facts if f.name == "relation"]
             total = total + match(scene, seen, relations)
         self._keep("drawing", [(told.text, image) for (_, told), image in zip(asked, images, strict=True)])
         return total.rates()
 
     def stories(self) -> dict[str, float]:
-        """Looks that no text tells and that are kept; things that are where and what the text makes them."""
+        """Attributes that no text tells and that are kept; objects that are where and what the text makes them."""
         total = SceneScore()
         shown: list[tuple[str, PIL.Image.Image]] = []
         for part in batches(self._stories(), self.options.batch):
@@ -214,8 +214,8 @@ class Exam:
             if isinstance(event, DocumentFinished):
                 yield event.document, event.result
 
-    def _read(self, images: Sequence[PIL.Image.Image]) -> list[list[Seen]]:
-        return [seen for part in batches(images, 64) for seen in self.reader.read(part)]
+    def _read(self, images: Sequence[PIL.Image.Image]) -> list[list[Detection]]:
+        return [seen for part in batches(images, 64) for seen in self.detector.detect(part)]
 
     def _keep(self, name: str, shown: Sequence[tuple[str, PIL.Image.Image]]) -> None:
         if self.options.images is None:
@@ -271,7 +271,7 @@ def main() -> None:
     options = arguments()
     loaded = load(options.model, DTYPES[options.dtype], options.device, options.quantization)
     averaged(Path(options.model), loaded.model)
-    exam = Exam(loaded, Reader.load(device=options.device), options)
+    exam = Exam(loaded, Detector.load(device=options.device), options)
     drawn = exam.model.image_decoder.settled(exam.image)
     seconds: dict[str, float] = {}
     result: dict[str, object] = {**describe(), "image": asdict(drawn), "seconds": seconds}

@@ -61,7 +61,7 @@ def test_forms_are_chosen(processor: MMInterleavedProcessor) -> None:
 def test_other_documents_come_first(processor: MMInterleavedProcessor) -> None:
     """Also when ranks and workers share the documents, and after each has been resumed."""
     only = {name: {form: float(form == name) for form in FORM_NAMES} for name in ("caption", "story")}
-    options = {"size": 64, "mix": only["story"], "first": {"documents": 4, "things": [1, 1], "mix": only["caption"]}}
+    options = {"size": 64, "mix": only["story"], "first": {"documents": 4, "objects": [1, 1], "mix": only["caption"]}}
     for ranks in (1, 2):
         found = []
         for rank in range(ranks):
@@ -72,7 +72,7 @@ def test_other_documents_come_first(processor: MMInterleavedProcessor) -> None:
         assert all(count > 1 for count in images[4:])
 
 
-@pytest.mark.parametrize("first", [{}, {"things": [1, 1]}])
+@pytest.mark.parametrize("first", [{}, {"objects": [1, 1]}])
 def test_how_many_come_first_must_be_said(processor: MMInterleavedProcessor, first: dict[str, Any]) -> None:
     if first:
         with pytest.raises(DataError, match=r"options\.first needs 'documents'"):
@@ -84,9 +84,9 @@ def test_how_many_come_first_must_be_said(processor: MMInterleavedProcessor, fir
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"options": {"size": 64, "things": [2]}}, "unpack"),
-        ({"options": {"size": 64, "things": [0, 2]}}, "fewest and the most"),
-        ({"options": {"size": 64, "first": {"documents": 3, "thing": [1, 1]}}}, "thing"),
+        ({"options": {"size": 64, "objects": [2]}}, "unpack"),
+        ({"options": {"size": 64, "objects": [0, 2]}}, "fewest and the most"),
+        ({"options": {"size": 64, "first": {"documents": 3, "object": [1, 1]}}}, "object"),
         ({"options": {"sise": 64}}, "sise"),
         ({"options": {"mix": {"storys": 1}}}, "storys"),
         ({"options": {"size": 4}}, "size=4"),

@@ -29,8 +29,8 @@ def test_drawn_scenes_are_read_well_and_blank_ones_not_at_all() -> None:
 
 def test_missing_weights_are_said(tmp_path: Path) -> None:
     result = SceneImages(tmp_path / "none.safetensors")({1: PIL.Image.new("RGB", (8, 8))}, {1: SCENES[1]})
-    assert "no reader's weights" in result.skipped
-    assert "train_reader" in result.fix
+    assert "no detector's weights" in result.skipped
+    assert "train_detector" in result.fix
 
 
 def test_captions_of_their_own_scenes_are_right() -> None:

@@ -126,7 +126,7 @@ def test_visdial(toy_task: ToyTask) -> None:
 
 @pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog", "region_caption", "region_vqa"])
 def test_boxes(name: str, toy_task: ToyTask) -> None:
-    """In thousandths, cut down; they are boxes of things that are there."""
+    """In thousandths, cut down; they are boxes of objects that are there."""
     for index, sample in enumerate(samples(toy_task(name))):
         assert shows(sample.document.images[0].source, index)
         there = [[int(v / SIZE * 999) for v in box] for box in boxes(scene(index), SIZE)]

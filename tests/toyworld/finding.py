@@ -44,16 +44,21 @@ def split_relation(text: str) -> tuple[str, str, str] | None:
 
 
 def find(scene: Scene, phrase: str) -> list[int]:
-    """Numbers of the things that a phrase such as "the red fox with a hat" fits."""
+    """Numbers of the objects that a phrase such as "the red fox with a hat" fits."""
     words = re.findall(r"[A-Za-z0-9]+", phrase)
     kinds = [_KIND[w] for w in words if w in _KIND]
     glyph = re.search(r"\b(?:letter|number|marked|an?) ([A-Z0-9])\b", phrase)
     found = []
-    for index, thing in enumerate(scene.things):
-        look = thing.look
-        fits = kinds == [look.kind]
-        for table, value in ((COLOR, look.color), (TEXTURE, look.texture), (SIZE, thing.size), (PART, look.part)):
+    for index, obj in enumerate(scene.objects):
+        attributes = obj.attributes
+        fits = kinds == [attributes.kind]
+        for table, value in (
+            (COLOR, attributes.color),
+            (TEXTURE, attributes.texture),
+            (SIZE, obj.size),
+            (PART, attributes.part),
+        ):
             fits &= all(table[w] == value for w in words if w in table)
-        if fits and (glyph is None or glyph[1] == look.glyph):
+        if fits and (glyph is None or glyph[1] == attributes.glyph):
             found.append(index)
     return found

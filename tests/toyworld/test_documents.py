@@ -99,16 +99,16 @@ def test_a_mixture_of_named_forms_only() -> None:
         DocumentMix.of({"rest": 1, "vqas": 1})
 
 
-@pytest.mark.parametrize(("things", "most"), [((1, 1), 1), ((2, 4), 4)])
-def test_scenes_have_as_many_things_as_asked_for(things: tuple[int, int], most: int) -> None:
-    """Captions name every thing, and each kind by itself or in the plural."""
+@pytest.mark.parametrize(("objects", "most"), [((1, 1), 1), ((2, 4), 4)])
+def test_scenes_have_as_many_things_as_asked_for(objects: tuple[int, int], most: int) -> None:
+    """Captions name every object, and each kind by itself or in the plural."""
     seen = []
     for index in range(40):
-        drawn = toy_document(0, "train", index, size=SIZE_PX, mix=only("draw"), things=things)
-        scene = random_scene(scene_rng_after_choice(index), things=things, split="train")
+        drawn = toy_document(0, "train", index, size=SIZE_PX, mix=only("draw"), objects=objects)
+        scene = random_scene(scene_rng_after_choice(index), objects=objects, split="train")
         assert drawn.segments[1].source.tobytes() == draw(scene, SIZE_PX).tobytes()
-        seen.append(len(scene.things))
-    assert {min(seen), max(seen)} == {things[0], most}
+        seen.append(len(scene.objects))
+    assert {min(seen), max(seen)} == {objects[0], most}
 
 
 def scene_rng_after_choice(index: int) -> np.random.Generator:
@@ -156,7 +156,7 @@ def test_what_cannot_be_answered_is_not_there() -> None:
         asked = unanswerable(scene, np.random.default_rng(index))
         kind = re.search(r"the ([a-z ]+?)( have| big or small)?\?$", asked.question)[1]
         assert kind in KINDS
-        assert kind not in {thing.look.kind for thing in scene.things}
+        assert kind not in {obj.attributes.kind for obj in scene.objects}
         assert set(asked.answers) == {asked.answer} == {"unanswerable"}
         seen.add(kind)
     assert len(seen) > 20
@@ -167,12 +167,12 @@ def test_questions_about_a_region_are_about_the_thing_in_it() -> None:
     for index in range(160):
         rng = scene_rng(9, "train", index)
         scene = random_scene(rng, split="train")
-        number = index % len(scene.things)
-        thing = scene.things[number]
+        number = index % len(scene.objects)
+        obj = scene.objects[number]
         asked = region_question(scene, number, rng)
-        value = thing.size if asked.type == "size" else getattr(thing.look, asked.type)
+        value = obj.size if asked.type == "size" else getattr(obj.attributes, asked.type)
         assert asked.answer == value.lower() != "none"
-        assert thing.look.kind not in asked.question
+        assert obj.attributes.kind not in asked.question
         types.add(asked.type)
     assert types == {"kind", "color", "texture", "part", "glyph", "size"}
 
@@ -181,11 +181,11 @@ def test_grounded_captions_have_each_thing_with_its_box() -> None:
     for index in range(20):
         rng = scene_rng(9, "train", index)
         scene = random_scene(rng, split="train")
-        text = grounded(scene, [f"[{i}]" for i in range(len(scene.things))], rng)
+        text = grounded(scene, [f"[{i}]" for i in range(len(scene.objects))], rng)
         told, caption = re.fullmatch(r"(<ref>.*</box>): (.*)", text).groups()
         tagged = re.findall(r"<ref>(.*?)</ref><box>\[(\d)\]</box>", told)
-        assert [int(i) for _, i in tagged] == list(range(len(scene.things)))
-        assert all(scene.things[int(i)].look.kind in phrase for phrase, i in tagged)
+        assert [int(i) for _, i in tagged] == list(range(len(scene.objects)))
+        assert all(scene.objects[int(i)].attributes.kind in phrase for phrase, i in tagged)
         score = score_caption(caption, scene)
         assert score.right == score.stated > 0
 
@@ -226,8 +226,8 @@ def test_instructions_say_what_changes() -> None:
     kinds = set()
     for index in range(400):
         rng = scene_rng(4, "train", index)
-        scene = random_scene(rng, things=(1, 3))
-        if any(t.place != "cell" for t in scene.things):
+        scene = random_scene(rng, objects=(1, 3))
+        if any(t.place != "cell" for t in scene.objects):
             continue
         text, after = redrawn(scene, rng)
         kinds.add(checked(scene, text, after))
@@ -241,32 +241,34 @@ def checked(scene: Scene, text: str, after: Scene) -> str:
         assert re.search("same picture|copy", text, re.IGNORECASE)
         return "same"
     if after.ground != scene.ground:
-        assert after.things == scene.things
+        assert after.objects == scene.objects
         return "ground"
-    if len(after.things) < len(scene.things):
-        gone = [i for i, t in enumerate(scene.things) if t not in after.things]
+    if len(after.objects) < len(scene.objects):
+        gone = [i for i, t in enumerate(scene.objects) if t not in after.objects]
         if "only" in words:
-            (left,) = after.things
+            (left,) = after.objects
             assert find(scene, re.search(r"the \w+", text)[0]) == [
-                i for i, t in enumerate(scene.things) if t.look == left.look
+                i for i, t in enumerate(scene.objects) if t.attributes == left.attributes
             ]
             assert left.cell == cell_of(text)
             return "only"
         assert len(gone) == 1
-        assert scene.things[gone[0]].look.kind in words
+        assert scene.objects[gone[0]].attributes.kind in words
         return "gone"
-    (index,) = [i for i, t in enumerate(scene.things) if t != after.things[i]]
-    before, now = scene.things[index], after.things[index]
-    assert now.look.kind in words
+    (index,) = [i for i, t in enumerate(scene.objects) if t != after.objects[i]]
+    before, now = scene.objects[index], after.objects[index]
+    assert now.attributes.kind in words
     for name, table in (("color", COLOR), ("texture", TEXTURE)):
-        if getattr(before.look, name) != getattr(now.look, name):
-            assert getattr(now.look, name) in [table[w] for w in words if w in table]
+        if getattr(before.attributes, name) != getattr(now.attributes, name):
+            assert getattr(now.attributes, name) in [table[w] for w in words if w in table]
             return name
-    if before.look.part != now.look.part:
-        assert (now.look.part if now.look.part != "none" else before.look.part) in [w for w in words if w in PART]
+    if before.attributes.part != now.attributes.part:
+        assert (now.attributes.part if now.attributes.part != "none" else before.attributes.part) in [
+            w for w in words if w in PART
+        ]
         return "part"
-    if before.look.glyph != now.look.glyph:
-        assert now.look.glyph in [w for w in words if w in GLYPHS]
+    if before.attributes.glyph != now.attributes.glyph:
+        assert now.attributes.glyph in [w for w in words if w in GLYPHS]
         return "glyph"
     if before.size != now.size:
         assert now.size in [SIZE[w] for w in words if w in SIZE]

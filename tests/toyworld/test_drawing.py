@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from mm_interleaved.toyworld.draw import GROUND_LABELS, KIND_LABELS, LABELS, boxes, draw, label_map, owners, visible
 from mm_interleaved.toyworld.kinds import GROUPS, KINDS
 from mm_interleaved.toyworld.sampling import random_scene
-from mm_interleaved.toyworld.scene import COLORS, GLYPHS, GROUNDS, PARTS, SIZES, TEXTURES, Look, Scene, Thing
+from mm_interleaved.toyworld.scene import (
+    COLORS,
+    GLYPHS,
+    GROUNDS,
+    PARTS,
+    SIZES,
+    TEXTURES,
+    Attributes,
+    Scene,
+    SceneObject,
+)
 from mm_interleaved.toyworld.sprites import ATLAS, sprite
 
 SHADOW = 90  # no shadow changes a channel by more
@@ -24,8 +34,8 @@ def pixels(scene: Scene, size: int = 128) -> np.ndarray:
     return np.asarray(draw(scene, size)).astype(int)
 
 
-def one(look: Look, size: str = "big", ground: str = "snow") -> Scene:
-    return Scene((Thing(look, 4, size),), ground)
+def one(attributes: Attributes, size: str = "big", ground: str = "snow") -> Scene:
+    return Scene((SceneObject(attributes, 4, size),), ground)
 
 
 @settings(max_examples=20)
@@ -33,7 +43,7 @@ def one(look: Look, size: str = "big", ground: str = "snow") -> Scene:
 def test_the_same_scene_is_the_same_image(scene: Scene) -> None:
     first = draw(scene, 128)
     sprite.cache_clear()
-    copy = replace(scene, things=tuple(replace(thing) for thing in scene.things))
+    copy = replace(scene, objects=tuple(replace(obj) for obj in scene.objects))
     assert first.mode == "RGB"
     assert first.size == (128, 128)
     assert draw(copy, 128).tobytes() == first.tobytes()
@@ -41,7 +51,7 @@ def test_the_same_scene_is_the_same_image(scene: Scene) -> None:
 
 def test_the_seed_changes_the_ground_and_nothing_else() -> None:
     for ground in GROUNDS:
-        scene = Scene((Thing(Look("fox", "red"), 4),), ground, 1)
+        scene = Scene((SceneObject(Attributes("fox", "red"), 4),), ground, 1)
         apart = np.abs(pixels(scene) - pixels(replace(scene, seed=2))).sum(-1)
         assert apart.any(), ground
         assert apart[owners(scene, 128) == 0].mean() < 5  # of 765; the rim lets a little through
@@ -52,8 +62,8 @@ def test_the_seed_changes_the_ground_and_nothing_else() -> None:
 def test_boxes_enclose_what_a_thing_changes(scene: Scene, size: int) -> None:
     whole = pixels(scene, size)
     found = boxes(scene, size)
-    last = len(scene.things) - 1
-    rest = replace(scene, things=scene.things[:-1])
+    last = len(scene.objects) - 1
+    rest = replace(scene, objects=scene.objects[:-1])
     changed = np.abs(pixels(rest, size) - whole).max(-1) > SHADOW
     x0, y0, x1, y1 = found[last]
     assert 0 <= x0 < x1 <= size
@@ -65,7 +75,7 @@ def test_boxes_enclose_what_a_thing_changes(scene: Scene, size: int) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_box_is_tight(name: str) -> None:
-    scene = one(Look(name, "blue"), ground="room")
+    scene = one(Attributes(name, "blue"), ground="room")
     (box,) = boxes(scene, 128)
     rows, columns = np.nonzero(owners(scene, 128) == 0)
     assert box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
@@ -80,13 +90,13 @@ def test_label_maps_show_what_is_seen(scene: Scene) -> None:
     assert labels.dtype == np.uint8
     assert labels.shape == (96, 96)
     assert (labels[who == -1] == GROUND_LABELS[scene.ground]).all()
-    for i, (thing, box) in enumerate(zip(scene.things, boxes(scene, 96), strict=True)):
-        assert (labels[who == i] == KIND_LABELS[thing.look.kind]).all()
+    for i, (obj, box) in enumerate(zip(scene.objects, boxes(scene, 96), strict=True)):
+        assert (labels[who == i] == KIND_LABELS[obj.attributes.kind]).all()
         rows, columns = np.nonzero(who == i)
         assert box[0] <= columns.min() <= columns.max() < box[2]
         assert box[1] <= rows.min() <= rows.max() < box[3]
         assert 0 < shares[i] <= 1
-    kinds = {KIND_LABELS[thing.look.kind] for thing in scene.things}
+    kinds = {KIND_LABELS[obj.attributes.kind] for obj in scene.objects}
     assert set(np.unique(labels)) == kinds | {GROUND_LABELS[scene.ground]}
 
 
@@ -102,7 +112,7 @@ def test_labels_are_150_classes_with_room_for_unlabelled() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_is_drawn(name: str, size: int) -> None:
     for scale in SIZES:
-        scene = one(Look(name, "green", "dotted", "hat", "A"), scale)
+        scene = one(Attributes(name, "green", "dotted", "hat", "A"), scale)
         empty = pixels(Scene((), scene.ground), size)
         x0, y0, x1, y1 = boxes(scene, size)[0]
         changed = np.abs(pixels(scene, size) - empty).max(-1) > 25
@@ -110,48 +120,48 @@ def test_every_kind_is_drawn(name: str, size: int) -> None:
 
 
 def test_kinds_differ_in_their_images() -> None:
-    drawn = {name: pixels(one(Look(name, "purple")), 64)[20:44, 20:44].ravel() for name in KINDS}
+    drawn = {name: pixels(one(Attributes(name, "purple")), 64)[20:44, 20:44].ravel() for name in KINDS}
     names = list(drawn)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             assert np.abs(drawn[a] - drawn[b]).mean() > 8, (a, b)
 
 
-def mean_color(look: Look) -> np.ndarray:
-    """Of a thing as large as in an image of 128 px, without its pale rim."""
-    image = sprite(look, 40)
+def mean_color(attributes: Attributes) -> np.ndarray:
+    """Of an object as large as in an image of 128 px, without its pale rim."""
+    image = sprite(attributes, 40)
     inner = image.color[(image.alpha[..., 0] > 0.9) & (image.color.min(-1) < 225)]
     return inner.mean(0).astype(float)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_colors_are_told_apart(name: str) -> None:
-    means = [mean_color(Look(name, color)) for color in COLORS]
+    means = [mean_color(Attributes(name, color)) for color in COLORS]
     apart = [np.linalg.norm(a - b) for i, a in enumerate(means) for b in means[i + 1 :]]
     assert min(apart) > 35
 
 
 @pytest.mark.parametrize("color", COLORS)
 def test_the_nearest_color_is_the_right_one(color: str) -> None:
-    centers = {c: np.mean([mean_color(Look(name, c)) for name in KINDS], axis=0) for c in COLORS}
+    centers = {c: np.mean([mean_color(Attributes(name, c)) for name in KINDS], axis=0) for c in COLORS}
     for name in KINDS:
-        mean = mean_color(Look(name, color))
+        mean = mean_color(Attributes(name, color))
         assert min(COLORS, key=lambda c: np.linalg.norm(mean - centers[c])) == color, name
 
 
 @pytest.mark.parametrize(("trait", "values"), [("texture", TEXTURES), ("part", PARTS), ("glyph", ("", *GLYPHS))])
 def test_every_value_of_a_trait_shows(trait: str, values: tuple[str, ...]) -> None:
     for color in COLORS:
-        drawn = [pixels(one(replace(Look("bear", color), **{trait: value}))) for value in values]
+        drawn = [pixels(one(replace(Attributes("bear", color), **{trait: value}))) for value in values]
         for i, a in enumerate(drawn):
             for b in drawn[i + 1 :]:
                 assert (np.abs(a - b).max(-1) > 60).sum() > 8
 
 
 def test_what_is_behind_is_drawn_first_and_what_is_inside_last() -> None:
-    back = Thing(Look("fox", "red"), 4, "small", (0.3, -0.2), "behind", 1)
-    front = Thing(Look("square", "blue"), 4)
-    within = Thing(Look("cat", "red"), 4, "small", (0.0, 0.0), "inside", 1)
+    back = SceneObject(Attributes("fox", "red"), 4, "small", (0.3, -0.2), "behind", 1)
+    front = SceneObject(Attributes("square", "blue"), 4)
+    within = SceneObject(Attributes("cat", "red"), 4, "small", (0.0, 0.0), "inside", 1)
     assert visible(Scene((back, front)))[0] < 0.7
     assert visible(Scene((back, front)))[1] == 1
     assert visible(Scene((within, front)))[0] == 1
@@ -159,28 +169,31 @@ def test_what_is_behind_is_drawn_first_and_what_is_inside_last() -> None:
 
 @pytest.mark.parametrize("host", [None, 2, -1, 0])
 def test_a_host_that_cannot_be_is_named(host: int | None) -> None:
-    things = (Thing(Look("fox", "red"), 4, "small", place="inside", host=host), Thing(Look("ring", "red"), 4))
-    with pytest.raises(ValueError, match=r"thing 0 is inside|hosts of each other"):
-        draw(Scene(things), 64)
+    objects = (
+        SceneObject(Attributes("fox", "red"), 4, "small", place="inside", host=host),
+        SceneObject(Attributes("ring", "red"), 4),
+    )
+    with pytest.raises(ValueError, match=r"object 0 is inside|hosts of each other"):
+        draw(Scene(objects), 64)
 
 
 @pytest.mark.parametrize(
     ("scene", "message"),
     [
-        (one(Look("dragon", "red")), "unknown kind 'dragon'; there are: circle, "),
-        (one(Look("fox", "teal")), "unknown color 'teal'"),
-        (one(Look("fox", "red", "furry")), "unknown texture 'furry'"),
-        (one(Look("fox", "red", part="scarf")), "unknown part 'scarf'"),
-        (one(Look("fox", "red", glyph="O")), "unknown glyph 'O'"),
-        (one(Look("fox", "red"), "huge"), "unknown size 'huge'; there are: small, big"),
-        (one(Look("fox", "red"), ground="moon"), "unknown ground 'moon'"),
+        (one(Attributes("dragon", "red")), "unknown kind 'dragon'; there are: circle, "),
+        (one(Attributes("fox", "teal")), "unknown color 'teal'"),
+        (one(Attributes("fox", "red", "furry")), "unknown texture 'furry'"),
+        (one(Attributes("fox", "red", part="scarf")), "unknown part 'scarf'"),
+        (one(Attributes("fox", "red", glyph="O")), "unknown glyph 'O'"),
+        (one(Attributes("fox", "red"), "huge"), "unknown size 'huge'; there are: small, big"),
+        (one(Attributes("fox", "red"), ground="moon"), "unknown ground 'moon'"),
     ],
 )
 def test_what_there_is_not_is_refused(scene: Scene, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(scene, 64)
     with pytest.raises(ValueError, match="at least 36"):
-        draw(one(Look("fox", "red"), "small"), 32)
+        draw(one(Attributes("fox", "red"), "small"), 32)
 
 
 def test_the_atlas_holds_every_emoji_and_is_small() -> None:

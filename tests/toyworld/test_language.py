@@ -24,7 +24,7 @@ from mm_interleaved.toyworld.language import (
 from mm_interleaved.toyworld.language import captions as caption_templates
 from mm_interleaved.toyworld.language.words import a, listed, say, wordings
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import COLORS, Look, Scene, Thing
+from mm_interleaved.toyworld.scene import COLORS, Attributes, Scene, SceneObject
 
 from .finding import COLOR, PART, TEXTURE, cell_of, find, split_relation
 
@@ -48,7 +48,7 @@ def test_captions_are_true_and_read_back_whole(write, bare: bool, seed: int) -> 
     for text in (told.text, told.text.lower()):
         score = score_caption(text, scene)
         assert score.stated == score.right == len(told.facts) > 0
-        assert score.mentioned == score.things == len(scene.things)
+        assert score.mentioned == score.objects == len(scene.objects)
     assert len(set(told.facts)) == len(told.facts)
 
 
@@ -57,18 +57,18 @@ def test_captions_are_true_and_read_back_whole(write, bare: bool, seed: int) -> 
 def test_a_caption_is_wrong_of_a_scene_in_which_a_stated_fact_is_changed(seed: int) -> None:
     scene, rng = scene_of(seed)
     told = paragraph(scene, rng)
-    stated = [f for f in told.facts if f.name in ("color", "texture", "part", "glyph", "thing", "ground")]
+    stated = [f for f in told.facts if f.name in ("color", "texture", "part", "glyph", "object", "ground")]
     fact = stated[int(rng.integers(len(stated)))]
     other = {"color": COLORS, "texture": ("striped", "dotted"), "part": ("hat", "bow"), "glyph": ("A", "7"),
-             "thing": tuple(KINDS), "ground": ("meadow", "sea")}[fact.name]  # fmt: skip
+             "object": tuple(KINDS), "ground": ("meadow", "sea")}[fact.name]  # fmt: skip
     value = next(v for v in other if v != fact.value)
     if fact.name == "ground":
         changed = replace(scene, ground=value)
     else:
-        field = "kind" if fact.name == "thing" else fact.name
-        things = list(scene.things)
-        things[fact.thing] = things[fact.thing].with_look(**{field: value})
-        changed = replace(scene, things=tuple(things))
+        field = "kind" if fact.name == "object" else fact.name
+        objects = list(scene.objects)
+        objects[fact.obj] = objects[fact.obj].with_attributes(**{field: value})
+        changed = replace(scene, objects=tuple(objects))
     score = score_caption(told.text, changed)
     assert score.right < score.stated == len(told.facts)
 
@@ -78,13 +78,13 @@ def test_a_caption_is_wrong_of_a_scene_in_which_a_stated_fact_is_changed(seed: i
 def test_paragraphs_tell_every_attribute_of_every_thing(seed: int) -> None:
     scene, rng = scene_of(seed)
     facts = set(paragraph(scene, rng).facts)
-    for index, thing in enumerate(scene.things):
-        assert {Fact("thing", index, thing.look.kind), Fact("color", index, thing.look.color)} <= facts
-        assert Fact("size", index, thing.size) in facts
+    for index, obj in enumerate(scene.objects):
+        assert {Fact("object", index, obj.attributes.kind), Fact("color", index, obj.attributes.color)} <= facts
+        assert Fact("size", index, obj.size) in facts
         for name, nothing in (("texture", "plain"), ("part", "none"), ("glyph", "")):
-            value = getattr(thing.look, name)
+            value = getattr(obj.attributes, name)
             assert value == nothing or Fact(name, index, value) in facts
-    if len(scene.things) > 1:
+    if len(scene.objects) > 1:
         assert any(f.name in ("relation", "cell") for f in facts)
 
 
@@ -102,7 +102,7 @@ def test_english(write, seed: int) -> None:
 
 
 def test_the_grammar_is_rich() -> None:
-    scene, rng = random_scene(scene_rng(0, "train", 3), things=(3, 3)), np.random.default_rng(0)
+    scene, rng = random_scene(scene_rng(0, "train", 3), objects=(3, 3)), np.random.default_rng(0)
     assert len({caption(scene, rng).text for _ in range(500)}) > 400
     templates = caption_templates.LIST + caption_templates.PAIR + caption_templates.RELATED
     assert sum(wordings(t) for t in templates) > 90
@@ -116,8 +116,8 @@ def test_same_generator_same_text() -> None:
     assert texts[0] == texts[1]
 
 
-FOX = Thing(Look("fox", "red", "striped", "crown", "K"), 0)
-TREE = Thing(Look("tree", "green"), 2, "small")
+FOX = SceneObject(Attributes("fox", "red", "striped", "crown", "K"), 0)
+TREE = SceneObject(Attributes("tree", "green"), 2, "small")
 PAIR = Scene((FOX, TREE), "beach")
 
 
@@ -142,7 +142,7 @@ PAIR = Scene((FOX, TREE), "beach")
 )
 def test_scores_of_captions_by_hand(text: str, stated: int, right: int, mentioned: int) -> None:
     score = score_caption(text, PAIR)
-    assert (score.stated, score.right, score.mentioned, score.things) == (stated, right, mentioned, 2)
+    assert (score.stated, score.right, score.mentioned, score.objects) == (stated, right, mentioned, 2)
 
 
 def test_a_repeating_model_is_scored_in_no_time() -> None:
@@ -154,7 +154,7 @@ def test_a_repeating_model_is_scored_in_no_time() -> None:
 def test_mentions_share_definite_references() -> None:
     facts = read_facts("A red fox and a blue fox. The blue fox is above the red fox.")
     assert Fact("relation", 1, "above", 0) in facts
-    assert sum(f.name == "thing" for f in facts) == 2
+    assert sum(f.name == "object" for f in facts) == 2
 
 
 @settings(max_examples=200)
@@ -178,10 +178,10 @@ def only(indices: list[int]) -> int:
 
 def attribute_of(name: str):
     def answer(scene: Scene, text: str) -> str:
-        thing = scene.things[
+        obj = scene.objects[
             only(find(scene, re.sub(r"^How big is |(?<=\w) (plain, striped.*|big or small)$", "", text)))
         ]
-        return (thing.size if name == "size" else getattr(thing.look, name)).lower()
+        return (obj.size if name == "size" else getattr(obj.attributes, name)).lower()
 
     return answer
 
@@ -189,12 +189,12 @@ def attribute_of(name: str):
 def which(scene: Scene, text: str) -> str:
     glyph = re.search(r"(?:letter|number|marked) ([A-Z0-9])", text)
     found = []
-    for thing in scene.things:
-        look, words = thing.look, text.split()
-        fits = look.glyph == glyph[1] if glyph else any(
-            table.get(w) == value for w in words
-            for table, value in ((COLOR, look.color), (TEXTURE, look.texture), (PART, look.part)))  # fmt: skip
-        found += [look.kind] if fits else []
+    for obj in scene.objects:
+        attributes, words = obj.attributes, text.split()
+        fits = attributes.glyph == glyph[1] if glyph else any(
+            table.get(w) == getattr(attributes, name) for w in words
+            for table, name in ((COLOR, "color"), (TEXTURE, "texture"), (PART, "part")))  # fmt: skip
+        found += [attributes.kind] if fits else []
     assert len(found) == 1
     return found[0]
 
@@ -202,22 +202,22 @@ def which(scene: Scene, text: str) -> str:
 def related(scene: Scene, text: str) -> str:
     _, relation, rest = split_relation(text)
     anchor = only(find(scene, rest))
-    found = [i for i in range(len(scene.things)) if i != anchor and relation in scene.relation(i, anchor)]
-    return scene.things[only(found)].look.kind
+    found = [i for i in range(len(scene.objects)) if i != anchor and relation in scene.relation(i, anchor)]
+    return scene.objects[only(found)].attributes.kind
 
 
 def placed(scene: Scene, text: str) -> str:
     cell = cell_of(text)
     column, row = {3: (0, None), 5: (2, None), 1: (None, 0), 7: (None, 2)}.get(cell, (cell % 3, cell // 3))
-    fitting = [t for t in scene.things if column in (None, t.column) and row in (None, t.row)]
+    fitting = [t for t in scene.objects if column in (None, t.column) and row in (None, t.row)]
     assert len(fitting) == 1
-    return fitting[0].look.kind
+    return fitting[0].attributes.kind
 
 
 def where(scene: Scene, text: str) -> str:
-    thing = scene.things[only(find(scene, text))]
+    obj = scene.objects[only(find(scene, text))]
     names = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-    return names[thing.cell]
+    return names[obj.cell]
 
 
 def counted(scene: Scene, text: str) -> str:
@@ -226,13 +226,13 @@ def counted(scene: Scene, text: str) -> str:
     plurals = {k.plural: k.name for k in KINDS.values()}
     noun = re.match(r"How many (.*?) (?:are|can|do) ", text)[1]
     last = noun.split()[-1]
-    things = scene.things
-    if last in ("things", "objects"):
+    objects = scene.objects
+    if last in ("objects", "objects"):
         color = noun.split()[0]
-        return str(sum(color in ("things", "objects", t.look.color) for t in things))
+        return str(sum(color in ("objects", "objects", t.attributes.color) for t in objects))
     if last in groups:
-        return str(sum(KINDS[t.look.kind].group == groups[last] for t in things))
-    return str(sum(t.look.kind == plurals[last] for t in things))
+        return str(sum(KINDS[t.attributes.kind].group == groups[last] for t in objects))
+    return str(sum(t.attributes.kind == plurals[last] for t in objects))
 
 
 def exists(scene: Scene, text: str) -> str:
@@ -242,21 +242,21 @@ def exists(scene: Scene, text: str) -> str:
 def is_it(scene: Scene, text: str) -> str:
     wears = re.match(r"Does (.*) have an? (\w+)$", text)
     if wears:
-        return "yes" if scene.things[only(find(scene, wears[1]))].look.part == wears[2] else "no"
+        return "yes" if scene.objects[only(find(scene, wears[1]))].attributes.part == wears[2] else "no"
     text = text.removeprefix("Is ")
     if split_relation(text):
         first, relation, second = split_relation(text)
         return "yes" if relation in scene.relation(only(find(scene, first)), only(find(scene, second))) else "no"
     phrase, value = text.rsplit(" ", 1)
-    look = scene.things[only(find(scene, phrase))].look
-    return "yes" if value in (look.color, look.texture) else "no"
+    attributes = scene.objects[only(find(scene, phrase))].attributes
+    return "yes" if value in (attributes.color, attributes.texture) else "no"
 
 
 def compared(scene: Scene, text: str) -> str:
     word, first, second = re.match(r"Which is (bigger|smaller), (.*) or (.*)$", text).groups()
-    one, two = (scene.things[only(find(scene, phrase))] for phrase in (first, second))
+    one, two = (scene.objects[only(find(scene, phrase))] for phrase in (first, second))
     assert {one.size, two.size} == {"big", "small"}
-    return (one if one.size == {"bigger": "big", "smaller": "small"}[word] else two).look.kind
+    return (one if one.size == {"bigger": "big", "smaller": "small"}[word] else two).attributes.kind
 
 
 ANSWERS = {
@@ -306,7 +306,7 @@ def test_expressions_single_out_one_thing(seed: int) -> None:
         fitting = [i for i in find(scene, found[0]) if i != anchor and found[1] in scene.relation(i, anchor)]
     else:
         cell = cell_of(meant.text)
-        fitting = [i for i in find(scene, meant.text) if cell in (None, scene.things[i].cell)]
+        fitting = [i for i in find(scene, meant.text) if cell in (None, scene.objects[i].cell)]
     assert fitting == [meant.index]
 
 

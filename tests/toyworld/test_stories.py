@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mm_interleaved.toyworld.draw import draw
 from mm_interleaved.toyworld.sampling import SPLITS, scene_rng, split_of
-from mm_interleaved.toyworld.scene import Scene, Thing
+from mm_interleaved.toyworld.scene import Scene, SceneObject
 from mm_interleaved.toyworld.stories import NAMES, Story, story
 
 from .finding import COLOR, PART, SIZE, TEXTURE, cell_of
@@ -33,15 +33,15 @@ class Replay:
     """Keeps the state that the text of a story determines, from the first image on."""
 
     ground: str
-    things: dict[str, dict[str, object]]
+    objects: dict[str, dict[str, object]]
     away: dict[str, dict[str, object]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, scene: Scene) -> Replay:
-        return cls(scene.ground, {key(t): state(t) for t in scene.things})
+        return cls(scene.ground, {key(t): state(t) for t in scene.objects})
 
     def who(self, text: str) -> dict[str, object]:
-        return self.things[text.removeprefix("the ").removeprefix("The ")]
+        return self.objects[text.removeprefix("the ").removeprefix("The ")]
 
     def read(self, text: str) -> None:
         for line in re.findall(r"[^.]+", text):
@@ -95,9 +95,9 @@ class Replay:
 
     def travels(self, where: str, left: str | None) -> None:
         self.ground = ground_of(where)
-        behind = {name for name in self.things if name not in NAMES}
+        behind = {name for name in self.objects if name not in NAMES}
         assert behind == set(re.findall(r"the (\w+)", left or ""))
-        self.things = {name: t for name, t in self.things.items() if name in NAMES}
+        self.objects = {name: t for name, t in self.objects.items() if name in NAMES}
 
     def night(self) -> None:
         self.ground = "night"
@@ -106,22 +106,22 @@ class Replay:
         self.ground = "snow"
 
     def leaves(self, who: str) -> None:
-        self.away[who] = self.things.pop(who)
+        self.away[who] = self.objects.pop(who)
 
     def returns(self, who: str, where: str) -> None:
-        self.things[who] = self.away.pop(who) | {"cell": cell_of(where)}
+        self.objects[who] = self.away.pop(who) | {"cell": cell_of(where)}
 
     def appears(self, what: str, where: str) -> None:
         words = re.findall(r"\w+", re.sub(r" (with|marked) .*", "", what))
-        look = {"kind": words[-1], "color": "", "texture": "plain", "part": "none", "glyph": "", "size": "big"}
+        attributes = {"kind": words[-1], "color": "", "texture": "plain", "part": "none", "glyph": "", "size": "big"}
         for word in re.findall(r"\w+", what):
             for table, name in ((COLOR, "color"), (TEXTURE, "texture"), (SIZE, "size")):
-                look |= {name: table[word]} if word in table else {}
+                attributes |= {name: table[word]} if word in table else {}
         glyph = re.search(r"(?:letter|number|marked|an?) ([A-Z0-9])\b", what)
-        self.things[words[-1]] = look | {"glyph": glyph[1] if glyph else "", "cell": cell_of(where)}
+        self.objects[words[-1]] = attributes | {"glyph": glyph[1] if glyph else "", "cell": cell_of(where)}
 
     def vanishes(self, kind: str) -> None:
-        del self.things[kind]
+        del self.objects[kind]
 
     def still(self, who: str, where: str) -> None:
         if cell_of(where) is None:
@@ -160,14 +160,12 @@ RULES = [
 ]  # fmt: skip
 
 
-def key(thing: Thing) -> str:
-    return thing.name or thing.look.kind
+def key(obj: SceneObject) -> str:
+    return obj.name or obj.attributes.kind
 
 
-def state(thing: Thing) -> dict[str, object]:
-    look = thing.look
-    return {"kind": look.kind, "color": look.color, "texture": look.texture, "part": look.part, "glyph": look.glyph,
-            "size": thing.size, "cell": thing.cell}  # fmt: skip
+def state(obj: SceneObject) -> dict[str, object]:
+    return {**asdict(obj.attributes), "size": obj.size, "cell": obj.cell}
 
 
 def story_of(seed: int, **options) -> Story:
@@ -182,7 +180,7 @@ def test_text_determines_every_image_after_the_first(seed: int) -> None:
     for frame in told.frames[1:]:
         replay.read(frame.text)
         assert replay.ground == frame.scene.ground, frame.text
-        assert replay.things == {key(t): state(t) for t in frame.scene.things}, frame.text
+        assert replay.objects == {key(t): state(t) for t in frame.scene.objects}, frame.text
         assert frame.scene.seed == told.frames[0].scene.seed
 
 
@@ -192,17 +190,17 @@ def test_first_text_tells_where_everything_is_and_all_looks_but_the_unsaid(seed:
     first = story_of(seed).frames[0]
     lines = [line.strip() for line in first.text.split(".") if line.strip()]
     assert ground_of(first.text) == first.scene.ground
-    for index, thing in enumerate(first.scene.things):
-        words = rf"\b{thing.name}\b" if thing.name else rf"\b{thing.look.kind}\b"
+    for index, obj in enumerate(first.scene.objects):
+        words = rf"\b{obj.name}\b" if obj.name else rf"\b{obj.attributes.kind}\b"
         (line,) = [text for text in lines if re.search(words, text) and " is indoors" not in text][:1]
-        assert cell_of(line) == thing.cell
-        told = thing.look.kind in line.split() or f"{thing.look.kind}," in line.split()
-        told &= any(w in COLOR and COLOR[w] == thing.look.color for w in line.split())
-        for table, value, nothing in ((TEXTURE, thing.look.texture, "plain"), (PART, thing.look.part, "none")):
+        assert cell_of(line) == obj.cell
+        told = obj.attributes.kind in line.split() or f"{obj.attributes.kind}," in line.split()
+        told &= any(w in COLOR and COLOR[w] == obj.attributes.color for w in line.split())
+        for table, value, nothing in ((TEXTURE, obj.attributes.texture, "plain"), (PART, obj.attributes.part, "none")):
             told &= value == nothing or any(table.get(w.strip(",")) == value for w in line.split())
-        told &= not thing.look.glyph or bool(re.search(rf"\b{thing.look.glyph}\b", line))
+        told &= not obj.attributes.glyph or bool(re.search(rf"\b{obj.attributes.glyph}\b", line))
         told_size = "small" if {"small", "little", "Small", "Little"} & set(line.split()) else "big"
-        assert told_size == thing.size
+        assert told_size == obj.size
         assert told == (index not in first.unsaid)
 
 
@@ -210,11 +208,11 @@ def test_first_text_tells_where_everything_is_and_all_looks_but_the_unsaid(seed:
 @given(seed=SEEDS)
 def test_what_was_said_stays_said_and_only_characters_have_unsaid_looks(seed: int) -> None:
     told = story_of(seed)
-    left = set(told.characters)  # whose looks may still be unsaid
+    left = set(told.characters)  # whose attributes may still be unsaid
     for frame in told.frames:
-        names = {frame.scene.things[i].name for i in frame.unsaid}
+        names = {frame.scene.objects[i].name for i in frame.unsaid}
         assert names <= left
-        left -= {t.name for t in frame.scene.things} - names
+        left -= {t.name for t in frame.scene.objects} - names
 
 
 def test_half_of_the_stories_show_a_look_without_telling_it() -> None:
@@ -228,8 +226,8 @@ def test_stories_are_short_enough_to_learn() -> None:
     counts = sorted(len(f.text.split()) for f in frames)
     assert counts[len(counts) // 50] >= 7
     assert counts[len(counts) * 9 // 10] <= 35
-    assert all(1 <= len(f.scene.things) <= 5 for f in frames)
-    assert all(1 <= sum(bool(t.name) for t in f.scene.things) <= 3 for f in frames)
+    assert all(1 <= len(f.scene.objects) <= 5 for f in frames)
+    assert all(1 <= sum(bool(t.name) for t in f.scene.objects) <= 3 for f in frames)
     assert {len(story_of(i).frames) for i in range(100)} == {2, 3, 4, 5, 6}
 
 
@@ -243,9 +241,9 @@ def test_names_are_tied_to_no_kind_and_stories_repeat_by_seed() -> None:
     seen: dict[str, set[str]] = {}
     for i in range(300):
         told = story_of(i)
-        for thing in told.frames[0].scene.things:
-            if thing.name:
-                seen.setdefault(thing.name, set()).add(thing.look.kind)
+        for obj in told.frames[0].scene.objects:
+            if obj.name:
+                seen.setdefault(obj.name, set()).add(obj.attributes.kind)
     assert set(seen) == set(NAMES)
     assert all(len(kinds) > 8 for kinds in seen.values())
     assert story_of(7) == story_of(7)

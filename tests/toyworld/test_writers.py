@@ -53,7 +53,7 @@ def scenes(job: Job = JOB) -> Iterator[Scene]:
 
 def says_the_truth(caption: str, scene: Scene) -> bool:
     score = score_caption(caption, scene)
-    return score.stated == score.right and score.mentioned == score.things
+    return score.stated == score.right and score.mentioned == score.objects
 
 
 def test_mmc4(tmp_path: Path) -> None:

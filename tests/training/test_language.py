@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER
+from mm_interleaved.toyworld.detector import TRAITS
 from mm_interleaved.toyworld.language import caption, paragraph
 from mm_interleaved.toyworld.language.phrases import CELL_NAMES
-from mm_interleaved.toyworld.reader import TRAITS
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import GROUNDS, RELATIONS, SIZES
 from mm_interleaved.training.building import build, build_tokenizer
@@ -23,7 +23,7 @@ from mm_interleaved.training.language import LanguageTask
 from mm_interleaved.training.parts import SharedReader
 from mm_interleaved.training.pipeline import prepare_texts
 from mm_interleaved.training.run import train_language
-from mm_interleaved.training.told import THINGS, TOLD, told
+from mm_interleaved.training.told import OBJECTS, TOLD, told
 
 from .conftest import PART, ROOT, logged, whole_model
 
@@ -41,21 +41,21 @@ def test_what_is_told_is_true_and_complete(tell) -> None:
         scene = random_scene(rng, split="val")
         text = tell(scene, rng)
         numbers, ground = told(text)
-        order = list(dict.fromkeys(f.thing for f in text.facts if f.name == "thing"))
-        assert numbers[:, 0].tolist() == [1] * len(order) + [0] * (THINGS - len(order))
+        order = list(dict.fromkeys(f.obj for f in text.facts if f.name == "object"))
+        assert numbers[:, 0].tolist() == [1] * len(order) + [0] * (OBJECTS - len(order))
         count = 0
-        for row, thing in zip(numbers.tolist(), (scene.things[i] for i in order), strict=False):
-            truth = {n: values.index(getattr(thing.look, n)) for n, values in TRAITS.items()}
-            truth |= {"size": SIZES.index(thing.size), "cell": thing.cell, "there": 1}
+        for row, obj in zip(numbers.tolist(), (scene.objects[i] for i in order), strict=False):
+            truth = {n: values.index(getattr(obj.attributes, n)) for n, values in TRAITS.items()}
+            truth |= {"size": SIZES.index(obj.size), "cell": obj.cell, "there": 1}
             found = {n: v for n, v in zip(names, row, strict=True) if v >= 0}
             count += len(found) - 1
             if "relation" in found:
                 other, relation = order[found.pop("other")], RELATIONS[found.pop("relation")]
-                assert relation in scene.relation(scene.things.index(thing), other)
+                assert relation in scene.relation(scene.objects.index(obj), other)
                 count -= 1
             assert found.items() <= truth.items()
         assert (numbers[len(order) :, 1:] == -100).all()
-        stated = {(f.name, f.thing) for f in text.facts if f.thing is not None and f.name != "count"}
+        stated = {(f.name, f.obj) for f in text.facts if f.obj is not None and f.name != "count"}
         assert count == len(stated)
         grounds = [f.value for f in text.facts if f.name == "ground"]
         assert [GROUNDS[int(ground)]] == grounds if grounds else ground == -100

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER
-from mm_interleaved.toyworld.reader import TRAITS
+from mm_interleaved.toyworld.detector import TRAITS
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
 from mm_interleaved.toyworld.scene import SIZES
-from mm_interleaved.toyworld.train_reader import labels
+from mm_interleaved.toyworld.train_detector import labels
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
 from mm_interleaved.training.images import ImageLoader, ToyScenes
@@ -29,20 +29,20 @@ def settings(output: Path, *changes: str) -> PartRunConfig:
 
 
 def test_cells_say_what_stands_in_them() -> None:
-    """Against the scenes themselves, whose things know their cells."""
+    """Against the scenes themselves, whose objects know their cells."""
     for index in range(40):
         scene = random_scene(scene_rng(3, "val", index), split="val")
-        things = [t for t in scene.things if t.place == "cell" and max(abs(o) for o in t.offset) < 0.3]
+        objects = [t for t in scene.objects if t.place == "cell" and max(abs(o) for o in t.offset) < 0.3]
         geometry, traits = labels(scene)
         found = cell_traits(geometry[None], traits[None])[0]
-        alone = [t for t in things if sum(o.cell == t.cell for o in scene.things) == 1]
-        for thing in alone:
-            row = found[thing.cell]
+        alone = [t for t in objects if sum(o.cell == t.cell for o in scene.objects) == 1]
+        for obj in alone:
+            row = found[obj.cell]
             assert row[0] == 1
             assert [values[i] for values, i in zip(TRAITS.values(), row[1:].tolist(), strict=True)] == [
-                getattr(thing.look, name) for name in TRAITS
+                getattr(obj.attributes, name) for name in TRAITS
             ]
-        empty = set(range(9)) - {t.cell for t in scene.things}
+        empty = set(range(9)) - {t.cell for t in scene.objects}
         assert not found[sorted(empty), 0].any()
 
 

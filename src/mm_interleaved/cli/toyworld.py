@@ -23,7 +23,7 @@ from .results import UsageError
 toyworld = typer.Typer(no_args_is_help=True, help="A small drawn world: write data sets of it, or look at it.")
 
 _formats = "; ".join(f"{f.name}: {f.description}" for f in FORMATS.values())
-Split = Annotated[str, typer.Option(help=f"{', '.join(SPLITS)}; they share no arrangement of things.")]
+Split = Annotated[str, typer.Option(help=f"{', '.join(SPLITS)}; they share no arrangement of objects.")]
 Seed = Annotated[int, typer.Option(help="Another seed, other data.", min=0)]
 
 

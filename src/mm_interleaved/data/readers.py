@@ -24,7 +24,7 @@ LITERAL = "Python literal instead of JSON"  # read all the same, but counted
 Note = Callable[[str, str], None]  # (reason, example): something was left out, or is odd
 
 
-class Reader(Protocol):
+class Detector(Protocol):
     """Where records are and what they mean."""
 
     @property
@@ -46,7 +46,7 @@ class Reader(Protocol):
         ...
 
 
-def make_reader(config: SourceConfig, folder: Path) -> Reader:
+def make_reader(config: SourceConfig, folder: Path) -> Detector:
     """The reader of a source; its relative paths start at `folder`.
 
     Raises:
@@ -401,7 +401,7 @@ def _toy_options(options: dict[str, Any]) -> dict[str, Any]:
     options = dict(options)
     if options.get("mix") is not None:
         options["mix"] = DocumentMix.of(options["mix"])
-    if options.get("things") is not None:
-        fewest, most = options["things"]
-        options["things"] = int(fewest), int(most)
+    if options.get("objects") is not None:
+        fewest, most = options["objects"]
+        options["objects"] = int(fewest), int(most)
     return options

@@ -150,7 +150,7 @@ def captions_of_scenes(given: Scored) -> MetricResult:
 
 
 def images_of_scenes(given: Scored) -> MetricResult:
-    """Toy data: what the toy world's reader finds in drawn images."""
+    """Toy data: what the toy world's detector finds in drawn images."""
     result = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.about or {}))
     for name, parts in result.ratios.items():  # images of one story have more in common than others
         result.ratios[name] = [(sum(a for a, _ in p), sum(b for _, b in p)) for p in _by_sample(given, parts).values()]

@@ -1,4 +1,4 @@
-"""The toy world's own scores: what its reader sees in an image, and which facts a caption gets right."""
+"""The toy world's own scores: what its detector sees in an image, and which facts a caption gets right."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..toyworld.detector import WEIGHTS, Detection, Detector, train_command
 from ..toyworld.language import score_caption
-from ..toyworld.reader import WEIGHTS, Reader, Seen, train_command
 from ..toyworld.scene import Scene
 from ..toyworld.score import SceneScore, match
 from ..toyworld.stories import Frame
@@ -24,10 +24,10 @@ class SceneImages:
     """How well images show the scenes that were asked for: the rates of `SceneScore`, in percent.
 
     Of a story's frame, no relations are asked for (its text tells cells), but looks must be kept that no text tells.
-    The images' scores are the percent of things found with their kind and colour.
+    The images' scores are the percent of objects found with their kind and colour.
 
     Attributes:
-        weights: of the reader.
+        weights: of the detector.
         device: where it runs.
     """
 
@@ -44,16 +44,16 @@ class SceneImages:
         """
         rows = aligned(predictions, references)
         if not self.weights.is_file():
-            raise MissingRequirement(f"{self.weights}: no reader's weights", f"run: {train_command(self.weights)}")
-        reader = Reader.load(self.weights, self.device)
+            raise MissingRequirement(f"{self.weights}: no detector's weights", f"run: {train_command(self.weights)}")
+        detector = Detector.load(self.weights, self.device)
         seen = []
         for start in range(0, len(rows), BATCH):
-            seen += reader.read([rgb(image) for _, image, _ in rows[start : start + BATCH]])
+            seen += detector.detect([rgb(image) for _, image, _ in rows[start : start + BATCH]])
         scores = [_score(asked, found) for (_, _, asked), found in zip(rows, seen, strict=True)]
         return _summed([score.ratios() for score in scores], "found_kind_color")
 
 
-def _score(asked: Scene | Frame, seen: Sequence[Seen]) -> SceneScore:
+def _score(asked: Scene | Frame, seen: Sequence[Detection]) -> SceneScore:
     return match(asked.scene, seen, (), asked.unsaid) if isinstance(asked, Frame) else match(asked, seen)
 
 
@@ -71,7 +71,7 @@ def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hash
     """How well captions describe scenes.
 
     Values in percent: `facts_right`, of the facts stated, over all captions (left out if there are none);
-    `things_mentioned`, of the things in the scenes. `facts_per_caption` is a count. The samples' scores are the
+    `things_mentioned`, of the objects in the scenes. `facts_per_caption` is a count. The samples' scores are the
     percent of facts right, 0 if none is stated.
 
     Raises:
@@ -79,7 +79,7 @@ def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hash
     """
     scores = [score_caption(text, scene) for _, text, scene in aligned(predictions, references)]
     result = _summed(
-        [{"facts_right": (s.right, s.stated), "things_mentioned": (s.mentioned, s.things)} for s in scores],
+        [{"facts_right": (s.right, s.stated), "things_mentioned": (s.mentioned, s.objects)} for s in scores],
         "facts_right",
     )
     result.values["facts_per_caption"] = sum(score.stated for score in scores) / len(scores)

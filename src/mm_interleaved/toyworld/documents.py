@@ -22,7 +22,7 @@ from .language import (
 )
 from .language.words import chance
 from .redraw import redrawn
-from .sampling import Split, check_things, random_scene, scene_rng
+from .sampling import Split, check_objects, random_scene, scene_rng
 from .scene import Scene
 from .stories import story
 
@@ -41,7 +41,7 @@ REGION_PROMPT = "Provide a short description for this <ref>region</ref><box>{box
 REGION_VQA = "Answer this question according to the <ref>region</ref><box>{box}</box>. {question}"
 GROUNDED_PROMPT = "Generate the caption with grounding."
 Things = tuple[int, int]
-SMALLEST = 48  # pixels; below, small things vanish
+SMALLEST = 48  # pixels; below, small objects vanish
 BOX_SCALE = 999  # coordinates are thousandths of the image's side, cut to whole numbers
 
 
@@ -109,7 +109,7 @@ FORM_NAMES = tuple(f.name for f in fields(DocumentMix))
 
 
 def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: DocumentMix | None = None,
-                 things: Things = (1, 5)) -> Document:  # fmt: skip
+                 objects: Things = (1, 5)) -> Document:  # fmt: skip
     """Document number `index` of a split; always the same for the same arguments.
 
     Args:
@@ -118,25 +118,25 @@ def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: D
         index: at least 0.
         size: side of the images in pixels.
         mix: how often each form comes.
-        things: the fewest and the most things of a scene; stories have their own.
+        objects: the fewest and the most objects of a scene; stories have their own.
     """
-    document = random_document(scene_rng(seed, split, index), split=split, size=size, mix=mix, things=things)
+    document = random_document(scene_rng(seed, split, index), split=split, size=size, mix=mix, objects=objects)
     document.id = f"{split}-{seed}-{index}-{document.id}"
     return document
 
 
 def random_document(rng: np.random.Generator, *, split: Split | None = None, size: int = 256,
-                    mix: DocumentMix | None = None, things: Things = (1, 5)) -> Document:  # fmt: skip
+                    mix: DocumentMix | None = None, objects: Things = (1, 5)) -> Document:  # fmt: skip
     """A document by chance; its `id` is its form.
 
     Raises:
-        ValueError: images of less than `SMALLEST` pixels, or `things` is not a range within 1 to 9.
+        ValueError: images of less than `SMALLEST` pixels, or `objects` is not a range within 1 to 9.
     """
-    check_things(things)
+    check_objects(objects)
     if size < SMALLEST:
         raise ValueError(f"size={size}: images are at least {SMALLEST} pixels wide")
     form = (mix or DocumentMix()).choose(rng)
-    return Document(FORMS[form](rng, split, size, things), id=form)
+    return Document(FORMS[form](rng, split, size, objects), id=form)
 
 
 def box_text(box: tuple[float, float, float, float], size: int) -> str:
@@ -163,33 +163,33 @@ def _given(scene: Scene, size: int) -> Image:
     return Image(draw(scene, size), supervise=False)
 
 
-def _caption(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _caption(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.5):
         return [_given(scene, size), Text(CAPTION_PROMPT, supervise=False), Text(caption(scene, rng, bare=True).text)]
     return [_given(scene, size), Text(caption(scene, rng).text)]
 
 
-def _draw(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _draw(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     return [Text(caption(scene, rng, bare=chance(rng, 0.3)).text), Image(draw(scene, size))]
 
 
-def _paragraph(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.5):
         text = paragraph(scene, rng, bare=True).text
         return [_given(scene, size), Text(PARAGRAPH_PROMPT, supervise=False), Text(text)]
     return [_given(scene, size), Text(paragraph(scene, rng).text)]
 
 
-def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     return [Text(paragraph(scene, rng).text), Image(draw(scene, size))]
 
 
-def _vqa(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _vqa(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.15):
         return _vqa_unsure(scene, rng, size)
     first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
@@ -212,8 +212,8 @@ def _vqa_unsure(scene: Scene, rng: np.random.Generator, size: int) -> list[Segme
     return [Text(VQA_BEFORE, supervise=False), _given(scene, size), prompt, Text(asked.answer)]
 
 
-def _dialogue(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _dialogue(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     told = dialogue(scene, rng, 2 + int(rng.random() * 7))
     segments: list[Segment] = [_given(scene, size), Text(f"caption: {told.caption.text}", supervise=False)]
     for turn in told.rounds:
@@ -221,7 +221,7 @@ def _dialogue(rng: np.random.Generator, split: Split | None, size: int, things: 
     return segments
 
 
-def _story(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+def _story(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
     """A first image that its text does not determine is given, not learned."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
@@ -230,7 +230,7 @@ def _story(rng: np.random.Generator, split: Split | None, size: int, things: Thi
     return segments
 
 
-def _story_image_first(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
+def _story_image_first(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
     """No text tells what the next image shows, so the images are given."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
@@ -238,16 +238,16 @@ def _story_image_first(rng: np.random.Generator, split: Split | None, size: int,
     return segments
 
 
-def _refer(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _refer(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     meant = referring(scene, rng)
     box = box_text(boxes(scene, size)[meant.index], size)
     prompt = Text(REFER_PROMPT.format(text=meant.text), supervise=False)
     return [_given(scene, size), prompt, Text(f"{box}</box>", attached=True)]
 
 
-def _region(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _region(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     meant = referring(scene, rng)
     box = box_text(boxes(scene, size)[meant.index], size)
     prompt, answer = REGION_PROMPT.format(box=box), meant.text
@@ -257,23 +257,23 @@ def _region(rng: np.random.Generator, split: Split | None, size: int, things: Th
     return [_given(scene, size), Text(prompt, supervise=False), Text(answer)]
 
 
-def _grounded(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _grounded(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     text = grounded(scene, [box_text(box, size) for box in boxes(scene, size)], rng)
     return [_given(scene, size), Text(GROUNDED_PROMPT, supervise=False), Text(text)]
 
 
-def _segmentation(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    scene = random_scene(rng, things=things, split=split)
+def _segmentation(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    scene = random_scene(rng, objects=objects, split=split)
     shown = Image(colored(label_map(scene, size)), supervise=False)
     return [shown, Text(caption(scene, rng).text), Image(draw(scene, size))]
 
 
-def _redraw(rng: np.random.Generator, split: Split | None, size: int, things: Things) -> list[Segment]:
-    few = min(things[0], 3), min(things[1], 3)
-    scene = random_scene(rng, things=few, split=split)
-    while any(t.place != "cell" for t in scene.things):
-        scene = random_scene(rng, things=few, split=split)
+def _redraw(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+    few = min(objects[0], 3), min(objects[1], 3)
+    scene = random_scene(rng, objects=few, split=split)
+    while any(t.place != "cell" for t in scene.objects):
+        scene = random_scene(rng, objects=few, split=split)
     segments: list[Segment] = [_given(scene, size)]
     for _ in range(2 if chance(rng, 0.4) else 1):
         text, scene = redrawn(scene, rng)

@@ -1,4 +1,4 @@
-"""Backgrounds: two or three smooth planes, with soft shapes that a scene's seed places and that look like no thing."""
+"""Backgrounds: two or three smooth planes, with soft shapes that a scene's seed places and that look like no object."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def ground(name: str, seed: int, size: int) -> np.ndarray:
 
     Args:
         name: of `scene.GROUNDS`.
-        seed: of where things are strewn.
+        seed: of where objects are strewn.
         size: side of the image in pixels.
     """
     out = _plane(name, size, seed % 8).copy()

@@ -1,4 +1,4 @@
-"""What there is in the world: figures that we draw, and things from an emoji font."""
+"""What there is in the world: figures that we draw, and objects from an emoji font."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ GROUPS = ("figure", "animal", "plant", "building", "vehicle", "food", "person")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing.
+    """A kind of object.
 
     Attributes:
         name: as written in text.
         plural: more of them, as written in text.
         group: of `GROUPS`.
         emoji: the character that it is drawn from; "" for a figure drawn by `figures.py`.
-        hollow: whether it has a hole in which a small thing is seen.
+        hollow: whether it has a hole in which a small object is seen.
     """
 
     name: str

@@ -18,8 +18,8 @@ RELATIONS = ("left of", "right of", "above", "below", "inside", "behind")
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one recognises a thing by, wherever it stands.
+class Attributes:
+    """What one recognises an object by, wherever it stands.
 
     Attributes:
         kind: what it is, a name of `kinds.KINDS`.
@@ -37,21 +37,21 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A thing in a scene.
+class SceneObject:
+    """An object in a scene.
 
     Attributes:
         look: what it looks like.
         cell: row * GRID + column of the cell that it stands in.
         size: of `SIZES`.
         offset: shift of its centre from the cell's centre, (x, y), in cells, each in [-0.5, 0.5].
-        place: "cell": on its own; "inside" / "behind": in or partly hidden by the thing number `host`, in whose cell
+        place: "cell": on its own; "inside" / "behind": in or partly hidden by the object number `host`, in whose cell
             it stands.
-        host: index of that thing in the scene.
+        host: index of that object in the scene.
         name: how a story calls it ("Mila"); "" for none.
     """
 
-    look: Look
+    attributes: Attributes
     cell: int
     size: str = "big"
     offset: tuple[float, float] = (0.0, 0.0)
@@ -69,9 +69,9 @@ class Thing:
         """Column of its cell, 0 at the left."""
         return self.cell % GRID
 
-    def with_look(self, **changes: str) -> Thing:
-        """The same thing, looking different."""
-        return replace(self, look=replace(self.look, **changes))
+    def with_attributes(self, **changes: str) -> SceneObject:
+        """The same object, looking different."""
+        return replace(self, attributes=replace(self.attributes, **changes))
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,20 @@ class Scene:
     """One image's content.
 
     Attributes:
-        things: 1 to 5 things; later ones are drawn over earlier ones, but what is behind its host is drawn before it.
+        objects: 1 to 5 objects; later ones are drawn over earlier ones, but what is behind its host is drawn before it.
         ground: the background, of `GROUNDS`.
         seed: of what drawing leaves to chance (clouds, grass), so that a scene is always the same image.
     """
 
-    things: tuple[Thing, ...] = field(default_factory=tuple)
+    objects: tuple[SceneObject, ...] = field(default_factory=tuple)
     ground: str = "meadow"
     seed: int = 0
 
     def relation(self, a: int, b: int) -> list[str]:
-        """What holds between things number `a` and `b`: "a is <relation> b", of `RELATIONS`. Cells decide; empty if
+        """What holds between objects number `a` and `b`: "a is <relation> b", of `RELATIONS`. Cells decide; empty if
         they share a cell without one being inside or behind the other.
         """
-        first, second = self.things[a], self.things[b]
+        first, second = self.objects[a], self.objects[b]
         if first.place in ("inside", "behind") and first.host == b:
             return [first.place]
         if second.host == a and second.place in ("inside", "behind"):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
+from .detector import Detection
 from .kinds import KINDS
-from .reader import Seen
-from .scene import GRID, RELATIONS, Look, Scene, Thing
+from .scene import GRID, RELATIONS, Attributes, Scene, SceneObject
 
 Relation = tuple[
     int, str, int
-]  # number of a thing, of `RELATIONS`, number of another: "the first is <relation> the other"
+]  # number of an object, of `RELATIONS`, number of another: "the first is <relation> the other"
 
 APART = 1 / 12  # by how much more of the image one must be further left or up than the other: a quarter of a cell
-CENTERED = 1 / 12  # within how much of its host's middle a thing inside it lies
-HIDDEN = 0.1  # share of a thing's box, at least, that the box of a thing in front of it covers
+CENTERED = 1 / 12  # within how much of its host's middle an object inside it lies
+HIDDEN = 0.1  # share of an object's box, at least, that the box of an object in front of it covers
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,23 @@ class SceneScore:
     """Counts; add them up over images.
 
     Attributes:
-        requested: things asked for.
-        found_kind: of those, seen with the right kind, each seen thing standing for one.
+        requested: objects asked for.
+        found_kind: of those, seen with the right kind, each seen object standing for one.
         found_kind_color: of those asked for, seen with the right kind and colour.
         right_texture: of those found by kind, with the right texture; "plain" counts as one.
         right_part: the same for what is worn; "none" counts.
         right_glyph: the same for glyphs; having none counts.
         right_size: the same for sizes.
         right_cell: of those found by kind, whose middle lies in the cell asked for.
-        glyphs: things asked for with a glyph, found or not.
+        glyphs: objects asked for with a glyph, found or not.
         glyphs_read: of those, found by kind and with that glyph.
         relations: relations asked for.
-        relations_right: of those, that hold between the things found for them.
-        unsaid: things of a story whose look no text has told, so that it must be taken from an earlier image.
-        kept: of those, found with their whole look.
+        relations_right: of those, that hold between the objects found for them.
+        unsaid: objects of a story whose attributes no text has told, so that it must be taken from an earlier image.
+        kept: of those, found with their whole attributes.
         kept_kind, kept_color, kept_texture, kept_part, kept_glyph: of those, found with this trait.
-        extras: things seen that nobody asked for, or not that often.
-        perfect: images in which every thing asked for has its kind and colour, every relation holds, and nothing else
+        extras: objects seen that nobody asked for, or not that often.
+        perfect: images in which every object asked for has its kind and colour, every relation holds, and nothing else
             is seen.
         images: 1; the number of images after adding up.
     """
@@ -71,7 +71,7 @@ class SceneScore:
         return SceneScore(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def ratios(self) -> dict[str, tuple[int, int]]:
-        """Each count and what it is out of; `extras` is out of the things asked for."""
+        """Each count and what it is out of; `extras` is out of the objects asked for."""
         totals = {
             "found_kind": self.requested,
             "found_kind_color": self.requested,
@@ -91,13 +91,13 @@ class SceneScore:
 
 def stated(scene: Scene) -> list[Relation]:
     """Every relation that holds in a scene, each pair one way round: what `match` takes as asked for by default."""
-    number = len(scene.things)
+    number = len(scene.objects)
     found = [(a, relation, b) for a in range(number) for b in range(a + 1, number) for relation in scene.relation(a, b)]
-    hosted = [(b, thing.place, thing.host) for b, thing in enumerate(scene.things) if thing.host is not None]
+    hosted = [(b, obj.place, obj.host) for b, obj in enumerate(scene.objects) if obj.host is not None]
     return found + [relation for relation in hosted if relation not in found]
 
 
-def holds(relation: str, a: Seen, b: Seen) -> bool:
+def holds(relation: str, a: Detection, b: Detection) -> bool:
     """Whether "a is <relation> b" is seen.
 
     Left of, right of, above, below: the middles of their boxes are at least `APART` apart in that direction.
@@ -108,7 +108,7 @@ def holds(relation: str, a: Seen, b: Seen) -> bool:
         ValueError: there is no such relation.
     """
     (ax, ay), (bx, by) = a.center, b.center
-    fits = a.size == "small" and b.size == "big" and KINDS[b.look.kind].hollow
+    fits = a.size == "small" and b.size == "big" and KINDS[b.attributes.kind].hollow
     inside = fits and max(abs(ax - bx), abs(ay - by)) <= CENTERED
     if relation == "inside":
         return inside
@@ -128,19 +128,19 @@ def _covered(inner: tuple[float, ...], outer: tuple[float, ...]) -> float:
     return max(width, 0.0) * max(height, 0.0) / area if area > 0 else 0.0
 
 
-def pair(scene: Scene, seen: Sequence[Seen]) -> dict[int, int]:
-    """Which of `seen` stands for which thing of a scene: number of the thing to number of the seen one.
+def pair(scene: Scene, seen: Sequence[Detection]) -> dict[int, int]:
+    """Which of `seen` stands for which object of a scene: number of the object to number of the seen one.
 
     Only pairs of the same kind. Greedy, the best pair first: the right colour, then the more of texture, part, glyph
     and size right, then the nearer to the cell asked for, then the order in which they are listed. No other assignment
-    finds more things by kind, or more by kind and colour.
+    finds more objects by kind, or more by kind and colour.
     """
     options = []
-    for i, thing in enumerate(scene.things):
+    for i, obj in enumerate(scene.objects):
         for j, one in enumerate(seen):
-            if one.look.kind == thing.look.kind:
-                agreed = sum(_traits(thing, one).values())
-                options.append((one.look.color != thing.look.color, -agreed, _distance(thing, one), i, j))
+            if one.attributes.kind == obj.attributes.kind:
+                agreed = sum(_traits(obj, one).values())
+                options.append((one.attributes.color != obj.attributes.color, -agreed, _distance(obj, one), i, j))
     found: dict[int, int] = {}
     for *_, i, j in sorted(options):
         if i not in found and j not in found.values():
@@ -148,57 +148,59 @@ def pair(scene: Scene, seen: Sequence[Seen]) -> dict[int, int]:
     return found
 
 
-def _traits(thing: Thing, one: Seen) -> dict[str, bool]:
-    right = {name: getattr(thing.look, name) == getattr(one.look, name) for name in ("texture", "part", "glyph")}
-    return right | {"size": thing.size == one.size}
+def _traits(obj: SceneObject, one: Detection) -> dict[str, bool]:
+    right = {
+        name: getattr(obj.attributes, name) == getattr(one.attributes, name) for name in ("texture", "part", "glyph")
+    }
+    return right | {"size": obj.size == one.size}
 
 
-def _kept(pairs: Sequence[tuple[Thing, Seen]]) -> dict[str, int]:
-    kept = {"kept": sum(thing.look == one.look for thing, one in pairs)}
-    for trait in fields(Look):
-        same = (getattr(thing.look, trait.name) == getattr(one.look, trait.name) for thing, one in pairs)
+def _kept(pairs: Sequence[tuple[SceneObject, Detection]]) -> dict[str, int]:
+    kept = {"kept": sum(obj.attributes == one.attributes for obj, one in pairs)}
+    for trait in fields(Attributes):
+        same = (getattr(obj.attributes, trait.name) == getattr(one.attributes, trait.name) for obj, one in pairs)
         kept[f"kept_{trait.name}"] = sum(same)
     return kept
 
 
-def _distance(thing: Thing, one: Seen) -> float:
+def _distance(obj: SceneObject, one: Detection) -> float:
     x, y = one.center
-    return (x - (thing.column + 0.5) / GRID) ** 2 + (y - (thing.row + 0.5) / GRID) ** 2
+    return (x - (obj.column + 0.5) / GRID) ** 2 + (y - (obj.row + 0.5) / GRID) ** 2
 
 
-def match(scene: Scene, seen: Sequence[Seen], relations: Sequence[Relation] | None = None,
+def match(scene: Scene, seen: Sequence[Detection], relations: Sequence[Relation] | None = None,
           unsaid: Sequence[int] = ()) -> SceneScore:  # fmt: skip
     """Compare what was asked for with what was seen.
 
     Args:
         scene: what was asked for.
-        seen: what a `Reader` found in the image.
+        seen: what a `Detector` found in the image.
         relations: those that were asked for; if not given, all that hold in the scene, each pair one way round.
-        unsaid: numbers of the things whose look only an earlier image tells.
+        unsaid: numbers of the objects whose attributes only an earlier image tells.
 
     Returns:
         Counts for this image; see `SceneScore` for what each means, `pair` for which is compared with which and
-        `holds` for when a relation is right. A relation of which either thing was not found by kind is wrong.
+        `holds` for when a relation is right. A relation of which either object was not found by kind is wrong.
     """
     found = pair(scene, seen)
     asked = stated(scene) if relations is None else list(relations)
     right = [a in found and b in found and holds(relation, seen[found[a]], seen[found[b]]) for a, relation, b in asked]
-    pairs = [(scene.things[i], seen[j]) for i, j in found.items()]
-    colored = sum(thing.look.color == one.look.color for thing, one in pairs)
-    traits = [_traits(thing, one) for thing, one in pairs]
+    pairs = [(scene.objects[i], seen[j]) for i, j in found.items()]
+    colored = sum(obj.attributes.color == one.attributes.color for obj, one in pairs)
+    traits = [_traits(obj, one) for obj, one in pairs]
     return SceneScore(
-        requested=len(scene.things),
+        requested=len(scene.objects),
         found_kind=len(pairs),
         found_kind_color=colored,
         **{f"right_{name}": sum(one[name] for one in traits) for name in ("texture", "part", "glyph", "size")},
-        right_cell=sum(thing.cell == one.cell for thing, one in pairs),
-        glyphs=sum(bool(thing.look.glyph) for thing in scene.things),
-        glyphs_read=sum(thing.look.glyph == one.look.glyph != "" for thing, one in pairs),
+        right_cell=sum(obj.cell == one.cell for obj, one in pairs),
+        glyphs=sum(bool(obj.attributes.glyph) for obj in scene.objects),
+        glyphs_read=sum(obj.attributes.glyph == one.attributes.glyph != "" for obj, one in pairs),
         relations=len(asked),
         relations_right=sum(right),
         unsaid=len(unsaid),
-        **_kept([(scene.things[i], seen[found[i]]) for i in unsaid if i in found]),
+        **_kept([(scene.objects[i], seen[found[i]]) for i in unsaid if i in found]),
         extras=len(seen) - len(pairs),
-        perfect=int(colored == len(scene.things) == len(seen) and all(right)),
+        perfect=int(colored == len(scene.objects) == len(seen) and all(right)),
         images=1,
     )

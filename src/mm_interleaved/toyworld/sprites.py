@@ -1,6 +1,7 @@
-"""A thing as a small image with transparency: tinted, textured, dressed and lettered.
+"""An object as a small image with transparency: tinted, textured, dressed and lettered.
 
-A sprite fills a square of `pixels` a side. Half-made results are kept, since sizes and kinds are few and looks many.
+A sprite fills a square of `pixels` a side. Half-made results are kept, since sizes and kinds are few and attributes
+many.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from . import figures
 from .kinds import KINDS
-from .scene import COLORS, GLYPHS, PARTS, TEXTURES, Look
+from .scene import COLORS, GLYPHS, PARTS, TEXTURES, Attributes
 
 ASSETS = Path(__file__).parent / "assets"
 ATLAS = ASSETS / "emoji.png"
@@ -41,7 +42,7 @@ _PLATE = 0.42  # size of a glyph's plate
 
 @dataclass(frozen=True)
 class Sprite:
-    """A thing's image.
+    """An object's image.
 
     Attributes:
         color: float32 [pixels, pixels, 3] in [0, 255], times `alpha`.
@@ -98,7 +99,7 @@ def _body(kind: str, pixels: int, worn: bool) -> _Body:
         drawn = figures.figure(kind, size)
     x, y = (pixels - size) // 2, round(pixels - rim - size)
     box = drawn.getchannel("A").point([255 * (value > 100) for value in range(256)]).getbbox()
-    if worn and box is not None:  # a flat thing still stands on the ground, and its hat on it
+    if worn and box is not None:  # a flat object still stands on the ground, and its hat on it
         y += size - box[3]
     whole = Image.new("RGBA", (pixels, pixels))
     whole.paste(drawn, (x, y))
@@ -125,15 +126,15 @@ def _ramp(color: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return dark, middle, light, 0.3 * middle if bright else 0.1 * middle + 0.9 * 255
 
 
-def _painted(body: _Body, look: Look, pixels: int) -> np.ndarray:
+def _painted(body: _Body, attributes: Attributes, pixels: int) -> np.ndarray:
     """Colours of a body, float32 [pixels, pixels, 3]."""
-    dark, middle, light, pattern = _ramp(look.color)
+    dark, middle, light, pattern = _ramp(attributes.color)
     low = np.minimum(body.light * 2, 1)
     high = np.maximum(body.light * 2 - 1, 0)
     color = dark + (middle - dark) * low + (light - middle) * high
-    color += _KEPT * (0.4 if look.color == "gray" else 1.0) * (body.own - color)
-    if look.texture != "plain":
-        strength = 0.75 * figures.texture(look.texture, pixels)[..., None]
+    color += _KEPT * (0.4 if attributes.color == "gray" else 1.0) * (body.own - color)
+    if attributes.texture != "plain":
+        strength = 0.75 * figures.texture(attributes.texture, pixels)[..., None]
         color += strength * (pattern * (0.55 + 0.45 * low) - color)
     return color
 
@@ -168,7 +169,7 @@ def known(what: str, value: str, options: Iterable[str]) -> None:
 
 
 @lru_cache(maxsize=1024)
-def sprite(look: Look, pixels: int) -> Sprite:
+def sprite(attributes: Attributes, pixels: int) -> Sprite:
     """Draw a look.
 
     Args:
@@ -176,24 +177,24 @@ def sprite(look: Look, pixels: int) -> Sprite:
         pixels: side of the square that it fills, at least 8.
 
     Raises:
-        ValueError: the look has something that there is not, or it is too small to draw.
+        ValueError: the attributes has something that there is not, or it is too small to draw.
     """
     for name, options in (("kind", KINDS), ("color", COLORS), ("texture", TEXTURES), ("part", PARTS)):
-        known(name, getattr(look, name), options)
-    known("glyph", look.glyph, ("", *GLYPHS))
+        known(name, getattr(attributes, name), options)
+    known("glyph", attributes.glyph, ("", *GLYPHS))
     if pixels < 8:
-        raise ValueError(f"a thing of {pixels} pixels is too small to draw; draw images of at least 36")
-    body = _body(look.kind, pixels, look.part != "none")
+        raise ValueError(f"an object of {pixels} pixels is too small to draw; draw images of at least 36")
+    body = _body(attributes.kind, pixels, attributes.part != "none")
     rim = np.float32(252.0)
     alpha = np.maximum(body.rim, body.alpha)
-    color = _painted(body, look, pixels) * body.alpha + rim * (alpha - body.alpha)
-    if look.part != "none":
+    color = _painted(body, attributes, pixels) * body.alpha + rim * (alpha - body.alpha)
+    if attributes.part != "none":
         side = round(_PART * pixels)
-        _lay(color, alpha, figures.part(look.part, side), body.top[0] - side / 2, body.top[1] - 0.72 * side)
-    if look.glyph:
+        _lay(color, alpha, figures.part(attributes.part, side), body.top[0] - side / 2, body.top[1] - 0.72 * side)
+    if attributes.glyph:
         side = round(_PLATE * pixels)
-        _lay(color, alpha, figures.plate(look.glyph, side), body.foot[0] - side / 2, body.foot[1] - 0.92 * side)
+        _lay(color, alpha, figures.plate(attributes.glyph, side), body.foot[0] - side / 2, body.foot[1] - 0.92 * side)
     rows, columns = np.nonzero(alpha[..., 0] > 0.5)
     box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-    shadow, pad = _shadow(look.kind, look.part, pixels)
+    shadow, pad = _shadow(attributes.kind, attributes.part, pixels)
     return Sprite(color, alpha, shadow, pad, box)

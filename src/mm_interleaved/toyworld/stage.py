@@ -10,8 +10,8 @@ import numpy as np
 from .kinds import KINDS
 from .language.phrases import ATTRIBUTES, CELL_NAMES, CELL_WORDS, TEXTURE_NOUNS, glyph_noun, living, noun
 from .language.words import a, chance, choose, listed, say
-from .sampling import random_look
-from .scene import COLORS, GLYPHS, GRID, GROUNDS, PARTS, TEXTURES, Look, Scene, Thing
+from .sampling import random_attributes
+from .scene import COLORS, GLYPHS, GRID, GROUNDS, PARTS, TEXTURES, Attributes, Scene, SceneObject
 
 LOOKS = ("kind", "color", "texture", "part", "glyph")
 STEPS = {"left": -1, "right": 1, "up": -GRID, "down": GRID}
@@ -30,45 +30,45 @@ class Stage:
     """The state of a story.
 
     Attributes:
-        things: what is there. Characters have names; no two things are of one kind, so "the tree" is clear.
+        objects: what is there. Characters have names; no two objects are of one kind, so "the tree" is clear.
         ground: the background.
         seed: of the drawing, the same all along.
         known: by name, which of `LOOKS` the text tells.
         away: characters that have left.
     """
 
-    things: list[Thing]
+    objects: list[SceneObject]
     ground: str
     seed: int
     known: dict[str, set[str]] = field(default_factory=dict)
-    away: list[Thing] = field(default_factory=list)
+    away: list[SceneObject] = field(default_factory=list)
 
     def scene(self) -> Scene:
         """What is to be drawn now."""
-        return Scene(tuple(self.things), self.ground, self.seed)
+        return Scene(tuple(self.objects), self.ground, self.seed)
 
     def unsaid(self) -> tuple[int, ...]:
-        """Things whose looks the text has not told."""
-        return tuple(i for i, t in enumerate(self.things) if t.name and not self.known[t.name].issuperset(LOOKS))
+        """Objects whose attributes the text has not told."""
+        return tuple(i for i, t in enumerate(self.objects) if t.name and not self.known[t.name].issuperset(LOOKS))
 
     def characters(self) -> list[int]:
-        """Numbers of the things with names."""
-        return [i for i, t in enumerate(self.things) if t.name]
+        """Numbers of the objects with names."""
+        return [i for i, t in enumerate(self.objects) if t.name]
 
     def free(self) -> list[int]:
         """Cells where nothing stands."""
-        taken = {t.cell for t in self.things}
+        taken = {t.cell for t in self.objects}
         return [c for c in range(GRID * GRID) if c not in taken]
 
     def calls(self, index: int) -> str:
         """For instance "Mila" or "the tree"."""
-        thing = self.things[index]
-        return thing.name or f"the {thing.look.kind}"
+        obj = self.objects[index]
+        return obj.name or f"the {obj.attributes.kind}"
 
-    def change(self, index: int, **look: str) -> None:
+    def change(self, index: int, **attributes: str) -> None:
         """Change a character's look; the text tells it."""
-        self.things[index] = self.things[index].with_look(**look)
-        self.known[self.things[index].name] |= look.keys()
+        self.objects[index] = self.objects[index].with_attributes(**attributes)
+        self.known[self.objects[index].name] |= attributes.keys()
 
 
 Event = Callable[[Stage, int, np.random.Generator], str | None]
@@ -83,51 +83,51 @@ def neighbour(cell: int, step: str) -> int | None:
     return found if 0 <= found < GRID * GRID else None
 
 
-def _verb(thing: Thing, rng: np.random.Generator) -> str:
-    return choose(rng, ("goes", "moves", "walks", "runs") if living(thing) else ("goes", "moves"))
+def _verb(obj: SceneObject, rng: np.random.Generator) -> str:
+    return choose(rng, ("goes", "moves", "walks", "runs") if living(obj) else ("goes", "moves"))
 
 
 def _goes(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
+    obj = stage.objects[index]
     cell = choose(rng, stage.free())
     name = CELL_NAMES[cell]
-    stage.things[index] = replace(thing, cell=cell)
-    return f"{thing.name} {_verb(thing, rng)} to the {DESTINATIONS.get(name, name)}"
+    stage.objects[index] = replace(obj, cell=cell)
+    return f"{obj.name} {_verb(obj, rng)} to the {DESTINATIONS.get(name, name)}"
 
 
 def _steps(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
-    ways = [s for s in STEPS if neighbour(thing.cell, s) in stage.free()]
+    obj = stage.objects[index]
+    ways = [s for s in STEPS if neighbour(obj.cell, s) in stage.free()]
     if not ways:
         return None
     step = choose(rng, ways)
-    cell = neighbour(thing.cell, step)
+    cell = neighbour(obj.cell, step)
     assert cell is not None
-    stage.things[index] = replace(thing, cell=cell)
+    stage.objects[index] = replace(obj, cell=cell)
     way = f"to the {step}" if step in ("left", "right") else step
-    return say(rng, "{name} [goes one step {way}|moves one step {way}]", name=thing.name, way=way)
+    return say(rng, "{name} [goes one step {way}|moves one step {way}]", name=obj.name, way=way)
 
 
 def _joins(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
-    others = [i for i in range(len(stage.things)) if i != index]
+    obj = stage.objects[index]
+    others = [i for i in range(len(stage.objects)) if i != index]
     if not others:
         return None
     other = choose(rng, others)
-    sides = [s for s in STEPS if neighbour(stage.things[other].cell, s) in stage.free()]
+    sides = [s for s in STEPS if neighbour(stage.objects[other].cell, s) in stage.free()]
     if not sides:
         return None
     side = choose(rng, sides)
-    cell = neighbour(stage.things[other].cell, side)
+    cell = neighbour(stage.objects[other].cell, side)
     assert cell is not None
-    stage.things[index] = replace(thing, cell=cell)
+    stage.objects[index] = replace(obj, cell=cell)
     where, who = SIDES[side], stage.calls(other)
-    name, close = thing.name, "just " if side in ("up", "down") else ""
-    if stage.things[other].name and chance(rng, 0.5):
+    name, close = obj.name, "just " if side in ("up", "down") else ""
+    if stage.objects[other].name and chance(rng, 0.5):
         return say(rng, "{name} meets {who} and [stops|stands] {where} {who}", name=name, who=who, where=close + where)
     if close or chance(rng, 0.4):
-        return f"{name} {_verb(thing, rng)} over and stands {close}{where} {who}"
-    return f"{name} {_verb(thing, rng)} {where} {who}"
+        return f"{name} {_verb(obj, rng)} over and stands {close}{where} {who}"
+    return f"{name} {_verb(obj, rng)} {where} {who}"
 
 
 def _swaps(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
@@ -135,61 +135,61 @@ def _swaps(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
     if not others:
         return None
     other = choose(rng, others)
-    one, two = stage.things[index], stage.things[other]
-    stage.things[index], stage.things[other] = replace(one, cell=two.cell), replace(two, cell=one.cell)
+    one, two = stage.objects[index], stage.objects[other]
+    stage.objects[index], stage.objects[other] = replace(one, cell=two.cell), replace(two, cell=one.cell)
     return say(rng, "{a} and {b} [swap|change|trade] places", a=one.name, b=two.name)
 
 
 def _grows(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
-    if thing.size == "big":
-        if thing.look.glyph:
+    obj = stage.objects[index]
+    if obj.size == "big":
+        if obj.attributes.glyph:
             return None  # too small to be read
-        stage.things[index] = replace(thing, size="small")
-        return say(rng, "{name} [becomes small|gets small|shrinks and is small now]", name=thing.name)
-    stage.things[index] = replace(thing, size="big")
-    return say(rng, "{name} [becomes big|grows big|grows and is big now]", name=thing.name)
+        stage.objects[index] = replace(obj, size="small")
+        return say(rng, "{name} [becomes small|gets small|shrinks and is small now]", name=obj.name)
+    stage.objects[index] = replace(obj, size="big")
+    return say(rng, "{name} [becomes big|grows big|grows and is big now]", name=obj.name)
 
 
 def _recolors(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
-    color = choose(rng, [c for c in COLORS if c != thing.look.color])
+    obj = stage.objects[index]
+    color = choose(rng, [c for c in COLORS if c != obj.attributes.color])
     stage.change(index, color=color)
-    return say(rng, "{name} [turns|becomes] {color}", name=thing.name, color=color)
+    return say(rng, "{name} [turns|becomes] {color}", name=obj.name, color=color)
 
 
 def _retextures(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
-    texture = choose(rng, [t for t in TEXTURES if t != thing.look.texture])
+    obj = stage.objects[index]
+    texture = choose(rng, [t for t in TEXTURES if t != obj.attributes.texture])
     stage.change(index, texture=texture)
     if texture == "plain":
-        return f"{thing.name} loses the {choose(rng, TEXTURE_NOUNS[thing.look.texture])}"
-    return say(rng, "{name} [becomes {texture}|gets {nouns}]", name=thing.name, texture=texture,
+        return f"{obj.name} loses the {choose(rng, TEXTURE_NOUNS[obj.attributes.texture])}"
+    return say(rng, "{name} [becomes {texture}|gets {nouns}]", name=obj.name, texture=texture,
                nouns=choose(rng, TEXTURE_NOUNS[texture]))  # fmt: skip
 
 
 def _dresses(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
-    old = thing.look.part
+    obj = stage.objects[index]
+    old = obj.attributes.part
     if old != "none" and chance(rng, 0.5):
         stage.change(index, part="none")
-        return f"{thing.name} {'puts down' if old == 'flag' else 'takes off'} the {old}"
+        return f"{obj.name} {'puts down' if old == 'flag' else 'takes off'} the {old}"
     part = choose(rng, [p for p in PARTS[1:] if p != old])
     stage.change(index, part=part)
     if old != "none":
-        return f"{thing.name} swaps the {old} for a {part}"
-    return f"{thing.name} {'picks up' if part == 'flag' else 'puts on'} a {part}"
+        return f"{obj.name} swaps the {old} for a {part}"
+    return f"{obj.name} {'picks up' if part == 'flag' else 'puts on'} a {part}"
 
 
 def _letters(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    thing = stage.things[index]
-    if thing.size == "small":
+    obj = stage.objects[index]
+    if obj.size == "small":
         return None
-    glyph = choose(rng, [g for g in GLYPHS if g != thing.look.glyph])
+    glyph = choose(rng, [g for g in GLYPHS if g != obj.attributes.glyph])
     stage.change(index, glyph=glyph)
-    if thing.look.glyph:
-        return say(rng, "{name} [changes to|now has] {glyph}", name=thing.name, glyph=glyph_noun(glyph))
-    return say(rng, "{name} [picks up|finds|gets] {glyph}", name=thing.name, glyph=glyph_noun(glyph))
+    if obj.attributes.glyph:
+        return say(rng, "{name} [changes to|now has] {glyph}", name=obj.name, glyph=glyph_noun(glyph))
+    return say(rng, "{name} [picks up|finds|gets] {glyph}", name=obj.name, glyph=glyph_noun(glyph))
 
 
 def _travels(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
@@ -201,8 +201,8 @@ def _travels(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
         return changes[stage.ground]
     stage.ground = choose(rng, [g for g in GROUNDS if g != stage.ground])
     names = [stage.calls(i) for i in stage.characters()]
-    left = [stage.calls(i) for i in range(len(stage.things)) if not stage.things[i].name]
-    stage.things = [t for t in stage.things if t.name]
+    left = [stage.calls(i) for i in range(len(stage.objects)) if not stage.objects[i].name]
+    stage.objects = [t for t in stage.objects if t.name]
     who = names[0] if len(names) == 1 else choose(rng, (listed(names), "they all" if len(names) > 2 else "they both"))
     verb = choose(rng, ("goes", "travels") if len(names) == 1 else ("go", "travel"))
     stays = f", and {listed(left)} {'stays' if len(left) == 1 else 'stay'} behind" if left else ""
@@ -212,38 +212,38 @@ def _travels(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
 def _leaves(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
     if len(stage.characters()) < 2:
         return None
-    thing = stage.things.pop(index)
-    stage.away.append(thing)
-    return say(rng, "{name} [goes home|leaves|goes away]", name=thing.name)
+    obj = stage.objects.pop(index)
+    stage.away.append(obj)
+    return say(rng, "{name} [goes home|leaves|goes away]", name=obj.name)
 
 
 def _returns(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
     if not stage.away:
         return None
-    thing = stage.away.pop(int(rng.random() * len(stage.away)))
+    obj = stage.away.pop(int(rng.random() * len(stage.away)))
     cell = choose(rng, stage.free())
-    stage.things.append(replace(thing, cell=cell))
+    stage.objects.append(replace(obj, cell=cell))
     where = choose(rng, CELL_WORDS[CELL_NAMES[cell]])
-    return say(rng, "{name} [comes back and stands|comes back and is|is back,] {where}", name=thing.name, where=where)
+    return say(rng, "{name} [comes back and stands|comes back and is|is back,] {where}", name=obj.name, where=where)
 
 
 def _appears(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
     """Something new is there, with its look."""
-    if len(stage.things) >= MOST_THINGS:
+    if len(stage.objects) >= MOST_THINGS:
         return None
-    thing = prop(stage, rng)
-    stage.things.append(thing)
-    where = choose(rng, CELL_WORDS[CELL_NAMES[thing.cell]])
-    phrase = a(noun(thing, described(thing), rng))
+    obj = prop(stage, rng)
+    stage.objects.append(obj)
+    where = choose(rng, CELL_WORDS[CELL_NAMES[obj.cell]])
+    phrase = a(noun(obj, described(obj), rng))
     return say(rng, "[{phrase} appears {where}|now there is {phrase} {where}]", phrase=phrase, where=where)
 
 
 def _vanishes(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    props = [i for i, t in enumerate(stage.things) if not t.name]
+    props = [i for i, t in enumerate(stage.objects) if not t.name]
     if not props:
         return None
-    thing = stage.things.pop(choose(rng, props))
-    return say(rng, "the {kind} [disappears|is gone]", kind=thing.look.kind)
+    obj = stage.objects.pop(choose(rng, props))
+    return say(rng, "the {kind} [disappears|is gone]", kind=obj.attributes.kind)
 
 
 EVENTS: dict[Event, int] = {
@@ -255,25 +255,25 @@ MOVES = (_goes, _steps, _joins, _swaps, _leaves, _returns, _travels)  # one of t
 WEIGHTED = tuple(event for event, weight in EVENTS.items() for _ in range(weight))
 
 
-def prop(stage: Stage, rng: np.random.Generator) -> Thing:
+def prop(stage: Stage, rng: np.random.Generator) -> SceneObject:
     """Something without a name, of a kind that is not there yet, in a free cell."""
     size = "small" if chance(rng, 0.3) else "big"
-    look = fresh_look(stage, rng, size, False)
-    return Thing(look, choose(rng, stage.free()), size)
+    attributes = fresh_attributes(stage, rng, size, False)
+    return SceneObject(attributes, choose(rng, stage.free()), size)
 
 
-def fresh_look(stage: Stage, rng: np.random.Generator, size: str, character: bool) -> Look:
+def fresh_attributes(stage: Stage, rng: np.random.Generator, size: str, character: bool) -> Attributes:
     """A look whose kind is not on the stage; characters are mostly someone, and rich in detail."""
-    used = {t.look.kind for t in (*stage.things, *stage.away)}
+    used = {t.attributes.kind for t in (*stage.objects, *stage.away)}
     alive = character and chance(rng, 0.85)
     kinds = tuple(k.name for k in KINDS.values() if k.name not in used and (k.group in ("animal", "person")) >= alive)
     if character:
-        return random_look(rng, size=size, kinds=kinds, textured=0.6, with_part=0.35, with_glyph=0.4)
-    return random_look(rng, size=size, kinds=kinds, textured=0.2, with_part=0.0, with_glyph=0.1)
+        return random_attributes(rng, size=size, kinds=kinds, textured=0.6, with_part=0.35, with_glyph=0.4)
+    return random_attributes(rng, size=size, kinds=kinds, textured=0.2, with_part=0.0, with_glyph=0.1)
 
 
-def described(thing: Thing) -> tuple[str, ...]:
-    """What is said of a thing so that its look is known; what is big, plain or bare is not said to be."""
+def described(obj: SceneObject) -> tuple[str, ...]:
+    """What is said of an object so that its look is known; what is big, plain or bare is not said to be."""
     names = [n for n in ATTRIBUTES if n not in ("size", "texture")]
-    names += ["texture"] if thing.look.texture != "plain" else []
-    return tuple(names + (["size"] if thing.size == "small" else []))
+    names += ["texture"] if obj.attributes.texture != "plain" else []
+    return tuple(names + (["size"] if obj.size == "small" else []))

@@ -9,8 +9,8 @@ import numpy as np
 from .language.phrases import ATTRIBUTES, NOTHING, attribute, cell_phrase, ground_phrase, noun
 from .language.words import a, chance, choose, say, sentence, shuffled
 from .sampling import Split, split_of
-from .scene import GROUNDS, Scene, Thing
-from .stage import LOOKS, MOVES, WEIGHTED, Event, Stage, described, fresh_look, prop
+from .scene import GROUNDS, Scene, SceneObject
+from .stage import LOOKS, MOVES, WEIGHTED, Event, Stage, described, fresh_attributes, prop
 
 NAMES = (
     "Mila", "Tom", "Ada", "Ben", "Ivo", "Lea", "Max", "Nia", "Otto", "Pia", "Rex", "Sam", "Tia", "Uma", "Vic", "Zoe",
@@ -18,7 +18,7 @@ NAMES = (
 )  # fmt: skip
 SHOWN = 0.5  # share of stories in which some character's look is not told
 FEWEST_WORDS = 8  # of a frame; shorter ones are filled up with where everyone is
-CAST = ((1, 0), (1, 1), (1, 1), (1, 2), (2, 0), (2, 0), (2, 1), (2, 1), (3, 0))  # characters, other things
+CAST = ((1, 0), (1, 1), (1, 1), (1, 2), (2, 0), (2, 0), (2, 1), (2, 1), (3, 0))  # characters, other objects
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Frame:
     Attributes:
         text: with what came before, it determines the image; what it does not mention stays as it was.
         scene: the image.
-        unsaid: numbers of things in it whose look no text up to here has told, so that an earlier image is needed.
+        unsaid: numbers of objects in it whose attributes no text up to here has told, so that an earlier image is
+            needed.
     """
 
     text: str
@@ -68,7 +69,7 @@ def story(rng: np.random.Generator, *, frames: tuple[int, int] = (2, 6), split: 
     stage = _opening_stage(rng)
     while split is not None and split_of(stage.scene()) != split:
         stage = _opening_stage(rng)
-    names = tuple(t.name for t in stage.things if t.name)
+    names = tuple(t.name for t in stage.objects if t.name)
     text = _opening(stage, rng, hide=chance(rng, shown))
     told = [Frame(text, stage.scene(), stage.unsaid())]
     for _ in range(number - 1):
@@ -81,9 +82,11 @@ def _opening_stage(rng: np.random.Generator) -> Stage:
     stage = Stage([], choose(rng, GROUNDS), int(rng.integers(2**31)))
     for name in shuffled(rng, NAMES)[:characters]:
         size = "small" if chance(rng, 0.2) else "big"
-        stage.things.append(Thing(fresh_look(stage, rng, size, True), choose(rng, stage.free()), size, name=name))
+        stage.objects.append(
+            SceneObject(fresh_attributes(stage, rng, size, True), choose(rng, stage.free()), size, name=name)
+        )
     for _ in range(others):
-        stage.things.append(prop(stage, rng))
+        stage.objects.append(prop(stage, rng))
     return stage
 
 
@@ -92,13 +95,13 @@ def _opening(stage: Stage, rng: np.random.Generator, hide: bool) -> str:
     characters = stage.characters()
     hidden = [i for i in characters if hide and chance(rng, 0.5)] or ([choose(rng, characters)] if hide else [])
     sentences = []
-    for index, thing in enumerate(stage.things):
-        if thing.name:
-            said = _said(thing, rng, index in hidden)
-            stage.known[thing.name] = set(LOOKS) if said is None else set(said) & set(LOOKS)
-            sentences.append(_presented(thing, ("kind", *described(thing)) if said is None else said, rng))
+    for index, obj in enumerate(stage.objects):
+        if obj.name:
+            said = _said(obj, rng, index in hidden)
+            stage.known[obj.name] = set(LOOKS) if said is None else set(said) & set(LOOKS)
+            sentences.append(_presented(obj, ("kind", *described(obj)) if said is None else said, rng))
         else:
-            phrase, where = a(noun(thing, described(thing), rng)), cell_phrase(thing, rng)
+            phrase, where = a(noun(obj, described(obj), rng)), cell_phrase(obj, rng)
             sentences.append(say(rng, "[{phrase} is {where}|there is {phrase} {where}]", phrase=phrase, where=where))
     ground = ground_phrase(stage.ground, rng)
     if chance(rng, 0.5):
@@ -107,36 +110,36 @@ def _opening(stage: Stage, rng: np.random.Generator, hide: bool) -> str:
     return " ".join(sentence(s) for s in [*sentences, where])
 
 
-def _said(thing: Thing, rng: np.random.Generator, hidden: bool) -> tuple[str, ...] | None:
+def _said(obj: SceneObject, rng: np.random.Generator, hidden: bool) -> tuple[str, ...] | None:
     """Which of its look and size are told; None: all. The size always is: "small", or nothing for big."""
     if not hidden:
         return None
-    size = ("size",) if thing.size == "small" else ()
+    size = ("size",) if obj.size == "small" else ()
     if chance(rng, 0.35):
         return size  # not even what it is
-    has = [n for n in ATTRIBUTES if n != "size" and attribute(thing, n) != NOTHING.get(n)]
+    has = [n for n in ATTRIBUTES if n != "size" and attribute(obj, n) != NOTHING.get(n)]
     told = shuffled(rng, has)[: int(rng.random() * len(has))]  # at least one is left out
     return ("kind", *size, *told)
 
 
-def _presented(thing: Thing, said: tuple[str, ...], rng: np.random.Generator) -> str:
+def _presented(obj: SceneObject, said: tuple[str, ...], rng: np.random.Generator) -> str:
     """For instance "Mila the striped fox is on the left"."""
-    where = cell_phrase(thing, rng)
+    where = cell_phrase(obj, rng)
     stands = choose(rng, ("is", "stands", "waits"))
     attributes = [n for n in said if n in ATTRIBUTES]
     if "kind" not in said:
         small = choose(rng, ("little ", "small ")) if "size" in said else ""
-        return f"{small}{thing.name} {stands} {where}"
-    phrase = noun(thing, attributes, rng)
+        return f"{small}{obj.name} {stands} {where}"
+    phrase = noun(obj, attributes, rng)
     if chance(rng, 0.5):
         comma = "," if " with " in phrase or " wearing " in phrase or " marked " in phrase else ""
-        return f"{thing.name}{comma} the {phrase}{comma} {stands} {where}"
-    return say(rng, "{name} is {phrase} and [stands|waits] {where}", name=thing.name, phrase=a(phrase), where=where)
+        return f"{obj.name}{comma} the {phrase}{comma} {stands} {where}"
+    return say(rng, "{name} is {phrase} and [stands|waits] {where}", name=obj.name, phrase=a(phrase), where=where)
 
 
 def _happens(stage: Stage, rng: np.random.Generator) -> str:
     """The text of the next frame, after one or two events have changed the stage."""
-    before, ground = {stage.calls(i): t.cell for i, t in enumerate(stage.things)}, stage.ground
+    before, ground = {stage.calls(i): t.cell for i, t in enumerate(stage.objects)}, stage.ground
     clauses: list[str] = []
     done: list[Event] = []
     wanted = 2 if chance(rng, 0.4) else 1
@@ -152,8 +155,8 @@ def _happens(stage: Stage, rng: np.random.Generator) -> str:
     if " now" in f" {clauses[0]}":
         start = ""
     sentences = [sentence(start + clauses[0]), *(sentence(c) for c in clauses[1:])]
-    still = [i for i, t in enumerate(stage.things) if before.get(stage.calls(i)) == t.cell]
-    where = [f"{stage.calls(i)} is still {cell_phrase(stage.things[i], rng)}" for i in shuffled(rng, still)]
+    still = [i for i, t in enumerate(stage.objects) if before.get(stage.calls(i)) == t.cell]
+    where = [f"{stage.calls(i)} is still {cell_phrase(stage.objects[i], rng)}" for i in shuffled(rng, still)]
     if ground == stage.ground:
         where.append(f"{stage.calls(stage.characters()[0])} is still {ground_phrase(ground, rng)}")
     for text in where:

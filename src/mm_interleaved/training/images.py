@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import leave_process_group
 from ..processor.images import CROPS, load_image
+from ..toyworld.detector import PIXELS
 from ..toyworld.draw import draw
 from ..toyworld.language import Caption, caption, paragraph
 from ..toyworld.language.words import chance
-from ..toyworld.reader import PIXELS
 from ..toyworld.sampling import Split, random_scene, scene_rng
 from ..toyworld.scene import Scene
-from ..toyworld.train_reader import labels
+from ..toyworld.train_detector import labels
 from .config import ImagesConfig
 from .told import told
 
@@ -44,7 +44,7 @@ class ToyImages(Dataset[Item]):
 
 
 class ToyScenes(Dataset[Item]):
-    """The same as a model sees them, with what they show: `geometry` and `traits`, see `train_reader.SceneBatches`.
+    """The same as a model sees them, with what they show: `geometry` and `traits`, see `train_detector.SceneBatches`.
 
     Args:
         config: which scenes.

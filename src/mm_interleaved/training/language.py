@@ -7,7 +7,7 @@ captions of scenes are read here without any image:
     loss = cross-entropy of the next word + loss of the conditions + max(0, -ln spread)
 
 Of the conditions of the image decoder (what `image_decoder.resampler` makes of a text) the n-th has to tell what the
-text states of the n-th thing that it mentions, and the one after those of the things which ground they stand on. One
+text states of the n-th object that it mentions, and the one after those of the objects which ground they stand on. One
 linear layer reads all of them alike, as the attention of the UNet will; it is thrown away. For standardisation and
 `spread` see `training.vision`.
 """
@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from ..model import MMInterleavedConfig, MMInterleavedModel
 from ..model.layout import ImagePositions
 from .parts import SharedReader, report, spread
-from .told import GROUND, THINGS, TOLD
+from .told import GROUND, OBJECTS, TOLD
 
 WEIGHTS = "language.safetensors"
 PARTS = ("language_model", "lm_head", "context_proj", "soi_token", "image_decoder.resampler")
@@ -66,8 +66,8 @@ class LanguageTask(nn.Module):
     def __init__(self, config: MMInterleavedConfig) -> None:
         super().__init__()
         resampler = config.image_decoder.resampler
-        if resampler.num_queries <= THINGS:
-            raise ValueError(f"image_decoder.resampler.num_queries must be at least {THINGS + 1}, one for each thing "
+        if resampler.num_queries <= OBJECTS:
+            raise ValueError(f"image_decoder.resampler.num_queries must be at least {OBJECTS + 1}, one for each object "
                              "of a scene and one for the ground")  # fmt: skip
         self.model = MMInterleavedModel(config)
         for name, parameter in self.model.named_parameters():
@@ -80,7 +80,7 @@ class LanguageTask(nn.Module):
         Args:
             input_ids: [batch, length], `<s>`, the text and a begin-of-image token, padded on the right.
             lengths: [batch] tokens of each row.
-            told: [batch, THINGS, len(TOLD)], ground: [batch]; what the texts state, see `training.told`.
+            told: [batch, OBJECTS, len(TOLD)], ground: [batch]; what the texts state, see `training.told`.
         """
         model, (batch, length) = self.model, input_ids.shape
         nothing = torch.empty(batch, length, 0, dtype=torch.long, device=input_ids.device)
@@ -90,9 +90,9 @@ class LanguageTask(nn.Module):
         rows = torch.arange(batch, device=input_ids.device)
         context, mask = model.image_context(hidden, ImagePositions(rows, lengths - 1, torch.zeros_like(rows)), length)
         conditions = model.image_decoder.resampler(context, mask)
-        wanted = torch.full((batch, THINGS + 1, len(TOLD) + 1), -100, device=told.device)
-        wanted[:, :THINGS, :-1], wanted[:, THINGS, -1] = told, ground
-        loss_conditions, right = self.reader(conditions[:, : THINGS + 1], wanted)
+        wanted = torch.full((batch, OBJECTS + 1, len(TOLD) + 1), -100, device=told.device)
+        wanted[:, :OBJECTS, :-1], wanted[:, OBJECTS, -1] = told, ground
+        loss_conditions, right = self.reader(conditions[:, : OBJECTS + 1], wanted)
         outputs.loss_conditions = loss_conditions
         report(outputs, right)
         outputs.spread = spread(conditions.float())

@@ -5,40 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..toyworld.detector import TRAITS
 from ..toyworld.language import Caption
 from ..toyworld.language.phrases import CELL_NAMES
-from ..toyworld.reader import TRAITS
 from ..toyworld.scene import GRID, GROUNDS, RELATIONS, SIZES
 
-THINGS = 5  # the most that a text tells of
+OBJECTS = 5  # the most that a text tells of
 _VALUES: dict[str, tuple[str, ...]] = {
     **TRAITS, "size": SIZES, "cell": tuple(CELL_NAMES[cell] for cell in range(GRID * GRID)), "relation": RELATIONS,
 }  # fmt: skip
-TOLD = {"there": 2, **{name: len(values) for name, values in _VALUES.items()}, "other": THINGS}
-"""What is told of a thing, and in how many forms: whether there is one, its traits, how it stands to which other."""
+TOLD = {"there": 2, **{name: len(values) for name, values in _VALUES.items()}, "other": OBJECTS}
+"""What is told of an object, and in how many forms: whether there is one, its traits, how it stands to which other."""
 GROUND = {"ground": len(GROUNDS)}
 
 
 def told(text: Caption) -> tuple[Tensor, Tensor]:
-    """What a text states of the things, in the order in which it mentions them, and of the ground.
+    """What a text states of the objects, in the order in which it mentions them, and of the ground.
 
     Returns:
-        int64 [THINGS, len(TOLD)] and a scalar: numbers of values, -100 for what it leaves open. Of several relations of
-        a thing the first counts.
+        int64 [OBJECTS, len(TOLD)] and a scalar: numbers of values, -100 for what it leaves open. Of several relations
+        of an object the first counts.
     """
     order: dict[int | None, int] = {}
     for fact in text.facts:
-        if fact.name == "thing" and len(order) < THINGS:
-            order.setdefault(fact.thing, len(order))
-    names, found = list(TOLD), torch.full((THINGS, len(TOLD)), -100)
-    found[:, 0] = torch.arange(THINGS) < len(order)
+        if fact.name == "object" and len(order) < OBJECTS:
+            order.setdefault(fact.obj, len(order))
+    names, found = list(TOLD), torch.full((OBJECTS, len(TOLD)), -100)
+    found[:, 0] = torch.arange(OBJECTS) < len(order)
     ground = torch.tensor(-100)
     for fact in text.facts:
-        place = order.get(fact.thing)
+        place = order.get(fact.obj)
         if fact.name == "ground":
             ground = torch.tensor(GROUNDS.index(fact.value))
         elif place is not None:
-            column = names.index("kind" if fact.name == "thing" else fact.name)
+            column = names.index("kind" if fact.name == "object" else fact.name)
             if found[place, column] == -100:
                 found[place, column] = _VALUES[names[column]].index(fact.value)
                 if fact.name == "relation":

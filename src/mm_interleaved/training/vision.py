@@ -3,11 +3,12 @@
 The release starts from CLIP; a small model has nothing to start from, and the loss of the next word alone teaches it to
 see very slowly. Here every part that others read has to tell what is where:
 
-    loss = mean over the pyramid's maps of `toyworld.train_reader.loss` + loss of the visual tokens + max(0, -ln spread)
+    loss = mean over the pyramid's maps of `toyworld.train_detector.loss` + loss of the visual tokens + max(0, -ln
+    spread)
 
 Each map is brought to the labels' 16 x 16 and read by a 1 x 1 convolution. Of the visual tokens the first nine stand
 for the scene's 3 x 3 cells (fewer tokens, for as many), and one linear layer, the same for all of them, has to name the
-thing in each: attention in the language model reads all tokens alike as well. The readers are thrown away.
+object in each: attention in the language model reads all tokens alike as well. The readers are thrown away.
 
 `spread` is how much of the tokens' length differs between images. What they have in common tells nothing, but left
 alone it grows until it drowns the rest; so the tokens are standardised before they are read, and the spread has a loss.
@@ -26,9 +27,9 @@ from ..model import MMInterleavedConfig
 from ..model.mm_interleaved import unit_range
 from ..model.typed_modules import module_list
 from ..model.visual_tokenizer import VisualTokenizer
-from ..toyworld.reader import MAP, OUTPUTS, TRAITS, split
+from ..toyworld.detector import MAP, OUTPUTS, TRAITS, split
 from ..toyworld.scene import GRID, SIZES
-from ..toyworld.train_reader import loss as scene_loss
+from ..toyworld.train_detector import loss as scene_loss
 from .parts import SharedReader, cell_of, report, spread
 
 WEIGHTS = "visual_tokenizer.safetensors"
@@ -42,8 +43,8 @@ class VisionOutput(ModelOutput):
         loss: their sum.
         loss_maps: mean over the maps.
         loss_tokens: over the cells.
-        accuracy_kind, accuracy_color, accuracy_texture, accuracy_glyph: of the things, as told from the tokens.
-        accuracy_maps: share of the things whose kind and colour the finest map tells.
+        accuracy_kind, accuracy_color, accuracy_texture, accuracy_glyph: of the objects, as told from the tokens.
+        accuracy_maps: share of the objects whose kind and colour the finest map tells.
         spread: mean length of the tokens' deviation from their mean over the images, by the mean's length.
     """
 
@@ -82,7 +83,7 @@ class VisionTask(nn.Module):
 
         Args:
             images: uint8 [batch, 3, image_size, image_size].
-            geometry, traits: as `toyworld.train_reader.SceneBatches` has them.
+            geometry, traits: as `toyworld.train_detector.SceneBatches` has them.
         """
         seen = self.visual_tokenizer(unit_range(images))
         maps = [
@@ -118,9 +119,9 @@ class VisionTask(nn.Module):
 
 
 def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:
-    """What stands in each cell: int64 [batch, cells, 1 + traits], first whether there is a thing (1) or not (0).
+    """What stands in each cell: int64 [batch, cells, 1 + traits], first whether there is an object (1) or not (0).
 
-    Of several things in one cell the last counts; traits of no thing are -100.
+    Of several objects in one cell the last counts; traits of no object are -100.
     """
     real = traits[..., 0] >= 0
     found = traits.new_full((len(traits), GRID * GRID + 1, traits.shape[-1]), -100)
@@ -141,7 +142,7 @@ def _resized(m: Tensor) -> Tensor:
 
 
 def _named(outputs: Tensor, geometry: Tensor, traits: Tensor) -> Tensor:
-    """Share of the things whose kind and colour a map [batch, sizes, OUTPUTS, side, side] tells at their centres."""
+    """Share of the objects whose kind and colour a map [batch, sizes, OUTPUTS, side, side] tells at their centres."""
     image, number = (traits[..., 0] >= 0).nonzero(as_tuple=True)
     column, row = (geometry[image, number, :2] * MAP).long().clamp(0, MAP - 1).unbind(-1)
     size, logits = traits[image, number, 0], split(outputs)[-1]

@@ -65,7 +65,7 @@ class Dialogue:
 def dialogue(scene: Scene, rng: np.random.Generator, rounds: int = 10) -> Dialogue:
     """A dialogue of up to `rounds` rounds; shorter only if there is no more to ask."""
     found: list[tuple[str, str]] = []
-    asked: set[tuple[int | None, str]] = set()  # what was asked of which thing
+    asked: set[tuple[int | None, str]] = set()  # what was asked of which object
     topic: int | None = None
     for _ in range(8 * rounds):
         if len(found) == rounds:
@@ -85,7 +85,7 @@ def dialogue(scene: Scene, rng: np.random.Generator, rounds: int = 10) -> Dialog
 
 
 def _other(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
-    """A question that is not about one thing's looks: what is asked, the question, the answer."""
+    """A question that is not about one object's looks: what is asked, the question, the answer."""
     for question in questions(scene, rng, 1):
         if question.type not in ("color", "texture", "part", "glyph", "size", "where"):
             return question.type + question.answer, question.question, question.answer
@@ -94,30 +94,30 @@ def _other(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
 
 def _new_topic(scene: Scene, rng: np.random.Generator) -> tuple[int | None, str, str, str]:
     """Something to speak of: its number, what is asked, the question and the answer."""
-    index = int(rng.random() * len(scene.things))
-    thing = scene.things[index]
-    if chance(rng, 0.5) and sum(t.look.kind == thing.look.kind for t in scene.things) == 1:
-        kind = a(thing.look.kind)
+    index = int(rng.random() * len(scene.objects))
+    obj = scene.objects[index]
+    if chance(rng, 0.5) and sum(t.attributes.kind == obj.attributes.kind for t in scene.objects) == 1:
+        kind = a(obj.attributes.kind)
         return index, "exists", say(rng, "[Is there|Can you see|Do you see] {kind}?", kind=kind), "yes"
     phrase = the(scene, index, rng, ("size", "texture", "part", "glyph"))
     if phrase is None:
         return None, "", "", ""
-    return index, "color", say(rng, "[What color is|What is the color of] {the}?", the=phrase), thing.look.color
+    return index, "color", say(rng, "[What color is|What is the color of] {the}?", the=phrase), obj.attributes.color
 
 
 def _follow_up(scene: Scene, index: int, rng: np.random.Generator) -> tuple[str, str, str]:
     """More about what was just spoken of, which is only called "it": what is asked, the question, the answer."""
     name = choose(rng, tuple(FOLLOW_UPS))
-    thing = scene.things[index]
+    obj = scene.objects[index]
     if name == "relation":
-        near = [(r, i) for i in range(len(scene.things)) if i != index for r in scene.relation(i, index)]
+        near = [(r, i) for i in range(len(scene.objects)) if i != index for r in scene.relation(i, index)]
         single = [(r, i) for r, i in near if sum(r == other for other, _ in near) == 1]
         if not single:
             return "", "", ""
         relation, other = choose(rng, single)
         question = say(rng, FOLLOW_UPS["relation"], words=choose(rng, RELATION_WORDS[relation]))
-        return f"relation {relation}", question, scene.things[other].look.kind
-    answer = CELL_NAMES[thing.cell] if name == "cell" else attribute(thing, name).lower()
+        return f"relation {relation}", question, scene.objects[other].attributes.kind
+    answer = CELL_NAMES[obj.cell] if name == "cell" else attribute(obj, name).lower()
     if name == "part":
         answer = "no, nothing" if answer == "none" else f"yes, {a(answer)}"
     return name, say(rng, FOLLOW_UPS[name]), answer or "no, nothing"

@@ -22,10 +22,10 @@ from .phrases import (
 )
 from .words import NUMBERS
 
-MOST_MENTIONS = 10  # more than these cannot be scored as different things of scenes of five
+MOST_MENTIONS = 10  # more than these cannot be scored as different objects of scenes of five
 _ADJECTIVES = ("size", "color", "texture")
 
-Binding = dict[int | None, int]  # from the number of a mention to that of a thing
+Binding = dict[int | None, int]  # from the number of a mention to that of an object
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class CaptionScore:
     Attributes:
         stated: facts in the text.
         right: how many of them hold in the scene.
-        mentioned: things of the scene that the text speaks of.
-        things: things in the scene.
+        mentioned: objects of the scene that the text speaks of.
+        objects: objects in the scene.
     """
 
     stated: int
     right: int
     mentioned: int
-    things: int
+    objects: int
 
 
 def read_facts(text: str) -> tuple[Fact, ...]:
     """What a text states, as far as it is in the words of the grammar; other words are passed over.
 
     Returns:
-        Facts in the order of the text. They number the things as they are first mentioned; "the fox" and "it" are
+        Facts in the order of the text. They number the objects as they are first mentioned; "the fox" and "it" are
         taken for something mentioned before where they fit.
     """
     reader = _Reader()
@@ -61,38 +61,38 @@ def read_facts(text: str) -> tuple[Fact, ...]:
 def score_caption(text: str, scene: Scene) -> CaptionScore:
     """Compare a caption with the scene it is about.
 
-    Mentions are taken for things of the same kind, in the way that makes most facts right. Whatever is said of
+    Mentions are taken for objects of the same kind, in the way that makes most facts right. Whatever is said of
     something that is not there is wrong.
     """
     facts = read_facts(text)
-    mentions = [f for f in facts if f.name == "thing"]
+    mentions = [f for f in facts if f.name == "object"]
     best_right, best_found = -1, 0
     for bound in _bindings(mentions[:MOST_MENTIONS], scene):
         right = sum(holds(_bind(f, bound), scene) for f in facts)
         if (right, len(bound)) > (best_right, best_found):
             best_right, best_found = right, len(bound)
-    return CaptionScore(len(facts), best_right, best_found, len(scene.things))
+    return CaptionScore(len(facts), best_right, best_found, len(scene.objects))
 
 
 def _bind(fact: Fact, bound: Binding) -> Fact:
-    """The fact with numbers of things instead of mentions; -1 where there is no such thing."""
-    thing = None if fact.thing is None else bound.get(fact.thing, -1)
+    """The fact with numbers of objects instead of mentions; -1 where there is no such object."""
+    obj = None if fact.obj is None else bound.get(fact.obj, -1)
     other = None if fact.other is None else bound.get(fact.other)
-    return Fact(fact.name, thing, fact.value, other)
+    return Fact(fact.name, obj, fact.value, other)
 
 
 def _bindings(mentions: Sequence[Fact], scene: Scene, taken: frozenset[int] = frozenset()) -> Iterator[Binding]:
-    """Every way to take mentions for different things of their kind."""
+    """Every way to take mentions for different objects of their kind."""
     if not mentions:
         yield {}
         return
     first, *rest = mentions
-    fitting = [i for i, t in enumerate(scene.things) if t.look.kind == first.value and i not in taken]
+    fitting = [i for i, t in enumerate(scene.objects) if t.attributes.kind == first.value and i not in taken]
     for index in fitting:
         for others in _bindings(rest, scene, taken | {index}):
-            yield {first.thing: index, **others}
+            yield {first.obj: index, **others}
     left = sum(m.value == first.value for m in rest)
-    if left >= len(fitting):  # leaving one out only helps where others may take its thing
+    if left >= len(fitting):  # leaving one out only helps where others may take its object
         yield from _bindings(rest, scene, taken)
 
 
@@ -102,7 +102,7 @@ class _Reader:
 
     facts: dict[Fact, None] = field(default_factory=dict)
     mentions: list[dict[str, str]] = field(default_factory=list)
-    current: list[int] = field(default_factory=list)  # the last things spoken of; one, or several of a plural
+    current: list[int] = field(default_factory=list)  # the last objects spoken of; one, or several of a plural
     topic: int | None = None  # what "it" is
 
     def sentence(self, text: str) -> None:
@@ -111,7 +111,7 @@ class _Reader:
         self.article = ""
         self.spoken: list[int] = []  # of this sentence, without those that others are related to
         self.relation: tuple[str, int | None] | None = None
-        self.where: list[str] = []  # places said before the thing that is there
+        self.where: list[str] = []  # places said before the object that is there
         words = list(_words(text))
         for number, (name, value) in enumerate(words):
             if name == "kind":
@@ -161,7 +161,7 @@ class _Reader:
             indices = list(range(start, start + count))
             self.mentions += [{"kind": kind} for _ in indices]
             for index in indices:
-                self.facts[Fact("thing", index, kind)] = None
+                self.facts[Fact("object", index, kind)] = None
         else:
             indices = [known]
         self.current = indices

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..kinds import KINDS
-from ..scene import COLORS, Scene, Thing
+from ..scene import COLORS, Scene, SceneObject
 from .words import a, chance, choose
 
 ATTRIBUTES = ("size", "color", "texture", "part", "glyph")
-NOTHING = {"texture": "plain", "part": "none", "glyph": ""}  # what a thing has of it if it has none
+NOTHING = {"texture": "plain", "part": "none", "glyph": ""}  # what an object has of it if it has none
 
 COLOR_WORDS = {color: (color,) for color in COLORS} | {"gray": ("gray", "grey")}
 SIZE_WORDS = {"small": ("small", "little"), "big": ("big", "large")}
@@ -57,21 +57,22 @@ class Fact(NamedTuple):
     """Something that a text states.
 
     Attributes:
-        name: "thing", "color", "texture", "part", "glyph", "size", "cell", "relation", "ground" or "count".
-        thing: index of the thing in the scene (or of the mention, where a text was parsed); None for ground and count.
+        name: "object", "color", "texture", "part", "glyph", "size", "cell", "relation", "ground" or "count".
+        object: index of the object in the scene (or of the mention, where a text was parsed); None for ground and
+            count.
         value: what is said: the kind, the colour, ..., the name of the cell, the relation, the number as digits.
-        other: for a relation, the thing that `thing` is left of, inside, ...
+        other: for a relation, the object that `object` is left of, inside, ...
     """
 
     name: str
-    thing: int | None
+    obj: int | None
     value: str
     other: int | None = None
 
 
-def attribute(thing: Thing, name: str) -> str:
+def attribute(obj: SceneObject, name: str) -> str:
     """The value of one of `ATTRIBUTES`."""
-    return thing.size if name == "size" else getattr(thing.look, name)
+    return obj.size if name == "size" else getattr(obj.attributes, name)
 
 
 def holds(fact: Fact, scene: Scene) -> bool:
@@ -79,50 +80,50 @@ def holds(fact: Fact, scene: Scene) -> bool:
     if fact.name == "ground":
         return scene.ground == fact.value
     if fact.name == "count":
-        return str(len(scene.things)) == fact.value
-    if fact.thing is None or not 0 <= fact.thing < len(scene.things):
+        return str(len(scene.objects)) == fact.value
+    if fact.obj is None or not 0 <= fact.obj < len(scene.objects):
         return False
-    thing = scene.things[fact.thing]
-    if fact.name == "thing":
-        return thing.look.kind == fact.value
+    obj = scene.objects[fact.obj]
+    if fact.name == "object":
+        return obj.attributes.kind == fact.value
     if fact.name == "cell":
-        return CELL_NAMES[thing.cell] == fact.value
+        return CELL_NAMES[obj.cell] == fact.value
     if fact.name == "relation":
-        return fact.other is not None and fact.value in scene.relation(fact.thing, fact.other)
-    return attribute(thing, fact.name) == fact.value
+        return fact.other is not None and fact.value in scene.relation(fact.obj, fact.other)
+    return attribute(obj, fact.name) == fact.value
 
 
-def living(thing: Thing) -> bool:
+def living(obj: SceneObject) -> bool:
     """Whether it is someone rather than something: it walks, wears and is met."""
-    return KINDS[thing.look.kind].group in LIVING
+    return KINDS[obj.attributes.kind].group in LIVING
 
 
-def noun(thing: Thing, stated: Collection[str], rng: np.random.Generator, plural: bool = False) -> str:
+def noun(obj: SceneObject, stated: Collection[str], rng: np.random.Generator, plural: bool = False) -> str:
     """For instance "big striped red fox with a crown", without an article.
 
     Args:
-        thing: what to name.
+        object: what to name.
         stated: which of `ATTRIBUTES` are said; what it has none of ("none", no glyph) is passed over.
         rng: chooses among equivalent words.
         plural: "big red foxes with crowns".
     """
-    look = thing.look
-    before = [choose(rng, SIZE_WORDS[thing.size])] if "size" in stated else []
-    tint = [choose(rng, COLOR_WORDS[look.color])] if "color" in stated else []
+    attributes = obj.attributes
+    before = [choose(rng, SIZE_WORDS[obj.size])] if "size" in stated else []
+    tint = [choose(rng, COLOR_WORDS[attributes.color])] if "color" in stated else []
     after = []
     if "texture" in stated:
-        if look.texture in TEXTURE_NOUNS and chance(rng, 0.25):
-            after.append(choose(rng, TEXTURE_NOUNS[look.texture]))
+        if attributes.texture in TEXTURE_NOUNS and chance(rng, 0.25):
+            after.append(choose(rng, TEXTURE_NOUNS[attributes.texture]))
         else:
-            tint.insert(int(rng.random() * 2), choose(rng, TEXTURE_WORDS[look.texture]))
-    if "part" in stated and look.part != "none":
-        after.append(f"{look.part}s" if plural else f"a {look.part}")
-    kind = KINDS[look.kind]
-    tail = _tail(after, look.glyph if "glyph" in stated else "", thing, rng)
+            tint.insert(int(rng.random() * 2), choose(rng, TEXTURE_WORDS[attributes.texture]))
+    if "part" in stated and attributes.part != "none":
+        after.append(f"{attributes.part}s" if plural else f"a {attributes.part}")
+    kind = KINDS[attributes.kind]
+    tail = _tail(after, attributes.glyph if "glyph" in stated else "", obj, rng)
     return " ".join([*before, *tint, kind.plural if plural else kind.name]) + tail
 
 
-def _tail(after: list[str], glyph: str, thing: Thing, rng: np.random.Generator) -> str:
+def _tail(after: list[str], glyph: str, obj: SceneObject, rng: np.random.Generator) -> str:
     """For instance " with stripes, a crown and the letter K"."""
     if glyph and (not after or chance(rng, 0.5)):
         marked = choose(rng, (f"marked {glyph}", f"with {glyph_noun(glyph)}", f"with {a(glyph)} on it"))
@@ -136,7 +137,7 @@ def _tail(after: list[str], glyph: str, thing: Thing, rng: np.random.Generator) 
         marked = ""
     if not after:
         return ""
-    wears = len(after) == 1 and after[0].startswith("a ") and not after[0].endswith("flag") and living(thing)
+    wears = len(after) == 1 and after[0].startswith("a ") and not after[0].endswith("flag") and living(obj)
     if wears and (not marked or marked.startswith("marked")) and chance(rng, 0.5):
         return f" wearing {after[0]}" + (f" and {marked}" if marked else "")
     items = [*after, marked] if marked and not marked.startswith("marked") else after
@@ -149,9 +150,9 @@ def glyph_noun(glyph: str) -> str:
     return f"the {'number' if glyph.isdigit() else 'letter'} {glyph}"
 
 
-def cell_phrase(thing: Thing, rng: np.random.Generator) -> str:
+def cell_phrase(obj: SceneObject, rng: np.random.Generator) -> str:
     """For instance "at the top left"."""
-    return choose(rng, CELL_WORDS[CELL_NAMES[thing.cell]])
+    return choose(rng, CELL_WORDS[CELL_NAMES[obj.cell]])
 
 
 def ground_phrase(ground: str, rng: np.random.Generator) -> str:
@@ -161,11 +162,11 @@ def ground_phrase(ground: str, rng: np.random.Generator) -> str:
 
 def distinguishing(scene: Scene, index: int, allowed: Collection[str], rng: np.random.Generator,
                    start: Collection[str] = ()) -> tuple[str, ...] | None:  # fmt: skip
-    """Attributes that, with its kind, single out thing number `index`; as few as a random order finds.
+    """Attributes that, with its kind, single out object number `index`; as few as a random order finds.
 
     Args:
         scene: where it stands.
-        index: which thing.
+        index: which object.
         allowed: attributes that may be used.
         rng: the order in which they are tried.
         start: attributes to use in any case.
@@ -173,18 +174,18 @@ def distinguishing(scene: Scene, index: int, allowed: Collection[str], rng: np.r
     Returns:
         The attributes; None if no choice of them is enough.
     """
-    thing = scene.things[index]
-    rivals = [t for i, t in enumerate(scene.things) if i != index and t.look.kind == thing.look.kind]
+    obj = scene.objects[index]
+    rivals = [t for i, t in enumerate(scene.objects) if i != index and t.attributes.kind == obj.attributes.kind]
     chosen = list(start)
-    rivals = [t for t in rivals if all(attribute(t, n) == attribute(thing, n) for n in chosen)]
+    rivals = [t for t in rivals if all(attribute(t, n) == attribute(obj, n) for n in chosen)]
     if not rivals:
         return tuple(chosen)
-    order = [n for n in allowed if n not in chosen and attribute(thing, n) != NOTHING.get(n)]
+    order = [n for n in allowed if n not in chosen and attribute(obj, n) != NOTHING.get(n)]
     for turn in range(len(order)):
         other = turn + int(rng.random() * (len(order) - turn))
         order[turn], order[other] = order[other], order[turn]
     for name in order:
-        fewer = [t for t in rivals if attribute(t, name) == attribute(thing, name)]
+        fewer = [t for t in rivals if attribute(t, name) == attribute(obj, name)]
         if len(fewer) < len(rivals):
             chosen.append(name)
             rivals = fewer
@@ -195,6 +196,6 @@ def distinguishing(scene: Scene, index: int, allowed: Collection[str], rng: np.r
 
 def the(scene: Scene, index: int, rng: np.random.Generator, allowed: Collection[str] = ATTRIBUTES,
         start: Collection[str] = ()) -> str | None:  # fmt: skip
-    """For instance "the red fox": a phrase that can only mean thing number `index`; None if there is none."""
+    """For instance "the red fox": a phrase that can only mean object number `index`; None if there is none."""
     chosen = distinguishing(scene, index, allowed, rng, start)
-    return None if chosen is None else f"the {noun(scene.things[index], chosen, rng)}"
+    return None if chosen is None else f"the {noun(scene.objects[index], chosen, rng)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kinds import KINDS
-from ..scene import COLORS, PARTS, TEXTURES, Scene, Thing
+from ..scene import COLORS, PARTS, TEXTURES, Scene, SceneObject
 from .phrases import (
     ATTRIBUTES,
     CELL_NAMES,
@@ -83,7 +83,7 @@ def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Questi
 
 def unanswerable(scene: Scene, rng: np.random.Generator) -> Question:
     """A question about something that is not there, which people answer with "unanswerable"."""
-    there = {thing.look.kind for thing in scene.things}
+    there = {obj.attributes.kind for obj in scene.objects}
     kind = choose(rng, tuple(name for name in KINDS if name not in there))
     text = say(rng, "[What color is {the}|What pattern does {the} have|Where is {the}|Is {the} big or small|"
                "Which letter is on {the}|Which number can you read on {the}]?", the=f"the {kind}")  # fmt: skip
@@ -91,10 +91,10 @@ def unanswerable(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def region_question(scene: Scene, index: int, rng: np.random.Generator) -> Question:
-    """A question about thing `index`, which something else than its words points out."""
-    thing = scene.things[index]
-    name = choose(rng, [n for n in REGION_QUESTIONS if n == "kind" or attribute(thing, n) not in ("none", "")])
-    answer = (thing.look.kind if name == "kind" else attribute(thing, name)).lower()
+    """A question about object `index`, which something else than its words points out."""
+    obj = scene.objects[index]
+    name = choose(rng, [n for n in REGION_QUESTIONS if n == "kind" or attribute(obj, n) not in ("none", "")])
+    answer = (obj.attributes.kind if name == "kind" else attribute(obj, name)).lower()
     sign = "number" if answer.isdigit() else "letter"
     return Question(say(rng, REGION_QUESTIONS[name], sign=sign), answer, _people(answer, name, rng), name)
 
@@ -109,15 +109,15 @@ def _people(answer: str, name: str, rng: np.random.Generator) -> tuple[str, ...]
     return tuple(said)
 
 
-def _pick(scene: Scene, rng: np.random.Generator) -> tuple[int, Thing]:
-    index = int(rng.random() * len(scene.things))
-    return index, scene.things[index]
+def _pick(scene: Scene, rng: np.random.Generator) -> tuple[int, SceneObject]:
+    index = int(rng.random() * len(scene.objects))
+    return index, scene.objects[index]
 
 
 def _named(scene: Scene, index: int, rng: np.random.Generator, hidden: str = "") -> str | None:
     """For instance "the fox", without the attribute that is asked for; sometimes with more than is needed."""
     allowed = [n for n in ATTRIBUTES if n != hidden]
-    more = [n for n in allowed if attribute(scene.things[index], n) != NOTHING.get(n)]
+    more = [n for n in allowed if attribute(scene.objects[index], n) != NOTHING.get(n)]
     start = (choose(rng, more),) if more and chance(rng, 0.2) else ()
     return the(scene, index, rng, allowed, start)
 
@@ -126,12 +126,12 @@ def _asks(template: str, name: str) -> Callable[[Scene, np.random.Generator], As
     """Asks for an attribute of something that has it."""
 
     def ask(scene: Scene, rng: np.random.Generator) -> Asked:
-        having = [i for i, t in enumerate(scene.things) if attribute(t, name) not in ("none", "")]
+        having = [i for i, t in enumerate(scene.objects) if attribute(t, name) not in ("none", "")]
         index = choose(rng, having) if having else None
         phrase = None if index is None else _named(scene, index, rng, name)
         if index is None or phrase is None:
             return None
-        value = attribute(scene.things[index], name)
+        value = attribute(scene.objects[index], name)
         kind = "number" if value.isdigit() else "letter"
         verb = ("hold", "holding") if value == "flag" else ("wear", "wearing")
         text = say(rng, template, the=phrase, sign=kind, wear=verb[0], wearing=verb[1])
@@ -142,25 +142,25 @@ def _asks(template: str, name: str) -> Callable[[Scene, np.random.Generator], As
 
 def _which(scene: Scene, rng: np.random.Generator) -> Asked:
     """Asks what it is that alone has some attribute."""
-    _, thing = _pick(scene, rng)
+    _, obj = _pick(scene, rng)
     name = choose(rng, ("color", "texture", "part", "glyph"))
-    value = attribute(thing, name)
-    if value == NOTHING.get(name) or sum(attribute(t, name) == value for t in scene.things) > 1:
+    value = attribute(obj, name)
+    if value == NOTHING.get(name) or sum(attribute(t, name) == value for t in scene.objects) > 1:
         return None
     if name == "part":
-        text = say(rng, f"[What|Who] {'holds' if value == 'flag' else 'wears'} a {value}?" if living(thing)
+        text = say(rng, f"[What|Who] {'holds' if value == 'flag' else 'wears'} a {value}?" if living(obj)
                    else f"What has a {value}?")  # fmt: skip
     elif name == "glyph":
         text = say(rng, "What [has {glyph} on it|is marked {value}]?", glyph=glyph_noun(value), value=value)
     else:
         text = say(rng, "[What is {value}|Which thing is {value}|What is the {value} thing]?", value=value)
-    return text, thing.look.kind
+    return text, obj.attributes.kind
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Asks what is left of something, where only one thing is."""
+    """Asks what is left of something, where only one object is."""
     index, _ = _pick(scene, rng)
-    found = [(r, i) for i in range(len(scene.things)) if i != index for r in scene.relation(i, index)]
+    found = [(r, i) for i in range(len(scene.objects)) if i != index for r in scene.relation(i, index)]
     single = [(r, i) for r, i in found if sum(r == other for other, _ in found) == 1]
     phrase = _named(scene, index, rng)
     if not single or phrase is None:
@@ -168,36 +168,36 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Asked:
     relation, other = choose(rng, single)
     words = choose(rng, RELATION_WORDS[relation])
     return say(rng, "[What is|What can you see|Which thing is] {words} {the}?", words=words, the=phrase), (
-        scene.things[other].look.kind
+        scene.objects[other].attributes.kind
     )
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> Asked:
     """Asks what stands somewhere; "on the left" only if nothing else stands in the left column."""
-    index, thing = _pick(scene, rng)
-    name = CELL_NAMES[thing.cell]
-    others = [t for i, t in enumerate(scene.things) if i != index]
+    index, obj = _pick(scene, rng)
+    name = CELL_NAMES[obj.cell]
+    others = [t for i, t in enumerate(scene.objects) if i != index]
     if name in ("left", "right"):
-        alone = all(t.column != thing.column for t in others)
+        alone = all(t.column != obj.column for t in others)
     elif name in ("top", "bottom"):
-        alone = all(t.row != thing.row for t in others)
+        alone = all(t.row != obj.row for t in others)
     else:
-        alone = all(t.cell != thing.cell for t in others)
+        alone = all(t.cell != obj.cell for t in others)
     if not alone:
         return None
     return say(
         rng, "[What is|What can you see|What stands] {cell}?", cell=choose(rng, CELL_WORDS[name])
-    ), thing.look.kind
+    ), obj.attributes.kind
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> Asked:
     """Asks in which part of the image something is."""
-    index, thing = _pick(scene, rng)
+    index, obj = _pick(scene, rng)
     phrase = _named(scene, index, rng)
     if phrase is None:
         return None
     return say(rng, "[Where is|Where in the picture is|In which part of the picture is] {the}?", the=phrase), (
-        CELL_NAMES[thing.cell]
+        CELL_NAMES[obj.cell]
     )
 
 
@@ -208,42 +208,42 @@ def _ground(scene: Scene, rng: np.random.Generator) -> Asked:
 
 def _count(scene: Scene, rng: np.random.Generator) -> Asked:
     """Counts everything, a kind, a group or a colour; sometimes there is none."""
-    _, thing = _pick(scene, rng)
+    _, obj = _pick(scene, rng)
     by = choose(rng, ("all", "kind", "kind", "group", "color"))
     if by == "all":
-        plural, number = choose(rng, ("things", "objects")), len(scene.things)
+        plural, number = choose(rng, ("things", "objects")), len(scene.objects)
     elif by == "kind":
-        name = choose(rng, tuple(KINDS)) if chance(rng, 0.15) else thing.look.kind
-        plural, number = KINDS[name].plural, sum(t.look.kind == name for t in scene.things)
+        name = choose(rng, tuple(KINDS)) if chance(rng, 0.15) else obj.attributes.kind
+        plural, number = KINDS[name].plural, sum(t.attributes.kind == name for t in scene.objects)
     elif by == "group":
-        name = choose(rng, tuple(GROUP_WORDS)) if chance(rng, 0.15) else KINDS[thing.look.kind].group
-        plural, number = GROUP_WORDS[name], sum(KINDS[t.look.kind].group == name for t in scene.things)
+        name = choose(rng, tuple(GROUP_WORDS)) if chance(rng, 0.15) else KINDS[obj.attributes.kind].group
+        plural, number = GROUP_WORDS[name], sum(KINDS[t.attributes.kind].group == name for t in scene.objects)
     else:
-        name = choose(rng, COLORS) if chance(rng, 0.15) else thing.look.color
-        plural, number = f"{name} things", sum(t.look.color == name for t in scene.things)
+        name = choose(rng, COLORS) if chance(rng, 0.15) else obj.attributes.color
+        plural, number = f"{name} things", sum(t.attributes.color == name for t in scene.objects)
     text = say(rng, "How many {plural} [are there|are in the picture|can you see|do you see]?", plural=plural)
     return text, str(number)
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Asked:
     """Is there a (red) fox? As often yes as no."""
-    _, thing = _pick(scene, rng)
-    kind, color = thing.look.kind, thing.look.color if chance(rng, 0.6) else ""
+    _, obj = _pick(scene, rng)
+    kind, color = obj.attributes.kind, obj.attributes.color if chance(rng, 0.6) else ""
     yes = chance(rng, 0.5)
     if not yes:
         swap_color = bool(color) and chance(rng, 0.5)
         color = choose(rng, COLORS) if swap_color else color
         kind = kind if swap_color else choose(rng, tuple(KINDS))
-    there = any(t.look.kind == kind and color in ("", t.look.color) for t in scene.things)
+    there = any(t.attributes.kind == kind and color in ("", t.attributes.color) for t in scene.objects)
     if there != yes:
         return None
-    thing_there = a(f"{color} {kind}".strip())
-    return say(rng, "[Is there|Can you see|Do you see] {thing}[ in the picture|]?", thing=thing_there), _yes(yes)
+    object_there = a(f"{color} {kind}".strip())
+    return say(rng, "[Is there|Can you see|Do you see] {obj}[ in the picture|]?", obj=object_there), _yes(yes)
 
 
 def _is_it(scene: Scene, rng: np.random.Generator) -> Asked:
     """Is the fox red? Does it wear a hat? Is it left of the tree? As often yes as no."""
-    index, thing = _pick(scene, rng)
+    index, obj = _pick(scene, rng)
     yes = chance(rng, 0.5)
     name = choose(rng, ("color", "texture", "part", "relation"))
     phrase = _named(scene, index, rng, name)
@@ -252,7 +252,7 @@ def _is_it(scene: Scene, rng: np.random.Generator) -> Asked:
     if name == "relation":
         return _is_related(scene, rng, index, phrase, yes)
     values = {"color": COLORS, "texture": TEXTURES[1:], "part": PARTS[1:]}[name]
-    value = attribute(thing, name)
+    value = attribute(obj, name)
     said = value if yes else choose(rng, [v for v in values if v != value])
     if said not in values:
         return None
@@ -279,11 +279,11 @@ def _compare(scene: Scene, rng: np.random.Generator) -> Asked:
     first, one = _pick(scene, rng)
     second, two = _pick(scene, rng)
     names = [_named(scene, i, rng, "size") for i in (first, second)]
-    if one.size == two.size or one.look.kind == two.look.kind or None in names:
+    if one.size == two.size or one.attributes.kind == two.attributes.kind or None in names:
         return None
     word = choose(rng, ("bigger", "smaller"))
     answer = one if (one.size == "big") == (word == "bigger") else two
-    return f"Which is {word}, {names[0]} or {names[1]}?", answer.look.kind
+    return f"Which is {word}, {names[0]} or {names[1]}?", answer.attributes.kind
 
 
 def _yes(yes: bool) -> str:

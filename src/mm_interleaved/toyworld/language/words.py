@@ -36,7 +36,7 @@ def shuffled(rng: np.random.Generator, items: Sequence[T]) -> list[T]:
 
 
 def say(rng: np.random.Generator, template: str, **slots: str) -> str:
-    """One wording of a template: "[There is|I see] {thing}[ {ground}|]." has four.
+    """One wording of a template: "[There is|I see] {object}[ {ground}|]." has four.
 
     `[a|b]` is one of its alternatives (they nest), `{name}` is replaced by the text of that name.
     """

@@ -76,7 +76,7 @@ def nothing_more(job: Job, results: list[Any], folder: Path) -> None:
 
 
 def jpeg(image: PIL.Image.Image) -> bytes:
-    """As a file, with little loss: letters on things must stay legible."""
+    """As a file, with little loss: letters on objects must stay legible."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()

@@ -1,8 +1,9 @@
-"""Trains the reader on scenes that are drawn as it goes, and measures it on held-out ones.
+"""Trains the detector on scenes that are drawn as it goes, and measures it on held-out ones.
 
-python -m mm_interleaved.toyworld.train_reader --steps 3000 --batch 256 --device cuda --workers 15
-python -m mm_interleaved.toyworld.train_reader --steps 1500 --batch 64 --peak 4e-4 --seed 1 --start reader.safetensors
-python -m mm_interleaved.toyworld.train_reader --evaluate
+python -m mm_interleaved.toyworld.train_detector --steps 3000 --batch 256 --device cuda --workers 15
+python -m mm_interleaved.toyworld.train_detector --steps 1500 --batch 64 --peak 4e-4 --seed 1 --start
+detector.safetensors
+python -m mm_interleaved.toyworld.train_detector --evaluate
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
+from .detector import MAP, PIXELS, TRAITS, WEIGHTS, Detection, Detector, DetectorNet, split
 from .draw import boxes, draw
-from .reader import MAP, PIXELS, TRAITS, WEIGHTS, Reader, ReaderNet, Seen, split
 from .sampling import Split, random_scene, scene_rng
-from .scene import SIZES, Place, Scene, Thing
+from .scene import SIZES, Place, Scene, SceneObject
 
-MOST = 9  # things in a scene
-NEAR = 1 / 6  # how far from a thing's middle it may be found, in images
-_CROWDED = 0.25  # share of training scenes with more things than stories have
+MOST = 9  # objects in a scene
+NEAR = 1 / 6  # how far from an object's middle it may be found, in images
+_CROWDED = 0.25  # share of training scenes with more objects than stories have
 _JPEG = 0.3  # share of training images that go through JPEG
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -39,7 +40,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 class SceneBatches(Dataset[Batch]):
     """Batches by number, each always the same: images uint8 [B, 3, 128, 128]; geometry float32 [B, 9, 4], the boxes'
-    middles and sides in images; traits int64 [B, 9, 6], the size (-1: no thing) and then `TRAITS`.
+    middles and sides in images; traits int64 [B, 9, 6], the size (-1: no object) and then `TRAITS`.
     """
 
     def __init__(self, batches: int, batch: int, seed: int) -> None:
@@ -56,7 +57,7 @@ class SceneBatches(Dataset[Batch]):
         traits = np.full((self.batch, MOST, 1 + len(TRAITS)), -1, np.int64)
         for i in range(self.batch):
             rng = scene_rng(self.seed, "train", number * self.batch + i)
-            scene = random_scene(rng, things=(5, MOST) if rng.random() < _CROWDED else (1, 5), split="train")
+            scene = random_scene(rng, objects=(5, MOST) if rng.random() < _CROWDED else (1, 5), split="train")
             image = draw(scene, PIXELS)
             images[i] = np.asarray(_jpeg(image, int(rng.integers(35, 95))) if rng.random() < _JPEG else image)
             geometry[i], traits[i] = labels(scene)
@@ -67,14 +68,14 @@ def labels(scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
     """What a scene shows, as in `SceneBatches`: geometry [9, 4] and traits [9, 6].
 
     Raises:
-        ValueError: it has more things.
+        ValueError: it has more objects.
     """
-    if len(scene.things) > MOST:
-        raise ValueError(f"a scene of {len(scene.things)} things; labels have room for {MOST}")
+    if len(scene.objects) > MOST:
+        raise ValueError(f"a scene of {len(scene.objects)} objects; labels have room for {MOST}")
     geometry, traits = torch.zeros(MOST, 4), torch.full((MOST, 1 + len(TRAITS)), -1)
-    for number, (thing, box) in enumerate(zip(scene.things, boxes(scene, PIXELS), strict=True)):
+    for number, (obj, box) in enumerate(zip(scene.objects, boxes(scene, PIXELS), strict=True)):
         geometry[number] = torch.tensor(middle(box))
-        traits[number] = torch.tensor(described(thing))
+        traits[number] = torch.tensor(described(obj))
     return geometry, traits
 
 
@@ -90,9 +91,9 @@ def middle(box: tuple[int, ...]) -> tuple[float, ...]:
     return (x0 + x1) / 2 / PIXELS, (y0 + y1) / 2 / PIXELS, (x1 - x0) / PIXELS, (y1 - y0) / PIXELS
 
 
-def described(thing: Thing) -> list[int]:
-    """A thing's size and `TRAITS` as numbers."""
-    return [SIZES.index(thing.size)] + [values.index(getattr(thing.look, name)) for name, values in TRAITS.items()]
+def described(obj: SceneObject) -> list[int]:
+    """An object's size and `TRAITS` as numbers."""
+    return [SIZES.index(obj.size)] + [values.index(getattr(obj.attributes, name)) for name, values in TRAITS.items()]
 
 
 def spoil(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -171,9 +172,9 @@ def loss(outputs: torch.Tensor, geometry: torch.Tensor, traits: torch.Tensor) ->
 def _bumps(
     centers: torch.Tensor, at: torch.Tensor, image: torch.Tensor, size: torch.Tensor, sigma: float = 0.7
 ) -> torch.Tensor:
-    """A bell around every thing, the highest where bells meet; like `centers`, [B, 2, 16, 16]."""
+    """A bell around every object, the highest where bells meet; like `centers`, [B, 2, 16, 16]."""
     grid = torch.arange(MAP, device=at.device) + 0.5
-    bell = torch.exp(-((grid - at[:, None, :].transpose(1, 2)) ** 2) / (2 * sigma**2))  # [things, 2, 16]
+    bell = torch.exp(-((grid - at[:, None, :].transpose(1, 2)) ** 2) / (2 * sigma**2))  # [objects, 2, 16]
     each = bell[:, 1, :, None] * bell[:, 0, None, :]
     out = torch.zeros_like(centers).flatten(0, 1)
     index = (image * len(SIZES) + size)[:, None, None].expand(-1, MAP, MAP)
@@ -197,8 +198,8 @@ def train(
     seed: int = 0,
     peak: float = 2e-3,
     start: Path | None = None,
-) -> ReaderNet:
-    """Train a reader.
+) -> DetectorNet:
+    """Train a detector.
 
     Args:
         steps: how many.
@@ -212,7 +213,7 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = ReaderNet() if start is None else Reader.load(start).net
+        net = DetectorNet() if start is None else Detector.load(start).net
         # torch's stubs of Module.to have memory_format only beside a tensor
         net = net.to(device, memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
     decayed = [p for p in net.parameters() if p.ndim > 1]
@@ -240,7 +241,7 @@ def train(
     return net
 
 
-def save(net: ReaderNet, path: Path) -> None:
+def save(net: DetectorNet, path: Path) -> None:
     """Write weights, kernels in half precision; written aside, then renamed."""
     state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     state = {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
@@ -250,63 +251,63 @@ def save(net: ReaderNet, path: Path) -> None:
     os.replace(aside, path)
 
 
-def paired(scene: Scene, seen: list[Seen]) -> list[tuple[Thing, Seen]]:
-    """Each thing with the nearest that was seen within `NEAR`, nearest pairs first, same size before other size."""
+def paired(scene: Scene, seen: list[Detection]) -> list[tuple[SceneObject, Detection]]:
+    """Each object with the nearest that was seen within `NEAR`, nearest pairs first, same size before other size."""
     middles = [middle(box)[:2] for box in boxes(scene, PIXELS)]
     pairs = []
     for i, (x, y) in enumerate(middles):
         for j, one in enumerate(seen):
             distance = float(np.hypot(one.center[0] - x, one.center[1] - y))
             if distance <= NEAR:
-                pairs.append((one.size != scene.things[i].size, distance, i, j))
+                pairs.append((one.size != scene.objects[i].size, distance, i, j))
     found, used = {}, set()
     for _, _, i, j in sorted(pairs):
         if i not in found and j not in used:
             found[i] = j
             used.add(j)
-    return [(scene.things[i], seen[j]) for i, j in found.items()]
+    return [(scene.objects[i], seen[j]) for i, j in found.items()]
 
 
-def evaluate(reader: Reader, scenes: int = 1000, seed: int = 1, part: Split = "test", size: int = PIXELS) -> dict:
+def evaluate(detector: Detector, scenes: int = 1000, seed: int = 1, part: Split = "test", size: int = PIXELS) -> dict:
     """Accuracies on clean images.
 
     Args:
-        reader: what is measured.
-        scenes: how many, of 1 to 5 things.
+        detector: what is measured.
+        scenes: how many, of 1 to 5 objects.
         seed: of the scenes.
         part: the split that they are from.
         size: of the images drawn, in pixels.
 
     Returns:
-        Shares in [0, 1]: precision and recall of things; of those found, how many have the right kind, colour, both,
+        Shares in [0, 1]: precision and recall of objects; of those found, how many have the right kind, colour, both,
         texture, part, glyph, size and cell; `glyph_read` of those that have a glyph, `part_worn` of those that wear
-        something; `kind_color_cell`, `_inside` and `_behind` of those that stand free, before another thing and half
-        hidden by one; `kind_color_of_all` counts what was not found as wrong. And the numbers of scenes and things.
+        something; `kind_color_cell`, `_inside` and `_behind` of those that stand free, before another object and half
+        hidden by one; `kind_color_of_all` counts what was not found as wrong. And the numbers of scenes and objects.
     """
     drawn = [random_scene(scene_rng(seed, part, i), split=part) for i in range(scenes)]
-    read = reader.read([draw(scene, size) for scene in drawn])
+    read = detector.detect([draw(scene, size) for scene in drawn])
     count: Counter[str] = Counter()
     for scene, seen in zip(drawn, read, strict=True):
-        count["things"] += len(scene.things)
+        count["objects"] += len(scene.objects)
         count["seen"] += len(seen)
-        for thing, one in paired(scene, seen):
-            right = {name: getattr(thing.look, name) == getattr(one.look, name) for name in TRAITS}
-            right |= {"size": thing.size == one.size, "cell": thing.cell == one.cell, "found": True}
+        for obj, one in paired(scene, seen):
+            right = {name: getattr(obj.attributes, name) == getattr(one.attributes, name) for name in TRAITS}
+            right |= {"size": obj.size == one.size, "cell": obj.cell == one.cell, "found": True}
             right["kind_color"] = right["kind"] and right["color"]
-            count[f"{thing.place} asked"] += 1
-            count[f"kind_color_{thing.place}"] += right["kind_color"]
+            count[f"{obj.place} asked"] += 1
+            count[f"kind_color_{obj.place}"] += right["kind_color"]
             count.update(name for name, good in right.items() if good)
             for name, trait, none in (("glyph_read", "glyph", ""), ("part_worn", "part", "none")):
-                if getattr(thing.look, trait) != none:
+                if getattr(obj.attributes, trait) != none:
                     count[f"{name} asked"] += 1
                     count[name] += right[trait]
     names = (*TRAITS, "kind_color", "size", "cell")
     found = {name: count[name] / max(1, count["found"]) for name in names}
     found |= {name: count[name] / max(1, count[f"{name} asked"]) for name in ("glyph_read", "part_worn")}
     found |= {f"kind_color_{p}": count[f"kind_color_{p}"] / max(1, count[f"{p} asked"]) for p in get_args(Place)}
-    found["kind_color_of_all"] = count["kind_color"] / max(1, count["things"])
-    found |= {"precision": count["found"] / max(1, count["seen"]), "recall": count["found"] / max(1, count["things"])}
-    return {"scenes": scenes, "things": count["things"]} | {name: round(value, 4) for name, value in found.items()}
+    found["kind_color_of_all"] = count["kind_color"] / max(1, count["objects"])
+    found |= {"precision": count["found"] / max(1, count["seen"]), "recall": count["found"] / max(1, count["objects"])}
+    return {"scenes": scenes, "objects": count["objects"]} | {name: round(value, 4) for name, value in found.items()}
 
 
 def main() -> None:
@@ -325,8 +326,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=PIXELS, help="of the images to evaluate on, in pixels")
     options = parser.parse_args()
     if options.evaluate:
-        reader = Reader.load(options.output, options.device)
-        print(json.dumps(evaluate(reader, options.scenes, size=options.size), indent=2))
+        detector = Detector.load(options.output, options.device)
+        print(json.dumps(evaluate(detector, options.scenes, size=options.size), indent=2))
         return
     began = time.perf_counter()
 
@@ -339,7 +340,7 @@ def main() -> None:
     net = train(options.steps, options.batch, options.device, report, options.workers, options.seed,
                 options.peak, options.start)  # fmt: skip
     save(net, options.output)
-    print(json.dumps(evaluate(Reader(net), options.scenes), indent=2))
+    print(json.dumps(evaluate(Detector(net), options.scenes), indent=2))
 
 
 if __name__ == "__main__":

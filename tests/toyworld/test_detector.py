@@ -1,4 +1,4 @@
-"""The reader: what goes in and out, that it learns, and how images are scored with it."""
+"""The detector: what goes in and out, that it learns, and how images are scored with it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm_interleaved.toyworld.detector import MAP, OUTPUTS, PIXELS, TRAITS, Detection, Detector, DetectorNet, split
 from mm_interleaved.toyworld.draw import boxes, draw
-from mm_interleaved.toyworld.reader import MAP, OUTPUTS, PIXELS, TRAITS, Reader, ReaderNet, Seen, split
 from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import SIZES, Look, Scene, Thing
+from mm_interleaved.toyworld.scene import SIZES, Attributes, Scene, SceneObject
 from mm_interleaved.toyworld.score import SceneScore, match, pair, stated
-from mm_interleaved.toyworld.train_reader import SceneBatches, evaluate, loss, paired, save, spoil, train
+from mm_interleaved.toyworld.train_detector import SceneBatches, evaluate, loss, paired, save, spoil, train
 
 scenes = st.integers(0, 2**32).map(lambda seed: random_scene(np.random.default_rng(seed)))
 
 
-def truth(scene: Scene) -> list[Seen]:
-    """What a reader without fault would see."""
+def truth(scene: Scene) -> list[Detection]:
+    """What a detector without fault would see."""
     found = []
-    for thing, box in zip(scene.things, boxes(scene, 1000), strict=True):
-        found.append(Seen(thing.look, thing.cell, thing.size, tuple(v / 1000 for v in box), 1.0))
+    for obj, box in zip(scene.objects, boxes(scene, 1000), strict=True):
+        found.append(Detection(obj.attributes, obj.cell, obj.size, tuple(v / 1000 for v in box), 1.0))
     return found
 
 
@@ -49,17 +49,17 @@ class TestScore:
     @given(scenes, scenes)
     def test_counts_keep_within_their_totals(self, asked: Scene, drawn: Scene) -> None:
         score = match(asked, truth(drawn))
-        assert 0 <= score.found_kind_color <= score.found_kind <= score.requested == len(asked.things)
-        assert score.found_kind + score.extras == len(drawn.things)
+        assert 0 <= score.found_kind_color <= score.found_kind <= score.requested == len(asked.objects)
+        assert score.found_kind + score.extras == len(drawn.objects)
         assert score.relations_right <= score.relations == len(stated(asked))
         assert score.glyphs_read <= score.glyphs
         both = score + match(drawn, truth(drawn))
         assert both.images == 2
-        assert both.requested == len(asked.things) + len(drawn.things)
+        assert both.requested == len(asked.objects) + len(drawn.objects)
         assert all(0 <= rate <= 1 for name, rate in both.rates().items() if name != "extras")
 
     def test_a_seen_thing_stands_for_one_only(self) -> None:
-        foxes = Scene(tuple(Thing(Look("fox", color), cell) for cell, color in enumerate(("red", "blue"))))
+        foxes = Scene(tuple(SceneObject(Attributes("fox", color), cell) for cell, color in enumerate(("red", "blue"))))
         score = match(foxes, truth(foxes)[1:])
         assert (score.found_kind, score.found_kind_color, score.relations_right, score.perfect) == (1, 1, 0, 0)
         assert pair(foxes, truth(foxes)[1:]) == {1: 0}
@@ -69,15 +69,15 @@ class TestScore:
         [("texture", "dotted", "right_texture"), ("part", "hat", "right_part"), ("glyph", "B", "right_glyph")],
     )
     def test_a_wrong_trait_costs_its_own_count(self, trait: str, value: str, count: str) -> None:
-        scene = Scene((Thing(Look("fox", "red", glyph="A"), 4),))
-        score = match(scene, truth(Scene((scene.things[0].with_look(**{trait: value}),))))
+        scene = Scene((SceneObject(Attributes("fox", "red", glyph="A"), 4),))
+        score = match(scene, truth(Scene((scene.objects[0].with_attributes(**{trait: value}),))))
         right = {"right_texture": 1, "right_part": 1, "right_glyph": 1, "found_kind_color": 1}
         assert {name: getattr(score, name) for name in right} == right | {count: 0}
         assert score.glyphs_read == (trait != "glyph")
 
     def test_relations_are_looked_for_where_things_are(self) -> None:
-        scene = Scene((Thing(Look("fox", "red"), 3), Thing(Look("cat", "red"), 5)))
-        turned = Scene((replace(scene.things[0], cell=5), replace(scene.things[1], cell=3)))
+        scene = Scene((SceneObject(Attributes("fox", "red"), 3), SceneObject(Attributes("cat", "red"), 5)))
+        turned = Scene((replace(scene.objects[0], cell=5), replace(scene.objects[1], cell=3)))
         assert match(scene, truth(turned)).relations_right == 0
         assert match(scene, truth(turned), [(0, "right of", 1)]).relations_right == 1
         assert match(scene, truth(turned), [(0, "right of", 1), (0, "above", 1)]).relations == 2
@@ -85,16 +85,16 @@ class TestScore:
             match(scene, truth(scene), [(0, "near", 1)])
 
     def test_inside_and_behind_are_told_apart(self) -> None:
-        around = Thing(Look("ring", "red"), 4)
-        within = Thing(Look("cat", "red"), 4, "small", place="inside", host=0)
-        back = Thing(Look("cat", "red"), 4, "small", (0.35, -0.3), "behind", 0)
+        around = SceneObject(Attributes("ring", "red"), 4)
+        within = SceneObject(Attributes("cat", "red"), 4, "small", place="inside", host=0)
+        back = SceneObject(Attributes("cat", "red"), 4, "small", (0.35, -0.3), "behind", 0)
         assert match(Scene((around, within)), truth(Scene((around, back)))).relations_right == 0
         assert match(Scene((around, back)), truth(Scene((around, within)))).relations_right == 0
         assert match(Scene((around, back)), truth(Scene((around, back)))).relations_right == 1
 
     def test_looks_that_no_text_tells_are_kept_as_a_whole_or_in_part(self) -> None:
-        scene = Scene((Thing(Look("fox", "red", "striped"), 3), Thing(Look("cat", "blue"), 5)))
-        other = Scene((scene.things[0].with_look(texture="dotted"), scene.things[1]))
+        scene = Scene((SceneObject(Attributes("fox", "red", "striped"), 3), SceneObject(Attributes("cat", "blue"), 5)))
+        other = Scene((scene.objects[0].with_attributes(texture="dotted"), scene.objects[1]))
         score = match(scene, truth(other), (), unsaid=[0])
         assert (score.unsaid, score.kept, score.kept_kind, score.kept_color, score.kept_texture) == (1, 0, 1, 1, 0)
         assert (score.relations, score.perfect) == (0, 1)
@@ -109,7 +109,7 @@ class TestScore:
 
 class TestNet:
     def test_shapes(self) -> None:
-        outputs = ReaderNet()(torch.rand(2, 3, PIXELS, PIXELS))
+        outputs = DetectorNet()(torch.rand(2, 3, PIXELS, PIXELS))
         assert outputs.shape == (2, len(SIZES), OUTPUTS, MAP, MAP)
         centers, shifts, sides, traits = split(outputs)
         assert centers.shape == (2, 2, MAP, MAP)
@@ -128,50 +128,50 @@ class TestNet:
             shifts[at] = torch.tensor([x % 1, y % 1])
             sides[at] = torch.tensor([one.box[2] - one.box[0], one.box[3] - one.box[1]])
             for name, values in TRAITS.items():
-                traits[name][at][values.index(getattr(one.look, name))] = 1.0
-        (seen,) = Reader(ReaderNet()).things(outputs)
+                traits[name][at][values.index(getattr(one.attributes, name))] = 1.0
+        (seen,) = Detector(DetectorNet()).objects(outputs)
         assert match(scene, seen).perfect == 1
-        assert [b.look for _, b in sorted(paired(scene, seen), key=lambda p: scene.things.index(p[0]))] == [
-            thing.look for thing in scene.things
+        assert [b.attributes for _, b in sorted(paired(scene, seen), key=lambda p: scene.objects.index(p[0]))] == [
+            obj.attributes for obj in scene.objects
         ]
-        boxes_of = {one.look: one.box for one in seen}
+        boxes_of = {one.attributes: one.box for one in seen}
         for one in truth(scene):
-            assert boxes_of[one.look] == pytest.approx(one.box, abs=1e-4)
+            assert boxes_of[one.attributes] == pytest.approx(one.box, abs=1e-4)
 
     def test_what_is_found_as_small_and_as_big_is_one_thing(self) -> None:
         outputs = torch.full((1, len(SIZES), OUTPUTS, MAP, MAP), -9.0)
         centers, _, _, traits = split(outputs)
         centers[0, 0, 5, 5], centers[0, 1, 5, 5] = 2.0, 3.0
-        reader = Reader(ReaderNet())
-        assert [one.size for one in reader.things(outputs)[0]] == ["big"]
+        detector = Detector(DetectorNet())
+        assert [one.size for one in detector.objects(outputs)[0]] == ["big"]
         traits["color"][0, 0, 3, 5, 5] = 1.0
-        assert [one.size for one in reader.things(outputs)[0]] == ["big", "small"]
+        assert [one.size for one in detector.objects(outputs)[0]] == ["big", "small"]
 
     def test_images_of_any_size_and_mode_are_read(self, tmp_path: Path) -> None:
-        save(ReaderNet(), tmp_path / "reader.safetensors")
-        reader = Reader.load(tmp_path / "reader.safetensors")
-        reader.threshold = 0.0
+        save(DetectorNet(), tmp_path / "detector.safetensors")
+        detector = Detector.load(tmp_path / "detector.safetensors")
+        detector.threshold = 0.0
         images = [draw(random_scene(scene_rng(0, "val", i)), 256) for i in range(3)]
         images[1] = images[1].convert("L").resize((64, 100), PIL.Image.Resampling.BILINEAR)
-        read = reader.read(images, batch=2)
+        read = detector.detect(images, batch=2)
         assert len(read) == 3
         assert all(seen for seen in read)
         assert all(a.score >= b.score for seen in read for a, b in pairwise(seen))
         assert all(0 <= one.cell < 9 and one.size in SIZES for seen in read for one in seen)
 
     def test_weights_survive_the_file_in_half_precision(self, tmp_path: Path) -> None:
-        net, path = ReaderNet(), tmp_path / "new" / "reader.safetensors"
+        net, path = DetectorNet(), tmp_path / "new" / "detector.safetensors"
         net(torch.rand(4, 3, PIXELS, PIXELS))  # running means move
         save(net, path)
         assert path.stat().st_size < 2e6
-        assert [file.name for file in path.parent.iterdir()] == ["reader.safetensors"]
-        again, images = Reader.load(path).net, torch.rand(2, 3, PIXELS, PIXELS)
+        assert [file.name for file in path.parent.iterdir()] == ["detector.safetensors"]
+        again, images = Detector.load(path).net, torch.rand(2, 3, PIXELS, PIXELS)
         with torch.no_grad():
             torch.testing.assert_close(again(images), net.eval()(images), atol=2e-2, rtol=1e-2)
 
     def test_missing_weights_say_how_to_make_them(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="train_reader --output"):
-            Reader.load(tmp_path / "no.safetensors")
+        with pytest.raises(FileNotFoundError, match="train_detector --output"):
+            Detector.load(tmp_path / "no.safetensors")
 
 
 class TestTraining:
@@ -215,14 +215,14 @@ class TestTraining:
         net = train(12, 8, "cpu", lambda step, losses: totals.append(float(sum(losses.values()))))
         assert len(totals) == 12
         assert np.mean(totals[-4:]) < 0.8 * np.mean(totals[:4])
-        found = evaluate(Reader(net, threshold=0.6), scenes=4)
+        found = evaluate(Detector(net, threshold=0.6), scenes=4)
         assert found["scenes"] == 4
-        assert all(0 <= value <= 1 for name, value in found.items() if name not in ("scenes", "things"))
+        assert all(0 <= value <= 1 for name, value in found.items() if name not in ("scenes", "objects"))
 
 
 class TestShipped:
     def test_it_reads_what_can_be_seen(self) -> None:
-        found = evaluate(Reader.load(), scenes=150, seed=5, part="val")
+        found = evaluate(Detector.load(), scenes=150, seed=5, part="val")
         assert found["kind_color_cell"] >= 0.99
         assert min(found["glyph_read"], found["recall"], found["precision"]) >= 0.98
         assert found["kind_color_behind"] <= found["kind_color_cell"]

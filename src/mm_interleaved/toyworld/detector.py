@@ -1,8 +1,8 @@
-"""Recovers the things from an image, drawn or generated, so that images can be scored without a human.
+"""Recovers the objects from an image, drawn or generated, so that images can be scored without a human.
 
 A small convolutional net after CenterNet (Zhou et al., "Objects as Points", arXiv 1904.07850): a map of how likely a
-thing's centre lies in each 8 x 8 pixels, and at each of them what the thing would look like. Small and big things have
-maps of their own, since a thing inside another has the same centre.
+object's centre lies in each 8 x 8 pixels, and at each of them what the object would look like. Small and big objects
+have maps of their own, since an object inside another has the same centre.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .kinds import KINDS
-from .scene import COLORS, GLYPHS, GRID, PARTS, SIZES, TEXTURES, Look
+from .scene import COLORS, GLYPHS, GRID, PARTS, SIZES, TEXTURES, Attributes
 from .sprites import ASSETS
 
 PIXELS = 128  # what the net reads
 STRIDE = 8
 MAP = PIXELS // STRIDE
 TWICE = 1 / 12  # images; two of the same kind and colour nearer than this are one
-WEIGHTS = ASSETS / "reader.safetensors"
+WEIGHTS = ASSETS / "detector.safetensors"
 TRAITS: dict[str, tuple[str, ...]] = {
     "kind": tuple(KINDS),
     "color": COLORS,
@@ -40,18 +40,18 @@ OUTPUTS = _GEOMETRY + sum(len(values) for values in TRAITS.values())
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A thing that was found in an image.
+class Detection:
+    """An object that was found in an image.
 
     Attributes:
         look: what it looks like.
         cell: row * GRID + column of the cell in which its centre lies.
         size: "small" or "big".
         box: x0, y0, x1, y1 in [0, 1] of the image, as if nothing hid it.
-        score: how likely there is a thing, in [0, 1].
+        score: how likely there is an object, in [0, 1].
     """
 
-    look: Look
+    attributes: Attributes
     cell: int
     size: str
     box: tuple[float, ...]
@@ -79,7 +79,7 @@ class _Block(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
-class ReaderNet(nn.Module):
+class DetectorNet(nn.Module):
     """Images to maps.
 
     Args:
@@ -105,8 +105,8 @@ class ReaderNet(nn.Module):
             images: [B, 3, 128, 128], in [0, 1].
 
         Returns:
-            [B, 2, OUTPUTS, 16, 16]: for small and big things the logit of a centre, its shift in [0, 1] in x and y, the
-            box's width and height in images, and the logits of each of `TRAITS`.
+            [B, 2, OUTPUTS, 16, 16]: for small and big objects the logit of a centre, its shift in [0, 1] in x and y,
+            the box's width and height in images, and the logits of each of `TRAITS`.
         """
         x = self.head(self.coarse(self.fine(self.stem(images * 2 - 1))))
         return self.out(x).unflatten(1, (len(SIZES), OUTPUTS))
@@ -129,74 +129,74 @@ def to_tensor(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack(ready)).permute(0, 3, 1, 2).float() / 255
 
 
-class Reader:
-    """The net with its weights, from images to things.
+class Detector:
+    """The net with its weights, from images to objects.
 
     Args:
         net: trained.
-        threshold: least score of a thing.
+        threshold: least score of an object.
     """
 
-    def __init__(self, net: ReaderNet, threshold: float = 0.4) -> None:
+    def __init__(self, net: DetectorNet, threshold: float = 0.4) -> None:
         self.net, self.threshold = net.eval(), threshold
 
     @classmethod
-    def load(cls, path: Path = WEIGHTS, device: torch.device | str = "cpu") -> Reader:
+    def load(cls, path: Path = WEIGHTS, device: torch.device | str = "cpu") -> Detector:
         """Load trained weights; by default those that ship with the package.
 
         Raises:
             FileNotFoundError: there are none.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no reader's weights; train them: {train_command(path)}")
-        net = ReaderNet()
+            raise FileNotFoundError(f"{path}: no detector's weights; train them: {train_command(path)}")
+        net = DetectorNet()
         net.load_state_dict(load_file(path))  # what was stored in half precision becomes float32
         return cls(net.to(device))
 
     @torch.inference_mode()
-    def read(self, images: Sequence[PIL.Image.Image], batch: int = 64) -> list[list[Seen]]:
-        """Find the things in each image, the surest first.
+    def detect(self, images: Sequence[PIL.Image.Image], batch: int = 64) -> list[list[Detection]]:
+        """Find the objects in each image, the surest first.
 
         Args:
             images: of any size, mode RGB or convertible.
             batch: how many are read at a time.
         """
         device = next(self.net.parameters()).device
-        found: list[list[Seen]] = []
+        found: list[list[Detection]] = []
         for start in range(0, len(images), batch):
             inputs = to_tensor(images[start : start + batch]).to(device)
-            found += self.things(self.net(inputs).float().cpu())
+            found += self.objects(self.net(inputs).float().cpu())
         return found
 
-    def things(self, outputs: torch.Tensor) -> list[list[Seen]]:
-        """The things that the net's outputs [B, 2, OUTPUTS, 16, 16] stand for."""
+    def objects(self, outputs: torch.Tensor) -> list[list[Detection]]:
+        """The objects that the net's outputs [B, 2, OUTPUTS, 16, 16] stand for."""
         centers, shifts, sides, traits = split(outputs)
         scores = centers.sigmoid()
         peaks = (F.max_pool2d(scores, 3, 1, 1) == scores) & (scores >= self.threshold)
         best = {name: logits.argmax(2).tolist() for name, logits in traits.items()}
-        found: list[list[Seen]] = [[] for _ in outputs]
+        found: list[list[Detection]] = [[] for _ in outputs]
         for image, size, row, column in peaks.nonzero().tolist():
-            look = {name: TRAITS[name][best[name][image][size][row][column]] for name in TRAITS}
+            attributes = {name: TRAITS[name][best[name][image][size][row][column]] for name in TRAITS}
             x, y = ((torch.tensor([column, row]) + shifts[image, size, :, row, column]) / MAP).clamp(0, 1).tolist()
             width, height = sides[image, size, :, row, column].clamp(0, 1).tolist()
             cell = min(int(y * GRID), GRID - 1) * GRID + min(int(x * GRID), GRID - 1)
             box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
             score = float(scores[image, size, row, column])
-            found[image].append(Seen(Look(**look), cell, SIZES[size], box, score))
+            found[image].append(Detection(Attributes(**attributes), cell, SIZES[size], box, score))
         return [_once(sorted(seen, key=lambda one: -one.score)) for seen in found]
 
 
-def _once(seen: list[Seen]) -> list[Seen]:
+def _once(seen: list[Detection]) -> list[Detection]:
     """Without what was found twice, as small and as big: the same kind and colour at almost the same place."""
-    kept: list[Seen] = []
+    kept: list[Detection] = []
     for one in seen:
-        (x, y), key = one.center, (one.look.kind, one.look.color)
+        (x, y), key = one.center, (one.attributes.kind, one.attributes.color)
         near = (o for o in kept if max(abs(o.center[0] - x), abs(o.center[1] - y)) < TWICE)
-        if key not in [(o.look.kind, o.look.color) for o in near]:
+        if key not in [(o.attributes.kind, o.attributes.color) for o in near]:
             kept.append(one)
     return kept
 
 
 def train_command(output: Path = WEIGHTS) -> str:
     """How weights are made."""
-    return f"python -m mm_interleaved.toyworld.train_reader --output {output}"
+    return f"python -m mm_interleaved.toyworld.train_detector --output {output}"
