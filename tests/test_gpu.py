@@ -27,7 +27,7 @@ from mm_interleaved.ops import MMFSInputs, mmfs_attention
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.processor import Batch
 from mm_interleaved.training.config import LossConfig, ShapesConfig
-from mm_interleaved.training.graphs import RecordedStep
+from mm_interleaved.training.graphs import CapturedStep
 from mm_interleaved.training.pipeline import prepare_documents
 
 from .conftest import awaken, make_image
@@ -203,7 +203,7 @@ REAL = {  # release size
 
 @pytest.mark.parametrize("case", REAL)
 def test_mmfs_kernels_at_real_sizes(case: str) -> None:
-    """Float32 as the twin in float64, but for the two roundings that pixels of a wide map cost."""
+    """Float32 as the reference in float64, but for the two roundings that pixels of a wide map cost."""
     given = arguments(**REAL[case], device="cuda")
     found, expected = run(given, "triton"), run(cast(given, torch.float64), "plain")
     for name, x in expected.items():
@@ -265,8 +265,8 @@ def test_a_recorded_step_computes_the_same(small: Loaded, halved: bool, bounds: 
     """Losses and gradients through CUDA graphs, for batches of the recorded sizes and for one of others."""
     model = copy.deepcopy(small.model).to("cuda").train()
     called = Halved(model) if halved else model
-    shapes = ShapesConfig(1, images=5, drawn=3, conditioning=2, context=96, labelled=150, visible=3, graph=True)
-    step = RecordedStep(shapes)
+    shapes = ShapesConfig(1, images=5, targets=3, conditioning=2, context=96, labelled=150, visible=3, graph=True)
+    step = CapturedStep(shapes)
     prepare = prepare_documents(model, LossConfig(), shapes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for seed, count in enumerate([3, 3, 3, 2]):

@@ -1,4 +1,4 @@
-"""On a CUDA device: recorded steps and the kernels of decoding against their plain twins, in all precisions."""
+"""On a CUDA device: recorded steps and the kernels of decoding against their plain references, in all precisions."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ def test_recorded_denoising_in_half_precision(small: Loaded, dtype: torch.dtype)
     half.image_decoder.vae.float()
     exact = copy.deepcopy(half).float()
     expected = drawn(exact, [[0]], "dynamic")
-    fast, twin = (relative(drawn(half, [[0]], kind), expected) for kind in ("static", "dynamic"))
-    assert fast < max(1.5 * twin, BOUNDS[dtype] / 2), (fast, twin)
+    fast, reference = (relative(drawn(half, [[0]], kind), expected) for kind in ("static", "dynamic"))
+    assert fast < max(1.5 * reference, BOUNDS[dtype] / 2), (fast, reference)
 
 
 def test_pixels_in_bfloat16(small: Loaded) -> None:  # noqa: F811

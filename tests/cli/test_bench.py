@@ -41,7 +41,7 @@ def test_requests_as_a_server_and_an_evaluation_send_them(mmi, tmp_path: Path) -
     rows = {row["line"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rows["first-token"]["case"] == "60 tokens, 2 images"
     assert rows["first-token"]["value"] > rows["first-token"]["bound"] > 0
-    assert rows["two-sessions"]["twin"] > 0
+    assert rows["two-sessions"]["reference"] > 0
     assert rows["evaluation"]["case"] == "batch of 3, 5 beams, 20 tokens"
     assert all(row["reserved_bytes"] is None for row in rows.values())  # measured on a GPU only
 
@@ -77,7 +77,7 @@ def test_the_time_limit(mmi) -> None:
 
 def test_a_session_ends_where_the_context_does() -> None:
     said: list[str] = []
-    sizes = replace(SIZES["debug"], rounds=4, round_tokens=200, twin_rounds=0, steps=1)
+    sizes = replace(SIZES["debug"], rounds=4, round_tokens=200, reference_rounds=0, steps=1)
     bench = Bench("debug", torch.device("cpu"), torch.float32, sizes, say=said.append)
     limit = bench.model.config.text_config.max_position_embeddings
     rows = list(LINES["session"](bench))

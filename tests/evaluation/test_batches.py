@@ -11,7 +11,7 @@ import pytest
 
 from mm_interleaved import MMInterleaved, MMInterleavedProcessor
 from mm_interleaved.evaluation import TaskSuite, predict, predictions
-from mm_interleaved.evaluation.predict import Predictor, Ready
+from mm_interleaved.evaluation.predict import Predictor, PreparedSample
 from mm_interleaved.evaluation.predictions import Predictions
 from mm_interleaved.tasks import make_task
 
@@ -143,10 +143,10 @@ def test_a_prompt_leaves_room_for_its_longest_option(
     asked = make_task(suite.tasks[0])
     predictor, sample = Predictor(model, processor, asked, suite), next(asked.samples())
     ready = predictor.load(sample)
-    assert isinstance(ready, Ready)
+    assert isinstance(ready, PreparedSample)
     tokens, longest = len(ready.prepared.plan[0]), max(map(len, ready.options))
     assert longest > 1
     predictor.generator.limit = tokens + longest
-    assert isinstance(predictor.load(sample), Ready)
+    assert isinstance(predictor.load(sample), PreparedSample)
     predictor.generator.limit -= 1
     assert f"{tokens} tokens are more than the {tokens - 1} that the model reads" in str(predictor.load(sample))

@@ -14,7 +14,7 @@ import torch
 
 from mm_interleaved.evaluation import MetricConfig
 from mm_interleaved.evaluation import scoring as scoring_module
-from mm_interleaved.evaluation.scoring import METRICS, Scored, as_data, score_task
+from mm_interleaved.evaluation.scoring import METRICS, ScoringInputs, as_data, score_task
 from mm_interleaved.evaluation.toyworld import find_about
 from mm_interleaved.metrics import MetricResult
 from mm_interleaved.metrics.images import FID
@@ -32,14 +32,14 @@ ANSWERS = {
 
 
 @pytest.fixture
-def scored(task: MakeTask, tmp_path: Path) -> Callable[..., Scored]:
+def scored(task: MakeTask, tmp_path: Path) -> Callable[..., ScoringInputs]:
     """A task with made-up predictions."""
 
-    def make(name: str, predict: Callable[[Sample, int], dict[str, Any]], **settings: Any) -> Scored:
+    def make(name: str, predict: Callable[[Sample, int], dict[str, Any]], **settings: Any) -> ScoringInputs:
         made = make_task(task(name, **settings))
         samples = list(made.samples())
         records = [{"index": i, "id": s.id, **predict(s, i)} for i, s in enumerate(samples)]
-        return Scored(made, samples, records, tmp_path, MetricConfig(), about=find_about(made))
+        return ScoringInputs(made, samples, records, tmp_path, MetricConfig(), about=find_about(made))
 
     return make
 
@@ -63,7 +63,7 @@ def copied(folder: Path) -> Callable[[Sample, int], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [n for n, t in TASKS.items() if set(t.metrics) & set(ANSWERS) - {"captions"}])
-def test_right_answers(name: str, scored: Callable[..., Scored]) -> None:
+def test_right_answers(name: str, scored: Callable[..., ScoringInputs]) -> None:
     (metric,) = TASKS[name].metrics
     given = scored(name, lambda s, _: {"prediction": ANSWERS[metric](s)})
     result, scores = score_task(given, 0)
@@ -77,14 +77,14 @@ def test_right_answers(name: str, scored: Callable[..., Scored]) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, t in TASKS.items() if t.metrics == ("captions",)])
-def test_right_captions(name: str, scored: Callable[..., Scored]) -> None:
+def test_right_captions(name: str, scored: Callable[..., ScoringInputs]) -> None:
     given = scored(name, lambda s, _: {"prediction": ANSWERS["captions"](s)})
     values = METRICS["captions"](given).values
     bleu = next(v for k, v in values.items() if k.startswith("bleu_4"))
     assert bleu == pytest.approx(100, abs=1e-3)
 
 
-def test_captions_by_domain(scored: Callable[..., Scored]) -> None:
+def test_captions_by_domain(scored: Callable[..., ScoringInputs]) -> None:
     """Each domain is scored as a set of its own."""
     given = scored("nocaps", lambda s, _: {"prediction": s.reference[0]})
     values = METRICS["captions"](given).values
@@ -92,7 +92,7 @@ def test_captions_by_domain(scored: Callable[..., Scored]) -> None:
     assert domains == {"in-domain", "near-domain", "out-domain"}
 
 
-def test_right_ranks(scored: Callable[..., Scored]) -> None:
+def test_right_ranks(scored: Callable[..., ScoringInputs]) -> None:
     given = scored("visdial", lambda s, _: {"scores": s.reference["relevance"], "lengths": [2] * 100})
     values = METRICS["dialogue_ranking"](given).values
     assert values["ndcg"] == pytest.approx(100)
@@ -106,7 +106,7 @@ def test_right_ranks(scored: Callable[..., Scored]) -> None:
 
 
 @pytest.mark.parametrize("name", ["coco_karpathy", "flickr30k", "nocaps"])
-def test_captions_of_their_own_scenes_are_right(name: str, scored: Callable[..., Scored]) -> None:
+def test_captions_of_their_own_scenes_are_right(name: str, scored: Callable[..., ScoringInputs]) -> None:
     """The scene behind an image is found again: what the references say is true of it, and of no other."""
     right = METRICS["scene_captions"](scored(name, lambda s, _: {"prediction": s.reference[0]}))
     assert right.values["facts_right"] == 100
@@ -117,7 +117,7 @@ def test_captions_of_their_own_scenes_are_right(name: str, scored: Callable[...,
 
 
 @pytest.mark.parametrize("name", ["coco", "lncoco", "ade20k"])
-def test_the_true_images_show_their_scenes(name: str, scored: Callable[..., Scored], tmp_path: Path) -> None:
+def test_the_true_images_show_their_scenes(name: str, scored: Callable[..., ScoringInputs], tmp_path: Path) -> None:
     right = METRICS["scene_images"](scored(name, copied(tmp_path)))
     assert right.values["found_kind"] > 60
     blank = PIL.Image.new("RGB", (64, 64), "gray")
@@ -127,7 +127,7 @@ def test_the_true_images_show_their_scenes(name: str, scored: Callable[..., Scor
 
 @pytest.mark.parametrize("name", ["coco", "vist", "pororo"])
 def test_fid_compares_drawn_with_true_images(
-    name: str, scored: Callable[..., Scored], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, scored: Callable[..., ScoringInputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Colors(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_fid_compares_drawn_with_true_images(
         assert METRICS["fid"](given).values["fid_native"] > 1e-4
 
 
-def test_label_maps_are_cut_like_the_images(scored: Callable[..., Scored], tmp_path: Path,
+def test_label_maps_are_cut_like_the_images(scored: Callable[..., ScoringInputs], tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """A map that is wider than high loses its ends, unless the original's way is asked for."""
     wide = np.zeros((10, 30), np.uint8)
@@ -176,7 +176,7 @@ def test_label_maps_are_cut_like_the_images(scored: Callable[..., Scored], tmp_p
      ("ade20k", "miou", "segmenter")],
 )  # fmt: skip
 def test_what_is_missing_is_said_with_what_would_mend_it(
-    name: str, metric: str, setting: str, scored: Callable[..., Scored], tmp_path: Path
+    name: str, metric: str, setting: str, scored: Callable[..., ScoringInputs], tmp_path: Path
 ) -> None:
     result, _ = score_task(scored(name, copied(tmp_path)), 0)
     assert result[metric]["skipped"]
@@ -184,7 +184,7 @@ def test_what_is_missing_is_said_with_what_would_mend_it(
     assert result[metric]["values"] == {}
 
 
-def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., Scored], tmp_path: Path) -> None:
+def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., ScoringInputs], tmp_path: Path) -> None:
     given = scored("coco", copied(tmp_path))
     (tmp_path / given.records[0]["images"][0]).write_bytes(b"no image")
     result, _ = score_task(given, 0)
@@ -195,7 +195,7 @@ def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., Scored
     assert f"sample {one.samples[0].id}" in score_task(one, 0)[0]["vqa_accuracy"]["failed"]
 
 
-def test_compat_chooses_which_answers_count(scored: Callable[..., Scored]) -> None:
+def test_compat_chooses_which_answers_count(scored: Callable[..., ScoringInputs]) -> None:
     """As in the release, "pizza box" is then taken for "box"."""
     for compat, name in ((False, "accuracy"), (True, "accuracy_compat")):
         given = scored("vqav2", lambda s, _: {"prediction": "pizza box"}, compat=compat)

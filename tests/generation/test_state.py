@@ -158,8 +158,8 @@ def test_the_pool_keeps_no_model_alive(model: MMInterleaved, batch: Batch) -> No
 def test_copies_and_moves_while_a_state_lives(model: MMInterleaved, batch: Batch) -> None:
     mine, expected = copy.deepcopy(model), texts(model, batch)
     state = mine.prefill(batch)
-    twin = copy.deepcopy(mine)
-    assert texts(twin, batch) == expected
+    reference = copy.deepcopy(mine)
+    assert texts(reference, batch) == expected
     mine.to(torch.float64)
     assert texts(mine, batch) == expected  # nothing of the state's workspace
     del state

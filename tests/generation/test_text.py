@@ -61,7 +61,7 @@ def scripted(model: MMInterleaved) -> Callable[[Callable[[int], dict[int, float]
 def test_greedy_equals_one_forward_per_token(
     model: MMInterleaved, processor: MMInterleavedProcessor, side: str
 ) -> None:
-    """No caches in the twin: the whole row is read again for every token. Ragged batch, padded on either side."""
+    """No caches in the reference: the whole row is read again for every token. Ragged batch, padded on either side."""
     batch = prompts(processor, side)
     settings = TextSettings(max_new_tokens=9, min_new_tokens=9, num_beams=1)
     texts = [row[0].ids for row in model.generate_text(batch, settings)]

@@ -151,11 +151,11 @@ def test_a_cache_of_transformers_writes_what_ours_does(
 @torch.no_grad()
 def test_a_cache_keeps_which_images_its_rows_have_seen(model: MMInterleaved, prompts: Batch) -> None:
     cache = model(**prompts, use_cache=True).past_key_values
-    assert cache.seen_images.visible.tolist() == [[1, 0], [2, -1], [-1, -1]]
+    assert cache.cached_images.visible.tolist() == [[1, 0], [2, -1], [-1, -1]]
     copied = copy.deepcopy(cache)
     bos = torch.full((3, 1), model.config.bos_token_id)
     model(bos, past_key_values=copied)
-    assert copied.seen_images.visible.tolist() == [[-1, -1]] * 3  # another document begins
+    assert copied.cached_images.visible.tolist() == [[-1, -1]] * 3  # another document begins
     with pytest.raises(ValueError, match="pixel_values has 3 images, but only the call that fills past_key_values"):
         model(**{**prompts, "attention_mask": None}, past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values has 3 rows, but input_ids has 1"):

@@ -1,4 +1,4 @@
-"""Deformable attention against its plain twin."""
+"""Deformable attention against its plain reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of MMFS attention against their plain twin, at tiny sizes.
+"""The Triton kernels of MMFS attention against their plain reference, at tiny sizes.
 
 Without a CUDA device they run in Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET), which executes the
 same source in NumPy: it finds wrong arithmetic and wrong addresses, not races between programs.

@@ -182,8 +182,8 @@ def test_both_views_are_what_each_alone_would_be(
     for sizes in ((56, 32), (32, 56), (48, 48)):
         processor = MMInterleavedProcessor(tokenizer, image_size=sizes[0], target_size=sizes[1], crop=crop)
         views = processor.views(Image(image), training=True)
-        assert np.array_equal(views.seen, CROPS[crop](image, sizes[0]))
-        assert np.array_equal(views.drawn, CROPS[crop](image, sizes[1]))
-        assert processor.views(Image(image), training=False).drawn is None
+        assert np.array_equal(views.input, CROPS[crop](image, sizes[0]))
+        assert np.array_equal(views.target, CROPS[crop](image, sizes[1]))
+        assert processor.views(Image(image), training=False).target is None
         other = processor.views(Image(image, target=make_image(4)), training=True)
-        assert np.array_equal(other.drawn, CROPS[crop](make_image(4), sizes[1]))
+        assert np.array_equal(other.target, CROPS[crop](make_image(4), sizes[1]))

@@ -1,4 +1,4 @@
-"""Run by torchrun: gradients of recorded steps, averaged over two processes, and what they are averages of."""
+"""Run by torchrun: gradients of captured steps, averaged over two processes, and what they are averages of."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.pretrained import load
 from mm_interleaved.training import graphs
 from mm_interleaved.training.config import LossConfig, ShapesConfig
-from mm_interleaved.training.graphs import RecordedStep
+from mm_interleaved.training.graphs import CapturedStep
 from mm_interleaved.training.pipeline import prepare_documents
 
 from ..conftest import make_image
 
 
 def main() -> None:
-    """The first process fits the recording, the second does in every other step."""
+    """The first process fits the capture, the second does in every other step."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     loaded = load("debug")
     model = DistributedDataParallel(loaded.model, find_unused_parameters=True)
-    shapes = ShapesConfig(1, images=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
-    step, prepare = RecordedStep(shapes, 2), prepare_documents(loaded.model, LossConfig(), shapes)
+    shapes = ShapesConfig(1, images=3, targets=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
+    step, prepare = CapturedStep(shapes, 2), prepare_documents(loaded.model, LossConfig(), shapes)
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     graphs.capture = lambda step, device: step  # run again instead of replayed, on a CPU
     for number in range(4):
@@ -47,7 +47,7 @@ def main() -> None:
         outputs.loss.backward()
         found = torch.cat([p.grad.flatten() for p in parameters])
         torch.testing.assert_close(found, (both[0] + both[1]) / 2, rtol=1e-6, atol=1e-9)
-    assert (step.replayed, step.unrecorded) == ((4, 0) if rank == 0 else (2, 2))
+    assert (step.replayed, step.uncaptured) == ((4, 0) if rank == 0 else (2, 2))
     dist.destroy_process_group()
 
 

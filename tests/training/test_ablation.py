@@ -28,7 +28,8 @@ from .conftest import ROOT, whole_model
 FILES = ("ablation", "ablation_no_llm", "ablation_no_unet", "ablation_none")
 SMALL = [
     "precision=float32", "losses.vae_dtype=float32", "data.num_workers=0", "data.batch_size=2",
-    "data.sources.0.batch_size=2", "losses.image_fraction=0.2", "losses.draws_per_image=1", "shapes={multiple: 1}",
+    "data.sources.0.batch_size=2", "losses.image_fraction=0.2", "losses.noise_samples_per_image=1",
+    "shapes={multiple: 1}",
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from mm_interleaved.training.config import (
     TrainingError,
 )
 from mm_interleaved.training.ema import EMA
-from mm_interleaved.training.graphs import RecordedStep
+from mm_interleaved.training.graphs import CapturedStep
 from mm_interleaved.training.pipeline import choose_targets, prepare_documents, seed_of
 from mm_interleaved.training.run import compile_regions, train
 
@@ -110,7 +110,7 @@ def test_bfloat16_keeps_float32_weights_where_it_learns(settings, tmp_path: Path
         "precision=bfloat16",
         "losses.vae_dtype=bfloat16",
         "losses.image_fraction=0.5",
-        "losses.draws_per_image=2",
+        "losses.noise_samples_per_image=2",
     ]
     train(settings("steps=2", "save_every=2", "gradient_checkpointing=true", *changes), TOKENIZER, "cpu", Colors)
     weights = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
@@ -223,7 +223,7 @@ def test_padded_shapes_change_no_loss() -> None:
     documents = [Document([Text("a red house"), images[0], images[1]]), Document([images[2], Text("a cat")])]
     batch = small.processor(documents, training=True)
     found = []
-    fixed = ShapesConfig(1, images=7, drawn=3, conditioning=3, context=50, labelled=99, visible=4)
+    fixed = ShapesConfig(1, images=7, targets=3, conditioning=3, context=50, labelled=99, visible=4)
     for shapes in (ShapesConfig(), ShapesConfig(8), fixed):
         inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
         inputs.pop("stats")
@@ -263,14 +263,14 @@ class Waits(TorchDispatchMode):
 
 
 def test_a_planned_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So it can be recorded; as when recording, transformers is told not to look at values."""
+    """So it can be captured; as when capture, transformers is told not to look at values."""
     small = load("debug")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     documents = [
         Document([Text("a red house"), Image(make_image(0)), Image(make_image(1))]),
         Document([Text("no image")]),
     ]
-    shapes = ShapesConfig(1, images=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3)
+    shapes = ShapesConfig(1, images=3, targets=2, conditioning=2, context=60, labelled=90, visible=3)
     batch = small.processor(documents, training=True)
     inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 5, torch.device("cpu"))
     inputs.pop("stats")
@@ -279,17 +279,17 @@ def test_a_planned_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, with the recording replaced by what would be recorded."""
+    """On a CPU, with the capture replaced by what would be captured."""
     small = load("debug")
-    recorded: list[int] = []
+    captured: list[int] = []
 
     def capture(step, device):
-        recorded.append(1)
+        captured.append(1)
         return step
 
     monkeypatch.setattr(graphs, "capture", capture)
-    shapes = ShapesConfig(1, images=3, drawn=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
-    step = RecordedStep(shapes)
+    shapes = ShapesConfig(1, images=3, targets=2, conditioning=2, context=60, labelled=90, visible=3, graph=True)
+    step = CapturedStep(shapes)
     prepare = prepare_documents(small.model, LossConfig(), shapes)
     for seed, count in enumerate([2, 1, 2]):
         images = [Image(make_image(seed + n)) for n in range(count)]
@@ -310,9 +310,9 @@ def test_what_a_recording_takes_apart_and_together(monkeypatch: pytest.MonkeyPat
         assert torch.equal(outputs.loss, expected.loss)
         assert torch.equal(outputs.loss_txt, expected.loss_txt)
         assert torch.equal(same, gradient)
-    assert (len(recorded), step.replayed, step.unrecorded) == (1, 2, 1)
+    assert (len(captured), step.replayed, step.uncaptured) == (1, 2, 1)
     assert step.take_share() == pytest.approx(2 / 3)
-    assert (step.replayed, step.unrecorded) == (0, 0)
+    assert (step.replayed, step.uncaptured) == (0, 0)
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.Mon
     """Compiled as far as a CPU does it quickly: traced forward and backward, then run operator by operator."""
     monkeypatch.setattr(graphs, "capture", lambda step, device: step)
     small = load("debug")
-    shapes = ShapesConfig(1, images=2, drawn=2, conditioning=1, context=60, labelled=40, visible=2, graph=True)
+    shapes = ShapesConfig(1, images=2, targets=2, conditioning=1, context=60, labelled=40, visible=2, graph=True)
     document = Document([Text("a red house"), Image(make_image(0)), Text("and a tree"), Image(make_image(1))])
     inputs = prepare_documents(small.model, LossConfig(), shapes)(
         small.processor(document, training=True), 0, torch.device("cpu")
@@ -332,7 +332,7 @@ def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.Mon
         if compiled:
             compile_regions(small.model, "regional", "aot_eager")
         small.model.zero_grad()
-        step = RecordedStep(shapes)
+        step = CapturedStep(shapes)
         found.append((step(small.model, inputs).loss, small.model.context_proj.weight.grad.clone()))
         assert step.replayed == 1
     assert torch._dynamo.utils.counters["graph_break"] == {}
@@ -343,9 +343,9 @@ def test_compiled_blocks_compute_the_same_in_a_recording(monkeypatch: pytest.Mon
 def test_batches_without_earlier_images_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "capture", lambda step, device: step)
     small = load("debug")
-    shapes = ShapesConfig(1, images=1, drawn=1, context=20, labelled=20, visible=1, graph=True)
+    shapes = ShapesConfig(1, images=1, targets=1, context=20, labelled=20, visible=1, graph=True)
     step, batch = (
-        RecordedStep(shapes),
+        CapturedStep(shapes),
         small.processor(Document([Text("a red house"), Image(make_image(0))]), training=True),
     )
     inputs = prepare_documents(small.model, LossConfig(), shapes)(batch, 0, torch.device("cpu"))
@@ -354,4 +354,4 @@ def test_batches_without_earlier_images_are_recorded_too(monkeypatch: pytest.Mon
     assert torch.equal(step(small.model, inputs).loss, expected)
     assert step.replayed == 1
     with pytest.raises(ValueError, match=r"shapes\.graph needs every size but that of conditioning"):
-        ShapesConfig(1, images=1, drawn=1, labelled=20, visible=1, graph=True)
+        ShapesConfig(1, images=1, targets=1, labelled=20, visible=1, graph=True)

@@ -30,13 +30,13 @@ class Row:
 
     Attributes:
         line, case: what was measured.
-        unit: of `value`, `twin` and `bound`; less is better.
+        unit: of `value`, `reference` and `bound`; less is better.
         value: of the fast way.
-        twin: of its plain twin in the same run; None: there is none.
+        reference: of its plain reference in the same run; None: there is none.
         bound: what the machine allows.
-        peak_bytes, twin_peak_bytes: memory needed beyond what was there; None: not measured.
+        peak_bytes, reference_peak_bytes: memory needed beyond what was there; None: not measured.
         reserved_bytes: most memory that the process held on the GPU while the row was measured, the weights among it.
-        lossless: whether the fast way's results are the twin's.
+        lossless: whether the fast way's results are the reference's.
         note: whatever else is worth knowing.
         x: number of images or rounds, for plots.
     """
@@ -45,10 +45,10 @@ class Row:
     case: str
     unit: str
     value: float
-    twin: float | None = None
+    reference: float | None = None
     bound: float | None = None
     peak_bytes: int | None = None
-    twin_peak_bytes: int | None = None
+    reference_peak_bytes: int | None = None
     reserved_bytes: int | None = None
     lossless: bool = True
     note: str = ""
@@ -56,8 +56,8 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as long the twin takes."""
-        return None if self.twin is None else self.twin / self.value
+        """How many times as long the reference takes."""
+        return None if self.reference is None else self.reference / self.value
 
     @property
     def of_bound(self) -> float | None:
@@ -71,11 +71,11 @@ class Sizes:
 
     Attributes:
         texts: (tokens, images) of contexts that are decoded from.
-        tokens: decoded for a figure; `twin_tokens` by the twin, which is slower.
+        tokens: decoded for a figure; `reference_tokens` by the reference, which is slower.
         beams: of beam search.
         length, images: of the text that is prefilled.
         drawing: (tokens, images) of the context that an image is drawn from; `steps` denoising steps.
-        rounds, round_tokens: of a session; `twin_rounds` of its twin.
+        rounds, round_tokens: of a session; `reference_rounds` of its reference.
         batch, batch_length, batch_images: of a training step.
         captions: of a batch of the evaluation.
         counts: numbers of images over which lines are drawn.
@@ -84,7 +84,7 @@ class Sizes:
 
     texts: Sequence[tuple[int, int]] = ((600, 5), (1800, 15))
     tokens: int = 64
-    twin_tokens: int = 8
+    reference_tokens: int = 8
     beams: int = 5
     length: int = 2048
     images: int = 15
@@ -92,7 +92,7 @@ class Sizes:
     steps: int = 30
     rounds: int = 10
     round_tokens: int = 60
-    twin_rounds: int = 2
+    reference_rounds: int = 2
     batch: int = 4
     batch_length: int = 2048
     batch_images: int = 8
@@ -103,11 +103,11 @@ class Sizes:
 
 SIZES = {
     "release": Sizes(),
-    "small": Sizes(texts=((200, 2), (600, 5)), tokens=32, twin_tokens=32, length=512, images=5, drawing=(200, 2),
-                   rounds=4, round_tokens=16, twin_rounds=4, batch=2, batch_length=256, batch_images=3, repeats=5,
+    "small": Sizes(texts=((200, 2), (600, 5)), tokens=32, reference_tokens=32, length=512, images=5, drawing=(200, 2),
+                   rounds=4, round_tokens=16, reference_rounds=4, batch=2, batch_length=256, batch_images=3, repeats=5,
                    counts=(1, 5, 15, 30)),
-    "debug": Sizes(texts=((60, 2),), tokens=4, twin_tokens=4, beams=2, length=60, images=2, drawing=(40, 1), steps=2,
-                   rounds=2, round_tokens=3, twin_rounds=2, batch=1, batch_length=64, batch_images=2, captions=3,
+    "debug": Sizes(texts=((60, 2),), tokens=4, reference_tokens=4, beams=2, length=60, images=2, drawing=(40, 1),
+                   steps=2, rounds=2, round_tokens=3, reference_rounds=2, batch=1, batch_length=64, batch_images=2, captions=3,
                    counts=(1, 3), repeats=2),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from .base import Bench, Row, prefilled
 
 
 def image(bench: Bench) -> Iterator[Row]:
-    """An image from its context to its pixels; the twin calls the UNet step by step.
+    """An image from its context to its pixels; the reference calls the UNet step by step.
 
     With and without an earlier image, then by the quicker schedulers, and if asked for with a compiled UNet.
     """
@@ -32,13 +32,13 @@ def image(bench: Bench) -> Iterator[Row]:
     yield _drawn(bench, prefilled(bench, length, 0), f"{sizes.steps} steps, {length} tokens, no image", settings)
     for name, preset in IMAGE_PRESETS.items():
         if not preset.lossless and sizes.steps >= preset.settings.num_inference_steps:
-            yield replace(_drawn(bench, state, name, preset.settings, twin=False), lossless=False)
+            yield replace(_drawn(bench, state, name, preset.settings, reference=False), lossless=False)
     if bench.compile:
-        yield _drawn(bench, state, f"{case}, compiled", replace(settings, compile=True), twin=False)
+        yield _drawn(bench, state, f"{case}, compiled", replace(settings, compile=True), reference=False)
 
 
 def layouts(bench: Bench) -> Iterator[Row]:
-    """An image with the convolutions' channels last (as usual) and, as the twin, first."""
+    """An image with the convolutions' channels last (as usual) and, as the reference, first."""
     settings = ImageSettings(num_inference_steps=bench.sizes.steps, cache_implementation="static")
     state, usual, times = prefilled(bench, *bench.sizes.drawing), denoising.LAYOUT, []
     try:
@@ -50,15 +50,15 @@ def layouts(bench: Bench) -> Iterator[Row]:
     yield Row("layouts", f"{bench.sizes.steps} steps", "s", *times)
 
 
-def _drawn(bench: Bench, state: GenerationState, case: str, settings: ImageSettings, twin: bool = True) -> Row:
+def _drawn(bench: Bench, state: GenerationState, case: str, settings: ImageSettings, reference: bool = True) -> Row:
     def work(implementation: str) -> Callable[[], object]:
         chosen = replace(settings, cache_implementation=implementation)
         return lambda: draw(bench, state, chosen)
 
     value = bench.clock.time(work("static"), 2)
     peak = bench.clock.peak(work("static"))
-    plain = bench.clock.time(work("dynamic"), 1) if twin else None
-    plain_peak = bench.clock.peak(work("dynamic")) if twin else None
+    plain = bench.clock.time(work("dynamic"), 1) if reference else None
+    plain_peak = bench.clock.peak(work("dynamic")) if reference else None
     cost, steps = bench.cost, settings.num_inference_steps
     cost = replace(cost, steps=steps, draw_image=cost.draw_image + (steps - cost.steps) * cost.draw_step)
     need = roofline.drawing(bench.model, cost)
@@ -88,7 +88,7 @@ def pixels(bench: Bench) -> Iterator[Row]:
 
 
 def encode(bench: Bench) -> Iterator[Row]:
-    """Encoding images: image tokens, maps, values for every layer; the twin captures nothing and derives weights."""
+    """Encoding images: image tokens, maps, values for every layer; the reference uses no CUDA graph."""
     model, graphs = bench.model, why_not_graphs(bench.model) is None
     layers = synchronizers(model.language_model)
     derived = [layer.derive() for layer in layers]
@@ -109,15 +109,15 @@ def encode(bench: Bench) -> Iterator[Row]:
                     model.encode_images(images).pyramid
                 )
 
-            value, twin = (bench.clock.time(work, bench.sizes.repeats) for work in (fast, plain))
+            value, reference = (bench.clock.time(work, bench.sizes.repeats) for work in (fast, plain))
             peak = bench.clock.peak(fast)
         need = roofline.Need(2 * bench.cost.encode_image * count)
         case = f"{count} image{'s' if count > 1 else ''}"
-        yield Row("encode", case, "ms", 1e3 * value, 1e3 * twin, 1e3 * bench.bound(need), peak)
+        yield Row("encode", case, "ms", 1e3 * value, 1e3 * reference, 1e3 * bench.bound(need), peak)
 
 
 def adapter(bench: Bench) -> Iterator[Row]:
-    """The ViT adapter's attention over some images, by the kernels of MMFS; the twin is the composition."""
+    """The ViT adapter's attention over some images, by the kernels of MMFS; the reference is the composition."""
     config = MMInterleavedConfig.preset(bench.preset)
     grid = config.vision_config.image_size // config.vision_config.patch_size
     stem = [2 * grid, grid, grid // 2]

@@ -9,17 +9,17 @@ from rich.table import Table
 
 from .base import Row
 
-COLUMNS = ("line", "case", "value", "twin", "ratio", "bound", "of bound", "peak", "twin's peak", "held", "")
+COLUMNS = ("line", "case", "value", "reference", "ratio", "bound", "of bound", "peak", "reference's peak", "held", "")
 
 
 def cells(row: Row) -> list[str]:
     """A row as the table shows it."""
-    peaks = ["-" if p is None else f"{p / 2**20:,.0f} MiB" for p in (row.peak_bytes, row.twin_peak_bytes)]
+    peaks = ["-" if p is None else f"{p / 2**20:,.0f} MiB" for p in (row.peak_bytes, row.reference_peak_bytes)]
     return [
         row.line,
         row.case,
         f"{number(row.value)} {row.unit}",
-        "-" if row.twin is None else number(row.twin),
+        "-" if row.reference is None else number(row.reference),
         "-" if row.ratio is None else f"{row.ratio:.1f}x",
         "-" if row.bound is None else number(row.bound),
         "-" if row.of_bound is None else f"{row.of_bound:.0%}",
@@ -36,14 +36,14 @@ def number(value: float) -> str:
 
 def line(row: Row) -> str:
     """A row for the screen, as soon as it is measured."""
-    _, case, value, twin, ratio, bound, share, peak, twin_peak, held, note = cells(row)
+    _, case, value, reference, ratio, bound, share, peak, reference_peak, held, note = cells(row)
     parts = [f"{row.line:18} {case:58} {value:>16}"]
-    if row.twin is not None:
-        parts.append(f"twin {twin} ({ratio})")
+    if row.reference is not None:
+        parts.append(f"reference {reference} ({ratio})")
     if row.bound is not None:
         parts.append(f"bound {bound} ({share})")
     if row.peak_bytes is not None:
-        parts.append(f"peak {peak}" + ("" if row.twin_peak_bytes is None else f", twin's {twin_peak}"))
+        parts.append(f"peak {peak}" + ("" if row.reference_peak_bytes is None else f", reference's {reference_peak}"))
     if row.reserved_bytes is not None:
         parts.append(f"holds {held}")
     return "; ".join([*parts, *([note] if note else [])])
@@ -64,8 +64,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['bytes_per_second'] / 1e12:.3g} TB/s, multiplies {result['operations_per_second'] / 1e12:.3g} "
         "TFLOP/s; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
-        "Less is better. *twin* is the plain way in the same run, *bound* what the machine allows, *peak* the memory "
-        "that the work needs beyond what was there, *held* all that the process held on the GPU meanwhile.",
+        "Less is better. *reference* is the plain way in the same run, *bound* what the machine allows, *peak* the "
+        "memory that the work needs beyond what was there, *held* all that the process held on the GPU meanwhile.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---:|" * (len(COLUMNS) - 3) + "---|",
@@ -113,10 +113,10 @@ def plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             continue
         memory = any(r.peak_bytes is not None for r in rows) and name == "layer-by-images"
         figure, axes = plt.subplots(1, 2 if memory else 1, figsize=(9 if memory else 4.8, 3.4), squeeze=False)
-        _curves(axes[0, 0], rows, [("fast", "value"), ("plain twin", "twin"), ("bound", "bound")], 1)
+        _curves(axes[0, 0], rows, [("fast", "value"), ("plain reference", "reference"), ("bound", "bound")], 1)
         axes[0, 0].set(xlabel=across, ylabel=unit, title=title)
         if memory:
-            _curves(axes[0, 1], rows, [("fast", "peak_bytes"), ("plain twin", "twin_peak_bytes")], 2**20)
+            _curves(axes[0, 1], rows, [("fast", "peak_bytes"), ("plain reference", "reference_peak_bytes")], 2**20)
             axes[0, 1].set(xlabel=across, ylabel="MiB", title="memory beyond its inputs")
         figure.tight_layout()
         written.append(folder / f"{stem}-{name}.png")

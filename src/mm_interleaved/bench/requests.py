@@ -36,7 +36,7 @@ def first_token(bench: Bench) -> Iterator[Row]:
 
 
 def two_sessions(bench: Bench) -> Iterator[Row]:
-    """Two sessions that take turns round by round, each with its own state; the twin plays them one after the other."""
+    """Two sessions that take turns round by round, each with its own state; the reference runs one after the other."""
     rounds = max(1, bench.sizes.rounds // 2)
 
     def sessions() -> list[Session]:
@@ -53,10 +53,10 @@ def two_sessions(bench: Bench) -> Iterator[Row]:
             for _ in range(rounds):
                 one.round()
 
-    value, twin = bench.clock.time(together, 1), bench.clock.time(alone, 1, warm_up=0)
+    value, reference = bench.clock.time(together, 1), bench.clock.time(alone, 1, warm_up=0)
     peaks = [bench.clock.peak(work) for work in (together, alone)]
     case = f"2 sessions, each {rounds} rounds of {bench.sizes.round_tokens} tokens and an image"
-    yield Row("two-sessions", case, "s", value, twin, peak_bytes=peaks[0], twin_peak_bytes=peaks[1])
+    yield Row("two-sessions", case, "s", value, reference, peak_bytes=peaks[0], reference_peak_bytes=peaks[1])
 
 
 def evaluation(bench: Bench) -> Iterator[Row]:

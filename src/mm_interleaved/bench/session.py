@@ -49,7 +49,7 @@ class Session:
 
 
 def session(bench: Bench) -> Iterator[Row]:
-    """A row for every round; the twin reads and encodes everything anew at every turn, and records nothing.
+    """A row for every round; the reference reads and encodes everything anew at every turn, and records nothing.
 
     It ends when the model's context is full: at the release's size after 15 rounds of 60 tokens.
     The fast way is played once before it is measured: a server records its steps once, and compiles them if asked to.
@@ -67,17 +67,17 @@ def session(bench: Bench) -> Iterator[Row]:
             limit = fast.generator.limit
             bench.say(f"session: {limit} tokens, all that the model reads, are full after {number - 1} rounds")
             return
-        twin = number <= sizes.twin_rounds
-        if twin:
+        reference = number <= sizes.reference_rounds
+        if reference:
             plain.round()
         room += sizes.round_tokens + 1 + model.config.num_image_tokens
         bound += sizes.round_tokens * bench.bound(roofline.decoding(model, bench.cost, room, number))
         bound += bench.bound(roofline.reading(model, bench.cost, 1 + model.config.num_image_tokens, 1))
         bound += bench.bound(roofline.drawing(model, bench.cost))
         same = fast.made[: len(plain.made)] == plain.made or _close(fast.made, plain.made)
-        note = "" if not twin else "same document" if same else "another document"
+        note = "" if not reference else "same document" if same else "another document"
         case = f"{number} rounds of {sizes.round_tokens} tokens and an image of {sizes.steps} steps"
-        yield Row("session", case, "s", fast.seconds, plain.seconds if twin else None, bound, note=note, x=number)
+        yield Row("session", case, "s", fast.seconds, plain.seconds if reference else None, bound, note=note, x=number)
 
 
 def _close(a: list[object], b: list[object]) -> bool:

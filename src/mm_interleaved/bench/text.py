@@ -23,7 +23,7 @@ from .base import Bench, Row, prefilled
 
 
 def prefill(bench: Bench) -> Iterator[Row]:
-    """A long prompt with many images, encoded and read; the twin weighs images by the published form of MMFS."""
+    """A long prompt with many images, encoded and read; the reference weighs images by the published form of MMFS."""
     sizes, model, clock = bench.sizes, bench.model, bench.clock
 
     def work(implementation: CacheImplementation = "auto") -> object:
@@ -33,16 +33,16 @@ def prefill(bench: Bench) -> Iterator[Row]:
     model.set_mmfs_implementation("reference")
     try:
         plain = partial(work, "dynamic")
-        twin, twin_peak = clock.time(plain, 1), clock.peak(plain)
+        reference, reference_peak = clock.time(plain, 1), clock.peak(plain)
     finally:
         model.set_mmfs_implementation("fast")
     need = roofline.reading(model, bench.cost, sizes.length, sizes.images)
-    yield Row("prefill", f"{sizes.length} tokens, {sizes.images} images", "ms", 1e3 * value, 1e3 * twin,
-              1e3 * bench.bound(need), peak, twin_peak)  # fmt: skip
+    yield Row("prefill", f"{sizes.length} tokens, {sizes.images} images", "ms", 1e3 * value, 1e3 * reference,
+              1e3 * bench.bound(need), peak, reference_peak)  # fmt: skip
 
 
 def decode(bench: Bench) -> Iterator[Row]:
-    """A token: greedy, sampled, by beams; the twin's caches grow."""
+    """A token: greedy, sampled, by beams; the reference's caches grow."""
     beams = bench.sizes.beams
     for length, images in bench.sizes.texts:
         case = f"{length} tokens, {images} images"
@@ -59,12 +59,12 @@ def decode_by_images(bench: Bench) -> Iterator[Row]:
     for count in bench.sizes.counts:
         length = 2 + count * (2 + config.num_image_tokens)
         if count < config.mmfs.max_images and length < config.max_context_length:
-            row = _writing(bench, length, count, f"{count} images", TextSettings(num_beams=1), twin=False)
+            row = _writing(bench, length, count, f"{count} images", TextSettings(num_beams=1), reference=False)
             yield replace(row, line="decode-by-images", x=count)
 
 
 def _writing(
-    bench: Bench, length: int, images: int, case: str, settings: TextSettings, rows: int = 1, twin: bool = True
+    bench: Bench, length: int, images: int, case: str, settings: TextSettings, rows: int = 1, reference: bool = True
 ) -> Row:
     """Milliseconds a token, of many; what was recorded before is not counted."""
     sizes = bench.sizes
@@ -84,7 +84,7 @@ def _writing(
 
     fast = work("static", sizes.tokens)
     value, peak = bench.clock.time(fast, 2), bench.clock.peak(fast)
-    plain = bench.clock.time(work("dynamic", sizes.twin_tokens), 1) / sizes.twin_tokens if twin else None
+    plain = bench.clock.time(work("dynamic", sizes.reference_tokens), 1) / sizes.reference_tokens if reference else None
     need = roofline.decoding(bench.model, bench.cost, length, images, rows)
     return Row("decode", case, "ms/token", 1e3 * value / sizes.tokens, None if plain is None else 1e3 * plain,
                1e3 * bench.bound(need), peak)  # fmt: skip
@@ -102,7 +102,7 @@ def admission(bench: Bench) -> Iterator[Row]:
 
 
 def decode_step(bench: Bench) -> Iterator[Row]:
-    """The captured step alone, through the kernels and through the library's products; the twin is not captured."""
+    """The captured step alone, through the kernels and through the library's products; the reference runs eagerly."""
     length, images = bench.sizes.texts[0]
     cuda, steps = bench.device.type == "cuda", bench.sizes.repeats
     need = roofline.decoding(bench.model, bench.cost, length, images)
@@ -127,7 +127,7 @@ def decode_step(bench: Bench) -> Iterator[Row]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """The products of decoding for one row and for several, a layer after the other; the twin is the library's way."""
+    """The products of decoding for one row and for several, layer by layer; the reference is the library's way."""
     if bench.device.type != "cuda":
         raise ValueError("the kernels are for CUDA devices")
     for rows in (1, bench.sizes.beams):
@@ -182,7 +182,7 @@ def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., obj
 
 
 def tiles(bench: Bench) -> Iterator[Row]:
-    """The product kernels with other tiles, to choose `decoding_triton.TILE`; the twin is what is chosen now."""
+    """The product kernels with other tiles, to choose `decoding_triton.TILE`; the reference is what is chosen now."""
     from ..ops import decoding_triton
 
     chosen = dict(decoding_triton.TILE)

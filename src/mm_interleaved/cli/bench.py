@@ -1,4 +1,4 @@
-"""`mmi bench`: what everything costs on this machine, beside what the machine allows and beside the plain twins."""
+"""`mmi bench`: what everything costs on this machine, what the machine allows, and what the reference costs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bench(
 
     sizes = SIZES[preset]
     sizes = replace(sizes, rounds=rounds or sizes.rounds, steps=steps or sizes.steps)
-    sizes = replace(sizes, twin_rounds=min(sizes.twin_rounds, sizes.rounds))
+    sizes = replace(sizes, reference_rounds=min(sizes.reference_rounds, sizes.rounds))
     kind = cast(Quantization | None, quantization)  # checked above
     subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, kind, say=console.print)
     result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "auto",

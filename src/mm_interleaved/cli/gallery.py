@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader
 
 from ..document import DocumentError, Image, Text
 from ..evaluation.predictions import Record
-from ..evaluation.scoring import SampleScores, Scored, TaskResult
+from ..evaluation.scoring import SampleScores, ScoringInputs, TaskResult
 from ..files import write_atomic
 from ..processor.images import load_image
 from ..tasks import Sample
@@ -37,7 +37,7 @@ def choose(scores: dict[str, float], ids: Sequence[str], limit: int) -> list[str
     return ranked[:worst] + [others[i * len(others) // spread] for i in range(spread)]
 
 
-def write_gallery(given: Scored, scores: SampleScores, result: TaskResult, limit: int) -> Path | None:
+def write_gallery(given: ScoringInputs, scores: SampleScores, result: TaskResult, limit: int) -> Path | None:
     """Write the page of a task and its images; its path, None if nothing is to be shown."""
     if not limit or not given.samples:
         return None
@@ -57,7 +57,7 @@ def write_gallery(given: Scored, scores: SampleScores, result: TaskResult, limit
     return path
 
 
-def _entry(number: int, sample: Sample, record: Record, given: Scored, score: float | None) -> dict[str, Any]:
+def _entry(number: int, sample: Sample, record: Record, given: ScoringInputs, score: float | None) -> dict[str, Any]:
     """What the page shows of a sample."""
     folder = given.folder / IMAGES
     asked = []

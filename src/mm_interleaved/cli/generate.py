@@ -23,7 +23,7 @@ from ..generation import (
     SegmentFinished,
     TextDelta,
 )
-from ..generation.interleaved import Prepared
+from ..generation.interleaved import PreparedDocument
 from ..generation.settings import override
 from ..model.quantization import QUANTIZATIONS, Quantization
 from ..pretrained import Loaded, load
@@ -183,7 +183,7 @@ def _load(model: str, dtype: str | None, device: torch.device, quantization: str
 
 
 def _run(
-    generator: InterleavedGenerator, documents: Sequence[Prepared], folder: ResultsFolder, batch_size: int
+    generator: InterleavedGenerator, documents: Sequence[PreparedDocument], folder: ResultsFolder, batch_size: int
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

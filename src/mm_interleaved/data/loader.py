@@ -16,9 +16,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from ..document import DocumentError
 from ..processor import Batch, MMInterleavedProcessor
 from ..processor.packing import TokenStream
-from ..processor.processor import Views
+from ..processor.processor import ImageViews
 from .config import DataConfig
-from .mixture import Drawn, Mixture
+from .mixture import Mixture, MixtureBatch
 from .readers import LITERAL, make_reader
 from .report import DataError, DataReport
 from .stream import Place, SourceStream
@@ -273,11 +273,11 @@ class _Parcels:
 
     # ---- images and tensors
 
-    def _collate(self, drawn: Drawn) -> Batch | None:
+    def _collate(self, drawn: MixtureBatch) -> Batch | None:
         """The batch; None: no row is left, because images could not be read."""
         rows, views, sources = [], [], []
         for index, row in zip(drawn.sources, drawn.rows, strict=True):
-            found = self._look(row, index)
+            found = self._load_images(row, index)
             if found is not None:
                 rows.append(found[0])
                 views += found[1]
@@ -299,10 +299,10 @@ class _Parcels:
                 batch[name] = weight
         return batch
 
-    def _look(self, row: TokenStream, index: int) -> tuple[TokenStream, list[Views]] | None:
+    def _load_images(self, row: TokenStream, index: int) -> tuple[TokenStream, list[ImageViews]] | None:
         """A row with its images, without those that cannot be read; None: nothing worth learning is left."""
         source = self._config.sources[index]
-        views: list[Views | None] = []
+        views: list[ImageViews | None] = []
         for image in row.images:
             try:
                 views.append(self._processor.views(image, training=True, draft=source.draft_jpeg))
@@ -321,8 +321,8 @@ class _Parcels:
         return row, seen
 
     def _without(
-        self, row: TokenStream, views: list[Views | None], whole_documents: bool
-    ) -> tuple[TokenStream, list[Views]]:
+        self, row: TokenStream, views: list[ImageViews | None], whole_documents: bool
+    ) -> tuple[TokenStream, list[ImageViews]]:
         """A row without the images that have no view, or without the documents that they stand in."""
         starts = np.flatnonzero(row.ids == self._processor.soi_token_id)
         borders = np.flatnonzero(row.ids == self._processor.tokenizer.bos_token_id)

@@ -12,7 +12,7 @@ from .config import DataConfig
 from .stream import Place, Purpose, SourceStream, generator
 
 
-class Drawn(NamedTuple):
+class MixtureBatch(NamedTuple):
     """Rows of one batch.
 
     Attributes:
@@ -52,7 +52,7 @@ class Mixture:
         """Sources that gave no row here in a whole pass, and are not drawn any more."""
         return [self.config.sources[i].name for i in sorted(self._barren)]
 
-    def next_batch(self) -> Drawn | None:
+    def next_batch(self) -> MixtureBatch | None:
         """The rows of the next batch; None: the epoch is over. Incomplete batches are dropped."""
         if self.config.mix == "batch":
             return self._rows(None)
@@ -63,9 +63,9 @@ class Mixture:
             if found is None:
                 return None
             sources, rows = [*sources, found.sources[0]], [*rows, *found.rows]
-        return Drawn("+".join(self._names[i] for i in sorted(set(sources))), sources, rows)
+        return MixtureBatch("+".join(self._names[i] for i in sorted(set(sources))), sources, rows)
 
-    def _rows(self, number: int | None) -> Drawn | None:
+    def _rows(self, number: int | None) -> MixtureBatch | None:
         """That many rows of a source that is drawn; None: as many as its batches have."""
         while self._active and not self._is_over():
             source = self._draw()
@@ -75,7 +75,7 @@ class Mixture:
                 rows.append(row)
             if len(rows) == wanted or (rows and self.config.sources[source].keep_remainder):
                 self._gave[source] = True
-                return Drawn(self._name(source), [source] * len(rows), rows)
+                return MixtureBatch(self._name(source), [source] * len(rows), rows)
             if rows:
                 stream.report.reject(stream.config.name, "row of an incomplete batch", number=len(rows))
             self._exhausted(source)

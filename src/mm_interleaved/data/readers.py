@@ -24,7 +24,7 @@ LITERAL = "Python literal instead of JSON"  # read all the same, but counted
 Note = Callable[[str, str], None]  # (reason, example): something was left out, or is odd
 
 
-class Detector(Protocol):
+class Reader(Protocol):
     """Where records are and what they mean."""
 
     @property
@@ -46,7 +46,7 @@ class Detector(Protocol):
         ...
 
 
-def make_reader(config: SourceConfig, folder: Path) -> Detector:
+def make_reader(config: SourceConfig, folder: Path) -> Reader:
     """The reader of a source; its relative paths start at `folder`.
 
     Raises:

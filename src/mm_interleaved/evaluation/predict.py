@@ -24,7 +24,7 @@ import torch
 
 from ..document import Document, DocumentError, Image, Text
 from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved
-from ..generation.interleaved import Prepared
+from ..generation.interleaved import PreparedDocument
 from ..generation.settings import override
 from ..metrics.clip import CLIP
 from ..processor import MMInterleavedProcessor
@@ -33,7 +33,7 @@ from ..processor.packing import TokenStream
 from ..processor.tokenizer import encode_text
 from ..tasks import Sample, Task, TaskError
 from .config import TaskSuite
-from .predictions import IMAGES, REFERENCES, Made, Predictions, Record, image_name
+from .predictions import IMAGES, REFERENCES, Prediction, Predictions, Record, image_name
 
 WINDOW = 32  # batches of samples that are sorted by length among themselves
 
@@ -90,7 +90,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedSample:
     """A sample that the model can be asked: nothing is left to do but what the model does.
 
     Attributes:
@@ -100,7 +100,7 @@ class Ready:
     """
 
     sample: Sample
-    prepared: Prepared
+    prepared: PreparedDocument
     options: Sequence[list[int]]
 
 
@@ -134,7 +134,7 @@ class Predictor:
                                 f"task '{task.name}', 'metrics.clip'", "Fetch it again") from None  # fmt: skip
         self.generator = InterleavedGenerator(model, self.processor, self.settings, progress=False)
 
-    def load(self, sample: Sample) -> Ready | str:
+    def load(self, sample: Sample) -> PreparedSample | str:
         """A sample ready for the model, or why it cannot be used. Any thread may call it."""
         if sample.problem:
             return sample.problem
@@ -158,7 +158,7 @@ class Predictor:
             segments.append(segment)
         return replace(document, segments=segments)
 
-    def _fitting(self, sample: Sample, document: Document) -> Ready:
+    def _fitting(self, sample: Sample, document: Document) -> PreparedSample:
         """A sample in tokens, the model having room for them and for its longest option."""
         prepared = self.generator.prepare(document)
         options = [encode_text(self.processor.tokenizer, option) for option in sample.options]
@@ -170,9 +170,9 @@ class Predictor:
         if tokens > room:
             raise DocumentError(f"{tokens} tokens are more than the {room} that the model reads before an option",
                                 document.name, "Shorten it")  # fmt: skip
-        return Ready(sample, prepared, options)
+        return PreparedSample(sample, prepared, options)
 
-    def predict(self, batch: Sequence[Ready], indices: Sequence[int]) -> list[Made]:
+    def predict(self, batch: Sequence[PreparedSample], indices: Sequence[int]) -> list[Prediction]:
         """What comes of samples; `indices` are their numbers in the task."""
         contents = self._score(batch) if self.task.makes == "scores" else self._generate(batch, indices)
         return [
@@ -180,7 +180,7 @@ class Predictor:
             for index, ready, made in zip(indices, batch, contents, strict=True)
         ]
 
-    def _generate(self, batch: Sequence[Ready], indices: Sequence[int]) -> list[Made]:
+    def _generate(self, batch: Sequence[PreparedSample], indices: Sequence[int]) -> list[Prediction]:
         seeds = [sample_seed(self.suite.seed, self.task.name, ready.sample.id) for ready in batch]
         events = self.generator.run([ready.prepared for ready in batch], seeds)
         ends = {event.document: event for event in events if isinstance(event, DocumentFinished)}
@@ -189,16 +189,16 @@ class Predictor:
             generated = ends[number].result.generated
             if len(generated) < sum(s.is_open for s in ready.sample.document.segments):
                 reason = ends[number].reason
-                found.append(Made({"problem": f"ended by '{reason}' before all slots were filled; shorten it"}))
+                found.append(Prediction({"problem": f"ended by '{reason}' before all slots were filled; shorten it"}))
             elif self.task.makes == "text":
                 text = " ".join(s.text or "" for s in generated if isinstance(s, Text))
-                found.append(Made({"text": text, "prediction": self.task.post(text)}))
+                found.append(Prediction({"text": text, "prediction": self.task.post(text)}))
             else:
                 candidates = [s.generated.candidates for s in generated if s.generated and isinstance(s, Image)]
                 found.append(self._chosen(ready.sample, candidates, index))
         return found
 
-    def _chosen(self, sample: Sample, candidates: Sequence[Sequence[PIL.Image.Image]], index: int) -> Made:
+    def _chosen(self, sample: Sample, candidates: Sequence[Sequence[PIL.Image.Image]], index: int) -> Prediction:
         """The images, chosen among candidates, and the true ones if they are no files."""
         record: Record = {"images": []}
         files: dict[str, PIL.Image.Image] = {}
@@ -214,19 +214,19 @@ class Predictor:
             true = {image_name(REFERENCES, index, slot): r for slot, r in enumerate(references)}
             record["references"] = list(true)
             files |= true
-        return Made(record, files)
+        return Prediction(record, files)
 
-    def _score(self, batch: Sequence[Ready]) -> list[Made]:
+    def _score(self, batch: Sequence[PreparedSample]) -> list[Prediction]:
         options = [ready.options for ready in batch]
         prompts = self.processor.collate([_prompt(ready) for ready in batch], padding_side="left")
         scores = self.model.score(prompts.to(self.model.compute_device), options, self.suite.option_batch_size)
         return [
-            Made({"scores": row, "lengths": [len(ids) for ids in ids_of_row]})
+            Prediction({"scores": row, "lengths": [len(ids) for ids in ids_of_row]})
             for row, ids_of_row in zip(scores, options, strict=True)
         ]
 
 
-def _prompt(ready: Ready) -> TokenStream:
+def _prompt(ready: PreparedSample) -> TokenStream:
     """The tokens before the options; a document without slots has nothing else."""
     prompt = ready.prepared.plan[0]
     assert isinstance(prompt, TokenStream)
@@ -296,9 +296,9 @@ def run_batches(
         writing: Future[None] | None = None
         for batch, pending, loaded in _ahead(predictor, samples, batches, done):
             problems = {i: found for i, found in loaded.items() if isinstance(found, str)}
-            together = {i: found for i, found in loaded.items() if isinstance(found, Ready)}
+            together = {i: found for i, found in loaded.items() if isinstance(found, PreparedSample)}
             made = [
-                Made({"index": i, "id": samples[i].id, "problem": problems[i]})
+                Prediction({"index": i, "id": samples[i].id, "problem": problems[i]})
                 for i in pending
                 if i in problems and done.get(i, {}).get("problem") != problems[i]
             ]
@@ -321,9 +321,9 @@ def run_batches(
 
 def _ahead(
     predictor: Predictor, samples: Sequence[Sample], batches: Sequence[Sequence[int]], done: Mapping[int, Record]
-) -> Iterator[tuple[Sequence[int], list[int], dict[int, Ready | str]]]:
+) -> Iterator[tuple[Sequence[int], list[int], dict[int, PreparedSample | str]]]:
     """(batch, what is pending of it, all of it loaded, if any is pending); the next batch is loaded meanwhile."""
-    waiting: deque[tuple[Sequence[int], list[int], dict[int, Future[Ready | str]]]] = deque()
+    waiting: deque[tuple[Sequence[int], list[int], dict[int, Future[PreparedSample | str]]]] = deque()
     with ThreadPoolExecutor(predictor.suite.workers) as pool:
         for batch in (*batches, ()):  # the empty one lets the last go
             pending = [i for i in batch if i not in done or "problem" in done[i]]

@@ -34,7 +34,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Made:
+class Prediction:
     """What is to be written of a sample.
 
     Attributes:
@@ -124,7 +124,7 @@ class Predictions:
         """What has been joined, by number of the sample."""
         return {record["index"]: record for record in read_records(self.path)}
 
-    def add(self, made: Sequence[Made]) -> None:
+    def add(self, made: Sequence[Prediction]) -> None:
         """Write images as PNG, then append the lines that name them to this process's file, in one go."""
         for name, image in ((name, image) for one in made for name, image in one.images.items()):
             buffer = io.BytesIO()

@@ -30,14 +30,14 @@ from .predict import Predictor, Speed, clip_of, effective_settings, plan_batches
 from .predictions import Predictions
 from .processes import on_all, on_main, start_processes
 from .report import markdown
-from .scoring import NAMED, SampleScores, Scored, TaskResult, score_task
+from .scoring import NAMED, SampleScores, ScoringInputs, TaskResult, score_task
 from .toyworld import find_about
 
 FORMAT = 2  # of the folder; another one is not continued
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
 PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
 ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
-OnScored = Callable[[Scored, SampleScores, TaskResult], object]  # what it returns is not used
+OnScored = Callable[[ScoringInputs, SampleScores, TaskResult], object]  # what it returns is not used
 
 
 @dataclass
@@ -294,7 +294,7 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
         result.notes.append("nothing is measured: the task is for training")
     about = find_about(task)
     result.toy = about is not None
-    given = Scored(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, about)
+    given = ScoringInputs(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, about)
     result.metrics, scores = score_task(given, config.seed)
     lines = [json.dumps({"id": key, "metric": scores.metric, "score": value}) + "\n"
              for key, value in scores.scores.items()]  # fmt: skip

@@ -35,7 +35,7 @@ NAMED = 20  # unreadable samples that results name
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoringInputs:
     """What a metric gets: the samples of a task that could be evaluated, and what was predicted for them.
 
     Attributes:
@@ -80,7 +80,7 @@ class Scored:
 # ---- one function for each name that tasks use
 
 
-def captions(given: Scored) -> MetricResult:
+def captions(given: ScoringInputs) -> MetricResult:
     """Over all samples, and within each domain if the samples have one."""
     metric = CaptionMetrics(meteor=given.metrics.meteor)
     predictions, references = given.by_id("prediction"), given.references()
@@ -95,23 +95,23 @@ def captions(given: Scored) -> MetricResult:
     return result
 
 
-def vqa_accuracy(given: Scored) -> MetricResult:
+def vqa_accuracy(given: ScoringInputs) -> MetricResult:
     """VQAv2, OK-VQA, TextVQA."""
     return VQAAccuracy(compat=given.task.config.compat)(given.by_id("prediction"), given.references(_people))
 
 
-def vizwiz_accuracy(given: Scored) -> MetricResult:
+def vizwiz_accuracy(given: ScoringInputs) -> MetricResult:
     """VizWiz."""
     metric = VQAAccuracy(compat=given.task.config.compat, score=vizwiz_score)
     return metric(given.by_id("prediction"), given.references(_people))
 
 
-def gqa(given: Scored) -> MetricResult:
+def gqa(given: ScoringInputs) -> MetricResult:
     """Exact match."""
     return gqa_accuracy(given.by_id("prediction"), given.references())
 
 
-def ranking(given: Scored) -> MetricResult:
+def ranking(given: ScoringInputs) -> MetricResult:
     """VisDial; the same with log-probabilities divided by the options' lengths as `..._per_token`."""
     references = given.references(lambda s: DialogueReference(tuple(s.reference["relevance"]), s.reference["index"]))
     result = dialogue_ranking(given.by_id("scores"), references)
@@ -121,35 +121,35 @@ def ranking(given: Scored) -> MetricResult:
     return result
 
 
-def grounding(given: Scored) -> MetricResult:
+def grounding(given: ScoringInputs) -> MetricResult:
     """Boxes in text."""
     return grounding_accuracy(given.by_id("prediction"), given.references(lambda s: tuple(map(float, s.reference))))
 
 
-def fid(given: Scored) -> MetricResult:
+def fid(given: ScoringInputs) -> MetricResult:
     """At the release's 64 pixels and at native resolution."""
     options = given.metrics
     metric = FID(_path(options.inception), cache=_path(options.cache), device=given.device)
     return metric(given.images(), given.true_images())
 
 
-def text_similarity(given: Scored) -> MetricResult:
+def text_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP, images and what they were asked for with."""
     texts = {(s.id, 0): str(s.meta["caption"]) for s in given.samples}
     return TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), texts)
 
 
-def image_similarity(given: Scored) -> MetricResult:
+def image_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP, images and true images."""
     return ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), given.true_images())
 
 
-def captions_of_scenes(given: Scored) -> MetricResult:
+def captions_of_scenes(given: ScoringInputs) -> MetricResult:
     """Toy data: what captions say right of the scenes themselves."""
     return scene_captions(given.by_id("prediction"), shown_scenes(given.samples, given.about or {}))
 
 
-def images_of_scenes(given: Scored) -> MetricResult:
+def images_of_scenes(given: ScoringInputs) -> MetricResult:
     """Toy data: what the toy world's detector finds in drawn images."""
     result = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.about or {}))
     for name, parts in result.ratios.items():  # images of one story have more in common than others
@@ -157,14 +157,14 @@ def images_of_scenes(given: Scored) -> MetricResult:
     return result
 
 
-def miou(given: Scored) -> MetricResult:
+def miou(given: ScoringInputs) -> MetricResult:
     """ADE20K: what a segmenter sees in the images, against the label maps."""
     segmenter = Segmenter(_path(given.metrics.segmenter), given.device)
     images = {r["id"]: given.folder / r["images"][0] for r in given.records}
     return SegmentedMeanIoU(segmenter)(images, given.references(_labels))
 
 
-METRICS: dict[str, Callable[[Scored], MetricResult]] = {
+METRICS: dict[str, Callable[[ScoringInputs], MetricResult]] = {
     "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
     "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
     "image_similarity": image_similarity, "miou": miou, "scene_captions": captions_of_scenes,
@@ -246,7 +246,7 @@ class SampleScores:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], SampleScores]:
+def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any]], SampleScores]:
     """All metrics of a task, as plain data, and the samples' scores."""
     results, shown = {}, SampleScores()
     known = metric_for(given.task.kind.name, given.about)
@@ -268,7 +268,7 @@ def score_task(given: Scored, seed: int) -> tuple[dict[str, dict[str, Any]], Sam
     return results, shown
 
 
-def _by_sample(given: Scored, values: Sequence[V]) -> dict[str, list[V]]:
+def _by_sample(given: ScoringInputs, values: Sequence[V]) -> dict[str, list[V]]:
     """What there is of each sample: one value, or one of each of its images."""
     ids = [s.id for s in given.samples]
     if len(values) != len(ids):

@@ -90,7 +90,7 @@ Event = TextDelta | ImageProgress | SegmentFinished | DocumentFinished
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDocument:
     """A document that was checked and turned into tokens.
 
     Attributes:
@@ -203,7 +203,7 @@ class InterleavedGenerator:
             run, slot = [], segment
         return queue
 
-    def prepare(self, document: Document, name: str | None = None) -> Prepared:
+    def prepare(self, document: Document, name: str | None = None) -> PreparedDocument:
         """What `start` does with a document before the model is needed; any thread may do it ahead.
 
         Args:
@@ -220,9 +220,9 @@ class InterleavedGenerator:
         except DocumentError as error:
             nameless = not (document.place or document.id)
             raise error.at(name if name is not None and nameless else document.name) from None
-        return Prepared(document, plan)
+        return PreparedDocument(document, plan)
 
-    def start(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> None:
+    def start(self, documents: Sequence[Document | PreparedDocument], seeds: Sequence[int] | None = None) -> None:
         """Take documents in, without reading their images.
 
         Args:
@@ -240,7 +240,7 @@ class InterleavedGenerator:
         vars(self).pop("state", None)  # its memory goes back before more is taken
         self.state: GenerationState = self._new_state(given)
 
-    def prepare_all(self, documents: Sequence[Document | Prepared]) -> list[Prepared]:
+    def prepare_all(self, documents: Sequence[Document | PreparedDocument]) -> list[PreparedDocument]:
         """`prepare` for several documents, of which those that are prepared stay as they are.
 
         Raises:
@@ -249,11 +249,11 @@ class InterleavedGenerator:
         """
         self.model.image_decoder.sampler(self.settings.image)
         return [
-            document if isinstance(document, Prepared) else self.prepare(document, f"document {index}")
+            document if isinstance(document, PreparedDocument) else self.prepare(document, f"document {index}")
             for index, document in enumerate(documents)
         ]
 
-    def _new_state(self, given: Sequence[Prepared]) -> GenerationState:
+    def _new_state(self, given: Sequence[PreparedDocument]) -> GenerationState:
         """A state with room for the beginning of each document and for its images, as far as they are known."""
         images = [sum(len(x.images) if isinstance(x, TokenStream) else x == "image" for x in one.plan) for one in given]
         images = [count + row.goes_on for count, row in zip(images, self.rows, strict=True)]
@@ -264,7 +264,7 @@ class InterleavedGenerator:
             tokens=min(tokens, self.limit), slots=min(max(images, default=0), self.most_images), images=sum(images),
         )  # fmt: skip
 
-    def _row(self, given: Prepared, seed: int, image_seed: int) -> _Row:
+    def _row(self, given: PreparedDocument, seed: int, image_seed: int) -> _Row:
         """A document at its start."""
         document = given.document
         slots = sum(1 for item in given.plan if isinstance(item, str))
@@ -296,7 +296,9 @@ class InterleavedGenerator:
                 fix="Leave some out",
             )
 
-    def run(self, documents: Sequence[Document | Prepared], seeds: Sequence[int] | None = None) -> Iterator[Event]:
+    def run(
+        self, documents: Sequence[Document | PreparedDocument], seeds: Sequence[int] | None = None
+    ) -> Iterator[Event]:
         """Generate.
 
         Args:

@@ -100,7 +100,7 @@ def ask(component: Component, revision: str = "main") -> Offer:
     chosen = [s for s in info.siblings or [] if any(fnmatch.fnmatch(s.rfilename, p) for p in component.patterns)]
     names = {s.rfilename for s in chosen}
     # Weights that exist as safetensors are not fetched a second time as pickles.
-    chosen = [s for s in chosen if not (s.rfilename.endswith(".bin") and _safe_twin(s.rfilename) in names)]
+    chosen = [s for s in chosen if not (s.rfilename.endswith(".bin") and _safetensors_name(s.rfilename) in names)]
     if not chosen:
         raise CheckpointError(f"{component.repository} has none of the files {', '.join(component.patterns)}")
     files = [RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None) for s in chosen]
@@ -108,7 +108,7 @@ def ask(component: Component, revision: str = "main") -> Offer:
     return Offer(component, info.sha or revision, licence, files)
 
 
-def _safe_twin(name: str) -> str:
+def _safetensors_name(name: str) -> str:
     """What the same weights are called as safetensors: transformers drops `pytorch_` then, diffusers does not."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"

@@ -64,8 +64,8 @@ class MMInterleavedOutput(ModelOutput):
 
 
 @dataclass
-class SeenImages:
-    """The images that the rows of a KV cache have seen; `forward` keeps it on the cache, as `cache.seen_images`.
+class CachedImages:
+    """The images that the rows of a KV cache have seen; `forward` keeps it on the cache, as `cache.cached_images`.
 
     Attributes:
         features: the images.
@@ -471,7 +471,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         Raises:
             ValueError: there are further images for a cache that has seen some.
         """
-        seen: SeenImages | None = getattr(cache, "seen_images", None)
+        seen: CachedImages | None = getattr(cache, "cached_images", None)
         if seen is None:
             features, images = self._encode(pixel_values)
             if cache is not None and not torch.is_grad_enabled():  # projected once for all calls with this cache
@@ -502,7 +502,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         mask = self._mask(input_ids, attention_mask, layout, embeds.dtype, past)
         hidden = self.decode(embeds, images, visible, mask, position_ids, cache)
         if cache is not None:
-            self._keep_seen_images(cache, input_ids, attention_mask[:, past:], images)
+            self._keep_cached_images(cache, input_ids, attention_mask[:, past:], images)
         return hidden
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None, input_ids: Tensor) -> Cache | None:
@@ -533,7 +533,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         Raises:
             ValueError: the cache has other rows.
         """
-        seen: SeenImages | None = getattr(cache, "seen_images", None)
+        seen: CachedImages | None = getattr(cache, "cached_images", None)
         if seen is None:
             return layout.visible
         if len(seen.visible) != len(input_ids):
@@ -541,9 +541,11 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         restarted = (input_ids == self.config.bos_token_id).cumsum(1) > 0  # a document does not see another's images
         return torch.where(restarted[..., None], -1, seen.visible[:, None])
 
-    def _keep_seen_images(self, cache: Cache, input_ids: Tensor, attention_mask: Tensor, images: ImageFeatures) -> None:
+    def _keep_cached_images(
+        self, cache: Cache, input_ids: Tensor, attention_mask: Tensor, images: ImageFeatures
+    ) -> None:
         """Keep on a cache which images the next token of each row sees; tokens and mask [B, L] are the latest."""
-        seen: SeenImages | None = getattr(cache, "seen_images", None)
+        seen: CachedImages | None = getattr(cache, "cached_images", None)
         if seen is not None:
             restarted = (input_ids == self.config.bos_token_id).any(1)
             visible = torch.where(restarted[:, None], -1, seen.visible)
@@ -552,7 +554,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             mask = F.pad(attention_mask, (0, 1), value=1)
             visible = visible_images(ids, mask, self.config.bos_token_id, self.config.soi_token_id)[:, -1]
         # a cache of any class carries it; `getattr` reads it
-        cache.seen_images = SeenImages(images, visible)  # pyright: ignore[reportAttributeAccessIssue]
+        cache.cached_images = CachedImages(images, visible)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         """[B, L or as many as are kept, vocabulary], in float32 at least."""

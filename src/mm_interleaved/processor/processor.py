@@ -37,16 +37,16 @@ CHAT_TEMPLATE = """
 """
 
 
-class Views(NamedTuple):
+class ImageViews(NamedTuple):
     """One image in both sizes.
 
     Attributes:
-        seen: uint8 [image_size, image_size, 3].
-        drawn: uint8 [target_size, target_size, 3]; None: not needed.
+        input: uint8 [image_size, image_size, 3].
+        target: uint8 [target_size, target_size, 3]; None: not needed.
     """
 
-    seen: np.ndarray
-    drawn: np.ndarray | None
+    input: np.ndarray
+    target: np.ndarray | None
 
 
 class MMInterleavedProcessor(ProcessorMixin):
@@ -365,7 +365,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         training: bool = False,
         padding_side: Literal["left", "right"] = "right",
         ignore_text_before_image: bool | Sequence[bool] = False,
-        views: Sequence[Views] | None = None,
+        views: Sequence[ImageViews] | None = None,
         pad_to: int = 0,
         eight_bit: bool = False,
     ) -> Batch:
@@ -408,7 +408,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            pixel_values=_stack([v.seen for v in views], self.image_size, eight_bit),
+            pixel_values=_stack([v.input for v in views], self.image_size, eight_bit),
             image_rows=torch.tensor(rows, dtype=torch.long),
             document_starts=torch.tensor(starts, dtype=torch.long),
         )
@@ -422,7 +422,7 @@ class MMInterleavedProcessor(ProcessorMixin):
                 learned=torch.from_numpy(learned),
                 ignore_text_before_image=torch.as_tensor(ignore_text_before_image),
             )
-            drawn = [v.drawn for v in views if v.drawn is not None]
+            drawn = [v.target for v in views if v.target is not None]
             batch["target_pixel_values"] = _stack(drawn, self.target_size, eight_bit)
             batch["image_loss_mask"] = torch.tensor([float(i.supervise) for i in images])
         return batch
@@ -432,7 +432,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         size = size or self.image_size
         return _stack([CROPS[self.crop](image, size) for image in images], size)
 
-    def views(self, image: Image, training: bool, draft: bool = False, where: str = "") -> Views:
+    def views(self, image: Image, training: bool, draft: bool = False, where: str = "") -> ImageViews:
         """An image as the model reads it and, for training, as it generates it; both from one decoding.
 
         Args:
@@ -450,15 +450,15 @@ class MMInterleavedProcessor(ProcessorMixin):
             opened = halved(opened, max(self.image_size, self.target_size))  # the first halvings serve both views
         seen = crop(opened, self.image_size)
         if not training:
-            return Views(seen, None)
+            return ImageViews(seen, None)
         target = (
             opened
             if image.target is None
             else load_image(cast("Source", image.target), f"{where}, target" if where else "target", least)
         )
         if image.target is None and self.target_size == self.image_size:
-            return Views(seen, seen)
-        return Views(seen, crop(target, self.target_size))
+            return ImageViews(seen, seen)
+        return ImageViews(seen, crop(target, self.target_size))
 
     # ---- and back
 

@@ -245,7 +245,7 @@ class LossConfig:
         text, image: weights (release: 1 and 10).
         image_fraction: share of a batch's images that the image decoder learns to draw, chosen at random, first of
             all from those that count.
-        draws_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
+        noise_samples_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
         normalize_image_loss: divide by the images that count instead of by all.
         vae_dtype: type in which targets are encoded.
         conditions: weight of what drawings are told staying as `model.checkpoint` says it; 0: it may change.
@@ -254,14 +254,14 @@ class LossConfig:
     text: float = 1.0
     image: float = 10.0
     image_fraction: float = 1.0
-    draws_per_image: int = 1
+    noise_samples_per_image: int = 1
     normalize_image_loss: bool = False
     vae_dtype: str = "float32"
     conditions: float = 0.0
 
     def __post_init__(self) -> None:
         _share(image_fraction=self.image_fraction)
-        _positive(draws_per_image=self.draws_per_image)
+        _positive(noise_samples_per_image=self.noise_samples_per_image)
         _choice("losses.vae_dtype", self.vae_dtype, PRECISIONS)
         if min(self.text, self.image, self.conditions) < 0 or self.text + self.image == 0:
             raise ValueError("'losses' must not be negative, nor those of text and image both 0")
@@ -296,8 +296,8 @@ class ShapesConfig:
         multiple: the images that are seen, those that condition drawings and the contexts of drawings are filled up,
             those that are drawn cut down to a multiple of this.
         images: fill up to so many images; 0: as `multiple` says. What is added is seen by nothing.
-        drawn: draw so many of them, if there are as many; 0: as `losses.image_fraction` says.
-        conditioning: images that condition drawings, likewise. Batches without any get none; a recording with 0 is of
+        targets: draw so many of them, if there are as many; 0: as `losses.image_fraction` says.
+        conditioning: images that condition drawings, likewise. Batches without any get none; a capture with 0 is of
             such batches.
         context: tokens of the contexts of drawings, likewise.
         labelled: tokens to learn, likewise.
@@ -309,7 +309,7 @@ class ShapesConfig:
 
     multiple: int = 1
     images: int = 0
-    drawn: int = 0
+    targets: int = 0
     conditioning: int = 0
     context: int = 0
     labelled: int = 0
@@ -328,7 +328,7 @@ class ShapesConfig:
             )
 
 
-SIZES = ("images", "drawn", "conditioning", "context", "labelled", "visible")
+SIZES = ("images", "targets", "conditioning", "context", "labelled", "visible")
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
-"""A training step recorded as a CUDA graph: started once, instead of kernel by kernel.
+"""A training step captured as a CUDA graph: started once, instead of kernel by kernel.
 
 A small model's step is some ten thousand short kernels, and a host needs longer to start them than a GPU to run them.
-`RecordedStep` records forward and backward at one set of sizes and replays them; clipping and the optimizer's step, a
+`CapturedStep` records forward and backward at one set of sizes and replays them; clipping and the optimizer's step, a
 few fused kernels, stay outside.
 """
 
@@ -25,17 +25,17 @@ from .distillation import DistilledOutput
 
 _PARTS = ("loss", "loss_txt", "loss_img", "loss_distillation")
 Compute = Callable[[Callable[..., Any], dict[str, Any]], Any]  # (model, its arguments) to its output with all losses
-_AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")  # what is compiled is so for the recording's sizes
+_AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")  # what is compiled is so for the capture's sizes
 
 
-class RecordedStep:
+class CapturedStep:
     """Calls a model, with its backward pass, by a replay wherever the sizes fit, and as it is elsewhere.
 
-    What is no tensor (weights of losses, whether rows are padded) is part of a recording, as are all sizes. Batches
-    that differ from the first fitting one in any of that run unrecorded.
+    What is no tensor (weights of losses, whether rows are padded) is part of a capture, as are all sizes. Batches
+    that differ from the first fitting one in any of that run uncaptured.
 
     A model that computes under autocast must enter it within its own forward, as `accelerate` has it: the casts of the
-    weights are then part of the recording. Kept from outside, they would be the weights of the recording's day.
+    weights are then part of the capture. Kept from outside, they would be the weights of the capture's day.
 
     With several processes each records its own step, past `DistributedDataParallel`'s hooks, and their gradients are
     averaged afterwards in one piece; what a process did not use counts as 0.
@@ -43,7 +43,7 @@ class RecordedStep:
     Activations are kept for the backward pass: gradient checkpointing would compute them anew from other weights.
 
     Args:
-        shapes: what a batch must have to be recorded.
+        shapes: what a batch must have to be captured.
         world_size: processes that train together.
         compute: calls the model and adds losses to its output.
     """
@@ -52,8 +52,8 @@ class RecordedStep:
         self, shapes: ShapesConfig, world_size: int = 1, compute: Compute = lambda model, inputs: model(**inputs)
     ) -> None:
         self.shapes, self.world_size, self.compute = shapes, world_size, compute
-        self.replayed, self.unrecorded = 0, 0
-        self._recording: _Recording | None = None
+        self.replayed, self.uncaptured = 0, 0
+        self._recording: _Capture | None = None
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> DistilledOutput:
         """As `compute(model, inputs)`, but of the results only the losses. `loss.backward()` must follow, unscaled.
@@ -63,15 +63,15 @@ class RecordedStep:
         if isinstance(model, DistributedDataParallel):
             model = model.module
         if self._recording is None and self._fits(inputs):
-            self._recording = _Recording(model, inputs, self.compute)
-        recording = self._recording
-        fits = recording is not None and recording.key == tuple(_key(inputs))
-        self.replayed, self.unrecorded = self.replayed + fits, self.unrecorded + (not fits)
+            self._recording = _Capture(model, inputs, self.compute)
+        capture = self._recording
+        fits = capture is not None and capture.key == tuple(_key(inputs))
+        self.replayed, self.uncaptured = self.replayed + fits, self.uncaptured + (not fits)
         if not fits and self.world_size == 1:
             with _AS_WRITTEN():
                 return self.compute(model, inputs)
-        if recording is not None and fits:
-            losses, gradients, used = recording.replay(inputs)
+        if capture is not None and fits:
+            losses, gradients, used = capture.replay(inputs)
         else:
             with _AS_WRITTEN():
                 losses, gradients, used = _computed(model, inputs, self.compute)
@@ -88,15 +88,15 @@ class RecordedStep:
 
     def take_share(self) -> float:
         """Share of the steps since the last call that were replays; the counts start anew."""
-        share = self.replayed / max(1, self.replayed + self.unrecorded)
-        self.replayed, self.unrecorded = 0, 0
+        share = self.replayed / max(1, self.replayed + self.uncaptured)
+        self.replayed, self.uncaptured = 0, 0
         return share
 
     def _fits(self, inputs: dict[str, Any]) -> bool:
         layout: Layout = inputs["layout"]
         sizes = {
             "images": len(inputs["pixel_values"]),
-            "drawn": len(layout.target_images),
+            "targets": len(layout.target_images),
             "conditioning": len(layout.conditioning_images),
             "context": layout.context_length,
             "labelled": 0 if layout.label_positions is None else len(layout.label_positions),
@@ -125,12 +125,12 @@ def _computed(
     return losses, torch.cat([g.flatten() for g in whole]), [g is not None for g in found]
 
 
-class _Recording:
+class _Capture:
     """Forward and backward over fixed inputs, losses and gradients."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], compute: Compute) -> None:
         if torch.is_autocast_enabled():
-            raise RuntimeError("a recording under autocast would keep the weights as they are now")
+            raise RuntimeError("a capture under autocast would keep the weights as they are now")
         self.key = tuple(_key(inputs))
         self.inputs = _rebuilt(inputs, iter([x.clone() for x in _tensors(inputs)]))
         self.losses, self.gradients, self.used = _computed(model, self.inputs, compute)
@@ -189,7 +189,7 @@ def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _key(value: Any) -> Iterator[Any]:
-    """Everything that a recording depends on."""
+    """Everything that a capture depends on."""
     if isinstance(value, Tensor):
         yield value.shape, value.dtype
     elif isinstance(value, dict):

@@ -152,8 +152,8 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
     def prepare(batch: Batch, seed: int, device: torch.device) -> dict[str, Any]:
         images = len(batch.pixel_values)
         targets = choose_targets(images, losses.image_fraction, seed, shapes, batch.get("image_loss_mask"))
-        layout = _planned(model, batch, targets, losses.draws_per_image, shapes, device)
-        count = losses.draws_per_image * (images if targets is None else len(targets))
+        layout = _planned(model, batch, targets, losses.noise_samples_per_image, shapes, device)
+        count = losses.noise_samples_per_image * (images if targets is None else len(targets))
         generator = torch.Generator(device).manual_seed(seed)
         weights = {"loss_text_weight": losses.text, "loss_image_weight": losses.image}
         weights = {name: batch.get(name, weight) for name, weight in weights.items()}
@@ -215,8 +215,8 @@ def choose_targets(
     """Numbers of those of `count` images that the image loss is about, in order; None: all. Weight 0 comes last."""
     wanted = math.ceil(fraction * count)
     wanted = wanted // shapes.multiple * shapes.multiple or wanted
-    if 0 < shapes.drawn <= count:
-        wanted = shapes.drawn
+    if 0 < shapes.targets <= count:
+        wanted = shapes.targets
     if wanted == count:
         return None
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

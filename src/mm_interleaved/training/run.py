@@ -28,7 +28,7 @@ from .checkpoints import find_resume, step_of
 from .config import AutoencoderRunConfig, ImagesConfig, PartRunConfig, RunConfig, TrainConfig
 from .distillation import ConditionDistillation
 from .flops import step_cost
-from .graphs import RecordedStep
+from .graphs import CapturedStep
 from .images import ImageLoader, ImageSet, ToyScenes, ToyTexts, images_of
 from .language import WEIGHTS as LANGUAGE
 from .language import LanguageTask
@@ -105,7 +105,7 @@ def train(
                 f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model (no fsdp, no "
                 "deepspeed)"
             )
-        trainer.recorded = RecordedStep(config.shapes, args.world_size, trainer.compute_outputs)
+        trainer.captured = CapturedStep(config.shapes, args.world_size, trainer.compute_outputs)
     loader = trainer.pipeline.loader
     if isinstance(loader, DocumentLoader):
         trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))

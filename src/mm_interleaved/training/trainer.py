@@ -26,7 +26,7 @@ from .config import RunConfig, ScheduleConfig, TrainingError
 from .distillation import ConditionDistillation
 from .ema import EMA
 from .flops import StepCost, peak_flops
-from .graphs import RecordedStep
+from .graphs import CapturedStep
 from .meters import Window
 from .optimizer import build_optimizer
 from .pipeline import BatchPipeline
@@ -52,7 +52,7 @@ class RunTrainer(Trainer):
         branches: completes batches for a sharded model; None: left as they are.
 
     Attributes:
-        recorded: runs the model in training, if not it itself.
+        captured: runs the model in training, if not it itself.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RunTrainer(Trainer):
         self.config, self.pipeline, self.eval_pipeline, self.save_extras = config, pipeline, eval_pipeline, save_extras
         self.distillation, self.branches = distillation, branches
         self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
-        self.recorded: RecordedStep | None = None
+        self.captured: CapturedStep | None = None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
         if config.fsdp:
@@ -118,8 +118,8 @@ class RunTrainer(Trainer):
         """The model's own loss; its parts are remembered for the log."""
         # accelerate puts autocast into models, but for FSDP2 it does not
         with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
-            if self.recorded is not None and model.training:
-                outputs = self.recorded(model, inputs)
+            if self.captured is not None and model.training:
+                outputs = self.captured(model, inputs)
             else:
                 outputs = self.compute_outputs(model, inputs)
         parts = {name: value for name, value in outputs.items() if name.startswith(PARTS)}
@@ -162,8 +162,8 @@ class RunTrainer(Trainer):
             self.window = Window(self.args.device)
             logs["steps_per_second"] = steps / (self.window.begin - seconds_begin)
             self._window_step = self.state.global_step
-            if self.recorded is not None:
-                logs["recorded_share"] = self.recorded.take_share()
+            if self.captured is not None:
+                logs["recorded_share"] = self.captured.take_share()
             for group in self.optimizer.param_groups:
                 logs[f"lr/{group.get('name', 'all')}"] = group["lr"]
         super().log(logs, start_time)

@@ -196,12 +196,12 @@ def _list(teller: _Teller, groups: list[tuple[int, ...]], stated: list[tuple[str
     objects = listed([teller.obj(g[0], stated[g[0]], g[1:]) for g in groups])
     several = len(teller.scene.objects) > 1
     be = "are" if len(groups[0]) > 1 else "is"
-    return _say(teller, templates, objects=objects, be=be, are="are" if several else "is")
+    return _fill(teller, templates, objects=objects, be=be, are="are" if several else "is")
 
 
 def _pair(teller: _Teller, first: int, second: int, stated: list[tuple[str, ...]], templates: tuple) -> str:
     texts = {"a": teller.obj(first, stated[first]), "b": teller.obj(second, stated[second])}
-    return _say(teller, templates, **texts, **teller.relation(first, second))
+    return _fill(teller, templates, **texts, **teller.relation(first, second))
 
 
 def _related(teller: _Teller, first: int, second: int, stated: list[tuple[str, ...]]) -> str:
@@ -209,7 +209,7 @@ def _related(teller: _Teller, first: int, second: int, stated: list[tuple[str, .
     one, two = (teller.reference(i, stated[i]) for i in (first, second))
     if one is None or two is None:
         return ""
-    return " " + _say(teller, RELATED, a=one, b=two, **teller.relation(first, second))
+    return " " + _fill(teller, RELATED, a=one, b=two, **teller.relation(first, second))
 
 
 def _opening(teller: _Teller, bare: bool) -> str:
@@ -220,7 +220,7 @@ def _opening(teller: _Teller, bare: bool) -> str:
         template = choose(teller.rng, (BARE_OPENING if bare else OPENING)[1:2])
     if "{count}" in template:
         teller.state("count", None, str(number))
-    return _say(teller, (template,), count=count, be="is" if number == 1 else "are")
+    return _fill(teller, (template,), count=count, be="is" if number == 1 else "are")
 
 
 def _introduced(teller: _Teller, index: int, done: list[int], stated: list[tuple[str, ...]]) -> str:
@@ -233,9 +233,9 @@ def _introduced(teller: _Teller, index: int, done: list[int], stated: list[tuple
     anchor = choose(rng, anchors) if anchors and chance(rng, 0.5) else None
     name = None if anchor is None else teller.reference(anchor, stated[anchor])
     if anchor is not None and name is not None:
-        text = _say(teller, BESIDE, b=name, a=teller.obj(index, now), **teller.relation(index, anchor))
+        text = _fill(teller, BESIDE, b=name, a=teller.obj(index, now), **teller.relation(index, anchor))
     else:
-        text = _say(teller, PLACED, cell=teller.cell(index), a=teller.obj(index, now))
+        text = _fill(teller, PLACED, cell=teller.cell(index), a=teller.obj(index, now))
     return f"{text} {_more(teller, index, later)}".strip()
 
 
@@ -264,7 +264,7 @@ def _more(teller: _Teller, index: int, names: tuple[str, ...]) -> str:
     return sentence(f"it {' and '.join(clauses)}")
 
 
-def _say(teller: _Teller, templates: tuple[str, ...], **slots: str) -> str:
+def _fill(teller: _Teller, templates: tuple[str, ...], **slots: str) -> str:
     """A sentence; the ground counts as stated only where the wording that was chosen has it."""
     text = say(teller.rng, choose(teller.rng, templates), ground="{ground}", **slots)
     if "{ground}" in text:
