@@ -25,8 +25,8 @@ from mm_interleaved.evaluation.predict import Predictor, plan_batches, run_batch
 from mm_interleaved.evaluation.predictions import Predictions
 from mm_interleaved.pretrained import Loaded
 from mm_interleaved.tasks import TaskConfig, make_task
-from mm_interleaved.toyworld.writers import write_dataset
-from mm_interleaved.toyworld.writers.base import Job
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
 TASKS = {"coco_karpathy": "coco", "vqav2": "vqav2"}
 SIDE = 640  # pixels, COCO's

@@ -33,21 +33,21 @@ from safetensors.torch import load_file
 
 from mm_interleaved import Document, DocumentFinished, Image, ImageSettings, Text, TextSettings
 from mm_interleaved.bench.machine import describe
+from mm_interleaved.checkpoints.quantization import QUANTIZATIONS
 from mm_interleaved.files import write_atomic
 from mm_interleaved.metrics.grounding import grounding_accuracy, parse_box
-from mm_interleaved.model.quantization import QUANTIZATIONS
 from mm_interleaved.pretrained import Loaded, load
-from mm_interleaved.toyworld.detector import Detection, Detector
-from mm_interleaved.toyworld.documents import CAPTION_PROMPT, REFER_PROMPT, VQA_SHORT, box_text
-from mm_interleaved.toyworld.draw import boxes, draw
-from mm_interleaved.toyworld.language import caption, questions, referring, score_caption
-from mm_interleaved.toyworld.language.questions import QUESTIONS, Question
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import Scene
-from mm_interleaved.toyworld.score import SceneScore, match
-from mm_interleaved.toyworld.stories import Frame, Story, story
 from mm_interleaved.training.building import DTYPES
 from mm_interleaved.training.ema import FILE as AVERAGE
+from toyworld.detector import Detection, Detector
+from toyworld.documents import CAPTION_PROMPT, REFER_PROMPT, VQA_SHORT, box_text
+from toyworld.draw import boxes, draw
+from toyworld.language import caption, questions, referring, score_caption
+from toyworld.language.questions import QUESTIONS, Question
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import Scene
+from toyworld.score import SceneScore, match
+from toyworld.stories import Frame, Story, story
 
 T = TypeVar("T")
 TASKS = ("captions", "questions", "drawing", "stories", "typed", "boxes", "frames")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from mm_interleaved.bench.machine import describe
-from mm_interleaved.toyworld.draw import draw
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
+from toyworld.draw import draw
+from toyworld.sampling import random_scene, scene_rng
 
 WARM_UP = 200  # scenes
 

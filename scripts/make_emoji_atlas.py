@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from mm_interleaved.toyworld.kinds import KINDS
-from mm_interleaved.toyworld.sprites import ATLAS, ATLAS_COLUMNS, TILE
+from toyworld.kinds import KINDS
+from toyworld.sprites import ATLAS, ATLAS_COLUMNS, TILE
 
 STRIKE = 109  # the one size, in pixels, that the font's bitmaps have
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.pretrained import TOKENIZER
-from mm_interleaved.toyworld.writers import write_dataset
-from mm_interleaved.toyworld.writers.base import Job
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
 ROOT = Path(__file__).parents[1]
 STEPS, STOPPED = 6, 4

@@ -15,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from mm_interleaved.document import Text
-from mm_interleaved.toyworld.documents import toy_document
+from toyworld.documents import toy_document
 
 TARGET = Path(__file__).parents[1] / "src/mm_interleaved/pretrained/small/tokenizer.model"
 VOCAB_SIZE = 2048

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mm_interleaved import GenerationSettings, ImageSettings, MMInterleaved, TextSettings
+from mm_interleaved.checkpoints.quantization import quantize
 from mm_interleaved.generation import GenerationState, InterleavedGenerator, workspace
 from mm_interleaved.model.fused import decoding_kernels
 from mm_interleaved.model.mmfs import VisibleImages
-from mm_interleaved.model.quantization import quantize
 from mm_interleaved.ops import attend, project, project_gated
 from mm_interleaved.pretrained import Loaded
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mm_interleaved import MMInterleaved
-from mm_interleaved.model.checkpoint import read_weights
-from mm_interleaved.model.original import NameTable, derived_tensors
+from mm_interleaved.checkpoints.checkpoint import read_weights
+from mm_interleaved.checkpoints.original import NameTable, derived_tensors
 from mm_interleaved.pretrained import TOKENIZER
 
 from ..conftest import GOLDEN_DATA, awaken, golden_bytes
@@ -155,7 +155,7 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 from mm_interleaved import MMInterleavedConfig
-from mm_interleaved.model.checkpoint import convert_from_original
+from mm_interleaved.checkpoints.checkpoint import convert_from_original
 config = MMInterleavedConfig.from_pretrained(sys.argv[3])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_from_original(Path(sys.argv[1]), Path(sys.argv[2]), config)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm_interleaved.model import MMInterleavedConfig, checkpoint
-from mm_interleaved.model.checkpoint import expected_parameters, read_weights, weight_files
-from mm_interleaved.model.original import NameTable, derived_tensors
+from mm_interleaved.checkpoints import checkpoint
+from mm_interleaved.checkpoints.checkpoint import expected_parameters, read_weights, weight_files
+from mm_interleaved.checkpoints.original import NameTable, derived_tensors
+from mm_interleaved.model import MMInterleavedConfig
 
 from ..conftest import GOLDEN_DATA, golden_bytes
 from .conftest import Outcome

@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mm_interleaved.toyworld.writers import write_dataset
-from mm_interleaved.toyworld.writers.base import Job
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
 from ..data.world import write_images, write_lines
 from .conftest import Outcome

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from mm_interleaved.checkpoints.hub import SETS
 from mm_interleaved.cli.console import console, output
-from mm_interleaved.model.hub import SETS
 
 from .conftest import Outcome
 from .fake_hub import COMMIT, FakeHub

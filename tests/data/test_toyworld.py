@@ -11,7 +11,7 @@ import torch
 
 from mm_interleaved.data import DataError, SourceConfig
 from mm_interleaved.processor import MMInterleavedProcessor
-from mm_interleaved.toyworld.documents import FORM_NAMES
+from toyworld.documents import FORM_NAMES
 
 from .world import loader, texts
 

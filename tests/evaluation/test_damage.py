@@ -11,8 +11,8 @@ import pytest
 from mm_interleaved import MMInterleaved
 from mm_interleaved.evaluation import EvaluationError
 from mm_interleaved.tasks import TaskError
-from mm_interleaved.toyworld.writers import write_dataset
-from mm_interleaved.toyworld.writers.base import Job
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
 from .conftest import MakeTask, Run, contents, lines
 

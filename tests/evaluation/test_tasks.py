@@ -17,7 +17,7 @@ from mm_interleaved.evaluation.toyworld import drawn_scenes, find_about
 from mm_interleaved.metrics.clip import CLIP
 from mm_interleaved.metrics.toyworld import SceneImages
 from mm_interleaved.tasks import TASKS, TaskError, make_task
-from mm_interleaved.toyworld.draw import draw
+from toyworld.draw import draw
 
 from .conftest import QUICK, MakeTask, Run, contents, figures, lines
 

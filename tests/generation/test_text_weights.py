@@ -31,13 +31,13 @@ from mm_interleaved import (
     Text,
     TextSettings,
 )
+from mm_interleaved.checkpoints.quantization import quantize
 from mm_interleaved.generation import image_encoder, interleaved, mm_interleaved, workspace
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.generation.text import score_options, write_beams, write_greedy
 from mm_interleaved.generation.workspace import POOL
 from mm_interleaved.model.fused import decoding_kernels
 from mm_interleaved.model.language_model import synchronizers
-from mm_interleaved.model.quantization import quantize
 from mm_interleaved.model.weights import why_not_captured
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor
 
+from mm_interleaved.checkpoints.original import NameTable, config_from_original, derived_tensors
 from mm_interleaved.generation import MMInterleaved
 from mm_interleaved.model import MMInterleavedConfig
-from mm_interleaved.model.original import NameTable, config_from_original, derived_tensors
 from mm_interleaved.processor import Batch
 
 from ..conftest import GOLDEN_ERRORS, golden_bytes, golden_identity

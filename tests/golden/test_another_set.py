@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from mm_interleaved import MMInterleaved
+from mm_interleaved.checkpoints.checkpoint import convert_from_original, convert_to_original, read_weights
+from mm_interleaved.checkpoints.original import config_from_original
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.generation import SegmentFinished
 from mm_interleaved.generation.settings import from_original
-from mm_interleaved.model.checkpoint import convert_from_original, convert_to_original, read_weights
-from mm_interleaved.model.original import config_from_original
 
 from ..conftest import awaken, golden_bytes
 from .golden_set import CaseTensors, GoldenSet

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mm_interleaved.checkpoints.original import derived_tensors
 from mm_interleaved.model.image_decoder import NoiseSamples
 from mm_interleaved.model.language_model import image_features
 from mm_interleaved.model.layout import visible_images
 from mm_interleaved.model.mmfs import MMFS, VisibleImages, mmfs_reference
-from mm_interleaved.model.original import derived_tensors
 from mm_interleaved.model.unet import EarlierImages
 from mm_interleaved.ops import deformable_attention, deformable_attention_reference
 from mm_interleaved.processor import build_labels

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mm_interleaved import MMInterleaved, MMInterleavedProcessor
-from mm_interleaved.toyworld.writers import write_dataset
-from mm_interleaved.toyworld.writers.base import Job
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
 from ..conftest import make_image
 

@@ -9,11 +9,11 @@ import PIL.Image
 import pytest
 
 from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
-from mm_interleaved.toyworld.draw import draw
-from mm_interleaved.toyworld.language import caption
-from mm_interleaved.toyworld.sampling import random_scene
-from mm_interleaved.toyworld.scene import Look, Scene, Thing
-from mm_interleaved.toyworld.stories import Frame
+from toyworld.draw import draw
+from toyworld.language import caption
+from toyworld.sampling import random_scene
+from toyworld.scene import Look, Scene, Thing
+from toyworld.stories import Frame
 
 SCENES = {seed: random_scene(np.random.default_rng(seed)) for seed in range(6)}
 

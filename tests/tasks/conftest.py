@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mm_interleaved.tasks import Sample, Task, TaskConfig, make_task
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import Scene
-from mm_interleaved.toyworld.writers import write_dataset
-from mm_interleaved.toyworld.writers.base import Job
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import Scene
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
 SIZE, COUNT, SEED = 64, 4, 0
 

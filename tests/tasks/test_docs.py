@@ -10,8 +10,8 @@ import pytest
 
 from mm_interleaved.cli import main
 from mm_interleaved.tasks import TASKS, TaskConfig, make_task
-from mm_interleaved.toyworld.writers import write_dataset
-from mm_interleaved.toyworld.writers.base import Job
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
 from ..conftest import make_image
 

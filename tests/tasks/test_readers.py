@@ -17,8 +17,8 @@ from mm_interleaved.document import Image, Text
 from mm_interleaved.tasks import Sample, Task
 from mm_interleaved.tasks.ade20k import color_maps
 from mm_interleaved.tasks.stories import FLINTSTONES, PORORO, tidy
-from mm_interleaved.toyworld.draw import boxes, draw, label_map
-from mm_interleaved.toyworld.language import score_caption
+from toyworld.draw import boxes, draw, label_map
+from toyworld.language import score_caption
 
 from .conftest import COUNT, FILES, SIZE, Written, first, scene
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from mm_interleaved.toyworld.kinds import KINDS
-from mm_interleaved.toyworld.scene import COLORS, Scene
+from toyworld.kinds import KINDS
+from toyworld.scene import COLORS, Scene
 
 COLOR = {c: c for c in COLORS} | {"grey": "gray"}
 TEXTURE = {

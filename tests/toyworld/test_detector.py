@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.toyworld.detector import MAP, OUTPUTS, PIXELS, TRAITS, Detection, Detector, DetectorNet, split
-from mm_interleaved.toyworld.draw import boxes, draw
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import SIZES, Attributes, Scene, SceneObject
-from mm_interleaved.toyworld.score import SceneScore, match, pair, stated
-from mm_interleaved.toyworld.train_detector import SceneBatches, evaluate, loss, paired, save, spoil, train
+from toyworld.detector import MAP, OUTPUTS, PIXELS, TRAITS, Detection, Detector, DetectorNet, split
+from toyworld.draw import boxes, draw
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import SIZES, Attributes, Scene, SceneObject
+from toyworld.score import SceneScore, match, pair, stated
+from toyworld.train_detector import SceneBatches, evaluate, loss, paired, save, spoil, train
 
 scenes = st.integers(0, 2**32).map(lambda seed: random_scene(np.random.default_rng(seed)))
 

@@ -9,8 +9,8 @@ import pytest
 
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.tasks import grounding, vqa
-from mm_interleaved.toyworld import documents as toy
-from mm_interleaved.toyworld.documents import (
+from toyworld import documents as toy
+from toyworld.documents import (
     BOX_SCALE,
     FORM_NAMES,
     FORMS,
@@ -20,12 +20,12 @@ from mm_interleaved.toyworld.documents import (
     random_document,
     toy_document,
 )
-from mm_interleaved.toyworld.draw import LABELS, boxes, draw, label_map
-from mm_interleaved.toyworld.kinds import KINDS
-from mm_interleaved.toyworld.language import grounded, region_question, score_caption, unanswerable
-from mm_interleaved.toyworld.redraw import redrawn
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import GLYPHS, Scene
+from toyworld.draw import LABELS, boxes, draw, label_map
+from toyworld.kinds import KINDS
+from toyworld.language import grounded, region_question, score_caption, unanswerable
+from toyworld.redraw import redrawn
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import GLYPHS, Scene
 
 from .finding import COLOR, PART, SIZE, TEXTURE, cell_of, find
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.toyworld.draw import GROUND_LABELS, KIND_LABELS, LABELS, boxes, draw, label_map, owners, visible
-from mm_interleaved.toyworld.kinds import GROUPS, KINDS
-from mm_interleaved.toyworld.sampling import random_scene
-from mm_interleaved.toyworld.scene import (
+from toyworld.draw import GROUND_LABELS, KIND_LABELS, LABELS, boxes, draw, label_map, owners, visible
+from toyworld.kinds import GROUPS, KINDS
+from toyworld.sampling import random_scene
+from toyworld.scene import (
     COLORS,
     GLYPHS,
     GROUNDS,
@@ -24,7 +24,7 @@ from mm_interleaved.toyworld.scene import (
     Scene,
     SceneObject,
 )
-from mm_interleaved.toyworld.sprites import ATLAS, sprite
+from toyworld.sprites import ATLAS, sprite
 
 SHADOW = 90  # no shadow changes a channel by more
 scenes = st.integers(0, 2**32).map(lambda seed: random_scene(np.random.default_rng(seed)))

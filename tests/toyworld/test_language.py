@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.toyworld.kinds import KINDS
-from mm_interleaved.toyworld.language import (
+from toyworld.kinds import KINDS
+from toyworld.language import (
     Fact,
     caption,
     dialogue,
@@ -21,10 +21,10 @@ from mm_interleaved.toyworld.language import (
     referring,
     score_caption,
 )
-from mm_interleaved.toyworld.language import captions as caption_templates
-from mm_interleaved.toyworld.language.words import a, listed, say, wordings
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import COLORS, Attributes, Scene, SceneObject
+from toyworld.language import captions as caption_templates
+from toyworld.language.words import a, listed, say, wordings
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import COLORS, Attributes, Scene, SceneObject
 
 from .finding import COLOR, PART, TEXTURE, cell_of, find, split_relation
 

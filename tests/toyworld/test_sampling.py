@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.toyworld.draw import visible
-from mm_interleaved.toyworld.kinds import KINDS
-from mm_interleaved.toyworld.sampling import (
+from toyworld.draw import visible
+from toyworld.kinds import KINDS
+from toyworld.sampling import (
     LEAST_SEEN,
     SPLITS,
     Split,
@@ -21,7 +21,7 @@ from mm_interleaved.toyworld.sampling import (
     scene_rng,
     split_of,
 )
-from mm_interleaved.toyworld.scene import COLORS, GROUNDS, Attributes, Scene, SceneObject
+from toyworld.scene import COLORS, GROUNDS, Attributes, Scene, SceneObject
 
 
 def many(number: int, seed: int = 0, split: Split = "train") -> list[Scene]:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.toyworld.draw import draw
-from mm_interleaved.toyworld.sampling import SPLITS, scene_rng, split_of
-from mm_interleaved.toyworld.scene import Scene, SceneObject
-from mm_interleaved.toyworld.stories import NAMES, Story, story
+from toyworld.draw import draw
+from toyworld.sampling import SPLITS, scene_rng, split_of
+from toyworld.scene import Scene, SceneObject
+from toyworld.stories import NAMES, Story, story
 
 from .finding import COLOR, PART, SIZE, TEXTURE, cell_of
 

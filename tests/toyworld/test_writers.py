@@ -11,11 +11,11 @@ import PIL.Image
 import pytest
 
 from mm_interleaved.document import load_documents
-from mm_interleaved.toyworld.language import score_caption
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import Scene
-from mm_interleaved.toyworld.writers import FORMATS, WriteError, write_dataset
-from mm_interleaved.toyworld.writers.base import Format, Job
+from toyworld.language import score_caption
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import Scene
+from toyworld.writers import FORMATS, WriteError, write_dataset
+from toyworld.writers.base import Format, Job
 
 JOB = Job(count=9, split="train", seed=2, size=48)
 
@@ -24,7 +24,7 @@ JOB = Job(count=9, split="train", seed=2, size=48)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards from few samples."""
     for name in ("mmc4", "pairs", "webdataset"):
-        monkeypatch.setattr(f"mm_interleaved.toyworld.writers.{name}.BATCH", 4)
+        monkeypatch.setattr(f"toyworld.writers.{name}.BATCH", 4)
     smaller = {f.name: Format(f.name, f.description, f.write, f.finish, 4) for f in FORMATS.values()}
     for name, form in smaller.items():
         monkeypatch.setitem(FORMATS, name, form)

@@ -11,7 +11,14 @@ from diffusers import AutoencoderKL
 
 from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER, load
-from mm_interleaved.training.autoencoder import (
+from mm_interleaved.training.config import (
+    AutoencoderConfig,
+    AutoencoderLossConfig,
+    AutoencoderRunConfig,
+    ImagesConfig,
+)
+from mm_interleaved.training.run import train, train_autoencoder
+from toyworld.curriculum.autoencoder import (
     AutoencoderTask,
     edge_loss,
     focal_frequency_loss,
@@ -19,14 +26,7 @@ from mm_interleaved.training.autoencoder import (
     psnr,
     ssim,
 )
-from mm_interleaved.training.config import (
-    AutoencoderConfig,
-    AutoencoderLossConfig,
-    AutoencoderRunConfig,
-    ImagesConfig,
-)
-from mm_interleaved.training.images import ImageLoader, images_of
-from mm_interleaved.training.run import train, train_autoencoder
+from toyworld.curriculum.images import ImageLoader, images_of
 
 from ..conftest import make_image
 from .conftest import ROOT, logged

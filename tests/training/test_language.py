@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER
-from mm_interleaved.toyworld.detector import TRAITS
-from mm_interleaved.toyworld.language import caption, paragraph
-from mm_interleaved.toyworld.language.phrases import CELL_NAMES
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import GROUNDS, RELATIONS, SIZES
 from mm_interleaved.training.building import build, build_tokenizer
 from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
-from mm_interleaved.training.images import ImageLoader, ToyTexts
-from mm_interleaved.training.language import LanguageTask
-from mm_interleaved.training.parts import SharedReader
 from mm_interleaved.training.pipeline import prepare_texts
 from mm_interleaved.training.run import train_language
-from mm_interleaved.training.told import OBJECTS, TOLD, told
+from toyworld.curriculum.images import ImageLoader, ToyTexts
+from toyworld.curriculum.language import LanguageTask
+from toyworld.curriculum.parts import SharedReader
+from toyworld.curriculum.told import OBJECTS, TOLD, told
+from toyworld.detector import TRAITS
+from toyworld.language import caption, paragraph
+from toyworld.language.phrases import CELL_NAMES
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import GROUNDS, RELATIONS, SIZES
 
 from .conftest import PART, ROOT, logged, whole_model
 

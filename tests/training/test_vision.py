@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER
-from mm_interleaved.toyworld.detector import TRAITS
-from mm_interleaved.toyworld.sampling import random_scene, scene_rng
-from mm_interleaved.toyworld.scene import SIZES
-from mm_interleaved.toyworld.train_detector import labels
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
-from mm_interleaved.training.images import ImageLoader, ToyScenes
 from mm_interleaved.training.run import train_vision
-from mm_interleaved.training.vision import VisionTask, cell_traits
+from toyworld.curriculum.images import ImageLoader, ToyScenes
+from toyworld.curriculum.vision import VisionTask, cell_traits
+from toyworld.detector import TRAITS
+from toyworld.sampling import random_scene, scene_rng
+from toyworld.scene import SIZES
+from toyworld.train_detector import labels
 
 from .conftest import PART, ROOT, logged, whole_model
 

@@ -10,13 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..checkpoints.quantization import Quantization, quantize
 from ..generation import GenerationState, MMInterleaved
 from ..generation.settings import CacheImplementation
 from ..generation.workspace import uses_graphs
 from ..model import MMInterleavedConfig
 from ..model.cost import Cost, measure
 from ..model.mmfs import MMFS
-from ..model.quantization import Quantization, quantize
 from ..model.roofline import Need
 from ..ops.mmfs_attention import Backend
 from ..pretrained import TOKENIZER, Loaded
@@ -107,8 +107,8 @@ SIZES = {
                    rounds=4, round_tokens=16, reference_rounds=4, batch=2, batch_length=256, batch_images=3, repeats=5,
                    counts=(1, 5, 15, 30)),
     "debug": Sizes(texts=((60, 2),), tokens=4, reference_tokens=4, beams=2, length=60, images=2, drawing=(40, 1),
-                   steps=2, rounds=2, round_tokens=3, reference_rounds=2, batch=1, batch_length=64, batch_images=2, captions=3,
-                   counts=(1, 3), repeats=2),
+                   steps=2, rounds=2, round_tokens=3, reference_rounds=2, batch=1, batch_length=64, batch_images=2,
+                   captions=3, counts=(1, 3), repeats=2),
 }  # fmt: skip
 
 

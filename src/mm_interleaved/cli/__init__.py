@@ -8,11 +8,11 @@ from typing import Any
 import typer
 from transformers.utils import logging as transformers_logging
 
+from ..checkpoints.checkpoint import CheckpointError
 from ..configuration import ConfigError
 from ..data import DataError
 from ..document import DocumentError
 from ..evaluation import EvaluationError
-from ..model.checkpoint import CheckpointError
 from .bench import bench
 from .console import console
 from .convert import assemble, convert

@@ -43,7 +43,7 @@ def bench(
     from ..bench import LINES, run
     from ..bench.base import SIZES, Bench
     from ..bench.machine import describe
-    from ..model.quantization import QUANTIZATIONS, Quantization
+    from ..checkpoints.quantization import QUANTIZATIONS, Quantization
     from .generate import _device
 
     if preset not in SIZES:

@@ -9,17 +9,12 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from ..checkpoints.checkpoint import CheckpointError, convert_from_original, convert_to_original, written_aside
+from ..checkpoints.components import config_from_components, from_components
+from ..checkpoints.original import config_from_original
 from ..generation import MMInterleaved
 from ..model import MMInterleavedConfig
-from ..model.checkpoint import (
-    CheckpointError,
-    convert_from_original,
-    convert_to_original,
-    written_aside,
-)
-from ..model.components import config_from_components, from_components
 from ..model.config import PRESETS
-from ..model.original import config_from_original
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from .console import console, output

@@ -9,7 +9,7 @@ import typer
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from ..model.hub import SETS, Component, Offer, RemoteFile, ask, fetch
+from ..checkpoints.hub import SETS, Component, Offer, RemoteFile, ask, fetch
 from .console import console, output
 from .results import UsageError
 

@@ -13,13 +13,13 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.table import Table
 
+from ..checkpoints.quantization import Quantization
 from ..configuration import load_config
 from ..evaluation import EvaluateConfig, Results, evaluate
 from ..evaluation.predictions import remove_results
 from ..evaluation.processes import on_main, start_processes
 from ..evaluation.report import problems, shown_values, skipped
 from ..evaluation.run import RESULTS, TABLE
-from ..model.quantization import Quantization
 from ..pretrained import load
 from .console import console, output
 from .gallery import GALLERY, write_gallery

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..checkpoints.quantization import QUANTIZATIONS, Quantization
 from ..document import Document, DocumentError, load_documents
 from ..generation import (
     IMAGE_PRESETS,
@@ -25,7 +26,6 @@ from ..generation import (
 )
 from ..generation.interleaved import PreparedDocument
 from ..generation.settings import override
-from ..model.quantization import QUANTIZATIONS, Quantization
 from ..pretrained import Loaded, load
 from ..processor.images import load_image
 from .console import console, output

@@ -10,13 +10,14 @@ from typing import Annotated, cast
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from toyworld import sampling
+from toyworld.documents import FORM_NAMES, SMALLEST, DocumentMix, toy_document
+from toyworld.sampling import SPLITS
+from toyworld.sheet import contact_sheet
+from toyworld.writers import FORMATS, WriteError, write_dataset
+from toyworld.writers.base import Job
+
 from ..files import write_atomic
-from ..toyworld import sampling
-from ..toyworld.documents import FORM_NAMES, SMALLEST, DocumentMix, toy_document
-from ..toyworld.sampling import SPLITS
-from ..toyworld.sheet import contact_sheet
-from ..toyworld.writers import FORMATS, WriteError, write_dataset
-from ..toyworld.writers.base import Job
 from .console import console, output
 from .results import UsageError
 

@@ -366,8 +366,8 @@ class ToyWorld:
 
     def __init__(self, config: SourceConfig) -> None:
         # Drawing needs libraries and images that other sources do without.
-        from ..toyworld.documents import toy_document
-        from ..toyworld.sampling import SPLITS, Split
+        from toyworld.documents import toy_document
+        from toyworld.sampling import SPLITS, Split
 
         self.config, self.shards = config, _Numbers(f"toyworld {config.split}", config.documents)
         self._draw, options = toy_document, dict(config.options)
@@ -396,7 +396,7 @@ class ToyWorld:
 
 def _toy_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a configuration as arguments of `toy_document`."""
-    from ..toyworld.documents import DocumentMix
+    from toyworld.documents import DocumentMix
 
     options = dict(options)
     if options.get("mix") is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..model.quantization import QUANTIZATIONS
+from ..checkpoints.quantization import QUANTIZATIONS
 from ..tasks import TASKS, TaskConfig
 from ..validation import check_seed
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from toyworld.scene import Scene
+from toyworld.stories import Frame
+from toyworld.writers import ABOUT
+from toyworld.writers.base import VERSION, Job
+from toyworld.writers.stories import PLACES, told_by
+
 from ..document import Image
 from ..tasks import Sample, Task
-from ..toyworld.scene import Scene
-from ..toyworld.stories import Frame
-from ..toyworld.writers import ABOUT
-from ..toyworld.writers.base import VERSION, Job
-from ..toyworld.writers.stories import PLACES, told_by
 
 SHOWN = ("coco_karpathy", "flickr30k", "nocaps", "image2paragraph")  # tasks that describe the scene they are shown
 DRAWN = ("coco", "lncoco", "ade20k", "vist", "pororo", "flintstones")  # tasks that draw scenes

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..toyworld.detector import WEIGHTS, Detection, Detector, train_command
-from ..toyworld.language import score_caption
-from ..toyworld.scene import Scene
-from ..toyworld.score import SceneScore, match
-from ..toyworld.stories import Frame
+from toyworld.detector import WEIGHTS, Detection, Detector, train_command
+from toyworld.language import score_caption
+from toyworld.scene import Scene
+from toyworld.score import SceneScore, match
+from toyworld.stories import Frame
+
 from .image_files import ImageLike, rgb
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..checkpoints.checkpoint import check_safetensors
+from ..checkpoints.quantization import Quantization, quantize
 from ..generation import MMInterleaved
 from ..model import MMInterleavedConfig
-from ..model.checkpoint import check_safetensors
-from ..model.quantization import Quantization, quantize
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 
 FOLDER = Path(__file__).parent

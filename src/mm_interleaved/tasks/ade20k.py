@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from toyworld.documents import colored
+
 from ..document import Image, Segment, Text
-from ..toyworld.documents import colored
 from .base import Item, TaskType, given
 from .files import Source, TaskError, get, read_json, records
 

@@ -14,15 +14,16 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from toyworld.curriculum.language import WEIGHTS as LANGUAGE
+from toyworld.curriculum.parts import load_part
+from toyworld.curriculum.vision import WEIGHTS as VISION
+
+from ..checkpoints.components import config_from_components, from_components
 from ..generation import MMInterleaved
 from ..model import MMInterleavedConfig
-from ..model.components import config_from_components, from_components
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from .config import ModelConfig, TrainConfig
-from .language import WEIGHTS as LANGUAGE
-from .parts import load_part
-from .vision import WEIGHTS as VISION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,14 +13,21 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
+from toyworld.curriculum.autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
+from toyworld.curriculum.images import ImageLoader, ImageSet, ToyScenes, ToyTexts, images_of
+from toyworld.curriculum.language import WEIGHTS as LANGUAGE
+from toyworld.curriculum.language import LanguageTask
+from toyworld.curriculum.parts import save_part
+from toyworld.curriculum.vision import WEIGHTS as VISION
+from toyworld.curriculum.vision import VisionTask
+
+from ..checkpoints.checkpoint import written_aside
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
-from ..model.checkpoint import written_aside
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
-from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .building import build, build_config, build_tokenizer, given_model, load_language, load_vision
 from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
@@ -29,10 +36,6 @@ from .config import AutoencoderRunConfig, ImagesConfig, PartRunConfig, RunConfig
 from .distillation import ConditionDistillation
 from .flops import step_cost
 from .graphs import CapturedStep
-from .images import ImageLoader, ImageSet, ToyScenes, ToyTexts, images_of
-from .language import WEIGHTS as LANGUAGE
-from .language import LanguageTask
-from .parts import save_part
 from .pipeline import (
     BatchPipeline,
     Loader,
@@ -45,8 +48,6 @@ from .pipeline import (
 from .samples import Samples
 from .tasks import Tasks
 from .trainer import RunTrainer, training_arguments
-from .vision import WEIGHTS as VISION
-from .vision import VisionTask
 
 FINAL = "final"
 BLOCKS = {  # what `compile` compiles, by its value

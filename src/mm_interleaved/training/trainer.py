@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from ..checkpoints.checkpoint import put_in_place
 from ..configuration import to_yaml
 from ..model import MMInterleavedModel
-from ..model.checkpoint import put_in_place
 from . import checkpoints, sharding
 from .config import RunConfig, ScheduleConfig, TrainingError
 from .distillation import ConditionDistillation

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import SD_SCHEDULER, MMInterleavedConfig
-from .positions import sincos_2d
-from .visual_tokenizer import CLIP_MEAN, CLIP_STD
+from ..model.config import SD_SCHEDULER, MMInterleavedConfig
+from ..model.positions import sincos_2d
+from ..model.visual_tokenizer import CLIP_MEAN, CLIP_STD
 
 # ours -> theirs; {n} is a layer number, {x} the rest of the name. The first line that fits decides.
 _RESAMPLER = [

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
+from mm_interleaved.checkpoints.quantization import QUANTIZATIONS, quantize
 from mm_interleaved.evaluation.run import weights_digest
 from mm_interleaved.model.fused import decoding_kernels
-from mm_interleaved.model.quantization import QUANTIZATIONS, quantize
 from mm_interleaved.model.weights import is_quantized, readable, stored
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 from mm_interleaved.ops.scaled_rows import ScaledRows
 from mm_interleaved.pretrained import load
-from mm_interleaved.toyworld.draw import draw
-from mm_interleaved.toyworld.scene import Look, Scene, Thing
+from toyworld.draw import draw
+from toyworld.scene import Look, Scene, Thing
 
 from ..generation.test_text import prompts
 

@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..model.config import SD_SCHEDULER, MMInterleavedConfig
+from ..model.mm_interleaved import MMInterleavedModel
 from .checkpoint import CheckpointError
-from .config import SD_SCHEDULER, MMInterleavedConfig
-from .mm_interleaved import MMInterleavedModel
 
 # What must agree between a component's configuration and the model's.
 _TEXT_KEYS = (

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import MMInterleavedConfig
-from .mm_interleaved import MMInterleavedModel
+from ..model.config import MMInterleavedConfig
+from ..model.mm_interleaved import MMInterleavedModel
 from .original import NameTable, derived_tensors
 
 SHARD_BYTES = 800_000_000  # what an output shard holds; writing one takes twice as much memory

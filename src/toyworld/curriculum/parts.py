@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from ..toyworld.scene import GRID
+from ..scene import GRID
 
 
 def spread(vectors: Tensor) -> Tensor:

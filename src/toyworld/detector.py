@@ -199,4 +199,4 @@ def _once(seen: list[Detection]) -> list[Detection]:
 
 def train_command(output: Path = WEIGHTS) -> str:
     """How weights are made."""
-    return f"python -m mm_interleaved.toyworld.train_detector --output {output}"
+    return f"python -m toyworld.train_detector --output {output}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..toyworld.detector import TRAITS
-from ..toyworld.language import Caption
-from ..toyworld.language.phrases import CELL_NAMES
-from ..toyworld.scene import GRID, GROUNDS, RELATIONS, SIZES
+from ..detector import TRAITS
+from ..language import Caption
+from ..language.phrases import CELL_NAMES
+from ..scene import GRID, GROUNDS, RELATIONS, SIZES
 
 OBJECTS = 5  # the most that a text tells of
 _VALUES: dict[str, tuple[str, ...]] = {

@@ -9,17 +9,7 @@ import numpy as np
 
 from ..kinds import KINDS
 from ..scene import COLORS, PARTS, TEXTURES, Scene, SceneObject
-from .phrases import (
-    ATTRIBUTES,
-    CELL_NAMES,
-    CELL_WORDS,
-    NOTHING,
-    RELATION_WORDS,
-    attribute,
-    glyph_noun,
-    living,
-    the,
-)
+from .phrases import ATTRIBUTES, CELL_NAMES, CELL_WORDS, NOTHING, RELATION_WORDS, attribute, glyph_noun, living, the
 from .words import NUMBERS, a, chance, choose, say
 
 PEOPLE = 10  # answer each question

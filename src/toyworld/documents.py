@@ -8,18 +8,10 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import PIL.Image
 
-from ..document import Document, Image, Segment, Text
+from mm_interleaved.document import Document, Image, Segment, Text
+
 from .draw import boxes, draw, label_map
-from .language import (
-    caption,
-    dialogue,
-    grounded,
-    paragraph,
-    questions,
-    referring,
-    region_question,
-    unanswerable,
-)
+from .language import caption, dialogue, grounded, paragraph, questions, referring, region_question, unanswerable
 from .language.words import chance
 from .redraw import redrawn
 from .sampling import Split, check_objects, random_scene, scene_rng

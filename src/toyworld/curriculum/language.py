@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from ..model import MMInterleavedConfig, MMInterleavedModel
-from ..model.layout import ImagePositions
+from mm_interleaved.model import MMInterleavedConfig, MMInterleavedModel
+from mm_interleaved.model.layout import ImagePositions
+
 from .parts import SharedReader, report, spread
 from .told import GROUND, OBJECTS, TOLD
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig
-from mm_interleaved.model import checkpoint
-from mm_interleaved.model.checkpoint import (
+from mm_interleaved.checkpoints import checkpoint
+from mm_interleaved.checkpoints.checkpoint import (
     CheckpointError,
     convert_from_original,
     convert_to_original,
@@ -22,7 +22,7 @@ from mm_interleaved.model.checkpoint import (
     weight_files,
     written_aside,
 )
-from mm_interleaved.model.original import NameTable, derived_tensors
+from mm_interleaved.checkpoints.original import NameTable, derived_tensors
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from mm_interleaved.checkpoints.original import NameTable, derived_tensors
 from mm_interleaved.model import MMInterleavedConfig, MMInterleavedModel
-from mm_interleaved.model.original import NameTable, derived_tensors
 
 from ..conftest import GOLDEN_DATA, golden_bytes
 

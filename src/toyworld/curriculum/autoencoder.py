@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from .config import AutoencoderConfig, AutoencoderLossConfig
+from mm_interleaved.training.config import AutoencoderConfig, AutoencoderLossConfig
 
 STATISTICS_BATCHES = 8  # held-out batches that the scale of the latents is measured on
 

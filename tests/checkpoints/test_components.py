@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
+from mm_interleaved.checkpoints.checkpoint import CheckpointError
+from mm_interleaved.checkpoints.components import config_from_components, from_components
 from mm_interleaved.cli import main
-from mm_interleaved.model.checkpoint import CheckpointError
-from mm_interleaved.model.components import config_from_components, from_components
 from mm_interleaved.pretrained import TOKENIZER
 
 CHANGES = {  # the new parts at a size for tests

@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data import leave_process_group
-from ..processor.images import CROPS, load_image
-from ..toyworld.detector import PIXELS
-from ..toyworld.draw import draw
-from ..toyworld.language import Caption, caption, paragraph
-from ..toyworld.language.words import chance
-from ..toyworld.sampling import Split, random_scene, scene_rng
-from ..toyworld.scene import Scene
-from ..toyworld.train_detector import labels
-from .config import ImagesConfig
+from mm_interleaved.data import leave_process_group
+from mm_interleaved.processor.images import CROPS, load_image
+from mm_interleaved.training.config import ImagesConfig
+
+from ..detector import PIXELS
+from ..draw import draw
+from ..language import Caption, caption, paragraph
+from ..language.words import chance
+from ..sampling import Split, random_scene, scene_rng
+from ..scene import Scene
+from ..train_detector import labels
 from .told import told
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from ..model import MMInterleavedConfig
-from ..model.mm_interleaved import unit_range
-from ..model.typed_modules import module_list
-from ..model.visual_tokenizer import VisualTokenizer
-from ..toyworld.detector import MAP, OUTPUTS, TRAITS, split
-from ..toyworld.scene import GRID, SIZES
-from ..toyworld.train_detector import loss as scene_loss
+from mm_interleaved.model import MMInterleavedConfig
+from mm_interleaved.model.mm_interleaved import unit_range
+from mm_interleaved.model.typed_modules import module_list
+from mm_interleaved.model.visual_tokenizer import VisualTokenizer
+
+from ..detector import MAP, OUTPUTS, TRAITS, split
+from ..scene import GRID, SIZES
+from ..train_detector import loss as scene_loss
 from .parts import SharedReader, cell_of, report, spread
 
 WEIGHTS = "visual_tokenizer.safetensors"

@@ -1,9 +1,9 @@
 """Trains the detector on scenes that are drawn as it goes, and measures it on held-out ones.
 
-python -m mm_interleaved.toyworld.train_detector --steps 3000 --batch 256 --device cuda --workers 15
-python -m mm_interleaved.toyworld.train_detector --steps 1500 --batch 64 --peak 4e-4 --seed 1 --start
+python -m toyworld.train_detector --steps 3000 --batch 256 --device cuda --workers 15
+python -m toyworld.train_detector --steps 1500 --batch 64 --peak 4e-4 --seed 1 --start
 detector.safetensors
-python -m mm_interleaved.toyworld.train_detector --evaluate
+python -m toyworld.train_detector --evaluate
 """
 
 from __future__ import annotations

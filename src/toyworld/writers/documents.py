@@ -8,7 +8,8 @@ from typing import Any
 
 import PIL.Image
 
-from ...document import Image
+from mm_interleaved.document import Image
+
 from ..documents import toy_document
 from .base import Format, Job, json_lines
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
-from ..document import Document, Image, Text
+from mm_interleaved.document import Document, Image, Text
 
 MARGIN = 8
 FONT_SIZE = 13

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from .mm_interleaved import MMInterleavedModel
-from .weights import is_quantized
+from ..model.mm_interleaved import MMInterleavedModel
+from ..model.weights import is_quantized
 
 Quantization = Literal["int8", "fp8"]
 QUANTIZATIONS = get_args(Quantization)
