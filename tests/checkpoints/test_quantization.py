@@ -19,7 +19,7 @@ from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 from mm_interleaved.ops.scaled_rows import ScaledRows
 from mm_interleaved.pretrained import load
 from toyworld.draw import draw
-from toyworld.scene import Look, Scene, Thing
+from toyworld.scene import Attributes, Scene, SceneObject
 
 from ..generation.test_text import prompts
 
@@ -137,7 +137,7 @@ def test_the_shipped_model_answers_as_before() -> None:
     """Loaded by name; the name says how it is quantized."""
     plain, coarse = load("small"), load("small", quantization="int8")
     assert coarse.name == "small (int8)"
-    scene = Scene((Thing(Look("fox", "red"), 4),))
+    scene = Scene((SceneObject(Attributes("fox", "red"), 4),))
     batch = coarse.processor([Document([Image(draw(scene, 128)), Text("a photo of")])])
     settings = TextSettings(max_new_tokens=10, num_beams=1)
     found = [loaded.model.generate_text(batch, settings)[0][0].ids for loaded in (plain, coarse)]

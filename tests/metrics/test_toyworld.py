@@ -12,7 +12,7 @@ from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 from toyworld.draw import draw
 from toyworld.language import caption
 from toyworld.sampling import random_scene
-from toyworld.scene import Look, Scene, Thing
+from toyworld.scene import Attributes, Scene, SceneObject
 from toyworld.stories import Frame
 
 SCENES = {seed: random_scene(np.random.default_rng(seed)) for seed in range(6)}
@@ -38,17 +38,17 @@ def test_captions_of_their_own_scenes_are_right() -> None:
     texts = {key: caption(scene, rng).text for key, scene in SCENES.items()}
     result = scene_captions(texts, SCENES)
     assert result.values["facts_right"] == 100
-    assert result.values["things_mentioned"] > 0
+    assert result.values["objects_mentioned"] > 0
     assert result.values["facts_per_caption"] >= 1
     assert result.per_sample == [100] * len(SCENES)
 
 
 def test_facts_are_counted_over_all_captions() -> None:
-    scene = Scene((Thing(Look("fox", "red"), 4),))
+    scene = Scene((SceneObject(Attributes("fox", "red"), 4),))
     result = scene_captions({1: "a red fox", 2: "a blue fox", 3: "nothing of note"}, dict.fromkeys((1, 2, 3), scene))
     assert result.per_sample == [100, pytest.approx(50), 0]
     assert result.values["facts_right"] == pytest.approx(75)
-    assert result.values["things_mentioned"] == pytest.approx(200 / 3)
+    assert result.values["objects_mentioned"] == pytest.approx(200 / 3)
 
 
 def test_captions_that_state_nothing_are_neither_right_nor_wrong() -> None:
@@ -58,7 +58,7 @@ def test_captions_that_state_nothing_are_neither_right_nor_wrong() -> None:
 
 
 def test_of_a_story_what_no_text_tells_must_be_kept() -> None:
-    red, blue = Scene((Thing(Look("fox", "red"), 4),)), Scene((Thing(Look("fox", "blue"), 4),))
+    red, blue = Scene((SceneObject(Attributes("fox", "red"), 4),)), Scene((SceneObject(Attributes("fox", "blue"), 4),))
     frames = {1: Frame("Mila is still here.", red, (0,)), 2: Frame("the fox is red.", red, ())}
     result = SceneImages()({1: draw(blue, 128), 2: draw(red, 128)}, frames)
     assert result.values["kept"] == result.values["kept_color"] == 0

@@ -72,7 +72,7 @@ def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hash
     """How well captions describe scenes.
 
     Values in percent: `facts_right`, of the facts stated, over all captions (left out if there are none);
-    `things_mentioned`, of the objects in the scenes. `facts_per_caption` is a count. The samples' scores are the
+    `objects_mentioned`, of the objects in the scenes. `facts_per_caption` is a count. The samples' scores are the
     percent of facts right, 0 if none is stated.
 
     Raises:
@@ -80,7 +80,7 @@ def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hash
     """
     scores = [score_caption(text, scene) for _, text, scene in aligned(predictions, references)]
     result = _summed(
-        [{"facts_right": (s.right, s.stated), "things_mentioned": (s.mentioned, s.objects)} for s in scores],
+        [{"facts_right": (s.right, s.stated), "objects_mentioned": (s.mentioned, s.objects)} for s in scores],
         "facts_right",
     )
     result.values["facts_per_caption"] = sum(score.stated for score in scores) / len(scores)
