@@ -11,8 +11,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
-    "document", "files", "validation", "configuration", "toyworld", "ops", "model", "processor", "generation", "data",
-    "metrics", "tasks", "evaluation", "training", "pretrained", "bench", "integrations", "cli",
+    "files", "validation", "configuration", "document", "ops", "model", "processor", "checkpoints", "generation",
+    "metrics", "tasks", "data", "pretrained", "evaluation", "training", "bench", "integrations", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 

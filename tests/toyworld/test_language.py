@@ -227,9 +227,9 @@ def counted(scene: Scene, text: str) -> str:
     noun = re.match(r"How many (.*?) (?:are|can|do) ", text)[1]
     last = noun.split()[-1]
     objects = scene.objects
-    if last in ("objects", "objects"):
+    if last in ("things", "objects"):
         color = noun.split()[0]
-        return str(sum(color in ("objects", "objects", t.attributes.color) for t in objects))
+        return str(sum(color in ("things", "objects", t.attributes.color) for t in objects))
     if last in groups:
         return str(sum(KINDS[t.attributes.kind].group == groups[last] for t in objects))
     return str(sum(t.attributes.kind == plurals[last] for t in objects))
