@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
-    "files", "validation", "configuration", "document", "ops", "model", "processor", "checkpoints", "generation",
+    "files", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints", "generation",
     "metrics", "tasks", "data", "pretrained", "evaluation", "training", "bench", "integrations", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
