@@ -37,10 +37,13 @@ from mm_interleaved.checkpoints.quantization import QUANTIZATIONS
 from mm_interleaved.files import write_atomic
 from mm_interleaved.metrics.grounding import grounding_accuracy, parse_box
 from mm_interleaved.pretrained import Loaded, load
+from mm_interleaved.tasks import render
+from mm_interleaved.tasks.captions import PROMPT as CAPTION
+from mm_interleaved.tasks.grounding import GROUNDING, box_text, thousandths
+from mm_interleaved.tasks.vqa import SHORT_PROMPT
 from mm_interleaved.training.building import DTYPES
 from mm_interleaved.training.ema import FILE as AVERAGE
 from toyworld.detector import Detection, Detector
-from toyworld.documents import CAPTION_PROMPT, REFER_PROMPT, VQA_SHORT, box_text
 from toyworld.draw import boxes, draw
 from toyworld.language import caption, questions, referring, score_caption
 from toyworld.language.questions import QUESTIONS, Question
@@ -104,7 +107,7 @@ class Exam:
     def captions(self) -> dict[str, float]:
         """Facts that are right of those stated, objects mentioned of those there."""
         asked = list(self.scenes(1))
-        given = [Document([Image(draw(s, self.size)), Text(CAPTION_PROMPT)]) for s, _ in asked]
+        given = [Document(render(CAPTION, {"image": Image(draw(s, self.size))})) for s, _ in asked]
         total: Counter[str] = Counter()
         for (scene, _), text in zip(asked, self.write(given, 80), strict=True):
             total.update(asdict(score_caption(text, scene)))
@@ -127,7 +130,7 @@ class Exam:
 
     def _answers(self, asked: Sequence[tuple[Scene, Sequence[Question]]]) -> dict[str, float]:
         pairs = [(image, q) for scene, some in asked for image in [draw(scene, self.size)] for q in some]
-        given = [Document([Image(image), Text(VQA_SHORT.format(question=q.question))]) for image, q in pairs]
+        given = [Document([Image(image), Text(SHORT_PROMPT.format(question=q.question))]) for image, q in pairs]
         right, count = Counter(), Counter()
         for (_, question), text in zip(pairs, self.write(given, 6), strict=True):
             said = text.strip().lower().rstrip(".")
@@ -140,8 +143,10 @@ class Exam:
     def boxes(self) -> dict[str, float]:
         """Objects that are meant and found: boxes that overlap theirs by half or more; how much all do."""
         asked = [(scene, referring(scene, rng)) for scene, rng in self.scenes(6)]
-        given = [Document([Image(draw(s, self.size)), Text(REFER_PROMPT.format(text=m.text))]) for s, m in asked]
-        told = [parse_box(box_text(boxes(s, self.size)[m.index], self.size)) for s, m in asked]
+        given = [Document(render(GROUNDING, {"image": Image(draw(s, self.size)), "caption": m.text})) for s, m in asked]
+        told = [
+            parse_box(box_text(thousandths(boxes(s, self.size)[m.index], (self.size, self.size)))) for s, m in asked
+        ]
         result = grounding_accuracy(dict(enumerate(self.write(given, BOX_TOKENS))), dict(enumerate(told)))
         return {name: value / 100 for name, value in result.values.items()} | {"boxes": len(asked)}
 

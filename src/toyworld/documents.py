@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
-import PIL.Image
 
 from mm_interleaved.document import Document, Image, Segment, Text
+from mm_interleaved.tasks import captions, grounding, render, visdial, vqa
+from mm_interleaved.tasks.ade20k import colored
+from mm_interleaved.tasks.base import Value
+from mm_interleaved.tasks.grounding import box_text, thousandths
 
 from .draw import boxes, draw, label_map
 from .language import caption, dialogue, grounded, paragraph, questions, referring, region_question, unanswerable
@@ -18,23 +21,8 @@ from .sampling import Split, check_objects, random_scene, scene_rng
 from .scene import Scene
 from .stories import story
 
-# The prompts of the tasks that models of this kind are evaluated with.
-CAPTION_PROMPT = "a photo of"
-PARAGRAPH_PROMPT = "Please describe the image in detail. The image depicts"
-VQA_BEFORE = "Based on the image, please answer the question."
-VQA_AFTER = "{question} Please provide an accurate answer within one word. The answer is:"
-VQA_SHORT = "Question: {question} Short answer:"
-VQA_UNSURE = (
-    "{question} When the provided information is insufficient, respond with 'Unanswerable'. Please provide an accurate "
-    "answer within one word. The answer is:"
-)
-REFER_PROMPT = "Provide the bounding box coordinate of the region this sentence describes. {text}<box>"
-REGION_PROMPT = "Provide a short description for this <ref>region</ref><box>{box}</box>."
-REGION_VQA = "Answer this question according to the <ref>region</ref><box>{box}</box>. {question}"
-GROUNDED_PROMPT = "Generate the caption with grounding."
-Things = tuple[int, int]
+Count = tuple[int, int]
 SMALLEST = 48  # pixels; below, small objects vanish
-BOX_SCALE = 999  # coordinates are thousandths of the image's side, cut to whole numbers
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ FORM_NAMES = tuple(f.name for f in fields(DocumentMix))
 
 
 def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: DocumentMix | None = None,
-                 objects: Things = (1, 5)) -> Document:  # fmt: skip
+                 objects: Count = (1, 5)) -> Document:  # fmt: skip
     """Document number `index` of a split; always the same for the same arguments.
 
     Args:
@@ -118,7 +106,7 @@ def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: D
 
 
 def random_document(rng: np.random.Generator, *, split: Split | None = None, size: int = 256,
-                    mix: DocumentMix | None = None, objects: Things = (1, 5)) -> Document:  # fmt: skip
+                    mix: DocumentMix | None = None, objects: Count = (1, 5)) -> Document:  # fmt: skip
     """A document by chance; its `id` is its form.
 
     Raises:
@@ -131,89 +119,78 @@ def random_document(rng: np.random.Generator, *, split: Split | None = None, siz
     return Document(FORMS[form](rng, split, size, objects), id=form)
 
 
-def box_text(box: tuple[float, float, float, float], size: int) -> str:
-    """For instance "(012,045)(678,999)": a box in pixels as grounding prompts write it."""
-    x0, y0, x1, y1 = (int(v / size * BOX_SCALE) for v in box)
-    return f"({x0:03d},{y0:03d})({x1:03d},{y1:03d})"
-
-
-def colored(labels: np.ndarray) -> PIL.Image.Image:
-    """A label map [H, W], ids up to 150, in the colours that ADE20K's preparation gives them; 0 is black."""
-    return PIL.Image.fromarray(_PALETTE[labels])
-
-
-def _palette() -> np.ndarray:
-    levels = np.arange(150)
-    digits = np.stack([levels // 36, levels % 36 // 6, levels % 6], 1)
-    return np.concatenate([np.zeros((1, 3)), 255 - 42 * digits]).astype(np.uint8)
-
-
-_PALETTE = _palette()
+def _box(box: tuple[int, ...], size: int) -> str:
+    """Return a box in pixels of a square image as the prompts of grounding write it."""
+    return box_text(thousandths(box, (size, size)))
 
 
 def _given(scene: Scene, size: int) -> Image:
     return Image(draw(scene, size), supervise=False)
 
 
-def _caption(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _caption(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.5):
-        return [_given(scene, size), Text(CAPTION_PROMPT, supervise=False), Text(caption(scene, rng, bare=True).text)]
+        return [*render(captions.PROMPT, {"image": _given(scene, size)}), Text(caption(scene, rng, bare=True).text)]
     return [_given(scene, size), Text(caption(scene, rng).text)]
 
 
-def _draw(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _draw(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     return [Text(caption(scene, rng, bare=chance(rng, 0.3)).text), Image(draw(scene, size))]
 
 
-def _paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.5):
         text = paragraph(scene, rng, bare=True).text
-        return [_given(scene, size), Text(PARAGRAPH_PROMPT, supervise=False), Text(text)]
+        return [*render(captions.PARAGRAPH_PROMPT, {"image": _given(scene, size)}), Text(text)]
     return [_given(scene, size), Text(paragraph(scene, rng).text)]
 
 
-def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     return [Text(paragraph(scene, rng).text), Image(draw(scene, size))]
 
 
-def _vqa(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _vqa(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.15):
         return _vqa_unsure(scene, rng, size)
     first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
     image = _given(scene, size)
-    segments: list[Segment]
     if chance(rng, 0.5):
-        segments = [Text(VQA_BEFORE, supervise=False), image]
-        prompts = [VQA_AFTER] + [VQA_SHORT] * len(others)
+        segments = render(vqa.PROMPT, {"image": image, "question": first.question})
     else:
-        segments = [image]
-        prompts = [VQA_SHORT] * (1 + len(others))
-    for asked, prompt in zip((first, *others), prompts, strict=True):
-        segments += [Text(prompt.format(question=asked.question), supervise=False), Text(asked.answer)]
+        segments = [image, _prompt(vqa.SHORT_PROMPT, first.question)]
+    segments.append(Text(first.answer))
+    for asked in others:
+        segments += [_prompt(vqa.SHORT_PROMPT, asked.question), Text(asked.answer)]
     return segments
+
+
+def _prompt(template: str, question: str) -> Text:
+    """Return the prompt of a question without an image."""
+    return Text(template.format(question=question), supervise=False)
 
 
 def _vqa_unsure(scene: Scene, rng: np.random.Generator, size: int) -> list[Segment]:
     asked = unanswerable(scene, rng) if chance(rng, 0.3) else questions(scene, rng, 1)[0]
-    prompt = Text(VQA_UNSURE.format(question=asked.question), supervise=False)
-    return [Text(VQA_BEFORE, supervise=False), _given(scene, size), prompt, Text(asked.answer)]
+    prompt = render(vqa.VIZWIZ_PROMPT, {"image": _given(scene, size), "question": asked.question})
+    return [*prompt, Text(asked.answer)]
 
 
-def _dialogue(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _dialogue(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     told = dialogue(scene, rng, 2 + int(rng.random() * 7))
-    segments: list[Segment] = [_given(scene, size), Text(f"caption: {told.caption.text}", supervise=False)]
+    fields: dict[str, Value] = {"image": _given(scene, size), "caption": told.caption.text.removesuffix(".")}
+    segments = render(f"{{image}}{visdial.CAPTION_PROMPT}", fields)
     for turn in told.rounds:
-        segments += [Text(f"question: {turn.question} answer:", supervise=False), Text(f"{turn.answer}.")]
+        segments += [_prompt(visdial.ROUND_PROMPT, turn.question.removesuffix("?")), Text(f"{turn.answer}.")]
     return segments
 
 
-def _story(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _story(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     """A first image that its text does not determine is given, not learned."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
@@ -222,7 +199,7 @@ def _story(rng: np.random.Generator, split: Split | None, size: int, objects: Th
     return segments
 
 
-def _story_image_first(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _story_image_first(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     """No text tells what the next image shows, so the images are given."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
@@ -230,38 +207,36 @@ def _story_image_first(rng: np.random.Generator, split: Split | None, size: int,
     return segments
 
 
-def _refer(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _refer(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     meant = referring(scene, rng)
-    box = box_text(boxes(scene, size)[meant.index], size)
-    prompt = Text(REFER_PROMPT.format(text=meant.text), supervise=False)
-    return [_given(scene, size), prompt, Text(f"{box}</box>", attached=True)]
+    prompt = render(grounding.GROUNDING, {"image": _given(scene, size), "caption": meant.text})
+    return [*prompt, Text(f"{_box(boxes(scene, size)[meant.index], size)}</box>", attached=True)]
 
 
-def _region(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _region(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     meant = referring(scene, rng)
-    box = box_text(boxes(scene, size)[meant.index], size)
-    prompt, answer = REGION_PROMPT.format(box=box), meant.text
+    fields: dict[str, Value] = {"image": _given(scene, size), "box": _box(boxes(scene, size)[meant.index], size)}
     if chance(rng, 0.5):
         asked = region_question(scene, meant.index, rng)
-        prompt, answer = REGION_VQA.format(box=box, question=asked.question), asked.answer
-    return [_given(scene, size), Text(prompt, supervise=False), Text(answer)]
+        return [*render(grounding.REGION_VQA, {**fields, "question": asked.question}), Text(asked.answer)]
+    return [*render(grounding.REFERRING, fields), Text(meant.text)]
 
 
-def _grounded(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _grounded(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
-    text = grounded(scene, [box_text(box, size) for box in boxes(scene, size)], rng)
-    return [_given(scene, size), Text(GROUNDED_PROMPT, supervise=False), Text(text)]
+    text = grounded(scene, [_box(box, size) for box in boxes(scene, size)], rng)
+    return [*render(grounding.GROUNDED_CAPTION, {"image": _given(scene, size)}), Text(text)]
 
 
-def _segmentation(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _segmentation(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     shown = Image(colored(label_map(scene, size)), supervise=False)
     return [shown, Text(caption(scene, rng).text), Image(draw(scene, size))]
 
 
-def _redraw(rng: np.random.Generator, split: Split | None, size: int, objects: Things) -> list[Segment]:
+def _redraw(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
     few = min(objects[0], 3), min(objects[1], 3)
     scene = random_scene(rng, objects=few, split=split)
     while any(t.place != "cell" for t in scene.objects):
@@ -273,7 +248,7 @@ def _redraw(rng: np.random.Generator, split: Split | None, size: int, objects: T
     return segments
 
 
-FORMS: dict[str, Callable[[np.random.Generator, Split | None, int, Things], list[Segment]]] = {
+FORMS: dict[str, Callable[[np.random.Generator, Split | None, int, Count], list[Segment]]] = {
     "caption": _caption, "draw": _draw, "paragraph": _paragraph, "draw_paragraph": _draw_paragraph, "vqa": _vqa,
     "dialogue": _dialogue, "story": _story, "story_image_first": _story_image_first, "refer": _refer,
     "segmentation": _segmentation, "redraw": _redraw, "region": _region, "grounded": _grounded,

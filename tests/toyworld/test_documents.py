@@ -8,15 +8,12 @@ import PIL.Image
 import pytest
 
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.tasks import grounding, vqa
-from toyworld import documents as toy
+from mm_interleaved.tasks.ade20k import colored
+from mm_interleaved.tasks.grounding import SCALE
 from toyworld.documents import (
-    BOX_SCALE,
     FORM_NAMES,
     FORMS,
     DocumentMix,
-    box_text,
-    colored,
     random_document,
     toy_document,
 )
@@ -142,11 +139,6 @@ def test_prompts_are_those_of_the_evaluation() -> None:
         prompts = f"Provide a short description for this {box}|Answer this question according to the {box} .*\\?"
         assert re.fullmatch(prompts, asks)
     assert {d.segments[1].text for d in documents("grounded", 4)} == {"Generate the caption with grounding."}
-    asked = [vqa.PROMPT, vqa.VIZWIZ_PROMPT, grounding.REFERRING, grounding.REGION_VQA, grounding.GROUNDED_CAPTION]
-    before = f"{toy.VQA_BEFORE} {{image}}"
-    learned = [before + toy.VQA_AFTER, before + toy.VQA_UNSURE]
-    learned += ["{image}" + prompt for prompt in (toy.REGION_PROMPT, toy.REGION_VQA, toy.GROUNDED_PROMPT)]
-    assert learned == asked
 
 
 def test_what_cannot_be_answered_is_not_there() -> None:
@@ -200,13 +192,12 @@ def test_boxes_are_those_of_the_thing_that_is_meant() -> None:
         assert prompt.endswith("<box>")
         assert answer.attached
         numbers = [int(n) for n in re.fullmatch(r"\((\d{3}),(\d{3})\)\((\d{3}),(\d{3})\)</box>", answer.text).groups()]
-        assert numbers in [[int(v / 100 * BOX_SCALE) for v in box] for box in boxes(scene, 100)]
-        assert numbers[0] < numbers[2] <= BOX_SCALE
-        assert numbers[1] < numbers[3] <= BOX_SCALE
+        assert numbers in [[int(v / 100 * SCALE) for v in box] for box in boxes(scene, 100)]
+        assert numbers[0] < numbers[2] <= SCALE
+        assert numbers[1] < numbers[3] <= SCALE
 
 
-def test_box_text_and_colours_of_label_maps() -> None:
-    assert box_text((0, 5, 50, 100), 100) == "(000,049)(499,999)"
+def test_the_colours_of_label_maps() -> None:
     labels = np.array([[0, 1, 2], [7, 37, 150]])
     expected = [[(0, 0, 0), (255, 255, 255), (255, 255, 213)], [(255, 213, 255), (213, 255, 255), (87, 255, 45)]]
     assert [[tuple(v) for v in row] for row in np.array(colored(labels)).tolist()] == expected

@@ -9,18 +9,24 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from toyworld.documents import colored
-
 from ..document import Image, Segment, Text
 from .base import Item, TaskType, given
 from .files import Source, TaskError, get, read_json, records
 
 COLORED = "annotations_with_color"
 CLASSES = 150
+_LEVELS = np.arange(CLASSES)
+_DIGITS = np.stack([_LEVELS // 36, _LEVELS % 36 // 6, _LEVELS % 6], 1)
+PALETTE = np.concatenate([np.zeros((1, 3)), 255 - 42 * _DIGITS]).astype(np.uint8)  # of each label; 0 is black
 _OBTAIN = (
     "Get ADEChallengeData2016, write captions as [{image_id, caption}], and colour the label maps with "
     "mm_interleaved.tasks.ade20k.color_maps"
 )
+
+
+def colored(labels: np.ndarray) -> PIL.Image.Image:
+    """Return a label map [h, w], labels up to `CLASSES`, in the colours of `PALETTE`."""
+    return PIL.Image.fromarray(PALETTE[labels])
 
 
 def color_maps(folder: Path, phase: str) -> int:

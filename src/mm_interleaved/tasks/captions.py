@@ -12,6 +12,7 @@ from .base import Item, TaskType, given
 from .files import Source, TaskError, by_key, checked, get, read_json, records, strings, trailing_number
 
 PROMPT = "{image} a photo of"
+PARAGRAPH_PROMPT = "{image}Please describe the image in detail. The image depicts"
 EXAMPLE = "Caption: {caption}"
 METRICS = ("captions",)
 SETTINGS = GenerationSettings(text=TEXT_PRESETS["caption"])
@@ -101,7 +102,7 @@ TASKS = (
              images="nocaps/images", annotations="nocaps",
              obtain="Get the annotations from nocaps.org and the images that they list from Open Images", **_SHARED),
     TaskType("image2paragraph", "paragraphs about Visual Genome images", read_paragraphs,
-             makes="text", prompt="{image}Please describe the image in detail. The image depicts", metrics=METRICS,
+             makes="text", prompt=PARAGRAPH_PROMPT, metrics=METRICS,
              settings=GenerationSettings(text=TEXT_PRESETS["paragraph"]), example=EXAMPLE,
              phases=("test", "val", "train"), images="image2paragraph/images", annotations="image2paragraph",
              obtain="Get the paragraphs and Visual Genome's two archives of images; convert them to COCO's form"),

@@ -6,7 +6,7 @@ Boxes are text: whole thousandths of the image's sides, `(012,045)(678,999)`. Im
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ SCALE = 999
 _TAGGED = re.compile(r"<box>\((-?[\d.]+),(-?[\d.]+)\)\((-?[\d.]+),(-?[\d.]+)\)</box>")
 
 
-def thousandths(pixels: tuple[float, float, float, float], size: tuple[int, int]) -> list[int]:
+def thousandths(pixels: Sequence[float], size: tuple[int, int]) -> list[int]:
     """A box in pixels of an image (width, height) as whole numbers from 0 to 999, cut down."""
     return [int(side / size[i % 2] * SCALE) for i, side in enumerate(pixels)]
 

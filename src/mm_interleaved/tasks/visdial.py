@@ -9,7 +9,9 @@ from ..document import Text
 from .base import Item, TaskType, given
 from .files import Source, TaskError, by_key, checked, get, read_json, records
 
-PROMPT = "{image} caption: {caption}. {history}question: {question}? answer:"
+CAPTION_PROMPT = "caption: {caption}."
+ROUND_PROMPT = "question: {question}? answer:"
+PROMPT = f"{{image}} {CAPTION_PROMPT} {{history}}{ROUND_PROMPT}"
 
 
 def read(source: Source) -> Iterator[Item]:
@@ -43,7 +45,7 @@ def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], qu
                         f"Rounds are numbered 1 to {len(rounds)}")  # fmt: skip
     here = f"{where}, round {target + 1}"
     history = "".join(
-        f"question: {_text(r, 'question', questions, where)}? answer: {_text(r, 'answer', answers, where)}. "
+        f"{ROUND_PROMPT.format(question=_text(r, 'question', questions, where))} {_text(r, 'answer', answers, where)}. "
         for r in rounds[: max(target - 1, 0) if source.compat else target]
     )
     numbers = get(rounds[target], "answer_options", list, here)

@@ -19,7 +19,8 @@ VIZWIZ_PROMPT = (
     "Based on the image, please answer the question. {image}{question} When the provided information is insufficient, "
     "respond with 'Unanswerable'. Please provide an accurate answer within one word. The answer is:"
 )
-EXAMPLE = "Question: {question} Short answer: {answer}"
+SHORT_PROMPT = "Question: {question} Short answer:"
+EXAMPLE = f"{SHORT_PROMPT} {{answer}}"
 SETTINGS = GenerationSettings(text=TEXT_PRESETS["vqa"])
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import PIL.Image
 
-from ..documents import colored
+from mm_interleaved.tasks.ade20k import colored
+
 from ..draw import label_map
 from ..language import caption
 from .base import Format, Job, write_image, write_json
