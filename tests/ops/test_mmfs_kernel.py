@@ -392,7 +392,7 @@ def test_what_the_kernels_do_not_know() -> None:
     ("change", "points", "message"),
     [
         (lambda v: v.double(), 4, "not torch.float64"),
-        (lambda v: v.expand(-1, -1, -1, 16).repeat(1, 1, 1, 16), 4, "heads of 256 channels"),
+        (lambda v: v.expand(-1, -1, -1, 16).repeat(1, 1, 1, 16), 4, "heads have 256 channels"),
         (lambda v: v, 17, "17 points"),
         (lambda v: v.to("meta"), 4, "for CUDA devices, and the values are on meta"),
     ],

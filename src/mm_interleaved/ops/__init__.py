@@ -1,4 +1,4 @@
-"""Numerical operators of the project, each with a reference implementation that it is tested against."""
+"""Custom operators. Each has a reference implementation in plain PyTorch and a test that compares the two."""
 
 from .around import deformable_attention_around
 from .decoding import attend, project, project_gated, rms_norm, why_not_kernels

@@ -1,16 +1,16 @@
-"""Deformable attention from offsets and logits, around fixed points, as the ViT adapter has it.
+"""Deformable attention from offsets and logits around fixed points, as the ViT adapter uses it.
 
     locations_lp = reference + offsets_lp / size_l          weights = softmax of the logits over all levels and points
     out          = `deformable_attention` of these
 
-Two forms: the composition, and the kernels of MMFS. These know one image with levels of one offset and a softmax with
-one more slot of logit 0, so each level is a call of its own, whose result m_l and denominator e^d_l = 1 + S_l, with S_l
-the sum of the exponentials, are put together:
+Two implementations: PyTorch operators, and the Triton kernels of MMFS. The kernels share one offset between the levels
+and add a slot of logit 0 to the softmax. So each level is a separate call. Its result m_l and its denominator
+e^d_l = 1 + S_l, where S_l is the sum of the exponentials, are combined to
 
-    out = sum_l m_l e^d_l / sum_l (e^d_l - 1)           of a single level: m / (1 - e^-d)
+    out = sum_l m_l e^d_l / sum_l (e^d_l - 1)           for a single level: m / (1 - e^-d)
 
-Beforehand all logits are shifted so that the largest is `_LARGEST`: then the sum of S_l is some thousands, and the 1
-that is added and taken away costs no digits that count.
+The logits are shifted first, so that the largest is `_LARGEST`. Then S_l is in the thousands, and adding and
+subtracting 1 does not lose precision.
 
 Axes: B batch, S spatial positions of all levels, Q queries, N heads, V levels, P points, D channels of a head.
 """
@@ -29,15 +29,16 @@ _LARGEST = 8.0
 def deformable_attention_around(
     value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor, reference: Tensor, backend: Backend = "auto"
 ) -> Tensor:
-    """Sample `value` around `reference` and mix the samples.
+    """The weighted sum of samples of `value` around `reference`.
 
     Args:
         value: [B, S, N, D], the levels one after the other, each row-major.
         shapes: (height, width) of every level.
         offsets: [B, Q, N, V, P, 2] (x, y) in pixels of each level; float32 or float64.
         logits: [B, Q, N, V, P], of the same type.
-        reference: [Q, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
-        backend: "triton", "plain" or "auto", as of `mmfs_attention`: the kernels on a CUDA device if they can run.
+        reference: [Q, 2] (x, y) in [0, 1]; the kernels compute no gradient for it.
+        backend: "triton", "plain" or "auto", as in `mmfs_attention`. "auto": the kernels if the device is a CUDA device
+            and they can run.
 
     Returns:
         [B, Q, N * D] in the type of `value`.
@@ -49,7 +50,7 @@ def deformable_attention_around(
     if backend == "triton" or (backend == "auto" and fits):
         return _by_level(value, shapes, offsets, logits, reference)
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
-    steps = [  # numbers of the host, which no capture has to wait for
+    steps = [  # Python numbers: a tensor would have to be copied, which a CUDA graph cannot capture
         own / width if width == height else torch.stack([own[..., 0] / width, own[..., 1] / height], dim=-1)
         for own, (height, width) in zip(offsets.unbind(3), shapes, strict=True)
     ]

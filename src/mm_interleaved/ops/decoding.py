@@ -1,16 +1,16 @@
-"""One new token a row: products of few rows with large matrices, and attention over the KV cache.
+"""Operators of a decode step: products of few rows with large matrices, and attention over the KV cache.
 
-Every function has a reference implementation, made of PyTorch's own operators, and a Triton kernel
-(`decoding_triton.py`) that fuses what stands around the product. With few rows all of them are bound by reading memory
-once: weights, keys and values.
+Every function has a reference implementation in PyTorch and a Triton kernel (`decoding_triton.py`), which fuses norm,
+bias, residual and activation with the product. With few rows the speed is limited by reading weights, keys and values
+once.
 
-    project         [norm] -> one or several linear layers -> [+ residual]; weights may be of one byte, with scales
+    project         [norm] -> one or several linear layers -> [+ residual]; weights may have 8 bits, with scales
     project_gated   norm -> silu(gate) * up
-    attend          rotary positions, the new key and value into the KV cache, attention over the row's columns
+    attend          rotary positions, write of the new key and value into the KV cache, attention over the row's columns
 
-Nothing here waits for the device or depends on its numbers, so all of it can be captured in a CUDA graph.
+Nothing here waits for the device or depends on values on it, so all of it can be captured in a CUDA graph.
 
-Axes: B rows, C columns of the KV cache, N heads, K key heads, H width of a head.
+Axes: B rows, L columns of the KV cache, N heads, K key heads, D width of a row, H width of a head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .scaled_rows import Weights
 
 Backend = Literal["plain", "triton"]
 
-MOST_ROWS = 16  # that a kernel of products multiplies with a matrix at a time
+MOST_ROWS = 16  # most rows that the product kernels multiply with a matrix at a time
 WIDEST_HEAD = 256
 
 
@@ -37,20 +37,20 @@ def _linear(x: Tensor, weight: Weights, bias: Tensor | None = None) -> Tensor:
 
 
 def why_not_kernels(x: Tensor, head_dim: int) -> str | None:
-    """Why the Triton kernels cannot decode for hidden states like `x` [rows, width]; None: they can."""
+    """Why the Triton kernels cannot run on hidden states like `x` [B, D]; None: they can."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if not on_triton(x.device):
         return f"the kernels are for CUDA devices, and the model is on {x.device}"
     if x.dtype not in KERNEL_DTYPES:
-        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {x.dtype}"
+        return f"the kernels support {', '.join(str(d) for d in KERNEL_DTYPES)}, not {x.dtype}"
     if head_dim > WIDEST_HEAD or head_dim % 2:
-        return f"heads of {head_dim} channels; the kernels take even numbers up to {WIDEST_HEAD}"
+        return f"heads have {head_dim} channels; the kernels support even numbers up to {WIDEST_HEAD}"
     return None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain, with the rounding of transformers' norms: to the type of `x` before the gain."""
+    """x / rms(x) * gain. As in transformers the result is rounded to the type of `x` before the gain."""
     work = x.to(promote(x.dtype))
     return gain * (work * torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -65,15 +65,15 @@ def project(
     residual: Tensor | None = None,
     backend: Backend = "plain",
 ) -> Tensor:
-    """[rows, sum of outputs] linear maps of one input, side by side.
+    """The outputs of several linear layers of one input, concatenated: [B, sum of outputs].
 
     Args:
-        x: [rows, width]; at most `MOST_ROWS` rows for the kernel.
-        weights: [outputs, width] each; at most 3, all plain or all of one byte a number.
+        x: [B, D]; at most `MOST_ROWS` rows for the kernel.
+        weights: [outputs, D] each; at most 3, all plain or all `ScaledRows`.
         biases: [outputs] or None each; None: no biases.
-        gain: [width] of an RMS norm before the maps; None: no norm.
+        gain: [D] of an RMS norm before the layers; None: no norm.
         eps: of the norm.
-        residual: [rows, outputs] added to the result.
+        residual: [B, outputs] added to the result.
         backend: "triton" rounds once, at the end.
     """
     biases = [None] * len(weights) if biases is None else biases
@@ -89,7 +89,7 @@ def project(
 def project_gated(
     x: Tensor, gate: Weights, up: Weights, *, gain: Tensor, eps: float, backend: Backend = "plain"
 ) -> Tensor:
-    """[rows, outputs] silu(norm(x) gate^T) * (norm(x) up^T); `gate`, `up` [outputs, width], `gain` [width]."""
+    """silu(norm(x) gate^T) * (norm(x) up^T): [B, outputs]; `gate`, `up` [outputs, D], `gain` [D]."""
     if backend == "triton":
         from .decoding_triton import project_gated as fused
 
@@ -112,18 +112,18 @@ def attend(
     *,
     backend: Backend = "plain",
 ) -> Tensor:
-    """Attention of one new token a row over all tokens of its row, itself included, and the write into the KV cache.
+    """Write the new key and value of each row into the KV cache, and attend from the new token to its row.
 
     Args:
         query: [B, N * H] before rotary positions.
         key, value: [B, K * H] of the new tokens, `key` before rotary positions; K key heads.
         cos, sin: [B, H] of the positions of the new tokens.
-        keys, values: [B, K, C, H] the KV cache, keys with their positions. The new token of row b is written into
+        keys, values: [B, K, L, H] the KV cache; keys after rotary positions. The new token of row b is written into
             column `columns[b]` of row b.
-        columns: [B] int64, the column of each new token. A row sees the columns up to its own.
-        scale: of the scores.
-        source: [B, C] int64, the row of `keys` and `values` that holds a column of row b, so that beams share columns;
-            None: every row holds its own.
+        columns: [B] int64, the column of each new token. A row attends to the columns up to its own.
+        scale: factor of the scores.
+        source: [B, L] int64, the row of `keys` and `values` that holds a column of row b, so that beams share columns;
+            None: every row holds its own columns.
 
     Returns:
         [B, N * H].
@@ -145,6 +145,6 @@ def attend(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), halves apart as in transformers; `x` [..., dim], `cos` and `sin` alike."""
+    """Rotary positions (arXiv 2104.09864) in transformers' half-split layout; `x`, `cos` and `sin` are [..., H]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

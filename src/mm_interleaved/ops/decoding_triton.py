@@ -1,10 +1,12 @@
-"""Triton kernels of `decoding.py`: few rows times large matrices, and one query a row over kept keys and values.
+"""Triton kernels of `decoding.py`: few rows times large matrices, and one query a row over the KV cache.
 
-A program of a product owns some outputs and reads their weights once, in pieces of full rows; sums of neighbouring
-threads meet once, at the end. One row is multiplied elementwise, several rows by the matrix units with the weights as
-the left operand. An RMS norm costs no pass of its own: its gain is multiplied in beforehand and its factor afterwards.
+A program of a product owns some outputs and reads their weights once, in pieces of full rows; threads are reduced once,
+at the end. One row is multiplied elementwise; several rows use tensor cores, with the weights as the left operand. An
+RMS norm needs no pass of its own: the gain is multiplied in before the product and the factor after it.
 
-Attention splits the columns over several programs (as Flash-Decoding does), which one more small kernel joins.
+Attention splits the columns over several programs, as Flash-Decoding does; a small kernel combines them.
+
+Axes: B rows, L columns of the KV cache, N heads, K key heads, D width of a row, H width of a head.
 """
 
 from __future__ import annotations
@@ -20,19 +22,19 @@ from .overlap import overlap
 from .scaled_rows import Weights
 from .typed_triton import cdiv, jit, next_power_of_2
 
-# Outputs, inputs and warps of a program: of one map and of several for one row, of gate and up, and for several rows.
-# Chosen on an H200 at the release's size, where one row reaches 94 to 98 % of the copy bandwidth with them, and 68 to
-# 76 % with weights of a byte, which take more instructions.
+# Outputs, inputs and warps of a program: for one layer and several layers of one row, for gate and up, and for several
+# rows. Chosen on an H200 at the release's size. There one row reaches 94 to 98 % of the copy bandwidth, and 68 to 76 %
+# with 8-bit weights, which take more instructions.
 TILE = {"map": (8, 512, 4), "maps": (8, 1024, 4), "gated": (4, 1024, 4), "rows": (32, 256, 4),
         "map of bytes": (8, 512, 8), "maps of bytes": (16, 512, 4), "gated of bytes": (8, 512, 4)}  # fmt: skip
-MANY_PROGRAMS = 2048  # how many programs attention is split into, if rows and heads do not make as many
+MANY_PROGRAMS = 2048  # attention is split into about so many programs if rows and heads are fewer
 MOST_SPLITS = 32
-COLUMNS = 64  # of keys in a tile of attention
+COLUMNS = 64  # columns of the KV cache in a tile of attention
 
 
 @jit
 def _weights(start, k, real, INPUTS: tl.constexpr):
-    """Columns `k` of the rows that begin at `start`; each is read once, so it need not stay in any cache."""
+    """Columns `k` of the rows that begin at `start`. Weights are read once, so they are evicted first."""
     inside = real[:, None] & (k < INPUTS)[None, :]
     return tl.load(start[:, None] + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
 
@@ -41,7 +43,8 @@ def _weights(start, k, real, INPUTS: tl.constexpr):
 def _widened(w):
     """Weights in float32.
 
-    A whole number becomes the last bits of 2^23 + 128 + w: a GPU converts at an eighth of the rate of its other work.
+    An 8-bit integer becomes the last bits of the float 2^23 + 128 + w, because a GPU converts integers at an eighth of
+    the rate of its other instructions.
     """
     if w.dtype == tl.int8:
         bits = (w.to(tl.uint8, bitcast=True) ^ 128).to(tl.int32) | 0x4B000000
@@ -61,12 +64,12 @@ def _normed(x, gain, k, INPUTS: tl.constexpr, NORM: tl.constexpr):
 @jit
 def _one_row_sums(x, start, gain, real, eps, INPUTS: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """norm(x) weight^T of a single row: [BLOCK_N, 1]. The next piece of the weights is always on its way."""
+    """norm(x) weight^T of a single row: [BLOCK_N, 1]. The next piece of the weights is always being loaded."""
     lane = tl.arange(0, BLOCK_K)
     wide = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_K], tl.float32)
     w = _weights(start, lane, real, INPUTS)
-    if OVERLAP:  # weights do not depend on the kernel before this one, which may still be running; all else does
+    if OVERLAP:  # weights do not depend on the previous kernel, which may still be running; everything else does
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     for first in range(0, INPUTS, BLOCK_K):
         ahead = _weights(start, first + BLOCK_K + lane, real, INPUTS)
@@ -84,7 +87,7 @@ def _one_row_sums(x, start, gain, real, eps, INPUTS: tl.constexpr, NORM: tl.cons
 def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.constexpr, NORM: tl.constexpr,
                        ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                        OVERLAP: tl.constexpr):  # fmt: skip
-    """The same of several rows by the matrix units: [BLOCK_N, ROWS]."""
+    """norm(x) weight^T of several rows by tensor cores: [BLOCK_N, ROWS]."""
     lane, line = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     square = tl.zeros([ROWS, BLOCK_K], tl.float32)
@@ -98,7 +101,7 @@ def _several_rows_sums(x, start, gain, real, rows, x_row, eps, INPUTS: tl.conste
         if NORM:
             square += piece * piece
             piece = piece * tl.load(gain + k, mask=k < INPUTS, other=0.0).to(tl.float32)[None, :]
-        work = x.dtype.element_ty  # holds whole numbers and 8-bit floats exactly
+        work = x.dtype.element_ty  # represents 8-bit integers and floats exactly
         acc = tl.dot(_widened(w).to(work), tl.trans(piece.to(work)), acc, input_precision="ieee")
     if NORM:
         acc = acc / tl.sqrt(tl.sum(square, axis=1) / INPUTS + eps)[None, :]
@@ -125,7 +128,7 @@ def _one_map(x, weight, scale, bias, gain, residual, out, block, column, outputs
              INPUTS: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
              RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
              OVERLAP: tl.constexpr):  # fmt: skip
-    """Some outputs of one map, into the columns of `out` from `column` on."""
+    """Some outputs of one layer, stored into the columns of `out` from `column` on."""
     own = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _row_sums(x, weight, scale, gain, own, outputs, rows, x_row, eps, INPUTS, NORM, SCALED, ROWS, BLOCK_N,
                     BLOCK_K, OVERLAP)  # fmt: skip
@@ -148,7 +151,7 @@ def _project_kernel(
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
-    # A branch for each map, and no choice between pointers: the compiler loads widely only what it knows is aligned.
+    # A branch for each layer instead of selected pointers: the compiler uses wide loads only for aligned pointers.
     block = tl.program_id(0)
     every = size0 + size1 + size2
     if MAPS == 1 or block < blocks0:
@@ -182,7 +185,7 @@ def _gated_kernel(
 
 
 def _tile(kind: str, x: Tensor, scaled: bool) -> dict[str, Any]:
-    """Options of a product of `x` by its kind in `TILE`. Overlap was measured to hurt where there are several rows."""
+    """Launch options of a product of `x` by its kind in `TILE`. With several rows overlap was measured to be slower."""
     several = len(x) > 1
     block_n, block_k, warps = TILE["rows" if several else f"{kind} of bytes" if scaled else kind]
     begins = {"OVERLAP": False} if several else overlap(x.device)
@@ -190,7 +193,7 @@ def _tile(kind: str, x: Tensor, scaled: bool) -> dict[str, Any]:
 
 
 def _parts(weights: Sequence[Weights], nothing: Tensor) -> tuple[list[Tensor], list[Tensor], bool]:
-    """Matrices, scales, and whether there are any; `nothing` stands where there is none."""
+    """Matrices, scales, and whether there are scales; `nothing` is the placeholder of a missing scale."""
     matrices, scales = [], []
     for w in weights:
         matrices.append((w if isinstance(w, Tensor) else w.data).contiguous())
@@ -212,7 +215,7 @@ def project(
     tile = _tile("map" if len(weights) == 1 else "maps", x, not isinstance(weights[0], Tensor))
     blocks = [cdiv(size, tile["BLOCK_N"]) for size in sizes]
     out = x.new_empty(rows, sum(sizes))
-    nothing = x  # stands where a kernel wants a pointer that it does not follow
+    nothing = x  # placeholder for pointers that the kernel does not read
     if any(b is not None for b in biases):
         biases = [x.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
     pad = [nothing] * (3 - len(weights))
@@ -243,7 +246,7 @@ def project_gated(x: Tensor, gate: Weights, up: Weights, gain: Tensor, eps: floa
 
 @jit
 def _rotated(x, cos, sin, d, real, DIM: tl.constexpr):
-    """Rotary positions of one head."""
+    """One head after rotary positions."""
     half: tl.constexpr = DIM // 2
     other = tl.where(d < half, d + half, d - half)
     a = tl.load(x + d, mask=real, other=0.0).to(tl.float32)

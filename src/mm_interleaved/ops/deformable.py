@@ -3,12 +3,11 @@
     out[b, q, h] = sum over levels l and points p of
                    weights[b, q, h, l, p] * bilinear(value_l[b, :, h], locations[b, q, h, l, p])
 
-Locations are (x, y) in units of the map's width and height; the centre of pixel (i, j) of an H x W map lies at
-((j + 0.5) / W, (i + 0.5) / H), and whatever lies outside a map counts as zero (Deformable DETR, arXiv 2010.04159,
-eq. 3).
+Locations are (x, y) in units of the map's width and height. The centre of pixel (i, j) of an h x w map lies at
+((j + 0.5) / w, (i + 0.5) / h). Everything outside of a map counts as zero (Deformable DETR, arXiv 2010.04159, eq. 3).
 
-`deformable_attention` is for use: it samples maps, or, where no gradients are needed on a CPU, sums rows of `value`.
-`deformable_attention_reference` spells the four neighbours out and is what both are tested against.
+`deformable_attention` samples maps with `grid_sample`. On a CPU, if no gradients are needed, it sums rows of `value`
+instead. `deformable_attention_reference` computes the four neighbours explicitly; both are tested against it.
 
 Axes: B batch, S spatial positions of all levels, Q queries, N heads, V levels, P points, D channels of a head.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Shapes = Sequence[tuple[int, int]]  # (height, width) of every level
-ROWS_AT_A_TIME = 2048  # on a CPU; half a megabyte of indices and of shares
+ROWS_AT_A_TIME = 2048  # on a CPU: half a megabyte of indices and of weights
 
 
 def promote(dtype: torch.dtype) -> torch.dtype:
@@ -47,7 +46,7 @@ def deformable_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
 
 
 def sample_maps(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """`deformable_attention` by PyTorch's `grid_sample`, map by map; on every device, and with gradients."""
+    """`deformable_attention` by PyTorch's `grid_sample`, one map at a time. Works on every device, with gradients."""
     batch, _, heads, dim = value.shape
     queries, points = weights.shape[1], weights.shape[-1]
     work = promote(value.dtype)
@@ -56,7 +55,7 @@ def sample_maps(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     total = value.new_zeros((batch * heads, dim, queries), dtype=work)
     for level, ((height, width), level_map) in enumerate(zip(shapes, maps, strict=True)):
         image = level_map.permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
-        # Queries last: sums over the few points then run along whole rows of queries.
+        # Queries are the last axis, so that the sum over the few points runs along contiguous rows.
         grid = grids[:, :, :, level].permute(0, 2, 3, 1, 4).reshape(batch * heads, points, queries, 2)
         samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         weight = weights[:, :, :, level].to(work).permute(0, 2, 3, 1).reshape(batch * heads, 1, points, queries)
@@ -65,7 +64,7 @@ def sample_maps(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
 
 
 def _rows_are_quicker(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> bool:
-    """On a CPU `grid_sample` fetches channels one by one; rows of at least 16 pay for the indices that they need."""
+    """Whether `sum_rows` is faster: on a CPU, where `grid_sample` fetches channels one by one, from 16 channels on."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (value, locations, weights))
     return (
         value.device.type == "cpu"
@@ -81,8 +80,8 @@ def _rows_are_quicker(value: Tensor, shapes: Shapes, locations: Tensor, weights:
 def sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """`deformable_attention` as weighted sums of rows of `value`, one for each of a sample's four neighbours.
 
-    A column c takes the share max(0, 1 - |x - c|) of a sample at x. The left one of the two that are looked at is never
-    the last of the map, so both exist, and for samples outside the shares are right as well.
+    Column c has the bilinear weight max(0, 1 - |x - c|) for a sample at x. The left neighbour is clamped to the second
+    to last column, so that both neighbours exist; for samples outside of the map the weights are 0.
     """
     (batch, positions, heads, dim), (queries, levels, points) = value.shape, (weights.shape[i] for i in (1, 3, 4))
     sides = torch.tensor([[width for _, width in shapes], [height for height, _ in shapes]], dtype=torch.int32)
@@ -93,7 +92,7 @@ def sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) 
     first = torch.arange(batch, dtype=torch.int32)[:, None] * (positions * heads)
     first = (first + torch.arange(heads, dtype=torch.int32))[:, None].expand(-1, queries, -1).reshape(-1)
     table, parts = value.reshape(-1, dim), []
-    # In blocks that stay in the processor's caches, queries last in memory, which all steps but the last go along.
+    # Blocks fit into the processor's caches. Queries are last in memory, because all steps but the last run along them.
     blocks = (x.reshape(len(first), *x.shape[3:]).split(ROWS_AT_A_TIME) for x in (locations, weights))
     for place, weight, start in zip(*blocks, first.split(ROWS_AT_A_TIME), strict=True):
         x = place.permute(3, 1, 2, 0).contiguous() * sides  # [x or y, levels, points, rows]
@@ -110,7 +109,7 @@ def sum_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) 
 
 
 def deformable_attention_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The reference implementation of `deformable_attention`: every neighbour is looked up by hand."""
+    """The reference implementation of `deformable_attention`: it indexes each of the four neighbours."""
     batch, _, heads, dim = value.shape
     queries, points = weights.shape[1], weights.shape[-1]
     locations = locations.expand(-1, -1, -1, len(shapes), -1, -1)

@@ -1,14 +1,17 @@
-"""Group norm (arXiv 1803.08494), with SiLU behind it if one follows, for maps that lie in memory channels last.
+"""Group norm (arXiv 1803.08494), optionally fused with SiLU, for maps in channels-last memory format.
 
     y = (x - mean) / sqrt(variance + eps) * weight + bias, over a group of channels and all pixels;  or silu(y)
 
-PyTorch copies such a map to channels first, has one program for each group of an image, and passes the map once more
-for SiLU. The Triton kernels (`group_norm_triton.py`) read it twice and write it once, in as many programs as fill a
-GPU; backward they read it and its gradient twice and write once. So maps stay channels last from convolution to
-convolution, as the matrix units want them. They compute in float32 and round once, at the end, to the type of `x`.
+PyTorch copies such a map to channels first, runs one program for each group of an image, and needs another pass for
+SiLU. The Triton kernels (`group_norm_triton.py`) read the map twice and write it once, with enough programs to fill a
+GPU; the backward pass reads the map and its gradient twice and writes once. So maps stay in channels-last format
+between convolutions, which is the fast format for tensor cores. The kernels compute in float32 and round once, to the
+type of `x`.
 
-Under autocast PyTorch's group norm returns float32, which the next convolution rounds to half; the kernels return the
-half type of `x` right away, so that what the convolution sees is the same. Weights may be float32 when `x` is not.
+Under autocast PyTorch's group norm returns float32, and the next convolution casts it to half precision. The kernels
+return half precision at once, so the convolution has the same input. Weights may be float32 when `x` is not.
+
+Axes: B batch, C channels, h and w height and width.
 """
 
 from __future__ import annotations
@@ -22,22 +25,22 @@ from torch.nn import functional as F
 
 from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, Backend, on_triton
 
-KERNELS = True  # False: "auto" takes PyTorch's operators everywhere, and maps keep the memory that they come in
+KERNELS = True  # False: "auto" uses PyTorch's operators everywhere, and the memory format of maps is not changed
 
 
 def why_not_group_norm(x: Tensor) -> str | None:
-    """Why the kernels cannot run on `x` [batch, channels, ...]; None: they can."""
+    """Why the kernels cannot run on `x` [B, C, ...]; None: they can."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if not on_triton(x.device):
         return f"the kernels are for CUDA devices, and the map is on {x.device}"
     if x.dtype not in KERNEL_DTYPES:
-        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {x.dtype}"
+        return f"the kernels support {', '.join(str(d) for d in KERNEL_DTYPES)}, not {x.dtype}"
     return None
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x` [batch, channels, height, width] laid out for the kernels if it is where they run; else as it is."""
+    """`x` [B, C, h, w] in channels-last memory format if the kernels can run on it, otherwise unchanged."""
     if KERNELS and x.is_cuda and why_not_group_norm(x) is None:
         return x.contiguous(memory_format=torch.channels_last)
     return x
@@ -55,16 +58,16 @@ def group_norm(
     """Group norm, then SiLU if `silu`.
 
     Args:
-        x: [batch, channels, ...].
-        groups: of neighbouring channels; divides their number.
-        weight, bias: [channels], of any floating type; None: PyTorch's operators.
+        x: [B, C, ...].
+        groups: number of groups; divides C.
+        weight, bias: [C], of any floating type; None: PyTorch's operators.
         eps: added to the variance.
         silu: whether SiLU follows.
-        backend: "triton" (not in compiled code), "plain" or "auto", which takes the kernels on a CUDA device if they
-            can run and `x` lies channels last, but not in compiled code, since the compiler does well by itself there.
+        backend: "triton" (not in compiled code), "plain" or "auto". "auto" uses the kernels on a CUDA device if they
+            can run and `x` is channels last, but not in compiled code, which the compiler fuses itself.
 
     Returns:
-        Like `x`. From the kernels in its type and memory, also under autocast.
+        [B, C, ...]. The kernels return the type and memory format of `x`, also under autocast.
 
     Raises:
         ValueError: backend="triton", but the kernels cannot run.
@@ -76,7 +79,7 @@ def group_norm(
 
 
 def _on_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: Backend) -> bool:
-    """Whether to run the kernels: "auto" takes them on CUDA devices only, not in the interpreter."""
+    """Whether to run the kernels. "auto" uses them on CUDA devices only, not in Triton's interpreter."""
     if backend == "auto":
         wanted = KERNELS and x.is_cuda and not torch.compiler.is_compiling() and x.movedim(1, -1).is_contiguous()
     else:
@@ -90,23 +93,23 @@ def _on_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: 
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm through `group_norm`; its parameters have the same names."""
+    """`nn.GroupNorm` computed by `group_norm`, with the same parameter names."""
 
     def forward(self, input: Tensor, silu: bool = False) -> Tensor:
-        """[batch, channels, ...], normalised, with SiLU behind it if `silu`."""
+        """[B, C, ...], normalised, then SiLU if `silu`."""
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, silu)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` [batch, channels, ...] with the channels of a pixel side by side in memory; a copy if need be."""
+    """`x` [B, C, ...] in channels-last memory format; a copy if it is in another one."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class _Kernels(torch.autograd.Function):
-    """The kernels with their gradients. Triton is imported by the first launch.
+    """The kernels with their gradients. Triton is imported at the first launch.
 
-    No registered operator, as the others are: a UNet has sixty of these, the dispatcher would cost the host 0.1 ms for
-    each, and compiled code does not call them.
+    Unlike the other kernels this is not a registered operator: the dispatcher costs the host 0.1 ms a call, a UNet has
+    sixty group norms, and compiled code does not call them.
     """
 
     @staticmethod

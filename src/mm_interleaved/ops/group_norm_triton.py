@@ -1,9 +1,11 @@
-"""The Triton kernels of `group_norm.py`; arguments as there.
+"""The Triton kernels of `group_norm.py`, with the same arguments.
 
-A map is read as rows, one for every pixel of every image, of `channels` numbers. A program takes a block of channels
-of some neighbouring pixels of one image, a tile at a time, whatever the groups are. What it adds up it adds up for
-each channel and writes to a small table [2, batch, parts, channels]; only what joins the parts knows of groups. Nothing
-is added atomically, so results are the same every time.
+A map is read as rows of C channels, one row for each pixel of each image. A program processes a block of channels for
+some neighbouring pixels of one image, a tile at a time, independently of the groups. Its sums are by channel and are
+written to a small table [2, B, parts, C]; only the kernel that combines the parts uses groups. There are no atomic
+additions, so results are deterministic.
+
+Axes: B batch, C channels.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from torch import Tensor
 
 from .typed_triton import cdiv, jit, next_power_of_2
 
-TILE, WIDEST = 2048, 64  # numbers of a tile, with 4 warps 16 a thread; channels of it at most, 128 bytes in half
-PROGRAMS = 4096  # of one map at most, some 30 for each processor of an H200
-JOINED = 2048  # entries of the table that are joined at a time, with 8 warps 8 a thread
+TILE, WIDEST = 2048, 64  # elements of a tile, 16 a thread with 4 warps; its most channels, 128 bytes in half precision
+PROGRAMS = 4096  # most programs for a map, some 30 for each multiprocessor of an H200
+JOINED = 2048  # entries of the table that are combined at a time, 8 a thread with 8 warps
 
 
 @jit
 def _block(pixels, channels, span, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels of a program, and rows and places in the map of its first tile."""
+    """The channels of a program, and the rows and memory offsets of its first tile."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(1) * span + tl.arange(0, BLOCK_N)[:, None]
     place = (tl.program_id(2).to(tl.int64) * pixels + row) * channels + channel[None, :]
@@ -33,7 +35,7 @@ def _block(pixels, channels, span, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr)
 
 @jit
 def _pair(table, channel, channels, width):
-    """The two numbers that a table [2, batch, groups] has for every channel's group."""
+    """The two numbers in a table [2, B, groups] for the group of every channel."""
     groups = channels // width
     place = table + tl.program_id(2) * groups + channel // width
     first = tl.load(place, mask=channel < channels, other=0.0)
@@ -49,7 +51,7 @@ def _affine(weight, bias, channel, channels):
 
 @jit
 def _note(table, first, second, channel, channels):
-    """Write two numbers for every channel of a program to a table [2, batch, parts, channels]."""
+    """Write two numbers for every channel of a program to a table [2, B, parts, C]."""
     parts = tl.num_programs(1)
     place = table + (tl.program_id(2) * parts + tl.program_id(1)) * channels + channel
     tl.store(place, first, mask=channel < channels)
@@ -58,7 +60,7 @@ def _note(table, first, second, channel, channels):
 
 @jit
 def _statistics_kernel(x, table, pixels, channels, span, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared deviations of every channel, around the mean of the first tile, which is near enough."""
+    """Mean and sum of squared deviations of every channel, computed around the mean of the first tile for precision."""
     channel, row, place = _block(pixels, channels, span, BLOCK_N, BLOCK_C)
     count = tl.minimum(span, pixels - tl.program_id(1) * span)
     known = (channel < channels)[None, :]
@@ -80,7 +82,7 @@ def _statistics_kernel(x, table, pixels, channels, span, BLOCK_N: tl.constexpr, 
 @jit
 def _join_kernel(table, stats, pixels, channels, width, span, parts, eps, BLOCK_P: tl.constexpr,
                  BLOCK_D: tl.constexpr):  # fmt: skip
-    """Mean and reciprocal deviation of one group, from those of its channels in every part (Chan et al. 1979)."""
+    """Mean and reciprocal deviation of one group, combined from the parts of its channels (Chan et al. 1979)."""
     group, groups, image, images = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
     part, d = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_D)[None, :]
     table += image * parts * channels + group * width
@@ -129,7 +131,7 @@ def _norm_kernel(x, out, stats, weight, bias, pixels, channels, width, span, SIL
 
 @jit
 def _before_silu(grad, y, SILU: tl.constexpr):
-    """The gradient of what SiLU, if there is one, is taken of; y s becomes s (1 + y (1 - s)), s = sigmoid(y)."""
+    """The gradient before SiLU, if there is one: with s = sigmoid(y), d(y s) / dy = s (1 + y (1 - s))."""
     if SILU:
         s = tl.sigmoid(y)
         grad *= s * (1 + y * (1 - s))
@@ -139,7 +141,7 @@ def _before_silu(grad, y, SILU: tl.constexpr):
 @jit
 def _sums_kernel(grad, x, table, stats, weight, bias, pixels, channels, width, span, SILU: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """For every channel the sums of the gradient, and of the gradient times the normalised map."""
+    """The sums of the gradient, and of the gradient times the normalised map, of every channel."""
     channel, row, place = _block(pixels, channels, span, BLOCK_N, BLOCK_C)
     mean, scale = _pair(stats, channel, channels, width)
     gain, offset = _affine(weight, bias, channel, channels)
@@ -160,7 +162,7 @@ def _sums_kernel(grad, x, table, stats, weight, bias, pixels, channels, width, s
 @jit
 def _gradient_kernel(grad, x, out, means, stats, weight, bias, pixels, channels, width, span, SILU: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """What of the gradient is along 1 or along the normalised map moves no result: its `means` are taken off."""
+    """The gradient of the map: its components along 1 and along the normalised map (`means`) are subtracted."""
     channel, row, place = _block(pixels, channels, span, BLOCK_N, BLOCK_C)
     mean, scale = _pair(stats, channel, channels, width)
     along_one, along_hat = _pair(means, channel, channels, width)
@@ -178,7 +180,7 @@ def _gradient_kernel(grad, x, out, means, stats, weight, bias, pixels, channels,
 
 
 def _plan(x: Tensor) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
-    """Pixels of an image, the programs (blocks of channels, parts of an image, images), and their sizes."""
+    """Pixels of an image, the grid (blocks of channels, parts of an image, images), and block sizes."""
     batch, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     wide = min(WIDEST, next_power_of_2(channels))
     tall, blocks = TILE // wide, cdiv(channels, wide)
@@ -187,7 +189,7 @@ def _plan(x: Tensor) -> tuple[int, tuple[int, int, int], dict[str, Any]]:
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, Tensor]:
-    """The result like `x`, which lies channels last, and means and reciprocal deviations [2, batch, groups]."""
+    """The result, channels last as `x`, and means and reciprocal deviations [2, B, groups]."""
     out, stats = torch.empty_like(x), x.new_empty((2, len(x), groups), dtype=torch.float32)
     if not x.numel():
         return out, stats
@@ -206,7 +208,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 def group_norm_backward(
     grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient to `x`, and those to bias and weight for each image: [2, batch, channels]."""
+    """The gradient of `x`, and those of bias and weight for each image: [2, B, C]."""
     out, groups = torch.empty_like(x), stats.shape[2]
     if not x.numel():
         return out, stats.new_zeros((2, *x.shape[:2]))

@@ -1,7 +1,7 @@
-"""The attention of MMFS: a weighted sum of bilinear samples from every image that a query sees.
+"""The attention of MMFS: a weighted sum of bilinear samples from all images that are visible to a query.
 
-Axes: I images, S spatial positions of all levels, N heads, D channels of a head, V levels, P points, Q queries;
-G groups of queries that see the same images, R slots of a group for images, the most recent one first.
+Axes: I images, S spatial positions of all levels, N heads, D channels of a head, V levels, P points, Q queries,
+G groups of queries with the same visible images, R slots of a group for visible images, the most recent one first.
 
 For group g, query q, head n; slot r is the r-th most recent image of the group, v a level, p a point:
 
@@ -12,12 +12,12 @@ For group g, query q, head n; slot r is the r-th most recent image of the group,
     mixed   = sum over (r, v, p) of w_rvp * bilinear(value_v[images[g, r], :, n], x_rvp)
     ignored = the weight of the slot of logit 0
 
-(MM-Interleaved, arXiv 2401.10208, section 3.2, with the softmax in the form that `model/mmfs.py` derives.)
+This is MM-Interleaved (arXiv 2401.10208), section 3.2, in the form that docs/model.md, "Computed form", derives.
 
-Two forms. `mmfs_attention_reference` is a composition of PyTorch operators: the reference implementation, and what runs
-on a CPU. The registered operator `mm_interleaved::mmfs_attention` runs the Triton kernels of `mmfs_triton.py`, which
-keep nothing but the result and the logarithm of the softmax's denominator. `mmfs_attention` chooses; `why_not_triton`
-says why. `mmfs_output` adds what the slot of logit 0 holds.
+`mmfs_attention_reference` is made of PyTorch operators: it is the reference implementation, and runs on a CPU. The
+registered operator `mm_interleaved::mmfs_attention` runs the Triton kernels of `mmfs_triton.py`, which store only the
+result and the logarithm of the softmax's denominator. `mmfs_attention` chooses between them; `why_not_triton` gives the
+reason. `mmfs_output` adds the value of the slot of logit 0.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ LARGEST_DIM, MOST_POINTS = 128, 16
 
 
 def on_triton(device: torch.device) -> bool:
-    """Whether kernels run there: on CUDA devices, and for tests on a CPU in Triton's interpreter."""
+    """Whether Triton kernels run on `device`: a CUDA device, or a CPU with Triton's interpreter (for tests)."""
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def why_not_triton(values: Tensor, points: int) -> str | None:
     """Why the Triton kernels cannot run on `values` [I, S, N, D]; None: they can.
 
-    On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before Triton was imported; that is for
-    tests, and `backend="auto"` does not choose it.
+    On a CPU they run in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was imported. That is meant
+    for tests; `backend="auto"` does not choose it.
     """
     if HAS_TRITON and not on_triton(values.device):
         return f"the kernels are for CUDA devices, and the values are on {values.device}"
@@ -60,33 +60,33 @@ def why_not_triton(values: Tensor, points: int) -> str | None:
 
 
 def why_no_kernel(dtype: torch.dtype, head_dim: int, points: int) -> str | None:
-    """Why there is no Triton kernel for such values, on whatever device; None: there is one."""
+    """Why there is no Triton kernel for values of this type and size, on any device; None: there is one."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if dtype not in KERNEL_DTYPES:
-        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, not {dtype}"
+        return f"the kernels support {', '.join(str(d) for d in KERNEL_DTYPES)}, not {dtype}"
     if head_dim > LARGEST_DIM:
-        return f"heads of {head_dim} channels; the kernels take at most {LARGEST_DIM}"
+        return f"heads have {head_dim} channels; the kernels support at most {LARGEST_DIM}"
     if points > MOST_POINTS:
-        return f"{points} points; the kernels take at most {MOST_POINTS}"
+        return f"there are {points} points; the kernels support at most {MOST_POINTS}"
     return None
 
 
 @dataclass
 class MMFSInputs:
-    """What MMFS attention computes from.
+    """The inputs of MMFS attention.
 
     Attributes:
         values: [I, S, N, D], the levels one after the other, each row-major.
         offsets: [G, Q, N * P * 2], (x, y) last; shared by the levels.
         logits: [G, Q, N * V * P].
-        offset_table: [R, N * P * 2], what the slot adds to `offsets`.
-        logit_table: [R, N * V * P], what it adds to `logits`.
-        reference: [G or 1, Q, 2] (x, y) in [0, 1]; it gets no gradient from the kernels.
-        images: [G, R] numbers of images, most recent first; -1 where there is none.
+        offset_table: [R, N * P * 2], added to `offsets` for each slot.
+        logit_table: [R, N * V * P], added to `logits` for each slot.
+        reference: [G or 1, Q, 2] (x, y) in [0, 1]; the kernels compute no gradient for it.
+        images: [G, R] image numbers, most recent first; -1 where there is none.
         shapes: (height, width) of every level.
-        scales: pixels of every level that an offset of 1 spans.
-        routes: `image_routes(images, I)`, if it is at hand; only the reference implementation needs it.
+        scales: for every level the pixels of an offset of 1.
+        routes: `image_routes(images, I)`, if it was computed before; only the reference implementation uses it.
     """
 
     values: Tensor
@@ -102,26 +102,26 @@ class MMFSInputs:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that the registered operator takes, in its order."""
+        """The tensor arguments of the registered operator, in its order."""
         return (
             self.values, self.offsets, self.logits, self.offset_table, self.logit_table, self.reference, self.images,
         )  # fmt: skip
 
     @property
     def heads(self) -> int:
-        """Their number."""
+        """The number of heads."""
         return self.values.shape[2]
 
     @property
     def points(self) -> int:
-        """The number that a head samples from a level of an image."""
+        """The number of points that a head samples from a level of an image."""
         return self.offsets.shape[-1] // (2 * self.heads)
 
     def check(self) -> None:
-        """Refuse shapes that do not fit together; they would make a kernel read foreign memory.
+        """Check that the shapes fit together; otherwise a kernel would read out of bounds.
 
         Raises:
-            ValueError: which shapes those are.
+            ValueError: names the shapes that do not fit.
         """
         offsets, logits, images, reference = self.offsets, self.logits, self.images, self.reference
         levels, slots = len(self.shapes), images.shape[1]
@@ -148,7 +148,7 @@ class MMFSInputs:
             raise ValueError(f"MMFS attention: {wrong}")
 
     def take_kernels(self, backend: Backend) -> bool:
-        """Whether `backend` means the kernels for these inputs.
+        """Whether `backend` chooses the kernels for these inputs.
 
         Raises:
             ValueError: backend="triton", but the kernels cannot run.
@@ -162,15 +162,15 @@ class MMFSInputs:
 
 
 def mmfs_attention(inputs: MMFSInputs, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """Sample the images that each query sees, and mix the samples.
+    """The weighted sums of samples from each query's visible images.
 
     Args:
-        inputs: what to compute from.
-        backend: "auto" takes the kernels on a CUDA device unless `why_not_triton` has a reason, else PyTorch's
-            operators.
+        inputs: see `MMFSInputs`.
+        backend: "auto" uses the kernels on a CUDA device unless `why_not_triton` has a reason against it, otherwise
+            PyTorch's operators.
 
     Returns:
-        Mixed samples [G, Q, N, D] and ignored weights [G, Q, N], in float32 (float64 for float64).
+        The sums [G, Q, N, D] and the weights of the slot of logit 0 [G, Q, N], in float32 (float64 for float64).
 
     Raises:
         ValueError: backend="triton", but the kernels cannot run; shapes that do not fit together.
@@ -185,13 +185,13 @@ def mmfs_attention(inputs: MMFSInputs, *, backend: Backend = "auto") -> tuple[Te
 
 
 def mmfs_output(inputs: MMFSInputs, ignore: Tensor, dtype: torch.dtype, *, backend: Backend = "auto") -> Tensor:
-    """`mmfs_attention` with something in the slot of logit 0: mixed + ignored * `ignore`, in one pass of the kernel.
+    """`mmfs_attention` with a value for the slot of logit 0: mixed + ignored * `ignore`, in one kernel.
 
     Args:
-        inputs: what to compute from.
-        ignore: [N, D].
-        dtype: of the result; sums run in float32 or better.
-        backend: as in `mmfs_attention`, as are the errors.
+        inputs: see `MMFSInputs`.
+        ignore: [N, D] the value of the slot of logit 0.
+        dtype: type of the result; sums are computed in float32 or better.
+        backend: as in `mmfs_attention`, with the same errors.
 
     Returns:
         [G, Q, N, D].
@@ -204,7 +204,10 @@ def mmfs_output(inputs: MMFSInputs, ignore: Tensor, dtype: torch.dtype, *, backe
 
 
 def _run_kernels(inputs: MMFSInputs, ignore: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Through the registered operator where somebody wants to know of it; else past it, which costs the host less."""
+    """Call the registered operator if gradients, the compiler or tensor subclasses need it; else the kernel directly.
+
+    The direct call costs the host less time.
+    """
     tensors, flat = inputs.tensors, [size for shape in inputs.shapes for size in shape]
     given = tensors if ignore is None else (*tensors, ignore)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -216,7 +219,7 @@ def _run_kernels(inputs: MMFSInputs, ignore: Tensor | None, dtype: torch.dtype) 
 
 
 def _nothing(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
-    """Where nobody sees an image."""
+    """The result if no image is visible to any query."""
     groups, queries, _ = inputs.offsets.shape
     work = promote(inputs.offsets.dtype)
     mixed = inputs.offsets.new_zeros(groups, queries, *inputs.values.shape[2:], dtype=work)
@@ -230,7 +233,7 @@ def _nothing(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
 def mmfs_attention_reference(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
     """`mmfs_attention` in PyTorch's own operators.
 
-    Every image is sampled by the queries that see it, together, and the samples are added up.
+    The queries that an image is visible to sample it together; the samples are then added up by query.
     """
     values, images = inputs.values, inputs.images
     if images.shape[1] == 0:
@@ -282,21 +285,21 @@ def _locations(offsets: Tensor, reference: Tensor, shapes: Shapes, scales: Seque
     reference = reference.to(offsets.dtype)[:, :, None, None, None, None, :]
     steps = [(scale / width, scale / height) for (height, width), scale in zip(shapes, scales, strict=True)]
     if all(math.isclose(step, steps[0][0], rel_tol=1e-15) for pair in steps for step in pair):
-        return reference + offsets[..., None, :, :] * steps[0][0]  # the maps have their nominal size
+        return reference + offsets[..., None, :, :] * steps[0][0]  # all levels have the same step
     return reference + offsets[..., None, :, :] * offsets.new_tensor(steps)[:, None, :]
 
 
 def _sample(
     values: Tensor, images: Tensor, routes: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Sum of weighted samples [G, Q, N * D], image by image."""
+    """The sum of weighted samples [G, Q, N * D], computed image by image."""
     groups, slots = images.shape
     total = weights.new_zeros((groups, weights.shape[1], values.shape[2] * values.shape[3]))
     if routes.numel() == 0:
         return total
     used = routes >= 0
-    # Padding weighs nothing and could read any entry. It is spread over all of them: in the backward pass, adding
-    # hundreds of thousands of zeros to a single one would take seconds.
+    # Padding has weight 0 and may read any entry. It is spread over all entries: in the backward pass, adding hundreds
+    # of thousands of zeros to a single one would take seconds.
     spread = torch.arange(routes.numel(), device=routes.device).view_as(routes) % (groups * slots)
     entry = torch.where(used, routes, spread)
 
@@ -312,7 +315,7 @@ def _sample(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The registered operator. Triton is imported by its first launch.
+# The registered operator. Triton is imported at the first launch.
 
 
 @custom_op("mm_interleaved::mmfs_attention", mutates_args=())
@@ -332,8 +335,8 @@ def mmfs_attention_kernel(
     """The kernels; arguments as in `MMFSInputs` and `mmfs_output`, `shapes` as height, width, height, ...
 
     Returns:
-        Mixed samples [G, Q, N, D], with `ignore` in the slot of logit 0, in `dtype`; the logarithm of the softmax's
-        denominator [G, Q, N], float32. The ignored weight is exp of minus the latter.
+        The weighted sums [G, Q, N, D] in `dtype`, with `ignore` as the value of the slot of logit 0; the logarithm of
+        the softmax's denominator [G, Q, N] in float32. The weight of that slot is exp(-logarithm).
     """
     from .mmfs_triton import forward
 
@@ -365,7 +368,7 @@ def mmfs_attention_backward(
     scales: list[float],
     for_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to values (an empty tensor without `for_values`), offsets, logits and the two tables."""
+    """The gradients of values (an empty tensor without `for_values`), offsets, logits and the two tables."""
     from .mmfs_triton_backward import backward
 
     inputs = (values, offsets, logits, offset_table, logit_table, reference, images, shapes, scales)

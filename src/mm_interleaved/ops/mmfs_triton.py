@@ -1,19 +1,22 @@
-"""The forward Triton kernels of `mmfs_attention`: for many queries, and for few.
+"""The forward Triton kernels of `mmfs_attention`: one for many queries, and a pair for few queries.
 
-Work is laid out in lanes: a lane is one (query, slot, point), and a tile [lanes, dim] holds one neighbour of the sample
-of every lane. With many queries a program has a block of them and one head, and looks at one slot after the other,
-level by level. Nothing is added up across lanes before the end: every lane has a softmax of its own, that of the logits
-it has met, and what it has summed shrinks when a higher one comes. Slots behind the last visible one of a block are
-skipped. With few queries a program has one of them, and one level of some slots; a second kernel joins the parts.
+A lane is one (query, slot, point). A tile [lanes, D] holds one neighbour of the sample of every lane.
 
-The slot of logit 0 starts the running maximum, which is therefore never negative.
+- Many queries: a program has a block of queries and one head. It loops over the slots and over the levels. Lanes are
+  not added up before the end: every lane has an online softmax of its own, whose sum is rescaled when a higher logit
+  occurs. Slots after the last visible one of the block are skipped.
+- Few queries: a program has one query and one level of some slots; a second kernel combines the parts.
 
-What the forward pass moves through device memory is its inputs and its result. The samples themselves, 4 neighbours of
-`dim` channels each, come from the caches: programs of one head run side by side and look at the same images. What
-takes time is issuing instructions, so a tile is loaded in two halves of the channels, and a thread serves fewer lanes
-for more channels; places are clamped to the map and shares are zeros outside, so that no load has a mask. For heads of
-64 bfloat16 channels a sample takes 25 instructions of a warp (sm_90, counted in the machine code), 17 of them to widen
-and to add up 4 times 64 numbers.
+The running maximum starts at 0, the logit of the extra slot, so it is never negative.
+
+The forward pass moves only its inputs and its result through device memory. The samples, 4 neighbours of D channels
+each, come from the caches, because programs of one head run at the same time and sample the same images. The kernel is
+limited by instruction issue. So a tile is loaded in two halves of the channels, and a thread has fewer lanes and more
+channels. Coordinates are clamped to the map and bilinear weights are 0 outside, so that loads need no mask. For heads
+of 64 bfloat16 channels a sample takes 25 warp instructions (sm_90, counted in the machine code), 17 of them to convert
+and add up 4 x 64 numbers.
+
+Axes: I images, S spatial positions of all levels, Q queries, N heads, P points, V levels, D channels of a head.
 """
 
 from __future__ import annotations
@@ -40,12 +43,12 @@ from .mmfs_triton_shared import (
 from .overlap import overlap
 from .typed_triton import cdiv, jit, next_power_of_2
 
-FEW_SLOTS = 2  # that a program looks at where queries are few
+FEW_SLOTS = 2  # slots of a program of the kernel for few queries
 
 
 @jit
 def _to_lanes(by_query, BLOCK_Q: tl.constexpr, A_QUERY: tl.constexpr):
-    """A number of every query for each of its lanes."""
+    """The value of each query repeated for its lanes."""
     return tl.reshape(tl.broadcast_to(by_query[:, None], (BLOCK_Q, A_QUERY)), (BLOCK_Q * A_QUERY,))
 
 
@@ -64,7 +67,7 @@ def _forward_kernel(
     LANES: tl.constexpr = BLOCK_Q * BLOCK_S * BLOCK_P
     HALF: tl.constexpr = BLOCK_D // 2
     STRIDE: tl.constexpr = HEADS * DIM
-    # A lane that sees nothing weighs nothing, but what it reads must be numbers: it reads what its query sees.
+    # A lane without an image has weight 0, but what it reads must be finite: it reads a visible image of its query.
     instead = _to_lanes(tl.maximum(newest, 0), BLOCK_Q, BLOCK_S * BLOCK_P)
     real = (row < rows) & (point < POINTS)
     own_x, own_y = _own_offset(offsets, row, (head * POINTS + point) * 2, real, offsets_row)
@@ -137,7 +140,7 @@ def _few_kernel(
     HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, SCALES: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """What one query and head sees in one level of some slots, before the parts are joined."""
+    """The partial result of one query and head for one level of some slots."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
@@ -153,7 +156,7 @@ def _few_kernel(
     centre_x, centre_y = _reference(reference, row, row >= 0, queries, reference_group, reference_query)
     column = (head * LEVELS + part % LEVELS) * POINTS + point
     logit = _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row)
-    top = tl.maximum(tl.max(logit, axis=0), -1.0e30)  # a part may see nothing
+    top = tl.maximum(tl.max(logit, axis=0), -1.0e30)  # a part may have no visible image
     weight = tl.exp(logit - top)
     left, _, x_near, x_far = _neighbours(centre_x * width + (own_x + more_x) * scale - 0.5, width)
     above, _, y_near, y_far = _neighbours(centre_y * height + (own_y + more_y) * scale - 0.5, height)
@@ -180,7 +183,7 @@ def _join_kernel(
     HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
     IGNORE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one query and head, and the slot of logit 0, as one."""
+    """Combine the parts of one query and head with the slot of logit 0."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
@@ -203,7 +206,7 @@ def _join_kernel(
 
 
 def _forward_few(launch: _Launch, held: Tensor, mixed: Tensor, lse: Tensor, ignore: bool) -> None:
-    """A query's slots and levels are spread over programs, so that one query alone fills the device."""
+    """Run the kernels for few queries, whose slots and levels are spread over programs to fill the device."""
     rows, *sizes = launch.sizes
     heads, dim = mixed.shape[2:]
     fixed = {name: launch.options[name] for name in (*FIXED, "BLOCK_P", "BLOCK_D")}

@@ -1,19 +1,22 @@
-"""The backward pass of `mmfs_triton.py`, in two kernels that write every number once and so are deterministic.
+"""The backward pass of `mmfs_triton.py`: two kernels that write every number once, so results are deterministic.
 
-`_queries_kernel` is the mirror of the forward kernel: a program gathers the samples of a block of queries and one head
-again, and has the gradients of offsets, logits and tables; 50 instructions of a warp a sample.
+`_queries_kernel` computes the gradients of offsets, logits and tables. Like the forward kernel, a program samples for a
+block of queries and one head; a sample takes 50 warp instructions.
 
-`_values_kernel` has the gradient of the values. Adding to the neighbours of every sample would take a billion atomic
-additions; here a program owns a tile of cells of one image, level and head, and reads the queries that see the
-image. Bilinear weights are products of two hat functions, so those of a block of queries are a matrix
+`_values_kernel` computes the gradient of the values. Adding to the neighbours of every sample would take a billion
+atomic additions. Instead a program owns a tile of cells of one image, level and head, and reads the queries that the
+image is visible to. Bilinear weights are products of two hat functions, so the weights of a block of queries are a
+matrix
 
     A[(y, x), q] = sum over points p of  w_qp * max(0, 1 - |y - y_qp|) * max(0, 1 - |x - x_qp|)
 
-of one multiplication and addition for each point, and A times the queries' gradients is a product for tensor cores.
-Most of A is zero. A point that comes near the tile from no query of the block is left out, and so is a block without
-any, as most are where a map looks at another. One number of many queries is read at a time, so what belongs to them is
-transposed first: read where it lies, every load was 32 of the cache, and they took most of the time. In half precision
-A and the gradients are rounded to the type of the values.
+which takes one multiply-add for each point. A times the gradients of the queries is a product for tensor cores. Most of
+A is zero: points that are not near the tile for any query of the block are skipped, and so are blocks without such
+points, which are most of them if the queries are cells of a map. Offsets and logits are transposed first, because the
+kernel reads one number of many queries at a time; without that every load touches 32 cache lines, which took most of
+the time. In half precision A and the gradients are rounded to the type of the values.
+
+Axes: I images, S spatial positions of all levels, Q queries, N heads, P points, V levels, D channels of a head.
 """
 
 from __future__ import annotations
@@ -41,20 +44,20 @@ from .mmfs_triton_shared import (
 )
 from .typed_triton import cdiv, jit, next_power_of_2
 
-CELLS, QUERIES = 64, 128  # of a program that has a part of the values' gradient, at most
-REGISTERS = 168  # of a thread of such a program at most; left to the compiler, an H200 takes 1.26 times as long
-FEW_TILES = 264  # below this many tiles the queries of one are spread over several programs; 2 for each processor
+CELLS, QUERIES = 64, 128  # most cells and queries of a program of `_values_kernel`
+REGISTERS = 168  # most registers of its threads; if the compiler chooses, it takes 1.26 times as long on an H200
+FEW_TILES = 264  # below this many tiles the queries of a tile are spread over several programs; 2 per multiprocessor
 
 
 @jit
 def _slope(behind):
-    """How the share of a cell grows with the place of a sample that is `behind` it."""
+    """The derivative of a cell's bilinear weight by the position of a sample, at distance `behind` from the cell."""
     return tl.where((behind >= -1.0) & (behind < 1.0), tl.where(behind >= 0.0, -1.0, 1.0), 0.0)
 
 
 @jit
 def _product(values, place, low, high, channel, HALF: tl.constexpr, DIM: tl.constexpr):
-    """One cell of every lane times the gradients of its query, summed over channels."""
+    """The dot product of one cell of every lane with the gradient of its query."""
     products = low * _channels(values + place, channel, DIM, 2 * HALF)
     products += high * _channels(values + place, channel + HALF, DIM, 2 * HALF)
     return tl.sum(products, axis=1)
@@ -63,7 +66,10 @@ def _product(values, place, low, high, channel, HALF: tl.constexpr, DIM: tl.cons
 @jit
 def _sampled(values, corner, x, y, height, width, low, high, channel, STRIDE: tl.constexpr, HALF: tl.constexpr,
              DIM: tl.constexpr):  # fmt: skip
-    """Samples at (x, y) times the gradients, and how that grows with x and with y. `corner` is the level's."""
+    """The dot products of samples at (x, y) with the gradients, and their derivatives by x and y.
+
+    `corner` is the first cell of the level.
+    """
     left, behind_x, x_near, x_far = _neighbours(x, width)
     above, behind_y, y_near, y_far = _neighbours(y, height)
     x_falls, x_grows = _slope(behind_x), tl.where(width > 1, _slope(behind_x - 1.0), 0.0)
@@ -99,7 +105,7 @@ def _queries_kernel(
     channel = tl.arange(0, HALF)
     low = _channels(grad_mixed + cell * DIM, channel, DIM, BLOCK_D)
     high = _channels(grad_mixed + cell * DIM, channel + HALF, DIM, BLOCK_D)
-    # d logit_j = w_j (<grad, sample_j> - mean), where the mean counts the gradient of lse in.
+    # d logit_j = w_j (<grad, sample_j> - mean), where the mean includes the gradient of lse.
     mean = _product(mixed, cell * DIM, low, high, channel, HALF, DIM)
     if GRAD_LSE:
         mean -= tl.load(grad_lse + cell)
@@ -162,7 +168,7 @@ def _store_query_gradients(
     HEADS: tl.constexpr, POINTS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the slots of a block, to [rows, heads * points * 2] and [rows, heads * levels * points]."""
+    """Store sums over the slots of a block into [rows, N * P * 2] and [rows, N * V * P]."""
     row = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
     point = tl.arange(0, BLOCK_P)[None, :]
     real = (row < rows) & (point < POINTS)
@@ -179,7 +185,7 @@ def _store_query_gradients(
 @jit
 def _tile(HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Y: tl.constexpr,
           BLOCK_X: tl.constexpr):  # fmt: skip
-    """Level, first row and first column of the tile of a program: the tiles of a level come in reading order."""
+    """Level, first row and first column of the tile of a program; the tiles of a level are in row-major order."""
     left_over = tl.program_id(0)
     level = tl.zeros([], tl.int32)
     across = tl.zeros([], tl.int32) + (WIDTHS[0] + BLOCK_X - 1) // BLOCK_X
@@ -194,7 +200,7 @@ def _tile(HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, LEVELS: tl.constexpr, BLO
 
 @jit
 def _places(own, added, at, rows, middle_x, middle_y, scale):
-    """Pixels (x, y) of one sample of every query, with its offset from the query and from the slot."""
+    """Pixel coordinates (x, y) of one sample of every query, from the offsets of the query and of the slot."""
     x = tl.load(own + at * rows).to(tl.float32) + tl.load(added + at).to(tl.float32)
     y = tl.load(own + (at + 1) * rows).to(tl.float32) + tl.load(added + at + 1).to(tl.float32)
     return middle_x + x * scale, middle_y + y * scale
@@ -215,9 +221,10 @@ def _values_kernel(
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """`entries` are the (group, slot) that name an image, those of image i from bounds[i] to bounds[i + 1].
+    """The gradient of the values for one tile of cells.
 
-    `offsets`, `logits` and `lse` have the queries as their last dimension, since a block reads one number of many.
+    `entries` are the (group, slot) pairs sorted by image; those of image i are from bounds[i] to bounds[i + 1].
+    `offsets`, `logits` and `lse` have the queries as their last axis, because a block reads one number of many queries.
     """
     head = tl.program_id(1)
     image, split = tl.program_id(2) // splits, tl.program_id(2) % splits
@@ -228,13 +235,13 @@ def _values_kernel(
     share = tl.cdiv(tl.cdiv(count, BLOCK_Q), splits) * BLOCK_Q
     first = split * share
     last = tl.minimum(first + share, count)
-    reach_y, reach_x = (BLOCK_Y - 1) / 2, (BLOCK_X - 1) / 2  # places count from the middle of the tile
+    reach_y, reach_x = (BLOCK_Y - 1) / 2, (BLOCK_X - 1) / 2  # coordinates count from the centre of the tile
     cell_y = (tl.arange(0, BLOCK_Y).to(tl.float32) - reach_y)[:, None]
     cell_x = (tl.arange(0, BLOCK_X).to(tl.float32) - reach_x)[:, None]
     channel = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_Y * BLOCK_X, BLOCK_D], tl.float32)
     while first < last:
-        # Queries beyond the last one are it once more, so that nothing needs a mask, and weigh nothing.
+        # Beyond the last query the last one is repeated with weight 0, so that loads need no mask.
         real = first + tl.arange(0, BLOCK_Q) < last
         number = tl.minimum(first + tl.arange(0, BLOCK_Q), last - 1)
         entry = tl.load(entries + begin + number // queries).to(tl.int32)
@@ -276,12 +283,12 @@ def _values_kernel(
     place = (image * positions + start + y * width + x).to(tl.int64) * (HEADS * DIM) + head * DIM
     wanted = ((y < height) & (x < width))[:, None] & (channel < DIM)[None, :]
     place = grad_values + split * split_stride + place[:, None] + channel[None, :]
-    # Without the factor, the compiler rounds in the loop, after every block, what is stored here.
+    # Without the factor the compiler would round the sum in the loop, after every block.
     tl.store(place, acc * wanted.to(tl.float32), mask=wanted)
 
 
 def _seen_by(images: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    """Entries of `images` sorted by image, and where those of each image begin [I + 1]; nothing waits."""
+    """The entries of `images` sorted by image, and the first entry of each image [I + 1]; no synchronisation."""
     ordered, entries = torch.sort(images.reshape(-1).to(torch.int32), stable=True)
     numbers = torch.arange(num_images + 1, dtype=torch.int32, device=images.device)
     return entries, torch.searchsorted(ordered, numbers, out_int32=True)
@@ -292,10 +299,10 @@ def _up_to(size: int, most: int) -> int:
 
 
 def value_tile(maps: list[tuple[int, int]], dim: int, queries: int) -> dict[str, Any]:
-    """Block sizes of the kernel for the values, its warps and registers, with so many queries of a group.
+    """Block sizes, warps and registers of `_values_kernel` for groups of so many queries.
 
-    Queries of a map come row by row, so that flat tiles meet fewer blocks of them. Products want 16 cells and 16
-    channels at least.
+    The queries of a map are in row-major order, so wide and low tiles are near fewer blocks of queries. Tensor cores
+    need at least 16 cells and 16 channels.
     """
     block_x = _up_to(max(w for _, w in maps), 8 if queries == 1 else 16)
     block_y = max(_up_to(max(h for h, _ in maps), CELLS // block_x), 16 // block_x)
@@ -305,13 +312,13 @@ def value_tile(maps: list[tuple[int, int]], dim: int, queries: int) -> dict[str,
 
 
 def _product_type(kernel: Any, values: Tensor) -> tl.dtype:
-    """In what type products run: that of the values. The interpreter knows none in bfloat16."""
+    """The type of products: that of the values. Triton's interpreter supports no bfloat16 products."""
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     return types[values.dtype] if isinstance(kernel, triton.JITFunction) else tl.float32
 
 
 def _gradient_of_values(launch: _Launch, grad_mixed: Tensor, lse: Tensor) -> Tensor:
-    """Like the values. Where tiles are few, several programs have a part of the queries each, and parts are added."""
+    """The gradient of the values. If there are few tiles, several programs share the queries of one."""
     values, offsets, logits, *others, images = launch.inputs
     num_images, positions, heads, dim = values.shape
     rows, queries, slots, _, _, _, *strides = launch.sizes

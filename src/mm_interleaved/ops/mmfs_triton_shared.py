@@ -1,6 +1,8 @@
-"""What the Triton kernels of MMFS share: how a lane finds its sample, how large blocks are, what launches are given.
+"""Shared by the Triton kernels of MMFS: the sample of a lane, block sizes, and the arguments of launches.
 
 A lane is one (query, slot, point); see `mmfs_triton.py`.
+
+Axes: I images, S spatial positions of all levels, Q queries, N heads, P points, V levels, D channels of a head.
 """
 
 from __future__ import annotations
@@ -15,17 +17,17 @@ from torch import Tensor
 
 from .typed_triton import cdiv, jit, next_power_of_2
 
-# Lanes of a program for heads of 64 channels, numbers of its tile [lanes, dim] a thread, registers of one at most.
-# With the compiler's own choice of registers the passes over many queries take 1.15 times as long on an H200.
+# Lanes of a program for heads of 64 channels; elements of its tile [lanes, D] per thread; most registers of a thread.
+# If the compiler chooses the registers, the passes over many queries take 1.15 times as long on an H200.
 TILES = {"forward": (32, 64, 168), "backward": (16, 32, 128), "backward of few": (64, 8, None)}
-FEW_PROGRAMS = 1024  # below this many (query, head) pairs, one query alone must fill the device
-FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCALES")  # what all kernels know
+FEW_PROGRAMS = 1024  # below this many (query, head) pairs the kernels for few queries run
+FIXED = ("HEADS", "POINTS", "DIM", "LEVELS", "HEIGHTS", "WIDTHS", "STARTS", "SCALES")  # constants of all kernels
 
 
 @jit
 def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
            ALL_SLOTS: tl.constexpr):  # fmt: skip
-    """Row, slot within the block and point of every lane; number of slots to look at; an image of every query."""
+    """Row, slot within the block and point of every lane; the number of slots to process; an image of every query."""
     lane = tl.arange(0, BLOCK_Q * BLOCK_S * BLOCK_P)
     first = tl.program_id(0) * BLOCK_Q
     row = first + lane // (BLOCK_S * BLOCK_P)
@@ -39,14 +41,14 @@ def _block(images, rows, queries, slots, BLOCK_Q: tl.constexpr, BLOCK_S: tl.cons
 
 @jit
 def _image_of(images, row, slot, point, rows, queries, slots, POINTS: tl.constexpr):
-    """The image of every lane, -1 where it has none."""
+    """The image of every lane, -1 where there is none."""
     real = (row < rows) & (slot < slots) & (point < POINTS)
     return tl.load(images + (row // queries) * slots + slot, mask=real, other=-1)
 
 
 @jit
 def _logit(logits, logit_table, row, slot, column, seen, logits_row, logit_table_row):
-    """Logits of one level, -inf where a lane sees nothing."""
+    """Logits of one level, -inf where a lane has no image."""
     own = tl.load(logits + row.to(tl.int64) * logits_row + column, mask=seen, other=0.0).to(tl.float32)
     added = tl.load(logit_table + slot * logit_table_row + column, mask=seen, other=0.0).to(tl.float32)
     return tl.where(seen, own + added, float("-inf"))
@@ -69,7 +71,7 @@ def _reference(reference, row, real, queries, reference_group, reference_query):
 @jit
 def _level(level, LEVELS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr,
            SCALES: tl.constexpr):  # fmt: skip
-    """Height, width, first position and scale of a level. Its number is no constant: unrolled, levels spill."""
+    """Height, width, first position and scale of a level. Not unrolled over levels, because registers would spill."""
     height, width, start, scale = HEIGHTS[0], WIDTHS[0], STARTS[0], SCALES[0]
     for other in tl.static_range(1, LEVELS):  # pyright: ignore[reportGeneralTypeIssues]  # compiled, not iterated
         height = tl.where(level == other, HEIGHTS[other], height)
@@ -81,16 +83,16 @@ def _level(level, LEVELS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.conste
 
 @jit
 def _hat(distance):
-    """The share that a cell at that distance has of a sample, along one axis."""
+    """The bilinear weight of a cell at that distance along one axis."""
     return tl.maximum(1.0 - tl.abs(distance), 0.0)
 
 
 @jit
 def _neighbours(place, size):
-    """Two neighbouring cells of an axis: the first, how far the sample is behind it, the shares of both.
+    """Two neighbouring cells along an axis: the first cell, the distance of the sample from it, the weights of both.
 
-    Both are cells of the map, for samples outside as well, so that no load needs a mask; there their shares are 0. A
-    map of one cell has no second: it is the first again, of share 0.
+    The cells are clamped to the map, so that loads need no mask; outside of the map the weights are 0. In a map of one
+    cell the second cell is the first again, with weight 0.
     """
     first = tl.maximum(tl.minimum(tl.floor(place), size - 2.0), 0.0)
     behind = place - first
@@ -99,7 +101,7 @@ def _neighbours(place, size):
 
 @jit
 def _channels(place, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[lanes, channels] of one cell for every lane."""
+    """The channels of one cell for every lane: [lanes, channels]."""
     place = place[:, None] + channel[None, :]
     tile = tl.load(place) if DIM == BLOCK_D else tl.load(place, mask=(channel < DIM)[None, :], other=0.0)
     return tile.to(tl.float32)
@@ -107,29 +109,29 @@ def _channels(place, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @dataclass
 class _Launch:
-    """What kernels are launched with: the grid, the inputs in the form they read them, sizes and strides."""
+    """Arguments of a launch: the grid, the inputs in the layout of the kernels, sizes and strides."""
 
     grid: tuple[int, int]
     inputs: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     options: dict[str, Any]
-    few: bool  # queries: one alone must fill the device
+    few: bool  # whether the kernels for few queries run
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., width] as [rows, width] with neighbouring columns; a copy only where the strides demand it."""
+    """`x` [..., width] as [rows, width] with contiguous rows; a copy only if the strides require it."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _whole_images(values: Tensor) -> Tensor:
-    """Values whose images are contiguous, each for itself: some levels of more are not copied."""
+    """`values` with contiguous images; a view of some of the levels is not copied."""
     _, _, heads, dim = values.shape
     return values if values.stride()[1:] == (heads * dim, dim, 1) else values.contiguous()
 
 
 def tiles(kind: str, slots: int, points: int, dim: int) -> dict[str, int | None]:
-    """Block sizes of a launch of that `kind` of `TILES`, powers of two, with its warps and registers."""
+    """Block sizes (powers of two), warps and registers of a launch of `kind`, a key of `TILES`."""
     lanes, a_thread, registers = TILES[kind]
     block_p, block_d = next_power_of_2(points), max(next_power_of_2(dim), 16)
     lanes = max(min(lanes * 64 // block_d, 128), block_p)
@@ -151,7 +153,7 @@ def _options(
     shapes: tuple[int, ...],
     scales: tuple[float, ...],
 ) -> dict[str, Any]:
-    """The constants of a launch, worked out once; not to be changed."""
+    """The constants of a launch, cached; the result must not be changed."""
     maps = list(zip(shapes[::2], shapes[1::2], strict=True))
     return {
         "HEADS": heads,

@@ -1,8 +1,7 @@
-"""Kernels that begin while the one before them ends: programmatic dependent launch, on Hopper and later.
+"""Programmatic dependent launch: on Hopper and later, a kernel starts before the previous kernel has ended.
 
-Such a kernel says at its start that the next one may begin (`gdc_launch_dependents`), and waits for the one before it
-(`gdc_wait`) before it reads anything that the kernels just before it make. What it reads earlier must be older, as
-weights are.
+At its start a kernel allows the next one to start (`gdc_launch_dependents`). Before it reads results of the previous
+kernels it waits for them (`gdc_wait`). Only data that no recent kernel writes, such as weights, may be read earlier.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ OVERLAP = True
 
 @cache
 def overlap(device: torch.device) -> dict[str, Any]:
-    """Options of a launch on `device`: whether its kernel overlaps, and what the launch must be told then."""
+    """Launch options of kernels on `device`: whether they overlap, and the option of Triton's launcher for it."""
     if OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

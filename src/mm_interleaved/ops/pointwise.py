@@ -1,12 +1,14 @@
-"""What stands between the matrix products of a layer and reads every number once: rotary positions, gates.
+"""Elementwise operators between the matrix products of a layer: rotary positions and gates.
 
     rotary      q, k -> q cos + rotated(q) sin, k cos + rotated(k) sin         (RoFormer, arXiv 2104.09864)
     silu_gate   g, u -> silu(g) * u                                            (GLU variants, arXiv 2002.05202)
     gelu_gate   (u, g) -> u * gelu(g), both halves of one tensor
 
-Each is a handful of PyTorch operators, all of them bound by memory, or one Triton kernel (`pointwise_triton.py`) that
-reads its inputs once and writes its result once, forward and backward. The kernels compute in float32 and round once,
-at the end; the operators round in half precision after every one of them.
+Each has a reference implementation of a few PyTorch operators, all limited by memory bandwidth, and one Triton kernel
+(`pointwise_triton.py`) that reads its inputs once and writes its result once, forward and backward. The kernels compute
+in float32 and round once, at the end; PyTorch's operators round after each step in half precision.
+
+Axes: B batch, L tokens, N heads, K key heads, H width of a head.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ def why_not_pointwise(*tensors: Tensor, head_dim: int = 2) -> str | None:
         return f"the kernels are for CUDA devices, and the tensors are on {first.device}"
     if first.dtype not in KERNEL_DTYPES or any(x.dtype != first.dtype for x in tensors):
         found = ", ".join(str(x.dtype) for x in tensors)
-        return f"the kernels know {', '.join(str(d) for d in KERNEL_DTYPES)}, one of them at a time, not {found}"
+        return f"the kernels support {', '.join(str(d) for d in KERNEL_DTYPES)}, one at a time, not {found}"
     if head_dim > WIDEST_HEAD or head_dim % 2:
-        return f"heads of {head_dim} channels; the kernels take even numbers up to {WIDEST_HEAD}"
+        return f"heads have {head_dim} channels; the kernels support even numbers up to {WIDEST_HEAD}"
     return None
 
 
 def _on_kernels(backend: Backend, *tensors: Tensor, head_dim: int = 2) -> bool:
-    """Whether to run the kernels: "auto" takes them on CUDA devices only, not in the interpreter."""
+    """Whether to run the kernels. "auto" uses them on CUDA devices only, not in Triton's interpreter."""
     if backend == "plain" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return False
     reason = why_not_pointwise(*tensors, head_dim=head_dim)
@@ -45,16 +47,16 @@ def _on_kernels(backend: Backend, *tensors: Tensor, head_dim: int = 2) -> bool:
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """Rotary positions, halves apart as in transformers.
+    """Query and key after rotary positions, in transformers' half-split layout.
 
     Args:
-        query: [batch, length, heads, dim].
-        key: [batch, length, key heads, dim].
-        cos, sin: [batch or 1, length, dim], their two halves alike; they get no gradient from the kernel.
-        backend: "triton", "plain" or "auto", which takes the kernel on a CUDA device if it can run.
+        query: [B, L, N, H].
+        key: [B, L, K, H].
+        cos, sin: [B or 1, L, H], with equal halves; the kernel computes no gradient for them.
+        backend: "triton", "plain" or "auto". "auto" uses the kernel on a CUDA device if it can run.
 
     Returns:
-        Both turned, in their own types.
+        Query and key of the same shapes and types.
 
     Raises:
         ValueError: backend="triton", but the kernel cannot run.
@@ -66,14 +68,14 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backend: Backen
 
 
 def silu_gate(gate: Tensor, up: Tensor, backend: Backend = "auto") -> Tensor:
-    """silu(gate) * up, both of one shape; `backend` and errors as of `rotary`."""
+    """silu(gate) * up, of equal shapes; `backend` and errors as in `rotary`."""
     if _on_kernels(backend, gate, up):
         return silu_gate_kernel(gate, up)
     return F.silu(gate) * up
 
 
 def gelu_gate(both: Tensor, backend: Backend = "auto") -> Tensor:
-    """u * gelu(g), with the exact GELU, of `both` [..., 2 * width] = (u, g); `backend` and errors as of `rotary`."""
+    """u * gelu(g), with the exact GELU, for `both` [..., 2 * width] = (u, g); `backend` and errors as in `rotary`."""
     if _on_kernels(backend, both):
         return gelu_gate_kernel(both)
     up, gate = both.chunk(2, dim=-1)
@@ -81,12 +83,12 @@ def gelu_gate(both: Tensor, backend: Backend = "auto") -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The registered operators. Triton is imported by the first launch.
+# The registered operators. Triton is imported at the first launch.
 
 
 @custom_op("mm_interleaved::rotary", mutates_args=())
 def rotary_kernel(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """The kernel; arguments as of `rotary`. `inverse` turns back, which is also how gradients are turned."""
+    """The kernel; arguments as in `rotary`. `inverse` rotates backwards, as the gradients need it."""
     from .pointwise_triton import rotary as fused
 
     return fused(query, key, cos, sin, inverse)
@@ -111,7 +113,7 @@ rotary_kernel.register_autograd(_turn_back, setup_context=_keep_angles)
 
 @custom_op("mm_interleaved::silu_gate", mutates_args=())
 def silu_gate_kernel(gate: Tensor, up: Tensor) -> Tensor:
-    """The kernel; arguments as of `silu_gate`."""
+    """The kernel; arguments as in `silu_gate`."""
     from .pointwise_triton import silu_gate as fused
 
     return fused(gate, up)
@@ -148,7 +150,7 @@ silu_gate_kernel.register_autograd(_gate_gradients, setup_context=_keep_both)
 
 @custom_op("mm_interleaved::gelu_gate", mutates_args=())
 def gelu_gate_kernel(both: Tensor) -> Tensor:
-    """The kernel; arguments as of `gelu_gate`."""
+    """The kernel; arguments as in `gelu_gate`."""
     from .pointwise_triton import gelu_gate as fused
 
     return fused(both)

@@ -1,4 +1,7 @@
-"""The Triton kernels of `pointwise.py`; arguments as there."""
+"""The Triton kernels of `pointwise.py`, with the same arguments.
+
+Axes: B batch, L tokens, N heads, H width of a head.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from torch import Tensor
 
 from .typed_triton import cdiv, jit, next_power_of_2
 
-ELEMENTS = 1024  # of a gate in one program: with 4 warps 8 a thread, one load of 16 bytes
-ROWS, COLUMNS = 4, 256  # of such a gate's result in one program, if its halves lie side by side
-HEAD_ELEMENTS = 512  # half channels of the heads in one program, with 2 warps 8 a thread as well
+ELEMENTS = 1024  # of a gate in one program: 8 a thread with 4 warps, one load of 16 bytes
+ROWS, COLUMNS = 4, 256  # of a gate's result in one program, if both halves are in one tensor
+HEAD_ELEMENTS = 512  # half channels of the heads in one program: 8 a thread with 2 warps
 
 
 @jit
@@ -24,7 +27,7 @@ def _turn(source, target, cos, sin, source_head, block, INVERSE: tl.constexpr, H
     inside = (head < HEADS) & (channel < HALF)
     first = tl.load(source + head * source_head + channel, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + head * source_head + HALF + channel, mask=inside, other=0.0).to(tl.float32)
-    angle = channel + 0 * head  # the same for every head, but in the threads that need it
+    angle = channel + 0 * head  # the same for every head, in the layout of the head's threads
     c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
     if INVERSE:
@@ -39,7 +42,7 @@ def _rotary_kernel(query, key, query_out, key_out, cos, sin, length, query_batch
                    key_batch, key_token, key_head, cos_batch, cos_token, sin_batch, sin_token,
                    INVERSE: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
                    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """A program turns BLOCK_H heads of one token: of the query in the first programs of axis 1, then of the key."""
+    """Rotate BLOCK_H heads of one token: of the query in the first programs of axis 1, then of the key."""
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, column = token // length, token % length
     cos += batch * cos_batch + column * cos_token
@@ -54,7 +57,7 @@ def _rotary_kernel(query, key, query_out, key_out, cos, sin, length, query_batch
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """The query [batch, length, heads, dim] and the key, turned forth or back."""
+    """The query [B, L, N, H] and the key, rotated forwards or, with `inverse`, backwards."""
     query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
     batch, length, heads, dim = query.shape
     cos, sin = (x.expand(batch, -1, -1) for x in (cos, sin))
@@ -118,7 +121,7 @@ def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
 
 @jit
 def _halves(both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Both halves of a block, where it lies in a tensor as wide as either, in one twice as wide, and what is real."""
+    """Both halves of a block, its places in a tensor of a half's width and of the full width, and which are real."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (row < count) & (column < width)
@@ -130,7 +133,7 @@ def _halves(both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @jit
 def _normal(gate):
-    """The normal distribution's integral up to `gate`."""
+    """The cumulative normal distribution at `gate`."""
     return 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
 
 
@@ -142,7 +145,7 @@ def _gelu_gate_kernel(both, out, count, width, BLOCK_R: tl.constexpr, BLOCK_C: t
 
 @jit
 def _gelu_gate_backward_kernel(grad, both, grad_both, count, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """With N the normal distribution: d(u g N(g)) = g N(g) du + u (N(g) + g N'(g)) dg."""
+    """With N the cumulative normal distribution: d(u g N(g)) = g N(g) du + u (N(g) + g N'(g)) dg."""
     up, gate, narrow, wide, inside = _halves(both, count, width, BLOCK_R, BLOCK_C)
     d = tl.load(grad + narrow, mask=inside, other=0.0).to(tl.float32)
     normal = _normal(gate)
@@ -152,7 +155,7 @@ def _gelu_gate_backward_kernel(grad, both, grad_both, count, width, BLOCK_R: tl.
 
 
 def _launch_halves(kernel: Any, both: Tensor, *others: Tensor) -> None:
-    """`others` come before `both` but for the last, which is the result."""
+    """Launch with arguments `others[:-1]`, `both` and the result `others[-1]`."""
     width = both.shape[-1] // 2
     count = both.numel() // max(2 * width, 1)
     grid = (cdiv(count, ROWS), cdiv(width, COLUMNS))

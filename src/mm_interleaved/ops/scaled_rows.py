@@ -1,4 +1,4 @@
-"""Matrices of one byte a number, each row with its own scale."""
+"""Weights of 8 bits, with one scale for each row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """A matrix as whole numbers or 8-bit floats, each row with its own scale.
+    """A matrix of 8-bit integers or floats with one scale for each row.
 
     Attributes:
         data: [outputs, width] int8 or float8_e4m3fn.
-        scale: [outputs], what the numbers are multiplied by.
+        scale: [outputs], the factor of each row.
     """
 
     data: Tensor
@@ -24,7 +24,7 @@ class ScaledRows:
         return len(self.data)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [outputs, width] that is meant."""
+        """The matrix [outputs, width] in `dtype`: data times scale."""
         return self.data.to(dtype) * self.scale.to(dtype)[:, None]
 
 

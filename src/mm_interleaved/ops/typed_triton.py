@@ -1,7 +1,7 @@
-"""Triton's decorator and whole-number functions under types of their own.
+"""Triton's `jit` and integer functions with correct type annotations.
 
-Triton annotates a kernel as the Python function that it is made from, without options of a launch and with compile-time
-numbers as `constexpr`, and lets functions of whole numbers return a `constexpr`, which they do in kernels alone.
+Triton types a kernel as the Python function under the decorator, without launch options and with compile-time numbers
+as `constexpr`, and types integer functions as if they always returned `constexpr`, which they do in kernels only.
 """
 
 from __future__ import annotations
