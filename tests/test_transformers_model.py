@@ -469,7 +469,7 @@ def test_decoding(processor: MMInterleavedProcessor) -> None:
 def test_the_examples_of_the_documentation(
     folder: Path, processor: MMInterleavedProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "transformers.md").read_text()
     make_image().save(tmp_path / "cat.png")
     monkeypatch.chdir(tmp_path)
     names = {"folder": folder, "image": make_image(), "Document": Document, "Text": Text, "Image": Image}

@@ -19,12 +19,12 @@ from .conftest import Outcome
 
 Mmi = Callable[..., Outcome]
 
-DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+DOCS = Path(__file__).parents[2] / "docs" / "guides" / "data.md"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that docs/data.md shows, with images; the place where commands run."""
+    """The files that docs/guides/data.md shows, with images; the place where commands run."""
     examples = dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", DOCS.read_text(), re.DOTALL))
     assert len(examples) == 4
     for name, text in examples.items():

@@ -1,4 +1,4 @@
-"""What docs/evaluation.md shows works."""
+"""What docs/guides/evaluation.md shows works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..cli.conftest import Outcome, mmi
 
 __all__ = ["mmi"]
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs/evaluation.md").read_text()
+TEXT = (ROOT / "docs/guides/evaluation.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", TEXT, re.DOTALL))
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^    (?:mmi) (.*)$", TEXT, re.MULTILINE)]
 
@@ -43,7 +43,7 @@ def test_one_after_the_other(mmi: Callable[..., Outcome], tmp_path: Path, monkey
         if real:
             assert "does not exist" in said.out + said.err
     assert (tmp_path / "runs/first/vqav2/gallery.html").is_file()
-    exec(compile(EXAMPLES["python"], "docs/evaluation.md", "exec"), {"__name__": "example"})
+    exec(compile(EXAMPLES["python"], "docs/guides/evaluation.md", "exec"), {"__name__": "example"})
     assert float(capsys.readouterr().out.split()[-1]) >= 0
 
 

@@ -1,4 +1,4 @@
-"""What docs/tasks.md shows works, and what it lists is what there is."""
+"""What docs/reference/tasks.md shows works, and what it lists is what there is."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from toyworld.writers.base import Job
 
 from ..conftest import make_image
 
-TEXT = (Path(__file__).parents[2] / "docs/tasks.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs/reference/tasks.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", TEXT, re.DOTALL))
 COMMANDS = re.findall(r"^    mmi (.*)$", TEXT, re.MULTILINE)
 
 
 def run(name: str) -> None:
-    exec(compile(EXAMPLES[name], "docs/tasks.md", "exec"), {"__name__": "example"})
+    exec(compile(EXAMPLES[name], "docs/reference/tasks.md", "exec"), {"__name__": "example"})
 
 
 def test_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

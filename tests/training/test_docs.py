@@ -1,4 +1,4 @@
-"""What docs/training.md shows is true: commands exist, files are there, and its YAML is accepted."""
+"""What docs/guides/training.md shows is true: commands exist, files are there, and its YAML is accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mm_interleaved.training.config import AutoencoderRunConfig, PartRunConfig, 
 
 from .conftest import ROOT
 
-TEXT = (ROOT / "docs/training.md").read_text()
+TEXT = (ROOT / "docs/guides/training.md").read_text()
 _COMMAND = r"^    (?:torchrun .* -m mm_interleaved\.cli|mmi) (train\S*) (\S+)(.*?)(?:\s+#.*)?$"
 SCHEMAS = {"train-vae": AutoencoderRunConfig, "train-vision": PartRunConfig, "train-language": PartRunConfig}
 COMMANDS = re.findall(_COMMAND, TEXT, re.MULTILINE)

@@ -68,7 +68,7 @@ def _print(name: str, found: TaskCheck, toy: bool) -> None:
 def prepare(
     task: Annotated[str, typer.Argument(help=f"{', '.join(CONVERTERS)}; others need no conversion.")],
     source: Annotated[Path, typer.Option(help="Folder of the official files.")],
-    root: Annotated[Path, typer.Option(help="Folder of the documented tree (docs/evaluation.md).")] = Path("datasets"),
+    root: Annotated[Path, typer.Option(help="Folder of the tree in docs/data_formats.md.")] = Path("datasets"),
     phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
 ) -> None:
     """Write official files in the form that a task reads."""

@@ -4,7 +4,7 @@
     for sample in task.samples():
         sample.document, sample.reference
 
-A new task is one small file; docs/tasks.md shows one.
+A new task is one small file; docs/reference/tasks.md shows one.
 """
 
 from __future__ import annotations
