@@ -80,7 +80,8 @@ def test_the_gallery_shows_the_worst_first_and_hides_no_markup(
     mmi("evaluate", config, "--device", "cpu")
     folder = tmp_path / "out/vqav2"
     questions = {s.id: s for s in make_task(task("vqav2")).samples()}
-    wanted = [r["id"] for r in sorted(lines(folder / "scores.jsonl"), key=lambda r: r["score"])]
+    scores = {r["id"]: r["scores"]["vqa_accuracy"]["accuracy"] for r in lines(folder / "scores.jsonl")}
+    wanted = sorted(scores, key=lambda key: scores[key])
     text = (folder / "gallery.html").read_text()
     page = Page(text)
     assert [a["data-words"].split()[0] for a in page.articles if a["data-words"]] == wanted

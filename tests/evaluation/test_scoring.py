@@ -14,7 +14,7 @@ import torch
 
 from mm_interleaved.evaluation import MetricConfig
 from mm_interleaved.evaluation import scoring as scoring_module
-from mm_interleaved.evaluation.scoring import METRICS, ScoringInputs, as_data, score_task
+from mm_interleaved.evaluation.scoring import METRICS, ScoringInputs, as_data, main_scores, score_task
 from mm_interleaved.evaluation.toyworld import find_about
 from mm_interleaved.metrics import MetricResult
 from mm_interleaved.metrics.images import FID
@@ -25,7 +25,7 @@ from .conftest import MakeTask
 ANSWERS = {
     "vqa_accuracy": lambda s: max(s.reference, key=s.reference.count),
     "vizwiz_accuracy": lambda s: max(s.reference, key=s.reference.count),
-    "gqa_accuracy": lambda s: f"It is {s.reference}.",
+    "gqa_accuracy": lambda s: s.reference,
     "grounding_accuracy": lambda s: "({:03d},{:03d})({:03d},{:03d})</box>".format(*s.reference),
     "captions": lambda s: s.reference[0],
 }
@@ -68,8 +68,9 @@ def test_right_answers(name: str, scored: Callable[..., ScoringInputs]) -> None:
     given = scored(name, lambda s, _: {"prediction": ANSWERS[metric](s)})
     result, scores = score_task(given, 0)
     assert result[metric]["values"]["accuracy"] == pytest.approx(100, abs=15 if "vqa" in name else 1e-9)
-    assert scores.metric == metric
-    assert len(scores.scores) == len(given.samples)
+    value, ranking = main_scores(scores)
+    assert value == "accuracy"
+    assert ranking.keys() == {sample.id for sample in given.samples}
     low, high = result[metric]["intervals"]["accuracy"]
     assert low <= result[metric]["values"]["accuracy"] <= high
     wrong = scored(name, lambda s, _: {"prediction": "none of it"})
@@ -195,19 +196,31 @@ def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., Scorin
     assert f"sample {one.samples[0].id}" in score_task(one, 0)[0]["vqa_accuracy"]["failed"]
 
 
-def test_compat_chooses_which_answers_count(scored: Callable[..., ScoringInputs]) -> None:
-    """As in the release, "pizza box" is then taken for "box"."""
-    for compat, name in ((False, "accuracy"), (True, "accuracy_compat")):
-        given = scored("vqav2", lambda s, _: {"prediction": "pizza box"}, compat=compat)
-        for sample in given.samples:
-            sample.reference[:] = ["pizza box"] * 5 + ["box"] * 5 if name == "accuracy" else ["box"] * 10
-        result, scores = score_task(given, 0)
-        assert list(result["vqa_accuracy"]["intervals"]) == [name]
-        assert set(scores.scores.values()) == {100.0}
+def test_both_rules_are_told_apart(scored: Callable[..., ScoringInputs]) -> None:
+    """For the release's rule "pizza box" is "box"; each value has its own scores."""
+    given = scored("vqav2", lambda s, _: {"prediction": "pizza box"})
+    for sample in given.samples:
+        sample.reference[:] = ["pizza box"] * 10
+    result, scores = score_task(given, 0)
+    assert result["vqa_accuracy"]["intervals"] == {"accuracy": [100, 100], "accuracy_compat": [0, 0]}
+    assert set(scores["vqa_accuracy"]["accuracy"].values()) == {100}
+    assert set(scores["vqa_accuracy"]["accuracy_compat"].values()) == {0}
 
 
-def test_an_interval_stands_with_the_value_that_it_is_of() -> None:
-    data = as_data(MetricResult({"other": 3.0, "mean": 25.0}, [0.0, 50.0]), seed=0, resamples=50)
-    assert data["intervals"] == {"mean": [0.0, 50.0]}
-    assert "intervals" not in as_data(MetricResult({"corpus": 3.0}, [0.0, 50.0]), seed=0, resamples=50)
+def test_an_interval_is_that_of_its_own_scores() -> None:
+    """Also where two values are equal: 50 by each rule, but by one of them every answer is half right."""
+    each, half = dict.fromkeys(range(4), 50.0), {i: 100.0 * (i % 2) for i in range(4)}
+    found = MetricResult.of_means({"accuracy": half, "accuracy_compat": each}, others={"corpus": 50.0})
+    assert set(found.values.values()) == {50.0}
+    data = as_data(found, seed=0, resamples=200)
+    assert data["intervals"].keys() == {"accuracy", "accuracy_compat"}
+    assert data["intervals"]["accuracy_compat"] == [50.0, 50.0]
+    low, high = data["intervals"]["accuracy"]
+    assert low < 50 < high
     assert "intervals" not in as_data(MetricResult({"fid": 3.0}), seed=0, resamples=50)
+
+
+def test_intervals_of_ratios_use_the_weights() -> None:
+    scores, weights = {"a": {1: 100.0, 2: 0.0}}, {"a": {1: 5.0, 2: 0.0}}
+    data = as_data(MetricResult.of_means(scores, weights), seed=0, resamples=50)
+    assert data == {"values": {"a": 100.0}, "intervals": {"a": [100.0, 100.0]}}

@@ -71,7 +71,8 @@ def test_all_figures_by_hand() -> None:
     assert result.values == pytest.approx(
         {"ndcg": 50, "mrr": 100 * (1 / 7 + 1) / 2, "mean_rank": 4, "r@1": 50, "r@5": 50, "r@10": 100}
     )
-    assert result.per_sample == [100, 0]
+    assert result.per_sample["ndcg"] == pytest.approx({"a": 100, "b": 0})
+    assert result.per_sample["mean_rank"] == {"a": 7, "b": 1}
 
 
 def test_rounds_without_relevance_have_the_sparse_figures() -> None:
@@ -80,7 +81,8 @@ def test_rounds_without_relevance_have_the_sparse_figures() -> None:
     )
     assert result.values["ndcg"] == 0
     assert result.values["mrr"] == 75
-    assert result.per_sample == [50, 100]
+    assert result.per_sample["ndcg"] == {1: 0}
+    assert result.per_sample["mrr"] == {1: 50, 2: 100}
 
 
 @pytest.mark.parametrize(

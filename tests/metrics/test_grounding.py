@@ -56,7 +56,7 @@ def test_exactly_one_half_counts_and_malformed_text_is_wrong() -> None:
     truth = (0, 0, 100, 100)
     texts = {1: "(0,0)(50,100)", 2: "(0,0)(49,100)", 3: "somewhere", 4: "(000,000)(100,100)"}
     result = grounding_accuracy(texts, dict.fromkeys(texts, truth))
-    assert result.per_sample == [100, 0, 0, 100]
+    assert result.per_sample["accuracy"] == {1: 100, 2: 0, 3: 0, 4: 100}
     assert result.values == pytest.approx({"accuracy": 50, "mean_iou": 100 * (0.5 + 0.49 + 0 + 1) / 4, "unparsed": 25})
 
 

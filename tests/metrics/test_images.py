@@ -97,7 +97,7 @@ class TestMetric:
         metric = FID(extractor=Colors(), batch=3)
         same = metric(images, images)
         assert same.values == pytest.approx({"fid_64": 0, "fid_native": 0}, abs=1e-9)
-        assert same.per_sample is None
+        assert same.per_sample == {}
         dark = {i: PIL.Image.eval(one, lambda v: v // 4) for i, one in images.items()}
         apart = metric(dark, images)
         assert apart.values["fid_64"] > 0.05

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_interleaved.metrics import MetricResult, MissingRequirement, aligned, confidence_interval, reports_missing
-from mm_interleaved.metrics.captions import CaptionMetrics
+from mm_interleaved.metrics.captions import caption_scores
 from mm_interleaved.metrics.clip import CLIP, ImageSimilarity, TextSimilarity
 from mm_interleaved.metrics.dialogue import dialogue_ranking
 from mm_interleaved.metrics.grounding import grounding_accuracy
@@ -18,7 +18,7 @@ from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 from mm_interleaved.metrics.vqa import VQAAccuracy, gqa_accuracy
 
 METRICS = [
-    CaptionMetrics(), VQAAccuracy(), gqa_accuracy, dialogue_ranking, grounding_accuracy, MeanIoU(), FID(),
+    caption_scores, VQAAccuracy(), gqa_accuracy, dialogue_ranking, grounding_accuracy, MeanIoU(), FID(),
     SegmentedMeanIoU(Segmenter(None)), ImageSimilarity(CLIP(None)), TextSimilarity(CLIP(None)), SceneImages(),
     scene_captions,
 ]  # fmt: skip
@@ -39,7 +39,7 @@ def test_a_sample_without_its_other_half_is_named() -> None:
 def test_nothing_to_score_is_said_by_every_metric(metric) -> None:
     result = metric({}, {})
     assert result.skipped == "there are no samples to score"
-    assert (result.values, result.per_sample) == ({}, None)
+    assert (result.values, result.per_sample) == ({}, {})
     assert result.fix
 
 
@@ -59,6 +59,32 @@ def test_what_is_missing_becomes_a_result_and_other_errors_stay_errors() -> None
     )
     with pytest.raises(KeyError):
         metric(KeyError("a"))
+
+
+class TestMeans:
+    def test_values_are_the_means_of_their_scores(self) -> None:
+        result = MetricResult.of_means({"a": {1: 0.0, 2: 50.0}, "none": {}}, others={"corpus": 3.0})
+        assert result.values == {"a": 25.0, "corpus": 3.0}
+        assert result.per_sample == {"a": {1: 0.0, 2: 50.0}}
+
+    def test_with_weights_they_are_ratios_of_sums(self) -> None:
+        result = MetricResult.of_means({"a": {1: 100.0, 2: 50.0}, "b": {1: 1.0}}, {"a": {1: 1.0, 2: 4.0}})
+        assert result.values == {"a": 60.0, "b": 1.0}
+
+    def test_scores_of_one_sample_are_put_together(self) -> None:
+        scores = {"a": {("x", 0): 100.0, ("x", 1): 0.0, ("y", 0): 30.0}, "b": {("x", 0): 7.0, ("y", 0): 1.0}}
+        result = MetricResult.of_means(scores, {"a": {("x", 0): 3.0, ("x", 1): 1.0, ("y", 0): 0.0}})
+        grouped = result.grouped(lambda key: key[0])
+        assert grouped.values == result.values
+        assert grouped.per_sample == {"a": {"x": 75.0, "y": 0.0}, "b": {"x": 7.0, "y": 1.0}}
+        assert grouped.weights == {"a": {"x": 4.0, "y": 0.0}, "b": {"x": 1.0, "y": 1.0}}
+        assert MetricResult.of_means(grouped.per_sample, grouped.weights).values == grouped.values
+
+    def test_scores_without_a_value_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"scores of \['b'\], but 'values' has \['a'\]"):
+            MetricResult({"a": 1.0}, {"b": {1: 1.0}})
+        with pytest.raises(ValueError, match="'weights' and 'per_sample' of 'a'"):
+            MetricResult({"a": 1.0}, {"a": {1: 1.0}}, {"a": {2: 1.0}})
 
 
 class TestConfidenceInterval:

@@ -28,7 +28,7 @@ def test_both_means_by_hand() -> None:
     result = MeanIoU()({"a": predicted}, {"a": label})
     assert result.values["miou_present"] == pytest.approx(100 * (1 / 2 + 2 / 4) / 2)
     assert result.values["miou"] == pytest.approx(100 * (1 / 2 + 2 / 4) / CLASSES)
-    assert result.per_sample == [pytest.approx(50)]
+    assert result.per_sample == {"miou_per_image": {"a": pytest.approx(50)}}
 
 
 def test_areas_add_up_over_the_set_before_they_are_divided() -> None:
@@ -36,7 +36,8 @@ def test_areas_add_up_over_the_set_before_they_are_divided() -> None:
     predictions = {1: np.array([[1, 1, 1, 1]]), 2: np.array([[2]])}
     result = MeanIoU()(predictions, labels)
     assert result.values["miou_present"] == pytest.approx(80)
-    assert result.per_sample == pytest.approx([100, 0])
+    assert result.per_sample["miou_per_image"] == pytest.approx({1: 100, 2: 0})
+    assert result.values["miou_per_image"] == pytest.approx(50)
 
 
 @settings(max_examples=25)

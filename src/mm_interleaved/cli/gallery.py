@@ -17,8 +17,9 @@ from jinja2 import Environment, PackageLoader
 
 from ..document import DocumentError, Image, Text
 from ..evaluation.predictions import Record
-from ..evaluation.scoring import SampleScores, ScoringInputs, TaskResult
+from ..evaluation.scoring import SampleScores, ScoringInputs, TaskResult, main_scores
 from ..files import write_atomic
+from ..metrics import Scores
 from ..processor.images import load_image
 from ..tasks import Sample
 
@@ -27,7 +28,7 @@ SIDE = 320  # longest side of an image in the gallery, in pixels
 BEST_OPTIONS = 5  # of many candidate answers, how many are shown
 
 
-def choose(scores: dict[str, float], ids: Sequence[str], limit: int) -> list[str]:
+def choose(scores: Scores, ids: Sequence[str], limit: int) -> list[str]:
     """Ids to show, the worst first: all, or half of the limit the worst and half spread evenly over the others."""
     ranked = sorted(ids, key=lambda key: scores.get(key, math.inf))
     if len(ranked) <= limit:
@@ -45,11 +46,12 @@ def write_gallery(given: ScoringInputs, scores: SampleScores, result: TaskResult
     folder = given.folder / IMAGES
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    chosen = choose(dict(scores.scores), list(rows), limit)
-    shown = [_entry(number, *rows[key], given, scores.scores.get(key)) for number, key in enumerate(chosen)]
+    value, ranking = main_scores(scores)
+    chosen = choose(ranking, list(rows), limit)
+    shown = [_entry(number, *rows[key], given, ranking.get(key)) for number, key in enumerate(chosen)]
     environment = Environment(loader=PackageLoader("mm_interleaved.cli"), autoescape=True)
     page = environment.get_template("gallery.html").render(
-        name=given.task.name, description=given.task.kind.description, result=result, metric=scores.metric,
+        name=given.task.name, description=given.task.kind.description, result=result, value=value,
         entries=shown, count=len(rows),
     )  # fmt: skip
     path = given.folder / GALLERY

@@ -25,7 +25,6 @@ class MetricConfig:
         clip: folder of a CLIP model, for similarities and for choosing among several images.
         segmenter: folder of a segmentation model trained on ADE20K, for mIoU.
         cache: folder in which statistics of reference images are kept; None: they are computed anew.
-        meteor: METEOR of captions as well; it needs Java and a gigabyte of memory.
         resamples: bootstrap samples behind a confidence interval.
     """
 
@@ -33,7 +32,6 @@ class MetricConfig:
     clip: str | None = None
     segmenter: str | None = None
     cache: str | None = None
-    meteor: bool = False
     resamples: int = 1000
 
     def __post_init__(self) -> None:

@@ -296,10 +296,16 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
     result.toy = about is not None
     given = ScoringInputs(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, about)
     result.metrics, scores = score_task(given, config.seed)
-    lines = [json.dumps({"id": key, "metric": scores.metric, "score": value}) + "\n"
-             for key, value in scores.scores.items()]  # fmt: skip
+    lines = [json.dumps({"id": s.id, "scores": _scores_of(s.id, scores)}) + "\n" for s, _ in good]
     write_atomic(folder / SCORES, "".join(lines).encode())
     on_scored(given, scores, result)
+
+
+def _scores_of(sample: str, scores: SampleScores) -> dict[str, dict[str, float]]:
+    """A sample's scores by metric and value."""
+    found = {metric: {name: of[sample] for name, of in values.items() if sample in of}
+             for metric, values in scores.items()}  # fmt: skip
+    return {metric: values for metric, values in found.items() if values}
 
 
 def _earlier(config: TaskSuite, folder: Path, digest: str) -> dict[str, TaskResult]:

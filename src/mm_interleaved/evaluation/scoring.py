@@ -5,19 +5,18 @@ A metric that cannot run says why and what would mend it; the others go on.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
-from ..metrics import MetricResult, confidence_interval
-from ..metrics.captions import CaptionMetrics
+from ..metrics import MetricResult, Scores, confidence_interval
+from ..metrics.captions import caption_scores
 from ..metrics.clip import CLIP, ImageSimilarity, TextSimilarity
 from ..metrics.dialogue import DialogueReference, dialogue_ranking
 from ..metrics.grounding import grounding_accuracy
@@ -30,7 +29,6 @@ from .config import EvaluationError, MetricConfig
 from .predictions import Record
 from .toyworld import drawn_scenes, metric_for, shown_scenes
 
-V = TypeVar("V")
 NAMED = 20  # unreadable samples that results name
 
 
@@ -82,28 +80,26 @@ class ScoringInputs:
 
 def captions(given: ScoringInputs) -> MetricResult:
     """Over all samples, and within each domain if the samples have one."""
-    metric = CaptionMetrics(meteor=given.metrics.meteor)
     predictions, references = given.by_id("prediction"), given.references()
-    result = metric(predictions, references)
+    result = caption_scores(predictions, references)
     domains: dict[str, list[str]] = defaultdict(list)
     for sample in given.samples:
         if "domain" in sample.meta:
             domains[str(sample.meta["domain"])].append(sample.id)
     for domain, ids in sorted(domains.items()):
-        part = metric({i: predictions[i] for i in ids}, {i: references[i] for i in ids})
+        part = caption_scores({i: predictions[i] for i in ids}, {i: references[i] for i in ids})
         result.values.update({f"{name}/domain={domain}": value for name, value in part.values.items()})
     return result
 
 
 def vqa_accuracy(given: ScoringInputs) -> MetricResult:
     """VQAv2, OK-VQA, TextVQA."""
-    return VQAAccuracy(compat=given.task.config.compat)(given.by_id("prediction"), given.references(_people))
+    return VQAAccuracy()(given.by_id("prediction"), given.references(_people))
 
 
 def vizwiz_accuracy(given: ScoringInputs) -> MetricResult:
     """VizWiz."""
-    metric = VQAAccuracy(compat=given.task.config.compat, score=vizwiz_score)
-    return metric(given.by_id("prediction"), given.references(_people))
+    return VQAAccuracy(vizwiz_score)(given.by_id("prediction"), given.references(_people))
 
 
 def gqa(given: ScoringInputs) -> MetricResult:
@@ -116,9 +112,8 @@ def ranking(given: ScoringInputs) -> MetricResult:
     references = given.references(lambda s: DialogueReference(tuple(s.reference["relevance"]), s.reference["index"]))
     result = dialogue_ranking(given.by_id("scores"), references)
     shared = {r["id"]: [a / n for a, n in zip(r["scores"], r["lengths"], strict=True)] for r in given.records}
-    other = dialogue_ranking(shared, references)
-    result.values.update({f"{name}_per_token": value for name, value in other.values.items()})
-    return result
+    other = dialogue_ranking(shared, references).per_sample
+    return MetricResult.of_means({**result.per_sample, **{f"{name}_per_token": found for name, found in other.items()}})
 
 
 def grounding(given: ScoringInputs) -> MetricResult:
@@ -136,12 +131,14 @@ def fid(given: ScoringInputs) -> MetricResult:
 def text_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP, images and what they were asked for with."""
     texts = {(s.id, 0): str(s.meta["caption"]) for s in given.samples}
-    return TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), texts)
+    found = TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), texts)
+    return found.grouped(_sample_of)
 
 
 def image_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP, images and true images."""
-    return ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), given.true_images())
+    similarity = ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))
+    return similarity(given.images(), given.true_images()).grouped(_sample_of)
 
 
 def captions_of_scenes(given: ScoringInputs) -> MetricResult:
@@ -151,10 +148,8 @@ def captions_of_scenes(given: ScoringInputs) -> MetricResult:
 
 def images_of_scenes(given: ScoringInputs) -> MetricResult:
     """Toy data: what the toy world's detector finds in drawn images."""
-    result = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.about or {}))
-    for name, parts in result.ratios.items():  # images of one story have more in common than others
-        result.ratios[name] = [(sum(a for a, _ in p), sum(b for _, b in p)) for p in _by_sample(given, parts).values()]
-    return result
+    found = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.about or {}))
+    return found.grouped(_sample_of)
 
 
 def miou(given: ScoringInputs) -> MetricResult:
@@ -176,6 +171,12 @@ SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "
 
 def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
+
+
+def _sample_of(key: Hashable) -> Hashable:
+    """The sample of an image. Images of one story have more in common than others, so intervals are over stories."""
+    assert isinstance(key, tuple)
+    return key[0]
 
 
 def _people(sample: Sample) -> VQAReference:
@@ -233,22 +234,20 @@ class TaskResult:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class SampleScores:
-    """The samples' scores by the task's first metric that has any.
+SampleScores = dict[str, dict[str, Scores]]
+"""By metric, value and sample: `scores["vqa_accuracy"]["accuracy"]["17"]`."""
 
-    Attributes:
-        metric: which it is; "": there is none.
-        scores: by sample.
-    """
 
-    metric: str = ""
-    scores: Mapping[str, float] = field(default_factory=dict)
+def main_scores(scores: SampleScores) -> tuple[str, Scores]:
+    """The value that samples are ranked by and their scores: the first of the first metric that has any."""
+    found = [(name, of_samples) for values in scores.values() for name, of_samples in values.items()]
+    return found[0] if found else ("", {})
 
 
 def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any]], SampleScores]:
     """All metrics of a task, as plain data, and the samples' scores."""
-    results, shown = {}, SampleScores()
+    results: dict[str, dict[str, Any]] = {}
+    scores: SampleScores = {}
     known = metric_for(given.task.kind.name, given.about)
     for name in (*given.task.metrics, known) if known else given.task.metrics:
         if name not in METRICS:
@@ -262,38 +261,22 @@ def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any
         results[name] = as_data(result, seed, given.metrics.resamples)
         if result.skipped is not None and name in SETTINGS:
             results[name]["fix"] = f"{result.fix}, as metrics.{SETTINGS[name]}=..."
-        if result.per_sample is not None and not shown.metric:
-            scores = _by_sample(given, result.per_sample)
-            shown = SampleScores(name, {key: float(np.mean(values)) for key, values in scores.items()})
-    return results, shown
-
-
-def _by_sample(given: ScoringInputs, values: Sequence[V]) -> dict[str, list[V]]:
-    """What there is of each sample: one value, or one of each of its images."""
-    ids = [s.id for s in given.samples]
-    if len(values) != len(ids):
-        ids = [name for name, _ in given.images()]
-    found: dict[str, list[V]] = defaultdict(list)
-    for name, value in zip(ids, values, strict=True):
-        found[name].append(value)
-    return found
+        if result.per_sample:
+            scores[name] = result.per_sample
+    return results, scores
 
 
 def as_data(result: MetricResult, seed: int, resamples: int) -> dict[str, Any]:
-    """Plain data; intervals stand with ratios of sums, else with the value that is the mean of the samples' scores."""
+    """Plain data; every value that is a mean of samples' scores has the interval of those scores."""
     data: dict[str, Any] = {"values": result.values}
-    if result.ratios:
+    if result.per_sample:
         data["intervals"] = {
-            name: list(confidence_interval([a / b if b else 0.0 for a, b in parts], weights=[b for _, b in parts],
-                                           seed=seed, resamples=resamples))
-            for name, parts in result.ratios.items()
+            name: list(confidence_interval(
+                list(scores.values()), seed=seed, resamples=resamples,
+                weights=list(result.weights[name].values()) if name in result.weights else None,
+            ))
+            for name, scores in result.per_sample.items()
         }  # fmt: skip
-    elif result.per_sample and result.values:
-        mean = float(np.mean(result.per_sample))
-        name = min(result.values, key=lambda n: abs(result.values[n] - mean))
-        if math.isclose(result.values[name], mean, rel_tol=1e-6, abs_tol=1e-9):
-            low, high = confidence_interval(result.per_sample, seed=seed, resamples=resamples)
-            data["intervals"] = {name: [low, high]}
     if result.skipped is not None:
         data |= {"skipped": result.skipped, "fix": result.fix}
     return data

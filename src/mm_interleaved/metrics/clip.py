@@ -101,7 +101,7 @@ class ImageSimilarity:
         """
         rows = aligned(predictions, references)
         made = self.clip.embed_images([image for _, image, _ in rows])
-        return _cosines("clip_image_image", made, self.clip.embed_images([image for _, _, image in rows]))
+        return _cosines("clip_image_image", rows, made, self.clip.embed_images([image for _, _, image in rows]))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class TextSimilarity:
         """
         rows = aligned(predictions, references)
         made = self.clip.embed_images([image for _, image, _ in rows])
-        return _cosines("clip_text_image", made, self.clip.embed_texts([text for _, _, text in rows]))
+        return _cosines("clip_text_image", rows, made, self.clip.embed_texts([text for _, _, text in rows]))
 
 
 def _pooled(features: tuple[Any, ...] | BaseModelOutputWithPooling) -> torch.Tensor:
@@ -129,6 +129,5 @@ def _pooled(features: tuple[Any, ...] | BaseModelOutputWithPooling) -> torch.Ten
     return features.pooler_output
 
 
-def _cosines(name: str, a: torch.Tensor, b: torch.Tensor) -> MetricResult:
-    scores = (a * b).sum(-1).tolist()
-    return MetricResult({name: sum(scores) / len(scores)}, scores)
+def _cosines(name: str, rows: Sequence[tuple[Hashable, Any, Any]], a: torch.Tensor, b: torch.Tensor) -> MetricResult:
+    return MetricResult.of_means({name: dict(zip((key for key, _, _ in rows), (a * b).sum(-1).tolist(), strict=True))})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .result import MetricResult, aligned, percent, reports_missing
+from .result import MetricResult, Scores, aligned, reports_missing
 
 RECALL_AT = (1, 5, 10)
 
@@ -62,25 +62,22 @@ def dialogue_ranking(
     """Score the candidates' scores (a list by id, higher is better) against `DialogueReference`s.
 
     Values: `ndcg`, `mrr` and `r@1`, `r@5`, `r@10` in percent, `mean_rank`; each over the rounds that have what it
-    needs. The samples' scores are NDCG, or reciprocal ranks if a round without relevance is among them.
+    needs.
 
     Raises:
         ValueError: the ids differ, a score is not a finite number, or there are more or fewer than candidates.
     """
-    rows = aligned(predictions, references)
-    gains, places = [], []
-    for key, scores, reference in rows:
+    gains: Scores = {}
+    places: Scores = {}
+    for key, scores, reference in aligned(predictions, references):
         _check(key, scores, reference)
         if reference.relevance is not None:
-            gains.append(ndcg(scores, reference.relevance))
+            gains[key] = 100 * ndcg(scores, reference.relevance)
         if reference.answer is not None:
-            places.append(int(ranks(scores)[reference.answer]))
-    values = {"ndcg": percent(gains)} if gains else {}
-    if places:
-        values |= {"mrr": percent([1 / place for place in places]), "mean_rank": float(np.mean(places))}
-        values |= {f"r@{k}": percent([place <= k for place in places]) for k in RECALL_AT}
-    whole = gains if len(gains) == len(rows) else [1 / place for place in places] if len(places) == len(rows) else None
-    return MetricResult(values, None if whole is None else [100 * score for score in whole])
+            places[key] = float(ranks(scores)[reference.answer])
+    recalls = {f"r@{k}": {key: 100.0 * (place <= k) for key, place in places.items()} for k in RECALL_AT}
+    reciprocal = {key: 100 / place for key, place in places.items()}
+    return MetricResult.of_means({"ndcg": gains, "mrr": reciprocal, "mean_rank": places, **recalls})
 
 
 def _check(key: Hashable, scores: Sequence[float], reference: DialogueReference) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Hashable, Mapping
 
-from .result import MetricResult, aligned, percent, reports_missing
+from .result import MetricResult, Scores, aligned, reports_missing
 
 SCALE = 999  # a box in text counts in 1/999 of the image's width and height
 THRESHOLD = 0.5
@@ -42,18 +42,18 @@ def grounding_accuracy(predictions: Mapping[Hashable, str], references: Mapping[
     """Score generated boxes (text by id) against boxes in 1/999 of the image, as they stand in training text.
 
     Values: `accuracy`, percent of samples with an IoU of at least 0.5, `mean_iou` in percent, and `unparsed`, percent
-    of texts without a box. The samples' scores are 100 for a right box and 0 for a wrong one.
+    of texts without a box.
 
     Raises:
         ValueError: the ids differ, or a reference has no area.
     """
-    overlaps, unparsed = [], []
+    overlaps: Scores = {}
+    unparsed: Scores = {}
     for key, text, box in aligned(predictions, references):
         if not (box[0] < box[2] and box[1] < box[3]):
             raise ValueError(f"sample {key!r}: the reference's box {box} has no area; it must be x1, y1, x2, y2")
         predicted = parse_box(text)
-        overlaps.append(iou(predicted, box))
-        unparsed.append(predicted == NOWHERE)
-    hits = [100.0 * (overlap >= THRESHOLD) for overlap in overlaps]
-    values = {"accuracy": sum(hits) / len(hits), "mean_iou": percent(overlaps), "unparsed": percent(unparsed)}
-    return MetricResult(values, hits)
+        overlaps[key] = 100 * iou(predicted, box)
+        unparsed[key] = 100.0 * (predicted == NOWHERE)
+    hits = {key: 100.0 * (overlap >= 100 * THRESHOLD) for key, overlap in overlaps.items()}
+    return MetricResult.of_means({"accuracy": hits, "mean_iou": overlaps, "unparsed": unparsed})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 P = TypeVar("P")
 R = TypeVar("R")
 SHOWN = 3  # ids that a message names
+Scores = dict[Hashable, float]
+"""A number for each sample, by the sample's id."""
 
 
 @dataclass(frozen=True)
@@ -19,21 +22,73 @@ class MetricResult:
     """What a metric found.
 
     Attributes:
-        values: the figures by name, in the unit in which papers print them: shares in percent, BLEU and CIDEr times
-            100, similarities in [-1, 1], distances as they are. Empty if nothing could be computed.
-        per_sample: the metric's main figure for each sample, in the order of the references and in the same unit;
-            None where there is no such thing (FID).
-        skipped: what could not be computed, all or part of the metric, and why; None if nothing is missing.
+        values: the values by name, the main one first, in the unit in which papers print them: shares in percent, BLEU
+            and CIDEr times 100, similarities in [-1, 1], distances as they are. Empty if nothing could be computed.
+        per_sample: for every value that is a mean over samples, the score of each sample, by the value's name; in the
+            same unit. Values of whole sets (BLEU, FID, mIoU) are not in it. Galleries rank samples by the first name.
+        weights: for values that are weighted means, the weight of each sample, by the value's name. With `a / b` as
+            scores and `b` as weights the mean is the ratio of the sums of `a` and `b`.
+        skipped: why the metric could not be computed; None if it could.
         fix: the command or the setting that would mend it.
-        ratios: of values that are ratios of sums, by name: for each sample, in the order of the references, what it
-            adds above the line and below it.
+
+    Raises:
+        ValueError: `per_sample` has a name that is not in `values`, or a weight has no score.
     """
 
     values: dict[str, float] = field(default_factory=dict)
-    per_sample: list[float] | None = None
+    per_sample: dict[str, Scores] = field(default_factory=dict)
+    weights: dict[str, Scores] = field(default_factory=dict)
     skipped: str | None = None
     fix: str | None = None
-    ratios: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := self.per_sample.keys() - self.values.keys():
+            raise ValueError(f"'per_sample' has scores of {sorted(unknown)}, but 'values' has {list(self.values)}")
+        for name, weights in self.weights.items():
+            if weights.keys() != self.per_sample.get(name, {}).keys():
+                raise ValueError(f"'weights' and 'per_sample' of '{name}' must be of the same samples")
+
+    @classmethod
+    def of_means(
+        cls,
+        per_sample: Mapping[str, Scores],
+        weights: Mapping[str, Scores] | None = None,
+        others: Mapping[str, float] | None = None,
+    ) -> MetricResult:
+        """The result whose values are means of samples' scores.
+
+        Args:
+            per_sample: the scores by the value's name; a name without samples has no value.
+            weights: by the same names; of names that are left out all samples count the same.
+            others: values that are no such means.
+        """
+        scores = {name: dict(found) for name, found in per_sample.items() if found}
+        weights = {name: dict(found) for name, found in (weights or {}).items() if name in scores}
+        values = {
+            name: float(
+                np.average(list(found.values()), weights=list(weights[name].values()) if name in weights else None)
+            )
+            for name, found in scores.items()
+        }
+        return cls(values | dict(others or {}), scores, weights)
+
+    def grouped(self, group: Callable[[Hashable], Hashable]) -> MetricResult:
+        """The same values with the scores of several keys, as of a story's images, put together to one score each.
+
+        Args:
+            group: the id of the sample that a key of `per_sample` belongs to.
+        """
+        scores: dict[str, Scores] = {}
+        weights: dict[str, Scores] = {}
+        for name, found in self.per_sample.items():
+            sums, totals = defaultdict(float), defaultdict(float)
+            for key, score in found.items():
+                weight = self.weights[name][key] if name in self.weights else 1.0
+                sums[group(key)] += score * weight
+                totals[group(key)] += weight
+            scores[name] = {key: total and sums[key] / total for key, total in totals.items()}
+            weights[name] = dict(totals)
+        return replace(self, per_sample=scores, weights=weights)
 
 
 class Metric(Protocol):
@@ -91,11 +146,6 @@ def aligned(predictions: Mapping[Hashable, P], references: Mapping[Hashable, R])
                 "predictions and references must come from the same task and split"
             )
     return [(key, predictions[key], reference) for key, reference in references.items()]
-
-
-def percent(values: Sequence[float] | np.ndarray) -> float:
-    """Mean of shares in [0, 1], times 100."""
-    return 100 * float(np.mean(values))
 
 
 def confidence_interval(

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class MeanIoU:
     """Mean intersection over union of label maps (arrays by id), in percent.
 
     Values: `miou`, the mean over all classes, absent ones as 0, as the release has it; `miou_present`, over the classes
-    in the label maps. The samples' scores are the means over the classes in the sample's own label map.
+    in the label maps; `miou_per_image`, the mean over images of the mean over the classes in the image's label map.
 
     Attributes:
         classes: how many there are.
@@ -70,15 +71,17 @@ class MeanIoU:
         Raises:
             ValueError: the ids differ, or a map does not fit; the message names the sample.
         """
-        counts = []
+        counts: dict[Hashable, np.ndarray] = {}
         for key, predicted, label in aligned(predictions, references):
             try:
-                counts.append(areas(predicted, label, self.classes))
+                counts[key] = areas(predicted, label, self.classes)
             except ValueError as error:
                 raise ValueError(f"sample {key!r}: {error}") from error
-        whole = sum(counts, np.zeros((3, self.classes), dtype=np.int64))
-        values = {"miou": 100 * float(_iou(whole).mean()), "miou_present": _over_present(whole)}
-        return MetricResult(values, [_over_present(count) for count in counts])
+        whole = sum(counts.values(), np.zeros((3, self.classes), dtype=np.int64))
+        scores = {key: _over_present(count) for key, count in counts.items()}
+        values = {"miou": 100 * float(_iou(whole).mean()), "miou_present": _over_present(whole),
+                  "miou_per_image": fmean(scores.values())}  # fmt: skip
+        return MetricResult(values, {"miou_per_image": scores})
 
 
 def _iou(counts: np.ndarray) -> np.ndarray:

@@ -25,7 +25,6 @@ class SceneImages:
     """How well images show the scenes that were asked for: the rates of `SceneScore`, in percent.
 
     Of a story's frame, no relations are asked for (its text tells cells), but looks must be kept that no text tells.
-    The images' scores are the percent of objects found with their kind and colour.
 
     Attributes:
         weights: of the detector.
@@ -50,38 +49,40 @@ class SceneImages:
         seen = []
         for start in range(0, len(rows), BATCH):
             seen += detector.detect([rgb(image) for _, image, _ in rows[start : start + BATCH]])
-        scores = [_score(asked, found) for (_, _, asked), found in zip(rows, seen, strict=True)]
-        return _summed([score.ratios() for score in scores], "found_kind_color")
+        scores = {key: _score(asked, found) for (key, _, asked), found in zip(rows, seen, strict=True)}
+        return _ratios({key: score.ratios() for key, score in scores.items()}, "found_kind_color")
 
 
 def _score(asked: Scene | Frame, seen: Sequence[Detection]) -> SceneScore:
     return match(asked.scene, seen, (), asked.unsaid) if isinstance(asked, Frame) else match(asked, seen)
 
 
-def _summed(samples: Sequence[Mapping[str, tuple[int, int]]], main: str) -> MetricResult:
-    """Ratios of sums in percent; `main` tells which is the samples' score, 0 where it is out of nothing."""
-    ratios = {name: [(100.0 * sample[name][0], float(sample[name][1])) for sample in samples] for name in samples[0]}
-    ratios = {name: parts for name, parts in ratios.items() if any(below for _, below in parts)}
-    values = {name: sum(a for a, _ in parts) / sum(b for _, b in parts) for name, parts in ratios.items()}
-    scores = [100.0 * sample[main][0] / max(sample[main][1], 1) for sample in samples]
-    return MetricResult(values, scores, ratios=ratios)
+def _ratios(samples: Mapping[Hashable, Mapping[str, tuple[int, int]]], main: str) -> MetricResult:
+    """Ratios of sums in percent, `main` first; a sample's score is 0 where it is out of nothing."""
+    names = sorted(next(iter(samples.values())), key=lambda name: name != main)
+    weights = {name: {key: float(sample[name][1]) for key, sample in samples.items()} for name in names}
+    weights = {name: found for name, found in weights.items() if any(found.values())}
+    scores = {
+        name: {key: 100.0 * sample[name][0] / max(sample[name][1], 1) for key, sample in samples.items()}
+        for name in weights
+    }
+    return MetricResult.of_means(scores, weights)
 
 
 @reports_missing
 def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Scene]) -> MetricResult:
     """How well captions describe scenes.
 
-    Values in percent: `facts_right`, of the facts stated, over all captions (left out if there are none);
-    `objects_mentioned`, of the objects in the scenes. `facts_per_caption` is a count. The samples' scores are the
-    percent of facts right, 0 if none is stated.
+    Values: `facts_right`, in percent of the facts stated, over all captions (left out if there are none);
+    `objects_mentioned`, in percent of the objects in the scenes; `facts_per_caption`, a count.
 
     Raises:
         ValueError: the ids differ.
     """
-    scores = [score_caption(text, scene) for _, text, scene in aligned(predictions, references)]
-    result = _summed(
-        [{"facts_right": (s.right, s.stated), "objects_mentioned": (s.mentioned, s.objects)} for s in scores],
-        "facts_right",
-    )
-    result.values["facts_per_caption"] = sum(score.stated for score in scores) / len(scores)
-    return result
+    scores = {key: score_caption(text, scene) for key, text, scene in aligned(predictions, references)}
+    found = _ratios(
+        {key: {"facts_right": (s.right, s.stated), "objects_mentioned": (s.mentioned, s.objects)}
+         for key, s in scores.items()}, "facts_right",
+    )  # fmt: skip
+    stated: dict[Hashable, float] = {key: float(score.stated) for key, score in scores.items()}
+    return MetricResult.of_means({**found.per_sample, "facts_per_caption": stated}, found.weights)

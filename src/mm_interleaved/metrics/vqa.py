@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
 
-from .result import MetricResult, aligned, percent, reports_missing
+from .result import MetricResult, Scores, aligned, reports_missing
 
 AGREED = 3  # as many people who gave an answer make it fully right
 PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
@@ -50,8 +51,13 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS = _contractions()
-TYPOGRAPHIC = {key.replace("'", "’"): word.replace("'", "’") for key, word in CONTRACTIONS.items()}
-"""VizWiz's copy of the table, in which apostrophes became typographic: its contractions equal no plain reference."""
+_ASCII_WORDS = ("ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've")
+_ASCII_KEYS = ("couldn'tve", "hadn'tve")
+TYPOGRAPHIC = {
+    key if key in _ASCII_KEYS else key.replace("'", "’"): word if word in _ASCII_WORDS else word.replace("'", "’")
+    for key, word in CONTRACTIONS.items()
+}
+"""VizWiz's copy of the table, in which most apostrophes became typographic; these contractions equal no reference."""
 
 
 @dataclass(frozen=True)
@@ -107,33 +113,23 @@ def normalize(text: str, *, typographic: bool = False) -> str:
     return process_digit_article(process_punctuation(text), typographic=typographic)
 
 
-def extract_answer(text: str, *, compat: bool = False) -> str:
-    """The short answer within what a model wrote: "The answer is a dog." is "dog".
+def extract_answer(text: str) -> str:
+    """The part of a generated text that the release scores as its answer: "The answer is a dog." gives "dog".
 
     Keeps what is before the first newline, then before the first ".", "," and "!"; in lower case; what follows "is",
-    "are", "a", "an", "the"; what precedes "of", "or", "and".
-
-    Args:
-        text: as generated.
-        compat: as the release does it, where those words are looked for within other words as well, and marks within
-            numbers: "pizza box" becomes "box", "3.5" becomes "3". Otherwise whole words and whole numbers count.
+    "are", "a", "an", "the"; what precedes "of", "or", "and". These are looked for within words and numbers too, so
+    "pizza box" gives "box", "3.5" gives "3", and "black and white" gives "black": such answers are never right.
     """
     answer = text.replace('"', "").strip().partition("\n")[0]
     for mark in (".", ",", "!"):
-        answer = answer.partition(mark)[0] if compat else _before_mark(answer, mark)
+        answer = answer.partition(mark)[0]
     answer = answer.lower()
-    for word in ("is", "are", "a", "an", "the"):
-        parts = answer.split(word + " ") if compat else re.split(rf"(?<!\S){word}\s", answer)
+    for word in ("is ", "are ", "a ", "an ", "the "):
+        parts = answer.split(word)
         answer = parts[1] if len(parts) > 1 else answer
-    for word in ("of", "or", "and"):
-        tail = "" if word == "of" else " "
-        answer = answer.partition(f" {word}{tail}")[0] if compat else re.split(rf"\s{word}(?!\S)", answer)[0]
+    for word in (" of", " or ", " and "):
+        answer = answer.partition(word)[0]
     return answer.strip()
-
-
-def _before_mark(text: str, mark: str) -> str:
-    """What precedes a mark that is not within a number."""
-    return re.split(rf"{re.escape(mark)}(?!(?<=\d.)\d)", text)[0]
 
 
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
@@ -168,15 +164,13 @@ def _one_line(text: str) -> str:
 class VQAAccuracy:
     """VQA accuracy in percent of generated answers (text by id) against `VQAReference`s.
 
-    Values: `accuracy` with answers extracted by whole words, `accuracy_compat` with the release's extraction, and the
-    mean for each answer type and question type that the references name.
+    Values: `accuracy`, the official one, of texts as they are; its mean for each answer type and question type that the
+    references name; and `accuracy_compat`, the release's, of the part that `extract_answer` leaves of a text.
 
     Attributes:
-        compat: which of the two the samples' scores and the means by type are.
         score: the rule for one answer; `vizwiz_score` for VizWiz, otherwise `vqa_score`.
     """
 
-    compat: bool = False
     score: Callable[[str, Sequence[str]], float] = vqa_score
 
     @reports_missing
@@ -188,33 +182,28 @@ class VQAAccuracy:
         Raises:
             ValueError: the ids differ.
         """
-        rows = aligned(predictions, references)
-        scores = {
-            compat: [self.score(extract_answer(text, compat=compat), reference.answers) for _, text, reference in rows]
-            for compat in (False, True)
-        }
-        main = scores[self.compat]
-        values = {"accuracy": percent(scores[False]), "accuracy_compat": percent(scores[True])}
+        scores: dict[str, Scores] = {"accuracy": {}, "accuracy_compat": {}}
         groups: dict[str, list[float]] = defaultdict(list)
-        for (_, _, reference), score in zip(rows, main, strict=True):
+        for key, text, reference in aligned(predictions, references):
+            scores["accuracy"][key] = 100 * self.score(text, reference.answers)
+            scores["accuracy_compat"][key] = 100 * self.score(extract_answer(text), reference.answers)
             for kind in ("answer_type", "question_type"):
                 if name := getattr(reference, kind):
-                    groups[f"accuracy/{kind}={name}"].append(score)
-        values |= {name: percent(group) for name, group in sorted(groups.items())}
-        return MetricResult(values, [100 * score for score in main])
+                    groups[f"accuracy/{kind}={name}"].append(scores["accuracy"][key])
+        return MetricResult.of_means(scores, others={name: fmean(group) for name, group in sorted(groups.items())})
 
 
 @reports_missing
 def gqa_accuracy(predictions: Mapping[Hashable, str], references: Mapping[Hashable, str]) -> MetricResult:
-    """Exact match in percent of extracted answers with GQA's one answer, case and space around aside.
+    """Exact match in percent of generated texts with GQA's one answer.
+
+    Values: `accuracy`, the official one, of texts as they are, in which case counts; and `accuracy_compat`, the
+    release's, of the part that `extract_answer` leaves of a text.
 
     Raises:
         ValueError: the ids differ.
     """
     rows = aligned(predictions, references)
-    hits = {
-        compat: [float(extract_answer(text, compat=compat) == answer.strip().lower()) for _, text, answer in rows]
-        for compat in (False, True)
-    }
-    values = {"accuracy": percent(hits[False]), "accuracy_compat": percent(hits[True])}
-    return MetricResult(values, [100 * hit for hit in hits[False]])
+    exact = {key: 100.0 * (text == answer) for key, text, answer in rows}
+    compat = {key: 100.0 * (extract_answer(text) == answer.strip().lower()) for key, text, answer in rows}
+    return MetricResult.of_means({"accuracy": exact, "accuracy_compat": compat})

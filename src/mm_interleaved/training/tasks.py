@@ -79,10 +79,10 @@ class Tasks(TrainerCallback):
 
 
 def main_values(results: Results) -> dict[str, float]:
-    """For the log: of each metric the value that has an interval, or else its first."""
-    found = {}
-    for name, task in results.tasks.items():
-        for result in task.metrics.values():
-            chosen = list(result.get("intervals", {})) or list(result["values"])[:1]
-            found |= {f"eval_{name}/{key}": result["values"][key] for key in chosen}
-    return found
+    """For the log: the main value of each metric, which is its first."""
+    return {
+        f"eval_{name}/{key}": result["values"][key]
+        for name, task in results.tasks.items()
+        for result in task.metrics.values()
+        for key in list(result["values"])[:1]
+    }
