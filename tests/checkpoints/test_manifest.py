@@ -1,4 +1,4 @@
-"""The released checkpoint's names, shapes, trainable flags and counts (acceptance checks 1 and 10)."""
+"""The released checkpoint's names, shapes, trainable flags and counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_names_translate_both_ways() -> None:
     assert names.theirs("something.else") is None
 
 
-# Our parts and the original's tables in them, which are no parameters here (spec/model 0).
+# Our parts and the original's tables in them, which are no parameters here.
 TABLES = {"visual_tokenizer": 257 * 1024, "image_decoder": 4096 * (4 * 320 + 3 * 640 + 6 * 1280)}
 
 

@@ -155,7 +155,7 @@ def test_configurations_of_the_repository(name: str) -> None:
 
 
 def test_the_release_is_configured_as_it_was_evaluated() -> None:
-    """spec/data_eval 8."""
+    """Tasks, prompts and settings of docs/data_formats.md, "Task files"."""
     config = load_config(ROOT / "configs/release_tasks.yaml", EvaluateConfig)
     tasks = {t.task: make_task(t) for t in config.chosen()}
     assert list(tasks) == ["coco_karpathy", "flickr30k", "nocaps", "image2paragraph", "visdial", "coco", "lncoco",

@@ -1,4 +1,4 @@
-"""The interleaved generator: caches against recomputation, slots, limits, flags (acceptance check 4)."""
+"""The interleaved generator: caches against recomputation, slots, limits, flags."""
 
 from __future__ import annotations
 
@@ -414,7 +414,7 @@ def test_a_new_document_inside_a_text_hides_earlier_images(
 
 
 def test_noise_repeats_unless_it_is_varied(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    """O23."""
+    """As in the original (docs/model.md, "All images of a session start from the same noise")."""
     starts: list[torch.Tensor] = []
     hook = model.image_decoder.unet.conv_in.register_forward_hook(lambda _m, a, _o: starts.append(a[0][-1]))
     document = Document([Image(), Image()])

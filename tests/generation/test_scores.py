@@ -1,4 +1,4 @@
-"""Option scores (spec/model 6.3): the prompt is read once, however many options there are."""
+"""Option scores (docs/model.md, "Scores"): the prompt is prefilled once, however many options there are."""
 
 from __future__ import annotations
 

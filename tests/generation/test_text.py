@@ -1,4 +1,4 @@
-"""Writing text: greedy, sampling, beams (spec/model 6.1; acceptance check 9)."""
+"""Text generation: greedy search, sampling, beams (docs/model.md, "Text generation")."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_limits_and_banned_tokens(scripted, processor: MMInterleavedProcessor) -
 
 
 def test_presets_are_the_originals() -> None:
-    """The table of spec/model 6.1: max new, min length, beams, length and repetition penalty."""
+    """The table of docs/model.md, "Text generation": max new, min length, beams, length and repetition penalty."""
     table = {
         "default": (30, 8, 5, 1.0, 1.0),
         "caption": (20, 8, 5, 1.0, 1.0),

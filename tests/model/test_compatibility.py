@@ -1,4 +1,4 @@
-"""What must be as in the original for its weights to work: K1 to K16 of spec/model 9.1, one test each.
+"""What must be as in the original for its weights to work: one test for each section of docs/model.md, "Quirks kept".
 
 Several are also held numerically by the golden cases; here each behaviour is visible by itself.
 """
@@ -39,7 +39,7 @@ def release() -> MMInterleaved:
         return MMInterleaved(MMInterleavedConfig.preset("release"))
 
 
-def test_k1_the_learned_ignore_logits_are_dead(model: MMInterleaved) -> None:
+def test_the_learned_ignore_logits_are_dead(model: MMInterleaved) -> None:
     mmfs = copy.deepcopy(model.language_model.layers[0].synchronizer.mmfs)
     config, shapes = mmfs.config, [(s, s) for s in mmfs.config.levels]
     values = torch.randn(2, sum(h * w for h, w in shapes), config.num_heads, config.hidden_size // config.num_heads)
@@ -55,7 +55,7 @@ def test_k1_the_learned_ignore_logits_are_dead(model: MMInterleaved) -> None:
     assert (weights.flatten(3).sum(-1) < 1).all()  # the rest is the constant slots' share
 
 
-def test_k2_a_query_that_sees_nothing_gets_the_output_bias(model: MMInterleaved) -> None:
+def test_a_query_that_sees_nothing_gets_the_output_bias(model: MMInterleaved) -> None:
     synchronizer = copy.deepcopy(model.language_model.layers[0].synchronizer)
     nn.init.zeros_(synchronizer.mmfs.ignore_token)
     hidden, nothing = torch.randn(1, 3, 32), VisibleImages.build(torch.zeros(3, 0, dtype=torch.long), 0)
@@ -65,17 +65,17 @@ def test_k2_a_query_that_sees_nothing_gets_the_output_bias(model: MMInterleaved)
     assert expected.any()
 
 
-def test_k3_the_image_decoder_sees_one_previous_image(release: MMInterleaved) -> None:
+def test_the_image_decoder_sees_one_previous_image(release: MMInterleaved) -> None:
     assert release.config.image_decoder.previous_images == 1
     ids = torch.tensor([[1, 2, 2, 2]])
     assert previous_images(find_images(ids, torch.ones_like(ids), 2, None), 1).tolist() == [[-1], [0], [1]]
 
 
-def test_k4_the_unconditional_half_sees_the_images() -> None:
+def test_the_unconditional_half_sees_the_images() -> None:
     assert ImageSettings().unconditional_sees_images  # what it does: test_image_decoder.py
 
 
-def test_k5_context_is_reversed_and_counted_from_the_image(model: MMInterleaved) -> None:
+def test_context_is_reversed_and_counted_from_the_image(model: MMInterleaved) -> None:
     ids = torch.tensor([[1, 9, 9, model.config.soi_token_id]])
     hidden = torch.randn(1, 4, 32)
     positions = find_images(ids, torch.ones_like(ids), model.config.soi_token_id, None)
@@ -85,14 +85,14 @@ def test_k5_context_is_reversed_and_counted_from_the_image(model: MMInterleaved)
     assert mask.tolist() == [[1, 1, 1, 1]]
 
 
-def test_k6_synchronizers_start_as_nothing(debug_config: MMInterleavedConfig) -> None:
+def test_synchronizers_start_as_nothing(debug_config: MMInterleavedConfig) -> None:
     fresh = MMInterleaved(debug_config)
     for synchronizer in fresh.image_decoder.unet.synchronizers:  # their place: test_unet.py
         assert not synchronizer.conv.weight.any()
         assert not synchronizer.conv.bias.any()
 
 
-def test_k7_norms(release: MMInterleaved) -> None:
+def test_norms(release: MMInterleaved) -> None:
     encoder = release.visual_tokenizer.encoder
     names = [n for n, _ in encoder.named_parameters()]
     assert not any("post_layernorm" in n for n in names)  # CLIP's last norm is absent
@@ -106,12 +106,12 @@ def test_k7_norms(release: MMInterleaved) -> None:
         assert {m.eps for m in resampler.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
 
 
-def test_k8_the_image_resampler_has_a_wide_mlp(release: MMInterleaved) -> None:
+def test_the_image_resampler_has_a_wide_mlp(release: MMInterleaved) -> None:
     layer = release.image_decoder.resampler.layers[0]
     assert (layer.fc1.in_features, layer.fc1.out_features) == (1024, 3072)
 
 
-def test_k9_the_begin_of_image_embedding_and_head(debug_config: MMInterleavedConfig) -> None:
+def test_the_begin_of_image_embedding_and_head(debug_config: MMInterleavedConfig) -> None:
     torch.manual_seed(0)
     fresh = MMInterleaved(debug_config)
     soi = debug_config.soi_token_id
@@ -126,7 +126,7 @@ def test_k9_the_begin_of_image_embedding_and_head(debug_config: MMInterleavedCon
     assert not logits[0, :-2].any()
 
 
-def test_k10_tokenisation_and_padding(processor: MMInterleavedProcessor) -> None:
+def test_tokenisation_and_padding(processor: MMInterleavedProcessor) -> None:
     batch = processor(Document([Text("a "), Image(make_image()), Text(" b")]))
     assert processor.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist()) == [
         "<s>", "▁a", SOI_TOKEN, *[IMAGE_TOKEN] * 4, "▁b",
@@ -136,13 +136,13 @@ def test_k10_tokenisation_and_padding(processor: MMInterleavedProcessor) -> None
     assert labels.tolist() == [[-100, 50, 0, -100]]
 
 
-def test_k11_packed_documents_see_each_other_in_attention_only(release: MMInterleaved) -> None:
+def test_packed_documents_see_each_other_in_attention_only(release: MMInterleaved) -> None:
     assert release.config.isolate_documents is False  # what it does: test_model.py
     ids = torch.tensor([[1, 2, 3, 1, 2, 3]])
     assert visible_images(ids, torch.ones_like(ids), 1, 2)[0, -1].tolist() == [1]
 
 
-def test_k12_ancestral_sampling_with_leading_spacing(release: MMInterleaved) -> None:
+def test_ancestral_sampling_with_leading_spacing(release: MMInterleaved) -> None:
     assert ImageSettings().scheduler == "DDPMScheduler"
     scheduler = find_scheduler("DDPMScheduler").from_config(release.config.image_decoder.scheduler)
     config = scheduler.config
@@ -151,7 +151,7 @@ def test_k12_ancestral_sampling_with_leading_spacing(release: MMInterleaved) -> 
     assert config.prediction_type == "epsilon"
 
 
-def test_k13_query_and_key_norms_are_shared_by_the_heads() -> None:
+def test_query_and_key_norms_are_shared_by_the_heads() -> None:
     config = ResamplerConfig(num_queries=2, hidden_size=16, num_layers=1, num_heads=4, qk_norm=True)
     attention = ResamplerAttention(config, 16)
     assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (4,)
@@ -164,7 +164,7 @@ def test_k13_query_and_key_norms_are_shared_by_the_heads() -> None:
     torch.testing.assert_close(attention(x, x), expected)
 
 
-def test_k14_the_class_token_is_resampled_without_a_position(model: MMInterleaved) -> None:
+def test_the_class_token_is_resampled_without_a_position(model: MMInterleaved) -> None:
     tokenizer = model.visual_tokenizer
     entered = []
     hook = tokenizer.resampler.register_forward_hook(lambda _m, inputs, _o: entered.append(inputs[0]))
@@ -177,13 +177,13 @@ def test_k14_the_class_token_is_resampled_without_a_position(model: MMInterleave
         torch.testing.assert_close(entered[0][:, 1:], tokenizer.post_norm(normed[:, 1:] + tokenizer.grid_positions()))
 
 
-def test_k15_the_announcement_does_not_see_its_image() -> None:
+def test_the_announcement_does_not_see_its_image() -> None:
     ids = torch.tensor([[1, 2, 3, 3]])
     assert visible_images(ids, torch.ones_like(ids), 1, 2)[0].tolist() == [[-1], [-1], [0], [0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_k16_rms_norm_casts_before_the_gain(model: MMInterleaved, dtype: torch.dtype) -> None:
+def test_rms_norm_casts_before_the_gain(model: MMInterleaved, dtype: torch.dtype) -> None:
     norm = copy.deepcopy(model.language_model.layers[0].synchronizer.query_norm)
     with torch.no_grad():
         norm.weight.copy_(torch.rand(32) + 0.5)

@@ -1,4 +1,4 @@
-"""Counted costs against the figures of spec/model 3.6."""
+"""Counted costs against figures that were computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling and the training loss of the image decoder (acceptance check 7; K4, K12)."""
+"""Sampling and the training loss of the image decoder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def predicting(decoder: ImageDecoder, request: pytest.FixtureRequest, monkeypatc
 
 
 def test_one_step_against_the_formula(decoder: ImageDecoder, model: MMInterleaved, predicting: str) -> None:
-    """K12: ancestral DDPM; noise is added in every step, also in the last."""
+    """Ancestral DDPM; noise is added in every step, also in the last."""
     steps = steps_of(decoder, earlier(model, [[0]]), guidance_scale=1.0, num_inference_steps=4)
     generator = torch.Generator().manual_seed(0)
     shape = decoder.latent_shape(1)
@@ -81,7 +81,7 @@ def test_one_step_against_the_formula(decoder: ImageDecoder, model: MMInterleave
 
 
 def test_guidance_mixes_both_predictions(decoder: ImageDecoder, model: MMInterleaved) -> None:
-    """K4: the unconditional half swaps the conditions for the learned ones and sees the same images."""
+    """The unconditional half swaps the conditions for the learned ones and sees the same images."""
     seen, given = earlier(model, [[0]]), conditions(decoder)
     guided = steps_of(decoder, seen, guidance_scale=3.0)[0]
     start = torch.randn(decoder.latent_shape(1), generator=torch.Generator().manual_seed(0))

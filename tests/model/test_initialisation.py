@@ -1,4 +1,4 @@
-"""What training starts from (spec/model 2.8, 3.1; O1)."""
+"""What training starts from (docs/model.md, "MMFS" and "Directions of the adapter's offsets")."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_synchronizers_of_the_image_decoder(fresh: MMInterleaved) -> None:
 
 
 def test_adapter_heads_look_in_their_own_directions(fresh: MMInterleaved) -> None:
-    """O1: the release lost this, so that all points of a head moved together for ever."""
+    """The original lost these directions, so that the points of a head never separate."""
     attention = fresh.visual_tokenizer.encoder.interactions[0].injector.attention
     bias = attention.sampling_offsets.bias.detach().view(attention.heads, attention.levels, attention.points, 2)
     assert (

@@ -1,4 +1,4 @@
-"""Who sees which image, and what each image is drawn from (acceptance check 5; K3, K5, K15)."""
+"""Which images are visible to which token, and the context of each image (docs/model.md, "Visible images")."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seen(*rows: str) -> list[list[list[int]]]:
 
 
 def test_a_image_sees_itself_but_its_announcement_does_not() -> None:
-    """K15."""
+    """docs/model.md, "SOI does not see its own image"."""
     assert seen("sxbiiy") == [[[], [], [], [0], [0], [0]]]
 
 
@@ -51,7 +51,7 @@ def test_images_are_numbered_through_the_batch() -> None:
 
 @given(st.lists(st.text("sbix", min_size=1, max_size=14), min_size=1, max_size=3))
 def test_visibility_agrees_with_the_definition(rows: list[str]) -> None:
-    """Token t sees image j iff its SOI s_j fulfils b_t < s_j + 1 <= t, b_t the last <s> up to t (spec/model 4.3)."""
+    """Token t sees image j iff its SOI s_j fulfils b_t < s_j + 1 <= t, b_t the last <s> up to t."""
     result = seen(*rows)
     offset = 0
     for row, text in enumerate(rows):
@@ -70,7 +70,7 @@ def example() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_context_by_hand() -> None:
-    """K5: last token first, counted from the begin-of-image token, with the start of the document."""
+    """Last token first, counted from the begin-of-image token, with the start of the document."""
     tokens, mask, starts = example()
     positions = find_images(tokens, mask, SOI, starts)
     assert positions.columns.tolist() == [3, 6, 9]
@@ -82,7 +82,7 @@ def test_context_by_hand() -> None:
 
 
 def test_previous_images_by_hand() -> None:
-    """K3: only the one just before, and only of the same document."""
+    """Only the one just before, and only of the same document."""
     tokens, mask, starts = example()
     positions = find_images(tokens, mask, SOI, starts)
     assert previous_images(positions, 1).tolist() == [[-1], [0], [-1]]
@@ -114,7 +114,7 @@ def test_no_images() -> None:
 
 @given(st.text("sbx", min_size=1, max_size=12))
 def test_documents_can_be_kept_apart(text: str) -> None:
-    """The opposite of K11, which is off by default."""
+    """`isolate_documents`, which is off by default."""
     tokens, mask = ids(text)
     allowed = document_mask(tokens, mask, BOS, torch.float32)[0, 0] == 0
     documents = [text[: t + 1].count("s") for t in range(len(text))]

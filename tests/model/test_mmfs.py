@@ -1,4 +1,4 @@
-"""MMFS: the fast form against the published one (acceptance check 3; K1, K2)."""
+"""MMFS: the fast form against the published one (docs/model.md, "MMFS")."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_half_precision_of_every_form(form: str, dtype: torch.dtype, bound: floa
 
 
 def test_gradients_of_both_forms_agree_and_dead_rows_get_none() -> None:
-    """K1: the learned ignore logits and row 0 of the recency table never matter."""
+    """The learned ignore logits and row 0 of the recency table never matter."""
     query, features = data(2, 3, 3)
     mask = torch.tensor([[[1, 1, 0], [0, 1, 1], [1, 1, 1]], [[0, 0, 0], [1, 0, 1], [0, 0, 1]]])
     gradients = []
@@ -139,7 +139,7 @@ class _Caller(torch.nn.Module):
 
 
 def test_a_query_that_sees_nothing_gets_a_constant() -> None:
-    """K2: not zero, but W_out ignore_token + b_out."""
+    """Not zero, but W_out ignore_token + b_out."""
     mmfs = module()
     query, features = data(2, 2, 3)
     constant = mmfs.output_proj(mmfs.ignore_token.view(-1))

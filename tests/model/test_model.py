@@ -143,7 +143,7 @@ def test_a_batch_equals_its_rows(model: MMInterleaved, processor: MMInterleavedP
 def test_packed_documents_share_attention_but_not_images(
     model: MMInterleaved, processor: MMInterleavedProcessor
 ) -> None:
-    """K11: self-attention crosses documents, MMFS does not; `isolate_documents` stops the former."""
+    """Self-attention crosses documents, MMFS does not; `isolate_documents` stops the former."""
     pair = [Document([Image(make_image(1)), Text("a")]), Document([Image(make_image(2)), Text("b")])]
     packed = processor(pair, packing=True)
     second = processor(pair[1])

@@ -23,7 +23,7 @@ def cost(release: MMInterleaved) -> Cost:
 
 def test_a_token_of_the_release_is_bound_by_its_weights(release: MMInterleaved, cost: Cost) -> None:
     need = roofline.decoding(release, cost, columns=600, images=5)
-    layers = 40 * 317_204_480 * 2  # spec/model 4.1
+    layers = 40 * 317_204_480 * 2  # parameters of a Vicuna-13B layer
     head, mmfs = 32002 * 5120 * 2, 10 * 5120 * (640 + 1024) * 2
     keys = 600 * 2 * 40 * 5120 * 2
     samples = 10 * 5 * 3 * 8 * 1024 * 4 * 2

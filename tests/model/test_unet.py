@@ -1,4 +1,4 @@
-"""The UNet with synchronizers (acceptance check 8; K6)."""
+"""The UNet with synchronizers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_without_earlier_images_constants_are_added(
 
 @torch.no_grad()
 def test_the_down_path_and_the_middle_see_no_image(unet: MMFSUNet, debug_config: MMInterleavedConfig) -> None:
-    """K6: synchronizers come after the middle, so what enters them is the plain UNet's."""
+    """Synchronizers come after the middle, so what enters them is the plain UNet's."""
     seen: list[Tensor] = []
     hooks = [s.register_forward_pre_hook(lambda _m, a: seen.append(a[0])) for s in unet.synchronizers]
     sample, time, conditions, earlier = inputs(debug_config, [[0], [1]])

@@ -27,7 +27,7 @@ def test_center_crop_has_the_right_shape(width: int, height: int, size: int) -> 
 
 
 def test_center_crop_step_by_step() -> None:
-    """640 x 480 to 112: halved twice with a box filter, then bicubic, then the middle (spec/model 1.4)."""
+    """640 x 480 to 112: halved twice with a box filter, then bicubic, then the middle."""
     image = make_image(size=(640, 480))
     halved = image.resize((320, 240), PIL.Image.Resampling.BOX).resize((160, 120), PIL.Image.Resampling.BOX)
     resized = halved.resize((round(160 * 112 / 120), 112), PIL.Image.Resampling.BICUBIC)

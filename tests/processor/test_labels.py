@@ -1,4 +1,4 @@
-"""Which tokens are learned (spec/model 7.1; acceptance check 6)."""
+"""Which tokens are learned (docs/model.md, "Text labels")."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_padding_is_recognised_by_the_mask_not_by_its_id() -> None:
     row = torch.tensor([[BOS, 50, PAD, 51, PAD]])
     mask = torch.tensor([[1, 1, 1, 1, 0]])
     out = build_labels(row, mask, bos_token_id=BOS, soi_token_id=SOI, image_token_id=IMG)
-    assert out.tolist() == [[-100, 50, PAD, 51, -100]]  # K10: a real occurrence of the padding piece keeps its label
+    assert out.tolist() == [[-100, 50, PAD, 51, -100]]  # a real occurrence of the padding piece keeps its label
 
 
 def test_prompt_is_not_learned() -> None:

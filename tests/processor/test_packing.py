@@ -1,4 +1,4 @@
-"""Packing by spec/model 1.3: no image is ever cut, nothing is lost.
+"""Packing (docs/model.md, "Rows, documents and packing"): no image is ever cut, nothing is lost.
 
 Its rule for a single pair longer than a row is kept before packing, where it is known what a pair is: see
 `test_long_pairs_lose_words_but_not_their_image` in tests/data/test_sources.py.

@@ -249,7 +249,7 @@ SENTENCES = st.lists(
 def test_a_record_has_the_ids_of_its_assembled_string(
     tmp_path_factory: pytest.TempPathFactory, sentences: list[str], data: st.DataObject
 ) -> None:
-    """Placeholders go to their sentences, sentences are joined by a space, the whole is trimmed (spec/data_eval 7)."""
+    """Placeholders go to their sentences, sentences are joined by a space, the whole is trimmed."""
     spots = sorted(data.draw(st.sets(st.tuples(st.integers(0, len(sentences) - 1), st.booleans()), min_size=1)))
     image = SOI_TOKEN + IMAGE_TOKEN * 4
     marked = list(sentences)

@@ -1,4 +1,4 @@
-"""The segment-wise rule of spec/model 1.2, on our tokenizer and on one that transformers made."""
+"""The segment-wise rule of docs/model.md, "Tokens and tokenization", on our tokenizer and one of transformers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_text_survives(text: str) -> None:
 
 
 def test_padding_piece_in_a_text_is_not_special() -> None:
-    """With Vicuna the padding id is an ordinary piece, which text may contain (K10)."""
+    """With Vicuna the padding id is an ordinary piece, which text may contain."""
     tokenizer = MMInterleavedTokenizer(str(TOKENIZER), pad_token="▁cat")
     assert encode_text(tokenizer, "a cat sat") == encode_text(SHIPPED, "a cat sat")
 

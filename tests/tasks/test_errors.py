@@ -99,7 +99,7 @@ def test_a_missing_image_spoils_its_sample_only(name: str, own: Callable) -> Non
 @pytest.mark.parametrize("name", ["pororo", "flintstones"])
 @pytest.mark.parametrize("content", [None, b"no image"])
 def test_a_clip_that_cannot_be_read(name: str, content: bytes | None, own: Callable) -> None:
-    """BUG-24."""
+    """The sample has a problem; in the original it fails later."""
     task, folder = own(name)
     clip = sorted(folder.rglob("*.png"))[-1]
     clip.unlink()

@@ -1,4 +1,4 @@
-"""Golden prompts: the strings of spec/data_eval 3 and 4, and the ids that the segment-wise rule makes of them."""
+"""Golden prompts: the strings of docs/data_formats.md, "Task files", and their ids by the segment-wise rule."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_image_settings(name: str, candidates: int, select: str, toy_task: ToyTa
 
 
 def test_settings_are_merged_over_the_defaults(toy_task: ToyTask) -> None:
-    """ODD-14: naming one setting does not forget the others."""
+    """Naming one setting does not forget the others."""
     text = toy_task("image2paragraph", generation={"num_beams": 2}).settings.text
     assert (text.num_beams, text.max_new_tokens, text.repetition_penalty) == (2, 90, 1.2)
 

@@ -177,7 +177,7 @@ def test_text_to_image(name: str, toy_task: ToyTask) -> None:
 
 
 def test_narratives_are_drawn_again_by_a_seed(toy_task: ToyTask) -> None:
-    """BUG-11: the same on every process; images come equally often, whatever their number of narratives."""
+    """The same on every process; images come equally often, whatever their number of narratives."""
 
     def images(seed: int) -> list[str]:
         return [s.reference[0] for s in toy_task("lncoco", limit=2000, seed=seed).samples()]
@@ -252,7 +252,7 @@ def test_protocols(name: str, options: dict[str, str], wanted: str, toy_task: To
     [("multi_modal", False, [2, 3, 4, 5]), ("current", False, [1, 2, 3, 4, 5]), ("multi_modal", True, [1, 2, 3, 4])],
 )
 def test_every_beginning_of_a_story(context: str, compat: bool, wanted: list[int], toy_task: ToyTask) -> None:
-    """BUG-12: the original never comes to the whole story."""
+    """With `compat` never the whole story, as in the original."""
     task = toy_task("vist", options={"rounds": "all", "context": context}, compat=compat)
     found = list(islice(task.samples(), len(wanted)))
     assert [len(s.meta["captions"]) for s in found] == wanted
@@ -267,7 +267,7 @@ def test_turns_are_in_their_order(toy_task: ToyTask) -> None:
 
 @pytest.mark.parametrize("name", ["pororo", "flintstones"])
 def test_one_frame_of_each_clip(name: str, toy_task: ToyTask, written: Written) -> None:
-    """BUG-23, and frames do not change from one reading to the next."""
+    """Frames do not change from one reading to the next."""
     found, again, other = (samples(toy_task(name, seed=seed)) for seed in (0, 0, 1))
     assert [s.meta["frames"] for s in found] == [s.meta["frames"] for s in again] != [s.meta["frames"] for s in other]
     strips = {p.name: np.asarray(PIL.Image.open(p)) for p in written(name).rglob("*.png")}

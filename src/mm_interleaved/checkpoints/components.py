@@ -1,7 +1,8 @@
 """A new model out of base components on disk: a language model, a CLIP and a Stable Diffusion folder.
 
 What comes from a component is copied; what is new (adapter, synchronizers, resamplers, projections) is initialised. New
-tokens get random embeddings, and head rows that keep them out of the text until they are trained (spec/model 4.4, 4.6).
+tokens get random embeddings, and head rows that keep them out of the text until they are trained (docs/model.md,
+"Language model").
 """
 
 from __future__ import annotations

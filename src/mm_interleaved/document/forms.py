@@ -122,7 +122,7 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
 
 
 def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
-    """The original's record (spec/model 6.6): images attached to sentences by number."""
+    """The original's record: images attached to sentences by number (docs/data_formats.md, "Original records")."""
     check_fields(data, RECORD_FIELDS)
     missing = [key for key in RECORD_FIELDS[:4] if key not in data]
     if missing:

@@ -51,7 +51,7 @@ class TaskSuite:
         batch_size: samples that are read, written and drawn together.
         option_batch_size: candidate answers that are scored together.
         max_unreadable: largest share of samples that may be unreadable; above it a task fails.
-        compat: do as the original where that is thought wrong (spec/data_eval 12), in every task.
+        compat: restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks") in every task.
         workers: threads that load samples ahead.
         metrics: what metrics need.
     """

@@ -57,9 +57,10 @@ class GenerationSettings:
         text, image: how texts are written and images drawn.
         seed: for sampled text; images have their own in `image.seed`.
         max_turns: most texts and images to make; None: the document says, else as many as it has open slots, else 2.
-            Records of the original follow its rule (spec/model 6.6): a `num_iter` of their own wins over this, unless
-            stop_at_eos is True; then theirs does not count, and the limit is this, else 2. To make more turns than a
-            record asks for, change its `num_iter` or set stop_at_eos; to make fewer, set max_segments.
+            Records of the original follow its rule (docs/model.md, "Interleaved generation"): a `num_iter` of their own
+            wins over this, unless stop_at_eos is True; then theirs does not count, and the limit is this, else 2. To
+            make more turns than a record asks for, change its `num_iter` or set stop_at_eos; to make fewer, set
+            max_segments.
         stop_at_eos: whether `</s>` ends a document (the original's `auto_end`); None: the document says, else yes.
         max_segments, max_tokens, max_images: further limits on what is made; None: no limit.
         force_image: let an image follow every text, asked for or not (`force_gen_image_next`).
@@ -83,7 +84,7 @@ class GenerationSettings:
         validate(self)
 
 
-# spec/model 6.1. The original counts `<s>` in its min_length; here tokens are counted, so its 8 is 7.
+# docs/model.md, "Text generation". The original's min_length counts `<s>`, min_new_tokens does not: its 8 is 7 here.
 TEXT_PRESETS = {
     "default": TextSettings(),
     "caption": TextSettings(max_new_tokens=20),

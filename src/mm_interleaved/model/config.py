@@ -326,7 +326,7 @@ class MMInterleavedConfig(PreTrainedConfig):
         return cls(**PRESETS[name]())
 
 
-# What SD-2.1-base says in its scheduler file, as the original reads it: DDPM with PNDM's values (spec/model 5.7).
+# The scheduler file of SD-2.1-base, written for PNDM, as DDPM reads it (docs/model.md, "Image generation").
 SD_SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,

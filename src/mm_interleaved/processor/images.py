@@ -131,7 +131,7 @@ def halved(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
 
 
 def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """The central square of an image at `size` pixels, as the release computes it (spec/model 1.4).
+    """The central square of an image at `size` pixels (docs/model.md, "Image preprocessing").
 
     While the shorter side is at least twice `size` the image is halved with a box filter; then it is resized
     bicubically until the shorter side is `size`, and cropped.

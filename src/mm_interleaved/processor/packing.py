@@ -1,4 +1,4 @@
-"""Documents as token streams, and packing: many documents into rows of a fixed length (spec/model 1.3).
+"""Documents as token streams, and packing of many documents into rows (docs/model.md, "Rows, documents and packing").
 
 A pair that is longer than a row is shortened before, by the source that reads pairs (`data/stream.py`).
 """

@@ -300,7 +300,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             max_length: longest row; None: the model's.
             truncation: cut longer rows (before an image that does not fit) instead of refusing them.
             ignore_text_before_image: do not learn text before the first image, for all documents or for each
-                (spec/model 7.1; with packing one value for all).
+                (docs/model.md, "Text labels"; with packing one value for all).
             padding: True or "longest", as transformers calls what is done to shorter rows.
             return_tensors: "pt"; the processor gives PyTorch tensors only.
             **kwargs: what transformers passes for other modalities; must be None.

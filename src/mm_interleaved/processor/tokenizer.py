@@ -1,8 +1,8 @@
 """Text and ids: a SentencePiece tokenizer with the two image tokens, and the segment-wise rule of the release.
 
 The released weights were trained with a tokenizer that treats every stretch of text between special tokens as a text of
-its own, so that the first word after an image always carries the word-boundary mark (spec/model 1.2). Tokenizers of
-today do not; `encode_text` spells the rule out and works with any of them.
+its own, so that the first word after an image always carries the word-boundary mark (docs/model.md, "Tokens and
+tokenization"). Tokenizers of today do not; `encode_text` spells the rule out and works with any of them.
 """
 
 from __future__ import annotations

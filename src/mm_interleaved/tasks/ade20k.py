@@ -1,4 +1,4 @@
-"""ADE20K: a photo from a coloured label map and a caption (spec/data_eval 4.12)."""
+"""ADE20K: a photo from a coloured label map and a caption (docs/data_formats.md, "ADE20K")."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class TaskConfig:
         shot_images, shot_annotations: where that part lies; None: as above.
         neighbours: JSON file {sample's id: [examples' ids, the most similar first]}; None: examples are drawn.
         seed: of everything that is drawn.
-        compat: do as the original where that is thought wrong (spec/data_eval 12).
+        compat: restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks").
     """
 
     task: str

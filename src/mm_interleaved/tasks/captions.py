@@ -1,4 +1,7 @@
-"""Captioning: COCO (Karpathy's split), Flickr30k, NoCaps, and paragraphs of Visual Genome (spec/data_eval 4.1-4.4)."""
+"""Captioning: COCO (Karpathy's split), Flickr30k, NoCaps, and paragraphs of Visual Genome.
+
+Files, prompts and settings: docs/data_formats.md, "Captions".
+"""
 
 from __future__ import annotations
 

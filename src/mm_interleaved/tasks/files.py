@@ -60,7 +60,7 @@ class Source:
         options: the task's own settings.
         limit: most samples; None: all.
         seed: of what is drawn.
-        compat: whether to do as the original where that is thought wrong (spec/data_eval 12).
+        compat: whether to restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks").
     """
 
     task: str

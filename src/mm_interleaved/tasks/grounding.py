@@ -1,4 +1,6 @@
-"""Boxes and regions: RefCOCO, RefCOCO+, RefCOCOg, and data sets of regions (spec/data_eval 3.3, 4.13).
+"""Boxes and regions: RefCOCO, RefCOCO+, RefCOCOg, and data sets of regions.
+
+Files and prompts: docs/data_formats.md, "Boxes and regions".
 
 Boxes are text: whole thousandths of the image's sides, `(012,045)(678,999)`. Images are squashed, never cropped.
 """

@@ -1,4 +1,4 @@
-"""Instruction data in LLaVA's form, for training (spec/data_eval 4.14).
+"""Instruction data in LLaVA's form, for training (docs/data_formats.md, "Instructions").
 
 `llava_instruct` makes a sample of every round, as the original does; `llava_conversations` keeps conversations whole.
 """

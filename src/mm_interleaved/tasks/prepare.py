@@ -1,4 +1,4 @@
-"""Official files that tasks cannot read as they are published, in the form that they read (spec/data_eval 10).
+"""Conversion of official files to the form that tasks read (docs/data_formats.md, "Conversion").
 
     lines = prepare("textvqa", source=Path("downloads/textvqa"), root=Path("datasets"), phase="val")
 

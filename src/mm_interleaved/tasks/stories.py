@@ -1,4 +1,4 @@
-"""Illustrated stories: VIST, PororoSV and FlintstonesSV (spec/data_eval 4.9-4.11).
+"""Illustrated stories: VIST, PororoSV and FlintstonesSV (docs/data_formats.md, "Stories").
 
 Protocols: only the last image is drawn, or all after the first, each seeing those drawn before it (their slots are
 open one after the other). The context may be cut down to its texts, its images, or nothing.
@@ -94,7 +94,7 @@ def _vist_stories(source: Source) -> Iterator[tuple[str, str, list[Turn]]]:
 
 
 def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
-    """How many turns each sample of a story has. The original never comes to the whole story (BUG-12)."""
+    """How many turns each sample of a story has. With `compat` never the whole story, as in the original."""
     if source.options["rounds"] == "last" or source.phase == "train":
         return [len(turns)]
     if source.compat:

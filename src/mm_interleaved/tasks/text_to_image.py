@@ -1,4 +1,4 @@
-"""Images from captions: COCO and Localized Narratives of COCO (spec/data_eval 4.7, 4.8)."""
+"""Images from captions: COCO and Localized Narratives of COCO (docs/data_formats.md, "Text to image")."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def read_coco(source: Source) -> Iterator[Item]:
 def read_narratives(source: Source) -> Iterator[Item]:
     """Every narrative, then more drawn with replacement until there are `limit`, or 30,000.
 
-    A narrative's weight is 1 / (narratives of its image). The original draws anew in each process (BUG-11).
+    A narrative's weight is 1 / (narratives of its image). The original draws without a seed, separately in each
+    process.
     """
     path = source.file("coco_val_captions.jsonl")
     found = [(where, get(r, "image_id", str, where), get(r, "caption", str, where)) for where, r in read_lines(path)]

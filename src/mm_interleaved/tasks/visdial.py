@@ -1,4 +1,7 @@
-"""Visual Dialog 1.0: which of 100 answers fits, in the rounds with dense annotations (spec/data_eval 4.6)."""
+"""Visual Dialog 1.0: ranking of 100 answers in the rounds with dense annotations.
+
+Files and prompt: docs/data_formats.md, "Visual Dialog".
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ PROMPT = f"{{image}} {CAPTION_PROMPT} {{history}}{ROUND_PROMPT}"
 def read(source: Source) -> Iterator[Item]:
     """A sample for each dialogue: its annotated round, with what was said before.
 
-    The original leaves out the round right before the one in question (BUG-10); `compat` does too.
+    The original leaves out the round right before the one in question; `compat` does too.
     """
     path = source.file(f"visdial_1.0_{source.phase}.json")
     dense = source.file(f"visdial_1.0_{source.phase}_dense_annotations.json")

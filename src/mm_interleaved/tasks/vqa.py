@@ -1,4 +1,4 @@
-"""Questions about images: VQAv2, OK-VQA, TextVQA, VizWiz and GQA (spec/data_eval 4.5)."""
+"""Questions about images: VQAv2, OK-VQA, TextVQA, VizWiz and GQA (docs/data_formats.md, "Questions")."""
 
 from __future__ import annotations
 

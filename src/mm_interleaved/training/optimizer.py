@@ -79,7 +79,8 @@ def _pattern(pattern: str, where: str) -> re.Pattern[str]:
 def undecayed(model: nn.Module, no_decay: list[str]) -> set[str]:
     """Names of parameters without weight decay: biases, those of LayerNorm modules, and what a pattern names.
 
-    RMSNorm and GroupNorm gains do decay, as in the release (spec/model 7.2); `no_decay` can name them.
+    RMSNorm and GroupNorm gains do decay, as in the release (docs/model.md, "Optimizer groups"); `no_decay` can name
+    them.
     """
     norms = {
         f"{prefix}.{name}" if prefix else name
