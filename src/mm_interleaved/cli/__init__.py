@@ -22,7 +22,7 @@ from .evaluate import evaluate_command
 from .generate import UsageError, generate
 from .info import info
 from .toyworld import toyworld
-from .train import train, train_language, train_log, train_vae, train_vision
+from .train import train, train_language, train_vae, train_vision
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +40,6 @@ app.command()(train)
 app.command()(train_vae)
 app.command()(train_vision)
 app.command()(train_language)
-app.command()(train_log)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
 app.add_typer(toyworld, name="toyworld")

@@ -48,31 +48,13 @@ def train_language(config: ConfigFile, settings: Settings = None, device: Device
         run.train_language(loaded, TOKENIZER, device)
 
 
-def train_log(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their log.jsonl.")],
-    output: Annotated[Path, typer.Option(help="PNG, SVG or PDF file to write.")] = Path("curves.png"),
-) -> None:
-    """Plot the curves of runs, one below the other."""
-    from ..training.curves import plot
-
-    with _errors():
-        plot(runs, output)
-
-
 @contextmanager
 def _training() -> Iterator[ModuleType]:
-    """The module of runs, for one of them, with which the program ends."""
+    """The module of runs, for one of them, with which the program ends; what a user can mend is one message."""
     from ..training import run
 
-    with _errors():
+    try:
         yield run
         run.destroy_process_group()
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What a user can mend, as one message."""
-    try:
-        yield
     except (TrainingError, ValueError) as error:
         raise UsageError(str(error)) from error

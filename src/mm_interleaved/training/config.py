@@ -390,15 +390,11 @@ class AutoencoderConfig:
 
 @dataclass
 class AutoencoderLossConfig:
-    """Weights of the losses; see `training.autoencoder`. `adversarial` 0: no discriminator at all."""
+    """Weights of the losses; see `toyworld.curriculum.autoencoder`."""
 
     l1: float = 1.0
     edges: float = 1.0
-    frequency: float = 0.0
     kl: float = 1e-6
-    adversarial: float = 0.0
-    adversarial_start: int = 0  # step from which the discriminator's opinion counts
-    discriminator_width: int = 32
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState
 
 from toyworld.curriculum.autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from toyworld.curriculum.images import ImageLoader, ImageSet, ToyScenes, ToyTexts, images_of
@@ -147,10 +146,7 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
     def finish(trainer: RunTrainer, folder: Path) -> None:
         finish_autoencoder(trainer, cast(AutoencoderTask, trainer.model), folder)
 
-    return _train_part(
-        config, make, lambda data: images_of(data, side), prepare_images(latents), finish, device,
-        lambda task: [Adversary(task, config)],
-    )  # fmt: skip
+    return _train_part(config, make, lambda data: images_of(data, side), prepare_images(latents), finish, device)
 
 
 def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, device: str | None = None) -> str | None:
@@ -218,7 +214,6 @@ def _train_part(
     prepare: Prepare,
     finish: Callable[[RunTrainer, Path], None],
     device: str | None,
-    callbacks: Callable[[Any], list[TrainerCallback]] = lambda task: [],
 ) -> str | None:
     """Train a part of a model on images: `make` makes it, with its losses, and `finish` writes its `final` folder."""
     console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
@@ -239,20 +234,7 @@ def _train_part(
         pipeline_of(config.data, config.seed),
         lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches),
     )
-    for callback in callbacks(task):
-        trainer.add_callback(callback)
     return run(trainer, config, resume, console, lambda folder: finish(trainer, folder))
-
-
-class Adversary(TrainerCallback):
-    """Lets the discriminator's opinion count from its step on."""
-
-    def __init__(self, task: AutoencoderTask, config: AutoencoderRunConfig) -> None:
-        self.task, self.start = task, config.losses.adversarial_start
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Before each step, so that a resumed run agrees."""
-        self.task.adversarial = state.global_step >= self.start
 
 
 def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path) -> None:
