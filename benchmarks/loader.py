@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -27,8 +28,7 @@ from mm_interleaved.training.config import ModelConfig, TrainConfig
 
 def measure(config: TrainConfig, processor: MMInterleavedProcessor, workers: int, seconds: float) -> dict[str, float]:
     """Rates after as many batches as fill the queues."""
-    config.data.num_workers = workers
-    batches = iter(build_loader(config.data, processor))
+    batches = iter(build_loader(replace(config.data, num_workers=workers), processor))
     for _ in islice(batches, max(1, workers * config.data.prefetch_factor)):
         pass
     rows = tokens = images = 0

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_interleaved.configuration import ConfigError, load_config, to_yaml
+from mm_interleaved.configuration import load_config, to_yaml
+from mm_interleaved.validation import ConfigError, Positive, settings
 
 
-@dataclass
+@settings
 class Source:
     type: str = "documents"
     weight: float = 1.0
     files: list[str] = field(default_factory=list)
 
 
-@dataclass
+@settings
 class Optimizer:
     lr: float = 1e-3
-    steps: int = 10
+    steps: Positive = 10
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"optimizer.steps must be at least 1, not {self.steps}")
+        if self.steps == 13:
+            raise ValueError("13 steps bring bad luck")
 
 
-@dataclass
+@settings
 class Schema:
     name: str
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -39,6 +41,8 @@ class Schema:
     extra: Optimizer | None = None
     fast: bool = False
     weights: dict[str, float] = field(default_factory=dict)
+    mode: Literal["read", "write"] = "read"
+    RENAMED: ClassVar[dict[str, str]] = {"streams": "It is now 'sources'", "scribble": "It is now 'write'"}
 
 
 def write(path: Path, text: str) -> Path:
@@ -75,7 +79,7 @@ def test_overrides_win_in_order(file: Path) -> None:
 
 
 TEXTS = st.text(st.characters(codec="ascii", exclude_characters="$\\", categories=("L", "N", "P", "Zs")), max_size=20)
-OPTIMIZERS = st.builds(Optimizer, st.floats(1e-9, 1e9), st.integers(1, 99), st.none() | st.floats(0, 1))
+OPTIMIZERS = st.builds(Optimizer, st.floats(1e-9, 1e9), st.integers(1, 12), st.none() | st.floats(0, 1))
 SOURCES = st.builds(Source, files=st.lists(st.sampled_from(["null", "1", "é", "a: b"]), max_size=2))
 
 
@@ -99,17 +103,25 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nsorces: []", "unknown key 'sorces'; did you mean 'sources'?"),
-        ("name: a\noptimizer: {ler: 1}", "unknown key 'optimizer.ler'; did you mean 'optimizer.lr'?"),
-        ("name: a\nsources: [{}, {typ: x}]", "unknown key 'sources.1.typ'; did you mean 'sources.1.type'?"),
-        ("name: a\nextra: {qqqqq: 1}", "unknown key 'extra.qqqqq'; known: lr, steps, clip"),
-        ("name: a\noptimizer: {steps: soon}", "'optimizer.steps' must be a whole number, not 'soon' (str)"),
-        ("name: a\noptimizer: 3", "'optimizer' must be a mapping, not 3 (int)"),
-        ("name: a\nsources: [{weight: heavy}]", "'sources.0.weight' must be a number, not 'heavy' (str)"),
-        ("name: a\nsources: {type: a}", "'sources' must be a list, not {'type': 'a'} (dict)"),
-        ("name: a\nfast: 7.5", "'fast' must be true or false, not 7.5 (float)"),
-        ("name: a\noptimizer: {steps: 0}", "optimizer.steps must be at least 1, not 0"),
-        ("fast: true", "'name' must be given"),
+        ("name: a\nsorces: []", "unknown key 'sorces' ({file}). Did you mean 'sources'?"),
+        ("name: a\nstreams: []", "unknown key 'streams' ({file}). It is now 'sources'"),
+        ("name: a\noptimizer: {ler: 1}", "unknown key 'ler' in optimizer ({file}). Did you mean 'lr'?"),
+        ("name: a\nsources: [{}, {typ: x}]", "unknown key 'typ' in sources[1] ({file}). Did you mean 'type'?"),
+        ("name: a\nextra: {qqqqq: 1}", "unknown key 'qqqqq' in extra ({file}). Known: lr, steps, clip"),
+        ("name: a\noptimizer: {steps: soon}", "optimizer.steps must be a whole number, not 'soon' ({file})"),
+        ("name: a\noptimizer: {steps: true}", "optimizer.steps must be a whole number, not True ({file})"),
+        ("name: a\noptimizer: {steps: 2.5}", "optimizer.steps must be a whole number, not 2.5 ({file})"),
+        ("name: a\noptimizer: 3", "optimizer must be a mapping, not 3 ({file})"),
+        ("name: a\nsources: [{weight: heavy}]", "sources[0].weight must be a number, not 'heavy' ({file})"),
+        ("name: a\nsources: {type: a}", "sources must be a list, not {'type': 'a'} ({file})"),
+        ("name: a\nfast: 7.5", "fast must be true or false, not 7.5 ({file})"),
+        ("name: a\nmode: wriet", "mode must be 'read' or 'write', not 'wriet' ({file}). Did you mean 'write'?"),
+        ("name: a\nmode: scribble", "mode must be 'read' or 'write', not 'scribble' ({file}). It is now 'write'"),
+        ("name: a\noptimizer: {steps: 0}", "optimizer.steps must be at least 1, not 0 ({file})"),
+        ("name: a\noptimizer: {steps: 13}", "13 steps bring bad luck (optimizer in {file})"),
+        ("name: a\noptimizer: {steps: x, stops: 3}", "unknown key 'stops' in optimizer"),
+        ("fast: true", "name must be given ({file})"),
+        ("name: a\nfast: ???", "Missing mandatory value: fast"),
         ("", "the file is empty"),
         ("# nothing\n", "the file is empty"),
         ("- a\n- b\n", "must be a mapping of keys to values"),
@@ -123,7 +135,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
 )
 def test_bad_files_are_explained(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "bad.yaml", text)
-    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+    with pytest.raises(ConfigError, match=re.escape(message.replace("{file}", str(path)))) as raised:
         load_config(path, Schema)
     assert str(path) in str(raised.value)
 
@@ -142,30 +154,31 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("fast", "write key=value"),
-        ("=3", "write key=value"),
-        ("a b=3", "write key=value"),
+        ("fast", "must have the form key=value"),
+        ("=3", "must have the form key=value"),
+        ("a b=3", "must have the form key=value"),
         ("optimizer.lr=[1", "not YAML"),
-        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
-        ("sources.0.wieght=1", "did you mean 'sources.0.weight'?"),
-        ("sources.7.weight=1", "no list item"),
-        ("optimizer.lr=fast", "'optimizer.lr' must be a number, not 'fast' (str)"),
-        ("optimizer={lr: 1, stops: 2}", "unknown key 'optimizer.stops'; did you mean 'optimizer.steps'?"),
+        ("optimizer.lrr=1", "unknown key 'lrr' in optimizer ({o}). Did you mean 'lr'?"),
+        ("sources.0.wieght=1", "unknown key 'wieght' in sources[0] ({o}). Did you mean 'weight'?"),
+        ("sources.7.weight=1", "there is no such list item"),
+        ("optimizer.lr=fast", "optimizer.lr must be a number, not 'fast' ({o})"),
+        ("optimizer={lr: 1, stops: 2}", "unknown key 'stops' in optimizer ({o}). Did you mean 'steps'?"),
     ],
 )
 def test_bad_overrides_are_explained(file: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+    with pytest.raises(ConfigError, match=re.escape(message.replace("{o}", f"override '{override}'"))) as raised:
         load_config(file, Schema, [override])
     assert f"override '{override}'" in str(raised.value)
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_numbers_are_finite(file: Path, tmp_path: Path, value: str) -> None:
-    with pytest.raises(ConfigError, match=r"override 'optimizer.lr=.*: 'optimizer.lr' must be a finite number"):
-        load_config(file, Schema, [f"optimizer.lr={value}"])
+    override = f"optimizer.lr={value}"
+    with pytest.raises(ConfigError, match=r"optimizer.lr must be a finite number, not .* \(override 'optimizer.lr="):
+        load_config(file, Schema, [override])
     other = tmp_path / "other.yaml"
     other.write_text(f"name: x\nsources:\n- {{type: documents, weight: {value}}}\n")
-    with pytest.raises(ConfigError, match=r"other\.yaml: 'sources\.0\.weight' must be a finite number"):
+    with pytest.raises(ConfigError, match=r"sources\[0\]\.weight must be a finite number, not .*other\.yaml"):
         load_config(other, Schema)
 
 
@@ -185,7 +198,7 @@ def test_extends_merges_mappings_and_replaces_lists(file: Path, tmp_path: Path) 
 def test_a_part_of_a_larger_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "name: a\nother: {x: 1}\n")
     assert load_config(path, Schema, ["other.x=2", "another[0]=3", "fast=true"], partial=True) == Schema("a", fast=True)
-    with pytest.raises(ConfigError, match="unknown key 'optimizer"):
+    with pytest.raises(ConfigError, match="unknown key 'rl' in optimizer"):
         load_config(path, Schema, ["optimizer.rl=2"], partial=True)
 
 

@@ -11,8 +11,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
-    "files", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints", "generation",
-    "metrics", "tasks", "data", "pretrained", "evaluation", "training", "bench", "integrations", "cli",
+    "files", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
+    "generation", "metrics", "tasks", "data", "pretrained", "evaluation", "training", "bench", "integrations", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 

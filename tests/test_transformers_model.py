@@ -374,7 +374,7 @@ def test_tensors_are_of_pytorch(processor: MMInterleavedProcessor) -> None:
     for padding in (False, "max_length"):
         with pytest.raises(ValueError, match="padding must be True or 'longest'"):
             processor(DOCUMENT, padding=padding)
-    with pytest.raises(ValueError, match="no argument 'trainning'; did you mean 'training'"):
+    with pytest.raises(ValueError, match=r"no argument 'trainning'\. Did you mean 'training'"):
         processor(DOCUMENT, trainning=True)
     with pytest.raises(ValueError, match=r"documents\[0\] must be a Document, not str; strings are given as text="):
         processor("A cat.")

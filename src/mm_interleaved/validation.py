@@ -1,191 +1,164 @@
-"""Settings in dataclasses: values are converted to the declared types, or refused in words that name the setting.
+"""Settings as pydantic dataclasses: strict types, ranges, and errors that name the setting and the nearest known name.
 
-    @dataclass(frozen=True)
-    class Settings:
-        max_new_tokens: int = count_field(30, least=1)
-        temperature: float = number_field(1.0, least=1e-6)
+    @settings
+    class Sampling:
+        max_new_tokens: Positive = 30
+        temperature: float = 1.0
 
-        def __post_init__(self) -> None:
-            validate(self)
-
-The types are those of the fields: `int`, `float`, `bool`, `str`, a `Literal`, another dataclass, each with or without
-`None`. A whole number may come from NumPy or PyTorch, but is no bool and has no fraction; a float is finite.
+A whole number may come from NumPy or PyTorch, but a bool is no number. Floats are finite. Instances do not change; make
+another one with `dataclasses.replace`, which validates again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import math
-import numbers
-import operator
+import functools
+import types
 import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from functools import cache
-from types import NoneType
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar, dataclass_transform, overload
 
-import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
-COUNT_LIMIT = 2**31  # no count reaches it, and products of a few counts fit into 64 bits
+T = TypeVar("T")
+Path = Sequence[str | int]
+
 SEED_LIMIT = 2**63  # torch takes seeds below 2**64; the rest is room for `seed + candidate + turn`
 
+Count = Annotated[int, Field(ge=0, lt=2**31)]  # products of a few counts fit into 64 bits
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average
 
-@dataclass(frozen=True)
-class Bounds:
-    """The range of a number.
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    Attributes:
-        least, most: the smallest and the largest value.
-        above, below: limits that are not allowed themselves.
-        advice: what to do about a value outside, for messages.
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: what is wrong, where, and what to do about it."""
+
+
+@overload
+def settings(cls: type[T], /) -> type[T]: ...
+@overload
+def settings(*, frozen: bool = True, kw_only: bool = False) -> Callable[[type[T]], type[T]]: ...
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def settings(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) -> Any:
+    """Make a class a validated dataclass.
+
+    A class attribute `RENAMED` maps former keys and values to what an error says about them. A `ValueError` from
+    `__post_init__` is reported with its place.
+
+    Args:
+        cls: class with annotated fields.
+        frozen: whether instances cannot change.
+        kw_only: whether fields are given by name alone.
     """
+    if cls is None:
+        return functools.partial(settings, frozen=frozen, kw_only=kw_only)
+    made: Any = dataclass(config=_CONFIG, frozen=frozen, kw_only=kw_only)(cls)
+    validated_init = made.__init__
 
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    advice: str = ""
+    @functools.wraps(validated_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            validated_init(self, *map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+        except ValidationError as error:
+            raise ConfigError(explain(error, made)) from None
 
-    def hold(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        words = (("at least", self.least), ("at most", self.most), ("greater than", self.above),
-                 ("less than", self.below))  # fmt: skip
-        return " and ".join(f"{word} {_short(limit)}" for word, limit in words if limit is not None)
+    made.__init__ = init
+    return made
 
 
-SEEDS = Bounds(least=0, below=SEED_LIMIT)
+def _plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as one of Python."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
-def number_field(default: Any, advice: str = "", **limits: float) -> Any:
-    """A dataclass field with a number in the range of `limits`; see `Bounds`."""
-    return field(default=default, metadata={"bounds": Bounds(**limits, advice=advice)})
+def explain(error: ValidationError, schema: type, source: Callable[[Path], str] = lambda path: "") -> str:
+    """The first problem that pydantic found, unknown keys before others, in words.
 
-
-def count_field(default: Any, least: int) -> Any:
-    """A dataclass field with a whole number from `least` on."""
-    return field(default=default, metadata={"bounds": Bounds(least=least, below=COUNT_LIMIT)})
-
-
-def seed_field(default: int) -> Any:
-    """A dataclass field with the seed of a random generator."""
-    return field(default=default, metadata={"bounds": SEEDS})
-
-
-def validate(settings: Any) -> None:
-    """Convert the fields of a dataclass instance to their types, in place.
-
-    Raises:
-        ValueError: a value has another type or lies outside the range of its field; names the field.
+    Args:
+        error: of pydantic.
+        schema: the class that was validated.
+        source: names the file or the argument that a value at a path comes from; "": none.
     """
-    for name, kinds, bounds in _declared(type(settings)):
-        object.__setattr__(settings, name, _converted(name, getattr(settings, name), kinds, bounds))
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
+    path: Path = list(problem["loc"])
+    value, kind = problem["input"], problem["type"]
+    origin = source(path)
+    owner = _type_at(schema, path[: max((i for i, key in enumerate(path) if isinstance(key, str)), default=0)])
+    if kind == "unexpected_keyword_argument":
+        place = f" in {_dotted(path[:-1])}" if len(path) > 1 else ""
+        message = f"unknown key '{path[-1]}'{place}"
+        advice = _former(owner, path[-1]) or nearest_name(str(path[-1]), [f.name for f in dataclasses.fields(owner)])
+    elif kind == "missing":
+        message, advice = f"{_dotted(path)} must be given", ""
+    elif kind == "value_error":
+        message, advice = str(problem.get("ctx", {})["error"]), ""
+        origin = " in ".join(part for part in (_dotted(path), origin) if part)
+    else:
+        words = problem["msg"]
+        for theirs, ours in _WORDS.items():
+            words = words.replace(theirs, ours)
+        wanted = words.removeprefix("Input should be ")
+        message = f"{_dotted(path)} must be {wanted}, not {short(value)}"
+        message = message if wanted != words else f"{_dotted(path)}: {words}"
+        choices = typing.get_args(_type_at(schema, path)) if kind == "literal_error" else ()
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        advice = _former(owner, value) or (f"Did you mean '{close[0]}'?" if close else "")
+    return message + (f" ({origin})" if origin else "") + (f". {advice}" if advice else "")
 
 
-def check_seed(value: Any) -> int:
-    """`value` as the seed of a random generator.
-
-    Raises:
-        ValueError: it is no whole number, negative, or not below `SEED_LIMIT`.
-    """
-    return _converted("seed", value, (int,), SEEDS)
+# Words of settings files and of the command line for some of pydantic's.
+_WORDS = {"an object": "a mapping", "a valid array": "a list", "a valid boolean": "true or false", "a valid ": "a ",
+          "an integer": "a whole number", "a integer": "a whole number", "a dictionary": "a mapping",
+          "greater than or equal to": "at least", "less than or equal to": "at most"}  # fmt: skip
 
 
-def check_count(name: str, value: Any, least: int) -> int:
-    """`value` as a whole number from `least` on; `name` is how messages call it.
+def _former(owner: Any, name: Any) -> str:
+    """What has become of a former key or value of a class."""
+    renamed: Mapping[str, str] = getattr(owner, "RENAMED", {})
+    return renamed.get(name, "") if isinstance(name, str) else ""
 
-    Raises:
-        ValueError: it is something else.
-    """
-    return _converted(name, value, (int,), Bounds(least=least, below=COUNT_LIMIT))
+
+def _dotted(path: Path) -> str:
+    """`("data", "sources", 0)` as `data.sources[0]`."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+
+
+def _type_at(kind: Any, path: Path) -> Any:
+    """The type of what lies at a path within a schema; None: unknown."""
+    for key in path:
+        fields = getattr(kind, "__pydantic_fields__", None)
+        if fields is not None:
+            kind = fields[key].annotation if key in fields else None
+        else:
+            kind = next(reversed(typing.get_args(kind)), None)
+        if options := [k for k in typing.get_args(kind) if k is not type(None)] if _is_union(kind) else []:
+            kind = options[0]
+    return kind
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Words that end a message about the unknown name `name`: the nearest known one, or all of them."""
+    """A sentence about the unknown name `name`: the nearest known one, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known) or 'none'}"
 
 
-@cache
-def _declared(cls: type) -> list[tuple[str, tuple[Any, ...], Bounds]]:
-    """Name, possible types and range of every field."""
-    hints = typing.get_type_hints(cls)
-    found = []
-    for item in fields(cls):
-        hint = hints[item.name]
-        union = type(hint).__name__ == "UnionType" or typing.get_origin(hint) is typing.Union
-        found.append((item.name, typing.get_args(hint) if union else (hint,), item.metadata.get("bounds", Bounds())))
-    return found
-
-
-def _converted(name: str, value: Any, kinds: tuple[Any, ...], bounds: Bounds) -> Any:
-    if value is None and NoneType in kinds:
-        return None
-    (kind,) = (k for k in kinds if k is not NoneType)
-    if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        if not (isinstance(value, str) and value in choices):
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {_short(value)}")
-        return str(value)
-    if kind is bool and isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if kind is int:
-        return _in_range(name, _whole(name, value), bounds)
-    if kind is float:
-        return _in_range(name, _real(name, value), bounds)
-    if kind is str and isinstance(value, str):
-        return str(value)
-    if kind not in (bool, str) and isinstance(value, kind):
-        return value
-    wanted = {bool: "True or False", str: "a string"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
-    raise ValueError(f"{name} must be {wanted}, not {_short(value)}")
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, (bool, np.bool_)) or "bool" in str(getattr(value, "dtype", "")):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, not {_short(value)}") from None
-
-
-def _real(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-            raise TypeError
-        converted = float(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a number, not {_short(value)}") from None
-    except OverflowError:
-        converted = math.inf
-    if not math.isfinite(converted):
-        raise ValueError(f"{name} must be a finite number, not {_short(value)}")
-    return converted
-
-
-def _in_range(name: str, value: float, bounds: Bounds) -> Any:
-    if not bounds.hold(value):
-        raise ValueError(f"{name} must be {bounds}, not {_short(value)}"
-                         + (f"; {bounds.advice}" if bounds.advice else ""))  # fmt: skip
-    return value
-
-
-def _short(value: Any) -> str:
-    """`value` in a message; huge numbers as powers of two or cut."""
-    for power in (31, 63):
-        if type(value) is int and value == 2**power:
-            return f"2**{power}"
+def short(value: Any) -> str:
+    """`value` in a message, cut where it is long."""
     if type(value) is int and value.bit_length() > 128:  # Python refuses to write out thousands of digits
         return f"a number of {value.bit_length()} bits"
-    words = repr(value) if isinstance(value, str) else str(value)
+    words = repr(value)
     return words if len(words) <= 40 else words[:40] + "..."

@@ -84,8 +84,11 @@ def test_reasons_show_their_examples(mmi: Mmi, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.sources.0.rot=x", "unknown key 'data.sources.0.rot'; did you mean 'data.sources.0.root'?"),
-        ("data.sources.0.type=parquet", "'type' must be one of mmc4"),
+        (
+            "data.sources.0.rot=x",
+            "unknown key 'rot' in data.sources[0] (override 'data.sources.0.rot=x'). Did you mean 'root'?",
+        ),
+        ("data.sources.0.type=parquet", "data.sources[0].type must be 'mmc4'"),
         ("model.preset=tiny", "no preset 'tiny'"),
     ],
 )
@@ -125,8 +128,8 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["vqa2"], "'vqa2' is neither a file nor a task; did you mean 'vqav2'?"),
-            (["vqav2", "rot=datasets"], "unknown key 'rot'; did you mean 'root'?"),
+            (["vqa2"], "'vqa2' is neither a file nor a task. Did you mean 'vqav2'?"),
+            (["vqav2", "rot=datasets"], "unknown key 'rot' (override 'rot=datasets'). Did you mean 'root'?"),
             (["vqav2", "phase=dev"], "there is no phase 'dev'. Phases are val, train"),
         ],
     )

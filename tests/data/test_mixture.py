@@ -6,17 +6,19 @@ import itertools
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mm_interleaved.configuration import ConfigError, load_config, to_yaml
+from mm_interleaved.configuration import load_config, to_yaml
 from mm_interleaved.data import DataConfig, SourceConfig
 from mm_interleaved.data.mixture import Mixture
 from mm_interleaved.data.stream import Place
 from mm_interleaved.processor import MMInterleavedProcessor
 from mm_interleaved.processor.packing import TokenStream
+from mm_interleaved.validation import ConfigError
 
 from .world import loader, numbers, pairs_source, write_pairs
 
@@ -90,8 +92,8 @@ def test_sum_reads_everything_exactly_once(tmp_path: Path, processor: MMInterlea
 
 
 def test_sum_compat_confuses_names(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    """BUG-4: an exhausted source goes, its name stays: the names of those after it slip."""
-    made = loader(processor, *sources(tmp_path, 2, 20), sampling="sum", compat=["BUG-4"])
+    """An exhausted source goes, its name stays: the names of those after it slip."""
+    made = loader(processor, *sources(tmp_path, 2, 20), sampling="sum", compat=["shifted_names"])
     names = [b.source for b in made]
     assert len(numbers(loader(processor, *sources(tmp_path, 2, 20), sampling="sum"))) == 22
     assert names[-1] == "a"
@@ -107,7 +109,7 @@ def test_shortest_ends_with_the_first(tmp_path: Path, processor: MMInterleavedPr
 def test_forever_goes_on_and_loses_nothing(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     """Tokens left over at the end of a pass begin the next one."""
     (source,) = sources(tmp_path, 7, keep_remainder=False)
-    source.max_length, source.cut = 100, "image"
+    source = replace(source, max_length=100, cut="image")
     made = loader(processor, source, sampling="forever")
     counts = Counter(numbers(itertools.islice(made, 30)))
     assert set(counts) == set(range(7))
@@ -127,9 +129,8 @@ def test_an_epoch_of_so_many_rows(
 
 
 def test_rows_of_several_sources_in_one_batch(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    made = sources(tmp_path, 60, 60)
-    made[1].ignore_text_before_image = True
-    made[1].image_first_prob = made[0].image_first_prob = 0.0
+    made = sources(tmp_path, 60, 60, image_first_prob=0.0)
+    made[1] = replace(made[1], ignore_text_before_image=True)
     batches = list(itertools.islice(loader(processor, *made, mix="row", batch_size=4), 12))
     assert all(len(b.input_ids) == 4 for b in batches)
     assert {b.source for b in batches} >= {"a+b"}
@@ -139,20 +140,20 @@ def test_rows_of_several_sources_in_one_batch(tmp_path: Path, processor: MMInter
 
 
 def test_epochs_advance_in_mixtures(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    """BUG-6: in the original they do not."""
+    """In the original they do not."""
     made = sources(tmp_path, 9, 9)
     one = loader(processor, *made, sampling="sum")
     assert [numbers(b for b in one if b.source == "a") for _ in range(2)] != [numbers(one)] * 2
     epochs = [[b for b in one if b.source == "a"] for _ in range(2)]
     assert numbers(epochs[0]) != numbers(epochs[1])
-    compat = loader(processor, *made, sampling="sum", compat=["BUG-6"])
+    compat = loader(processor, *made, sampling="sum", compat=["repeated_epochs"])
     epochs = [[b for b in compat if b.source == "a"] for _ in range(2)]
     assert numbers(epochs[0]) == numbers(epochs[1])
 
 
 def test_the_order_can_be_left_to_chance(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    """ODD-3: the original's order of samples differs from run to run; going on is exact all the same."""
-    (source,) = sources(tmp_path, 30, compat=["ODD-3"])
+    """The original's order of samples differs from run to run; going on is exact all the same."""
+    (source,) = sources(tmp_path, 30, compat=["unseeded_order"])
     runs = [numbers(loader(processor, source)) for _ in range(2)]
     assert runs[0] != runs[1]
     assert sorted(runs[0]) == sorted(runs[1]) == list(range(30))
@@ -172,33 +173,37 @@ def test_the_order_can_be_left_to_chance(tmp_path: Path, processor: MMInterleave
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sources: []", "'sources' needs at least one source"),
-        ("sources: [{type: mmc5, shards: [a]}]", "'type' must be one of mmc4, pairs"),
+        ("sources: []", "sources needs at least one source"),
+        ("sources: [{type: mmc5, shards: [a]}]", "sources[0].type must be 'mmc4', 'pairs'"),
         ("sources: [{type: mmc4}]", "source 'mmc4' of type 'mmc4' needs 'shards'"),
         ("sources: [{type: toyworld, shards: [a]}]", "takes no 'shards'"),
-        ("sources: [{shards: [a]}]", "'sources[0].type' must be given"),
+        ("sources: [{shards: [a]}]", "sources[0].type must be given"),
         ("sources: [{type: pairs, shards: [a]}, {type: pairs, shards: [b]}]", "two sources are called 'pairs'"),
-        ("sources: [{type: pairs, shards: [a], image_first_prob: 2}]", "'image_first_prob' must lie in [0, 1]"),
-        ("sources: [{type: pairs, shards: [a], batch_size: 0}]", "'batch_size' must be at least 1, not 0"),
-        ("sources: [{type: pairs, shards: [a], cut: sample}]", "'cut' must be one of image, document, not 'sample'"),
-        ("sources: [{type: pairs, shards: [a], compat: [BUG-9]}]", "'compat' must be one of BUG-1"),
-        ("sources: [{type: pairs, shards: a}]", "'sources.0.shards' must be a list"),
-        ("sources: [{type: pairs, shards: [a], shufle: 3}]", "did you mean 'sources.0.shuffle'?"),
+        ("sources: [{type: pairs, shards: [a], image_first_prob: 2}]",
+         "sources[0].image_first_prob must be at most 1, not 2"),
+        ("sources: [{type: pairs, shards: [a], batch_size: 0}]", "sources[0].batch_size must be at least 1, not 0"),
+        ("sources: [{type: pairs, shards: [a], cut: sample}]",
+         "sources[0].cut must be 'image' or 'document', not 'sample'"),
+        ("sources: [{type: pairs, shards: [a], compat: [BUG-2]}]",
+         "not 'BUG-2' ({file}). It is now 'merge_without_effect'"),
+        ("sources: [{type: pairs, shards: a}]", "sources[0].shards must be a list"),
+        ("sources: [{type: pairs, shards: [a], shufle: 3}]",
+         "unknown key 'shufle' in sources[0] ({file}). Did you mean 'shuffle'?"),
         ("sources: [{type: toyworld}]\nprobabilities: [1, 2]", "2 'probabilities' are given for 1 sources"),
         ("sources: [{type: toyworld}]\nprobabilities: [-1]", "must not be negative"),
-        ("sources: [{type: toyworld}]\nsampling: all", "'sampling' must be one of longest"),
-        ("sources: [{type: toyworld}]\nmix: token", "'mix' must be one of batch, row"),
+        ("sources: [{type: toyworld}]\nsampling: all", "sampling must be 'longest', 'sum'"),
+        ("sources: [{type: toyworld}]\nmix: token", "mix must be 'batch' or 'row'"),
         ("sources: [{type: toyworld}, {type: toyworld, name: b}]\nprobabilities: [1, 2]\nfix_sampling_ratio: true",
          "needs equal 'probabilities'"),
         ("sources: [{type: toyworld}, {type: toyworld, name: b, loss_text_weight: 2}]\nmix: row", "same loss weights"),
         ("sources:\n- {type: pairs, shards: [a], few_shot_merge_prob: 0.5, few_shot_merge_sizes: [1]}",
-         "'few_shot_merge_sizes' must be numbers from 2"),
+         "sources[0].few_shot_merge_sizes[0] must be at least 2"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "data.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=re.escape(message.replace("{file}", str(path)))):
         load_config(path, DataConfig)
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def test_going_on_equals_an_unbroken_run(
     shuffle: int, num_samples: int | None, split: tuple[int, int],
 ) -> None:  # fmt: skip
     settings = config(folder, **options)
-    for source in settings.sources:
-        source.shuffle, source.num_samples = shuffle, num_samples
+    sources = [replace(source, shuffle=shuffle, num_samples=num_samples) for source in settings.sources]
+    settings = replace(settings, sources=sources)
 
     def make() -> Any:
         made = build_loader(settings, processor, rank=split[0], world_size=split[1])

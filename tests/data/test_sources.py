@@ -144,9 +144,9 @@ class Drawn:
     ],
 )
 def test_mmc4_two_images_on_one_sentence(tmp_path: Path, first: list[bool], fixed: str, compat: str) -> None:
-    """Each stands on the side drawn for it, in the order of the list; the original ignores the side (BUG-3)."""
+    """Each stands on the side drawn for it, in the order of the list; the original ignores the side."""
     write_mmc4(tmp_path, [mmc4(["S"], [("7.png", 0, 0.5), ("8.png", 0, 0.5)])])
-    for behaviour, expected in (([], fixed), (["BUG-3"], compat)):
+    for behaviour, expected in (([], fixed), (["listed_image_order"], compat)):
         config = SourceConfig("mmc4", root=str(tmp_path), shards=["docs_0.jsonl"], compat=behaviour)
         reader = make_reader(config, tmp_path)
         (record,) = reader.shards.records(0)
@@ -200,7 +200,7 @@ def test_half_of_the_pairs_begin_with_the_image(tmp_path: Path, processor: MMInt
 
 
 def test_python_literals_are_read_with_one_warning(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    """BUG-1: the original's own example file has them."""
+    """The original's own example file has them."""
     write_images(tmp_path, 5)
     write_lines(tmp_path / "a.txt", [{"image": "0.png", "caption": "json"}, *[f"{{'image': '{i}.png', 'caption': \"it's {i}\"}}" for i in range(1, 5)]])  # fmt: skip  # noqa: E501
     with pytest.warns(UserWarning, match="'pairs' has Python literals instead of JSON .*line 2") as caught:
@@ -208,7 +208,7 @@ def test_python_literals_are_read_with_one_warning(tmp_path: Path, processor: MM
     assert len([w for w in caught if "literal" in str(w.message)]) == 1
     assert images == [0, 1, 2, 3, 4]
     assert report.rejected("pairs")["Python literal instead of JSON"] == 4
-    _, images, report = read(processor, "pairs", tmp_path, ["a.txt"], compat=["BUG-1"])
+    _, images, report = read(processor, "pairs", tmp_path, ["a.txt"], compat=["strict_json"])
     assert images == [0]
     assert report.rejected("pairs") == {"line not JSON": 4}
 
@@ -253,7 +253,7 @@ def test_few_shot_merging_joins_pairs(tmp_path: Path, processor: MMInterleavedPr
     for before, after in zip(plain, merged, strict=True):
         pairs = before.split("</s><s>")
         assert after == "</s><s>".join("".join(pairs[i : i + 3]) for i in range(0, len(pairs), 3))
-    assert read(processor, "pairs", tmp_path, names, compat=["BUG-2"], **options)[0] == plain
+    assert read(processor, "pairs", tmp_path, names, compat=["merge_without_effect"], **options)[0] == plain
 
 
 def test_merged_pairs_know_where_their_context_begins(tmp_path: Path, processor: MMInterleavedProcessor) -> None:

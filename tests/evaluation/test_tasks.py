@@ -208,7 +208,7 @@ def test_without_clip_one_candidate_is_drawn(task: MakeTask, run: Run) -> None:
     eight = make_task(task("coco", generation={}))
     suite = TaskSuite([eight.config])
     assert effective_settings(eight, suite).image.num_candidates == 1
-    suite.metrics = MetricConfig(clip="somewhere")
+    suite = TaskSuite([eight.config], metrics=MetricConfig(clip="somewhere"))
     assert effective_settings(eight, suite).image.num_candidates == 8
     result = run(task("coco", limit=2)).tasks["coco"]
     assert "no CLIP model" in result.notes[0]

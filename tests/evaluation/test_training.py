@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,8 @@ from .worker import finish, start
 
 def settings(folder: Path, *tasks: TaskConfig) -> TrainConfig:
     config = load_config(ROOT / "configs/debug.yaml", TrainConfig, arguments(folder, "log_every=1", "steps=4"))
-    config.save_every = 0
-    if tasks:
-        config.evaluation, config.evaluate_every = TaskSuite(list(tasks), batch_size=2), 2
-    return config
+    evaluation = {"evaluation": TaskSuite(list(tasks), batch_size=2), "evaluate_every": 2} if tasks else {}
+    return replace(config, save_every=0, **evaluation)
 
 
 def test_scores_are_logged_and_losses_stay_the_same(task: MakeTask, tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_missing_files_are_found_before_training(task: MakeTask, tmp_path: Path)
             ["evaluate_every=2", "evaluation={tasks: [{task: gqa}]}", "sample_every=0", "fsdp={fsdp_version: 2}"],
             "needs whole weights",
         ),
-        (["evaluation={tasks: [{tusk: gqa}]}"], "did you mean 'evaluation.tasks.0.task'"),
+        (["evaluation={tasks: [{tusk: gqa}]}"], r"unknown key 'tusk' in evaluation.tasks\[0\]"),
     ],
 )
 def test_settings_that_do_not_fit(changes: list[str], words: str) -> None:

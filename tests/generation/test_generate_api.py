@@ -142,7 +142,7 @@ def test_interleaved(model: MMInterleaved, processor: MMInterleavedProcessor) ->
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"max_new_token": 3}, r"max_new_token'.*did you mean 'max_new_tokens'"),
+        ({"max_new_token": 3}, r"max_new_token'.*Did you mean 'max_new_tokens'"),
         ({"generation_mode": "video"}, "generation_mode must be .* not 'video'"),
         ({"max_new_tokens": 2.5}, r"max_new_tokens must be a whole number, not 2\.5"),
         ({"use_cache": False}, "use_cache=False is not supported"),
@@ -182,10 +182,10 @@ def test_arguments_win_over_the_generation_config(debug_config: MMInterleavedCon
         (GenerationConfig(max_length=30), {}, "max_length is not supported"),
         (GenerationConfig(num_beams=2), {"do_sample": True}, "do_sample needs num_beams=1"),
         (GenerationConfig(eos_token_id=[2, 7]), {}, r"eos_token_id=\[2, 7\] is not supported"),
-        (GenerationConfig(no_repeat_ngram_size=3), {}, "there is no setting 'no_repeat_ngram_size'"),
+        (GenerationConfig(no_repeat_ngram_size=3), {}, "unknown setting 'no_repeat_ngram_size'"),
         (None, {"logits_processor": [1]}, "logits_processor is not supported"),
         (None, {"temperature": "hot"}, "temperature must be a number, not 'hot'"),
-        (None, {"beams": 2}, "there is no setting 'beams'; did you mean 'num_beams'"),
+        (None, {"beams": 2}, "unknown setting 'beams'. Did you mean 'num_beams'"),
     ],
 )
 def test_arguments_that_have_no_setting(

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from mm_interleaved import MMInterleaved
-from mm_interleaved.configuration import ConfigError, load_config
+from mm_interleaved.configuration import load_config
 from mm_interleaved.data import build_loader
 from mm_interleaved.pretrained import load
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.pipeline import prepare_documents
+from mm_interleaved.validation import ConfigError
 
 from .conftest import ROOT, whole_model
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
+from mm_interleaved.data import DataConfig, SourceConfig
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.building import build, build_tokenizer
 from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
@@ -26,6 +27,8 @@ from toyworld.sampling import random_scene, scene_rng
 from toyworld.scene import GROUNDS, RELATIONS, SIZES
 
 from .conftest import PART, ROOT, logged, whole_model
+
+DATA = DataConfig([SourceConfig("toyworld")])
 
 
 def settings(output: Path, *changes: str) -> PartRunConfig:
@@ -76,7 +79,7 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
         source = ModelConfig(preset="debug", language=str(tmp_path / "run/final"))
         for name, on in switches.items():
             setattr(source.mmfs, name, on)
-        model, _ = build(TrainConfig(output="", steps=1, model=source, data=None), TOKENIZER)
+        model, _ = build(TrainConfig(output="", steps=1, model=source, data=DATA), TOKENIZER)
         own = model.state_dict()
         assert all(torch.equal(own[name], value) for name, value in state.items())
 
@@ -107,7 +110,7 @@ def test_a_run_starts_from_the_weights_it_is_given(tmp_path: Path) -> None:
 
 def test_only_what_belongs_to_text_learns() -> None:
     config = settings(Path("x"))
-    model = build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)[0].config
+    model = build(TrainConfig(output="", steps=1, model=config.model, data=DATA), TOKENIZER)[0].config
     texts = ToyTexts(config.data, build_tokenizer(config.model, TOKENIZER), model.soi_token_id)
     inputs = prepare_texts(next(iter(ImageLoader(config.data, texts))), 0, torch.device("cpu"))
     inputs.pop("stats")

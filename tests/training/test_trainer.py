@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedConfig, Text
 from mm_interleaved.cli import main
-from mm_interleaved.configuration import ConfigError, load_config
+from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training import graphs
 from mm_interleaved.training.building import build
@@ -29,6 +29,7 @@ from mm_interleaved.training.ema import EMA
 from mm_interleaved.training.graphs import CapturedStep
 from mm_interleaved.training.pipeline import choose_targets, prepare_documents, seed_of
 from mm_interleaved.training.run import compile_regions, train
+from mm_interleaved.validation import ConfigError
 
 from ..conftest import make_image
 from .conftest import ROOT, arguments, logged
@@ -131,11 +132,11 @@ def test_only_one_part_is_trained_where_the_other_is_frozen(settings, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimizer.weight_decai=1", "did you mean"),
-        ("precision=fp8", "must be one of float32, bfloat16, float16"),
+        ("optimizer.weight_decai=1", "Did you mean 'weight_decay'"),
+        ("precision=fp8", "precision must be 'float32', 'bfloat16' or 'float16'"),
         ("model.checkpoint=x", "exactly one of 'preset', 'checkpoint' and 'components'"),
-        ("losses.image_fraction=0", r"must lie in \(0, 1\]"),
-        ("steps=0", "must be positive"),
+        ("losses.image_fraction=0", "losses.image_fraction must be greater than 0, not 0"),
+        ("steps=0", "steps must be at least 1, not 0"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, change: str, message: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
+from mm_interleaved.data import DataConfig, SourceConfig
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
@@ -22,6 +23,8 @@ from toyworld.scene import SIZES
 from toyworld.train_detector import labels
 
 from .conftest import PART, ROOT, logged, whole_model
+
+DATA = DataConfig([SourceConfig("toyworld")])
 
 
 def settings(output: Path, *changes: str) -> PartRunConfig:
@@ -54,9 +57,9 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
     quality = json.loads((tmp_path / "run/final/quality.json").read_text())
     assert 0 <= quality["eval_accuracy_color"] <= 1
     source = ModelConfig(preset="debug", vision=str(tmp_path / "run/final"))
-    run = TrainConfig(output="", steps=1, model=source, data=None)
+    run = TrainConfig(output="", steps=1, model=source, data=DATA)
     model, _ = build(run, TOKENIZER)
-    plain, _ = build(TrainConfig(output="", steps=1, model=ModelConfig(preset="debug"), data=None), TOKENIZER)
+    plain, _ = build(TrainConfig(output="", steps=1, model=ModelConfig(preset="debug"), data=DATA), TOKENIZER)
     name = "visual_tokenizer.proj.weight"
     assert not torch.equal(model.state_dict()[name], plain.state_dict()[name])
     assert model.config.to_dict() == plain.config.to_dict()
@@ -73,7 +76,7 @@ def test_a_run_starts_from_a_whole_model(tmp_path: Path) -> None:
 def test_tokens_are_handed_over_at_unit_length(tmp_path: Path) -> None:
     """A mean square of 1 on scenes of the kind that it has learned from."""
     config = settings(tmp_path, "ema.decay=0")
-    model, _ = build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)
+    model, _ = build(TrainConfig(output="", steps=1, model=config.model, data=DATA), TOKENIZER)
     task = VisionTask(model.config)
     batches = list(ImageLoader(config.data, ToyScenes(config.data, 56)))
     with torch.no_grad():
@@ -99,7 +102,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
 def test_every_reader_is_used() -> None:
     """Each map and the tokens have a gradient from their own loss."""
     config = settings(Path("x"))
-    task = VisionTask(build(TrainConfig(output="", steps=1, model=config.model, data=None), TOKENIZER)[0].config)
+    task = VisionTask(build(TrainConfig(output="", steps=1, model=config.model, data=DATA), TOKENIZER)[0].config)
     batch = next(iter(ImageLoader(config.data, ToyScenes(config.data, 56))))
     task(**batch).loss.backward()
     heads = [*task.map_readers.parameters(), *task.token_reader.parameters()]
@@ -114,7 +117,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, content: str | None
         (tmp_path / "visual_tokenizer.safetensors").write_bytes(b"")
     source = ModelConfig(preset="debug", vision=str(tmp_path))
     with pytest.raises(ValueError, match=r"model\.vision"):
-        build(TrainConfig(output="", steps=1, model=source, data=None), TOKENIZER)
+        build(TrainConfig(output="", steps=1, model=source, data=DATA), TOKENIZER)
 
 
 @pytest.mark.parametrize(

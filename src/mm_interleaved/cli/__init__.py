@@ -9,10 +9,10 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.checkpoint import CheckpointError
-from ..configuration import ConfigError
 from ..data import DataError
 from ..document import DocumentError
 from ..evaluation import EvaluationError
+from ..validation import ConfigError
 from .bench import bench
 from .console import console
 from .convert import assemble, convert

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import itertools
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from ..processor import Batch, MMInterleavedProcessor
 from ..tasks import TASKS, TaskConfig
 from ..training.building import build_processor
 from ..training.config import ModelConfig
+from ..validation import nearest_name, settings
 from .console import console, output
 from .data_tasks import check_tasks, is_evaluation, prepare
 from .results import UsageError
@@ -31,7 +31,7 @@ from .results import UsageError
 data = typer.Typer(no_args_is_help=True, help="Look at the data of training and of tasks; convert official files.")
 
 
-@dataclass
+@settings
 class CheckConfig:
     """The part of a training configuration that says what is read."""
 
@@ -60,9 +60,7 @@ def check(
     if what in TASKS:
         check_tasks([make_config({"task": what}, TaskConfig, overrides or [], f"task '{what}'")])
     elif Path(what).suffix not in (".yaml", ".yml") and not Path(what).exists():
-        close = difflib.get_close_matches(what, TASKS, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"tasks are {', '.join(TASKS)}"
-        raise UsageError(f"'{what}' is neither a file nor a task; {hint}")
+        raise UsageError(f"'{what}' is neither a file nor a task. {nearest_name(what, TASKS)}")
     elif is_evaluation(Path(what)):
         check_tasks(load_config(what, EvaluateConfig, overrides or []).chosen())
     else:
@@ -74,15 +72,15 @@ data.command()(prepare)
 
 def _check_training(config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int) -> None:
     """Read a sample of every source of a training run."""
-    settings = load_config(config, CheckConfig, overrides, partial=True)
+    checked = load_config(config, CheckConfig, overrides, partial=True)
     try:
-        processor = build_processor(settings.model, TOKENIZER)
+        processor = build_processor(checked.model, TOKENIZER)
     except ValueError as error:
         raise UsageError(str(error)) from None
     failed, samples = [], []
-    for index, source in enumerate(settings.data.sources):
+    for index, source in enumerate(checked.data.sources):
         with console.status(f"reading {source.name}"):
-            found, report, problem = _sample(settings.data, index, processor, batches)
+            found, report, problem = _sample(checked.data, index, processor, batches)
         _print_source(source.name, found, report, problem)
         failed += [source.name] if problem else []
         samples += found[:rows]
@@ -94,7 +92,7 @@ def _check_training(config: Path, overrides: list[str], batches: int, seconds: f
     if failed:
         raise UsageError(f"these sources cannot be used: {', '.join(failed)}")
     if seconds:
-        _print_speed(settings.data, processor, seconds)
+        _print_speed(checked.data, processor, seconds)
 
 
 def _sample(

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
 
-TYPES = ("mmc4", "pairs", "webdataset", "documents", "toyworld")
+from pydantic import Field
+
+from ..validation import Count, Positive, Seed, Share, settings
+
 PAIR_TYPES = ("pairs", "webdataset")
-CUTS = ("image", "document")
-SAMPLINGS = ("longest", "sum", "shortest", "forever")
-SOURCE_COMPAT = ("BUG-1", "BUG-2", "BUG-3", "ODD-3")
-MIXTURE_COMPAT = ("BUG-4", "BUG-6")
+SourceCompat = Literal["strict_json", "merge_without_effect", "listed_image_order", "unseeded_order"]
+MixtureCompat = Literal["shifted_names", "repeated_epochs"]
 
 
-def _choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"'{key}' must be one of {', '.join(choices)}, not '{value}'")
-
-
-def _share(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"'{key}' must lie in [0, 1], not {value}")
-
-
-def _at_least(key: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ValueError(f"'{key}' must be at least {least}, not {value}")
-
-
-@dataclass
+@settings
 class SourceConfig:
     """One source of documents (spec/data_eval 2).
 
@@ -70,33 +55,34 @@ class SourceConfig:
         documents: of the toy world in a pass.
         options: of the toy world: `size` of the images, `mix` (weights of the forms of documents by name, `rest`
             for those not named).
-        compat: behaviour of the original to reproduce: `BUG-1` (strict JSON), `BUG-2` (merging changes nothing),
-            `BUG-3` (images of one sentence stand as listed), `ODD-3` (the order of documents is drawn anew each run).
+        compat: mistakes of the original to reproduce: `strict_json` (no other JSON is accepted),
+            `merge_without_effect` (merging pairs changes nothing), `listed_image_order` (images of one sentence stand
+            as listed), `unseeded_order` (the order of documents differs in each run).
     """
 
-    type: str
+    type: Literal["mmc4", "pairs", "webdataset", "documents", "toyworld"]
     name: str = ""
     shards: list[str] = field(default_factory=list)
     root: str = "."
     image_root: str | None = None
-    batch_size: int = 4
-    max_length: int | None = None
-    cut: str | None = None
-    max_images_per_sequence: int | None = None
+    batch_size: Positive = 4
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    cut: Literal["image", "document"] | None = None
+    max_images_per_sequence: Positive | None = None
     keep_remainder: bool = False
     keep_text_only: bool = False
-    min_images: int = 1
-    max_images: int | None = None
-    single_image_prob: float | None = None
+    min_images: Count = 1
+    max_images: Positive | None = None
+    single_image_prob: Share | None = None
     sim_threshold: float = 0.24
-    image_first_prob: float = 0.5
+    image_first_prob: Share = 0.5
     lowercase: bool = True
     min_caption_length: int = 0
-    few_shot_merge_prob: float = 0.0
-    few_shot_merge_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8])
-    shuffle: int = 5000
+    few_shot_merge_prob: Share = 0.0
+    few_shot_merge_sizes: list[Annotated[int, Field(ge=2)]] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8])
+    shuffle: Count = 5000
     shuffle_shards: bool = True
-    num_samples: int | None = None
+    num_samples: Positive | None = None
     floor: bool = False
     ignore_text_before_image: bool = False
     loss_image_weight: float | None = None
@@ -104,28 +90,24 @@ class SourceConfig:
     probe_images: bool = True
     draft_jpeg: bool = False
     split: str = "train"
-    documents: int = 100_000
+    documents: Positive = 100_000
     options: dict[str, Any] = field(default_factory=dict)
-    compat: list[str] = field(default_factory=list)
+    compat: list[SourceCompat] = field(default_factory=list)
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "BUG-1": "It is now 'strict_json'",
+        "BUG-2": "It is now 'merge_without_effect'",
+        "BUG-3": "It is now 'listed_image_order'",
+        "ODD-3": "It is now 'unseeded_order'",
+    }
 
     def __post_init__(self) -> None:
-        _choice("type", self.type, TYPES)
-        self.name = self.name or self.type
-        if self.cut is not None:
-            _choice("cut", self.cut, CUTS)
-        for item in self.compat:
-            _choice("compat", item, SOURCE_COMPAT)
+        object.__setattr__(self, "name", self.name or self.type)
         if (self.type == "toyworld") == bool(self.shards):
             wanted = "draws its documents and takes no" if self.shards else "needs"
             raise ValueError(f"source '{self.name}' of type '{self.type}' {wanted} 'shards'")
-        for key, least in (("batch_size", 1), ("max_length", 2), ("max_images_per_sequence", 1), ("min_images", 0),
-                           ("max_images", 1), ("shuffle", 0), ("num_samples", 1), ("documents", 1)):  # fmt: skip
-            _at_least(key, getattr(self, key), least)
-        for key in ("image_first_prob", "few_shot_merge_prob", "single_image_prob"):
-            if getattr(self, key) is not None:
-                _share(key, getattr(self, key))
-        if self.few_shot_merge_prob and (not self.few_shot_merge_sizes or min(self.few_shot_merge_sizes) < 2):
-            raise ValueError(f"'few_shot_merge_sizes' must be numbers from 2, not {self.few_shot_merge_sizes}")
+        if self.few_shot_merge_prob and not self.few_shot_merge_sizes:
+            raise ValueError("few_shot_merge_prob needs few_shot_merge_sizes")
 
     @property
     def is_pairs(self) -> bool:
@@ -133,7 +115,7 @@ class SourceConfig:
         return self.type in PAIR_TYPES
 
 
-@dataclass
+@settings
 class DataConfig:
     """Sources and their mixture.
 
@@ -153,38 +135,35 @@ class DataConfig:
         pin_memory: whether batches lie in page-locked memory; None: if there is a CUDA device.
         pad_to_max_length: whether all rows have the full length, for fixed shapes.
         start_method: of the workers: fork, spawn or forkserver; None: the platform's.
-        compat: behaviour of the original to reproduce: `BUG-4` (after a source is exhausted with `sum`, others bear its
-            name), `BUG-6` (every epoch is like the first).
+        compat: mistakes of the original to reproduce: `shifted_names` (after a source is exhausted with `sum`, others
+            bear its name), `repeated_epochs` (every epoch is like the first).
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
-    sampling: str = "longest"
-    mix: str = "batch"
-    batch_size: int = 4
+    sampling: Literal["longest", "sum", "shortest", "forever"] = "longest"
+    mix: Literal["batch", "row"] = "batch"
+    batch_size: Positive = 4
     fix_sampling_ratio: bool = False
-    seed: int = 0
-    num_workers: int = 0
-    prefetch_factor: int = 2
+    seed: Seed = 0
+    num_workers: Count = 0
+    prefetch_factor: Positive = 2
     pin_memory: bool | None = None
     pad_to_max_length: bool = False
-    start_method: str | None = None
-    compat: list[str] = field(default_factory=list)
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None
+    compat: list[MixtureCompat] = field(default_factory=list)
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "BUG-4": "It is now 'shifted_names'",
+        "BUG-6": "It is now 'repeated_epochs'",
+    }
 
     def __post_init__(self) -> None:
-        _choice("sampling", self.sampling, SAMPLINGS)
-        _choice("mix", self.mix, ("batch", "row"))
-        if self.start_method is not None:
-            _choice("start_method", self.start_method, ("fork", "spawn", "forkserver"))
-        for item in self.compat:
-            _choice("compat", item, MIXTURE_COMPAT)
-        for key, least in (("num_workers", 0), ("prefetch_factor", 1), ("batch_size", 1), ("seed", 0)):
-            _at_least(key, getattr(self, key), least)
         if not self.sources:
-            raise ValueError("'sources' needs at least one source")
+            raise ValueError("sources needs at least one source")
         names = [s.name for s in self.sources]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"two sources are called '{twice[0]}'; give each a 'name'")
+            raise ValueError(f"two sources are called '{twice[0]}'; give each a name")
         self._check_mixture()
 
     def _check_mixture(self) -> None:

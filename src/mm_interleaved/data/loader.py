@@ -230,7 +230,7 @@ class _Parcels:
                 processor,
                 index=index,
                 seed=config.seed,
-                epoch=0 if "BUG-6" in config.compat else epoch,
+                epoch=0 if "repeated_epochs" in config.compat else epoch,
                 place=place,
                 forever=config.sampling == "forever",
                 report=self._report,

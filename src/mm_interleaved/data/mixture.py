@@ -97,7 +97,7 @@ class Mixture:
         return self._active[(index + self._place.rank) % len(self._active) if same else index]
 
     def _name(self, source: int) -> str:
-        if "BUG-4" in self.config.compat:
+        if "shifted_names" in self.config.compat:
             return self._names[self._active.index(source)]
         return self._names[source]
 

@@ -179,7 +179,7 @@ class MMC4:
             raise Rejected("only one image", where)
         spots = [(place, not before) for (place, _), before in zip(chosen, first.tolist(), strict=True)]
         paths = [path for _, path in chosen]
-        if "BUG-3" not in self.config.compat:
+        if "listed_image_order" not in self.config.compat:
             order = sorted(range(len(spots)), key=spots.__getitem__)  # stable
             paths = [paths[i] for i in order]
         placed = [(spot, Image(path)) for spot, path in zip(sorted(spots), paths, strict=True)]
@@ -241,7 +241,7 @@ class Pairs:
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """One image, one caption."""
         where = self.shards.place(record)
-        data = decode(record.payload, where, None if "BUG-1" in self.config.compat else note)
+        data = decode(record.payload, where, None if "strict_json" in self.config.compat else note)
         caption = caption_of(data.get("caption"), where)
         return pair(self.config, caption, self.images.find(data.get("image"), where), rng, where)
 

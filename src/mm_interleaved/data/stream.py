@@ -94,7 +94,7 @@ class SourceStream:
     ) -> None:
         self.config, self.reader, self.processor, self.place, self.report = config, reader, processor, place, report
         self._keys = (seed, epoch, index)
-        self._entropy = secrets.randbits(62) if "ODD-3" in config.compat else 0
+        self._entropy = secrets.randbits(62) if "unseeded_order" in config.compat else 0
         self._limit = self._row_limit()
         self._loops = forever or self._limit is not None
         self._rules = PackingRules(
@@ -194,8 +194,8 @@ class SourceStream:
         self._waiting.clear()
 
     def _merged(self, row: TokenStream) -> TokenStream:
-        """Contexts of several pairs: the `</s><s>` between them is taken out, except at every k-th (BUG-2)."""
-        if not self.config.few_shot_merge_prob or "BUG-2" in self.config.compat:
+        """Contexts of several pairs: the `</s><s>` between them is taken out, except at every k-th."""
+        if not self.config.few_shot_merge_prob or "merge_without_effect" in self.config.compat:
             return row
         rng = generator(Purpose.MERGE, *self._keys, self.place.consumer, self._rows_ever)
         if rng.random() >= self.config.few_shot_merge_prob:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
+from typing import Annotated, Literal
 
-from ..checkpoints.quantization import QUANTIZATIONS
-from ..tasks import TASKS, TaskConfig
-from ..validation import check_seed
+from pydantic import Field
 
-DTYPES = ("float32", "bfloat16", "float16")
+from ..checkpoints.quantization import Quantization
+from ..tasks import TaskConfig
+from ..validation import Count, Positive, Seed, Share, settings
+
 HERE = "."  # the root of a task that names none
 
 
@@ -16,7 +18,7 @@ class EvaluationError(ValueError):
     """An evaluation that cannot be carried out: what is wrong, where, and what to do about it."""
 
 
-@dataclass
+@settings
 class MetricConfig:
     """What metrics need that does not come with the package.
 
@@ -32,14 +34,10 @@ class MetricConfig:
     clip: str | None = None
     segmenter: str | None = None
     cache: str | None = None
-    resamples: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.resamples < 1:
-            raise ValueError(f"'metrics.resamples' must be at least 1, not {self.resamples}")
+    resamples: Positive = 1000
 
 
-@dataclass
+@settings
 class TaskSuite:
     """Tasks and how they are run; the part of an evaluation that training uses as well.
 
@@ -56,27 +54,19 @@ class TaskSuite:
         metrics: what metrics need.
     """
 
-    tasks: list[TaskConfig]
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     only: list[str] = field(default_factory=list)
     root: str = HERE
-    seed: int = 0
-    batch_size: int = 8
-    option_batch_size: int = 32
-    max_unreadable: float = 0.01
+    seed: Seed = 0
+    batch_size: Positive = 8
+    option_batch_size: Positive = 32
+    max_unreadable: Share = 0.01
     compat: bool = False
-    workers: int = 4
+    workers: Positive = 4
     metrics: MetricConfig = field(default_factory=MetricConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "option_batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"'{name}' must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"'max_unreadable' is a share and must lie in [0, 1], not {self.max_unreadable}")
-        self.seed = check_seed(self.seed)
         names = [task_name(task) for task in self.tasks]
-        if not names:
-            raise ValueError(f"'tasks' is empty; tasks are {', '.join(TASKS)}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two of 'tasks' are called '{name}'; give one of them another 'name'")
@@ -95,7 +85,7 @@ class TaskSuite:
         ]
 
 
-@dataclass(kw_only=True)
+@settings(kw_only=True)
 class EvaluateConfig(TaskSuite):
     """`mmi evaluate`: tasks for a model.
 
@@ -109,18 +99,9 @@ class EvaluateConfig(TaskSuite):
 
     output: str
     model: str = "small"
-    dtype: str | None = None
-    quantization: str | None = None
-    gallery: int = 200
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"'dtype' must be one of {', '.join(DTYPES)}, not '{self.dtype}'")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ValueError(f"'quantization' must be one of {', '.join(QUANTIZATIONS)}, not '{self.quantization}'")
-        if self.gallery < 0:
-            raise ValueError(f"'gallery' must not be negative, but is {self.gallery}")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantization: Quantization | None = None
+    gallery: Count = 200
 
 
 def task_name(task: TaskConfig) -> str:

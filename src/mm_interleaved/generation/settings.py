@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from ..model.denoising import CacheImplementation
 from ..model.image_settings import ImageSettings
-from ..validation import check_count, count_field, nearest_name, number_field, seed_field, validate
+from ..validation import Count, Positive, Seed, nearest_name, settings
 
 
-@dataclass(frozen=True)
+def _warm(temperature: float) -> float:
+    if temperature < 1e-6:
+        raise ValueError(f"temperature must be at least 1e-6, not {temperature}. "
+                         "Set do_sample=False for the likeliest tokens")  # fmt: skip
+    return temperature
+
+
+Temperature = Annotated[float, AfterValidator(_warm)]
+
+
+@settings
 class TextSettings:
     """How text is written.
 
@@ -29,27 +41,26 @@ class TextSettings:
             "auto": static on a CUDA device, if the model can, else dynamic. The texts are the same.
     """
 
-    max_new_tokens: int = count_field(30, least=1)
-    min_new_tokens: int = count_field(7, least=0)
-    num_beams: int = count_field(5, least=1)
+    max_new_tokens: Positive = 30
+    min_new_tokens: Count = 7
+    num_beams: Positive = 5
     do_sample: bool = False
-    temperature: float = number_field(1.0, least=1e-6, advice="use do_sample=False for the likeliest tokens")
-    top_k: int = count_field(50, least=0)
-    top_p: float = number_field(0.9, above=0.0, most=1.0)
-    repetition_penalty: float = number_field(1.0, least=1e-6, most=1e6)
-    length_penalty: float = number_field(1.0, least=-10.0, most=10.0)
-    num_return_sequences: int = count_field(1, least=1)
+    temperature: Temperature = 1.0
+    top_k: Count = 50
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    num_return_sequences: Positive = 1
     cache_implementation: CacheImplementation = "auto"
 
     def __post_init__(self) -> None:
-        validate(self)
         if self.do_sample and self.num_beams > 1:
             raise ValueError("do_sample needs num_beams=1; beams are not sampled")
         if not self.do_sample and self.num_return_sequences > self.num_beams:
             raise ValueError(f"num_return_sequences={self.num_return_sequences} needs as many beams, or do_sample")
 
 
-@dataclass(frozen=True)
+@settings
 class GenerationSettings:
     """Everything that decides what is generated; saved beside the results.
 
@@ -70,18 +81,15 @@ class GenerationSettings:
 
     text: TextSettings = field(default_factory=TextSettings)
     image: ImageSettings = field(default_factory=ImageSettings)
-    seed: int = seed_field(0)
-    max_turns: int | None = count_field(None, least=1)
+    seed: Seed = 0
+    max_turns: Positive | None = None
     stop_at_eos: bool | None = None
-    max_segments: int | None = count_field(None, least=1)
-    max_tokens: int | None = count_field(None, least=1)
-    max_images: int | None = count_field(None, least=1)
+    max_segments: Positive | None = None
+    max_tokens: Positive | None = None
+    max_images: Positive | None = None
     force_image: bool = False
     replace_texts: bool = False
     vary_noise: bool = False
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 # docs/model.md, "Text generation". The original's min_length counts `<s>`, min_new_tokens does not: its 8 is 7 here.
@@ -138,7 +146,7 @@ def from_original(**arguments: Any) -> GenerationSettings:
     chosen: dict[str, dict[str, Any]] = {"text": {}, "image": {}}
     for name, value in arguments.items():
         if name == "min_length":
-            chosen["text"]["min_new_tokens"] = max(check_count(name, value, least=0) - 1, 0)
+            chosen["text"]["min_new_tokens"] = max(TextSettings(min_new_tokens=value).min_new_tokens - 1, 0)
         elif name in renamed:
             part, ours = renamed[name]
             chosen[part][ours] = value
@@ -163,7 +171,7 @@ def override(settings: GenerationSettings, **changes: Any) -> GenerationSettings
     known = sorted(set().union(*owners.values()))
     for name, value in changes.items():
         if name not in known:
-            raise ValueError(f"there is no setting '{name}'; {nearest_name(name, known)}")
+            raise ValueError(f"unknown setting '{name}'. {nearest_name(name, known)}")
         for part, names in owners.items():
             if name in names and value is not None:
                 parts[part][name] = value

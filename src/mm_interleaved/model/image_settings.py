@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from pydantic import Field
 from torch import Tensor
 
-from ..validation import count_field, number_field, seed_field, validate
+from ..validation import Count, Positive, Seed, settings
 from .denoising import CacheImplementation
 
 SCHEDULER_ADVICE = "try DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
@@ -44,7 +44,7 @@ class NoiseScheduler(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@settings
 class ImageSettings:
     """How images are generated.
 
@@ -65,20 +65,19 @@ class ImageSettings:
         decode_dtype: type in which the VAE computes; "bfloat16" is lossy.
     """
 
-    num_inference_steps: int = count_field(30, least=1)
-    guidance_scale: float | None = number_field(None, least=-1000.0, most=1000.0)
-    num_candidates: int = count_field(1, least=1)
-    seed: int = seed_field(42)
+    num_inference_steps: Positive = 30
+    guidance_scale: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    num_candidates: Positive = 1
+    seed: Seed = 42
     scheduler: str = "DDPMScheduler"
     unconditional_sees_images: bool = True
-    preview_every: int = count_field(0, least=0)
-    batch_size: int = count_field(8, least=1)
+    preview_every: Count = 0
+    batch_size: Positive = 8
     cache_implementation: CacheImplementation = "auto"
     compile: bool = False
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        validate(self)
         find_scheduler(self.scheduler)
 
 

@@ -507,7 +507,7 @@ def _check_arguments(others: dict[str, Any], padding: bool | str, return_tensors
         known = [
             n for n in inspect.signature(MMInterleavedProcessor.__call__).parameters if n not in ("self", "kwargs")
         ]
-        raise ValueError(f"the processor takes no argument '{given[0]}'; {nearest_name(given[0], known)}")
+        raise ValueError(f"the processor takes no argument '{given[0]}'. {nearest_name(given[0], known)}")
     if padding not in (True, "longest"):
         raise ValueError(f"padding must be True or 'longest', not {padding!r}: shorter rows are always padded")
     if return_tensors not in (None, "pt"):

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
+from ..validation import Count, Positive, Seed, nearest_name, settings
 from .files import ImageFolder, Source, TaskError, checked, read_json
 
 Makes = Literal["text", "image", "scores"]
@@ -102,7 +103,7 @@ class TaskType:
     obtain: str = ""
 
 
-@dataclass
+@settings
 class TaskConfig:
     """Settings of a task, for configurations.
 
@@ -132,17 +133,17 @@ class TaskConfig:
     images: str | None = None
     annotations: str | None = None
     phase: str = ""
-    limit: int | None = None
+    limit: Positive | None = None
     prompt: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
-    shots: int = 0
+    shots: Count = 0
     shot_template: str | None = None
     shot_phase: str = "train"
     shot_images: str | None = None
     shot_annotations: str | None = None
     neighbours: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     compat: bool = False
 
 
@@ -353,15 +354,12 @@ def _check(kind: TaskType, config: TaskConfig) -> None:
         raise TaskError(f"there is no phase '{config.phase}'", where, f"Phases are {', '.join(kind.phases)}")
     for name, value in config.options.items():
         if name not in kind.options:
-            raise TaskError(f"there is no option '{name}'", where, f"Options are {', '.join(kind.options) or 'none'}")
+            raise TaskError(f"there is no option '{name}'", where, nearest_name(name, kind.options))
         if kind.options[name] and value not in kind.options[name]:
             values = ", ".join(kind.options[name])
             raise TaskError(f"option '{name}' cannot be '{value}'", where, f"Values are {values}")
-    if config.limit is not None and config.limit < 1:
-        raise TaskError(f"'limit' must be at least 1, not {config.limit}", where)
-    if config.shots < 0 or (config.shots and not (config.shot_template or kind.example)):
-        problem = f"'shots' must not be {config.shots}" if config.shots < 0 else "the task has no few-shot examples"
-        raise TaskError(problem, where, "Remove 'shots', or give a 'shot_template'")
+    if config.shots and not (config.shot_template or kind.example):
+        raise TaskError("the task has no few-shot examples", where, "Remove 'shots', or give a 'shot_template'")
 
 
 def given(path: Path | str) -> Image:

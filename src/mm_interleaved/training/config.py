@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ..data.config import DataConfig
 from ..evaluation.config import TaskSuite
+from ..validation import Count, Decay, NonNegativeFloat, Positive, PositiveFloat, Seed, Share, settings
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "constant", "linear")
-PRECISIONS = ("float32", "bfloat16", "float16")
-COMPILES = ("none", "regional", "decoder")
-RESUMES = ("auto", "never")
+Precision = Literal["float32", "bfloat16", "float16"]
 SMALL = "'fsdp' is for whole models of documents; parts are small, leave it out"
 
 
@@ -20,105 +19,71 @@ class TrainingError(RuntimeError):
     """Training cannot go on; says why, and what was written about it."""
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"'{name}' must be one of {', '.join(choices)}, not '{value}'")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"'{name}' must be positive, not {value}")
-
-
-def _share(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"'{name}' must lie in (0, 1], not {value}")
-
-
-@dataclass
+@settings
 class GroupConfig:
     """Parameters whose name contains `pattern` (a regular expression); None: the optimizer's own value."""
 
     pattern: str
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
 
 
-@dataclass
+@settings
 class MuonConfig:
     """Muon, for weights of linear layers and convolutions; AdamW takes the rest and what `plain` names."""
 
-    scale: float = 0.2  # root mean square of an update's numbers, in learning rates; AdamW's are about 0.2 to 0.4
-    momentum: float = 0.95
+    scale: PositiveFloat = (
+        0.2  # root mean square of an update's numbers, in learning rates; AdamW's are about 0.2 to 0.4
+    )
+    momentum: Decay = 0.95
     # Regular expressions: what comes first and last, and what points somewhere.
     plain: list[str] = field(
         default_factory=lambda: ["lm_head", "conv_in", "conv_out", "offset", "attention_weights", "patch_embedding"]
     )
 
-    def __post_init__(self) -> None:
-        if self.scale <= 0:
-            raise ValueError(f"'optimizer.muon.scale' must be positive, not {self.scale}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"'optimizer.muon.momentum' must lie in [0, 1), not {self.momentum}")
 
-
-@dataclass
+@settings
 class OptimizerConfig:
     """Biases and LayerNorms do not decay, nor does what `no_decay` (regular expressions) names."""
 
-    kind: str = "adamw"  # or muon
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.995])
-    eps: float = 1e-6
-    weight_decay: float = 0.05
-    max_grad_norm: float = 1.0  # 0: no clipping
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.995])
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.05
+    max_grad_norm: NonNegativeFloat = 1.0  # 0: no clipping
     groups: list[GroupConfig] = field(default_factory=list)  # the first that fits decides
     no_decay: list[str] = field(default_factory=list)
     muon: MuonConfig = field(default_factory=MuonConfig)
 
-    def __post_init__(self) -> None:
-        _choice("optimizer.kind", self.kind, OPTIMIZERS)
-        _positive(lr=self.lr, eps=self.eps)
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"'optimizer.betas' must be two numbers in [0, 1), not {self.betas}")
 
-
-@dataclass
+@settings
 class ScheduleConfig:
     """Learning rate over time, as a share of each group's rate."""
 
-    kind: str = "cosine"  # cosine, constant or linear, after the warm-up
-    warmup_steps: int = 0  # rises linearly from 0
-    min_share: float = 0.0  # cosine ends here
-
-    def __post_init__(self) -> None:
-        _choice("schedule.kind", self.kind, SCHEDULES)
+    kind: Literal["cosine", "constant", "linear"] = "cosine"  # after the warm-up
+    warmup_steps: Count = 0  # rises linearly from 0
+    min_share: Share = 0.0  # cosine ends here
 
 
-@dataclass
+@settings
 class EMAConfig:
     """An exponential moving average of the weights; what a run hands over at its end, and what it evaluates."""
 
-    decay: float = 0.0  # 0: off
-    start_step: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"'ema.decay' must lie in [0, 1), not {self.decay}")
+    decay: Decay = 0.0  # 0: off
+    start_step: Count = 0
 
 
-@dataclass
+@settings
 class DDPConfig:
     """Data-parallel training under torchrun."""
 
     find_unused_parameters: bool = True
     static_graph: bool = False  # every step uses the same parameters; faster, and then nothing has to be found
-    bucket_cap_mb: int = 25
+    bucket_cap_mb: Positive = 25
 
 
-@dataclass
+@settings
 class RunConfig:
     """What every training run has, whatever it trains.
 
@@ -141,16 +106,16 @@ class RunConfig:
     """
 
     output: str
-    steps: int
-    seed: int = 0
-    accumulation: int = 1
-    precision: str = "bfloat16"
-    compile: str = "none"
-    log_every: int = 10
-    save_every: int = 1000
-    eval_every: int = 0
-    sample_every: int = 0
-    keep_checkpoints: int = 5
+    steps: Positive
+    seed: Seed = 0
+    accumulation: Positive = 1
+    precision: Precision = "bfloat16"
+    compile: Literal["none", "regional", "decoder"] = "none"
+    log_every: Positive = 10
+    save_every: Count = 1000
+    eval_every: Count = 0
+    sample_every: Count = 0
+    keep_checkpoints: Positive = 5
     resume: str = "auto"
     tf32: bool = True
     gradient_checkpointing: bool = False
@@ -161,14 +126,10 @@ class RunConfig:
     ddp: DDPConfig = field(default_factory=DDPConfig)
     deepspeed: str | None = None
     fsdp: dict[str, Any] = field(default_factory=dict)
-    peak_tflops: float | None = None
+    peak_tflops: PositiveFloat | None = None
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _choice("precision", self.precision, PRECISIONS)
-        _choice("compile", self.compile, COMPILES)
-        _positive(steps=self.steps, accumulation=self.accumulation, log_every=self.log_every)
-        _positive(keep_checkpoints=self.keep_checkpoints)
         if self.deepspeed and self.fsdp:
             raise ValueError("give 'deepspeed' or 'fsdp', not both")
         if self.ema.decay and (self.deepspeed or self.fsdp):
@@ -181,7 +142,7 @@ class RunConfig:
             raise ValueError("'sample_every' draws on one process, which has only a part of the weights with 'fsdp'")
 
 
-@dataclass
+@settings
 class ComponentsConfig:
     """Folders of base models; see `mmi assemble`."""
 
@@ -190,7 +151,7 @@ class ComponentsConfig:
     diffusion: str
 
 
-@dataclass
+@settings
 class MMFSSwitches:
     """Which parts of the model look at images through synchronizers."""
 
@@ -198,7 +159,7 @@ class MMFSSwitches:
     unet: bool = True
 
 
-@dataclass
+@settings
 class ModelConfig:
     """Where the model comes from: exactly one of `preset`, `checkpoint` and `components`.
 
@@ -237,7 +198,7 @@ class ModelConfig:
             raise ValueError("'model.fresh' names what is not taken from a checkpoint: give 'model.checkpoint'")
 
 
-@dataclass
+@settings
 class LossConfig:
     """Weights of the two losses and how images enter.
 
@@ -251,23 +212,20 @@ class LossConfig:
         conditions: weight of what drawings are told staying as `model.checkpoint` says it; 0: it may change.
     """
 
-    text: float = 1.0
-    image: float = 10.0
-    image_fraction: float = 1.0
-    noise_samples_per_image: int = 1
+    text: NonNegativeFloat = 1.0
+    image: NonNegativeFloat = 10.0
+    image_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    noise_samples_per_image: Positive = 1
     normalize_image_loss: bool = False
-    vae_dtype: str = "float32"
-    conditions: float = 0.0
+    vae_dtype: Precision = "float32"
+    conditions: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        _share(image_fraction=self.image_fraction)
-        _positive(noise_samples_per_image=self.noise_samples_per_image)
-        _choice("losses.vae_dtype", self.vae_dtype, PRECISIONS)
-        if min(self.text, self.image, self.conditions) < 0 or self.text + self.image == 0:
-            raise ValueError("'losses' must not be negative, nor those of text and image both 0")
+        if self.text + self.image == 0:
+            raise ValueError("the weights of text and image must not both be 0")
 
 
-@dataclass
+@settings
 class SampleConfig:
     """What is generated from time to time, to be looked at.
 
@@ -279,13 +237,13 @@ class SampleConfig:
     """
 
     documents: str | None = None
-    count: int = 4
-    num_inference_steps: int = 20
+    count: Count = 4
+    num_inference_steps: Positive = 20
     guidance_scale: float | None = None
-    max_new_tokens: int = 60
+    max_new_tokens: Positive = 60
 
 
-@dataclass
+@settings
 class ShapesConfig:
     """Sizes that batches of documents are brought to, so that a device meets few of them, or always the same.
 
@@ -307,31 +265,25 @@ class ShapesConfig:
             `data.pad_to_max_length` and all sizes but `conditioning`.
     """
 
-    multiple: int = 1
-    images: int = 0
-    targets: int = 0
-    conditioning: int = 0
-    context: int = 0
-    labelled: int = 0
-    visible: int = 0
+    multiple: Positive = 1
+    images: Count = 0
+    targets: Count = 0
+    conditioning: Count = 0
+    context: Count = 0
+    labelled: Count = 0
+    visible: Count = 0
     graph: bool = False
 
     def __post_init__(self) -> None:
-        _positive(multiple=self.multiple)
-        sizes = {name: getattr(self, name) for name in SIZES}
-        needed = set(SIZES) - {"conditioning"} if self.graph else set()
-        wrong = [name for name, size in sizes.items() if size < 0 or (name in needed and size == 0)]
-        if wrong:
-            raise ValueError(
-                f"shapes.{wrong[0]} is {sizes[wrong[0]]}; "
-                + ("shapes.graph needs every size but that of conditioning" if self.graph else "at least 0")
-            )
+        missing = [name for name in SIZES if self.graph and name != "conditioning" and getattr(self, name) == 0]
+        if missing:
+            raise ValueError(f"graph needs every size but that of conditioning, and {missing[0]} is 0")
 
 
 SIZES = ("images", "targets", "conditioning", "context", "labelled", "visible")
 
 
-@dataclass(kw_only=True)
+@settings(kw_only=True)
 class TrainConfig(RunConfig):
     """`mmi train`: a model of documents.
 
@@ -351,11 +303,11 @@ class TrainConfig(RunConfig):
     data: DataConfig
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     eval_data: DataConfig | None = None
-    eval_batches: int = 20
+    eval_batches: Positive = 20
     losses: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
     evaluation: TaskSuite | None = None
-    evaluate_every: int = 0
+    evaluate_every: Count = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -376,28 +328,28 @@ class TrainConfig(RunConfig):
                              "evaluate the checkpoints with mmi evaluate")  # fmt: skip
 
 
-@dataclass
+@settings
 class AutoencoderConfig:
     """Sizes of the autoencoder; the latents' side is the image's, halved for every width after the first."""
 
-    image_size: int = 128
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 16
+    image_size: Positive = 128
+    block_out_channels: list[Positive] = field(default_factory=lambda: [32, 48, 64, 64])
+    layers_per_block: Positive = 2
+    latent_channels: Positive = 4
+    norm_num_groups: Positive = 16
     mid_block_attention: bool = True
 
 
-@dataclass
+@settings
 class AutoencoderLossConfig:
     """Weights of the losses; see `toyworld.curriculum.autoencoder`."""
 
-    l1: float = 1.0
-    edges: float = 1.0
-    kl: float = 1e-6
+    l1: NonNegativeFloat = 1.0
+    edges: NonNegativeFloat = 1.0
+    kl: NonNegativeFloat = 1e-6
 
 
-@dataclass
+@settings
 class ImagesConfig:
     """What an autoencoder or another part of a model sees: a folder of images, or scenes of the toy world.
 
@@ -411,18 +363,14 @@ class ImagesConfig:
     """
 
     folder: str | None = None
-    split: str = "train"
-    count: int = 100_000
-    batch_size: int = 64
-    seed: int = 0
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        _choice("split", self.split, ("train", "val", "test"))
-        _positive(count=self.count, batch_size=self.batch_size)
+    split: Literal["train", "val", "test"] = "train"
+    count: Positive = 100_000
+    batch_size: Positive = 64
+    seed: Seed = 0
+    num_workers: Count = 0
 
 
-@dataclass(kw_only=True)
+@settings(kw_only=True)
 class AutoencoderRunConfig(RunConfig):
     """`mmi train-vae`: an image autoencoder.
 
@@ -438,7 +386,7 @@ class AutoencoderRunConfig(RunConfig):
     losses: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
     eval_data: ImagesConfig = field(default_factory=lambda: ImagesConfig(split="val", count=2048))
-    eval_batches: int = 16
+    eval_batches: Positive = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -446,7 +394,7 @@ class AutoencoderRunConfig(RunConfig):
             raise ValueError(SMALL)
 
 
-@dataclass(kw_only=True)
+@settings(kw_only=True)
 class PartRunConfig(RunConfig):
     """`mmi train-vision` and `mmi train-language`: a part of a small model, on scenes of the toy world.
 
@@ -460,7 +408,7 @@ class PartRunConfig(RunConfig):
     model: ModelConfig
     data: ImagesConfig = field(default_factory=ImagesConfig)
     eval_data: ImagesConfig = field(default_factory=lambda: ImagesConfig(split="val", count=2048))
-    eval_batches: int = 8
+    eval_batches: Positive = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
