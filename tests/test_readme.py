@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer.core
 import typer.main
 
 from mm_interleaved.cli import app, main
@@ -79,6 +80,8 @@ def test_commands_that_need_large_files_have_such_arguments(arguments: list[str]
     with command.make_context("mmi", list(arguments)) as context:
         name, sub, rest = command.resolve_command(context, list(arguments))
         assert name == arguments[0]
+        if isinstance(sub, typer.core.TyperGroup):  # `mmi data check`
+            name, sub, rest = sub.resolve_command(context, rest)
         with contextlib.closing(sub.make_context(name, rest, parent=context)) as parsed:
             assert parsed.params
 
@@ -87,3 +90,17 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)", README)) - {"and"} <= targets
     assert 'step "tests" make test\n' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_files_that_are_named_exist() -> None:
+    """The tree lists all packages, and the files to read are there."""
+    source = ROOT / "src" / "mm_interleaved"
+    (tree,) = blocks("text")
+    listed = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
+    assert listed == {path.parent.name for path in source.glob("*/__init__.py")}
+    others = re.findall(r"(?:^|\s{2,})(src/\w+|configs|docs|examples|dev|benchmarks|tests)/", tree, re.MULTILINE)
+    assert len(others) == 8
+    assert all((ROOT / name).is_dir() for name in others)
+    named = re.findall(r"^\d\. `([\w/.]+)`", README, re.MULTILINE)
+    assert len(named) == 5
+    assert all((source / name).is_file() for name in named)
