@@ -14,12 +14,11 @@ A plug-in is imported when its name is looked up, not before. docs/guides/plugin
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar, cast
-
-from .validation import nearest_name
 
 T = TypeVar("T")
 INSTALL = (
@@ -115,8 +114,9 @@ class Registry(Mapping[str, T]):
 
     def unknown(self, name: str) -> str:
         """What to tell a user who asked for a name that is not here: the nearest name or all, and how to add some."""
-        known = nearest_name(name, self)
-        return f"unknown {self.noun} '{name}'. {known}{'' if known.endswith('?') else '.'} {INSTALL}"
+        close = difflib.get_close_matches(name, self, n=1)
+        known = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(self) or 'none'}."
+        return f"unknown {self.noun} '{name}'. {known} {INSTALL}"
 
     def plugin(self, name: str) -> EntryPoint | None:
         """The entry point that adds a name, not imported; None: no plug-in adds it."""
