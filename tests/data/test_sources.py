@@ -1,4 +1,4 @@
-"""Every type of source and its rules (spec/data_eval 2.1 to 2.3), read through the loader."""
+"""Every type of source and its rules (docs/data_formats.md, "Training sources"), read through the loader."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_mmc4_images_stand_after_their_sentences(tmp_path: Path, processor: MMIn
 
 
 def test_mmc4_is_tokenized_as_one_string(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
-    """Joined by one space each, spaces next to images gone, others kept (spec/data_eval 2.1, steps 6 and 7)."""
+    """Sentences are joined by one space each; spaces next to images are removed, others kept."""
     sentences = ["One. ", "  Two", "", "Three", " "]
     write_mmc4(tmp_path, [mmc4(sentences, [("1.png", 1, 0.3), ("3.png", 3, 0.3)])])
     source = SourceConfig("mmc4", root=str(tmp_path), shards=["docs_0.jsonl"], image_first_prob=1.0, batch_size=1,

@@ -16,7 +16,7 @@ MixtureCompat = Literal["shifted_names", "repeated_epochs"]
 
 @settings
 class SourceConfig:
-    """One source of documents (spec/data_eval 2).
+    """One source of documents (docs/data_formats.md, "Training sources").
 
     Attributes:
         type: `mmc4`, `pairs`, `webdataset`, `documents` or `toyworld`.

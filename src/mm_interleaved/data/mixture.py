@@ -1,4 +1,4 @@
-"""Which source the next batch (or row) comes from (spec/data_eval 2.6)."""
+"""The choice of the source for each batch or row (docs/data_formats.md, "Mixture")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records become documents: the rules of each type of source (spec/data_eval 2.1, 2.2). No image is decoded here."""
+"""Records become documents by the rules of docs/data_formats.md, "Training sources". No image is decoded here."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def list_of(data: dict[str, Any], key: str, kind: type, where: str) -> list[Any]
 
 @dataclass(frozen=True)
 class MMC4:
-    """Sentences with images matched to them (spec/data_eval 2.1)."""
+    """Sentences with images matched to them (docs/data_formats.md, "MMC4")."""
 
     config: SourceConfig
     shards: Shards
@@ -213,7 +213,7 @@ def _is_number(value: Any) -> bool:
 
 
 def pair(config: SourceConfig, caption: str, image: Path | FileSlice, rng: np.random.Generator, where: str) -> Document:
-    """An image with its caption, in an order that is drawn (spec/data_eval 2.2)."""
+    """An image with its caption, in random order (docs/data_formats.md, "Pairs")."""
     caption = caption.lower() if config.lowercase else caption
     if len(caption.strip()) < max(config.min_caption_length, 1):
         raise Rejected("caption too short", f"{where}: {caption!r}")

@@ -113,7 +113,7 @@ class SourceStream:
         self.restart()
 
     def _row_limit(self) -> int | None:
-        """Rows of an epoch for this process (spec/data_eval 2.5)."""
+        """Rows of an epoch for this process (docs/data_formats.md, "Shuffling and epochs")."""
         if self.config.num_samples is None:
             return None
         shares = (self.config.batch_size * self.place.world_size, self.place.num_workers)
@@ -270,7 +270,7 @@ class SourceStream:
         return self._shortened(stream) if self.config.is_pairs else stream
 
     def _shortened(self, stream: TokenStream) -> TokenStream:
-        """A pair that fits into a row: the caption is cut, never the image (spec/model 1.3, data_eval 2.2)."""
+        """A pair shortened to the length of a row: the caption is cut, never the image."""
         length, tail = self._rules.length, self._rules.num_image_tokens + 2
         if len(stream) <= length:
             return stream
