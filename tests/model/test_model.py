@@ -373,5 +373,5 @@ def test_stray_image_tokens(model: MMInterleaved, batch: Batch) -> None:
 
 def test_context_longer_than_the_table(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     batch = processor(Document([Text("a " * 520), Image(make_image())]), training=True, max_length=600)
-    with pytest.raises(ValueError, match=r"an image has 52\d tokens, but the model knows 512 positions"):
+    with pytest.raises(ValueError, match=r"an image has 52\d tokens, but the model has 512 positions"):
         model(**batch)

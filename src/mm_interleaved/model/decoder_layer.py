@@ -1,14 +1,14 @@
-"""One layer of the language model, for training, prefill and decode steps alike.
+"""One layer of the language model, for training, prefill and decode steps.
 
-The layer has a transformers decoder layer's own parts (Llama, Mistral, Qwen2 or Qwen3) and, in every k-th layer, a
-synchronizer:
+The layer takes over the parts of a transformers decoder layer (Llama, Mistral, Qwen2 or Qwen3). Every k-th layer also
+has a synchronizer:
 
     x = x + self_attention(norm(x))
     x = x + tanh(gate) * MMFS(norm(x), norm(maps))        in layers 0, k, 2k, ...
     x = x + mlp(norm(x))
 
-It computes what the library's layer computes, from the same weights. What differs is which kernels run: `fused.py`
-chooses them for linear maps, `Attention` for the KV cache.
+It computes the same as the library's layer from the same weights, but may run other kernels: `fused.py` chooses those
+of linear layers, `Attention` those of the KV cache.
 
 Axes: B batch, L new tokens, D width, N heads, K key heads, H width of a head.
 """
@@ -46,7 +46,7 @@ LibraryDecoderLayer = LlamaDecoderLayer | MistralDecoderLayer | Qwen2DecoderLaye
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions, made of the parts of a library's attention, under the same names."""
+    """Self-attention with rotary positions. It takes over the parts of the library's attention under the same names."""
 
     is_causal = True
 
@@ -76,16 +76,16 @@ class Attention(nn.Module):
         residual: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend.
+        """Self-attention of `hidden_states`.
 
         Args:
             hidden_states: [B, L, D].
             position_embeddings: cos and sin, [B or 1, L, H] each.
-            attention_mask: as the library's decoder makes it; a `KVCache` does without.
+            attention_mask: as the library's decoder makes it; ignored with a `KVCache`.
             past_key_values: a cache to read and extend; None: none.
-            norm: applied to `hidden_states` first; None: nothing.
+            norm: applied to `hidden_states` first; None: no norm.
             residual: [B, L, D], added to the result; None: nothing.
-            **kwargs: what the library's decoder hands on to its attention functions.
+            **kwargs: arguments that the library's decoder passes to its attention functions.
 
         Returns:
             [B, L, D].
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), made of the parts of a library's MLP, under the same names."""
+    """down(act(gate(x)) * up(x)). It takes over the parts of the library's MLP under the same names."""
 
     def __init__(self, mlp: LibraryMLP) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class GatedMLP(nn.Module):
         return self.is_swiglu and not is_intercepted(self.act_fn)
 
     def forward(self, hidden_states: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
-        """[B, L, D]; `norm` and `residual` as of `Attention.forward`."""
+        """The MLP of `hidden_states` [B, L, D]; `norm` and `residual` as in `Attention.forward`."""
         inner = None
         if norm is not None and self._joins_gate:
             inner = gated(hidden_states, self.gate_proj, self.up_proj, norm)
@@ -161,7 +161,7 @@ class GatedMLP(nn.Module):
 def add_block(hidden: Tensor, block: Attention | GatedMLP, norm: RMSNorm, **kwargs: Any) -> Tensor:
     """hidden + block(norm(hidden)), [B, L, D].
 
-    The block computes norm and sum itself, where a kernel can join them to its linear maps. A hook on the block sees
+    The block computes norm and sum itself if a kernel can fuse them with its linear layers. A hook on the block gets
     the usual input and output, without norm and sum.
     """
     if is_intercepted(block):
@@ -170,7 +170,7 @@ def add_block(hidden: Tensor, block: Attention | GatedMLP, norm: RMSNorm, **kwar
 
 
 class MMFSDecoderLayer(GradientCheckpointingLayer):
-    """A library decoder layer's own parts, with an optional synchronizer between attention and MLP."""
+    """The parts of a library's decoder layer, with an optional synchronizer between attention and MLP."""
 
     def __init__(self, layer: LibraryDecoderLayer, synchronizer: Synchronizer | None) -> None:
         super().__init__()
@@ -184,9 +184,9 @@ class MMFSDecoderLayer(GradientCheckpointingLayer):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether activations are computed anew in the backward pass.
+        """Whether activations are recomputed in the backward pass.
 
-        Never without gradients: there is nothing to compute anew then, and the library would drop the KV cache.
+        Never without gradients: nothing is recomputed then, and the library would drop the KV cache.
         """
         return self._checkpoints and torch.is_grad_enabled()
 
@@ -195,13 +195,13 @@ class MMFSDecoderLayer(GradientCheckpointingLayer):
         self._checkpoints = on
 
     def forward(self, hidden_states: Tensor, *, images: ImageFeatures, visible: VisibleImages, **kwargs: Any) -> Tensor:
-        """[B, L, D].
+        """The layer's output [B, L, D].
 
         Args:
             hidden_states: [B, L, D].
-            images: what the synchronizer looks at.
-            visible: the images of each token; a group is one token.
-            **kwargs: the library's own arguments for its attention.
+            images: features of the images.
+            visible: the visible images of each token; a group is one token.
+            **kwargs: the library's arguments for its attention.
         """
         hidden = add_block(hidden_states, self.self_attn, self.input_layernorm, **kwargs)
         if self.synchronizer is not None:

@@ -1,8 +1,8 @@
-"""One call of the UNet over tensors that never move, captured once in a CUDA graph and replayed for every step.
+"""A call of the UNet over fixed tensors, captured once in a CUDA graph and replayed for every step.
 
-What does not change from step to step is prepared once for each image: the values of the earlier images for every
-synchronizer, the text's keys and values, the derived weights. Where nothing is captured, the same call runs directly,
-so a CPU tests all but the capture. The reference implementation is a call of the UNet itself.
+Everything that no step changes is computed once for each image: the values of the earlier images for every
+synchronizer, the keys and values of the conditions, and the derived weights. Without a capture the same call runs
+directly, so that a CPU tests everything but the capture. The reference implementation is a call of the UNet.
 
 Axes: B batch of images that are generated, C latent channels, L tokens.
 """
@@ -22,21 +22,21 @@ from .unet import EarlierImages, MMFSUNet, TextKV
 from .weights import state_of
 
 CacheImplementation = Literal["auto", "static", "dynamic"]
-LAYOUT = torch.channels_last  # of convolutions on a CUDA device
-KEPT = 4  # graphs a UNet keeps: with and without earlier images, with and without guidance
+LAYOUT = torch.channels_last  # memory format of convolutions on a CUDA device
+KEPT = 4  # graphs kept for a UNet: with and without earlier images, with and without guidance
 
 
 class GraphedUNet:
     """The UNet for latents, conditions and earlier images of one shape.
 
     Args:
-        unet: of which only a weak reference is kept. On a CUDA device its convolutions are laid out channels last.
-        latents: [B, C, side, side] of the shape and type of all that will come.
-        timestep: a scalar of the type of all that will come.
+        unet: the UNet, of which only a weak reference is kept. On a CUDA device its convolutions become channels last.
+        latents: [B, C, side, side] of the shape and type of later calls.
+        timestep: a scalar of the type of later calls.
         conditions: [B, L, cross_attention_dim].
-        earlier: with values.
-        captured: whether to capture the step in a CUDA graph; None: on a CUDA device.
-        compiled: whether to compile the UNet first, which takes minutes; what is compiled holds on to `unet`.
+        earlier: earlier images with values.
+        captured: whether to capture the step in a CUDA graph; None: if the device is a CUDA device.
+        compiled: whether to compile the UNet first, which takes minutes; the compiled UNet keeps `unet` alive.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class GraphedUNet:
 
     @torch.no_grad()
     def load(self, conditions: Tensor, earlier: EarlierImages) -> None:
-        """Take new conditions and earlier images, of the same shapes, and the weights of this moment."""
+        """Copy new conditions and earlier images of the same shapes, and rebuild the derived weights."""
         unet = self._unet()
-        assert unet is not None  # a pool forgets what it made for a UNet that is gone
+        assert unet is not None  # the pool drops graphs of a UNet that was freed
         unet.derive(self.derived)
         self.conditions.copy_(conditions)
         ours, theirs = _tensors(self.text, self.earlier), _tensors(unet.prepare_text(conditions), earlier)
@@ -83,7 +83,7 @@ class GraphedUNet:
         self.latents.copy_(latents)
         self.timestep.fill_(timestep.item())
         (self.replay or self._step)()
-        assert self.prediction is not None  # the step has made it
+        assert self.prediction is not None  # the step has set it
         return self.prediction.clone()
 
     def _step(self) -> None:
@@ -96,14 +96,14 @@ class GraphedUNet:
 
 
 def _tensors(text: TextKV, earlier: EarlierImages) -> list[Tensor]:
-    """Everything that changes from image to image, in a fixed order."""
+    """The tensors that change from image to image, in a fixed order."""
     assert earlier.values is not None
     found = [x for pair in text.values() for x in pair] + [earlier.visible.images, *earlier.values]
     return found if earlier.visible.routes is None else [*found, earlier.visible.routes]
 
 
 def _clone(earlier: EarlierImages) -> EarlierImages:
-    """The same images in memory of their own, without the maps that their values were projected from."""
+    """A copy of the images, without the maps that their values were projected from."""
     given = vars(earlier.visible)
     visible = replace(earlier.visible, **{k: None if v is None else v.clone() for k, v in given.items()})
     nothing = earlier.features[:0]
@@ -125,7 +125,7 @@ def borrow(
     captured: bool | None = None,
     compiled: bool = False,
 ) -> AbstractContextManager[GraphedUNet]:
-    """A `GraphedUNet` for these shapes, for nobody else until it is given back. `load` it before the first call."""
+    """Lease a `GraphedUNet` for these shapes exclusively. Call `load` before the first step."""
     if conditions.device.type == "cuda" and captured is not False:
         lay_out(unet, LAYOUT)
     kinds = [(x.shape, x.dtype) for x in (latents, timestep, conditions, *_tensors({}, earlier))]
@@ -138,7 +138,7 @@ def borrow(
 
 
 def lay_out(unet: MMFSUNet, layout: torch.memory_format) -> None:
-    """Lay the weights of convolutions out in memory, as the GPU's matrix units want them; their values stay."""
+    """Change the memory format of convolution weights; their values stay the same."""
     for parameter in unet.parameters():
         if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=layout):
             parameter.data = parameter.data.contiguous(memory_format=layout)

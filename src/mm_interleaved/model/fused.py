@@ -1,8 +1,8 @@
-"""Linear maps with the norm before them and the sum after them: modules called one by one, or kernels for few rows.
+"""Linear layers fused with the norm before and the sum after them, by kernels for few rows.
 
 A layer calls these functions instead of `linear(norm(x)) + residual`. With few rows, without gradients and on a CUDA
-device they run the kernels of `ops/decoding.py`, which read each weight once. Everywhere else, and wherever a module is
-wrapped, hooked or quantised in a way that the kernels do not know, they call the modules themselves.
+device they run the kernels of `ops/decoding.py`, which read each weight once. Otherwise, and if a module is wrapped,
+hooked or quantized in a way that the kernels do not support, they call the modules.
 
 Axes: B batch, L tokens, D width.
 """
@@ -23,7 +23,7 @@ from ..ops.scaled_rows import ScaledRows, Weights
 from .rms_norm import RMSNorm
 from .weights import is_plain, readable
 
-# Rows that the kernels multiply faster than the library, by the type of the weights (`mmi bench --only products`).
+# Most rows that the kernels multiply faster than the library, by type of weights (`mmi bench --only products`).
 PLAIN_ROWS, SCALED_ROWS = 1, MOST_ROWS
 
 Kernels = Literal["auto", "always", "never"]
@@ -32,7 +32,7 @@ _kernels: Kernels = "auto"
 
 @contextmanager
 def decoding_kernels(use: Kernels) -> Iterator[None]:
-    """Choose whether decode steps run kernels, for tests and benchmarks: "auto" runs them on CUDA devices only."""
+    """Choose whether decode steps run kernels, for tests and benchmarks. "auto" runs them on CUDA devices only."""
     global _kernels
     before, _kernels = _kernels, use
     try:
@@ -42,12 +42,12 @@ def decoding_kernels(use: Kernels) -> Iterator[None]:
 
 
 def kernels_in_use() -> Kernels:
-    """What `decoding_kernels` chose; a captured graph keeps it."""
+    """The choice of `decoding_kernels`, which is part of the state of a captured graph."""
     return _kernels
 
 
 def kernels_for(x: Tensor, head_dim: int = 2) -> bool:
-    """Whether the kernels of `ops/decoding.py` can take hidden states like `x` [..., D]."""
+    """Whether to run the kernels of `ops/decoding.py` on hidden states like `x` [..., D]."""
     if _kernels == "never" or torch.is_grad_enabled() or (_kernels == "auto" and not x.is_cuda):
         return False
     return why_not_kernels(x, head_dim) is None
@@ -58,7 +58,7 @@ def _few_rows(x: Tensor) -> bool:
 
 
 def _weights(x: Tensor, linears: Sequence[nn.Linear], norm: RMSNorm | None = None) -> list[Weights] | None:
-    """The weights that the kernels read for `x`; None: the modules must be called."""
+    """The weights for the kernels; None: the modules must be called."""
     if norm is not None and not (is_plain(norm) and norm.weight.dtype == x.dtype):
         return None
     found: list[Weights] = []
@@ -82,11 +82,11 @@ def _norm_options(norm: RMSNorm | None) -> _NormOptions:
 
 
 def linears(x: Tensor, modules: Sequence[nn.Linear], norm: RMSNorm | None = None) -> tuple[Tensor, ...]:
-    """Several linear maps of norm(x), [B, L, outputs] each.
+    """The outputs of several linear layers of norm(x), [B, L, outputs] each.
 
     Args:
         x: [B, L, D].
-        modules: linear layers, or what stands in their place; at most 3.
+        modules: linear layers, or modules that wrap them; at most 3.
         norm: an RMS norm; None: no norm.
     """
     weights = _weights(x, modules, norm) if _few_rows(x) else None
@@ -112,7 +112,7 @@ def add_linear(residual: Tensor, x: Tensor, module: nn.Linear) -> Tensor:
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor, norm: RMSNorm) -> Tensor:
-    """norm(x) weight^T + bias, [B, L, outputs], for a map [outputs, D] that is no module (derived weights)."""
+    """norm(x) weight^T + bias, [B, L, outputs], for derived weights [outputs, D]."""
     if _few_rows(x) and len(x.flatten(0, -2)) <= PLAIN_ROWS and is_plain(norm) and norm.weight.dtype == x.dtype:
         out = project(x.flatten(0, -2), [weight], [bias], **_norm_options(norm), backend="triton")
         return out.unflatten(0, x.shape[:-1])
@@ -120,7 +120,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def add_affine(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """residual + x weight^T + bias, [B, L, outputs], likewise."""
+    """residual + x weight^T + bias, [B, L, outputs], for derived weights [outputs, D]."""
     if _few_rows(x) and len(x.flatten(0, -2)) <= PLAIN_ROWS:
         out = project(x.flatten(0, -2), [weight], [bias], residual=residual.flatten(0, -2), backend="triton")
         return out.view_as(residual)
@@ -128,7 +128,7 @@ def add_affine(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
 
 
 def gated(x: Tensor, gate: nn.Linear, up: nn.Linear, norm: RMSNorm) -> Tensor | None:
-    """silu(gate(norm(x))) * up(norm(x)), [B, L, inner width], by a kernel; None: the kernel cannot run."""
+    """silu(gate(norm(x))) * up(norm(x)), [B, L, inner width], by the kernel; None: the kernel cannot run."""
     weights = _weights(x, [gate, up], norm) if _few_rows(x) else None
     if weights is None or gate.bias is not None or up.bias is not None:
         return None

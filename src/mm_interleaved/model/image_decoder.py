@@ -1,12 +1,12 @@
-"""The image decoder: the context before an image becomes the image.
+"""The image decoder generates an image from its context.
 
     context ──► resampler ──► conditions ──► UNet (with earlier images through MMFS) ──► latents ──► VAE ──► image
 
-Training learns to predict the noise in the latents of the true image (DDPM, arXiv 2006.11239, eq. 14); sampling
-runs the diffusion backwards with classifier-free guidance (arXiv 2207.12598), whose unconditional half swaps the
-conditions for a learned `negative_prompt` but sees the same earlier images.
+Training predicts the noise in the latents of the true image (DDPM, arXiv 2006.11239, eq. 14). Sampling runs the
+diffusion backwards with classifier-free guidance (arXiv 2207.12598). Its unconditional half has a learned
+`negative_prompt` as conditions, and the same earlier images. See docs/model.md, "Image decoder".
 
-Axes: B batch of images, L tokens.
+Axes: B batch of images, L tokens, C channels, h and w height and width.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class NoiseSamples:
     Attributes:
         unconditional: [B] uniform in [0, 1); below `unconditional_probability` an image loses its context.
         posterior: [B, latent channels, side, side] normal, for the VAE's posterior.
-        noise: [B, latent channels, side, side] normal, what the UNet has to find.
+        noise: [B, latent channels, side, side] normal, the target of the UNet.
         timesteps: [B] integers in [0, num_train_timesteps).
     """
 
@@ -67,7 +67,7 @@ class DenoisingStep:
     """State after one denoising step.
 
     Attributes:
-        index, total: the step's number from 1, and how many there are.
+        index, total: number of the step from 1, and number of steps.
         timestep: diffusion time of the step.
         latents: [B, latent channels, side, side] after the step.
         prediction: the noise prediction of the step, after guidance.
@@ -83,14 +83,14 @@ class DenoisingStep:
 
 
 class LearnedTokens(nn.Module):
-    """A learned tensor of tokens, as a module so that offloading can bring it in when it is called."""
+    """A learned tensor of tokens. It is a module, so that offloading works: its weight is loaded when it is called."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(*shape))
 
     def reset_parameters(self) -> None:
-        """All zero; a model made from base components overwrites it with what belongs there."""
+        """All zero; a model made from base components overwrites it."""
         nn.init.zeros_(self.weight)
 
     def forward(self) -> Tensor:
@@ -111,19 +111,19 @@ class ImageDecoder(nn.Module):
 
     @cached_property
     def scheduler(self) -> DDPMScheduler:
-        """The noise schedule. Made on first use, because a model may be constructed without real memory."""
+        """The noise schedule. Made on first use, because a model may be constructed on the meta device."""
         return DDPMScheduler(**self.config.scheduler)
 
     def sampler(self, settings: ImageSettings, device: torch.device | None = None) -> NoiseScheduler:
-        """The scheduler of `settings` for this model's noise, with its timesteps set.
+        """The scheduler of `settings` for this model's noise schedule, with timesteps set.
 
         Raises:
-            ValueError: it does not take that many steps, or not this noise.
+            ValueError: it does not support that many steps, or this noise schedule.
         """
         trained = self.scheduler.config["num_train_timesteps"]
         try:
             scheduler = find_scheduler(settings.scheduler).from_config(self.scheduler.config)
-            # more steps than there are get a message below, not all the memory that they would take
+            # too many steps are an error below; limited here, because they could take all memory
             scheduler.set_timesteps(min(settings.num_inference_steps, trained + 1), device=device)
         except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"scheduler '{settings.scheduler}' cannot be used with num_inference_steps="
@@ -135,19 +135,19 @@ class ImageDecoder(nn.Module):
         times = scheduler.timesteps
         falls = len(times) == 1 or times[0] > times[-1]
         if settings.num_inference_steps > trained or times.max() >= trained or not falls:
-            raise ValueError(f"{settings.scheduler} finds no way back in num_inference_steps="
+            raise ValueError(f"{settings.scheduler} does not support num_inference_steps="
                              f"{settings.num_inference_steps}; the model has {trained}, take fewer")  # fmt: skip
         return scheduler
 
     def settled(self, settings: ImageSettings) -> ImageSettings:
-        """`settings` with this model's own values for what they leave open."""
+        """`settings` with the model's defaults for values that are None."""
         if settings.guidance_scale is not None:
             return settings
         return replace(settings, guidance_scale=self.config.guidance_scale)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which conditions and UNet compute."""
+        """The type of the UNet and its conditions."""
         return self.unet.conv_in.weight.dtype
 
     def latent_shape(self, num_images: int) -> tuple[int, int, int, int]:
@@ -156,7 +156,7 @@ class ImageDecoder(nn.Module):
         return (num_images, self.config.vae["latent_channels"], side, side)
 
     def sample_noise(self, num_images: int, generator: torch.Generator | None = None) -> NoiseSamples:
-        """Noise samples for one training step, in the release's order (and on the generator's device)."""
+        """Noise samples for one training step, in the release's order, on the generator's device."""
         device = generator.device if generator is not None else None
         shape = self.latent_shape(num_images)
         unconditional = torch.rand(num_images, generator=generator, device=device)
@@ -174,7 +174,7 @@ class ImageDecoder(nn.Module):
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """Scaled latents of `images` [B, 3, size, size] in [0, 1], sampled from the posterior with `noise`.
 
-        With several times as many noises as images, all images are sampled once, then all again; the VAE runs once.
+        `noise` may have a multiple of B entries: all images are sampled once, then all again; the VAE runs once.
         """
         dtype, repeats = self.vae.dtype, len(noise) // max(len(images), 1)
         means, deviations = [], []
@@ -188,7 +188,7 @@ class ImageDecoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, half: bool = False) -> Tensor:
-        """Images [B, 3, size, size] in [0, 1], float32, out of scaled latents; `half` computes in bfloat16."""
+        """Images [B, 3, size, size] in [0, 1], float32, from scaled latents; `half` computes in bfloat16."""
         dtype = self.vae.dtype
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
             scaled = channels_last((latents / self.vae.config["scaling_factor"]).to(dtype))
@@ -225,7 +225,7 @@ class ImageDecoder(nn.Module):
         conditions = self.resampler(context, context_mask).repeat(repeats, 1, 1)
         dropped = noise_samples.unconditional < self.config.unconditional_probability
         conditions = torch.where(dropped[:, None, None], self.negative_prompt(), conditions)
-        timesteps = cast("torch.IntTensor", noise_samples.timesteps)  # diffusers' name for any whole numbers
+        timesteps = cast("torch.IntTensor", noise_samples.timesteps)  # diffusers' annotation for integers
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, conditions, earlier)
         target = noise
@@ -249,12 +249,12 @@ class ImageDecoder(nn.Module):
             conditions: [B, L, cross_attention_dim] from `resampler`.
             earlier: the earlier images, one group for each image generated.
             settings: steps, guidance, scheduler.
-            generators: source of the initial and the step noise; one generator serves all images together.
+            generators: source of the initial noise and of the noise of steps; one for all images, or one per image.
 
         Raises:
-            ValueError: the scheduler cannot be used like that; see `sampler`.
+            ValueError: the scheduler cannot be used with these settings; see `sampler`.
         """
-        scheduler = self.sampler(settings)  # its times stay on the CPU: no step waits to read them
+        scheduler = self.sampler(settings)  # its timesteps stay on the CPU, so that no step synchronises to read them
         generators = list(generators) if isinstance(generators, Sequence) else generators
         extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         work, total = promote(self.dtype), len(scheduler.timesteps)
@@ -273,9 +273,9 @@ class ImageDecoder(nn.Module):
     def _predictor(
         self, conditions: Tensor, earlier: EarlierImages, settings: ImageSettings, timestep: Tensor
     ) -> Iterator[Predict]:
-        """Noise predictions after guidance, with everything that stays the same from step to step prepared."""
+        """A function that predicts the noise after guidance; everything that no step changes is computed before."""
         scale = self.settled(settings).guidance_scale
-        assert scale is not None  # `settled` has put the configuration's in its place
+        assert scale is not None  # `settled` has replaced None
         guided = scale > 1
         if guided:
             negative = self.negative_prompt().to(conditions).expand(len(conditions), -1, -1)
@@ -306,7 +306,7 @@ class ImageDecoder(nn.Module):
         """Whether steps go through a `GraphedUNet`.
 
         Raises:
-            ValueError: that was asked for, but the model cannot.
+            ValueError: `settings` ask for it, but the model cannot be captured.
         """
         wanted = settings.cache_implementation
         if wanted == "dynamic" or (wanted == "auto" and device.type != "cuda"):
@@ -322,7 +322,7 @@ class ImageDecoder(nn.Module):
 
     @staticmethod
     def _guided(call: Predict, scale: float) -> Predict:
-        """Classifier-free guidance around `call`, whose conditions have the unconditional half first."""
+        """`call` with classifier-free guidance; the first half of its conditions is unconditional."""
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             without, with_context = call(torch.cat([latents, latents]), timestep).chunk(2)

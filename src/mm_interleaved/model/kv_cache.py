@@ -1,12 +1,12 @@
-"""The KV cache: keys and values of many rows in memory that never moves, written in place.
+"""The KV cache: keys and values of several rows in fixed memory, written in place.
 
-Every row has its own length. The token at position p of a row lies in column p of that row, so a row can grow, be cut,
-join or leave without touching another one, and nothing is ever padded. One column more than a row may use is spare:
-padding of a batch, and rows that do not read in a decode step, write there or behind their last token, where nothing
-looks.
+Every row has its own length. The token at position p of a row is in column p of that row. So a row can grow, be
+truncated, join or leave without a change of other rows, and there is no padding. The last column is spare: padding of a
+batch, and rows that take no part in a decode step, write there or after their last token, where nothing is read.
 
-Before a forward pass, `place` (lengths known to the host) or `place_step` (lengths on the device, for CUDA graphs) says
-where the new tokens go and what they see. The layers then write and return what attention needs.
+Before a forward pass, `place` (lengths known to the host) or `place_step` (lengths on the device, for CUDA graphs)
+determines the columns of the new tokens and which columns are visible to them. The layers then write keys and values,
+and get those that attention needs.
 
 Axes: R rows of the cache, C columns, B rows of a batch, L new tokens, K key heads, N heads, H width of a head.
 """
@@ -27,15 +27,15 @@ from transformers.cache_utils import CacheLayerMixin
 
 @dataclass
 class Placement:
-    """Where the new tokens of one forward pass go, and which columns they see.
+    """The columns of the new tokens of one forward pass.
 
     Attributes:
-        columns: [B, L] column of each new token. A token sees the columns of its row up to its own.
+        columns: [B, L] column of each new token. The columns of its row up to its own are visible to a token.
         positions: [B, L] position of each new token; 0 for padding.
-        bound: number of columns that any of them sees.
+        bound: number of columns that are visible to any new token.
         rows: [B] row of the cache for each row of the batch; None: row b is row b.
-        start: the first column of every row, if the tokens of all rows lie in `start`, `start + 1`, ...; else None.
-        masks: by attention window (None: no window) the visible columns [B, 1, L, bound], made when first needed.
+        start: the first column, if the tokens of all rows are in columns `start`, `start + 1`, ...; else None.
+        masks: by attention window (None: no window) the visible columns [B, 1, L, bound], computed on first use.
     """
 
     columns: Tensor
@@ -46,26 +46,26 @@ class Placement:
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """[B, 1, L, bound] bool, True = visible; None: every new token sees all columns."""
+        """[B, 1, L, bound] bool, True = visible; None: all columns are visible to every new token."""
         if self.columns.shape[1] == 1 and self.start is not None and (window is None or self.bound <= window):
             return None
         if window not in self.masks:
             place = torch.arange(self.bound, device=self.columns.device)
             visible = place <= self.columns[..., None]
-            if window is not None:  # padding, in the spare column, must see something, or it would become NaN
+            if window is not None:  # padding, in the spare column, needs a visible column, or it would become NaN
                 visible &= (place > self.columns[..., None] - window) | (self.columns[..., None] >= self.bound)
             self.masks[window] = visible[:, None]
         return self.masks[window]
 
 
 class KVCacheLayer(CacheLayerMixin):
-    """Keys and values [R, K, C, H] of one decoder layer. Memory is taken at the first write, on the layer's device."""
+    """Keys and values [R, K, C, H] of one decoder layer, allocated at the first write on the layer's device."""
 
     is_sliding = False
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()
-        self._weak_cache = weakref.ref(cache)  # in a cycle the memory would wait for the garbage collector
+        self._weak_cache = weakref.ref(cache)  # a cycle would keep the memory until garbage collection
         self.keys: Tensor
         self.values: Tensor
 
@@ -76,10 +76,10 @@ class KVCacheLayer(CacheLayerMixin):
         return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take memory of the type and on the device of `key_states` [B, K, L, H]."""
+        """Allocate memory of the type and on the device of `key_states` [B, K, L, H]."""
         rows, capacity = self._cache.rows, self._cache.capacity
         self.dtype, self.device = key_states.dtype, key_states.device
-        with torch.inference_mode(False):  # others could not write into tensors of inference mode
+        with torch.inference_mode(False):  # tensors of inference mode cannot be written to outside of it
             self.keys, self.values = (  # pyright: ignore[reportIncompatibleVariableOverride]  # read after this alone
                 torch.zeros(rows, x.shape[1], capacity, x.shape[3], dtype=self.dtype, device=self.device)
                 for x in (key_states, value_states)
@@ -89,7 +89,7 @@ class KVCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, K, L, H] where the placement says.
+        """Write new keys and values [B, K, L, H] into the columns of the current placement.
 
         Returns:
             Keys and values [B, K, bound, H] of the rows of the batch.
@@ -113,15 +113,15 @@ class KVCacheLayer(CacheLayerMixin):
         return found[0], found[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of visible columns, and the first of them."""
+        """The number of visible columns, and the first of them."""
         return self._cache.placement.bound, 0
 
     def get_seq_length(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens of the longest row."""
         return max(self._cache.lengths, default=0)
 
     def get_max_length(self) -> int:
-        """Tokens that a row can hold."""
+        """Most tokens of a row."""
         return self._cache.capacity - 1
 
 
@@ -129,16 +129,16 @@ class KVCache(Cache):
     """Keys and values of `rows` rows of at most `capacity - 1` tokens.
 
     Args:
-        num_layers: of the decoder.
+        num_layers: number of decoder layers.
         rows, capacity: R and C.
-        device: of `device_lengths`.
+        device: device of `device_lengths`.
         shared: whether rows may share columns (beams); see `source`.
 
     Attributes:
-        lengths: tokens of each row, as far as the host knows. `device_lengths` [R] has them on the device.
-        source: [R, C] row that holds a column of a row, so that beams share columns and change places by number; None:
-            every row holds its own.
-        placement: of the current forward pass.
+        lengths: number of tokens of each row, as far as the host knows; `device_lengths` [R] has it on the device.
+        source: [R, C] the row that holds each column of a row, so that beams share columns and are reordered by index;
+            None: every row holds its own columns.
+        placement: placement of the current forward pass.
     """
 
     layers: list[KVCacheLayer]
@@ -153,10 +153,10 @@ class KVCache(Cache):
         self.placement = Placement(self.own[:0, None], self.own[:0, None], 0)
 
     def place(self, mask: Tensor, rows: Sequence[int] | None = None) -> Placement:
-        """Make place for the tokens of `mask` [B, L] (on the CPU, 1 = a token) behind the last token of `rows`.
+        """Place the tokens of `mask` [B, L] (on the CPU, 1 = a token) after the last token of `rows`.
 
         Raises:
-            ValueError: a row cannot hold so many tokens.
+            ValueError: a row would get more tokens than it can hold.
         """
         chosen = range(self.rows) if rows is None else rows
         before = [self.lengths[r] for r in chosen]
@@ -180,13 +180,15 @@ class KVCache(Cache):
         return self.placement
 
     def place_step(self, reading: Tensor, count: int = 1, known: bool = False) -> Placement:
-        """Make place for `count` tokens in the rows of `reading` [R] bool; nothing waits for the device.
+        """Place `count` tokens in the rows of `reading` [R] bool, without synchronisation.
 
-        Rows that do not read write behind their last token (one new token) or into the spare column (several).
+        Other rows write after their last token (one new token) or into the spare column (several).
 
         Args:
-            known: whether `lengths` are those before this step and all rows read as one; attention is then limited to
-                the columns in use. In a CUDA graph it cannot be.
+            reading: [R] bool, the rows that get tokens.
+            count: number of new tokens of each row.
+            known: whether `lengths` are those before this step for all rows; attention is then limited to the columns
+                in use. Not possible in a CUDA graph.
         """
         columns = positions = self.device_lengths[:, None] + torch.arange(count, device=self.own.device)
         if count > 1:
@@ -201,19 +203,19 @@ class KVCache(Cache):
         return self.placement
 
     def attention(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None) -> Tensor:
-        """Attention of the new tokens over the columns that they see.
+        """Attention of the new tokens over their visible columns.
 
         Args:
             query: [B, N, L, H] with positions.
-            keys, values: [B, K, bound, H], what `KVCacheLayer.update` returned.
-            scale: of the scores.
-            window: number of columns that a token sees at most, its own included; None: all.
+            keys, values: [B, K, bound, H], the result of `KVCacheLayer.update`.
+            scale: factor of the scores.
+            window: most visible columns of a token, its own included; None: all.
 
         Returns:
             [B, N, L, H].
         """
         place, length = self.placement, query.shape[2]
-        fresh = place.start == 0 and length > 1 and (window is None or length <= window)  # nothing but themselves
+        fresh = place.start == 0 and length > 1 and (window is None or length <= window)  # only new tokens
         mask = None if fresh else place.mask(window)
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=None if mask is None else mask.to(query.device), is_causal=fresh,
@@ -221,17 +223,17 @@ class KVCache(Cache):
         )  # fmt: skip
 
     def truncate(self, row: int, length: int) -> None:
-        """Take back the tokens of a row from position `length` on."""
+        """Remove the tokens of a row from position `length` on."""
         self.lengths[row] = length
         self.device_lengths[row] = length
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens each row has, after decode steps that the host did not follow one by one."""
+        """Set the number of tokens of each row, after decode steps that were counted on the device only."""
         self.lengths = list(lengths)
         self.device_lengths.copy_(send(torch.tensor(self.lengths), self.device_lengths.device))
 
     def copy_rows(self, other: KVCache, rows: Sequence[int], places: Sequence[int]) -> None:
-        """Make the rows `places` what `rows` of `other` are. The latter must hold their own columns."""
+        """Copy the rows `rows` of `other` to the rows `places`. The rows of `other` must hold their own columns."""
         count = max((other.lengths[r] for r in rows), default=0)
         theirs = torch.tensor(list(rows), device=self.own.device)
         ours = torch.tensor(list(places), device=self.own.device)
@@ -248,14 +250,14 @@ class KVCache(Cache):
         self.set_lengths(lengths)
 
     def share(self, width: int) -> None:
-        """Let the rows of each group of `width` use what the first of them holds. Needs `shared`."""
+        """Let the rows of each group of `width` share the columns of the first row of the group. Needs `shared`."""
         assert self.source is not None
         home = self.own // width * width
         self.source.copy_(home[:, None].expand_as(self.source))
         self.set_lengths([self.lengths[r // width * width] for r in range(self.rows)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row r what row `beam_idx[r]` was; rows that share columns change places by number."""
+        """Replace row r by row `beam_idx[r]`. Rows that share columns are reordered by index, without copies."""
         if self.source is None:
             super().reorder_cache(cast("torch.LongTensor", beam_idx))
             return
@@ -263,7 +265,7 @@ class KVCache(Cache):
         self.device_lengths.copy_(self.device_lengths[beam_idx])
 
     def clear(self) -> None:
-        """Forget all rows. What they held is overwritten with zeros, since 0 times NaN is not 0."""
+        """Remove all rows. Keys and values are overwritten with zeros, because 0 times NaN is not 0."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys.zero_()
@@ -274,7 +276,7 @@ class KVCache(Cache):
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on the device; the host does not wait until it has arrived."""
+    """`x` copied to the device without synchronisation."""
     if device.type != "cuda":
         return x.to(device)
     return (x.pin_memory() if x.device.type == "cpu" else x).to(device, non_blocking=True)

@@ -1,7 +1,9 @@
-"""The language model: a transformers decoder in which every k-th layer also looks at the images through MMFS.
+"""The language model: a transformers decoder in which every k-th layer also attends to images by MMFS.
 
-The decoder is the library's own (Llama, Mistral, Qwen2 or Qwen3, as `text_config` says): its embeddings, final norm,
-rotary positions, masks and caches. Its layers are ours (`decoder_layer.py`), made of the library's parts.
+Embeddings, final norm, rotary positions, masks and caches are the library's (Llama, Mistral, Qwen2 or Qwen3, by
+`text_config`). The layers are `MMFSDecoderLayer`s, made of the library's parts.
+
+Axes: B batch, L tokens, D width, I images, S spatial positions of all levels.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from .typed_modules import ModuleListOf
 
     class LanguageModel(PreTrainedModel):
-        """What `build_language_model` returns, whichever of the library's classes it is."""
+        """The result of `build_language_model`, for type checkers; its class is one of the library's."""
 
         embed_tokens: nn.Embedding
         layers: ModuleListOf[MMFSDecoderLayer]
@@ -51,7 +53,7 @@ def synchronizers(model: LanguageModel) -> list[Synchronizer]:
 
 
 def image_features(config: MMInterleavedConfig, pyramid: list[Tensor]) -> ImageFeatures:
-    """The levels that the language model looks at, out of a pyramid of maps [I, vision width, side, side]."""
+    """The levels for the language model, from a pyramid of maps [I, vision width, side, side]."""
     maps = [m for m in pyramid if m.shape[-1] in config.mmfs.levels]
     features = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
     return ImageFeatures(features, [(m.shape[-2], m.shape[-1]) for m in maps])

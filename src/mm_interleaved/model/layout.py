@@ -1,10 +1,11 @@
-"""Where the images stand in rows of tokens, and which images each token sees. Index arithmetic, no learned part.
+"""The places of images in rows of tokens, and the visible images of each token: integer arithmetic, nothing learned.
 
-A row holds one or more documents, each opened by `<s>`. An image is one begin-of-image token (SOI) followed by its
-image tokens. Images are numbered through the batch in the order of their SOI tokens, row by row.
+A row holds one or more documents, each starting with `<s>`. An image is one begin-of-image token (SOI) followed by its
+image tokens. Images are numbered through the batch in the order of their SOI tokens, row by row. The rules are in
+docs/model.md, "Visible images" and "Earlier images of the UNet".
 
 Axes: B rows of the batch, L tokens of a row, I images of the batch, T target images of the image loss, K slots for the
-images that a token or a target image sees (most recent first, -1 = none), D width.
+visible images of a token or target image (most recent first, -1 = none), D width.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .mmfs import VisibleImages
 
 @dataclass
 class ImagePositions:
-    """Where some images stand.
+    """The places of some images.
 
     Attributes:
         rows: [I] row of the SOI.
@@ -40,27 +41,27 @@ class ImagePositions:
 
     @property
     def lengths(self) -> Tensor:
-        """[I] tokens of each image's context: its document up to and with its SOI."""
+        """[I] number of tokens in each image's context: its document up to and including its SOI."""
         return self.columns - self.starts + 1
 
 
 @dataclass
 class Layout:
-    """All that follows from the token ids of a batch: integers only.
+    """The integers that follow from the token ids of a batch.
 
-    Computed on the CPU beside the batch, it lets a training step run on an accelerator without waiting for it.
+    They are computed on the CPU with the batch, so that a training step needs no synchronisation with the device.
 
     Attributes:
-        visible: the images that each token sees; a group is one token.
-        target_images: [T] numbers of the images that the image loss is about.
-        target_positions: where they stand.
-        conditioning_images: numbers of the images that some target image sees; more may follow, see `filled`.
-        earlier: the images that each target image sees, as indices into `conditioning_images`; a group is one target
-            image; all of `target_images` once, then again for every further noise sample.
+        visible: the visible images of each token; a group is one token.
+        target_images: [T] numbers of the images of the image loss.
+        target_positions: their places.
+        conditioning_images: numbers of the images that condition some target image; more may follow, see `filled`.
+        earlier: the images that condition each target image, as indices into `conditioning_images`; a group is one
+            target image; all of `target_images` once, then again for every further noise sample.
         context_length: tokens of the longest context of a target image.
         label_positions: [labels] index into the flattened rows of each token that predicts a label; None: no labels.
-        label_ids: [labels] the tokens that are predicted, -100 where nothing is learned after all; None: no labels.
-        padded: whether padding must be masked. Rows padded on the right need no mask: no real token comes after it.
+        label_ids: [labels] the tokens to predict, -100 for entries without a loss; None: no labels.
+        padded: whether padding must be masked. Rows padded on the right need no mask: no real token follows padding.
     """
 
     visible: VisibleImages
@@ -76,11 +77,12 @@ class Layout:
     def filled(
         self, images: int = 0, visible: int = 0, conditioning_images: int = 0, context: int = 0, labels: int = 0
     ) -> Layout:
-        """At least of these sizes, for the same results: what is added is seen by nothing and has no weight.
+        """The layout padded to at least these sizes. Results are the same: added entries are invisible or have weight
+        0.
 
         Args:
-            images: how many images there will be, in the routes of `visible`.
-            visible: slots for the images that a token sees.
+            images: number of images in the routes of `visible`.
+            visible: slots for the visible images of a token.
             conditioning_images: entries of `conditioning_images`; some are repeated. (If there are none, none are
                 added.)
             context: `context_length`.
@@ -92,7 +94,7 @@ class Layout:
         positions, ids = self.label_positions, self.label_ids
         if positions is not None and ids is not None:
             more = torch.arange(max(0, labels - len(positions)), device=positions.device)
-            more = more % len(self.visible.images)  # spread: gradients of one and the same entry would queue up
+            more = more % len(self.visible.images)  # spread, because gradients of one entry are added up serially
             positions, ids = torch.cat([positions, more]), torch.cat([ids, torch.full_like(more, -100)])
         return replace(
             self,
@@ -120,11 +122,11 @@ def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
 
 
 def _widened(visible: VisibleImages, slots: int, images: int) -> VisibleImages:
-    """With at least so many slots, and routes of at least so many images."""
+    """`visible` with at least so many slots, and routes of at least so many images."""
     numbers, routes = visible.images, visible.routes
     wider = max(slots, numbers.shape[1])
     if routes is not None:
-        if numbers.shape[1]:  # a place in the flattened slots is group * slots + slot
+        if numbers.shape[1]:  # a position in the flattened slots is group * slots + slot
             routes = torch.where(routes < 0, -1, routes // numbers.shape[1] * wider + routes % numbers.shape[1])
         routes = F.pad(routes, (0, 0, 0, max(0, images - len(routes))), value=-1)
     return VisibleImages(F.pad(numbers, (0, wider - numbers.shape[1]), value=-1), routes)
@@ -150,14 +152,14 @@ def plan(
         attention_mask: [B, L], 0 at padding.
         document_starts: [I]; see `find_images`.
         bos_token_id, soi_token_id: ids of `<s>` and of the begin-of-image token.
-        previous: how many earlier images a target image sees.
+        previous: number of earlier images that condition a target image.
         labels: [B, L], -100 where nothing is learned.
-        target_images: [T] numbers of the images that the image loss is about; None: all.
+        target_images: [T] numbers of the images of the image loss; None: all.
         repeats: noise samples of each of them.
-        routes: whether to sort tokens and target images by the images they see; see `VisibleImages.routes`.
+        routes: whether to sort tokens and target images by their visible images; see `VisibleImages.routes`.
 
     Raises:
-        ValueError: `document_starts` is not one number an image.
+        ValueError: `document_starts` does not have one number for each image.
     """
     positions = find_images(input_ids, attention_mask, soi_token_id, document_starts)
     if len(positions.starts) != len(positions.rows):
@@ -206,7 +208,7 @@ def token_routes(
 ) -> Tensor:
     """`VisibleImages.routes` of `images` [B, L, K] from `visible_images`, without sorting.
 
-    The tokens that see an image are those from its SOI to the end of its document.
+    An image is visible to the tokens after its SOI up to the end of its document.
     """
     slots, length = images.shape[2], input_ids.shape[1]
     rows, number = positions.rows, torch.arange(len(positions.rows), device=input_ids.device)
@@ -243,13 +245,12 @@ def find_images(
 
 
 def visible_images(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int, soi_token_id: int) -> Tensor:
-    """The images that each token sees through MMFS: those of its own document that began before it.
+    """The visible images of each token, for MMFS: those of its document whose SOI precedes it.
 
-    A SOI does not see its own image; the image's tokens do.
+    An image is visible to its own image tokens, but not to its SOI.
 
     Returns:
-        [B, L, K] image numbers, most recent first, -1 where there is none. K is the largest number of images that any
-        token sees.
+        [B, L, K] image numbers, most recent first, -1 where there is none. K is the largest number of visible images.
     """
     is_soi = (input_ids == soi_token_id).long()
     before = is_soi.cumsum(1) - is_soi  # images of the row that began before this token
@@ -265,9 +266,9 @@ def visible_images(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int,
 
 
 def previous_images(positions: ImagePositions, width: int) -> Tensor:
-    """The images that the image decoder sees for each image: up to `width` of those just before it.
+    """The images that condition the image decoder for each image: up to `width` of those just before it.
 
-    They must lie in the same row and their SOI at or after the image's document start. The release has width 1.
+    They must be in the same row, and their SOI at or after the image's document start. The release has width 1.
 
     Returns:
         [I, K] image numbers, most recent first, -1 where there is none; K <= width.
@@ -283,7 +284,7 @@ def previous_images(positions: ImagePositions, width: int) -> Tensor:
 
 
 def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | None = None) -> tuple[Tensor, Tensor]:
-    """The tokens of each image's document up to its SOI, last one first.
+    """The hidden states of each image's document up to its SOI, last one first.
 
     Args:
         hidden: [B, L, D].
@@ -291,14 +292,14 @@ def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | N
         longest: length of the longest context, if it is known.
 
     Returns:
-        Context [I, longest, D], padded with any values, and its mask [I, longest], 1 on real entries.
+        Context [I, longest, D], with arbitrary values at padding, and its mask [I, longest], 1 on real entries.
     """
     lengths = positions.lengths
     if longest is None:
         longest = int(lengths.max()) if len(lengths) else 0
     steps = torch.arange(longest, device=hidden.device)
     mask = (steps < lengths[:, None]).long()
-    # Padding wraps around instead of gathering in column 0, where adding up its (zero) gradients would take long.
+    # Padding wraps around instead of reading column 0 only, where adding up its zero gradients would be slow.
     columns = (positions.columns[:, None] - steps) % hidden.shape[1]
     return hidden[positions.rows[:, None], columns], mask
 

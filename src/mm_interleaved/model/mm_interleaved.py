@@ -1,4 +1,4 @@
-"""The whole wiring of MM-Interleaved: tensors in, tensors out.
+"""The model: how its parts are connected. It takes tensors and returns tensors.
 
 pixels ──► visual tokenizer ──► image tokens ───┐ (into the text at the image tokens)
                 │ feature pyramid               ▼
@@ -7,7 +7,7 @@ pixels ──► visual tokenizer ──► image tokens ───┐ (into the 
                 └──────────── MMFS ──────► image decoder ──► image
 
 Axes: B rows of the batch, L tokens of a row, I images of the batch, T target images of the image loss, K slots for the
-images that a token sees (most recent first, -1 = none), D width, h and w height and width of an image.
+visible images of a token (most recent first, -1 = none), D width, h and w height and width of an image.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class MMInterleavedOutput(ModelOutput):
 
     Attributes:
         loss: weighted sum of the losses that were computed; None without labels and without target images.
-        loss_txt: cross-entropy of the labels, a mean over them or, with `num_items_in_batch`, this batch's share.
-        loss_img: squared error of the predicted noise, a mean over the target images or this batch's share likewise.
+        loss_txt: cross-entropy of the labels; their mean or, with `num_items_in_batch`, the share of this batch.
+        loss_img: squared error of the predicted noise; the mean over target images, or the share of this batch.
         logits: [B, L, vocabulary] in float32, on request.
         last_hidden_state: [B, L, D] after the language model's last norm.
-        conditions: [T, tokens, width] what the image decoder is conditioned on for each target image, on request.
+        conditions: [T, tokens, width] conditioning tokens of each target image, on request.
         past_key_values: the KV cache, with `use_cache`.
     """
 
@@ -65,11 +65,11 @@ class MMInterleavedOutput(ModelOutput):
 
 @dataclass
 class CachedImages:
-    """The images that the rows of a KV cache have seen; `forward` keeps it on the cache, as `cache.cached_images`.
+    """The images of the rows of a KV cache; `forward` stores it as `cache.cached_images`.
 
     Attributes:
-        features: the images.
-        visible: [B, K] those that the next token of each row sees.
+        features: features of the images.
+        visible: [B, K] images that are visible to the next token of each row.
     """
 
     features: ImageFeatures
@@ -77,42 +77,42 @@ class CachedImages:
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """Images in [0, 1]: uint8 ones divided by 255, others as they are."""
+    """Images in [0, 1]: uint8 images are divided by 255, others are unchanged."""
     return pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
 
 
 class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
-    """Reads and writes rows of text and images, as tensors. `MMInterleaved` adds generation on top.
+    """The network over rows of text and images. `MMInterleaved` adds generation.
 
-    Arguments of `forward`, all of them optional but `input_ids`:
+    Arguments of `forward`; all but `input_ids` are optional:
         input_ids: [B, L].
         attention_mask: [B, L], or [B, columns of the cache + L], 0 at padding; None: no padding.
-        position_ids: [B, L]; None: counted on from the columns of the cache, or from 0.
+        position_ids: [B, L]; None: counted from the columns of the cache, or from 0.
         pixel_values: [I, 3, h, w] in [0, 1], or uint8 in [0, 255], in the order of their SOI tokens; with a `layout`,
-            more may follow, which nothing sees (see `Layout.filled`).
-        document_starts: [I] column of the `<s>` that opens each image's document; None: its row's start.
+            more images may follow, which are visible to no token (see `Layout.filled`).
+        document_starts: [I] column of the `<s>` that starts each image's document; None: the start of its row.
         image_rows: [I] the row of each image; only compared with `input_ids`.
         labels: [B, L] the token expected at each position, -100 where none is (the shift is done here).
-        target_pixel_values: [I, 3, h, w] likewise, what the image decoder learns to generate.
+        target_pixel_values: [I, 3, h, w] in the same ranges, the targets of the image decoder.
         image_loss_mask: [I] weight of each image in the image loss; None: all 1.
-        loss_text_weight, loss_image_weight: instead of the configuration's.
+        loss_text_weight, loss_image_weight: weights that replace the configuration's.
         num_items_in_batch: labels of all micro-batches of an optimizer step, as transformers' Trainer counts them. The
-            text loss is then the sum over this micro-batch by that count, so the micro-batches add up to the loss of
-            the whole batch, whatever they hold. None: the mean over this micro-batch.
-        num_images_in_batch: target images of all micro-batches, likewise for the image loss. None, with
-            `num_items_in_batch`: the mean of this micro-batch by its share of the labels. The sum of the micro-batches
-            is then the mean of the whole batch if their shares of images and of labels agree, for instance if all
-            have as many of both; `training.counting.CountingTrainer` counts images for all other batches.
+            text loss is then the sum over this micro-batch divided by that count, so that the micro-batches add up to
+            the loss of the whole batch. None: the mean over this micro-batch.
+        num_images_in_batch: target images of all micro-batches, for the image loss. None, with `num_items_in_batch`:
+            the mean of this micro-batch times its share of the labels. The sum of the micro-batches is then the mean
+            of the whole batch if their shares of images and of labels agree, for instance if all have as many of both;
+            `training.counting.CountingTrainer` counts images for all other batches.
         noise_samples: random numbers of the image loss, for all of `layout.target_images` once or several times; None:
-            once, from `generator`, or else from PyTorch's own.
-        layout: what `plan` made of this batch, if that was done beforehand; nothing is checked then.
-        return_logits: None: only when there is no loss to compute.
-        return_conditions: whether to return what the image decoder is conditioned on.
-        logits_to_keep: logits of so many last tokens, or of the tokens of these numbers; 0: of all.
-        past_key_values, use_cache: a KV cache of transformers that is read and extended. It also keeps which images its
-            rows have seen, so only the call that fills it takes images.
-        inputs_embeds, output_attentions, output_hidden_states, return_dict: what other libraries pass; only None, and
-            what it stands for, is supported.
+            sampled once, from `generator`, or else from PyTorch's global generator.
+        layout: the result of `plan` for this batch, if it was computed before; nothing is checked then.
+        return_logits: whether to return logits; None: only if there is no loss to compute.
+        return_conditions: whether to return the conditioning tokens of the image decoder.
+        logits_to_keep: number of last tokens, or indices of tokens, whose logits are returned; 0: all.
+        past_key_values, use_cache: a KV cache of transformers that is read and extended. It also stores the visible
+            images of its rows, so only the call that fills it takes images.
+        inputs_embeds, output_attentions, output_hidden_states, return_dict: arguments of other models; only None, or
+            the equivalent value, is supported.
     """
 
     config: MMInterleavedConfig
@@ -137,30 +137,30 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         self.context_proj = nn.Linear(width, width)
         self.context_positions = PositionTable.line(config.max_context_length, width)
         self.soi_token = LearnedTokens(1, width)
-        self.generation_config = GenerationConfig.from_model_config(config)  # PEFT hands it on
+        self.generation_config = GenerationConfig.from_model_config(config)  # PEFT expects it
         self.set_mmfs_implementation(config.mmfs_implementation)
         self.post_init()
-        for synchronizer in synchronizers(self.language_model):  # the decoder's own rule has just wiped theirs out
+        for synchronizer in synchronizers(self.language_model):  # the decoder's generic initialisation overwrote these
             synchronizer.mmfs.reset_parameters()
         self.freeze()
 
-    if TYPE_CHECKING:  # the library's annotation of its wrapped method names no instance
+    if TYPE_CHECKING:  # the library's annotation of its wrapped method lacks `self`
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether the class has transformers' own generation loop; `MMInterleaved` has one of its own."""
+        """Whether the class uses transformers' generation loop; `MMInterleaved` has its own."""
         return issubclass(cls, GenerationMixin)
 
     def freeze(self) -> None:
-        """Let gradients flow to everything but what `config.frozen` names."""
+        """Set `requires_grad` of all parameters: False for those that `config.frozen` names."""
         frozen = [re.compile(pattern) for pattern in self.config.frozen]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not any(pattern.match(name) for pattern in frozen))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing but the tables that checkpoints leave out: every part initialises itself when it is made."""
+        """Fill the tables that checkpoints do not contain. All other parts initialise themselves when they are made."""
         if isinstance(module, PositionTable):
             module.reset_parameters()
         elif isinstance(module, CLIPVisionEmbeddings):
@@ -169,7 +169,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
 
     @property
     def compute_device(self) -> torch.device:
-        """Where inputs go: the device of the weights that are in memory, or where offloaded weights are brought."""
+        """The device of inputs: that of the weights in memory, or the one that offloaded weights are moved to."""
         return compute_device(self)
 
     @classmethod
@@ -212,7 +212,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a row: positions of the language model, and of what the image decoder reads."""
+        """Most tokens of a row: limited by the language model's positions and by the context of the image decoder."""
         return min(self.config.text_config.max_position_embeddings, self.config.max_context_length)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         return logits.to(promote(logits.dtype))
 
     def check_image_tokens(self, input_ids: Tensor, images: int) -> None:
-        """Refuse `input_ids` [B, L] that do not hold num_image_tokens image tokens for each of so many images.
+        """Check that `input_ids` [B, L] hold num_image_tokens image tokens for each of so many images.
 
         Raises:
             ValueError: they hold another number.
@@ -233,15 +233,15 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             )
 
     def embed(self, input_ids: Tensor, image_tokens: Tensor | None, checked: bool = False) -> Tensor:
-        """Token embeddings [batch, length, width], with images in place and `soi_token` added to every SOI.
+        """Token embeddings [B, L, D], with image tokens in their places and `soi_token` added to every SOI.
 
         Args:
-            input_ids: [batch, length].
-            image_tokens: [images, num_image_tokens, width] in the order of their slots; None: no image.
-            checked: whether their slots are known to be there; more images may then follow, for which there are none.
+            input_ids: [B, L].
+            image_tokens: [I, num_image_tokens, D] in the order of their places; None: no image.
+            checked: whether the number of places was checked before; then more images than places are allowed.
 
         Raises:
-            ValueError: the number of image slots is not num_image_tokens times the number of images.
+            ValueError: the number of image tokens in `input_ids` is not num_image_tokens times the number of images.
         """
         embeds = self.language_model.embed_tokens(input_ids)
         is_soi = (input_ids == self.config.soi_token_id)[..., None]
@@ -254,7 +254,8 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         is_slot = input_ids == self.config.image_token_id
         if not len(flat):
             return embeds
-        # Text reads a token as well, which is then not taken; each another one, or their gradients would queue up.
+        # Text positions gather an image token too, which `where` discards. They gather different ones, because the
+        # gradients of a single entry would be added up one after the other.
         number = is_slot.flatten().cumsum(0).view_as(input_ids) - 1
         anything = torch.arange(input_ids.numel(), device=embeds.device).view_as(input_ids) % len(flat)
         return torch.where(is_slot[..., None], flat[torch.where(is_slot, number, anything)], embeds)
@@ -272,10 +273,10 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
 
         Args:
             embeds: [B, L, D].
-            images: what the synchronizers look at.
-            visible: [B, L, slots] images that each token sees, most recent first, -1 = none.
-            attention_mask: [B, past + L] 1 = real, or an additive mask [B, 1, L, L]; None: all real. A `KVCache` knows
-                by itself which tokens are real.
+            images: features of the images.
+            visible: [B, L, K] visible images of each token, most recent first, -1 = none.
+            attention_mask: [B, past + L] 1 = real, or an additive mask [B, 1, L, L]; None: all real. A `KVCache` needs
+                none.
             position_ids: [B, L]; None: counted from 0.
             past_key_values: a cache to read and extend; None: none.
 
@@ -284,31 +285,31 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         """
         if isinstance(visible, Tensor):
             visible = VisibleImages.build(visible.flatten(0, 1), len(images))
-        if isinstance(past_key_values, KVCache):  # a mask of four axes keeps the library from making one
+        if isinstance(past_key_values, KVCache):  # with a mask of four axes the library makes none
             attention_mask = embeds.new_zeros(1, 1, 1, 1)
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=False,  # whether the library makes one
+            use_cache=False,  # otherwise the library would make a cache
             images=images,
             visible=visible,
         ).last_hidden_state
 
     def _encode(self, pixel_values: Tensor | None) -> tuple[VisualFeatures | None, ImageFeatures]:
-        """Features of the images, and what the language model looks at: no image at all if there are none."""
+        """Features of the images (None: no image), and the levels of them that the language model attends to."""
         if pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values)
             return features, image_features(self.config, features.pyramid)
         return None, self.no_images()
 
     def no_images(self) -> ImageFeatures:
-        """The features of no image at all."""
+        """`ImageFeatures` of zero images."""
         return image_features(self.config, self.empty_pyramid())
 
     def empty_pyramid(self) -> list[Tensor]:
-        """The maps of no image at all."""
+        """Maps of zero images."""
         width = self.config.vision_config.hidden_size
         shapes = [(0, width, side, side) for side in self.config.pyramid_sides]
         return [torch.zeros(shape, dtype=self.dtype, device=self.compute_device) for shape in shapes]
@@ -316,7 +317,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     def image_context(
         self, hidden: Tensor, positions: ImagePositions, longest: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the image decoder reads for each image: its document up to the SOI, reversed.
+        """The context of each image: the hidden states of its document up to the SOI, reversed.
 
         Returns:
             [I, longest, D] projected and with positions counted back from the SOI, and the mask [I, longest].
@@ -325,7 +326,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         return self.project_context(context, mask), mask
 
     def project_context(self, context: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states [I, longest, D], SOI first, ready for the image decoder.
+        """Project hidden states [I, longest, D], SOI first, and add positions, for the image decoder.
 
         Raises:
             ValueError: a context is longer than the table of positions.
@@ -334,7 +335,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         table = self.context_positions()
         if context.shape[1] > len(table):
             raise ValueError(
-                f"the context of an image has {context.shape[1]} tokens, but the model knows {len(table)} positions "
+                f"the context of an image has {context.shape[1]} tokens, but the model has {len(table)} positions "
                 "(max_context_length)"
             )
         projected = self.context_proj(context)
@@ -353,7 +354,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         inputs_embeds: Tensor | None = None, output_attentions: bool | None = None,
         output_hidden_states: bool | None = None, return_dict: bool | None = None,
     ) -> MMInterleavedOutput:  # fmt: skip
-        """Losses, logits and hidden states of a batch; the class explains the arguments.
+        """Losses, logits and hidden states of a batch; for the arguments see the class.
 
         A loss whose weight is 0 is not computed.
 
@@ -413,7 +414,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         repeats: int = 1,
         routes: bool = True,
     ) -> Layout:
-        """The layout of a batch, for `forward`; see `layout.plan`. Done on the CPU, it spares a device all waiting."""
+        """The layout of a batch, for `forward`; see `layout.plan`. On the CPU it needs no device synchronisation."""
         return plan(
             input_ids,
             attention_mask,
@@ -438,10 +439,10 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         image_loss_mask: Tensor | None,
         image_rows: Tensor | None,
     ) -> Layout:
-        """The layout of a batch whose parts fit together; arguments as of `forward`.
+        """The layout of a batch, after checks that its parts fit together; arguments as in `forward`.
 
         Raises:
-            ValueError: something is there more or less often than it should.
+            ValueError: two parts have different numbers of entries.
         """
         rows = (input_ids == self.config.soi_token_id).nonzero()[:, 0]
         given = 0 if pixel_values is None else len(pixel_values)
@@ -466,15 +467,15 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     def _encode_for(
         self, pixel_values: Tensor | None, cache: Cache | None
     ) -> tuple[VisualFeatures | None, ImageFeatures]:
-        """As `_encode`; for a cache whose rows have seen images, those.
+        """As `_encode`; for a cache that stores images, those images.
 
         Raises:
-            ValueError: there are further images for a cache that has seen some.
+            ValueError: there are further images for a cache that stores some.
         """
         seen: CachedImages | None = getattr(cache, "cached_images", None)
         if seen is None:
             features, images = self._encode(pixel_values)
-            if cache is not None and not torch.is_grad_enabled():  # projected once for all calls with this cache
+            if cache is not None and not torch.is_grad_enabled():  # project once for all calls with this cache
                 images.values = [s.project(images.features) for s in synchronizers(self.language_model)]
             return features, images
         if pixel_values is not None and len(pixel_values):
@@ -496,7 +497,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         images: ImageFeatures,
         cache: Cache | None,
     ) -> Tensor:
-        """[B, L, D] after the language model's last norm; a cache is extended and keeps which images were seen."""
+        """[B, L, D] after the language model's last norm; a cache is extended, also by the visible images."""
         past = _columns(cache)
         visible = self._visible_images(input_ids, layout, cache)
         mask = self._mask(input_ids, attention_mask, layout, embeds.dtype, past)
@@ -509,7 +510,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         """The cache to read and extend; None: none.
 
         Raises:
-            ValueError: documents of one row shall not attend to each other, and a cache does not tell them apart.
+            ValueError: documents of one row must not attend to each other, and a cache cannot separate them.
         """
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config.text_config)
@@ -522,42 +523,42 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     def _mask(
         self, input_ids: Tensor, attention_mask: Tensor, layout: Layout, dtype: torch.dtype, past: int
     ) -> Tensor | None:
-        """What masks attention of tokens [B, L] after `past` columns: a 2D mask, an additive one, or nothing."""
+        """The attention mask of tokens [B, L] after `past` columns: 2D, additive 4D, or None."""
         if self.config.isolate_documents and not past:
             return document_mask(input_ids, attention_mask, self.config.bos_token_id, dtype)
         return attention_mask if past or layout.padded else None
 
     def _visible_images(self, input_ids: Tensor, layout: Layout, cache: Cache | None) -> VisibleImages | Tensor:
-        """The images that each token sees: the layout's, or [B, L, K] of those that the cache's rows have seen.
+        """The visible images of each token: the layout's, or [B, L, K] from those stored with the cache.
 
         Raises:
-            ValueError: the cache has other rows.
+            ValueError: the cache has another number of rows.
         """
         seen: CachedImages | None = getattr(cache, "cached_images", None)
         if seen is None:
             return layout.visible
         if len(seen.visible) != len(input_ids):
             raise ValueError(f"past_key_values has {len(seen.visible)} rows, but input_ids has {len(input_ids)}")
-        restarted = (input_ids == self.config.bos_token_id).cumsum(1) > 0  # a document does not see another's images
+        restarted = (input_ids == self.config.bos_token_id).cumsum(1) > 0  # images of earlier documents are invisible
         return torch.where(restarted[..., None], -1, seen.visible[:, None])
 
     def _keep_cached_images(
         self, cache: Cache, input_ids: Tensor, attention_mask: Tensor, images: ImageFeatures
     ) -> None:
-        """Keep on a cache which images the next token of each row sees; tokens and mask [B, L] are the latest."""
+        """Store with a cache the visible images of each row's next token; tokens and mask [B, L] are the latest."""
         seen: CachedImages | None = getattr(cache, "cached_images", None)
         if seen is not None:
             restarted = (input_ids == self.config.bos_token_id).any(1)
             visible = torch.where(restarted[:, None], -1, seen.visible)
         else:
-            ids = F.pad(input_ids, (0, 1), value=self.config.image_token_id)  # what follows; any token sees the same
+            ids = F.pad(input_ids, (0, 1), value=self.config.image_token_id)  # the next token, whichever it is
             mask = F.pad(attention_mask, (0, 1), value=1)
             visible = visible_images(ids, mask, self.config.bos_token_id, self.config.soi_token_id)[:, -1]
-        # a cache of any class carries it; `getattr` reads it
+        # an attribute of any class of cache; `getattr` reads it
         cache.cached_images = CachedImages(images, visible)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
-        """[B, L or as many as are kept, vocabulary], in float32 at least."""
+        """Logits [B, L or number kept, vocabulary] in float32 or better."""
         return self.compute_logits(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])
 
     def prepare_inputs_for_generation(
@@ -576,9 +577,9 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             input_ids: [B, L] all tokens so far.
             past_key_values: the cache; it may hold the first of them.
             attention_mask: [B, L] of all of them.
-            position_ids: [B, L]; None: as `attention_mask` says.
-            is_first_iteration, next_sequence_length: what the loop says of the step; follows from the cache here.
-            **kwargs: further arguments of `forward`, passed on.
+            position_ids: [B, L]; None: from `attention_mask`.
+            is_first_iteration, next_sequence_length: ignored; the cache determines both here.
+            **kwargs: further arguments of `forward`.
         """
         past = _columns(past_key_values)
         if position_ids is None and attention_mask is not None:
@@ -597,11 +598,11 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     # ---- losses
 
     def conditions_of(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """[T, tokens, width] what the image decoder is conditioned on for each target image; `hidden` is [B, L, D]."""
+        """Conditioning tokens [T, tokens, width] of each target image; `hidden` is [B, L, D]."""
         return self.image_decoder.resampler(*self.image_context(hidden, layout.target_positions, layout.context_length))
 
     def _text_loss(self, hidden: Tensor, layout: Layout, num_items: Tensor | int | None) -> Tensor:
-        """Cross-entropy of the labels by `num_items`, or their mean; 0, with a gradient of 0, if there are none."""
+        """Cross-entropy of the labels divided by `num_items`, or their mean; 0 with a graph if there are no labels."""
         assert layout.label_ids is not None
         assert layout.label_positions is not None
         logits = self.compute_logits(hidden.flatten(0, 1)[layout.label_positions])  # only where something is learned
@@ -618,7 +619,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         image_loss_mask: Tensor | None,
         noise_samples: NoiseSamples,
     ) -> Tensor:
-        """Mean squared error of the predicted noise; arguments as of `forward`."""
+        """Mean squared error of the predicted noise; arguments as in `forward`."""
         images = layout.target_images
         context, mask = self.image_context(hidden, layout.target_positions, layout.context_length)
         return self.image_decoder.loss(
@@ -632,11 +633,11 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         )
 
 
-_OF_THE_PROMPT = frozenset({"pixel_values", "document_starts", "image_rows", "layout"})  # for the first step alone
+_OF_THE_PROMPT = frozenset({"pixel_values", "document_starts", "image_rows", "layout"})  # for the first step only
 
 
 def _columns(cache: Cache | None) -> int:
-    """How many columns a cache holds."""
+    """The number of columns in use of a cache."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -648,7 +649,7 @@ def _refuse_unsupported(
     output_hidden_states: bool | None,
     return_dict: bool | None,
 ) -> None:
-    """Refuse what other models of transformers can and this one cannot.
+    """Check for arguments that other models of transformers support and this one does not.
 
     Raises:
         ValueError: says what is not supported and what to do.

@@ -1,7 +1,7 @@
-"""More tokens for a model that is there: `tokenizer.add_tokens(...)`, then `model.resize_token_embeddings(...)`.
+"""Adding tokens to an existing model: `tokenizer.add_tokens(...)`, then `model.resize_token_embeddings(...)`.
 
-Added tokens stand behind the begin-of-image and the image token. They count as new tokens (`num_new_tokens`): like
-those two they have rows of their own in the trainable part of the head, so all earlier ids keep their meaning.
+The ids of added tokens follow those of the begin-of-image and the image token, so all earlier ids keep their meaning.
+Added tokens count as new tokens (`num_new_tokens`): like those two, they have rows in the trainable part of the head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
     from .text_head import TextHead
 
-INITIAL_RANGE = 0.02  # deviation of fresh rows without `mean_resizing`, as in `TextHead`
+INITIAL_RANGE = 0.02  # standard deviation of new rows without `mean_resizing`, as in `TextHead`
 
 
 class ResizableVocabulary:
@@ -33,21 +33,21 @@ class ResizableVocabulary:
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Make room for tokens that were added to the tokenizer; embeddings, head and configuration follow.
+        """Extend embeddings, head and configuration for tokens that were added to the tokenizer.
 
-        Whether the rows of added tokens are trained in `embed_tokens` and `lm_head.head` is what it is for all rows
-        there (`config.frozen`); those in `lm_head.new` start at zero.
+        Added rows of `embed_tokens` and `lm_head.head` are trained if the other rows there are (`config.frozen`); added
+        rows of `lm_head.new` start at zero.
 
         Args:
-            new_num_tokens: tokens afterwards, `len(tokenizer)`; None: as many as now.
-            pad_to_multiple_of: accepted where it adds nothing: a row without a token could be generated.
-            mean_resizing: start added rows at the mean of the others; else at random.
+            new_num_tokens: new size of the vocabulary, `len(tokenizer)`; None: the present size.
+            pad_to_multiple_of: must not add rows, because a row without a token could be generated.
+            mean_resizing: initialise added rows with the mean of the others; otherwise at random.
 
         Returns:
             The embeddings.
 
         Raises:
-            ValueError: the model cannot be resized like that. Nothing has changed then.
+            ValueError: the model cannot be resized to that size. It is unchanged then.
         """
         embeddings = cast(nn.Embedding, self.get_input_embeddings())
         old = self.config.vocab_size
@@ -75,10 +75,10 @@ class ResizableVocabulary:
         return embeddings
 
     def _checked_size(self, new_num_tokens: int | None, multiple: int | None) -> int:
-        """The number of tokens afterwards.
+        """The new size of the vocabulary.
 
         Raises:
-            ValueError: it is no whole number, smaller than now, or not the multiple that was asked for.
+            ValueError: it is not an integer, smaller than the present size, or not the requested multiple.
         """
         old = self.config.vocab_size
         try:
@@ -98,7 +98,7 @@ class ResizableVocabulary:
 
 @torch.no_grad()
 def _fresh(rows: Tensor, count_old: int, count: int, mean: bool) -> Tensor:
-    """`count` rows to follow `rows`, made from the first `count_old` of them; rows of a bias are numbers."""
+    """`count` new rows for `rows`, initialised from its first `count_old` rows; a row of a bias is a number."""
     average = rows[:count_old].float().mean(0)
     if mean or rows.ndim == 1:
         return average.expand(count, *rows.shape[1:]).to(rows)
@@ -106,7 +106,7 @@ def _fresh(rows: Tensor, count_old: int, count: int, mean: bool) -> Tensor:
 
 
 def _extend(owner: nn.Module, name: str, rows: Tensor) -> None:
-    """Put `rows` behind the parameter of that name."""
+    """Append `rows` to the parameter of that name."""
     before = getattr(owner, name)
     extended = torch.cat([before.detach(), rows.to(before)])
     setattr(owner, name, nn.Parameter(extended, requires_grad=before.requires_grad))

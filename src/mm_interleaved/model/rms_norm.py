@@ -1,4 +1,4 @@
-"""The norm of all supported decoders."""
+"""RMSNorm, the norm of all supported decoders. Axes: D width."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LibraryNorm = LlamaRMSNorm | MistralRMSNorm | Qwen2RMSNorm | Qwen3RMSNorm
 
 @plain_class
 class RMSNorm(LlamaRMSNorm):
-    """RMSNorm (arXiv 1910.07467) in one kernel, forward and backward, on CUDA devices.
+    """RMSNorm (arXiv 1910.07467), in one kernel forward and backward on CUDA devices.
 
-    In half precision it rounds once, at the end; the library's rounds before the gain as well.
+    In half precision the kernel rounds once, at the end; transformers' norm also rounds before the gain.
     """
 
     @classmethod
     def of(cls, norm: LibraryNorm) -> RMSNorm:
-        """One with the weight of a norm of the library, whichever decoder's."""
+        """An `RMSNorm` that takes over the weight of a library's norm."""
         ours = cls(0, norm.variance_epsilon)
         ours.weight = norm.weight
         return ours.train(norm.training)
@@ -31,5 +31,5 @@ class RMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D], normalised."""
         if hidden_states.device.type != "cuda" or hidden_states.dtype != self.weight.dtype:
-            return super().forward(hidden_states)  # under autocast the result is float32, as the library's
+            return super().forward(hidden_states)  # under autocast the result is float32, as in transformers
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)

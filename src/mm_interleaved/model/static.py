@@ -1,7 +1,7 @@
-"""Capture of CUDA graphs, and a pool that leases them: a new generation call finds one and captures nothing.
+"""Capture of CUDA graphs, and a pool that leases them, so that a new generation call need not capture.
 
-A captured step reads its inputs, its weights and its memory at the addresses of the capture, and runs no Python. So
-whoever captures one copies inputs into fixed tensors, and drops it when the state of its modules has changed
+A captured step reads its inputs, its weights and its memory at the addresses of the capture, and runs no Python. So the
+owner of a graph copies inputs into fixed tensors, and drops the graph if the state of its modules has changed
 (`weights.state_of`).
 """
 
@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 T = TypeVar("T")
-_Key = tuple[Hashable, Hashable]  # what something was made for, and the state of the modules then
+_Key = tuple[Hashable, Hashable]  # the key of an object, and the state of the modules when it was made
 
 
 def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`step` as a captured CUDA graph; a call replays it. `step` runs a few times first, on whatever is there."""
+    """A function that replays `step` as a captured CUDA graph. `step` runs a few times first, on the current inputs."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):  # kernels are loaded, plans and workspaces made
+        for _ in range(3):  # load kernels, make plans and workspaces
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -35,23 +35,23 @@ def capture(step: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 
 class Pool(Generic[T]):
-    """Leases what was made for a module, and keeps the most recently used ones.
+    """Leases objects that were made for a module, and keeps the most recently used ones.
 
     Args:
-        size: how many to keep for each module.
+        size: number of objects to keep for each module.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._idle: weakref.WeakKeyDictionary[nn.Module, list[tuple[_Key, T]]] = weakref.WeakKeyDictionary()
-        self._lock = threading.RLock()  # the garbage collector may end a lease while this thread begins one
+        self._lock = threading.RLock()  # garbage collection may end a lease while this thread starts one
 
     @contextmanager
     def borrow(self, owner: nn.Module, key: Hashable, state: Hashable, make: Callable[[], T]) -> Iterator[T]:
-        """One made for `key`, for nobody else until the end; those made in another `state` of the modules are dropped.
+        """Lease an object for `key` exclusively; objects of another `state` of the modules are dropped.
 
-        What is made must not hold on to `owner`, or neither would ever be freed. It is made outside of inference mode,
-        because others could not write into its tensors.
+        The object must not refer to `owner`, or neither would be freed. It is made outside of inference mode, because
+        tensors of inference mode cannot be written to outside of it.
         """
         wanted = (key, state)
         with self._lock:
@@ -69,7 +69,7 @@ class Pool(Generic[T]):
                 del idle[: -self.size]
 
     def _make(self, owner: nn.Module, make: Callable[[], T]) -> T:
-        """Another one; if there is no memory for it, in the place of those that are kept."""
+        """A new object; if there is not enough memory, the kept ones are freed first."""
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return make()
@@ -80,5 +80,5 @@ class Pool(Generic[T]):
             return make()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all objects."""
         self._idle.clear()

@@ -1,4 +1,4 @@
-"""The gated MMFS of a decoder layer, and the images as the language model looks at them.
+"""The gated MMFS of a decoder layer, and the image features that it attends to.
 
 Axes: B batch, L tokens, D width, I images, S spatial positions of all levels, N heads, H width of a head.
 """
@@ -20,10 +20,10 @@ from .weights import is_intercepted, is_plain
 
 @dataclass
 class DerivedSynchronizer:
-    """Maps of one synchronizer that follow from its weights; for one generation call, see `Synchronizer.derive`.
+    """Derived weights of one synchronizer for one generation call; see `Synchronizer.derive`.
 
     Attributes:
-        query: both query maps of MMFS as one.
+        query: the query maps of MMFS as one linear layer.
         output: the output projection times the gate.
     """
 
@@ -33,13 +33,14 @@ class DerivedSynchronizer:
 
 @dataclass
 class ImageFeatures:
-    """The images that the language model looks at.
+    """The features of the images that the language model attends to.
 
     Attributes:
         features: [I, S, vision width], the levels of `mmfs.levels` one after the other.
         shapes: (height, width) of every level.
-        values: for every synchronizer its values [I, S, N, H], projected once; None: in every call (training).
-        derived: for every synchronizer its derived maps, or None where its modules must be called; None: for all.
+        values: for every synchronizer its values [I, S, N, H], projected once; None: projected in every call
+            (training).
+        derived: for every synchronizer its derived weights, or None if its modules must be called; None: none has any.
     """
 
     features: Tensor
@@ -66,7 +67,7 @@ class Synchronizer(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def reset_parameters(self) -> None:
-        """The gate starts closed."""
+        """The gate starts at 0."""
         nn.init.zeros_(self.gate)
 
     def project(self, features: Tensor) -> Tensor:
@@ -75,10 +76,10 @@ class Synchronizer(nn.Module):
 
     @torch.no_grad()
     def derive(self, out: DerivedSynchronizer | None = None) -> DerivedSynchronizer | None:
-        """The derived maps, from the weights of this moment; None where a module must be called itself.
+        """The derived weights, from the current weights; None if a module must be called.
 
         Args:
-            out: tensors to write into, whose addresses a captured graph knows; None: new ones.
+            out: tensors to write into, for captured graphs, which read fixed addresses; None: new tensors.
         """
         mmfs = self.mmfs
         if not is_plain(mmfs.output_proj) or is_intercepted(self, mmfs) or mmfs.implementation != "fast":
@@ -94,7 +95,7 @@ class Synchronizer(nn.Module):
         return DerivedSynchronizer(query, output)
 
     def forward(self, hidden: Tensor, images: ImageFeatures, visible: VisibleImages) -> Tensor:
-        """[B, L, D] of `hidden` [B, L, D]; a group of `visible` is one token."""
+        """`hidden` [B, L, D] plus the gated MMFS; a group of `visible` is one token."""
         values = self.project(images.features) if images.values is None else images.values[self.index]
         derived = None if images.derived is None else images.derived[self.index]
         centre = torch.full((1, 1, 2), 0.5, device=hidden.device)

@@ -1,11 +1,11 @@
-"""Stable Diffusion's UNet, whose skip connections and middle look at earlier images through MMFS.
+"""Stable Diffusion's UNet with synchronizers: its skip connections and its middle attend to earlier images by MMFS.
 
 Axes: B batch of images that are generated, I earlier images, S spatial positions of all levels, N heads, D channels of
 a head, C channels, R slots for earlier images, L tokens.
 
-The down path and the middle run as in diffusers; then every skip tensor and the middle's output pass a synchronizer,
-each a residual through a zero-initialised 1x1 convolution; then the up path runs. So the down path sees no
-earlier image. On a CUDA device maps lie channels last from convolution to convolution (`ops/group_norm.py`).
+The down path and the middle run as in diffusers. Then every skip tensor and the middle's output pass a synchronizer, a
+residual with a zero-initialised 1x1 convolution. Then the up path runs. So the down path does not depend on earlier
+images. On a CUDA device maps stay in channels-last memory format (`ops/group_norm.py`).
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ _EPS = 1e-6  # of all LayerNorms here
 
 @dataclass
 class EarlierImages:
-    """The earlier images that the UNet looks at.
+    """The earlier images that the UNet attends to.
 
     Attributes:
         features: [I, S, vision width], all four levels one after the other.
-        normed: the same, each vector with mean 0 and variance 1. Every synchronizer begins with a LayerNorm; this part
-            of it they share.
+        normed: the same, each vector with mean 0 and variance 1: the part of a LayerNorm that all synchronizers share.
         shapes: (height, width) of every level.
-        visible: which of them each image of the batch sees; a group is one image.
-        values: for every synchronizer its values of the images; None: projected anew in each call (training).
-        centres: by side of a map of the UNet, the points [1, side * side, 2] around which its cells look; None: made
-            anew in each call.
+        visible: the earlier images of each image of the batch; a group is one image.
+        values: for every synchronizer its values of the images; None: projected in each call (training).
+        centres: by side of a map of the UNet, the reference points [1, side * side, 2] of its cells; None: computed in
+            each call.
     """
 
     features: Tensor
@@ -57,18 +56,18 @@ class EarlierImages:
 
     @classmethod
     def build(cls, pyramid: list[Tensor], images: Tensor) -> EarlierImages:
-        """From maps [I, width, side, side] and the earlier images that each image sees [B, R], -1 = none."""
+        """From maps [I, width, side, side] and the earlier images of each image [B, R], -1 = none."""
         return cls.of(pyramid, VisibleImages.build(images, len(pyramid[0])))
 
     @classmethod
     def of(cls, pyramid: list[Tensor], visible: VisibleImages) -> EarlierImages:
-        """The same, with the images of each image of the batch sorted already."""
+        """From maps [I, width, side, side] and the earlier images of each image, as `VisibleImages`."""
         features = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid], dim=1)
         normed = F.layer_norm(features, features.shape[-1:], eps=_EPS)
         return cls(features, normed, [(m.shape[-2], m.shape[-1]) for m in pyramid], visible)
 
     def for_guidance(self, unconditional_sees: bool) -> EarlierImages:
-        """For a batch with the unconditional copy of every image first; nothing large is copied."""
+        """For a batch that starts with the unconditional copies of all images; features are not copied."""
         images = self.visible.images
         unconditional = images if unconditional_sees else torch.full_like(images, -1)
         visible = VisibleImages.build(torch.cat([unconditional, images]), len(self.features))
@@ -77,7 +76,7 @@ class EarlierImages:
 
 @plain_class
 class LearnedNorm(nn.LayerNorm):
-    """A LayerNorm for vectors that are normalised already: gain and bias alone."""
+    """The gain and bias of a LayerNorm, for vectors that are normalised already."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., width]."""
@@ -86,11 +85,11 @@ class LearnedNorm(nn.LayerNorm):
 
 @dataclass
 class DerivedWeights:
-    """What a generation call derives from the weights of a synchronizer; None: its modules are called instead.
+    """Derived weights of a synchronizer for one generation call; None: its modules are called instead.
 
     Attributes:
-        query: the query maps as one.
-        output: the output projection and the convolution after it as one.
+        query: the query maps as one linear layer.
+        output: the output projection and the convolution after it as one linear layer.
     """
 
     query: DerivedQuery | None
@@ -111,7 +110,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """MMFS keeps PyTorch's default weights for its query maps here; the convolution starts at zero."""
+        """MMFS has PyTorch's default weights in its query maps here; the convolution starts at zero."""
         for linear in (self.mmfs.dynamic_offset_mask, self.mmfs.attention_weights):
             bound = linear.in_features**-0.5
             nn.init.uniform_(linear.weight, -bound, bound)
@@ -124,15 +123,15 @@ class UNetSynchronizer(GradientCheckpointingLayer):
         return self.mmfs.project(self.feature_norm(normed))
 
     def derive(self, out: DerivedWeights | None = None) -> DerivedWeights:
-        """The derived weights of this moment, written into `out` if it is given."""
+        """The derived weights, from the current weights; written into `out` if it is given."""
         out = out or DerivedWeights(None, None)
         output = None
-        if is_plain(self.conv) and not is_intercepted(self.mmfs):  # or a hook would see what the convolution makes
+        if is_plain(self.conv) and not is_intercepted(self.mmfs):  # a hook on MMFS must get its own output
             output = self.mmfs.derive_output(self.conv.weight[:, :, 0, 0], self.conv.bias, out.output)
         return DerivedWeights(self.mmfs.derive_query(out.query), output)
 
     def empty(self) -> DerivedWeights:
-        """Room for what `derive` writes."""
+        """Empty tensors for `derive` to write into."""
         return DerivedWeights(self.mmfs.empty_query(), self.mmfs.empty_output(self.conv.weight))
 
     def forward(
@@ -145,10 +144,10 @@ class UNetSynchronizer(GradientCheckpointingLayer):
     ) -> Tensor:
         """`x` [B, C, side, side] around `centres`; a group of `earlier.visible` is one image of the batch.
 
-        `values` are `project(earlier.normed)`, `derived` is `derive()`; None: made anew, or not used.
+        `values` are `project(earlier.normed)` (None: computed here), `derived` is `derive()` (None: not used).
         """
         derived = derived or DerivedWeights(None, None)
-        if earlier.visible.images.shape[1] == 0:  # nobody sees anything: the same vector in every cell
+        if earlier.visible.images.shape[1] == 0:  # no image has an earlier one: the same vector in every cell
             query = x.new_zeros(1, 1, x.shape[1])
         else:
             query = self.query_norm(x.flatten(2).transpose(1, 2)) + self.positions().to(x.dtype)
@@ -158,7 +157,7 @@ class UNetSynchronizer(GradientCheckpointingLayer):
             derived.query, derived.output,
         )  # fmt: skip
         seen = seen.transpose(1, 2).unflatten(2, (self.side, self.side) if seen.shape[1] > 1 else (1, 1))
-        done = derived.output is not None and self.mmfs.implementation == "fast"  # the convolution, too
+        done = derived.output is not None and self.mmfs.implementation == "fast"  # the convolution is included
         return x + (seen if done else self.conv(seen))
 
 
@@ -166,10 +165,10 @@ TextKV = dict[str, tuple[Tensor, Tensor]]  # keys and values [B, N, L, D] by nam
 
 
 class TextKVProcessor(AttnProcessor2_0):
-    """diffusers' attention, except that keys and values of the text may come in already projected.
+    """diffusers' attention, which also accepts projected keys and values of the text.
 
     Args:
-        name: of the attention, under which it looks for them.
+        name: name of the attention, the key of its keys and values.
     """
 
     def __init__(self, name: str) -> None:
@@ -217,12 +216,12 @@ class MMFSUNet(UNet2DConditionModel):
         use_own_blocks(self)
         blocks = [m for m in self.modules() if isinstance(m, ResnetBlock)]
         self.silu_before_blocks = all(block.activates_time for block in blocks)
-        if self.silu_before_blocks:  # once for all of them
+        if self.silu_before_blocks:  # computed once for all blocks
             for block in blocks:
                 block.skip_time_act = True
 
     def prepare(self, earlier: EarlierImages) -> EarlierImages:
-        """`earlier` with every synchronizer's values in it, so that no step has to project them again."""
+        """`earlier` with the values of every synchronizer, so that steps need not project them."""
         values = [synchronizer.project(earlier.normed) for synchronizer in self.synchronizers]
         return replace(earlier, values=values, centres=self._centres(earlier.features.device))
 
@@ -237,7 +236,7 @@ class MMFSUNet(UNet2DConditionModel):
         return {side: cell_centres([side], device)[None] for side in sides}
 
     def prepare_text(self, conditions: Tensor) -> TextKV:
-        """Keys and values of `conditions` [B, L, cross_attention_dim], which no step changes."""
+        """Keys and values of `conditions` [B, L, cross_attention_dim], the same for all steps."""
         kept: TextKV = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention) and module.is_cross_attention:
@@ -264,8 +263,8 @@ class MMFSUNet(UNet2DConditionModel):
             timestep: [B] or a scalar.
             conditions: [B, L, cross_attention_dim].
             earlier: the earlier images; None: the plain UNet.
-            text: `prepare_text(conditions)`; None: projected anew.
-            derived: `derive()`; None: the synchronizers' own modules.
+            text: `prepare_text(conditions)`; None: projected in this call.
+            derived: `derive()`; None: the synchronizers' modules.
 
         Returns:
             [B, latent channels, side, side].

@@ -1,8 +1,8 @@
-"""Whether weights may be read past their modules, and whether a captured CUDA graph of modules is still right.
+"""Checks of modules: may a fast path read their weights directly, and is a captured CUDA graph of them still valid?
 
-A fast path reads `.weight` of a module and skips its `forward`. That is right only for a plain module: an adapter, a
-quantized weight, a hook or a replaced `forward` change what the module computes, and only calling it does all of that.
-A captured graph replays kernels: it runs no Python, so it sees neither hooks nor another active adapter.
+A fast path reads `.weight` of a module and does not call it. That is correct for a plain module only: an adapter, a
+quantized weight, a hook or a replaced `forward` changes the result, and only a call includes them. A captured graph
+replays kernels and runs no Python, so it includes neither hooks nor a change of the active adapter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLAIN_CLASSES: set[type[nn.Module]] = {nn.Linear, nn.Conv2d, nn.Embedding, nn.L
 
 
 def plain_class(cls: type[M]) -> type[M]:
-    """Class decorator: `is_plain` accepts this class, whose forward uses no other weights than `weight` and `bias`."""
+    """Class decorator: let `is_plain` accept this class, whose forward uses no weights but `weight` and `bias`."""
     _PLAIN_CLASSES.add(cls)
     return cls
 
@@ -33,7 +33,7 @@ def plain_class(cls: type[M]) -> type[M]:
 def is_plain(*modules: nn.Module) -> bool:
     """Whether a fast path may read `weight` and `bias` of these modules instead of calling them.
 
-    Each must be of exactly one of the known classes, with ordinary tensors in memory, and without hooks.
+    Each must be an instance of a known class (not of a subclass), with ordinary tensors in memory and without hooks.
     """
     return not _has_global_hooks() and all(
         type(m) in _PLAIN_CLASSES
@@ -50,7 +50,7 @@ def is_intercepted(*modules: nn.Module) -> bool:
 
 
 def _is_ordinary(weight: Any) -> bool:
-    # ZeRO leaves an empty tensor where it has partitioned a weight.
+    # DeepSpeed ZeRO leaves an empty tensor in place of a partitioned weight.
     return type(weight) in _ORDINARY and not weight.is_meta and weight.numel() > 0
 
 
@@ -66,7 +66,7 @@ def _is_intercepted(module: nn.Module) -> bool:
 
 
 def _has_global_hooks() -> bool:
-    """Whether hooks are registered on all modules; those by which PyTorch counts operations change nothing."""
+    """Whether global module hooks are registered, except those of PyTorch's operation counter, which change nothing."""
     hooks = (
         *torch_module._global_forward_hooks.values(),
         *torch_module._global_forward_pre_hooks.values(),
@@ -77,9 +77,9 @@ def _has_global_hooks() -> bool:
 
 
 def readable(linear: nn.Module) -> Tensor | ScaledRows | None:
-    """The weights of a linear layer as the decoding kernels read them.
+    """The weights of a linear layer in the form of the decoding kernels.
 
-    None: only the module itself knows what to do (LoRA, hooks, offloading, other kinds of quantization).
+    None: the module must be called (LoRA, hooks, offloading, other kinds of quantization).
     """
     if type(linear) is not nn.Linear or is_intercepted(linear):
         return None
@@ -96,12 +96,12 @@ def readable(linear: nn.Module) -> Tensor | ScaledRows | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether any weight is."""
+    """Whether any weight is quantized."""
     return any(len(stored(p)) > 1 for p in module.parameters())
 
 
 def stored(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that hold `tensor`: itself, a quantized one's numbers and scales, a sharded one's part."""
+    """The ordinary tensors inside `tensor`: itself, or those that a quantized or sharded tensor wraps."""
     flatten = getattr(tensor, "__tensor_flatten__", None)  # PyTorch's protocol for tensors that wrap others
     inner = [] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
     return [tensor] if flatten is None else [part for x in inner if isinstance(x, Tensor) for part in stored(x)]
@@ -112,11 +112,11 @@ def stored(tensor: Tensor) -> list[Tensor]:
 
 
 def state_of(*modules: nn.Module) -> Hashable:
-    """All that decides whether a captured graph of `modules` is still right; equal states may share graphs.
+    """The state of `modules` that a captured graph depends on; equal states may share graphs.
 
-    It holds the class, training flag and hooks of every module, the addresses of all parameters and buffers, the
-    attributes that a class names in `switches`, and the active adapters of PEFT layers. Values of weights are not in
-    it: a graph reads them anew at each replay. Autocast is in it, because a graph keeps the types of its kernels.
+    It consists of the class, training flag and hooks of every module, the addresses of all parameters and buffers, the
+    attributes that a class names in `switches`, and the active adapters of PEFT layers. Values of weights are not part
+    of it, because a graph reads them at each replay. Autocast is, because a graph has fixed types.
     """
     state: list[Hashable] = [_has_global_hooks(), *_autocast()]
     for module in _walk(modules):
@@ -125,7 +125,7 @@ def state_of(*modules: nn.Module) -> Hashable:
         for tensors in (own["_parameters"], own["_buffers"]):
             for tensor in tensors.values():
                 if type(tensor) in _ORDINARY:
-                    state += (tensor.data_ptr(), tensor.dtype)  # memory that was freed may hold another type next
+                    state += (tensor.data_ptr(), tensor.dtype)  # freed memory may be reused for another type
                 elif tensor is not None:
                     state += (part.data_ptr() for part in stored(tensor))
         state += (own.get(name) for name in _switches(cls))
@@ -135,7 +135,7 @@ def state_of(*modules: nn.Module) -> Hashable:
 
 
 def _autocast() -> tuple[Hashable, ...]:
-    """For each kind of device the type that autocast gives, or None."""
+    """For each type of device the dtype of autocast, or None."""
     kinds = ("cpu", "cuda")
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
 
@@ -164,10 +164,10 @@ def why_not_captured(*modules: nn.Module) -> str | None:
 
 
 def _walk(modules: tuple[nn.Module, ...]) -> Iterable[nn.Module]:
-    """All modules below `modules`, each once, in a fixed order; several times as fast as `nn.Module.modules`."""
+    """`modules` and all their submodules, each once, in a fixed order; several times as fast as `nn.Module.modules`."""
     found: dict[nn.Module, None] = dict.fromkeys(modules)
     waiting = list(found)
-    for module in waiting:  # it grows
+    for module in waiting:  # the list grows in the loop
         for child in module.__dict__["_modules"].values():
             if child is not None and child not in found:
                 found[child] = None
@@ -182,13 +182,13 @@ def _is_known(cls: type[nn.Module]) -> bool:
 
 @cache
 def _switches(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Attributes of a module by which its user chooses what its forward does."""
+    """Names of the attributes that change the forward pass of a module of this class."""
     return getattr(cls, "switches", ())
 
 
 @cache
 def _is_peft_layer(cls: type[nn.Module]) -> bool:
-    # Models of transformers, diffusers and PEFT have something of the first name, but not both.
+    # Models of transformers, diffusers and PEFT have an attribute of the first name, but not both.
     return all(isinstance(getattr(cls, name, None), property) for name in ("active_adapters", "disable_adapters"))
 
 
@@ -205,7 +205,7 @@ class _AdapterLayer(Protocol):
 
 
 def _adapter_state(layer: _AdapterLayer) -> Hashable:
-    """What of a PEFT layer changes its result besides weights."""
+    """The settings of a PEFT layer that change its result."""
     scaling = getattr(layer, "scaling", None)
     scaling = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()
     return (
