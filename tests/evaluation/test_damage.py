@@ -44,9 +44,12 @@ def test_all_tasks_that_cannot_be_read_are_named(task: MakeTask, run: Run, tmp_p
 def test_another_layout_is_named_with_its_place(task: MakeTask, own: Path, run: Run) -> None:
     path = own / "v2_OpenEnded_mscoco_val2014_questions.json"
     data = json.loads(path.read_text())
-    data["questions"][0]["asked"] = data["questions"][0].pop("question")
+    for question in data["questions"]:
+        question["asked"] = question.pop("question")
     path.write_text(json.dumps(data))
-    with pytest.raises(TaskError, match=r"questions\.json, 'questions', record 0: 'question' is missing"):
+    with pytest.raises(
+        TaskError, match=r"none of 6 records.*questions\.json, 'questions', record 0: 'question' is miss"
+    ):
         run(own_task(task, own))
 
 
@@ -64,13 +67,22 @@ def test_a_damaged_record_further_on_fails_its_task_only(task: MakeTask, own: Pa
     assert f"- vqav2: {found['vqav2'].failed}" in table
 
 
-def test_an_empty_reference_fails_its_task(task: MakeTask, own: Path, run: Run) -> None:
+def test_odd_records_are_counted_and_named(task: MakeTask, own: Path, run: Run) -> None:
+    """All of them, as far as `max_unreadable` allows."""
     path = own / "v2_mscoco_val2014_annotations.json"
     data = json.loads(path.read_text())
     for answer in data["annotations"][2]["answers"]:
         answer["answer"] = " "
+    del data["annotations"][4]["answers"]
     path.write_text(json.dumps(data))
-    assert "there is no reference, or only blank ones" in run(own_task(task, own)).tasks["vqav2"].failed
+    found = run(own_task(task, own), max_unreadable=0.4).tasks["vqav2"]
+    assert (found.samples, found.evaluated, found.failed) == (6, 4, "")
+    blank, missing = found.unreadable.values()
+    assert "record 2, 'answers': there is no reference, or only blank ones" in blank
+    assert "record 4: 'answers' is missing" in missing
+    failed = run(own_task(task, own)).tasks["vqav2"].failed
+    assert "2 of 6 samples are unreadable, 33.3%, and max_unreadable allows 1.0%" in failed
+    assert "only blank ones" in failed
 
 
 class TestUnreadableImages:

@@ -139,62 +139,106 @@ def blank_answers(data: dict) -> None:
         answer["answer"] = " "
 
 
+def odd(task: Task) -> list[str]:
+    """The problems with samples, which have ids of their own, and documents with a slot; others are left alone."""
+    found = list(task.samples())
+    assert len({sample.id for sample in found}) == len(found)
+    assert all(any(s.is_open for s in sample.document.segments) for sample in found)
+    assert len(list(task.documents())) == sum(not sample.problem for sample in found) > 0
+    return [sample.problem for sample in found if sample.problem]
+
+
 @pytest.mark.parametrize(
-    ("name", "edit", "words"),
+    ("name", "file", "edit", "words"),
     [
-        ("coco_karpathy", lambda d: d.append(d[0]), ["id 1 stands in", "record 0", "record 4"]),
-        ("coco_karpathy", lambda d: d[2].update(caption=[]), ["record 2, 'caption'", "no reference"]),
-        ("coco_karpathy", lambda d: d[2].update(caption=["", " "]), ["record 2, 'caption'", "blank"]),
-        ("coco_karpathy", lambda d: d[1].pop("image"), ["record 1", "'image' is missing; there is caption"]),
-        ("coco_karpathy", lambda d: d[1].update(image="a/b.jpg"), ["record 1", "does not end in a number"]),
-        ("nocaps", lambda d: d["annotations"].pop(0) and d["annotations"].clear(), ["'annotations'", "empty"]),
-        ("nocaps", lambda d: d["images"].append(d["images"][0]), ["'id' 2000001 stands in", "Remove one of the two"]),
-        ("nocaps", lambda d: d["images"].pop(), ["there is no image 2000004"]),
-        ("vizwiz_vqa", lambda d: d[0].pop("answers"), ["record 0", "'answers' is missing"]),
-        ("vizwiz_vqa", lambda d: d[0].update(answers=[{"answer": 3}]), ["must be a string, not a whole number"]),
-        ("gqa", lambda d: d["20000010"].update(answer=""), ["question 20000010, 'answer'", "blank"]),
-        ("visdial", lambda d: d["data"]["answers"].clear(), ["there is no answer ", "only 0"]),
-        ("visdial", lambda d: d["data"]["dialogs"][0].update(dialog=[]), ["'dialog'", "empty"]),
-        ("visdial", lambda d: d["data"]["dialogs"][0].update(image_id=5), ["image 5 is not in"]),
-        ("coco", lambda d: d["images"].append({"id": 9, "file_name": "x.jpg"}), ["image 9", "no reference"]),
-        ("ade20k", lambda d: d[0].update(caption=None), ["'caption'", "must be a string, not null"]),
-        ("region_caption", lambda d: d["annotations"][0].update(bbox=[5, 5, 1, 9]), ["[5, 5, 1, 9] is no box"]),
-        ("region_caption", lambda d: d["annotations"][0].update(bbox=[5, True, 1, 9]), ["'bbox'[1]", "a number"]),
-        ("vist", lambda d: next(iter(d["annotations"].values())).clear(), ["story 2000001", "empty"]),
-        ("llava_instruct", lambda d: d[0]["conversations"].pop(), ["record 0", "no answer"]),
-        ("llava_instruct", lambda d: d[0]["conversations"].reverse(), ["turn of 'human'"]),
+        ("coco_karpathy", 0, lambda d: d.append(d[0]), ["id 1 stands in", "record 0"]),
+        ("coco_karpathy", 0, lambda d: d[2].update(caption=[]), ["record 2, 'caption'", "no reference"]),
+        ("coco_karpathy", 0, lambda d: d[2].update(caption=["", " "]), ["record 2, 'caption'", "blank"]),
+        ("coco_karpathy", 0, lambda d: d[1].pop("image"), ["record 1", "'image' is missing; there is caption"]),
+        ("coco_karpathy", 0, lambda d: d[1].update(image="a/b.jpg"), ["record 1", "does not end in a number"]),
+        ("coco_karpathy", 0, lambda d: d.__setitem__(0, 7), ["record 0", "must be an object, not a whole number"]),
+        ("nocaps", 0, lambda d: d["images"].append(d["images"][0]), ["id 2000001 stands in"]),
+        ("nocaps", 0, lambda d: d["images"].pop(), ["there is no image 2000004"]),
+        ("nocaps", 0, lambda d: d["annotations"][0].pop("image_id"), ["record 0", "'image_id' is missing"]),
+        ("image2paragraph", 1, lambda d: d.insert(0, 7), ["image 7 has no paragraph"]),
+        ("image2paragraph", 1, lambda d: d.insert(1, "x"), ["record 1", "must be a whole number, not a string"]),
+        ("vqav2", 1, lambda d: d["annotations"].pop(), ["has no annotation in", "Take both files from one release"]),
+        ("vqav2", 1, lambda d: d["annotations"].append(d["annotations"][0]), ["20000010 stands in", "record 8"]),
+        ("vqav2", 1, blank_answers, ["record 1, 'answers'", "only blank ones"]),
+        ("vizwiz_vqa", 0, lambda d: d[0].pop("answers"), ["record 0", "'answers' is missing"]),
+        ("vizwiz_vqa", 0, lambda d: d[0].update(answers=[{"answer": 3}]), ["must be a string, not a whole number"]),
+        ("gqa", 0, lambda d: d["20000010"].update(answer=""), ["question 20000010, 'answer'", "blank"]),
+        ("visdial", 0, lambda d: d["data"]["dialogs"][0].update(dialog=[]), ["'dialog'", "empty"]),
+        ("visdial", 0, lambda d: d["data"]["dialogs"][0].update(image_id=5), ["image 5 is not in"]),
+        ("visdial", 1, lambda d: d.pop(), ["is not in", "Take both files from one release"]),
+        ("visdial", 1, lambda d: d[0].update(round_id=11), ["there is no round 11", "numbered 1 to 10"]),
+        ("visdial", 1, lambda d: d[0].update(gt_relevance=[0] * 100), ["0 are not 0"]),
+        ("visdial", 1, lambda d: d[0].update(gt_relevance=[1]), ["100 options"]),
+        ("coco", 0, lambda d: d["images"].append({"id": 9, "file_name": "x.jpg"}), ["image 9", "no reference"]),
+        ("ade20k", 0, lambda d: d[0].update(caption=None), ["'caption'", "must be a string, not null"]),
+        ("region_caption", 0, lambda d: d["annotations"][0].update(bbox=[5, 5, 1, 9]), ["[5, 5, 1, 9] is no box"]),
+        ("region_caption", 0, lambda d: d["annotations"][0].update(bbox=[5, True, 1, 9]), ["'bbox'[1]", "a number"]),
+        ("vist", 0, lambda d: next(iter(d["annotations"].values())).clear(), ["story 2000001", "empty"]),
+        ("flintstones", 1, lambda d: d["val"].append(3), ["must be a string"]),
+        ("llava_instruct", 0, lambda d: d[0]["conversations"].pop(), ["record 0", "no answer"]),
+        ("llava_instruct", 0, lambda d: d[0]["conversations"].reverse(), ["turn of 'human'"]),
     ],
 )  # fmt: skip
-def test_records_that_are_wrong(name: str, edit: Callable[[Any], Any], words: list[str], own: Callable) -> None:
-    task, folder = own(name)
-    change(folder / ANNOTATIONS[name][0], edit)
-    with pytest.raises(TaskError) as raised:
-        list(task.samples())
+def test_an_odd_record_is_named_and_the_others_are_read(
+    name: str, file: int, edit: Callable[[Any], Any], words: list[str], own: Callable
+) -> None:
+    task, folder = own(name, **({"limit": 9} if name == "lncoco" else {}))
+    change(folder / ANNOTATIONS[name][file], edit)
+    (problem,) = odd(task)
     for word in (*words, str(folder)):
-        assert word in str(raised.value)
-    assert raised.value.fix
+        assert word in problem
 
 
-@pytest.mark.parametrize(
-    ("name", "edit", "words"),
-    [
-        ("vqav2", lambda d: d["annotations"].pop(), ["has no annotation in", "Take both files from one release"]),
-        ("vqav2", lambda d: d["annotations"].append(d["annotations"][0]), ["'question_id' 20000010 stands in"]),
-        ("vqav2", blank_answers, ["record 1, 'answers'", "only blank ones"]),
-        ("visdial", lambda d: d[0].update(round_id=11), ["there is no round 11", "numbered 1 to 10"]),
-        ("visdial", lambda d: d[0].update(gt_relevance=[0] * 100), ["0 are not 0"]),
-        ("visdial", lambda d: d[0].update(gt_relevance=[1]), ["100 options"]),
-        ("image2paragraph", lambda d: d.insert(0, 7), ["image 7 has no paragraph"]),
-        ("flintstones", lambda d: d["val"].append(3), ["must be a string"]),
-    ],
-)
-def test_second_files_that_do_not_fit(name: str, edit: Callable[[Any], Any], words: list[str], own: Callable) -> None:
-    task, folder = own(name)
-    change(folder / ANNOTATIONS[name][1], edit)
-    with pytest.raises(TaskError) as raised:
+@pytest.mark.parametrize("name", ["refcoco", "region_vqa", "grounded_caption", "lncoco"])
+@pytest.mark.parametrize("line", ["{", "3", "{}", '{"image": "\\ud83d'])
+def test_an_odd_line_is_named_and_the_others_are_read(name: str, line: str, own: Callable) -> None:
+    task, folder = own(name, **({"limit": 20} if name == "lncoco" else {}))
+    path = folder / ANNOTATIONS[name][0]
+    path.write_text(line + "\n" + path.read_text())
+    (problem,) = odd(task)
+    assert f"{path}, line 1" in problem
+
+
+def test_all_odd_records_are_named(own: Callable) -> None:
+    task, folder = own("gqa")
+
+    def spoil(data: dict[str, Any]) -> None:
+        for number in list(data)[::2]:
+            data[number].pop("answer")
+
+    change(folder / ANNOTATIONS["gqa"][0], spoil)
+    found = odd(task)
+    assert len(found) == 4
+    assert len(set(found)) == 4
+
+
+def test_files_without_a_record_that_can_be_used_are_refused(own: Callable) -> None:
+    task, folder = own("visdial")
+    change(folder / ANNOTATIONS["visdial"][0], lambda d: d["data"]["answers"].clear())
+    with pytest.raises(TaskError, match=r"none of 4 records can be used, the first is .* there is no answer"):
         list(task.samples())
-    for word in (*words, str(folder)):
-        assert word in str(raised.value)
+    task, folder = own("nocaps")
+    change(folder / ANNOTATIONS["nocaps"][0], lambda d: d["annotations"].clear())
+    with pytest.raises(TaskError, match="'annotations': the list is empty"):
+        list(task.samples())
+
+
+def test_regions_of_one_image(own: Callable) -> None:
+    task, folder = own("region_caption")
+
+    def same(data: dict[str, Any]) -> None:
+        for region in data["annotations"]:
+            region["image_id"] = 5
+
+    change(folder / ANNOTATIONS["region_caption"][0], same)
+    found = list(task.samples())
+    assert len({sample.id for sample in found}) == len(found) == 4
+    assert {sample.meta["image_id"] for sample in found} == {5}
 
 
 @pytest.mark.parametrize(

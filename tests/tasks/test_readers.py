@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from mm_interleaved import MMInterleavedProcessor
 from mm_interleaved.document import Image, Text
-from mm_interleaved.tasks import Sample, Task
+from mm_interleaved.tasks import Sample, Task, TaskConfig, TaskError, make_task
 from mm_interleaved.tasks.ade20k import color_maps
 from mm_interleaved.tasks.stories import FLINTSTONES, PORORO, tidy
 from toyworld.draw import boxes, draw, label_map
@@ -95,6 +97,21 @@ def test_captions_one_a_record(toy_task: ToyTask, written: Written, tmp_path: Pa
     assert [s.reference for s in found[:5]] == [[c] for c in listed[0]["caption"]]
 
 
+def test_all_paragraphs_of_an_image_are_references(written: Written, tmp_path: Path) -> None:
+    """A few images have two."""
+    folder = tmp_path / "paragraphs"
+    shutil.copytree(written("image2paragraph"), folder)
+    path = folder / "annotations/paragraphs_coco.json"
+    data = json.loads(path.read_text())
+    data["annotations"].append(data["annotations"][0] | {"id": 99, "caption": "Another one."})
+    path.write_text(json.dumps(data))
+    config = TaskConfig("image2paragraph", images=str(folder / "images"), annotations=str(folder), phase="val")
+    found = samples(make_task(config))
+    assert len(found) == COUNT
+    assert found[0].reference == [data["annotations"][0]["caption"], "Another one."]
+    assert [len(s.reference) for s in found[1:]] == [1] * (COUNT - 1)
+
+
 @pytest.mark.parametrize("name", ["vqav2", "okvqa", "textvqa", "vizwiz_vqa", "gqa"])
 def test_questions(name: str, toy_task: ToyTask) -> None:
     """Two questions an image (VizWiz: one); the answer to learn is what most people said."""
@@ -109,6 +126,32 @@ def test_questions(name: str, toy_task: ToyTask) -> None:
         assert sample.meta["answer_type"] in ("yes/no", "number", "other", "unanswerable")
     if name == "vizwiz_vqa":
         assert sample.reference == ["unanswerable"] * 10
+
+
+@pytest.mark.parametrize(
+    ("people", "chosen", "learned"),
+    [
+        (["a cat", "dog", "dog", "cat"], None, "dog"),
+        (["cat", "dog"], None, "cat"),  # of equals the first
+        (["", " ", "", "dog"], None, "dog"),
+        (["dog", "dog", "cat"], "cat", "cat"),  # VQAv2 names it
+        (["dog", "dog", "cat"], " ", "dog"),
+    ],
+)
+@pytest.mark.parametrize("name", ["vqav2", "okvqa", "textvqa", "vizwiz_vqa"])
+def test_the_majority_is_learned(
+    name: str, people: list[str], chosen: str | None, learned: str, written: Written, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(written(FILES[name][0]), folder)
+    (path,) = folder.glob("*annotations.json") if name != "vizwiz_vqa" else folder.glob("val.json")
+    data = json.loads(path.read_text())
+    for record in data if name == "vizwiz_vqa" else data["annotations"]:
+        record["answers"] = [{"answer": text, "answer_id": i} for i, text in enumerate(people)]
+        record["multiple_choice_answer"] = chosen
+    path.write_text(json.dumps(data))
+    config = TaskConfig(name, images=str(folder / FILES[name][1]), annotations=str(folder), phase="val")
+    assert {s.answer[0].text for s in samples(make_task(config))} == {learned}
 
 
 def test_visdial(toy_task: ToyTask) -> None:
@@ -298,9 +341,73 @@ def test_instructions(toy_task: ToyTask, written: Written) -> None:
         assert "<image>" not in sample.document.segments[2].text
 
 
+RECORD = {"id": "r", "conversations": [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A fox."}]}
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Callable[..., list[Sample]]:
+    """The samples of one record."""
+
+    def read(name: str, record: dict) -> list[Sample]:
+        for image in "abc":
+            PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{image}.png")
+        (tmp_path / "llava.json").write_text(json.dumps([record]))
+        config = TaskConfig(name, images=str(tmp_path), annotations=str(tmp_path / "llava.json"))
+        return list(make_task(config).samples())
+
+    return read
+
+
+def shown(sample: Sample) -> list[tuple[str | None, str]]:
+    """Roles, and texts or names of images; a slot is "?"."""
+    return [(s.role, "?" if s.is_open else s.text if isinstance(s, Text) else Path(str(s.source)).stem)
+            for s in sample.document.segments]  # fmt: skip
+
+
+@pytest.mark.parametrize("system", ["system", None])
+@pytest.mark.parametrize(
+    ("images", "question", "asked"),
+    [
+        ("a.png", "<image>\nWho?", ["a", "Who?"]),
+        ("a.png", "Who? <image>", ["a", "Who?"]),
+        (["a.png"], "Who?", ["a", "Who?"]),
+        (["a.png", "b.png"], "<image>\nis before, <image> after. Who?", ["a", "is before,", "b", "after. Who?"]),
+        (["a.png", "b.png"], "Who?", ["a", "b", "Who?"]),
+    ],
+)
+def test_system_turns_and_several_images(system, images, question, asked, llava) -> None:
+    turns = [{"from": "human", "value": question}, RECORD["conversations"][1]]
+    first_turn = [{"from": "system", "value": "Be brief."}] if system else []
+    record = RECORD | {"image": images, "conversations": first_turn + turns}
+    (whole,) = llava("llava_conversations", record)
+    said = [("system", "Be brief.")] if system else []
+    assert shown(whole) == [*said, *(("user", part) for part in asked), ("assistant", "?")]
+    assert [a.text for a in whole.answer] == ["A fox."]
+    (single,) = llava("llava_instruct", record)
+    names = [Path(str(image.source)).stem for image in single.document.images]
+    assert names == [part for part in asked if len(part) == 1]
+    assert "<image>" not in single.meta["question"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image": ["a.png", "b.png", "c.png"]}, "3 images, but 1 places for them"),
+        ({"image": ["a.png", 3]}, "must be a string"),
+        ({"image": []}, "no reference"),
+        ({"image": "a.png", "conversations": RECORD["conversations"][:1]}, "the last question has no answer"),
+        ({"image": "a.png", "conversations": [{"from": "system", "value": "Be brief."}]}, "has no answer"),
+    ],
+)
+def test_conversations_that_cannot_be_used_are_named(change, words, llava) -> None:
+    with pytest.raises(TaskError, match=words):
+        llava("llava_conversations", RECORD | change)
+
+
 def test_whole_conversations(toy_task: ToyTask, processor: MMInterleavedProcessor) -> None:
     task = toy_task("llava_conversations")
     for document in task.documents():
+        processor(replace(document, segments=[Text("Be brief.", False, "system"), *document.segments]), training=True)
         assert {s.role for s in document.segments} == {"user", "assistant"}
         assert [s.supervise for s in document.segments] == [s.role == "assistant" for s in document.segments]
         processor(document, training=True)

@@ -51,7 +51,7 @@ def check_tasks(tasks: Sequence[TaskConfig]) -> None:
 
 def _print(name: str, found: TaskCheck, toy: bool) -> None:
     counts = [f"{found.samples:,} samples", f"{found.images:,} images"]
-    counts += [f"{found.missing:,} samples lack an image"] if found.missing else []
+    counts += [f"{found.missing:,} samples cannot be used"] if found.missing else []
     counts += [f"{found.unreadable:,} images cannot be read"] if found.unreadable else []
     mark = "[green]good[/]" if found.good else "[red]not complete[/]"
     output.print(f"[bold]{name}[/]: {mark}: {', '.join(counts)}", highlight=False)

@@ -278,9 +278,10 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
     unreadable = {r["id"]: r["problem"] for r in records.values() if "problem" in r}
     good = [(s, records[i]) for i, s in enumerate(samples) if "problem" not in records[i]]
     result.samples, result.evaluated = len(samples), len(good)
-    result.unreadable = dict(list(unreadable.items())[:NAMED])
+    result.unreadable = unreadable
     share = len(unreadable) / len(samples)
     if share > config.max_unreadable:
+        result.unreadable = dict(list(unreadable.items())[:NAMED])  # the predictions have all
         first, why = next(iter(unreadable.items()))
         result.failed = (
             f"{len(unreadable)} of {len(samples)} samples are unreadable, {share:.1%}, and max_unreadable allows "

@@ -29,7 +29,7 @@ from .config import EvaluationError, MetricConfig
 from .predictions import Record
 from .toyworld import drawn_scenes, metric_for, shown_scenes
 
-NAMED = 20  # unreadable samples that results name
+NAMED = 20  # unreadable samples that the results of a failed task name
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class TaskResult:
         task, phase: what was asked.
         samples: how many there are.
         evaluated: how many could be.
-        unreadable: why others could not, the first of them by id.
+        unreadable: why others could not, by id; of a failed task only the first of them.
         failed: why there is no result; "": there is one.
         toy: whether the files are the toy world's.
         notes: what else one must know to read the figures.

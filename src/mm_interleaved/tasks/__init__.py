@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 
 from . import ade20k, captions, grounding, instructions, stories, text_to_image, visdial, vqa
-from .base import Item, Sample, Task, TaskConfig, TaskType, given, render
+from .base import Item, Sample, Task, TaskConfig, TaskType, each, given, render
 from .files import ImageFolder, Source, TaskError
 
 FAMILIES = (captions, vqa, visdial, grounding, text_to_image, ade20k, stories, instructions)
@@ -45,6 +45,6 @@ def register(task: TaskType) -> TaskType:
 
 
 __all__ = [
-    "TASKS", "Item", "ImageFolder", "Sample", "Source", "Task", "TaskConfig", "TaskError", "TaskType", "given",
+    "TASKS", "Item", "ImageFolder", "Sample", "Source", "Task", "TaskConfig", "TaskError", "TaskType", "each", "given",
     "make_task", "register", "render",
 ]  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from ..document import Image, Segment, Text
-from .base import Item, TaskType, given
-from .files import Source, TaskError, get, read_json, records
+from .base import Item, TaskType, each, given
+from .files import Source, TaskError, entries, get, read_json
 
 COLORED = "annotations_with_color"
 CLASSES = 150
@@ -64,7 +65,8 @@ def read(source: Source) -> Iterator[Item]:
     original, `compat`) the square image is stretched to the map's sides.
     """
     path = source.file(f"{source.phase}.json")
-    for where, record in records(read_json(path), str(path)):
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         name, caption = get(record, "image_id", str, where), get(record, "caption", str, where).strip()
         files = (f"{COLORED}/{source.phase}/{name}.png", f"images/{source.phase}/{name}.jpg",
                  f"annotations/{source.phase}/{name}.png")  # fmt: skip
@@ -80,6 +82,8 @@ def read(source: Source) -> Iterator[Item]:
         reference = {"labels": str(labels), "photo": str(photo), "fit": "stretch" if source.compat else "center"}
         yield Item(name, {"scene": layout, "image": shown, "caption": caption}, reference, [Image(photo)],
                    meta={"caption": caption}, problem=problem, place=where)  # fmt: skip
+
+    return each(entries(read_json(path), str(path)), make)
 
 
 TASKS = (

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
 from ..validation import Count, Positive, Seed, nearest_name, settings
-from .files import ImageFolder, Source, TaskError, checked, read_json
+from .files import Entry, ImageFolder, Source, TaskError, checked, get, read_json
 
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 Makes = Literal["text", "image", "scores"]
 Value = str | Segment | Sequence[Segment]
 
@@ -31,7 +34,7 @@ class Item:
         answer: what training learns in the place of the open slots, in order.
         options: for tasks that rank them, the texts to score.
         meta: what else metrics and galleries want to know.
-        problem: why it cannot be evaluated (its image is missing), "" if it can.
+        problem: why it cannot be evaluated (its image is missing, its record is odd), "" if it can.
         place: where it stands in the files.
     """
 
@@ -43,6 +46,70 @@ class Item:
     meta: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     place: str = ""
+
+    @classmethod
+    def unusable(cls, place: str, problem: str) -> Item:
+        """What stands for a record that cannot be used. Its id is its place, without the folder."""
+        return cls(place.rpartition("/")[2], {}, problem=problem, place=place)
+
+
+def each(entries: Iterable[Entry], make: Callable[[str, Any, int], Iterable[Item]]) -> Iterator[Item]:
+    """The items of records; a record that cannot be used becomes an item that says why.
+
+    Args:
+        entries: from `files.entries` and the like.
+        make: makes the items of a record, given its place, the record, and its number.
+    """
+    for index, (where, read) in enumerate(entries):
+        try:
+            found = list(make(where, read(), index))
+        except TaskError as error:
+            found = [Item.unusable(where, str(error))]
+        yield from found
+
+
+def usable(entries: Iterable[Entry], parse: Callable[[str, Any], T]) -> tuple[list[T], list[Item]]:
+    """What `parse` makes of records, given their place and them, and an item for each that cannot be used."""
+    found, odd = [], []
+    for where, read in entries:
+        try:
+            found.append(parse(where, read()))
+        except TaskError as error:
+            odd.append(Item.unusable(where, str(error)))
+    return found, odd
+
+
+Grouped = Mapping[T, Sequence[tuple[str, dict[str, Any]]]]
+"""Records and their places by the value of a key."""
+
+
+def grouped(entries: Iterable[Entry], key: str, kind: type[T]) -> tuple[Grouped[T], list[Item]]:
+    """Records by the value of one of their keys, in the order of the file, and an item for each that has none."""
+    found, odd = usable(entries, lambda where, record: (get(record, key, kind, where), where, record))
+    groups: dict[T, list[tuple[str, dict[str, Any]]]] = {}
+    for value, where, record in found:
+        groups.setdefault(value, []).append((where, record))
+    return groups, odd
+
+
+def only(groups: Grouped[T], value: T, where: str, problem: str) -> tuple[str, dict[str, Any]]:
+    """The one record that belongs to another, with its place.
+
+    Args:
+        groups: the records.
+        value: of the key.
+        where: where the other stands.
+        problem: what is wrong if there is none.
+
+    Raises:
+        TaskError: there is none, or several.
+    """
+    found = groups.get(value, ())
+    if not found:
+        raise TaskError(problem, where, "Take both files from one release")
+    if len(found) > 1:
+        raise TaskError(f"{value} stands in {found[1][0]} as well", found[0][0], "Remove one of the two")
+    return found[0]
 
 
 @dataclass(frozen=True)
@@ -177,13 +244,19 @@ class Task:
         """The samples, in a fixed order. Those that cannot be evaluated say so in `problem`.
 
         Raises:
-            TaskError: a file is missing or not as it should be, or two samples have one id.
+            TaskError: a file is missing or not as it should be, or none of its records can be used.
         """
         shots = None
         if self.config.shots:
             items = self.kind.read(self._shot_source())
             shots = Shots(self.config, self.kind, [item for item in items if not item.problem])
         for index, item in enumerate(self._items()):
+            if not item.fields:
+                document = Document(
+                    [Image() if self.makes == "image" else Text()], id=item.id, place=item.place or None
+                )
+                yield Sample(item.id, document, problem=item.problem)
+                continue
             fields = dict(item.fields)
             template = self.prompt
             if shots is not None:
@@ -196,27 +269,43 @@ class Task:
             yield Sample(item.id, document, item.reference, item.meta, item.answer, item.options, item.problem)
 
     def documents(self) -> Iterator[Document]:
-        """The samples as training documents: what fills the slots is learned. Those with a problem are left out.
+        """The samples as training documents: what fills the slots is learned. Those with a problem are left out, and
+        a warning says how many.
 
         Raises:
             TaskError: as `samples`, or a sample has no answer to learn.
         """
+        problems = []
         for sample in self.samples():
-            if not sample.problem:
+            if sample.problem:
+                problems.append(sample.problem)
+            else:
                 yield _answered(sample)
+        if problems:
+            logger.warning("task '%s': %d samples are left out; the first: %s", self.name, len(problems), problems[0])
 
     def _items(self) -> Iterator[Item]:
+        """The items; one that repeats the id of another cannot be used."""
         places: dict[str, str] = {}
-        source = self.source()
-        for item in islice(self.kind.read(source), self.config.limit):
+        odd: list[Item] = []  # held back: if nothing can be used, these are files of another layout
+        good, source = 0, self.source()
+        for number, item in enumerate(islice(self.kind.read(source), self.config.limit)):
             if item.id in places:
-                raise TaskError(f"id {item.id} stands in {places[item.id] or 'it'} as well", item.place or self.name,
-                                "Remove one of the two")  # fmt: skip
+                problem = f"id {item.id} stands in {places[item.id] or 'it'} as well"
+                item = Item.unusable(f"{item.place or self.name}, item {number}", problem)
             places[item.id] = item.place
+            if not item.fields:
+                odd.append(item)
+                continue
+            yield from odd
+            odd.clear()
+            good += 1
             yield item
-        if not places:
-            raise TaskError(f"task '{self.name}' has no samples here", str(source.annotations),
+        if not good:
+            first = f"; none of {len(odd)} records can be used, the first is {odd[0].problem}" if odd else ""
+            raise TaskError(f"task '{self.name}' has no samples here{first}", str(source.annotations),
                             "Check the files and the phase")  # fmt: skip
+        yield from odd
 
     def source(self) -> Source:
         """Where the files are, and which part of them is wanted.

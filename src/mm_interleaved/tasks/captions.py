@@ -5,14 +5,13 @@ Files, prompts and settings: docs/data_formats.md, "Captions".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..document import Text
 from ..generation.settings import TEXT_PRESETS, GenerationSettings
-from .base import Item, TaskType, given
-from .files import Source, TaskError, by_key, checked, get, read_json, records, strings, trailing_number
+from .base import Item, TaskType, each, given, grouped
+from .files import Source, TaskError, checked, entries, get, read_json, strings, trailing_number
 
 PROMPT = "{image} a photo of"
 PARAGRAPH_PROMPT = "{image}Please describe the image in detail. The image depicts"
@@ -29,7 +28,8 @@ def first_sentence(text: str) -> str:
 def read_karpathy(source: Source) -> Iterator[Item]:
     """A list of {image, caption: [five]}, as BLIP published it; the id is the number in the image's name."""
     path = source.file(f"annotations/coco_karpathy_{source.phase}.json")
-    for index, (where, record) in enumerate(records(read_json(path), str(path))):
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         name = get(record, "image", str, where)
         value = record.get("caption")
         single = isinstance(value, str)  # the list for training has a record for every caption
@@ -39,56 +39,64 @@ def read_karpathy(source: Source) -> Iterator[Item]:
         yield Item(f"{number}-{index}" if single else number, {"image": given(image)}, captions,
                    [Text(captions[0].lower())], meta={"image_id": number}, problem=problem, place=where)  # fmt: skip
 
+    return each(entries(read_json(path), str(path)), make)
 
-def read_coco_form(name: str) -> Any:
+
+def read_coco_form(name: str) -> Callable[[Source], Iterator[Item]]:
     """A reader of COCO's own form: {images: [{id, file_name}], annotations: [{image_id, caption}]}."""
 
     def read(source: Source) -> Iterator[Item]:
         path = source.file(name)
         data = checked(read_json(path), dict, str(path))
-        images = by_key(list(records(data.get("images"), f"{path}, 'images'")), "id", int)
-        captions = _captions(data, path, set(images))
-        for number, (where, record) in images.items():
+        captions, odd = grouped(entries(data.get("annotations"), f"{path}, 'annotations'"), "image_id", int)
+        known: set[int] = set()
+
+        def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
+            number = get(record, "id", int, where)
+            known.add(number)
             image, problem = source.images.find(get(record, "file_name", str, where))
-            texts = strings(captions.get(number, []), f"{where}, captions of image {number}")
+            texts = _texts(captions.get(number, ()), f"{where}, captions of image {number}")
             meta = {"image_id": str(number)}
             if "domain" in record:
                 meta["domain"] = get(record, "domain", str, where)
             yield Item(str(number), {"image": given(image)}, texts, [Text(texts[0].lower())], meta=meta,
                        problem=problem, place=where)  # fmt: skip
 
+        yield from each(entries(data.get("images"), f"{path}, 'images'"), make)
+        yield from odd
+        for number in [number for number in captions if number not in known]:
+            yield Item.unusable(captions[number][0][0], f"there is no image {number} in 'images' of {path}")
+
     return read
 
 
-def _captions(data: dict[str, Any], path: Path, known: set[int]) -> dict[int, list[str]]:
-    """By image, its captions in the order of the file."""
-    found: dict[int, list[str]] = {}
-    for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
-        number = get(record, "image_id", int, where)
-        if number not in known:
-            raise TaskError(
-                f"there is no image {number} in 'images'", where, "Complete 'images', or remove the caption"
-            )
-        found.setdefault(number, []).append(get(record, "caption", str, where))
-    return found
+def _texts(records: Sequence[tuple[str, dict[str, Any]]], where: str) -> list[str]:
+    """The captions of records, one of which at least is not blank."""
+    return strings([get(record, "caption", str, place) for place, record in records], where)
 
 
 def read_paragraphs(source: Source) -> Iterator[Item]:
-    """`paragraphs_coco.json` and the ids of a phase; the image is the end of its URL (`VG_100K/2356347.jpg`)."""
+    """`paragraphs_coco.json` and the ids of a phase; the image is the end of its URL (`VG_100K/2356347.jpg`).
+
+    All paragraphs of an image are references, as in COCO's evaluation.
+    """
     path = source.file("annotations/paragraphs_coco.json")
     split = source.file(f"annotations/{source.phase}_split.json")
     data = checked(read_json(path), dict, str(path))
-    found = by_key(list(records(data.get("annotations"), f"{path}, 'annotations'")), "image_id", int)
-    for index, value in enumerate(checked(read_json(split), list, str(split))):
-        number = checked(value, int, f"{split}, item {index}")
-        if number not in found:
-            raise TaskError(f"image {number} has no paragraph in {path}", f"{split}, item {index}",
-                            "Take both files from one release")  # fmt: skip
-        where, record = found[number]
-        image, problem = source.images.find("/".join(get(record, "url", str, where).split("/")[-2:]))
-        texts = strings([get(record, "caption", str, where)], where)
+    found, odd = grouped(entries(data.get("annotations"), f"{path}, 'annotations'"), "image_id", int)
+
+    def make(where: str, number: int, index: int) -> Iterator[Item]:
+        paragraphs = found.get(number)
+        if not paragraphs:
+            raise TaskError(f"image {number} has no paragraph in {path}", where, "Take both files from one release")
+        place, record = paragraphs[0]
+        image, problem = source.images.find("/".join(get(record, "url", str, place).split("/")[-2:]))
+        texts = _texts(paragraphs, place)
         yield Item(str(number), {"image": given(image)}, texts, [Text(texts[0])], meta={"image_id": str(number)},
-                   problem=problem, place=where)  # fmt: skip
+                   problem=problem, place=place)  # fmt: skip
+
+    yield from each(entries(read_json(split), str(split), int), make)
+    yield from odd
 
 
 _SHARED: dict[str, Any] = {"makes": "text", "prompt": PROMPT, "metrics": METRICS, "settings": SETTINGS,

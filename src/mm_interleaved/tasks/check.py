@@ -11,7 +11,7 @@ from ..processor.images import load_image, open_image
 from .base import Sample, Task
 from .files import TaskError
 
-NAMED = 5  # problems of one kind that are named
+NAMED = 20  # problems of one kind that are named
 DECODED = 100  # images that are read to their last pixel; of the others only the header
 
 EXPECTED = {
@@ -29,7 +29,8 @@ class TaskCheck:
     Attributes:
         samples: how many there are.
         images: different image files that they name.
-        missing, unreadable: how many of those are not there, or no images.
+        missing: how many samples cannot be used, since an image is not there or a record is odd.
+        unreadable: how many image files are no images.
         expected: samples of the official set; None: not known, or a limit was set.
         problems: what is wrong, with places; a few of each kind.
         fix: where the files come from.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ..document import DocumentError
 
 T = TypeVar("T")
+Entry = tuple[str, Callable[[], Any]]
+"""Where a record of a file stands, and what reads it or raises `TaskError`: one odd record leaves the others alone."""
 _NAMES = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
 _NUMBER = (int, float)
 
@@ -94,20 +97,24 @@ def read_json(path: Path) -> Any:
     return _decode(_text(path), str(path))
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) for every line of a JSON-lines file; empty lines are skipped.
+def line_entries(path: Path) -> Iterator[Entry]:
+    """The lines of a JSON-lines file, which are to be objects; empty lines are skipped.
 
     Raises:
-        TaskError: the file cannot be read, a line is no JSON object, or there is none.
+        TaskError: the file cannot be read, or has no lines.
     """
     found = False
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
-            where = f"{path}, line {number}"
             found = True
-            yield where, checked(_decode(line, where), dict, where)
+            where = f"{path}, line {number}"
+            yield where, partial(_line, line, where)
     if not found:
         raise TaskError("the file is empty", str(path), "Fetch or make it again")
+
+
+def _line(text: str, where: str) -> dict[str, Any]:
+    return checked(_decode(text, where), dict, where)
 
 
 def _text(path: Path) -> str:
@@ -154,17 +161,27 @@ def get(record: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
     return checked(record[key], kind, f"{where}, '{key}'")
 
 
+def entries(value: Any, where: str, kind: type = dict) -> Iterator[Entry]:
+    """The items of a list, which are to be objects, or of another JSON type.
+
+    Raises:
+        TaskError: it is no list, or empty.
+    """
+    if not checked(value, list, where):
+        raise TaskError("the list is empty", where, "Fetch or make the file again")
+    for index, item in enumerate(value):
+        place = f"{where}, record {index}"
+        yield place, partial(checked, item, kind, place)
+
+
 def records(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, object) for every item of a list of objects.
 
     Raises:
         TaskError: it is no list, or empty, or an item is no object.
     """
-    if not checked(value, list, where):
-        raise TaskError("the list is empty", where, "Fetch or make the file again")
-    for index, item in enumerate(value):
-        place = f"{where}, record {index}"
-        yield place, checked(item, dict, place)
+    for place, read in entries(value, where):
+        yield place, read()
 
 
 def strings(value: Any, where: str) -> list[str]:
@@ -202,18 +219,3 @@ def box(value: Any, where: str) -> tuple[float, float, float, float]:
         raise TaskError(f"{value} is no box", where, "Write [x1, y1, x2, y2] in pixels with x1 <= x2 and y1 <= y2")
     x1, y1, x2, y2 = sides
     return x1, y1, x2, y2
-
-
-def by_key(items: Sequence[tuple[str, dict[str, Any]]], key: str, kind: type[T]) -> dict[T, tuple[str, dict[str, Any]]]:
-    """Records by the value of one of their keys.
-
-    Raises:
-        TaskError: two have the same.
-    """
-    found: dict[T, tuple[str, dict[str, Any]]] = {}
-    for where, record in items:
-        value = get(record, key, kind, where)
-        if value in found:
-            raise TaskError(f"'{key}' {value} stands in {found[value][0]} as well", where, "Remove one of the two")
-        found[value] = (where, record)
-    return found

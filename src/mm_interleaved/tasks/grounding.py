@@ -15,8 +15,8 @@ from typing import Any
 
 from ..document import DocumentError, Text
 from ..processor.images import open_image
-from .base import Item, TaskType, given
-from .files import Source, TaskError, box, checked, get, read_json, read_lines, records, strings
+from .base import Item, TaskType, each, given
+from .files import Source, TaskError, box, checked, entries, get, line_entries, read_json, strings
 
 GROUNDING = "{image}Provide the bounding box coordinate of the region this sentence describes. {caption}<box>"
 REFERRING = "{image}Provide a short description for this <ref>region</ref><box>{box}</box>."
@@ -63,21 +63,18 @@ def _image(source: Source, record: dict[str, Any], where: str) -> tuple[Path, st
 def read_expressions(source: Source, name: str) -> Iterator[Item]:
     """JSON lines of {image, bbox in pixels, sent}, and perhaps a confidence, below which they are skipped."""
     threshold = _threshold(source)
-    path = source.file(name.format(phase=source.phase))
-    for index, (where, record) in enumerate(read_lines(path)):
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         if "confidence" in record and get(record, "confidence", float, where) < threshold:
-            continue
+            return
         caption = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
         image, problem, size, sides = _region(source, record, where)
-        yield Item(
-            str(index),
-            {"image": given(image), "caption": caption},
-            sides,
-            [Text(f"{box_text(sides)}</box>", attached=True)],
-            meta={"caption": caption, "width": size[0], "height": size[1]},
-            problem=problem,
-            place=where,
-        )
+        yield Item(str(index), {"image": given(image), "caption": caption}, sides,
+                   [Text(f"{box_text(sides)}</box>", attached=True)],
+                   meta={"caption": caption, "width": size[0], "height": size[1]}, problem=problem,
+                   place=where)  # fmt: skip
+
+    return each(line_entries(source.file(name.format(phase=source.phase))), make)
 
 
 def _threshold(source: Source) -> float:
@@ -89,41 +86,47 @@ def _threshold(source: Source) -> float:
 
 
 def read_regions(source: Source) -> Iterator[Item]:
-    """{annotations: [{image_id, image, caption, bbox}]}; an id for each region."""
+    """{annotations: [{image_id, image, caption, bbox}]}; several regions may be of one image."""
     path = source.file(f"{source.phase}.json")
     data = checked(read_json(path), dict, str(path))
-    for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         caption = strings([get(record, "caption", str, where)], f"{where}, 'caption'")
         image, problem, _, sides = _region(source, record, where)
-        number = str(record.get("image_id", where))
-        yield Item(number, {"image": given(image), "box": box_text(sides)}, caption, [Text(caption[0])],
-                   meta={"image_id": number, "box": sides}, problem=problem, place=where)  # fmt: skip
+        yield Item(str(index), {"image": given(image), "box": box_text(sides)}, caption, [Text(caption[0])],
+                   meta={"image_id": record.get("image_id"), "box": sides}, problem=problem, place=where)  # fmt: skip
+
+    return each(entries(data.get("annotations"), f"{path}, 'annotations'"), make)
 
 
 def read_region_questions(source: Source) -> Iterator[Item]:
     """JSON lines of {image, bbox, question, answer}."""
-    path = source.file(f"vgvqa_{source.phase}.jsonl")
-    for index, (where, record) in enumerate(read_lines(path)):
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
         image, problem, _, sides = _region(source, record, where)
         fields = {"image": given(image), "box": box_text(sides), "question": get(record, "question", str, where)}
         meta = {"question": fields["question"], "box": sides}
         yield Item(str(index), fields, answer[0], [Text(answer[0])], meta=meta, problem=problem, place=where)
 
+    return each(line_entries(source.file(f"vgvqa_{source.phase}.jsonl")), make)
+
 
 def read_grounded_captions(source: Source) -> Iterator[Item]:
     """JSON lines of {image, sent}, where phrases carry boxes in pixels: `<ref>a dog</ref><box>(1,2)(3,4)</box>`."""
-    path = source.file(f"{source.phase}.jsonl")
-    for index, (where, record) in enumerate(read_lines(path)):
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         sent = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
         image, problem, size = _image(source, record, where)
 
-        def scaled(found: re.Match[str], size: tuple[int, int] = size, where: str = where) -> str:
+        def scaled(found: re.Match[str]) -> str:
             pixels = box([float(side) for side in found.groups()], where)
             return f"<box>{box_text(thousandths(pixels, size))}</box>"
 
         text = _TAGGED.sub(scaled, sent)
         yield Item(str(index), {"image": given(image)}, [text], [Text(text)], problem=problem, place=where)
+
+    return each(line_entries(source.file(f"{source.phase}.jsonl")), make)
 
 
 _OBTAIN = "Write the annotations of RefCOCO as JSON lines {image, bbox: [x1, y1, x2, y2], sent}"
@@ -147,7 +150,7 @@ TASKS = (
              images="grit/images", annotations="grit", obtain="Make JSON lines {image, sent, bbox, confidence}"),
     TaskType("region_caption", "descriptions of regions (Visual Genome, RefCOCOg)", read_regions, prompt=REFERRING,
              phases=("test", "val", "train"), images="vg/images", annotations="vg",
-             obtain="Make a file {annotations: [{image_id, image, caption, bbox}]} with an id for every region",
+             obtain="Make a file {annotations: [{image_id, image, caption, bbox}]}",
              **_REGIONS),
     TaskType("region_vqa", "questions about regions (Visual Genome)", read_region_questions, makes="text",
              prompt=REGION_VQA, metrics=("gqa_accuracy",), crop="squash", phases=("train", "val", "test"),

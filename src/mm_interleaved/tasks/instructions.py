@@ -6,65 +6,123 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..document import Image, Segment, Text
-from .base import Item, TaskType, given
-from .files import Source, TaskError, get, read_json, read_lines, records, strings
+from .base import Item, TaskType, each, given
+from .files import Source, TaskError, entries, get, line_entries, read_json, records, strings
 from .vqa import PROMPT
 
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
+SPEAKERS = (("human", "user"), ("gpt", "assistant"))
 
 
-def _with_images(source: Source) -> Iterator[tuple[str, str, Any, str, list[tuple[str, str]]]]:
-    """(where, id, image, its problem, rounds) of every record that has an image; others are left out.
+@dataclass(frozen=True)
+class Conversation:
+    """A record: its place, an id, its images and why they cannot be used, what the system says, and rounds."""
 
-    The file holds {id, image, conversations: [{from, value}, ...]}, listed or a line each.
+    where: str
+    id: str
+    images: list[Image]
+    problem: str
+    system: str
+    rounds: list[tuple[str, str]]
+
+
+def _read(source: Source, make: Callable[[Conversation], Iterator[Item]]) -> Iterator[Item]:
+    """What `make` makes of every record that has images; others are left out.
+
+    The file holds {id, image, conversations: [{from, value}, ...]}, listed or a line each; several images are a list.
     """
     path = source.file("llava_instruct.json")
-    listed = read_lines(path) if path.suffix == ".jsonl" else records(read_json(path), str(path))
-    for index, (where, record) in enumerate(listed):
-        if record.get("image") is not None:
-            image, problem = source.images.find(get(record, "image", str, where))
-            yield where, f"{index}-{record.get('id', '')}".rstrip("-"), image, problem, _rounds(record, where)
+
+    def read(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
+        value = record.get("image")
+        if value is None:
+            return
+        names = strings(value if isinstance(value, list) else [value], f"{where}, 'image'")
+        found = [source.images.find(name) for name in names]
+        problem = next((problem for _, problem in found if problem), "")
+        images = [given(path) for path, _ in found]
+        name = f"{index}-{record.get('id', '')}".rstrip("-")
+        yield from make(Conversation(where, name, images, problem, *_turns(record, where)))
+
+    return each(line_entries(path) if path.suffix == ".jsonl" else entries(read_json(path), str(path)), read)
 
 
 def read_rounds(source: Source) -> Iterator[Item]:
-    """Every round on its own, without what was said before."""
-    for where, name, image, problem, rounds in _with_images(source):
-        for number, (question, answer) in enumerate(rounds):
-            fields = {"image": given(image), "question": question}
-            yield Item(f"{name}-{number}", fields, [answer], [Text(answer)], meta={"question": question},
-                       problem=problem, place=where)  # fmt: skip
+    """Every round on its own, with all images and without what was said before.
+
+    What the system says is the field `{system}`, which the default prompt leaves out, as the original does.
+    """
+
+    def make(found: Conversation) -> Iterator[Item]:
+        for number, (question, answer) in enumerate(found.rounds):
+            question = _PLACEHOLDER.sub("", question).strip()
+            fields = {"image": found.images, "question": question, "system": found.system}
+            yield Item(f"{found.id}-{number}", fields, [answer], [Text(answer)], meta={"question": question},
+                       problem=found.problem, place=found.where)  # fmt: skip
+
+    return _read(source, make)
 
 
 def read_conversations(source: Source) -> Iterator[Item]:
-    """All rounds, with roles; what the assistant says is learned."""
-    for where, name, image, problem, rounds in _with_images(source):
-        segments: list[Segment] = [Image(image, supervise=False, role="user")]
-        for question, _ in rounds:
-            segments += [Text(question, supervise=False, role="user"), Text(role="assistant")]
-        answers = [answer for _, answer in rounds]
-        yield Item(name, {"conversation": segments}, answers, [Text(a, role="assistant") for a in answers],
-                   problem=problem, place=where)  # fmt: skip
+    """All rounds, with roles; what the assistant says is learned.
+
+    Several images stand in their places (`<image>`); if there are none, and for a single image, they come first.
+    """
+
+    def make(found: Conversation) -> Iterator[Item]:
+        images = [replace(image, role="user") for image in found.images]
+        places = sum(len(_PLACEHOLDER.findall(question)) for question, _ in found.rounds)
+        if len(images) > 1 and places not in (0, len(images)):
+            raise TaskError(f"{len(images)} images, but {places} places for them (<image>)", found.where,
+                            "Write one place for each, or none")  # fmt: skip
+        segments: list[Segment] = [Text(found.system, supervise=False, role="system")] if found.system else []
+        if len(images) == 1 or not places:
+            segments, images = [*segments, *images], []
+        for question, _ in found.rounds:
+            segments += _asked(question, images)
+            segments.append(Text(role="assistant"))
+        answers = [answer for _, answer in found.rounds]
+        yield Item(found.id, {"conversation": segments}, answers, [Text(a, role="assistant") for a in answers],
+                   problem=found.problem, place=found.where)  # fmt: skip
+
+    return _read(source, make)
 
 
-def _rounds(record: dict[str, Any], where: str) -> list[tuple[str, str]]:
-    """Questions and answers in turn."""
+def _asked(question: str, images: list[Image]) -> list[Segment]:
+    """A question with images in their places, which are taken from the front of `images`; "" stays as an empty text."""
+    if not images:
+        return [Text(_PLACEHOLDER.sub("", question).strip(), supervise=False, role="user")]
+    segments: list[Segment] = []
+    for number, part in enumerate(_PLACEHOLDER.split(question)):
+        segments += [images.pop(0)] if number else []
+        segments += [Text(part.strip(), supervise=False, role="user")] if part.strip() else []
+    return segments
+
+
+def _turns(record: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str]]]:
+    """What the system says first, if anything, and questions and answers in turn."""
     turns = list(records(record.get("conversations"), f"{where}, 'conversations'"))
+    system = ""
+    if turns[0][1].get("from") == "system":
+        place, first = turns.pop(0)
+        system = get(first, "value", str, place).strip()
     texts = []
     for number, (place, turn) in enumerate(turns):
-        speaker, wanted = get(turn, "from", str, place), ("human", "user") if number % 2 == 0 else ("gpt", "assistant")
+        speaker, wanted = get(turn, "from", str, place), SPEAKERS[number % 2]
         if speaker not in wanted:
             raise TaskError(f"'{speaker}' speaks where it is the turn of '{wanted[0]}'", place, "Reorder the turns")
-        texts.append(_PLACEHOLDER.sub("", get(turn, "value", str, place)).strip())
-    if len(texts) % 2:
+        texts.append(get(turn, "value", str, place).strip())
+    if not texts or len(texts) % 2:
         raise TaskError("the last question has no answer", f"{where}, 'conversations'", "Remove it, or answer it")
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     for number, (_, answer) in enumerate(pairs):
         strings([answer], f"{where}, answer {number}")
-    return pairs
+    return system, pairs
 
 
 _SHARED: dict[str, Any] = {"makes": "text", "metrics": (), "phases": ("train",), "images": "llava/images",

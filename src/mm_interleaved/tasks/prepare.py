@@ -137,14 +137,12 @@ def image2paragraph(job: Job) -> Lines:
     annotations, numbers = [], {}
     for where, record in records(read_json(path), str(path)):
         number = get(record, "image_id", int, where)
-        if number in numbers:  # a few images have two paragraphs; the reader wants one
-            continue
-        numbers[number] = None
+        numbers[number] = None  # a few images have two paragraphs
         annotations.append({"id": len(annotations), "image_id": number, "url": get(record, "url", str, where),
                             "caption": get(record, "paragraph", str, where).strip()})  # fmt: skip
     target = job.annotations / "annotations" / "paragraphs_coco.json"
     _write_json(target, {"images": [{"id": number} for number in numbers], "annotations": annotations})
-    lines = [f"{target}: {len(annotations)} paragraphs"]
+    lines = [f"{target}: {len(annotations)} paragraphs of {len(numbers)} images"]
     for phase in ("train", "val", "test"):
         split = job.file(f"{phase}_split.json")
         chosen = checked(read_json(split), list, str(split))

@@ -7,8 +7,9 @@ open one after the other). The context may be cut down to its texts, its images,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import PIL.Image
 
 from ..document import DocumentError, Image, Segment, Text
 from ..processor.images import load_image
-from .base import Item, TaskType
-from .files import Source, TaskError, checked, get, read_json, records, strings
+from .base import Item, TaskType, each, grouped, only, usable
+from .files import Source, TaskError, checked, entries, get, read_json, records, strings
 from .pickles import read_npy, read_pickle
 
 CONTEXTS = ("multi_modal", "image_only", "text_only", "current")
@@ -79,18 +80,22 @@ def _item(source: Source, number: str, turns: list[Turn], drawn: int, where: str
 # ---- VIST
 
 
-def _vist_stories(source: Source) -> Iterator[tuple[str, str, list[Turn]]]:
+def _vist(source: Source, make: Callable[[str, str, list[Turn]], Iterator[Item]]) -> Iterator[Item]:
+    """What `make` makes of every story, given its name, place and turns."""
     path = source.file(f"annotations/{source.phase}_formatted_filtered.json")
     stories = get(checked(read_json(path), dict, str(path)), "annotations", dict, str(path))
-    for name in sorted(stories):
-        where = f"{path}, story {name}"
-        found = [(get(r, "sequence_index", int, w), w, r) for w, r in records(stories[name], where)]
+    names = sorted(stories)
+
+    def read(where: str, story: Any, index: int) -> Iterator[Item]:
+        found = [(get(r, "sequence_index", int, w), w, r) for w, r in records(story, where)]
         turns = []
         for _, place, record in sorted(found, key=lambda item: item[0]):
             caption = strings([get(record, "caption", str, place)], f"{place}, 'caption'")[0].strip()
             image = f"{source.phase}_images/{get(record, 'image_id', str, place)}.png"
             turns.append(Turn(caption, *source.images.find(image), name=Path(image).stem))
-        yield name, where, turns
+        return make(names[index], where, turns)
+
+    return each(((f"{path}, story {name}", partial(stories.get, name)) for name in names), read)
 
 
 def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
@@ -104,19 +109,21 @@ def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
 
 def read_vist(source: Source) -> Iterator[Item]:
     """Stories of which the last image is drawn; with `rounds=all`, the beginnings of each as well."""
-    for name, where, turns in _vist_stories(source):
+
+    def make(name: str, where: str, turns: list[Turn]) -> Iterator[Item]:
         for length in _prefixes(source, turns):
             number = name if source.options["rounds"] == "last" else f"{name}-{length}"
-            if source.options["protocol"] == "autoregressive" and length > 1:
-                yield _item(source, number, turns[:length], length - 1, where)
-            else:
-                yield _item(source, number, turns[:length], 1, where)
+            drawn = length - 1 if source.options["protocol"] == "autoregressive" and length > 1 else 1
+            yield _item(source, number, turns[:length], drawn, where)
+
+    return _vist(source, make)
 
 
 def read_vist_text(source: Source) -> Iterator[Item]:
     """Stories of which the last text is written."""
     context = source.options["context"]
-    for name, where, turns in _vist_stories(source):
+
+    def make(name: str, where: str, turns: list[Turn]) -> Iterator[Item]:
         for length in _prefixes(source, turns):
             *before, last = turns[:length]
             segments = [] if context == "current" else lay_out(before, context, 0, False)
@@ -127,6 +134,8 @@ def read_vist_text(source: Source) -> Iterator[Item]:
             meta = {"captions": [t.caption for t in turns[:length]]}
             yield Item(number, {"story": segments}, [last.caption], [Text(last.caption)], meta=meta, problem=problem,
                        place=where)  # fmt: skip
+
+    return _vist(source, make)
 
 
 # ---- clips: one frame of each is drawn by chance, always the same for the same seed
@@ -187,14 +196,19 @@ def read_pororo(source: Source) -> Iterator[Item]:
         raise TaskError(f"{problem}; there should be 3, and as many of one as of the other",
                         files["train_seen_unseen_ids"], "Take all files from one release")  # fmt: skip
     chosen = checked(splits[PORORO_SPLITS[source.phase]], list, files["train_seen_unseen_ids"])
-    for index, number in enumerate(sorted(chosen)):
-        where = f"{files['img_cache4']}, story {number}"
-        if not isinstance(number, int) or not 0 <= number < len(first):
+    numbers, odd = usable(entries(chosen, files["train_seen_unseen_ids"], int), lambda where, number: number)
+
+    def make(where: str, number: int, index: int) -> Iterator[Item]:
+        if not 0 <= number < len(first):
             raise TaskError(f"there is no story {number}, only {len(first)}", files["train_seen_unseen_ids"],
                             "Take all files from one release")  # fmt: skip
         names = [_name(v, where) for v in [first[number], *checked(following[number], list, where)]]
         clips = [(name, tidy(_pororo_caption(captions, name, where), PORORO)) for name in names]
         yield _clips(source, str(number), index, clips, where)
+
+    places = [f"{files['img_cache4']}, story {number}" for number in sorted(numbers)]
+    yield from each(zip(places, [partial(int, number) for number in sorted(numbers)], strict=True), make)
+    yield from odd
 
 
 def _pororo_caption(captions: dict[str, Any], name: str, where: str) -> str:
@@ -211,20 +225,21 @@ def read_flintstones(source: Source) -> Iterator[Item]:
     split = source.file("train-val-test_split.json")
     told = source.file("flintstones_annotations_v1-0.json")
     following = checked(read_pickle(cache), dict, str(cache))
-    captions: dict[str, str] = {}
-    for where, record in records(read_json(told), str(told)):
-        captions[get(record, "globalID", str, where)] = get(record, "description", str, where)
+    captions, odd = grouped(entries(read_json(told), str(told)), "globalID", str)
     names = get(checked(read_json(split), dict, str(split)), source.phase, list, str(split))
-    chosen = [n for n in sorted(checked(n, str, str(split)) for n in names) if len(following.get(n, ())) == 4]
-    for index, number in enumerate(chosen):
-        where = f"{cache}, story {number}"
+    numbers, unnamed = usable(entries(names, str(split), str), lambda where, number: number)
+    chosen = [number for number in sorted(numbers) if len(following.get(number, ())) == 4]
+
+    def make(where: str, number: str, index: int) -> Iterator[Item]:
         clips = []
         for name in [number, *(_name(v, where) for v in following[number])]:
-            if name not in captions:
-                raise TaskError(f"clip '{name}' has no description in {told}", where, "Take all files of one release")
-            text = strings([captions[name]], f"{told}, clip '{name}'")[0]
+            place, record = only(captions, name, where, f"clip '{name}' has no description in {told}")
+            text = strings([get(record, "description", str, place)], f"{told}, clip '{name}'")[0]
             clips.append((f"video_frames_sampled_png/{name}.png", tidy(text, FLINTSTONES)))
         yield _clips(source, number, index, clips, where)
+
+    yield from each(((f"{cache}, story {number}", partial(str, number)) for number in chosen), make)
+    yield from (*odd, *unnamed)
 
 
 _SHARED: dict[str, Any] = {"makes": "image", "prompt": "{story}", "metrics": ("fid", "image_similarity")}

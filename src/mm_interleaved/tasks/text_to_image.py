@@ -10,8 +10,8 @@ import numpy as np
 
 from ..document import Image
 from ..generation.settings import GenerationSettings, ImageSettings
-from .base import Item, TaskType
-from .files import Source, by_key, checked, get, read_json, read_lines, records, strings
+from .base import Item, TaskType, each, grouped, usable
+from .files import Source, checked, entries, get, line_entries, read_json, strings
 
 PROMPT = "{caption}"
 SAMPLES = 30_000
@@ -21,15 +21,17 @@ def read_coco(source: Source) -> Iterator[Item]:
     """The first caption of every image, in lower case; the original takes the first 30,000."""
     path = source.file(f"annotations/captions_{source.phase}2014.json")
     data = checked(read_json(path), dict, str(path))
-    images = by_key(list(records(data.get("images"), f"{path}, 'images'")), "id", int)
-    captions: dict[int, tuple[str, str]] = {}
-    for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
-        captions.setdefault(get(record, "image_id", int, where), (where, get(record, "caption", str, where)))
-    for number, (where, record) in images.items():
-        place, caption = captions.get(number, (f"{where}, captions of image {number}", ""))
-        text = strings([caption], place)[0].lower().strip()
+    captions, odd = grouped(entries(data.get("annotations"), f"{path}, 'annotations'"), "image_id", int)
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
+        number = get(record, "id", int, where)
         image, problem = source.images.find(f"{source.phase}2014/{get(record, 'file_name', str, where)}")
+        place, first = captions.get(number, [(f"{where}, captions of image {number}", {"caption": ""})])[0]
+        text = strings([get(first, "caption", str, place)], place)[0].lower().strip()
         yield _item(str(number), text, image, problem, place)
+
+    yield from each(entries(data.get("images"), f"{path}, 'images'"), make)
+    yield from odd
 
 
 def read_narratives(source: Source) -> Iterator[Item]:
@@ -39,17 +41,25 @@ def read_narratives(source: Source) -> Iterator[Item]:
     process.
     """
     path = source.file("coco_val_captions.jsonl")
-    found = [(where, get(r, "image_id", str, where), get(r, "caption", str, where)) for where, r in read_lines(path)]
+    found, odd = usable(line_entries(path), _narrative)
+    yield from odd
+    if not found:
+        return
     numbers = [number for _, number, _ in found]
     many = Counter(numbers)
     weights = np.array([1 / many[number] for number in numbers])
     extra = max((source.limit or SAMPLES) - len(found), 0)
     drawn = np.random.default_rng(source.seed).choice(len(found), extra, p=weights / weights.sum())
     for index, which in enumerate([*range(len(found)), *drawn.tolist()]):
-        where, number, caption = found[which]
-        text = strings([caption], f"{where}, 'caption'")[0].strip()
+        where, number, text = found[int(which)]
         image, problem = source.images.find(f"val2017/{number.zfill(12)}.jpg")
         yield _item(str(index), text, image, problem, where)
+
+
+def _narrative(where: str, record: dict[str, Any]) -> tuple[str, str, str]:
+    """Its place, the number of its image, and its text."""
+    text = strings([get(record, "caption", str, where)], f"{where}, 'caption'")[0].strip()
+    return where, get(record, "image_id", str, where), text
 
 
 def _item(number: str, text: str, image: Any, problem: str, place: str) -> Item:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..document import Text
-from .base import Item, TaskType, given
-from .files import Source, TaskError, by_key, checked, get, read_json, records
+from .base import Item, TaskType, each, given, grouped, only
+from .files import Source, TaskError, checked, entries, get, read_json, records
 
 CAPTION_PROMPT = "caption: {caption}."
 ROUND_PROMPT = "question: {question}? answer:"
@@ -27,15 +27,15 @@ def read(source: Source) -> Iterator[Item]:
     whole = checked(read_json(path), dict, str(path))
     data = get(whole, "data", dict, str(path))
     questions, answers = (get(data, key, list, f"{path}, 'data'") for key in ("questions", "answers"))
-    dialogs = list(records(data.get("dialogs"), f"{path}, 'dialogs'"))
-    annotated = by_key(list(records(read_json(dense), str(dense))), "image_id", int)
-    for where, dialog in dialogs:
+    annotated, odd = grouped(entries(read_json(dense), str(dense)), "image_id", int)
+
+    def make(where: str, dialog: dict[str, Any], index: int) -> Iterator[Item]:
         number = get(dialog, "image_id", int, where)
-        if number not in annotated:
-            raise TaskError(f"the dialogue about image {number} is not in {dense}", where,
-                            "Take both files from one release")  # fmt: skip
-        place, annotation = annotated[number]
+        place, annotation = only(annotated, number, where, f"the dialogue about image {number} is not in {dense}")
         yield _item(source, dialog, annotation, questions, answers, where, place)
+
+    yield from each(entries(data.get("dialogs"), f"{path}, 'dialogs'"), make)
+    yield from odd
 
 
 def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], questions: list[Any],

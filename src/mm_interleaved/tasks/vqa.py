@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..document import Text
 from ..generation.settings import TEXT_PRESETS, GenerationSettings
-from .base import Item, TaskType, given
-from .files import Source, TaskError, by_key, checked, get, read_json, records, strings, trailing_number
+from .base import Item, TaskType, each, given, grouped, only
+from .files import Entry, Source, checked, entries, get, read_json, strings, trailing_number
 
 PROMPT = (
     "Based on the image, please answer the question. {image}{question} Please provide an accurate answer within one "
@@ -34,32 +35,36 @@ def named_image(phase: str, question: dict[str, Any], where: str) -> str:
     return get(question, "image", str, where)
 
 
-def read_vqa(questions: str, annotations: str, image: Callable[[str, dict[str, Any], str], str]) -> Any:
+def read_vqa(
+    questions: str, annotations: str, image: Callable[[str, dict[str, Any], str], str]
+) -> Callable[[Source], Iterator[Item]]:
     """A reader of VQA's two files: questions, and annotations with ten answers each."""
 
     def read(source: Source) -> Iterator[Item]:
         asked = source.file(questions.format(phase=source.phase))
         told = source.file(annotations.format(phase=source.phase))
-        answers = by_key(_listed(told, "annotations"), "question_id", int)
-        for where, question in _listed(asked, "questions"):
+        answers, odd = grouped(_listed(told, "annotations"), "question_id", int)
+
+        def make(where: str, question: dict[str, Any], index: int) -> Iterator[Item]:
             number = get(question, "question_id", int, where)
-            if number not in answers:
-                raise TaskError(f"question {number} has no annotation in {told}", where,
-                                "Take both files from one release")  # fmt: skip
-            place, annotation = answers[number]
+            place, annotation = only(answers, number, where, f"question {number} has no annotation in {told}")
             people = _people(annotation, place)
             path, problem = source.images.find(image(source.phase, question, where))
             meta = {key: annotation[key] for key in ("question_type", "answer_type") if key in annotation}
             asks = get(question, "question", str, where)
-            yield Item(str(number), {"image": given(path), "question": asks}, people, [Text(_best(annotation, people))],
-                       meta={"question": asks, **meta}, problem=problem, place=where)  # fmt: skip
+            yield Item(str(number), {"image": given(path), "question": asks}, people,
+                       [Text(_majority(annotation, people))], meta={"question": asks, **meta}, problem=problem,
+                       place=where)  # fmt: skip
+
+        yield from each(_listed(asked, "questions"), make)
+        yield from odd
 
     return read
 
 
-def _listed(path: Path, key: str) -> list[tuple[str, dict[str, Any]]]:
+def _listed(path: Path, key: str) -> Iterator[Entry]:
     data = checked(read_json(path), dict, str(path))
-    return list(records(get(data, key, list, str(path)), f"{path}, '{key}'"))
+    return entries(get(data, key, list, str(path)), f"{path}, '{key}'")
 
 
 def _people(annotation: dict[str, Any], where: str) -> list[str]:
@@ -72,39 +77,46 @@ def _people(annotation: dict[str, Any], where: str) -> list[str]:
     return strings(texts, f"{where}, 'answers'")
 
 
-def _best(annotation: dict[str, Any], people: list[str]) -> str:
-    """What training learns."""
+def _majority(annotation: dict[str, Any], people: list[str]) -> str:
+    """What training learns: VQAv2's own choice, else what most people said, of equals the first."""
     chosen = annotation.get("multiple_choice_answer")
-    return chosen if isinstance(chosen, str) and chosen else people[0]
+    said = [text for text in people if text.strip()]
+    return chosen if isinstance(chosen, str) and chosen.strip() else max(said, key=said.count)
 
 
 def read_vizwiz(source: Source) -> Iterator[Item]:
     """VizWiz's own list; the id is the number in the image's name."""
     path = source.file(f"{source.phase}.json")
-    for where, record in records(read_json(path), str(path)):
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         name, asks = get(record, "image", str, where), get(record, "question", str, where)
         people = _people(record, where)
         image, problem = source.images.find(f"{source.phase}/{name}")
         meta = {"question": asks, "image": name, "answer_type": record.get("answer_type"),
                 "answerable": record.get("answerable")}  # fmt: skip
-        common = max(people, key=people.count)
         yield Item(str(trailing_number(name, where)), {"image": given(image), "question": asks}, people,
-                   [Text(common)], meta=meta, problem=problem, place=where)  # fmt: skip
+                   [Text(_majority(record, people))], meta=meta, problem=problem, place=where)  # fmt: skip
+
+    return each(entries(read_json(path), str(path)), make)
 
 
 def read_gqa(source: Source) -> Iterator[Item]:
     """GQA's balanced questions: {id: {imageId, question, answer, types}}; one right answer each."""
     path = source.file(f"{source.phase}_balanced_questions.json")
-    for number, value in checked(read_json(path), dict, str(path)).items():
-        where = f"{path}, question {number}"
-        record = checked(value, dict, where)
+    questions = checked(read_json(path), dict, str(path))
+    numbers = list(questions)
+
+    def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         asks = get(record, "question", str, where)
         answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
         image, problem = source.images.find(f"{get(record, 'imageId', str, where)}.jpg")
         types = record["types"] if isinstance(record.get("types"), dict) else {}
         meta = {"question": asks, "question_type": types.get("structural"), "answer_type": types.get("semantic")}
-        yield Item(number, {"image": given(image), "question": asks}, answer[0], [Text(answer[0])], meta=meta,
+        yield Item(numbers[index], {"image": given(image), "question": asks}, answer[0], [Text(answer[0])], meta=meta,
                    problem=problem, place=where)  # fmt: skip
+
+    places = {f"{path}, question {number}": value for number, value in questions.items()}
+    return each(((where, partial(checked, value, dict, where)) for where, value in places.items()), make)
 
 
 _SHARED: dict[str, Any] = {"makes": "text", "settings": SETTINGS, "example": EXAMPLE, "phases": ("val", "train")}
