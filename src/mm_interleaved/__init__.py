@@ -1,42 +1,55 @@
 """MM-Interleaved: one model that reads and writes documents in which text and images alternate (arXiv 2401.10208).
 
-from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text
+    from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text
 
-model = MMInterleaved.from_pretrained(folder)
-processor = MMInterleavedProcessor.from_pretrained(folder)
-document = Document([Text("A red house."), Image()])
-for event in model.generate_interleaved(document, processor):
-    print(event)
+    model = MMInterleaved.from_pretrained(folder)
+    processor = MMInterleavedProcessor.from_pretrained(folder)
+    document = Document([Text("A red house."), Image()])
+    for event in model.generate_interleaved(document, processor):
+        print(event)
+
+Importing the package imports neither PyTorch nor transformers; a name does when it is first used.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from .auto import register, register_when_imported
 
-from .document import Document, DocumentError, Image, Text, load_documents
-from .generation import (
-    TEXT_PRESETS,
-    DocumentFinished,
-    GenerationSettings,
-    ImageProgress,
-    ImageSettings,
-    MMInterleaved,
-    SegmentFinished,
-    TextDelta,
-    TextSettings,
-)
-from .model import MMInterleavedConfig
-from .processor import Batch, MMInterleavedProcessor, MMInterleavedTokenizer
+if TYPE_CHECKING:
+    from .document import Document, DocumentError, Image, Text, load_documents
+    from .generation import (
+        TEXT_PRESETS,
+        DocumentFinished,
+        GenerationSettings,
+        ImageProgress,
+        ImageSettings,
+        MMInterleaved,
+        SegmentFinished,
+        TextDelta,
+        TextSettings,
+    )
+    from .model import MMInterleavedConfig
+    from .processor import Batch, MMInterleavedProcessor, MMInterleavedTokenizer
 
-__version__ = version("mm-interleaved")
+try:
+    __version__ = version("mm-interleaved")
+except PackageNotFoundError:  # a source checkout that is not installed
+    __version__ = "0+source"
 
-AutoConfig.register("mm_interleaved", MMInterleavedConfig)
-AutoModel.register(MMInterleavedConfig, MMInterleaved)
-AutoModelForImageTextToText.register(MMInterleavedConfig, MMInterleaved)
-AutoProcessor.register(MMInterleavedConfig, MMInterleavedProcessor)
-AutoTokenizer.register(MMInterleavedConfig, slow_tokenizer_class=MMInterleavedTokenizer)
+_PACKAGES = {
+    "document": ("Document", "DocumentError", "Image", "Text", "load_documents"),
+    "generation": (
+        "TEXT_PRESETS", "DocumentFinished", "GenerationSettings", "ImageProgress", "ImageSettings", "MMInterleaved",
+        "SegmentFinished", "TextDelta", "TextSettings",
+    ),
+    "model": ("MMInterleavedConfig",),
+    "processor": ("Batch", "MMInterleavedProcessor", "MMInterleavedTokenizer"),
+}  # fmt: skip
+_HOMES = {name: package for package, names in _PACKAGES.items() for name in names}
 
 __all__ = [
     "TEXT_PRESETS",
@@ -58,3 +71,20 @@ __all__ = [
     "TextSettings",
     "load_documents",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    if _HOMES[name] != "document":  # which needs no transformers
+        register()
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+register_when_imported()

@@ -1,32 +1,26 @@
-"""`mmi`, the command line."""
+"""`mmi`, the command line: a file for each subcommand, which imports PyTorch only when it runs."""
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from transformers.utils import logging as transformers_logging
 
-from ..checkpoints.checkpoint import CheckpointError
-from ..data import DataError
-from ..document import DocumentError
-from ..evaluation import EvaluationError
-from ..validation import ConfigError
 from .bench import bench
 from .console import console
 from .convert import assemble, convert
 from .data import data
 from .download import download
 from .evaluate import evaluate_command
-from .generate import UsageError, generate
+from .generate import generate
 from .info import info
 from .toyworld import toyworld
 from .train import train, train_language, train_vae, train_vision
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Read and write documents in which text and images alternate.",
 )
@@ -45,15 +39,40 @@ app.add_typer(data, name="data")
 app.add_typer(toyworld, name="toyworld")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"mm-interleaved {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; errors that a user can mend become one message and exit status 1."""
-    transformers_logging.set_verbosity_error()  # our errors say it all
-    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # our errors say it all
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return app(arguments)
-    except (ConfigError, DataError, DocumentError, CheckpointError, EvaluationError, UsageError) as error:
+    except ValueError as error:
+        if not _is_for_people(error):
+            raise
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
+
+
+def _is_for_people(error: ValueError) -> bool:
+    return type(error).__name__ in (
+        "ConfigError", "DataError", "DocumentError", "TaskError", "CheckpointError", "EvaluationError", "UsageError",
+    )  # fmt: skip
 
 
 def _escaped(error: Exception) -> str:

@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 
 from .console import console, output
-from .results import UsageError
-
-DTYPES = ("float32", "bfloat16", "float16")
+from .errors import UsageError
+from .models import find_device, find_dtype
 
 
 def bench(
@@ -44,7 +43,6 @@ def bench(
     from ..bench.base import SIZES, Bench
     from ..bench.machine import describe
     from ..checkpoints.quantization import QUANTIZATIONS, Quantization
-    from .generate import _device
 
     if preset not in SIZES:
         raise UsageError(f"--preset must be one of {', '.join(SIZES)}, not '{preset}'")
@@ -52,19 +50,16 @@ def bench(
     for name in names:
         if name not in LINES:
             raise UsageError(f"there is no line '{name}'; there are {', '.join(LINES)}")
-    where = _device(device)
+    where = find_device(device)
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    kind = find_dtype(dtype)
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
-    import torch
-
     sizes = SIZES[preset]
     sizes = replace(sizes, rounds=rounds or sizes.rounds, steps=steps or sizes.steps)
     sizes = replace(sizes, reference_rounds=min(sizes.reference_rounds, sizes.rounds))
-    kind = cast(Quantization | None, quantization)  # checked above
-    subject = Bench(preset, where, getattr(torch, dtype), sizes, compile_unet, mmfs, kind, say=console.print)
+    matrices = cast(Quantization | None, quantization)  # checked above
+    subject = Bench(preset, where, kind, sizes, compile_unet, mmfs, matrices, say=console.print)
     result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "auto",
               "quantization": quantization or "none", **vars(subject.speed),
               "rows": [], "trouble": []}  # fmt: skip

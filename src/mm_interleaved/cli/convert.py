@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress
 
-from ..checkpoints.checkpoint import CheckpointError, convert_from_original, convert_to_original, written_aside
-from ..checkpoints.components import config_from_components, from_components
-from ..checkpoints.original import config_from_original
-from ..generation import MMInterleaved
-from ..model import MMInterleavedConfig
-from ..model.config import PRESETS
-from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
-from ..processor.tokenizer import add_image_tokens
 from .console import console, output
-from .generate import DTYPES
-from .results import UsageError
+from .errors import UsageError
+from .models import DTYPES, find_dtype
+
+if TYPE_CHECKING:
+    from ..model import MMInterleavedConfig
+    from ..processor import MMInterleavedTokenizer
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="The original's folder or file; with --to-original one of ours.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
     config: Annotated[
-        str, typer.Option(help=f"{', '.join(PRESETS)}, or a JSON file: our config.json or the original's settings.")
+        str, typer.Option(help="release, small, debug, or a JSON file: our config.json or the original's settings.")
     ] = "release",
     tokenizer: Annotated[
         Path | None, typer.Option(help="SentencePiece model, or a folder with tokenizer.model (Vicuna's).")
@@ -38,11 +34,12 @@ def convert(
     to_original: Annotated[bool, typer.Option("--to-original", help="The other way round.")] = False,
 ) -> None:
     """Convert the original release's checkpoint, tensor by tensor, or write one of ours as the original's."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    from ..checkpoints.checkpoint import CheckpointError, convert_from_original, convert_to_original
+    from ..processor import MMInterleavedProcessor
+
+    kind = find_dtype(dtype)
     if image_upscale is not None and image_upscale <= 0:
         raise UsageError(f"--image-upscale must be positive, not {image_upscale}")
-    kind = DTYPES[dtype] if dtype else None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("checking", total=None)
 
@@ -78,6 +75,10 @@ def read_config(name: str) -> MMInterleavedConfig:
     Raises:
         UsageError: none of these.
     """
+    from ..checkpoints.original import config_from_original
+    from ..model import MMInterleavedConfig
+    from ..model.config import PRESETS
+
     if name in PRESETS:
         return MMInterleavedConfig.preset(name)
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
@@ -91,6 +92,8 @@ def read_config(name: str) -> MMInterleavedConfig:
 
 
 def _read_tokenizer(path: Path) -> MMInterleavedTokenizer:
+    from ..processor import MMInterleavedTokenizer
+
     try:
         return MMInterleavedTokenizer.from_vocab(path)
     except (FileNotFoundError, RuntimeError, OSError) as error:
@@ -107,8 +110,13 @@ def assemble(
     dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
     """Make a new model out of base components, ready for training."""
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    from ..checkpoints.checkpoint import CheckpointError, written_aside
+    from ..checkpoints.components import config_from_components, from_components
+    from ..generation import MMInterleaved
+    from ..processor import MMInterleavedProcessor
+    from ..processor.tokenizer import add_image_tokens
+
+    kind = find_dtype(dtype)
     for name, folder in (("--llm", llm), ("--clip", clip), ("--diffusion", diffusion)):
         if not folder.is_dir():
             raise UsageError(f"{name}: '{folder}' is not a folder")
@@ -119,7 +127,7 @@ def assemble(
         try:
             chosen = chosen or config_from_components(llm, clip, diffusion, vocab_size, **ids)
             processor = MMInterleavedProcessor.for_model(chosen, words)
-            model = from_components(chosen, llm, clip, diffusion, DTYPES[dtype], MMInterleaved)
+            model = from_components(chosen, llm, clip, diffusion, kind, MMInterleaved)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(str(error)) from None
         with written_aside(target) as folder:

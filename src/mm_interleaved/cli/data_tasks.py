@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from ..evaluation.config import task_name
-from ..evaluation.toyworld import find_about
-from ..tasks import TASKS, TaskConfig, TaskError, make_task
-from ..tasks.check import TaskCheck, check_task
-from ..tasks.prepare import CONVERTERS
-from ..tasks.prepare import prepare as convert
 from .console import console, output
-from .results import UsageError
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from ..tasks import TaskConfig
+    from ..tasks.check import TaskCheck
 
 
 def is_evaluation(path: Path) -> bool:
     """Whether a YAML file has tasks rather than training data. What cannot be read is left to who reads it."""
+    import yaml
+
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -35,6 +34,11 @@ def check_tasks(tasks: Sequence[TaskConfig]) -> None:
     Raises:
         UsageError: some of them cannot be used as they are.
     """
+    from ..evaluation.config import task_name
+    from ..evaluation.toyworld import find_about
+    from ..tasks import make_task
+    from ..tasks.check import check_task
+
     made = [make_task(config) for config in tasks]
     bad = []
     for task in made:
@@ -66,12 +70,21 @@ def _print(name: str, found: TaskCheck, toy: bool) -> None:
 
 
 def prepare(
-    task: Annotated[str, typer.Argument(help=f"{', '.join(CONVERTERS)}; others need no conversion.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="flickr30k, image2paragraph, textvqa, refcoco, refcoco+, refcocog, ade20k, vist, vist_text, "
+            "flintstones; others need no conversion."
+        ),
+    ],
     source: Annotated[Path, typer.Option(help="Folder of the official files.")],
     root: Annotated[Path, typer.Option(help="Folder of the tree in docs/data_formats.md.")] = Path("datasets"),
     phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
 ) -> None:
     """Write official files in the form that a task reads."""
+    from ..tasks import TASKS, TaskConfig, TaskError, make_task
+    from ..tasks.prepare import prepare as convert
+
     if task not in TASKS:
         make_task(TaskConfig(task))  # says which there are
     try:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from ..checkpoints.hub import SETS, Component, Offer, RemoteFile, ask, fetch
 from .console import console, output
-from .results import UsageError
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from ..checkpoints.hub import Offer, RemoteFile
 
 
 def download(
-    what: Annotated[str, typer.Argument(help=f"{', '.join(SETS)}, or the name of a repository.")],
+    what: Annotated[str, typer.Argument(help="release, base, all, or the name of a repository.")],
     target: Annotated[Path, typer.Option("--output", "-o", help="Folder to put it in.")] = Path("models"),
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Fetch the release's weights and base components; shows sizes and licences first, and resumes what was stopped."""
+    from ..checkpoints.hub import SETS, Component, ask, fetch
+
     if what in SETS:
         components = SETS[what]
     elif what.count("/") == 1:

@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from accelerate import PartialState
 from rich.markup import escape
 from rich.table import Table
 
-from ..checkpoints.quantization import Quantization
-from ..configuration import load_config
-from ..evaluation import EvaluateConfig, Results, evaluate
-from ..evaluation.predictions import remove_results
-from ..evaluation.processes import on_main, start_processes
-from ..evaluation.report import problems, shown_values, skipped
-from ..evaluation.run import RESULTS, TABLE
-from ..pretrained import load
 from .console import console, output
-from .gallery import GALLERY, write_gallery
-from .generate import DTYPES
-from .results import UsageError
+from .errors import UsageError
+from .models import find_dtype, load_model
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ..evaluation import Results
+
 
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
 
@@ -36,6 +31,15 @@ def evaluate_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in the folder.")] = False,
 ) -> None:
     """Let a model do tasks and score what it makes of them; the same command goes on where a run was stopped."""
+    import torch
+
+    from ..configuration import load_config
+    from ..evaluation import EvaluateConfig, evaluate
+    from ..evaluation.predictions import remove_results
+    from ..evaluation.processes import on_main, start_processes
+    from ..evaluation.report import problems
+    from .gallery import write_gallery
+
     loaded = load_config(config, EvaluateConfig, settings or [])
     if device not in (None, "cpu"):
         raise UsageError(f"--device can only be cpu, not '{device}'; choose GPUs with CUDA_VISIBLE_DEVICES")
@@ -44,13 +48,8 @@ def evaluate_command(
     with _once(state):
         if overwrite:
             on_main(state, lambda: remove_results(folder))
-        try:
-            with console.status(f"loading {escape(loaded.model)}") if state.is_main_process else _nothing():
-                dtype = DTYPES[loaded.dtype] if loaded.dtype else None
-                model = load(loaded.model, dtype, state.device, cast(Quantization | None, loaded.quantization))
-        except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
-            words = str(error).strip().splitlines()[0]
-            raise UsageError(f"model '{loaded.model}' cannot be loaded: {words}") from None
+        dtype, quiet = find_dtype(loaded.dtype), not state.is_main_process
+        model = load_model(loaded.model, dtype, state.device, loaded.quantization, quiet)
         if not model.trained and state.is_main_process:
             console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: what it makes is noise")
         results = evaluate(
@@ -83,12 +82,11 @@ def _once(state: PartialState) -> Iterator[None]:
         state.destroy_process_group()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def _show(results: Results, folder: Path) -> None:
+    from ..evaluation.report import shown_values, skipped
+    from ..evaluation.run import RESULTS, TABLE
+    from .gallery import GALLERY
+
     table = Table()
     for name in ("task", "metric", "value", "95% interval", "samples"):
         table.add_column(name)

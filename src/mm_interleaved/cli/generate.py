@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..checkpoints.quantization import QUANTIZATIONS, Quantization
-from ..document import Document, DocumentError, load_documents
-from ..generation import (
-    IMAGE_PRESETS,
-    TEXT_PRESETS,
-    DocumentFinished,
-    Event,
-    GenerationSettings,
-    ImageProgress,
-    InterleavedGenerator,
-    SegmentFinished,
-    TextDelta,
-)
-from ..generation.interleaved import PreparedDocument
-from ..generation.settings import override
-from ..pretrained import Loaded, load
-from ..processor.images import load_image
 from .console import console, output
-from .results import ResultsFolder, UsageError, refuse_occupied
+from .errors import UsageError
+from .models import DTYPES, find_device, find_dtype, load_model
+
+if TYPE_CHECKING:
+    from ..document import Document
+    from ..generation import DocumentFinished, Event, InterleavedGenerator
+    from ..generation.interleaved import PreparedDocument
+    from .results import ResultsFolder
+
 
 OPTIONS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_candidates": "--candidates"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def generate(
@@ -42,7 +30,9 @@ def generate(
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
     seed: Annotated[int | None, typer.Option(help="Seed of texts and images; the original's images have 42.")] = None,
-    preset: Annotated[str, typer.Option(help=f"How text is written: {', '.join(TEXT_PRESETS)}.")] = "interleaved",
+    preset: Annotated[
+        str, typer.Option(help="How text is written: default, caption, vqa, paragraph, interleaved.")
+    ] = "interleaved",
     max_turns: Annotated[
         int | None,
         typer.Option(
@@ -74,7 +64,7 @@ def generate(
     candidates: Annotated[int | None, typer.Option(help="Images drawn for each slot; the first is used.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Name of a diffusers scheduler.")] = None,
     image_preset: Annotated[
-        str, typer.Option(help=f"How images are drawn, under the other options: {', '.join(IMAGE_PRESETS)}.")
+        str, typer.Option(help="How images are drawn, under the other options: ddpm-30, dpm-solver-20, unipc-20.")
     ] = "ddpm-30",
     image_root: Annotated[
         Path | None, typer.Option(help="Folder that images may come from; default: the input's.")
@@ -84,7 +74,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
     quantization: Annotated[
         str | None,
-        typer.Option(help=f"Weights of the language model in a byte, not lossless: {', '.join(QUANTIZATIONS)}."),
+        typer.Option(help="Weights of the language model in a byte, not lossless: int8, fp8."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
@@ -93,12 +83,17 @@ def generate(
 
     Writes the images, results.json (the original's fields and ours) and report.html into the output folder.
     """
+    from ..checkpoints.quantization import QUANTIZATIONS
+    from ..document import DocumentError, load_documents
+    from ..generation import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, InterleavedGenerator
+    from ..generation.settings import override
+    from .results import ResultsFolder, refuse_occupied
+
     if preset not in TEXT_PRESETS:
         raise UsageError(f"there is no preset '{preset}'; there are {', '.join(TEXT_PRESETS)}")
     if image_preset not in IMAGE_PRESETS:
         raise UsageError(f"there is no image preset '{image_preset}'; there are {', '.join(IMAGE_PRESETS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    kind = find_dtype(dtype)
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
     if num_beams is not None and num_beams > 1 and do_sample is None:
@@ -115,12 +110,12 @@ def generate(
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(_with_option(str(error))) from None
-    where = _device(device)
+    where = find_device(device)
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root)
     for document in documents:
         _check_images(document)
-    loaded = _load(model, dtype, where, quantization)
+    loaded = load_model(model, kind, where, quantization)
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, settings)
         prepared = generator.prepare_all(documents)  # says now what cannot be used
@@ -151,6 +146,9 @@ def _with_option(message: str) -> str:
 
 def _check_images(document: Document) -> None:
     """Read every given image once, so that a bad one is known before the work begins."""
+    from ..document import DocumentError
+    from ..processor.images import load_image
+
     for index, segment in enumerate(document.segments):
         for image in (getattr(segment, "source", None), getattr(segment, "target", None)):
             if image is not None:
@@ -158,28 +156,6 @@ def _check_images(document: Document) -> None:
                     load_image(image, f"segments[{index}]")
                 except DocumentError as error:
                     raise error.at(document.name) from None
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name, which must be there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device '{name}' is not the name of a device; write cpu, cuda or cuda:1") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(f"--device '{name}' is not there: this machine has {count} CUDA devices that torch can use")
-    return device
-
-
-def _load(model: str, dtype: str | None, device: torch.device, quantization: str | None) -> Loaded:
-    try:
-        with console.status(f"loading {escape(model)}"):
-            return load(model, DTYPES[dtype] if dtype else None, device, cast(Quantization | None, quantization))
-    except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
-        raise UsageError(f"model '{model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 def _run(
@@ -201,6 +177,8 @@ def _follow(
     events: Iterable[Event], begin: int, folder: ResultsFolder, progress: Progress, task
 ) -> dict[int, DocumentFinished]:
     """Show what happens and save what is finished; the ends of the documents by number."""
+    from ..generation import DocumentFinished, ImageProgress, SegmentFinished, TextDelta
+
     finished: dict[int, DocumentFinished] = {}
     for event in events:
         name = f"document {begin + event.document}"

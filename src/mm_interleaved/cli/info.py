@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from ..model import MMInterleavedConfig
-from ..model.config import PRESETS
-from ..model.cost import Cost, measure
 from .console import console, output
-from .results import UsageError
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from ..model import MMInterleavedConfig
+    from ..model.cost import Cost
+
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def info(
-    model: Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}, or the folder of a checkpoint.")],
+    model: Annotated[str, typer.Argument(help="release, small, debug, or the folder of a checkpoint.")],
     images: Annotated[int, typer.Option(help="Visible images in the cost of a token.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Denoising steps in the cost of an image.", min=1)] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers for programs.")] = False,
 ) -> None:
     """Show parameters by part, memory by type, and the cost of a token and of an image. Needs no weights."""
+    from ..model.cost import measure
+
     config = _config(model)
     if images >= config.mmfs.max_images:
         raise UsageError(
@@ -41,6 +45,9 @@ def info(
 
 
 def _config(model: str) -> MMInterleavedConfig:
+    from ..model import MMInterleavedConfig
+    from ..model.config import PRESETS
+
     if model in PRESETS:
         return MMInterleavedConfig.preset(model)
     if not (Path(model) / "config.json").is_file():

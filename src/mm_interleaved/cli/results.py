@@ -23,13 +23,10 @@ from ..files import write_atomic
 from ..generation import GenerationSettings
 from ..pretrained import Loaded
 from ..processor.images import load_image
+from .errors import UsageError
 from .report import write_report
 
 RESULTS, REPORT = "results.json", "report.html"
-
-
-class UsageError(ValueError):
-    """A command that cannot be carried out as it was given."""
 
 
 def _png(image: PIL.Image.Image) -> bytes:

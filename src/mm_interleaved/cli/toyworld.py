@@ -19,7 +19,7 @@ from toyworld.writers.base import Job
 
 from ..files import write_atomic
 from .console import console, output
-from .results import UsageError
+from .errors import UsageError
 
 toyworld = typer.Typer(no_args_is_help=True, help="A small drawn world: write data sets of it, or look at it.")
 

@@ -10,10 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..configuration import load_config
-from ..pretrained import TOKENIZER
-from ..training.config import AutoencoderRunConfig, PartRunConfig, TrainConfig, TrainingError
-from .results import UsageError
+from .errors import UsageError
 
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of a run; see configs/.", metavar="CONFIG")]
@@ -22,6 +19,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, to stay there; else an ac
 
 def train(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train a model of documents, or go on where an interrupted run stopped."""
+    from ..configuration import load_config
+    from ..pretrained import TOKENIZER
+    from ..training.config import TrainConfig
+
     loaded = load_config(config, TrainConfig, settings or [])
     with _training() as run:
         run.train(loaded, TOKENIZER, device)
@@ -29,6 +30,9 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
 
 def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the image autoencoder of a small model."""
+    from ..configuration import load_config
+    from ..training.config import AutoencoderRunConfig
+
     loaded = load_config(config, AutoencoderRunConfig, settings or [])
     with _training() as run:
         run.train_autoencoder(loaded, device)
@@ -36,6 +40,10 @@ def train_vae(config: ConfigFile, settings: Settings = None, device: Device = No
 
 def train_vision(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the visual tokenizer of a small model, before the model itself."""
+    from ..configuration import load_config
+    from ..pretrained import TOKENIZER
+    from ..training.config import PartRunConfig
+
     loaded = load_config(config, PartRunConfig, settings or [])
     with _training() as run:
         run.train_vision(loaded, TOKENIZER, device)
@@ -43,6 +51,10 @@ def train_vision(config: ConfigFile, settings: Settings = None, device: Device =
 
 def train_language(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
     """Train the language model of a small model on text alone, before the model itself."""
+    from ..configuration import load_config
+    from ..pretrained import TOKENIZER
+    from ..training.config import PartRunConfig
+
     loaded = load_config(config, PartRunConfig, settings or [])
     with _training() as run:
         run.train_language(loaded, TOKENIZER, device)
@@ -52,6 +64,7 @@ def train_language(config: ConfigFile, settings: Settings = None, device: Device
 def _training() -> Iterator[ModuleType]:
     """The module of runs, for one of them, with which the program ends; what a user can mend is one message."""
     from ..training import run
+    from ..training.config import TrainingError
 
     try:
         yield run

@@ -1,5 +1,8 @@
 """Generation: text, images, option scores, and documents in which both alternate."""
 
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from ..model import MMInterleavedConfig
 from .interleaved import (
     DocumentFinished,
     Event,
@@ -12,6 +15,9 @@ from .mm_interleaved import MMInterleaved
 from .rules import WrittenText
 from .settings import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, ImagePreset, ImageSettings, TextSettings
 from .state import GenerationState
+
+AutoModel.register(MMInterleavedConfig, MMInterleaved, exist_ok=True)
+AutoModelForImageTextToText.register(MMInterleavedConfig, MMInterleaved, exist_ok=True)
 
 __all__ = [
     "IMAGE_PRESETS",

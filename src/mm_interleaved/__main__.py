@@ -1,0 +1,5 @@
+"""`python -m mm_interleaved`: the command line."""
+
+from .cli import main
+
+main()

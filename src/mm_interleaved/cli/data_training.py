@@ -1,0 +1,129 @@
+"""`mmi data check` for the sources of a training run."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from dataclasses import field, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from ..configuration import load_config
+from ..data import DataConfig, DataError, DataReport, build_loader
+from ..data.report import COUNTS
+from ..data.sheet import contact_sheet
+from ..files import write_atomic
+from ..pretrained import TOKENIZER
+from ..processor import Batch, MMInterleavedProcessor
+from ..training.building import build_processor
+from ..training.config import ModelConfig
+from ..validation import settings
+from .console import console, output
+from .errors import UsageError
+
+
+@settings
+class CheckConfig:
+    """The part of a training configuration that says what is read."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="small"))
+
+
+def check_training(config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int) -> None:
+    """Read a sample of every source of a training run."""
+    checked = load_config(config, CheckConfig, overrides, partial=True)
+    try:
+        processor = build_processor(checked.model, TOKENIZER)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    failed, samples = [], []
+    for index, source in enumerate(checked.data.sources):
+        with console.status(f"reading {source.name}"):
+            found, report, problem = _sample(checked.data, index, processor, batches)
+        _print_source(source.name, found, report, problem)
+        failed += [source.name] if problem else []
+        samples += found[:rows]
+    if samples:
+        buffer = io.BytesIO()
+        contact_sheet(samples, processor, rows=1).save(buffer, "PNG")
+        write_atomic(sheet, buffer.getvalue())
+        output.print(f"contact sheet: {sheet}")
+    if failed:
+        raise UsageError(f"these sources cannot be used: {', '.join(failed)}")
+    if seconds:
+        _print_speed(checked.data, processor, seconds)
+
+
+def _sample(
+    config: DataConfig, index: int, processor: MMInterleavedProcessor, batches: int
+) -> tuple[list[Batch], DataReport, str]:
+    """The first batches of one source, its report, and what is wrong with it."""
+    one = replace(config, sources=[config.sources[index]], probabilities=[], sampling="sum", mix="batch", num_workers=0,
+                  pin_memory=False, compat=[])  # fmt: skip
+    found: list[Batch] = []
+    try:
+        loader = build_loader(one, processor)
+    except DataError as error:
+        return [], DataReport(), str(error)
+    try:
+        for batch in itertools.islice(loader, batches):
+            found.append(batch)
+    except DataError as error:
+        return found, loader.report(), str(error).partition(":")[0]
+    return found, loader.report(), ""
+
+
+def _print_source(name: str, batches: list[Batch], report: DataReport, problem: str) -> None:
+    counts, rejected, examples = report.counts(name), report.rejected(name), report.examples(name)
+    table = Table(title=f"{name}: a sample", title_justify="left", show_header=False)
+    for what in COUNTS:
+        table.add_row(what, f"{counts.get(what, 0):,}", "")
+    for what, value in _statistics(batches).items():
+        table.add_row(what, value, "")
+    for reason, number in sorted(rejected.items(), key=lambda item: -item[1]):
+        table.add_row(f"[yellow]{reason}[/]", f"{number:,}", examples[reason].replace("[", r"\["))
+    output.print(table)
+    if problem:
+        output.print(f"[bold red]{problem}[/]", highlight=False)
+
+
+def _statistics(batches: list[Batch]) -> dict[str, str]:
+    """Means over rows."""
+    if not batches:
+        return {}
+    rows = sum(len(b.input_ids) for b in batches)
+    lengths = [int(n) for b in batches for n in b.attention_mask.sum(1)]
+    learned = sum(int((b.labels != -100).sum()) for b in batches)
+    images = sum(len(b.image_rows) for b in batches)
+    drawn = sum(int(b.image_loss_mask.sum()) for b in batches if b.image_loss_mask is not None)
+    places = sum(b.input_ids.numel() for b in batches)
+    return {
+        "tokens in a row": f"{sum(lengths) / rows:.1f} ({min(lengths)} to {max(lengths)})",
+        "images in a row": f"{images / rows:.2f}",
+        "tokens learned": f"{learned / sum(lengths):.1%}",
+        "images learned": f"{drawn / images:.1%}" if images else "none",
+        "padding": f"{1 - sum(lengths) / places:.1%}",
+    }
+
+
+def _print_speed(config: DataConfig, processor: MMInterleavedProcessor, seconds: float) -> None:
+    """Tokens and images a second of the loader alone, after its first batch."""
+    loader = build_loader(replace(config, sampling="forever"), processor)
+    tokens = images = rows = 0
+    with console.status("measuring the speed"):
+        begin = time.perf_counter()
+        iterator = iter(loader)
+        next(iterator)
+        first, start = time.perf_counter() - begin, time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            batch = next(iterator)
+            tokens += int(batch.attention_mask.sum())
+            images, rows = images + len(batch.image_rows), rows + len(batch.input_ids)
+    workers = f"{config.num_workers} worker processes" if config.num_workers else "the main process"
+    output.print(
+        f"the loader alone, {workers}: {tokens / passed:,.0f} tokens/s, {images / passed:,.1f} images/s, "
+        f"{rows / passed:,.1f} rows/s; first batch after {first:.1f} s"
+    )

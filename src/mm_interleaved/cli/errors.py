@@ -1,0 +1,7 @@
+"""What a command says when it cannot be carried out."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as it was given."""

@@ -1,0 +1,78 @@
+"""Devices, float types and models that commands name."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, cast
+
+from rich.markup import escape
+
+from .console import console
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pretrained import Loaded
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def find_dtype(name: str | None) -> torch.dtype | None:
+    """The float type of that name; None stays None.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{name}'")
+    import torch
+
+    return getattr(torch, name)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one.
+
+    Raises:
+        UsageError: this machine has none.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device '{name}' is not the name of a device; write cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device '{name}' is not there: this machine has {count} CUDA devices that torch can use")
+    return device
+
+
+def load_model(
+    name: str, dtype: torch.dtype | None, device: torch.device, quantization: str | None, quiet: bool = False
+) -> Loaded:
+    """A model and its processor.
+
+    Args:
+        name: a model that ships, or the folder of a checkpoint.
+        dtype: type of the weights; None: as `load` chooses.
+        device: where to.
+        quantization: of `QUANTIZATIONS`; None: none.
+        quiet: show no progress.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    from ..checkpoints.quantization import Quantization
+    from ..pretrained import load
+
+    try:
+        with nullcontext() if quiet else console.status(f"loading {escape(name)}"):
+            return load(name, dtype, device, cast(Quantization | None, quantization))
+    except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
+        raise UsageError(f"model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
