@@ -54,7 +54,7 @@ def find_device(name: str) -> torch.device:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | None, device: torch.device, quantization: str | None, quiet: bool = False
+    name: str, dtype: torch.dtype | None, device: torch.device | None, quantization: str | None, quiet: bool = False
 ) -> Loaded:
     """A model and its processor.
 
