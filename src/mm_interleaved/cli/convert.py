@@ -37,7 +37,7 @@ def convert(
     from ..checkpoints.checkpoint import CheckpointError, convert_from_original, convert_to_original
     from ..processor import MMInterleavedProcessor
 
-    kind = find_dtype(dtype)
+    kind = find_dtype(dtype) if dtype else None
     if image_upscale is not None and image_upscale <= 0:
         raise UsageError(f"--image-upscale must be positive, not {image_upscale}")
     with Progress(console=console, transient=True) as progress:

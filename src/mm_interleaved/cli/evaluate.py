@@ -48,7 +48,7 @@ def evaluate_command(
     with _once(state):
         if overwrite:
             on_main(state, lambda: remove_results(folder))
-        dtype, quiet = find_dtype(loaded.dtype), not state.is_main_process
+        dtype, quiet = find_dtype(loaded.dtype) if loaded.dtype else None, not state.is_main_process
         model = load_model(loaded.model, dtype, state.device, loaded.quantization, quiet)
         if not model.trained and state.is_main_process:
             console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: what it makes is noise")

@@ -93,7 +93,7 @@ def generate(
         raise UsageError(f"there is no preset '{preset}'; there are {', '.join(TEXT_PRESETS)}")
     if image_preset not in IMAGE_PRESETS:
         raise UsageError(f"there is no image preset '{image_preset}'; there are {', '.join(IMAGE_PRESETS)}")
-    kind = find_dtype(dtype)
+    kind = find_dtype(dtype) if dtype else None
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
     if num_beams is not None and num_beams > 1 and do_sample is None:

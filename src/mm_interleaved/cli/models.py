@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def find_dtype(name: str | None) -> torch.dtype | None:
-    """The float type of that name; None stays None.
+def find_dtype(name: str) -> torch.dtype:
+    """The float type of that name.
 
     Raises:
         UsageError: there is none.
     """
-    if name is None:
-        return None
     if name not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{name}'")
     import torch
