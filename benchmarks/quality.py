@@ -41,7 +41,6 @@ from mm_interleaved.tasks import render
 from mm_interleaved.tasks.captions import PROMPT as CAPTION
 from mm_interleaved.tasks.grounding import GROUNDING, box_text, thousandths
 from mm_interleaved.tasks.vqa import SHORT_PROMPT
-from mm_interleaved.training.building import DTYPES
 from mm_interleaved.training.ema import FILE as AVERAGE
 from toyworld.detector import Detection, Detector
 from toyworld.draw import boxes, draw
@@ -262,7 +261,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--implementation", choices=("auto", "static", "dynamic"), default="auto", help="of caches")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the language model")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:4]))
@@ -274,7 +273,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Examine, print, and keep."""
     options = arguments()
-    loaded = load(options.model, DTYPES[options.dtype], options.device, options.quantization)
+    loaded = load(options.model, getattr(torch, options.dtype), options.device, options.quantization)
     averaged(Path(options.model), loaded.model)
     exam = Exam(loaded, Detector.load(device=options.device), options)
     drawn = exam.model.image_decoder.settled(exam.image)

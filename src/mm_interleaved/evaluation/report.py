@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .reported import PAPER, Row
+from .reported import PAPER
 from .scoring import TaskResult
 
 HEAD = ("task", "phase", "metric", "value", "95% interval", "samples", "paper, pre-trained", "paper, fine-tuned")
@@ -32,13 +32,12 @@ def markdown(tasks: Mapping[str, TaskResult], model: Mapping[str, Any]) -> str:
 def _table(tasks: Mapping[str, TaskResult]) -> list[str]:
     rows = [HEAD, tuple("---" if i < 3 else "---:" for i in range(len(HEAD)))]
     for name, task in tasks.items():
-        paper = PAPER.get((task.task, task.phase))
         for metric, value, interval in shown_values(task):
             rows.append((_cell(name), task.phase, metric, f"{value:.2f}", interval, f"{task.evaluated:,}",
-                         *_beside(paper, metric, task)))  # fmt: skip
+                         *_beside(task, metric)))  # fmt: skip
         if not any(m["values"] for m in task.metrics.values()):
             why = "failed" if task.failed else "-"
-            rows.append((_cell(name), task.phase, why, "-", "-", f"{task.evaluated:,}", *_beside(paper, None, task)))
+            rows.append((_cell(name), task.phase, why, "-", "-", f"{task.evaluated:,}", *_beside(task, None)))
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -54,12 +53,12 @@ def shown_values(task: TaskResult) -> list[tuple[str, float, str]]:
     return found
 
 
-def _beside(paper: Row | None, metric: str | None, task: TaskResult) -> Sequence[str]:
-    """The paper's two values, if they are of this metric; of a task without figures, whatever is reported."""
-    if paper is None or (metric is not None and paper.metric != metric):
-        return "-", "-"
-    name = f" ({paper.metric})" if metric is None else ""
-    return tuple("-" if v is None else f"{v}{name}" for v in (paper.pretrained, paper.finetuned))
+def _beside(task: TaskResult, metric: str | None) -> Sequence[str]:
+    """The paper's two values, if they are of this metric; of a task without values, whatever is reported."""
+    name, *values = PAPER.get((task.task, task.phase), ("", "-", "-"))
+    if metric is None:
+        return [value if value == "-" else f"{value} ({name})" for value in values]
+    return values if metric == name else ("-", "-")
 
 
 def _left_out(tasks: Mapping[str, TaskResult]) -> list[str]:

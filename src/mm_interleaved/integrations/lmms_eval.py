@@ -20,7 +20,7 @@ from ..evaluation.processes import start_processes
 from ..pretrained import load
 from .answering import STYLES, Answerer, cut, to_document, to_settings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 MANIFEST = ModelManifest("mm_interleaved", simple_class_path=f"{__name__}.MMInterleavedLmms")
 
 
@@ -48,7 +48,7 @@ class MMInterleavedLmms(lmms):
             raise ValueError(f"batch_size must be a number, not '{batch_size}'")
         state = start_processes(cpu=device == "cpu" or not torch.cuda.is_available())
         self._rank, self._world_size, self.style = state.process_index, state.num_processes, style
-        loaded = load(pretrained, DTYPES[dtype] if dtype else None, state.device)
+        loaded = load(pretrained, getattr(torch, dtype) if dtype else None, state.device)
         self.answerer = Answerer(loaded, int(batch_size), int(seed))
 
     def _images(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> list[Any]:

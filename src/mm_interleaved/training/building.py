@@ -25,8 +25,6 @@ from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from .config import ModelConfig, TrainConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
     """Model and processor.
@@ -88,7 +86,7 @@ def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) 
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:
     """float32 for what is trained, the computing type for what is frozen, `losses.vae_dtype` for the VAE."""
-    frozen, vae = DTYPES[config.precision], DTYPES[config.losses.vae_dtype]
+    frozen, vae = getattr(torch, config.precision), getattr(torch, config.losses.vae_dtype)
     for name, parameter in model.named_parameters():
         dtype = vae if name.startswith("image_decoder.vae.") else frozen
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
