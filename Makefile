@@ -4,7 +4,7 @@ LOWEST := .venv-lowest/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # What touches the libraries whose lowest versions are installed, and takes a minute or two.
 LOWEST_TESTS := tests/test_document.py tests/test_configuration.py tests/processor tests/golden \
-	tests/model/test_checkpoint.py tests/model/test_compatibility.py tests/generation/test_text.py \
+	tests/checkpoints/test_checkpoint.py tests/model/test_compatibility.py tests/generation/test_text.py \
 	tests/cli/test_info.py tests/training/test_optimizer.py
 
 .PHONY: demo test test-slow test-fast test-gpu lint format types lower-bounds hooks benchmark clean
