@@ -149,4 +149,4 @@ def test_a_prompt_leaves_room_for_its_longest_option(
     predictor.generator.limit = tokens + longest
     assert isinstance(predictor.load(sample), PreparedSample)
     predictor.generator.limit -= 1
-    assert f"{tokens} tokens are more than the {tokens - 1} that the model reads" in str(predictor.load(sample))
+    assert f"{tokens} tokens are more than the {tokens - 1} of the model's context" in str(predictor.load(sample))

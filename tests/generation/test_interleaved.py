@@ -339,12 +339,12 @@ def test_forty_nine_images_are_the_most(model: MMInterleaved, processor: MMInter
     assert InterleavedGenerator(model, processor, GREEDY).most_images == 49
     few = [Image(make_image(1))] * 49
     InterleavedGenerator(model, processor, GREEDY).start([Document([*few, Text()])])
-    with pytest.raises(DocumentError, match="document 0: 50 images are more than the 49 that the model tells apart"):
+    with pytest.raises(DocumentError, match="document 0: 50 images are more than the 49 that the model distinguishes"):
         InterleavedGenerator(model, processor, GREEDY).start([Document([*few, *few[:1], Text()])])
 
 
 def test_a_prompt_longer_than_the_context(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(DocumentError, match=r"60\d tokens are more than the 512 that the model reads"):
+    with pytest.raises(DocumentError, match=r"60\d tokens are more than the 512 of the model's context"):
         list(model.generate_interleaved(Document([Text("a " * 600)]), processor, GREEDY))
 
 

@@ -383,12 +383,12 @@ def test_text_ends_with_the_context_and_says_so(model: MMInterleaved, left: int,
 
 
 def test_a_prompt_longer_than_the_context_is_refused(model: MMInterleaved) -> None:
-    with pytest.raises(ValueError, match="513 tokens are more than the 512 that the model reads"):
+    with pytest.raises(ValueError, match="513 tokens are more than the 512 of the model's context"):
         model.generate_text(long_prompt(model, -1), GREEDY)
     state = model.prefill(long_prompt(model, 1))
     with pytest.raises(ValueError, match="513 tokens are more than the 512"):
         score_options(state, [[[7], [8, 9]], []])
-    with pytest.raises(ValueError, match="more than the 512 that the model reads"):
+    with pytest.raises(ValueError, match="more than the 512 of the model's context"):
         state.append_images([0], torch.zeros(1, 3, 32, 32))
     assert state.visible == [[], []]
     assert len(score_options(state, [[[7]], [[7, 8]]])[0]) == 1

@@ -168,7 +168,7 @@ class Predictor:
         room = self.generator.limit - max(map(len, options), default=0)
         tokens = sum(len(item) for item in prepared.plan if isinstance(item, TokenStream))
         if tokens > room:
-            raise DocumentError(f"{tokens} tokens are more than the {room} that the model reads before an option",
+            raise DocumentError(f"{tokens} tokens are more than the {room} of the model's context before an option",
                                 document.name, "Shorten it")  # fmt: skip
         return PreparedSample(sample, prepared, options)
 

@@ -1,4 +1,4 @@
-"""The arguments of `generate` in transformers, as settings of ours: accepted, or refused in words."""
+"""Translation of the arguments of transformers' `generate` into settings; unsupported ones are errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from ..model import MMInterleavedConfig
 from .settings import GenerationSettings, override
 
-# Arguments of transformers that generation does not take, and what to do.
+# Arguments of transformers that are not supported, and what to do instead.
 _REFUSED = {
     "max_length": "it counts the prompt; set max_new_tokens",
     "min_length": "it counts the prompt; set min_new_tokens",
@@ -35,12 +35,12 @@ def settings_from_arguments(
     generation_config: GenerationConfig | None = None,
     **arguments: Any,
 ) -> GenerationSettings:
-    """`settings` with a `GenerationConfig` and then single arguments applied; None leaves a setting as it is.
+    """`settings` changed by a `GenerationConfig` and then by single arguments; None changes nothing.
 
     Args:
-        settings: to start from.
-        model_config: of the model, whose token ids cannot be changed.
-        generation_config: of transformers; what it leaves open is left open.
+        settings: settings to start from.
+        model_config: configuration of the model, whose token ids cannot be changed.
+        generation_config: of transformers; its values of None change nothing.
         **arguments: settings by their names, and the arguments of `generate` in transformers.
 
     Raises:

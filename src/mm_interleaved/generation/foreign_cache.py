@@ -1,7 +1,7 @@
-"""Generating text over a cache of transformers (growing, static, quantized or offloaded) instead of our own.
+"""Text generation over a cache of transformers (dynamic, static, quantized or offloaded) instead of `KVCache`.
 
-Rows of such a cache have all columns in common: a row that has nothing in a column is masked out there. So rows cannot
-be cut, copied or left alone, and only greedy search and sampling of one sequence a row run over it.
+Rows of such a cache share their columns: a column without a token of a row is masked for that row. So single rows
+cannot be truncated, copied or left unchanged, and only greedy search and sampling of one sequence a row are supported.
 
 Axes: R rows, L tokens, V vocabulary.
 """
@@ -19,10 +19,10 @@ from ..processor import Batch
 
 
 class ForeignCacheState:
-    """Rows that the model has read into a cache of transformers; `text.write` runs over it.
+    """The state of generation over a cache of transformers, for `text.write`.
 
     Args:
-        model: that reads.
+        model: the model.
         batch: the prompts.
         cache: an empty cache.
 
@@ -34,7 +34,7 @@ class ForeignCacheState:
 
     def __init__(self, model: MMInterleavedModel, batch: Batch, cache: Cache) -> None:
         if cache.get_seq_length():
-            raise ValueError("past_key_values is not empty; give a new cache, or call the model itself to read on")
+            raise ValueError("past_key_values is not empty; pass a new cache, or call the model itself to extend it")
         self.model, self.cache, self.device = model, cache, model.compute_device
         self._mask = batch["attention_mask"].to(self.device)
         self.lengths: list[int] = self._mask.sum(1).tolist()
@@ -45,16 +45,16 @@ class ForeignCacheState:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """The number of rows, R."""
         return len(self._mask)
 
     @torch.no_grad()
     def next_logits(self) -> Tensor:
-        """[R, V] what comes next in every row, float32 or better."""
+        """The logits of each row's next token, [R, V], float32 or better."""
         return self.model.compute_logits(self._last)
 
     def decode_step(self, tokens: Tensor, reading: Tensor) -> Tensor:
-        """Read one token [R] in the rows of `reading` [R]; what comes next [R, V]."""
+        """Process one token [R] in the rows of `reading` [R]; returns the logits of the next tokens [R, V]."""
         positions = self._mask.sum(1, keepdim=True)
         self._mask = torch.cat([self._mask, reading[:, None].long()], dim=1)
         hidden = self._read(tokens[:, None], positions, None)[:, 0]
@@ -63,15 +63,15 @@ class ForeignCacheState:
         return self.next_logits()
 
     def reserve_steps(self, steps: int) -> None:
-        """The cache grows by itself."""
+        """Nothing to do: the cache grows by itself."""
 
     def settle(self, lengths: Sequence[int]) -> None:
-        """Nothing is read ahead, so there is nothing to take back."""
+        """Nothing to do: no steps are launched ahead."""
         assert list(lengths) == self.lengths
 
     @torch.no_grad()
     def _read(self, ids: Tensor, positions: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Hidden states [R, L, D] of new tokens."""
+        """Process new tokens; returns their hidden states [R, L, D]."""
         return self.model(
             input_ids=ids, attention_mask=self._mask, position_ids=positions, pixel_values=pixel_values,
             past_key_values=self.cache, use_cache=True, logits_to_keep=1,

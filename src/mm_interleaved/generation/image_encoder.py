@@ -1,4 +1,7 @@
-"""Encoding images by CUDA graphs of 16, 8, 4, 2 and 1 images, each captured when it is first needed."""
+"""Encoding of images by CUDA graphs for 16, 8, 4, 2 and 1 images, each captured on first use.
+
+Axes: I images, h and w height and width.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from ..model.static import Pool, capture
 from ..model.visual_tokenizer import VisualFeatures
 from ..model.weights import state_of, why_not_captured
 
-LARGEST_GRAPH = 16  # images that are encoded together, a power of two
-MOST_SPARE = 2  # places of a graph that may stay empty: one more graph would take longer
+LARGEST_GRAPH = 16  # most images encoded together, a power of two
+MOST_SPARE = 2  # most unused places of a graph: running a second graph would take longer
 
 
 class GraphedImageEncoder:
-    """The visual tokenizer for at most so many images; its reference implementation is `encode_images` of the model.
+    """The visual tokenizer for a fixed number of images. Its reference implementation is the model's `encode_images`.
 
     Args:
-        model: whose it is. Only a weak reference is kept.
-        places: images that it encodes at a time, of which some may be whatever was there before.
-        like: images [I, 3, side, side] as they will be.
-        captured: whether it is captured; None: on a CUDA device.
+        model: the model, of which only a weak reference is kept.
+        places: number of images that are encoded at a time; unused places keep earlier images.
+        like: images [I, 3, h, w] of the shape and type of later calls.
+        captured: whether it is captured in a CUDA graph; None: if the device is a CUDA device.
     """
 
     def __init__(self, model: MMInterleavedModel, places: int, like: Tensor, captured: bool | None = None) -> None:
@@ -37,12 +40,12 @@ class GraphedImageEncoder:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> VisualFeatures:
-        """Features of `pixels` [I, 3, side, side], at most as many as there are places."""
+        """The features of `pixels` [I, 3, h, w], where I is at most the number of places."""
         count = len(pixels)
         self.pixels[:count] = pixels
         (self.replay or self._step)()
         found = self.features
-        assert found is not None  # the step has made them
+        assert found is not None  # the step has set them
         assert found.last_hidden_state is not None
         return VisualFeatures(
             found.tokens[:count].clone(), [m[:count].clone() for m in found.pyramid],
@@ -51,12 +54,12 @@ class GraphedImageEncoder:
 
     def _step(self) -> None:
         model = self._model()
-        assert model is not None  # a pool forgets what it made for a model that is gone
+        assert model is not None  # the pool drops graphs of a model that was freed
         self.features = model.encode_images(self.pixels)
 
 
 def _places(count: int) -> int:
-    """The graph of how many images `count` images begin with."""
+    """The size of the graph that encodes the first of `count` images."""
     enough = 1 << (count - 1).bit_length()
     few_spare = enough - count <= min(MOST_SPARE, enough // 4)
     return min(enough if few_spare else enough // 2, LARGEST_GRAPH)
@@ -64,10 +67,12 @@ def _places(count: int) -> int:
 
 @torch.no_grad()
 def encode_images(model: MMInterleavedModel, pixel_values: Tensor, graphs: bool) -> VisualFeatures:
-    """Features of `pixel_values` [I, 3, side, side].
+    """The features of `pixel_values` [I, 3, h, w].
 
     Args:
-        graphs: whether to replay captured graphs, where the visual tokenizer can be captured.
+        model: the model.
+        pixel_values: [I, 3, h, w].
+        graphs: whether to replay captured graphs, if the visual tokenizer can be captured.
     """
     if not graphs or why_not_captured(model.visual_tokenizer) is not None:
         return model.encode_images(pixel_values)
@@ -76,7 +81,7 @@ def encode_images(model: MMInterleavedModel, pixel_values: Tensor, graphs: bool)
 
 @torch.no_grad()
 def encode_by_graphs(model: MMInterleavedModel, pixel_values: Tensor) -> VisualFeatures:
-    """Features of `pixel_values` [I, 3, side, side] by graphs of some of them at a time."""
+    """The features of `pixel_values` [I, 3, h, w], by graphs for some of them at a time."""
     left = pixel_values.to(model.compute_device)
     state, found = state_of(model.visual_tokenizer), []
     while len(left):

@@ -1,11 +1,11 @@
-"""The interleaved generator: documents with open slots go in, events come out while text and images are generated.
+"""The interleaved generator: it takes documents with open slots and yields events while text and images are generated.
 
-A document is read up to its first open slot, once. A text slot is filled until `</s>` or a begin-of-image token; an
-image slot is filled from everything read so far, the image is read, and the document goes on. After the last slot a
-document may go on by itself: text, and an image whenever the text asks for one. Documents of a batch take their turns
-together: first all texts, then all images.
+A document is processed up to its first open slot. A text slot is filled until `</s>` or a begin-of-image token. An
+image slot is filled from everything before it, and the image is encoded. After the last slot a document may continue by
+itself: with text, and with an image whenever a text ends with a begin-of-image token. Documents of a batch take their
+turns together: first all texts, then all images. The rules are in docs/model.md, "Interleaved generation".
 
-What a turn made is read when its document goes on, and not before: the last text or image of a document is never read.
+The result of a turn is processed when its document continues, so the last text or image of a document never is.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .text import add_tokens, write, write_beams
 from .workspace import uses_graphs
 
 Turn = Literal["text", "image"]
-CHAT_TURNS = 4  # most texts and images of an answer that does not end by itself
+CHAT_TURNS = 4  # most texts and images of an answer in a conversation
 
 
 @dataclass
 class TextDelta:
-    """More text of a document's current slot."""
+    """New text of a document's current slot."""
 
     document: int
     text: str
@@ -48,7 +48,7 @@ class TextDelta:
 
 @dataclass
 class ImageProgress:
-    """One denoising step of a document's current image; `preview` only when one was asked for."""
+    """One denoising step of a document's current image; `preview` only if the settings ask for it."""
 
     document: int
     candidate: int
@@ -63,8 +63,8 @@ class SegmentFinished:
 
     Attributes:
         document: number of the document in the batch.
-        segment: as it stands in the document, which goes on from it. `segment.generated` has its turn, and what the
-            model generated: tokens and text, also where a forced text stands in its place; all candidates of an image.
+        segment: the segment from which the document continues. `segment.generated` has its turn and what the model
+            generated: tokens and text, also if a forced text replaces them; all candidates of an image.
     """
 
     document: int
@@ -76,9 +76,9 @@ class DocumentFinished:
     """A document is finished.
 
     Attributes:
-        document: its number in the batch.
-        result: the document with its slots filled and what was added; `Segment.generated` says which is which.
-        reason: `slots` (all filled), `eos`, `turns`, `segments`, `tokens`, `images` or `context` (no more room).
+        document: number of the document in the batch.
+        result: the document with its slots filled, and its continuation; see `Segment.generated`.
+        reason: `slots` (all filled), `eos`, `turns`, `segments`, `tokens`, `images` or `context` (the context is full).
     """
 
     document: int
@@ -94,8 +94,8 @@ class PreparedDocument:
     """A document that was checked and turned into tokens.
 
     Attributes:
-        document: as it was given.
-        plan: its given stretches and open slots in turn; the first is always a stretch.
+        document: the input.
+        plan: its given parts and its open slots, alternating; the first entry is always a given part.
     """
 
     document: Document
@@ -103,28 +103,28 @@ class PreparedDocument:
 
 
 def _plain(ids: Sequence[int]) -> TokenStream:
-    """Text tokens as a stream."""
+    """A stream of text tokens."""
     return TokenStream(np.array(ids, np.int64), np.zeros(len(ids), bool), [])
 
 
 @dataclass
 class _Row:
-    """One document on its way.
+    """The progress of one document.
 
     Attributes:
-        document: as it was given.
-        queue: its stretches and open slots that are still to come.
+        document: the input.
+        queue: the given parts and open slots that are still to come.
         max_turns: most texts and images to generate.
         goes_on: whether it continues by itself after its last slot.
-        generator: for sampled text.
-        image_seed: of its images.
+        generator: random numbers of sampled text.
+        image_seed: seed of its images.
         ids: all its tokens so far.
         images: all its images so far.
-        unread_image: pixels [3, side, side] of an image whose begin-of-image token was read, but not the image.
-        unread: the tokens after that which the model has not read.
-        next_turn: what it does next.
+        unread_image: pixels [3, side, side] of an image that the model has not processed, but its begin-of-image token.
+        unread: the tokens after it that the model has not processed.
+        next_turn: the kind of the next turn.
         turns: number of texts and images generated.
-        made: what was generated.
+        made: the generated segments.
         tokens: number of text tokens generated.
         reason: why it ended; None: it has not.
     """
@@ -146,15 +146,15 @@ class _Row:
     reason: str | None = None
 
     def take_slot(self) -> None:
-        """The slot that was just filled is no longer open."""
+        """Remove the slot that was just filled from the queue."""
         if self.queue:
             self.queue.popleft()
 
     def result(self) -> Document:
-        """The document with its slots filled and what came after them."""
+        """The document with its slots filled, and its continuation."""
         made, segments, given = deque(self.made), [], self.document
         for segment in given.segments:
-            if not segment.is_open:  # what an earlier session generated is given in this one
+            if not segment.is_open:  # segments that an earlier session generated count as given
                 segments.append(segment if segment.generated is None else replace(segment, generated=None))
             elif made:
                 segments.append(replace(made.popleft(), role=segment.role))
@@ -164,13 +164,13 @@ class _Row:
 
 
 class InterleavedGenerator:
-    """Runs a batch of documents. `rows` and `state` may be looked at between events.
+    """Runs a batch of documents. `rows` and `state` may be inspected between events.
 
     Args:
-        model: that reads and generates.
+        model: the model.
         processor: turns documents into tokens and images into pixels.
-        settings: how; what they leave open is as the model's configuration says.
-        progress: whether to give an event for every denoising step.
+        settings: settings; values that are None come from the model's configuration.
+        progress: whether to yield an event for every denoising step.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class InterleavedGenerator:
         self.banned = [config.image_token_id]  # an image token in the text would have no image
 
     def plan(self, document: Document) -> deque[TokenStream | Turn]:
-        """A document as given stretches and open slots in turn; the first is always a stretch."""
+        """The given parts and the open slots of a document, alternating; the first entry is always a given part."""
         queue: deque[TokenStream | Turn] = deque()
         run: list[Segment] = []
         slot: Segment | None = None
@@ -204,14 +204,14 @@ class InterleavedGenerator:
         return queue
 
     def prepare(self, document: Document, name: str | None = None) -> PreparedDocument:
-        """What `start` does with a document before the model is needed; any thread may do it ahead.
+        """The part of `start` that needs no model; any thread may call it in advance.
 
         Args:
-            document: to be filled and continued.
-            name: how an error calls a document that has neither a place nor an id.
+            document: the document to fill and continue.
+            name: its name in errors, if it has neither a place nor an id.
 
         Raises:
-            DocumentError: it cannot be used, or what it gives is more than the model reads; says which it is.
+            DocumentError: it cannot be used, or it is longer than the model's context.
         """
         try:
             _check_forced(document)
@@ -223,28 +223,28 @@ class InterleavedGenerator:
         return PreparedDocument(document, plan)
 
     def start(self, documents: Sequence[Document | PreparedDocument], seeds: Sequence[int] | None = None) -> None:
-        """Take documents in, without reading their images.
+        """Start with these documents, without processing them yet.
 
         Args:
-            documents: what is to be filled and continued, prepared or not.
-            seeds: for each document, of its texts and its images, in place of the settings'; None: the settings'.
+            documents: documents to fill and continue, prepared or not.
+            seeds: for each document the seed of its texts and images; None: the seeds of the settings.
 
         Raises:
-            DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            DocumentError: a document cannot be used, or it is longer than the model's context.
             ValueError: images cannot be generated with these settings.
         """
         given = self.prepare_all(documents)
         seed, image_seed = self.settings.seed, self.settings.image.seed
         chosen = [(seed, image_seed)] * len(given) if seeds is None else [(s, s) for s in seeds]
         self.rows: list[_Row] = [self._row(one, *pair) for one, pair in zip(given, chosen, strict=True)]
-        vars(self).pop("state", None)  # its memory goes back before more is taken
+        vars(self).pop("state", None)  # frees its memory before more is allocated
         self.state: GenerationState = self._new_state(given)
 
     def prepare_all(self, documents: Sequence[Document | PreparedDocument]) -> list[PreparedDocument]:
-        """`prepare` for several documents, of which those that are prepared stay as they are.
+        """`prepare` several documents; those that are prepared already do not change.
 
         Raises:
-            DocumentError: as for `prepare`.
+            DocumentError: as in `prepare`.
             ValueError: images cannot be generated with these settings.
         """
         self.model.image_decoder.sampler(self.settings.image)
@@ -254,7 +254,7 @@ class InterleavedGenerator:
         ]
 
     def _new_state(self, given: Sequence[PreparedDocument]) -> GenerationState:
-        """A state with room for the beginning of each document and for its images, as far as they are known."""
+        """A state with capacity for the given parts of each document and for its images, as far as they are known."""
         images = [sum(len(x.images) if isinstance(x, TokenStream) else x == "image" for x in one.plan) for one in given]
         images = [count + row.goes_on for count, row in zip(images, self.rows, strict=True)]
         first = max((len(one.plan[0]) for one in given), default=0)
@@ -265,7 +265,7 @@ class InterleavedGenerator:
         )  # fmt: skip
 
     def _row(self, given: PreparedDocument, seed: int, image_seed: int) -> _Row:
-        """A document at its start."""
+        """The row of a document at its start."""
         document = given.document
         slots = sum(1 for item in given.plan if isinstance(item, str))
         asked = self._asked_turns(document)
@@ -275,7 +275,7 @@ class InterleavedGenerator:
         return _Row(document, deque(given.plan), asked or slots or usual, goes_on, generator, image_seed)
 
     def _asked_turns(self, document: Document) -> int | None:
-        """Most turns, if the settings or the document say; see `GenerationSettings.max_turns`."""
+        """The most turns by settings or document; see `GenerationSettings.max_turns`."""
         asked, own, record = self.settings.max_turns, document.max_turns, document.record
         if record is not None and self._stops_at_eos(document):
             return asked or ORIGINAL_TURNS
@@ -288,25 +288,25 @@ class InterleavedGenerator:
         tokens, images = sum(len(s) for s in given), sum(len(s.images) for s in given)
         if tokens > self.limit:
             raise DocumentError(
-                f"{tokens} tokens are more than the {self.limit} that the model reads", fix="Shorten it"
+                f"{tokens} tokens are more than the {self.limit} of the model's context", fix="Shorten it"
             )
         if images > self.most_images:
             raise DocumentError(
-                f"{images} images are more than the {self.most_images} that the model tells apart",
+                f"{images} images are more than the {self.most_images} that the model distinguishes",
                 fix="Leave some out",
             )
 
     def run(
         self, documents: Sequence[Document | PreparedDocument], seeds: Sequence[int] | None = None
     ) -> Iterator[Event]:
-        """Generate.
+        """Fill and continue documents, as a stream of events.
 
         Args:
-            documents: what is to be filled and continued, prepared or not.
-            seeds: as for `start`.
+            documents: documents to fill and continue, prepared or not.
+            seeds: as in `start`.
 
         Raises:
-            DocumentError: a document cannot be used, or what it gives is more than the model reads.
+            DocumentError: a document cannot be used, or it is longer than the model's context.
             ValueError: images cannot be generated with these settings.
         """
         self.start(documents, seeds)
@@ -324,7 +324,7 @@ class InterleavedGenerator:
         return [i for i, row in enumerate(self.rows) if row.reason is None and row.next_turn == turn]
 
     def _advance(self) -> Iterator[Event]:
-        """Decide what each row does next, end those that are done, and read what the others have not read yet."""
+        """Decide the next turn of each row, end rows that are done, and process the unread tokens of the others."""
         for index, row in enumerate(self.rows):
             if row.reason is None:
                 self._take_stretch(row)
@@ -333,7 +333,7 @@ class InterleavedGenerator:
         self._read([i for i, row in enumerate(self.rows) if row.reason is None])
 
     def _take_stretch(self, row: _Row) -> None:
-        """Take the given text and images before the next slot of a row in, or end it."""
+        """Append the given part before the next slot to a row, or end the row."""
         stretch = row.queue[0] if row.queue else None
         if isinstance(stretch, TokenStream):
             if not self._fits(row, len(stretch), len(stretch.images)):
@@ -344,12 +344,12 @@ class InterleavedGenerator:
             row.ids += stretch.ids.tolist()
             row.images += stretch.images
         slot = row.queue[0] if row.queue else row.next_turn
-        assert not isinstance(slot, TokenStream)  # a slot stands between two stretches
+        assert not isinstance(slot, TokenStream)  # slots and given parts alternate
         row.next_turn = slot
         row.reason = self._why_done(row)
 
     def _read(self, chosen: Sequence[int]) -> None:
-        """Read what `chosen` rows have not read yet."""
+        """Process the unread tokens of the rows `chosen`."""
         waiting = {i: pixels for i in chosen if (pixels := self.rows[i].unread_image) is not None}
         if waiting:
             self.state.append_images(list(waiting), torch.stack(list(waiting.values())))
@@ -366,7 +366,7 @@ class InterleavedGenerator:
         return len(row.ids) + tokens <= self.limit and len(row.images) + images <= self.most_images
 
     def _why_done(self, row: _Row) -> str | None:
-        """Why a row has nothing more to do; None if it has."""
+        """Why a row is done; None: it is not."""
         settings, images = self.settings, sum(isinstance(s, Image) for s in row.made)
         if not row.queue and not row.goes_on:
             return "slots"
@@ -398,7 +398,7 @@ class InterleavedGenerator:
 
     @staticmethod
     def _only(chosen: Sequence[int], limits: Sequence[int]) -> list[int]:
-        """`limits`, 0 for all other rows."""
+        """`limits`, with 0 for all rows but `chosen`."""
         return [limit if index in chosen else 0 for index, limit in enumerate(limits)]
 
     def _most_tokens(self, row: _Row) -> int:
@@ -419,13 +419,13 @@ class InterleavedGenerator:
             add_tokens(step, texts, end_tokens(self.model))
             for index in chosen:
                 text = self.processor.decode_text(texts[index].ids)
-                if len(text) > len(shown[index]) and not text.endswith("\ufffd"):  # not in the middle of a character
+                if len(text) > len(shown[index]) and not text.endswith("\ufffd"):  # not inside a multi-byte character
                     yield TextDelta(index, text[len(shown[index]) :])
                     shown[index] = text
         return {i: texts[i] for i in chosen}
 
     def _after_text(self, index: int, text: WrittenText, start: int) -> Iterator[Event]:
-        """What a finished text means for its row, of which `start` tokens were read before it."""
+        """Update a row after a text; the model had processed `start` tokens of the row before it."""
         row, config = self.rows[index], self.model.config
         written, ids, end = self.processor.decode_text(text.ids), text.ids, text.end
         forced = row.document.forced_texts[row.turns] if row.turns < len(row.document.forced_texts) else ""
@@ -437,7 +437,7 @@ class InterleavedGenerator:
                 row.reason = "context"
                 yield DocumentFinished(index, row.result(), row.reason)
                 return
-        if forced is not None or config.bos_token_id in ids:  # <s> starts a document: what follows sees no image
+        if forced is not None or config.bos_token_id in ids:  # after <s> earlier images are invisible
             self.state.truncate(index, start)
         row.unread = _plain(ids[self.state.lengths[index] - start :])
         row.ids += ids
@@ -474,7 +474,7 @@ class InterleavedGenerator:
             for step in decoder.denoise(conditions, earlier, settings, generators):
                 if self.progress:
                     yield from _progress(chosen, number, step)
-            assert step is not None  # there is one at least
+            assert step is not None  # there is at least one
             for images, values in zip(candidates, decode(step.latents), strict=True):
                 images.append(to_pil(values.float().cpu().numpy()))
         pixels = self.processor.pixels([images[0] for images in candidates])
@@ -482,7 +482,7 @@ class InterleavedGenerator:
             yield self._after_image(index, images, first)
 
     def _after_image(self, index: int, candidates: list[PIL.Image.Image], pixels: Tensor) -> SegmentFinished:
-        """What a finished image means for its row."""
+        """Update a row after an image."""
         row, config = self.rows[index], self.model.config
         row.unread_image = pixels
         row.ids += [config.image_token_id] * config.num_image_tokens
@@ -495,7 +495,7 @@ class InterleavedGenerator:
         return SegmentFinished(index, row.made[-1])
 
     def _announce(self, chosen: list[int]) -> None:
-        """Read the begin-of-image token in the rows that get an image."""
+        """Process the begin-of-image token in the rows that get an image."""
         token = self.model.config.soi_token_id
         tokens = torch.full((len(chosen), 1), token)
         self.state.prefill(tokens, torch.ones_like(tokens), rows=chosen)
@@ -504,7 +504,7 @@ class InterleavedGenerator:
 
 
 def _check_forced(document: Document) -> None:
-    """A forced text may ask for an image by ending in a begin-of-image token; it cannot hold one."""
+    """Check the forced texts: a begin-of-image token may stand only at the end, where it requests an image."""
     field_name = "forced_texts" if document.record is None else "multiround_context"
     for index, text in enumerate(document.forced_texts):
         before = text.rstrip().removesuffix(SOI_TOKEN)

@@ -1,4 +1,7 @@
-"""`MMInterleaved`: the model with everything it can generate."""
+"""`MMInterleaved`: the model with generation of text, images, scores and documents.
+
+Axes: B rows of the batch, L tokens, I images, h and w height and width.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from .workspace import uses_graphs
 
 
 class MMInterleaved(MMInterleavedModel):
-    """Reads and writes documents in which text and images alternate.
+    """A model that reads and writes documents in which text and images alternate.
 
     model = MMInterleaved.from_pretrained(folder)
     processor = MMInterleavedProcessor.from_pretrained(folder)
@@ -37,15 +40,15 @@ class MMInterleaved(MMInterleavedModel):
     def prefill(
         self, batch: Batch, cache_implementation: CacheImplementation = "auto", max_new_tokens: int = 0
     ) -> GenerationState:
-        """The state of generation after reading a batch; one generation call, see `GenerationState`.
+        """The state of generation after a batch; one state is one generation call, see `GenerationState`.
 
         Args:
             batch: rows of text and images, padded on any side.
-            cache_implementation: as of `TextSettings`.
-            max_new_tokens: that there is room for at once.
+            cache_implementation: as in `TextSettings`.
+            max_new_tokens: initial capacity for new tokens.
 
         Raises:
-            ValueError: a row is longer than the model reads, or "static" is not possible.
+            ValueError: a row is longer than the model's context, or "static" is not possible.
         """
         rows, length = batch["input_ids"].shape
         pixels = batch.get("pixel_values")
@@ -63,8 +66,8 @@ class MMInterleaved(MMInterleavedModel):
 
         Args:
             batch: prompts, padded on any side.
-            settings: how; None: the original's defaults.
-            generator: for sampling; every row draws from its own copy. None: seed 0.
+            settings: text settings; None: the original's defaults.
+            generator: random numbers for sampling; every row uses a copy of its own. None: seed 0.
 
         Returns:
             For each row its `num_return_sequences` texts, best first.
@@ -81,15 +84,15 @@ class MMInterleaved(MMInterleavedModel):
     def generate_images(
         self, batch: Batch, settings: ImageSettings | None = None, targets: Sequence[int] | None = None
     ) -> Tensor:
-        """Draw images of a batch anew, each from what stands before it in its row.
+        """Generate images of a batch anew, each from its context in its row.
 
-        The images that are drawn have pixels in the batch too (any will do for the last one of a row: nothing that is
-        drawn depends on its own pixels). One generator a candidate draws the noise of all images.
+        The batch has pixels for the targets too. The pixels of a target do not influence its result, only those of
+        later images of its row. One generator for each candidate samples the noise of all images.
 
         Args:
             batch: rows of text and images.
-            settings: how; None: the original's defaults.
-            targets: numbers of the images to draw, counted through the batch; None: all.
+            settings: image settings; None: the original's defaults.
+            targets: numbers of the images to generate, counted through the batch; None: all.
 
         Returns:
             [candidates * images, 3, image_size, image_size] in [0, 1], all images of the first candidate first.
@@ -130,12 +133,12 @@ class MMInterleaved(MMInterleavedModel):
 
     @torch.no_grad()
     def score(self, batch: Batch, options: Sequence[Sequence[Sequence[int]]], batch_size: int = 4) -> list[list[float]]:
-        """Log-probability of each option as the continuation of its row; prompts and images are read once.
+        """Log-probability of each option as the continuation of its row. Prompts and images are processed once.
 
         Args:
             batch: prompts, padded on any side.
             options: for each row the ids of its options.
-            batch_size: options read at a time.
+            batch_size: number of options processed together.
 
         Returns:
             For each row the sum of log p over each option's tokens.
@@ -153,18 +156,18 @@ class MMInterleaved(MMInterleavedModel):
         progress: bool = True,
         **changes: Any,
     ) -> Iterator[Event]:
-        """Fill the open slots of documents and let them go on, as a stream of events.
+        """Fill the open slots of documents and continue them, as a stream of events.
 
         Args:
             documents: one or several; several take their turns together.
             processor: turns documents into tokens and images into pixels.
-            settings: how; None: the original's defaults.
-            progress: whether to give an event for every denoising step.
+            settings: generation settings; None: the original's defaults.
+            progress: whether to yield an event for every denoising step.
             **changes: single settings, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
 
         Raises:
             DocumentError: a document cannot be used, or is longer than the model's context.
-            ValueError: there is no such setting, or images cannot be drawn with these settings.
+            ValueError: there is no such setting, or images cannot be generated with these settings.
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)
         settings = override(settings or GenerationSettings(), **changes)
@@ -188,17 +191,17 @@ class MMInterleaved(MMInterleavedModel):
         document_starts: Tensor | None = None,
         **arguments: Any,
     ) -> Tensor | list[Document]:
-        """All kinds of generation behind one name, with the arguments of `generate` in transformers.
+        """All kinds of generation in one method, with the arguments of `generate` in transformers.
 
         Args:
             inputs: a batch, or its input_ids, for "text" and "image"; documents for "interleaved".
-            generation_mode: "text" gives token ids [rows * sequences, L + new]: the prompt, padded as it was given, and
-                the new tokens with their end tokens, padded on the right. "image" gives images as `generate_images`
-                does. "interleaved" gives finished documents.
+            generation_mode: "text" returns token ids [B * sequences, L + new]: the prompt, padded as it was given, and
+                the new tokens with their end tokens, padded on the right. "image" returns images as `generate_images`
+                does. "interleaved" returns finished documents.
             processor: needed for "interleaved".
-            settings: how; None: the original's defaults.
+            settings: generation settings; None: the original's defaults.
             targets: for "image", which images of the batch to generate; None: all.
-            generation_config: settings in the form of transformers; `arguments` win over it.
+            generation_config: settings in the form of transformers; `arguments` override it.
             past_key_values: for "text", an empty cache of transformers to use instead of our own KV cache; with
                 num_beams 1 and one sequence a row.
             input_ids, attention_mask, position_ids, pixel_values, image_rows, document_starts: a batch by its items,
@@ -242,7 +245,7 @@ class MMInterleaved(MMInterleavedModel):
         return [e.result for e in sorted(finished, key=lambda e: e.document)]
 
     def _generate_ids(self, batch: Batch, settings: GenerationSettings, cache: Cache | None) -> Tensor:
-        """Prompts and new tokens [rows * sequences, L + new], padded behind the new tokens."""
+        """Prompts and new tokens [B * sequences, L + new], padded after the new tokens."""
         text, generator = settings.text, torch.Generator().manual_seed(settings.seed)
         if cache is None:
             texts = self.generate_text(batch, text, generator)
@@ -250,7 +253,7 @@ class MMInterleaved(MMInterleavedModel):
             raise ValueError("past_key_values takes num_beams=1 and num_return_sequences=1; leave it out for others")
         else:
             state = ForeignCacheState(self, batch, cache)
-            # it has what `write_greedy` needs for one sequence a row
+            # it implements what `write_greedy` uses for one sequence a row
             texts = write_greedy(cast(GenerationState, state), text, _copies(generator, state.rows))
         rows = [torch.tensor(t.all_ids, dtype=torch.long) for row in texts for t in row]
         new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
@@ -259,7 +262,7 @@ class MMInterleaved(MMInterleavedModel):
 
 
 def _copies(generator: torch.Generator, count: int) -> list[torch.Generator]:
-    """So many generators in the state of `generator`."""
+    """`count` generators in the state of `generator`."""
     copies = [torch.Generator() for _ in range(count)]
     for copy in copies:
         copy.set_state(generator.get_state())
@@ -267,7 +270,7 @@ def _copies(generator: torch.Generator, count: int) -> list[torch.Generator]:
 
 
 def prompt_batch(items: Mapping[str, Tensor | None]) -> Batch:
-    """A batch of prompts from the items that are not None; what follows from input_ids may be missing.
+    """A batch of prompts from the items that are not None; the mask and the positions may be missing.
 
     Raises:
         ValueError: there are no input_ids [B, L].

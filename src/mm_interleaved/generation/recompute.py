@@ -1,6 +1,6 @@
-"""Reference implementation of the interleaved generator: it reads everything anew at every turn, as the original does.
+"""The reference implementation of the interleaved generator: every turn recomputes everything, as in the original.
 
-For tests, which hold the two together, and for benchmarks, which show what the KV cache saves.
+Tests compare the two; benchmarks show what the KV cache saves.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .state import GenerationState
 
 
 class RecomputingGenerator(InterleavedGenerator):
-    """Same events as `InterleavedGenerator`, at a cost that grows with the square of the document.
+    """Yields the same events as `InterleavedGenerator`, at a cost that grows with the square of the document.
 
     Attributes:
-        tokens_read, images_read: over all turns.
+        tokens_read, images_read: numbers of tokens and images processed in all turns.
     """
 
     tokens_read = 0

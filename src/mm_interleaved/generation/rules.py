@@ -1,8 +1,11 @@
-"""The rules of generating text: processors of scores, end tokens, the choice of a token, hypotheses of beams.
+"""The rules of text generation: score processors, end tokens, the choice of a token, beam hypotheses.
 
-The rules are those of the library version that the original was pinned to, because released settings depend on them:
-the processors see `<s>` and what was written, never the prompt; beams keep (1 + end tokens) * num_beams candidates a
-step, so that end tokens cannot starve them. One thing is mended: a beam keeps the end token that really closed it.
+The rules are those of the library version that the original was pinned to, because released settings depend on them
+(docs/model.md, "Text generation"). The processors get `<s>` and the new tokens, not the prompt. Beams keep
+(1 + end tokens) * num_beams candidates a step, so that end tokens cannot starve them. One thing is fixed: a beam keeps
+the end token that finished it.
+
+Axes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ class WrittenText:
 
     Attributes:
         ids: its tokens, without `<s>` and without the end token.
-        end: the token that closed it; None: it reached a limit.
-        score: for beams, the score that ranked it.
+        end: the end token; None: it reached a limit.
+        score: for beams, the score by which it was ranked.
         at_context_end: whether the limit was the end of the model's context, before max_new_tokens.
     """
 
@@ -54,9 +57,9 @@ class TextStep:
     """One step of greedy search or sampling.
 
     Attributes:
-        tokens: [batch] the new tokens; the pad token in rows that are finished.
-        active: [batch] bool, the rows that got one.
-        logits: [batch, vocab] float32, before any processing.
+        tokens: [B] the new tokens; the pad token in finished rows.
+        active: [B] bool, the rows that got a token.
+        logits: [B, V] float32, before any processing.
     """
 
     tokens: Tensor
@@ -72,9 +75,9 @@ def end_tokens(model: MMInterleavedModel) -> list[int]:
 def rows_to_write(
     model: MMInterleavedModel, rows: int, device: torch.device, active: Tensor | None, limits: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How generation begins: the history [rows, 1], which rows are active [rows], and the most tokens of each [rows].
+    """The start of generation: the history [B, 1], which rows are active [B], and the most tokens of each [B].
 
-    `active` is [rows] bool; None: all rows. A row whose limit is 0 is not active.
+    `active` is [B] bool; None: all rows. A row whose limit is 0 is not active.
     """
     history = torch.full((rows, 1), model.config.bos_token_id, device=device)
     most = torch.tensor(limits, device=device)
@@ -85,14 +88,14 @@ def rows_to_write(
 def score_processors(
     model: MMInterleavedModel, settings: TextSettings, device: torch.device, banned: Sequence[int]
 ) -> LogitsProcessorList:
-    """What changes the scores of a step before a token is chosen; none of it waits for the device."""
-    where: Any = device  # the library's annotation knows names of devices only
+    """The processors that change the scores of a step before a token is chosen; none of them synchronises."""
+    where: Any = device  # the library's annotation accepts names of devices only
     processors = LogitsProcessorList()
     if banned:
         processors.append(SuppressTokensLogitsProcessor(list(banned), device=where))
     if settings.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.min_new_tokens:  # the history that the processor counts begins with <s>
+    if settings.min_new_tokens:  # the processor also counts <s>
         processors.append(MinLengthLogitsProcessor(settings.min_new_tokens + 1, end_tokens(model), device=where))
     if settings.do_sample:
         if settings.temperature != 1.0:
@@ -105,19 +108,19 @@ def score_processors(
 
 
 def uniform(generators: Sequence[torch.Generator]) -> Tensor:
-    """[rows] numbers in [0, 1), each from its row's own generator, on the generators' device."""
+    """A number in [0, 1) from each row's generator, [B], on the generators' device."""
     return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
 
 
 def choose_token(scores: Tensor, numbers: Tensor) -> Tensor:
-    """One token a row from softmax(scores): the cumulative distribution is inverted at `numbers` [rows] in [0, 1)."""
+    """Sample a token of each row from softmax(scores), by inverting the distribution at `numbers` [B] in [0, 1)."""
     cumulative = scores.softmax(-1).cumsum(-1)
     token = torch.searchsorted(cumulative, (numbers * cumulative[:, -1].float())[:, None].to(cumulative), right=True)
     return token[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
 def beam_candidates(model: MMInterleavedModel, num_beams: int) -> int:
-    """How many candidates a step of beam search ranks."""
+    """The number of candidates that a step of beam search ranks."""
     return max(2, 1 + len(end_tokens(model))) * num_beams
 
 
@@ -135,7 +138,7 @@ class Hypotheses:
         self.done = False
 
     def add(self, ids: list[int], end: int | None, log_probability: float) -> None:
-        """`ids` begin with `<s>`, which counts in the length."""
+        """Add a finished text; `ids` start with `<s>`, which counts for the length."""
         score = log_probability / len(ids) ** self.length_penalty
         if len(self.finished) == self.size and score <= self.finished[-1].score:
             return
@@ -144,6 +147,6 @@ class Hypotheses:
         del self.finished[self.size :]
 
     def check(self, best_running: float, length: int) -> None:
-        """Done when no running beam can still overtake the worst finished one."""
+        """Set `done` if no running beam can beat the worst finished text."""
         if len(self.finished) == self.size:
             self.done = self.done or self.finished[-1].score >= best_running / length**self.length_penalty

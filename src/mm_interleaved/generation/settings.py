@@ -1,4 +1,4 @@
-"""How text is written and how a session runs, with the original's settings as named presets."""
+"""Settings of generation, with the original's settings as named presets."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ Temperature = Annotated[float, AfterValidator(_warm)]
 
 @settings
 class TextSettings:
-    """How text is written.
+    """Settings of text generation.
 
     Attributes:
-        max_new_tokens: most tokens to write, the end token included.
-        min_new_tokens: no end token before so many have been written.
-        num_beams: width of the beam search; 1: greedy, or sampling.
-        do_sample: draw tokens instead of taking the likeliest; needs num_beams 1.
+        max_new_tokens: most new tokens, the end token included.
+        min_new_tokens: least new tokens before an end token.
+        num_beams: width of the beam search; 1: greedy search, or sampling.
+        do_sample: sample tokens instead of choosing the likeliest; needs num_beams 1.
         temperature, top_k, top_p: as in transformers, in this order; top_k 0: off. Only with do_sample.
-        repetition_penalty: as in transformers; counts what was written, not the prompt.
-        length_penalty: a finished beam scores log p / length^length_penalty, the length counting `<s>` but no end
+        repetition_penalty: as in transformers; it counts new tokens, not the prompt.
+        length_penalty: a finished beam scores log p / length^length_penalty; the length counts `<s>`, but not the end
             token.
-        num_return_sequences: best beams, or samples, for each prompt.
-        cache_implementation: "static" keeps everything in tensors of fixed size, so that a CUDA device replays one
-            captured step for every token and the host waits for it every few tokens only; "dynamic" grows its caches.
-            "auto": static on a CUDA device, if the model can, else dynamic. The texts are the same.
+        num_return_sequences: number of beams, or samples, returned for each prompt.
+        cache_implementation: "static" uses tensors of fixed size, so that a CUDA device replays one captured step for
+            every token; "dynamic" grows the KV cache. "auto": static on a CUDA device if the model can be captured,
+            else dynamic. The texts are the same.
     """
 
     max_new_tokens: Positive = 30
@@ -62,21 +62,21 @@ class TextSettings:
 
 @settings
 class GenerationSettings:
-    """Everything that decides what is generated; saved beside the results.
+    """All settings of interleaved generation; they are saved with the results.
 
     Attributes:
-        text, image: how texts are written and images drawn.
-        seed: for sampled text; images have their own in `image.seed`.
-        max_turns: most texts and images to make; None: the document says, else as many as it has open slots, else 2.
-            Records of the original follow its rule (docs/model.md, "Interleaved generation"): a `num_iter` of their own
-            wins over this, unless stop_at_eos is True; then theirs does not count, and the limit is this, else 2. To
-            make more turns than a record asks for, change its `num_iter` or set stop_at_eos; to make fewer, set
-            max_segments.
-        stop_at_eos: whether `</s>` ends a document (the original's `auto_end`); None: the document says, else yes.
-        max_segments, max_tokens, max_images: further limits on what is made; None: no limit.
-        force_image: let an image follow every text, asked for or not (`force_gen_image_next`).
-        replace_texts: go on from the document's `forced_texts` instead of the written texts (`force_replace_gen_text`).
-        vary_noise: give every image of a document its own noise (seed + turn); the original repeats the same.
+        text, image: settings of texts and images.
+        seed: seed of sampled text; images have `image.seed`.
+        max_turns: most texts and images to generate; None: the document's value, else its number of open slots, else 2.
+            Records of the original follow its rule (docs/model.md, "Interleaved generation"): their own `num_iter`
+            overrides this value, unless stop_at_eos is True; then the limit is this value, else 2. For more turns than
+            a record's, change its `num_iter` or set stop_at_eos; for fewer, set max_segments.
+        stop_at_eos: whether `</s>` ends a document (the original's `auto_end`); None: the document's value, else yes.
+        max_segments, max_tokens, max_images: further limits of what is generated; None: no limit.
+        force_image: let an image follow every text (`force_gen_image_next`).
+        replace_texts: continue from the document's `forced_texts` instead of generated texts
+            (`force_replace_gen_text`).
+        vary_noise: use other noise for each image of a document (seed + turn); the original repeats the same noise.
     """
 
     text: TextSettings = field(default_factory=TextSettings)
@@ -104,11 +104,11 @@ TEXT_PRESETS = {
 
 @dataclass(frozen=True)
 class ImagePreset:
-    """A way to draw images.
+    """Named image settings.
 
     Attributes:
-        settings: of it.
-        lossless: whether its images are those of the release's own way; else they are others, for fewer steps.
+        settings: the settings.
+        lossless: whether the images are those of the release's sampler; otherwise they differ, for fewer steps.
     """
 
     settings: ImageSettings
@@ -158,9 +158,9 @@ def from_original(**arguments: Any) -> GenerationSettings:
 
 
 def override(settings: GenerationSettings, **changes: Any) -> GenerationSettings:
-    """`settings` with the changes whose value is not None; names of `text` and `image` settings count as well.
+    """`settings` with the changes whose value is not None; names of `text` and `image` settings are allowed too.
 
-    A name that several of them have (`seed`, `cache_implementation`) is set in all of them.
+    A name that several parts have (`seed`, `cache_implementation`) is set in all of them.
 
     Raises:
         ValueError: there is no such setting, or its value is not allowed.

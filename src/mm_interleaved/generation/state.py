@@ -1,13 +1,13 @@
-"""What the model has read of some rows of text and images, and how it reads on.
+"""The state of generation: what the model has processed of some rows of text and images.
 
-Reading is incremental and exact: attention is causal, positions never change, and a token sees only images before it.
-So keys, values, hidden states and MMFS values of images stay valid for as long as a row grows.
+Rows are extended incrementally, and the result is exact: attention is causal, positions never change, and only earlier
+images are visible to a token. So keys, values, hidden states and MMFS values of images stay valid while a row grows.
 
-Rows are independent: each has its own length and its own images, and reading some rows leaves the others alone. What
-follows from token ids alone is computed by the host before the device has anything to do. From then on nothing waits
-for the device.
+Rows are independent: each has its own length and its own images, and extending some rows does not change the others.
+Everything that follows from token ids is computed on the host, before the device starts. After that nothing
+synchronises with the device.
 
-Axes: R rows, B rows of one call, L new tokens, D width, I images, S slots for images that a token sees.
+Axes: R rows, B rows of one call, L new tokens, D width, I images, S slots for visible images, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .image_encoder import encode_images
 from .workspace import POOL, Capacity, Workspace
 
 Images = list[int]  # numbers of images, most recent first
-SHORT = 3  # tokens that are read by captured decode steps, if there are no images among them
+SHORT = 3  # a prefill of at most so many text tokens runs as captured decode steps
 
 
 @dataclass
 class _Arrivals:
-    """What the host knows of tokens that are about to be read.
+    """What follows from the ids of new tokens, computed on the host.
 
     Attributes:
-        rows: place in the batch of each whole image, in their order.
-        images: [B, L, S] images that each token sees, most recent first, -1 = none.
-        visible: for each row those that its next token sees.
+        rows: row of the batch of each whole image, in their order.
+        images: [B, L, S] visible images of each token, most recent first, -1 = none.
+        visible: for each row the visible images of its next token.
     """
 
     rows: list[int]
@@ -52,11 +52,11 @@ class _Arrivals:
     def of(
         cls, model: MMInterleavedModel, ids: Tensor, mask: Tensor, visible: Sequence[Images], first: int
     ) -> _Arrivals:
-        """For `ids` and `mask` [B, L] on the CPU after tokens that left `visible`; `first` numbers the new images."""
+        """For `ids` and `mask` [B, L] on the CPU, after `visible` of earlier tokens; new images count from `first`."""
         config = model.config
         begins = (ids == config.soi_token_id) & (mask == 1)
         followed = torch.cat([ids[:, 1:] == config.image_token_id, torch.zeros_like(begins[:, :1])], dim=1)
-        whole = ids.masked_fill(begins & ~followed, -1)  # without the SOI tokens of images still to be generated
+        whole = ids.masked_fill(begins & ~followed, -1)  # without SOI tokens whose images are not generated yet
         images = visible_images(whole, mask, config.bos_token_id, config.soi_token_id)
         restarted = (ids == config.bos_token_id).cumsum(1) > 0
         known = _padded(visible)[:, None].masked_fill(restarted[..., None], -1)
@@ -72,25 +72,24 @@ class _Arrivals:
 
 
 class GenerationState:
-    """Rows of text and images that the model has read, and can read on from.
+    """Rows of text and images that the model has processed and can extend.
 
-    Its memory is leased (`workspace.py`): it goes back for the next session when the state is gone. Weights derived
-    from others are computed when a state is made, so that one state is one generation call.
+    Its memory is leased (`workspace.py`) and returns to the pool when the state is freed. Derived weights are computed
+    when a state is made, so one state is one generation call.
 
     Args:
-        model: that reads.
+        model: the model.
         rows: number of rows, R.
-        graphs: whether decode steps and image reads are captured in CUDA graphs.
-        tokens, slots, images: that there will be room for at once; there is more when it is needed. No row holds more
-            tokens than the model's context.
+        graphs: whether decode steps and the reading of images are captured in CUDA graphs.
+        tokens, slots, images: initial capacity; it grows when needed. A row never exceeds the model's context.
         shared: whether rows share columns (beams).
 
     Attributes:
-        visible: for each row the images that its next token sees, most recent first.
+        visible: for each row the visible images of its next token, most recent first.
         row_images: the images of each row, oldest first.
-        pyramids: for each image its four maps [vision width, side, side], as long as the image decoder may need them.
-        tokens_read: tokens that went through the language model so far, padding included.
-        images_read: images that were encoded so far.
+        pyramids: for each image its four maps [vision width, side, side], while the image decoder may need them.
+        tokens_read: number of tokens that went through the language model so far, padding included.
+        images_read: number of images that were encoded so far.
     """
 
     def __init__(
@@ -112,35 +111,35 @@ class GenerationState:
         self._logits_known = False
         self._lease(Capacity(rows, min(tokens, model.context_length) + 1, slots, images, shared))
 
-    # ---- what has been read
+    # ---- what has been processed
 
     @property
     def rows(self) -> int:
-        """R."""
+        """The number of rows, R."""
         return len(self.visible)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """The number of tokens of each row."""
         return self.workspace.cache.lengths
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The device of the rows."""
         return self.workspace.last.device
 
     @property
     def last(self) -> Tensor:
-        """[R, D] hidden state of each row's last token."""
+        """The hidden state of each row's last token, [R, D]."""
         return self.workspace.last
 
     def hidden(self, row: int) -> Tensor:
-        """[length, D] hidden states of all tokens of a row."""
+        """The hidden states of all tokens of a row, [length, D]."""
         return self.workspace.hidden[row, : self.lengths[row]]
 
     @torch.no_grad()
     def next_logits(self) -> Tensor:
-        """[R, V] what comes next in every row, float32 or better; overwritten by the next decode step."""
+        """The logits of each row's next token, [R, V], float32 or better; overwritten by the next decode step."""
         if not self._logits_known:
             self.workspace.logits.copy_(self.model.compute_logits(self.last))
             self._logits_known = True
@@ -154,10 +153,10 @@ class GenerationState:
         self._give_back = weakref.finalize(self, POOL.give_back, weakref.ref(self.model), workspace)
 
     def _reserve(self, tokens: int, slots: int, images: int) -> None:
-        """Have room for rows of so many tokens, and so many images; what has been read stays.
+        """Grow the capacity to rows of so many tokens, and so many images; the content stays.
 
         Raises:
-            ValueError: a row would see more images than the model tells apart.
+            ValueError: more images would be visible to a token than the model distinguishes.
         """
         most = self.model.config.mmfs.max_images - 1
         if slots > most:
@@ -170,22 +169,22 @@ class GenerationState:
             return
         held = before.capacity
         if tokens + 1 > held.columns and self.device.type == "cpu":
-            tokens = max(tokens, 2 * held.columns)  # growing copies, so that it should be rare
+            tokens = max(tokens, 2 * held.columns)  # growing copies everything, so it should be rare
         give_back = self._give_back
         self._lease(Capacity(self.rows, max(tokens + 1, held.columns), max(slots, held.slots),
                              max(images, held.images), held.shared))  # fmt: skip
         self.workspace.take_over(before, list(range(self.rows)), 1, len(self.pyramids))
-        self._logits_known = False  # they are in the memory of before
+        self._logits_known = False  # they are in the previous memory
         self._show_images()
         give_back()
 
     def branch(self, rows: Sequence[int], width: int = 1, tokens: int = 0) -> GenerationState:
-        """A state of the given rows (any may repeat), which reads on without touching this one.
+        """A new state with copies of the given rows; extending it does not change this one.
 
         Args:
-            rows: of this state.
-            width: copies of each; they share what has been read. The copies of the first row come first.
-            tokens: that there will be room for at once behind what has been read.
+            rows: rows of this state; any may repeat.
+            width: number of copies of each, which share their columns. The copies of the first row come first.
+            tokens: initial capacity for further tokens.
         """
         longest = max((self.lengths[r] for r in rows), default=0)
         chosen = [r for r in rows for _ in range(width)]
@@ -202,22 +201,22 @@ class GenerationState:
         return state
 
     def _show_images(self) -> None:
-        """Tell the device which images each row sees."""
+        """Copy the visible images of each row to the device."""
         slots = self.workspace.capacity.slots
         self.workspace.visible.copy_(send(_padded(self.visible, slots), self.device))
 
-    # ---- reading
+    # ---- extending rows
 
     @torch.no_grad()
     def prefill(
         self, input_ids: Tensor, mask: Tensor, pixel_values: Tensor | None = None, rows: Sequence[int] | None = None
     ) -> Tensor:
-        """Read text and whole images.
+        """Process text and whole images.
 
         Args:
-            input_ids: [B, L]; may hold whole images, and a begin-of-image token at the end of a row whose image is
-                still to be generated.
-            mask: [B, L], 0 where a row has nothing.
+            input_ids: [B, L]; may hold whole images, and a begin-of-image token at the end of a row whose image is not
+                generated yet.
+            mask: [B, L], 0 at padding.
             pixel_values: [I, 3, image_size, image_size] of the whole images, row by row.
             rows: the row of the state for each row of the batch; None: all, in order.
 
@@ -226,7 +225,7 @@ class GenerationState:
 
         Raises:
             ValueError: the number of image tokens does not fit that of the images, or a row becomes longer than the
-                model reads.
+                model's context.
         """
         chosen = list(range(self.rows)) if rows is None else list(rows)
         ids, mask = input_ids.cpu(), mask.cpu()
@@ -252,7 +251,7 @@ class GenerationState:
         return hidden
 
     def _prefill_by_steps(self, ids: Tensor, mask: Tensor, chosen: list[int]) -> Tensor:
-        """`prefill` of few plain tokens by captured decode steps, each of which is much quicker than a called pass."""
+        """`prefill` of few text tokens by captured decode steps, which are faster than an uncaptured forward pass."""
         self.reserve_steps(ids.shape[1])
         lengths, found, index = list(self.lengths), [], send(torch.tensor(chosen), self.device)
         for column in range(ids.shape[1]):
@@ -268,11 +267,10 @@ class GenerationState:
 
     @torch.no_grad()
     def append_images(self, rows: Sequence[int], pixel_values: Tensor) -> None:
-        """Read the images [B, 3, image_size, image_size] for which `rows`, each ending with a begin-of-image token,
-        have been waiting.
+        """Process the images [B, 3, image_size, image_size] of `rows`, each of which ends with a begin-of-image token.
 
         Raises:
-            ValueError: a row becomes longer than the model reads, or sees more images than the model tells apart.
+            ValueError: a row becomes longer than the model's context, or gets more images than the model distinguishes.
         """
         count, first = self.model.config.num_image_tokens, len(self.pyramids)
         visible = list(self.visible)
@@ -292,7 +290,7 @@ class GenerationState:
                 self._forward(tokens, torch.ones(len(rows), count, dtype=torch.long), images, rows)
 
     def _append_block(self, rows: list[int], tokens: Tensor) -> None:
-        """Read the tokens [B, L, D] of one image in each of `rows` by a captured step."""
+        """Process the tokens [B, L, D] of one image in each of `rows` by a captured step."""
         workspace, count = self.workspace, tokens.shape[1]
         index = send(torch.tensor(rows), self.device)
         assert workspace.block is not None  # since steps are captured
@@ -306,16 +304,16 @@ class GenerationState:
 
     @torch.no_grad()
     def decode_step(self, tokens: Tensor, reading: Tensor) -> Tensor:
-        """Read one plain token in some rows.
+        """Process one text token in some rows.
 
-        With CUDA graphs nothing waits for the device, and `lengths` stay as they are until `settle`.
+        With CUDA graphs there is no synchronisation, and `lengths` are not updated until `settle`.
 
         Args:
-            tokens: [R]; any in rows that do not read.
-            reading: [R] bool.
+            tokens: [R]; arbitrary in rows that get no token.
+            reading: [R] bool, the rows that get a token.
 
         Returns:
-            What comes next [R, V], as `next_logits`.
+            The logits of the next tokens [R, V], as `next_logits`.
         """
         workspace = self.workspace
         workspace.tokens.copy_(send(tokens, self.device))
@@ -328,7 +326,7 @@ class GenerationState:
         return workspace.logits
 
     def settle(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens each row has, after decode steps; what was read beyond is taken back."""
+        """Set the number of tokens of each row after decode steps; further tokens are removed."""
         cache = self.workspace.cache
         read = cache.device_lengths.tolist() if self.graphs else list(cache.lengths)
         cache.set_lengths(lengths)
@@ -337,19 +335,19 @@ class GenerationState:
                 self.truncate(row, wanted)
 
     def reserve_steps(self, steps: int) -> None:
-        """Have room for so many decode steps, which then find nothing to grow."""
+        """Grow the capacity for so many decode steps, so that none of them has to."""
         self._reserve(max(self.lengths, default=0) + steps, max(map(len, self.visible)), len(self.pyramids))
 
     def truncate(self, row: int, length: int) -> None:
-        """Take back the plain text of a row from position `length` on."""
+        """Remove the text tokens of a row from position `length` on."""
         self.workspace.cache.truncate(row, length)
         self.last[row] = self.workspace.hidden[row, length - 1] if length else 0
         self._logits_known = False
 
     def evict(self, row: int) -> None:
-        """Forget a row, so that another document can be read into it; the other rows stay as they are.
+        """Empty a row, so that it can take another document; the other rows do not change.
 
-        The place of its images is used again only when the state is gone.
+        The memory of its images is reused only after the state is freed.
         """
         self.workspace.cache.truncate(row, 0)
         self.visible[row], self.row_images[row] = [], []
@@ -358,13 +356,13 @@ class GenerationState:
         self._logits_known = False
 
     def reorder(self, rows: Tensor) -> None:
-        """Make row i what row `rows[i]` was; both must be copies of one row (see `branch`)."""
+        """Replace row i by row `rows[i]`; both must be copies of one row (see `branch`)."""
         self.workspace.cache.reorder_cache(rows)
         self.last.copy_(self.last[rows])
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
-        """Leave everything as it was before if reading fails, so that the rows can go on."""
+        """Restore the state if the block fails, so that the rows can still be extended."""
         lengths, visible, pyramids = list(self.lengths), list(self.visible), list(self.pyramids)
         row_images = [list(images) for images in self.row_images]
         read = False
@@ -379,10 +377,10 @@ class GenerationState:
 
     def _check_length(self, longest: int) -> None:
         if longest > self.model.context_length:
-            raise ValueError(f"{longest} tokens are more than the {self.model.context_length} that the model reads")
+            raise ValueError(f"{longest} tokens are more than the {self.model.context_length} of the model's context")
 
     def _forward(self, embeds: Tensor, mask: Tensor, images: Tensor, rows: Sequence[int] | None) -> Tensor:
-        """Read `embeds` [B, L, D] in `rows`; `mask` [B, L] and `images` [B, L, S] are on the CPU."""
+        """Run the language model on `embeds` [B, L, D] in `rows`; `mask` [B, L] and `images` [B, L, S] on the CPU."""
         workspace = self.workspace
         place = workspace.cache.place(mask, rows)
         visible = VisibleImages.build(send(images.flatten(0, 1), self.device), len(self.pyramids))
@@ -399,7 +397,7 @@ class GenerationState:
         return hidden
 
     def _encode(self, pixel_values: Tensor, rows: list[int]) -> VisualFeatures:
-        """Encode images, and keep what later tokens and drawings need of them; `rows` say whose they are."""
+        """Encode images of `rows`, and store their features for later tokens and for the image decoder."""
         features = encode_images(self.model, pixel_values, self.graphs)
         first = len(self.pyramids)
         maps = image_features(self.model.config, features.pyramid).features
@@ -419,7 +417,7 @@ class GenerationState:
     # ---- for the image decoder
 
     def image_context(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """All that was read of `rows`, last token first: projected [B, longest, D], mask [B, longest]."""
+        """The projected context of each row's next image, last token first [B, longest, D], and its mask [B, longest]."""
         texts = [self.hidden(row).flip(0) for row in rows]
         context = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = send(torch.tensor([len(t) for t in texts]), self.device)
@@ -441,14 +439,14 @@ class GenerationState:
 
 
 def _padded(visible: Sequence[Images], slots: int | None = None) -> Tensor:
-    """[B, S] lists of images followed by -1."""
+    """Lists of images padded with -1: [B, S]."""
     slots = max(map(len, visible), default=0) if slots is None else slots
     rows = [[*images, *[-1] * (slots - len(images))] for images in visible]
     return torch.tensor(rows, dtype=torch.long).view(len(visible), slots)
 
 
 def _newest_first(images: Tensor) -> Tensor:
-    """Entries in order, all -1 moved to the end: [..., S] to [..., fewest slots that hold them]."""
+    """`images` with all -1 moved to the end: [..., S] to [..., fewest slots that hold them]."""
     order = torch.argsort((images < 0).int(), dim=-1, stable=True)
     images = images.gather(-1, order)
     return images[..., : int((images >= 0).sum(-1).max()) if images.numel() else 0]

@@ -1,7 +1,7 @@
 """Generating text: greedy search, sampling, beam search, and scores of given texts, over a `GenerationState`.
 
-The next tokens are chosen on the device, and with CUDA graphs a few steps are under way before the host looks at the
-first of them. Steps that turn out to be too many read nothing.
+Tokens are chosen on the device. With CUDA graphs a few steps are launched before the host reads the result of the
+first. Steps after the end of all rows have no effect.
 
 Axes: R rows, L tokens, V vocabulary.
 """
@@ -32,11 +32,11 @@ from .rules import (
 from .settings import TextSettings
 from .state import GenerationState
 
-STEPS_AHEAD = 3  # decode steps under way at a time with CUDA graphs; without them nothing is gained from more than one
+STEPS_AHEAD = 3  # decode steps launched ahead with CUDA graphs; without graphs more than one has no advantage
 
 
 class _Message:
-    """Numbers on their way from the device to the host, which waits for them only when it wants to read them."""
+    """Numbers that are copied from the device to the host asynchronously; `read` waits for them."""
 
     def __init__(self, numbers: Tensor) -> None:
         cuda = numbers.device.type == "cuda"
@@ -54,20 +54,20 @@ class _Message:
 
 @dataclass
 class _Step:
-    """One step under way: its message to the host, its logits, and the state of the generators before it."""
+    """One launched step: its message to the host, its logits, and the state of the generators before it."""
 
-    message: _Message  # [3, R] tokens, rows that got one, rows that had read one before
+    message: _Message  # [3, R] tokens; rows that got one; rows whose previous token was processed
     logits: Tensor
     before: list[Tensor]
 
 
 def text_limits(state: GenerationState, settings: TextSettings) -> list[int]:
-    """Most tokens that each row may get: `max_new_tokens`, or what is left of the context."""
+    """The most new tokens of each row: `max_new_tokens`, or the rest of the context."""
     return [max(min(settings.max_new_tokens, state.model.context_length - n), 0) for n in state.lengths]
 
 
 def _within_context(state: GenerationState, settings: TextSettings, limits: Sequence[int] | None) -> list[int]:
-    """`limits` of each row, but never beyond the context; None: `text_limits`."""
+    """`limits` of each row, cut to the rest of the context; None: `text_limits`."""
     room = text_limits(state, settings)
     return room if limits is None else [min(a, b) for a, b in zip(room, limits, strict=True)]
 
@@ -81,18 +81,18 @@ def write(
     limits: Sequence[int] | None = None,
     banned: Sequence[int] = (),
 ) -> Iterator[TextStep]:
-    """Generate text by greedy search or sampling, a token for every active row at a time.
+    """Generate text by greedy search or sampling, one token for every active row at a time.
 
-    A token is read when its row goes on after it. So afterwards the state has read every token but the one that ended a
-    row: an end token, or the last token of a row that reached its limit. If the steps are not taken to the end, it has
-    read all but the last tokens that were shown.
+    A token is processed when its row continues after it. So afterwards the state has processed every token but the last
+    of each row: an end token, or the last token before its limit. If the caller stops early, it has processed all but
+    the last tokens that were yielded.
 
     Args:
-        state: what has been read; it reads on.
-        settings: with num_beams 1.
-        generators: one for each row, used when sampling.
+        state: the rows, which are extended.
+        settings: settings with num_beams 1.
+        generators: one for each row, used for sampling.
         active: [R] bool, the rows to generate in; None: all.
-        limits: most tokens for each row; None: `text_limits`. A row never runs past the context.
+        limits: most tokens for each row; None: `text_limits`. A row never exceeds the context.
         banned: tokens that are never chosen.
     """
     model, device = state.model, state.device
@@ -131,7 +131,7 @@ def write(
             yield TextStep(chosen, got.bool(), under_way.popleft().logits)
     finally:
         for generator, past in zip(generators, under_way[0].before if under_way else (), strict=False):
-            generator.set_state(past)  # steps too many: their numbers are given back
+            generator.set_state(past)  # as if the steps after the end had not been launched
         state.settle([a + b for a, b in zip(start, counts, strict=True)])
 
 
@@ -141,7 +141,7 @@ def write_greedy(
     generators: Sequence[torch.Generator],
     banned: Sequence[int] = (),
 ) -> list[list[WrittenText]]:
-    """Generate in every row; with several sequences a row (sampling) in copies of `state`."""
+    """Generate text in every row; for several sequences a row (sampling) in copies of `state`."""
     copies = settings.num_return_sequences
     if copies > 1:
         rows = [r for r in range(state.rows) for _ in range(copies)]
@@ -157,7 +157,7 @@ def write_greedy(
 
 
 def add_tokens(step: TextStep, texts: list[WrittenText], ends: list[int]) -> None:
-    """Put the tokens of one step into `texts`, one for each row."""
+    """Append the tokens of one step to `texts`, one for each row."""
     for text, token, active in zip(texts, step.tokens.tolist(), step.active.tolist(), strict=True):
         if active and token in ends:
             text.end = token
@@ -169,8 +169,8 @@ class _Finished:
     """The best finished texts of every row, on the device; see `rules.Hypotheses`.
 
     Args:
-        batch, size: rows, and texts that each keeps.
-        lengths: [steps + 2] float64, what a score is divided by for every length.
+        batch, size: number of rows, and of texts kept for each.
+        lengths: [steps + 2] float64, the divisor of scores for every length.
     """
 
     def __init__(self, batch: int, size: int, lengths: Tensor) -> None:
@@ -183,18 +183,18 @@ class _Finished:
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def add(self, step: int, scores: Tensor, ends: Tensor, parents: Tensor, finished: Tensor) -> None:
-        """Candidates [batch, n] of step number `step`, best first; those count that are `finished`."""
+        """Add the candidates [batch, n] of step number `step`, best first, that are `finished`."""
         size = self.scores.shape[1]
         finished = finished & ~self.done[:, None]
         scores = torch.where(finished, scores.double() / self.lengths[step + 1], -torch.inf)
         best = torch.cat([self.scores, scores], dim=1).sort(dim=1, descending=True, stable=True)
-        chosen = best.indices[:, :size]  # stable: among equals, what came first stays
+        chosen = best.indices[:, :size]  # the sort is stable: of equal scores the earlier one is kept
         self.scores = best.values[:, :size]
         others = [(self.ends, ends), (self.steps, torch.full_like(ends, step)), (self.parents, parents)]
         self.ends, self.steps, self.parents = (torch.cat(x, dim=1).gather(1, chosen) for x in others)
 
     def check(self, step: int, best_running: Tensor) -> None:
-        """Rows are done when no running beam can still overtake their worst finished text."""
+        """Mark rows as done in which no running beam can beat the worst finished text."""
         worst = self.scores[:, -1]
         self.done = self.done | ((worst > -torch.inf) & (worst >= best_running.double() / self.lengths[step + 2]))
 
@@ -202,15 +202,16 @@ class _Finished:
 def write_beams(
     state: GenerationState, settings: TextSettings, limits: Sequence[int] | None = None, banned: Sequence[int] = ()
 ) -> list[list[WrittenText]]:
-    """Beam search in every row of `state`, which is left as it was; the best texts of each row, best first.
+    """The best texts of each row by beam search, best first. `state` does not change.
 
     Args:
+        state: the rows.
+        settings, banned: as in `write`.
         limits: most tokens for each row; None: `text_limits`. Rows with the same limit are searched together.
-        settings, banned: as of `write`.
     """
     room = text_limits(state, settings)
     limits = _within_context(state, settings, limits)
-    copies = range(settings.num_return_sequences)  # empty ones of rows that have no room
+    copies = range(settings.num_return_sequences)  # empty texts for rows at the end of their context
     found: list[list[WrittenText]] = [[WrittenText([]) for _ in copies] for _ in range(state.rows)]
     for limit in sorted(set(limits) - {0}):
         rows = [r for r in range(state.rows) if limits[r] == limit]
@@ -227,7 +228,7 @@ def write_beams(
 def _search(
     state: GenerationState, rows: Sequence[int], settings: TextSettings, banned: Sequence[int]
 ) -> list[list[WrittenText]]:
-    """Beam search in some rows. Beams share what they have in common, and change places by number."""
+    """Beam search in some rows. Beams share common columns and are reordered by index."""
     model, device, width, most = state.model, state.device, settings.num_beams, settings.max_new_tokens
     batch, pad, count = len(rows), model.config.pad_token_id, beam_candidates(model, settings.num_beams)
     processors = score_processors(model, settings, device, banned)
@@ -237,7 +238,7 @@ def _search(
     lengths = torch.tensor([max(n, 1) ** settings.length_penalty for n in range(most + 3)], dtype=torch.float64)
     finished = _Finished(batch, width, lengths.to(device))
     trace: list[tuple[Tensor, Tensor]] = []  # parents and tokens of every step
-    under_way: deque[_Message] = deque()  # of every step, whether all rows are done after it
+    under_way: deque[_Message] = deque()  # for every step whether all rows are done after it
     beams = state.branch(rows, width, tokens=most)
     logits = beams.next_logits()
     everyone = torch.ones(batch * width, dtype=torch.bool, device=device)
@@ -275,7 +276,7 @@ def _texts(
     history: Tensor,
     settings: TextSettings,
 ) -> list[list[WrittenText]]:
-    """The finished texts of every row, followed back from their ends; running ones count where a row is not done."""
+    """The finished texts of every row, traced back from their ends; running beams count if a row is not done."""
     parents, tokens = (torch.stack(x).tolist() for x in zip(*trace, strict=True))
 
     def back(step: int, beam: int) -> list[int]:
@@ -304,12 +305,12 @@ def _texts(
 def score_options(
     state: GenerationState, options: Sequence[Sequence[Sequence[int]]], batch_size: int = 4
 ) -> list[list[float]]:
-    """Log-probabilities of given continuations, not normalised by length; what was read is read only once.
+    """Log-probabilities of given continuations, not normalised by length. The prompt is not processed again.
 
     Args:
-        state: rows of prompts; left as it was.
+        state: rows of prompts, which do not change.
         options: for each row the ids of its options.
-        batch_size: options read at a time.
+        batch_size: number of options processed together.
 
     Returns:
         For each row the sum of log p over each option's tokens.

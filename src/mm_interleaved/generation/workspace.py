@@ -1,8 +1,8 @@
-"""Memory of fixed size for some rows that are generated together, and the CUDA graphs captured over it.
+"""Workspaces: fixed memory for rows that are generated together, and the CUDA graphs captured over it.
 
 A workspace holds everything that a decode step reads or writes: the KV cache, hidden states, the MMFS values of the
-images, derived weights. Its tensors never move, so a step is captured once in a CUDA graph and replayed for every token
-of every session that leases the workspace. Where nothing is captured, the same functions are called directly.
+images, derived weights. Its tensors have fixed addresses, so a step is captured once in a CUDA graph and replayed for
+every token of every session that leases the workspace. Without a capture the same functions are called directly.
 
 Axes: R rows, C columns, D width, I images, S spatial positions, N heads, H width of a head, V vocabulary, L tokens.
 """
@@ -32,13 +32,13 @@ from ..ops import promote
 
 log = logging.getLogger(__name__)
 
-KEPT = 3  # idle workspaces of a model
-# Columns grow by so many, so that a captured step serves several turns of a session; by fewer where many rows would
-# make them large (at the release's size a column of a row takes 0.8 MB).
+KEPT = 3  # idle workspaces kept for a model
+# Columns grow in units, so that a captured step serves several turns of a session; in smaller units if there are many
+# rows (at the release's size a column of a row takes 0.8 MB).
 COLUMNS = {"cuda": 1024, "cpu": 64}
 FEWEST_COLUMNS, MOST_CELLS = 64, 16384  # columns, and rows times columns
-SPARE = 8  # columns behind those, of which one is needed; so a full context does not take a unit more
-SLOTS = {"cuda": 8, "cpu": 1}  # fewest images that there is room for once there is one, for the same reason
+SPARE = 8  # extra columns, of which one is needed; so a full context does not need another unit
+SLOTS = {"cuda": 8, "cpu": 1}  # least capacity for images once there is one, for the same reason
 
 
 def why_not_graphs(model: MMInterleavedModel) -> str | None:
@@ -76,13 +76,13 @@ def uses_graphs(model: MMInterleavedModel, implementation: CacheImplementation) 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much a workspace holds.
+    """The capacity of a workspace.
 
     Attributes:
-        rows: that are read together.
-        columns: of the KV cache; at least one of them is spare.
-        slots: images that one row sees.
-        images: of all rows.
+        rows: number of rows.
+        columns: columns of the KV cache, of which at least one is spare.
+        slots: most visible images of a row.
+        images: most images of all rows.
         shared: whether rows share columns (beams).
     """
 
@@ -93,12 +93,12 @@ class Capacity:
     shared: bool = False
 
     def holds(self, need: Capacity) -> bool:
-        """Whether there is room for `need`."""
+        """Whether this capacity is enough for `need`."""
         same = (self.rows, self.shared) == (need.rows, need.shared)
         return same and self.columns >= need.columns and self.slots >= need.slots and self.images >= need.images
 
     def rounded(self, device: torch.device, most_images: int) -> Capacity:
-        """At least so much, in sizes that several sessions have in common."""
+        """At least this capacity, rounded up to sizes that several sessions share."""
         unit = COLUMNS.get(device.type, COLUMNS["cpu"])
         fewest = SLOTS.get(device.type, SLOTS["cpu"])
         unit = max(min(unit, MOST_CELLS // _power_of_two(self.rows)), FEWEST_COLUMNS)
@@ -108,7 +108,7 @@ class Capacity:
 
 
 def _power_of_two(count: int, fewest: int = 1) -> int:
-    """The next one that is not less than `fewest`; 0 for 0."""
+    """The next power of two from `count` on, at least `fewest`; 0 for 0."""
     return 1 << (max(count, fewest) - 1).bit_length() if count else 0
 
 
@@ -116,22 +116,22 @@ class Workspace:
     """Memory for the rows of one generation state, and the captured steps over it.
 
     Args:
-        model: whose language model reads. Only a weak reference is kept.
-        capacity: how much it holds.
-        captured: whether decode steps are captured in CUDA graphs, each when it is first needed.
+        model: the model, of which only a weak reference is kept.
+        capacity: its capacity.
+        captured: whether decode steps are captured in CUDA graphs, each on first use.
 
     Attributes:
-        cache: keys and values of R rows.
-        hidden: [R, C, D] last hidden states of all tokens.
-        last: [R, D] of each row's last token.
-        logits: [R, V] after each row's last token, float32 or better.
-        tokens, reading: [R] inputs of a decode step: new tokens, and which rows read them.
-        visible: [R, slots] images that the next token of each row sees, most recent first, -1 = none.
+        cache: the KV cache of R rows.
+        hidden: [R, C, D] final hidden states of all tokens.
+        last: [R, D] the final hidden state of each row's last token.
+        logits: [R, V] logits after each row's last token, float32 or better.
+        tokens, reading: [R] inputs of a decode step: the new tokens, and which rows get one.
+        visible: [R, slots] visible images of each row's next token, most recent first, -1 = none.
         images: MMFS values and derived weights of every synchronizer.
     """
 
     def __init__(self, model: MMInterleavedModel, capacity: Capacity, captured: bool, state: Hashable = None) -> None:
-        # whoever calls a workspace holds the model
+        # the caller of a workspace keeps the model alive
         self._model = cast("Callable[[], MMInterleavedModel]", weakref.ref(model))
         self.capacity, self.captured, self.state = capacity, captured, state
         config, device = model.config, model.compute_device
@@ -158,8 +158,8 @@ class Workspace:
         return ImageFeatures(nothing, [(side, side) for side in mmfs.levels], values, derived)
 
     def derive(self) -> None:
-        """Compute derived weights from the weights of this moment, into the tensors that captured graphs read."""
-        with torch.inference_mode(False):  # the next call could not write into tensors of inference mode
+        """Compute derived weights from the current weights, into the tensors that captured graphs read."""
+        with torch.inference_mode(False):  # tensors of inference mode cannot be written to outside of it
             if self.captured and "derive" in self._graphs:
                 self._graphs["derive"]()
                 return
@@ -174,13 +174,13 @@ class Workspace:
             derived[index] = synchronizer.derive(derived[index])
 
     def clear(self) -> None:
-        """Forget what the last session left."""
+        """Remove the data of the last session."""
         self.cache.clear()
         self.visible.fill_(-1)
-        self.last.zero_()  # a row that has read nothing yet must not go on from another's text
+        self.last.zero_()  # an empty row must not continue another session's text
 
     def take_over(self, other: Workspace, rows: Sequence[int], width: int, images: int) -> None:
-        """Become `width` copies of each of `rows` of another workspace, with its first `images` images."""
+        """Take `width` copies of each of `rows` of another workspace, with its first `images` images."""
         places = [i * width for i in range(len(rows))]
         self.cache.copy_rows(other.cache, rows, places)
         if width > 1:
@@ -195,17 +195,17 @@ class Workspace:
             mine[:images] = given[:images]
 
     def images_of(self, count: int) -> ImageFeatures:
-        """The first `count` images."""
+        """The features of the first `count` images."""
         assert self.images.values is not None
         values = [v[:count] for v in self.images.values]
         return ImageFeatures(self.images.features, self.images.shapes, values, self.images.derived)
 
     def step(self, count: int, slots: int) -> None:
-        """Read `tokens` in the rows of `reading`; then `logits` is what comes next.
+        """Run a decode step: process `tokens` in the rows of `reading` and update `logits`.
 
         Args:
-            count: images in use.
-            slots: images that a row sees at most. A captured step works with all that there is room for.
+            count: number of images in use.
+            slots: most visible images of a row. A captured step uses the whole capacity instead of both.
         """
         if self.captured:
             self._replay("step", lambda: self._step(self.images, VisibleImages(self.visible)))
@@ -214,13 +214,13 @@ class Workspace:
             self._step(self.images_of(count), VisibleImages.build(images, count), known=True)
 
     def step_block(self) -> None:
-        """Read `block` [R, L, D], the tokens of an image, in the rows of `reading`; only captured."""
+        """Process `block` [R, L, D], the tokens of an image, in the rows of `reading`; only captured."""
         self._replay("block", self._block_step)
 
     def _replay(self, name: str, step: Callable[[], object]) -> None:
         if name not in self._graphs:
             reading = self.reading.clone()
-            self.reading.zero_()  # capturing runs the step a few times; a row that does not read stays as it is
+            self.reading.zero_()  # capturing runs the step a few times; rows outside of `reading` do not change
             with torch.inference_mode(False):
                 self._graphs[name] = capture(step, self.last.device)
             self.reading.copy_(reading)
@@ -228,7 +228,7 @@ class Workspace:
 
     @torch.no_grad()
     def _step(self, images: ImageFeatures, visible: VisibleImages, known: bool = False) -> None:
-        """The work of one token a row; on a device without a number that the host needs to know."""
+        """The computation of one token a row; on a device it needs no value on the host."""
         model = self._model()
         place = self.cache.place_step(self.reading, known=known)
         embeds = model.embed(self.tokens[:, None], None)
@@ -239,7 +239,7 @@ class Workspace:
 
     @torch.no_grad()
     def _block_step(self) -> None:
-        """The work of the tokens of an image."""
+        """The computation of the tokens of an image."""
         assert self.block is not None
         model, count = self._model(), self.block.shape[1]
         place = self.cache.place_step(self.reading, count)
@@ -251,17 +251,17 @@ class Workspace:
 
 
 class WorkspacePool:
-    """Idle workspaces of each model, for the next session: what is captured once serves all sessions of a size."""
+    """The idle workspaces of each model. A step that is captured once serves all later sessions of its size."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._idle: weakref.WeakKeyDictionary[MMInterleavedModel, list[Workspace]] = weakref.WeakKeyDictionary()
-        self._lock = threading.RLock()  # the garbage collector may give a workspace back while this thread leases one
+        self._lock = threading.RLock()  # garbage collection may give a workspace back while this thread leases one
 
     def lease(self, model: MMInterleavedModel, need: Capacity, captured: bool) -> Workspace:
-        """An empty workspace that holds `need`, with derived weights of this moment, for nobody else until `give_back`.
+        """Lease an empty workspace with at least the capacity `need`, with current derived weights, until `give_back`.
 
-        Those whose captured graphs no longer fit the modules (`state_of`) are dropped.
+        Workspaces whose captured graphs no longer fit the modules (`state_of`) are dropped.
         """
         state = (state_of(model.language_model, model.lm_head, model.soi_token), kernels_in_use())
         with self._lock:
@@ -272,7 +272,7 @@ class WorkspacePool:
             self._idle[model] = (rest + self._idle.get(model, []))[-self.size :]
         if found is None:
             rounded = need.rounded(model.compute_device, model.config.mmfs.max_images - 1)
-            with torch.inference_mode(False):  # others could not write into tensors of inference mode
+            with torch.inference_mode(False):  # tensors of inference mode cannot be written to outside of it
                 found = self._make(lambda: Workspace(model, rounded, captured, state))
         else:
             found.clear()
@@ -280,7 +280,7 @@ class WorkspacePool:
         return found
 
     def give_back(self, model: weakref.ref[MMInterleavedModel], workspace: Workspace) -> None:
-        """Keep a workspace for the next session."""
+        """Return a workspace to the pool."""
         owner = model()
         if owner is None:
             return
@@ -290,7 +290,7 @@ class WorkspacePool:
             del idle[: -self.size]
 
     def _make(self, make: Callable[[], Workspace]) -> Workspace:
-        """A new workspace; if there is no memory for it, in the place of those that are idle."""
+        """A new workspace; if there is not enough memory, the idle ones are freed first."""
         try:
             return make()
         except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""How images are generated: the settings of the diffusion, checked when they are made."""
+"""Settings of image generation, which are checked when they are made."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ from ..validation import Count, Positive, Seed, settings
 from .denoising import CacheImplementation
 
 SCHEDULER_ADVICE = "try DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
-# What a scheduler must understand: the noise that the model was trained with, and how `denoise` calls it.
+# What a scheduler must support: the noise schedule of training, and the arguments of `step` in `denoise`.
 _NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 _STEP = ["model_output", "timestep", "sample"]
 
 
 class NoiseScheduler(Protocol):
-    """What the diffusers schedulers that `find_scheduler` accepts have in common."""
+    """The common interface of the diffusers schedulers that `find_scheduler` accepts."""
 
     timesteps: Tensor
     init_noise_sigma: float | Tensor
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NoiseScheduler:
-        """One with the settings of another."""
+        """A scheduler with the settings of another one."""
         ...
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
-        """Choose the timesteps."""
+        """Set the timesteps."""
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The latents as the UNet takes them."""
+        """The latents scaled for the UNet."""
         ...
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> SchedulerOutput:
-        """The latents one step further."""
+        """The latents after one step."""
         ...
 
 
 @settings
 class ImageSettings:
-    """How images are generated.
+    """Settings of image generation.
 
     Attributes:
-        num_inference_steps: denoising steps.
-        guidance_scale: strength of classifier-free guidance; at most 1: off, and half the work; None: what the model's
-            configuration says (release: 7.5).
+        num_inference_steps: number of denoising steps.
+        guidance_scale: strength of classifier-free guidance; at most 1: off, which halves the work; None: the value of
+            the model's configuration (release: 7.5).
         num_candidates: images generated for each request, with seeds `seed`, `seed + 1`, ...
         seed: seed of the first candidate's noise, at least 0 and below `SEED_LIMIT`.
         scheduler: name of a diffusers scheduler class; the release samples with ancestral DDPM.
-        unconditional_sees_images: whether the unconditional half of guidance sees earlier images (release: yes).
-        preview_every: give a preview of the image every so many steps; 0: never.
-        batch_size: images generated at a time. Images that share one generator get other noise with another value.
-        cache_implementation: "static" keeps what a denoising step reads in tensors of fixed size, so that a CUDA device
-            replays one captured step; "dynamic" calls the UNet step by step. "auto": static on a CUDA device, if the
-            model can, else dynamic. The images are the same, but for rounding.
+        unconditional_sees_images: whether the unconditional half of guidance has earlier images (release: yes).
+        preview_every: number of steps between previews of the image; 0: no previews.
+        batch_size: number of images generated together. It changes the noise of images that share one generator.
+        cache_implementation: "static" keeps the inputs of a denoising step in fixed tensors, so that a CUDA device
+            replays one captured step; "dynamic" calls the UNet. "auto": static on a CUDA device if the model can be
+            captured, else dynamic. The images are the same up to rounding.
         compile: with "static", compile the UNet before its step is captured; takes minutes, once for every shape.
-        decode_dtype: type in which the VAE computes; "bfloat16" is lossy.
+        decode_dtype: type of the VAE's computation; "bfloat16" is lossy.
     """
 
     num_inference_steps: Positive = 30

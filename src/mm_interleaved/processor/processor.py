@@ -352,7 +352,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             return stream
         if not truncation:
             raise DocumentError(
-                f"{len(stream)} tokens are more than the {limit} that the model reads", _name(index, document),
+                f"{len(stream)} tokens are more than the {limit} of the model's context", _name(index, document),
                 "Shorten it, or cut it with truncation",
             )  # fmt: skip
         soi = np.flatnonzero(stream.ids[:limit] == self.soi_token_id)
