@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +12,14 @@ import PIL.ImageFont
 
 from ..processor import Batch, MMInterleavedProcessor
 
-WIDTH, MARGIN, FONT, THUMBNAIL, GAP = 1200, 16, 15, 112, 6
+WIDTH, MARGIN, FONT, THUMBNAIL, FRAME, GAP = 1200, 16, 15, 106, 3, 6
 Font = PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont  # Pillow without FreeType has the second
 MAX_HEIGHT = 520  # of one row of tokens; what is longer ends in "..."
 INK, PALE, RULE, LEARNED, GIVEN = "#202020", "#9a9a9a", "#d0d0d0", "#2e7d32", "#b0b0b0"
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A word, an image, or the start of a document."""
 
     content: str | PIL.Image.Image | None
@@ -27,9 +27,7 @@ class _Piece:
 
 
 def contact_sheet(batches: Sequence[Batch], processor: MMInterleavedProcessor, rows: int = 2) -> PIL.Image.Image:
-    """The first rows of some batches, one under another.
-
-    What is learned is black or framed in green, what is only given is grey. A bar stands where a document starts.
+    """Return the first rows of some batches, one under another; long ones end in "...".
 
     Args:
         batches: with labels.
@@ -40,16 +38,29 @@ def contact_sheet(batches: Sequence[Batch], processor: MMInterleavedProcessor, r
     for batch in batches:
         for row in range(min(rows, len(batch.input_ids))):
             title = f"{batch.source or 'batch'}, row {row}: {int(batch.attention_mask[row].sum())} tokens"
-            panels.append(_panel(title, list(_pieces(batch, row, processor))))
-    sheet = PIL.Image.new("RGB", (WIDTH, max(sum(p.height for p in panels), 1)), "white")
+            panels.append((title, _pieces(batch, row, processor)))
+    return draw_panels(panels)
+
+
+def draw_panels(panels: Iterable[tuple[str, Iterable[Piece]]], max_height: int = MAX_HEIGHT) -> PIL.Image.Image:
+    """Return panels one under another.
+
+    What is learned is black or framed in green, what is only given is grey. A bar stands where a document starts.
+
+    Args:
+        panels: a title, and what stands below it like a text.
+        max_height: of a panel in pixels; what is longer ends in "...".
+    """
+    drawn = [_panel(title, pieces, max_height) for title, pieces in panels]
+    sheet = PIL.Image.new("RGB", (WIDTH, max(sum(p.height for p in drawn), 1)), "white")
     top = 0
-    for panel in panels:
+    for panel in drawn:
         sheet.paste(panel, (0, top))
         top += panel.height
     return sheet
 
 
-def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterator[_Piece]:
+def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterator[Piece]:
     mask = batch.attention_mask[row].bool()
     ids = batch.input_ids[row][mask].tolist()
     learned = ((batch.labels[row][mask] != -100).numpy() if "labels" in batch else np.ones(len(ids), bool)).tolist()
@@ -59,22 +70,23 @@ def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterat
     for token, is_learned in [*zip(ids, learned, strict=True), (None, False)]:
         special = token is None or token in (processor.soi_token_id, processor.tokenizer.bos_token_id)
         if run and (special or is_learned != flag):
-            yield from (_Piece(word, flag) for word in processor.decode_text(run).split())
+            yield from (Piece(word, flag) for word in processor.decode_text(run).split())
             run = []
         if token == processor.tokenizer.bos_token_id:
-            yield _Piece(None, False)
+            yield Piece(None, False)
         elif token == processor.soi_token_id:
             index = next(images)
             supervised = "image_loss_mask" not in batch or bool(batch.image_loss_mask[index])
-            yield _Piece(PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy()), supervised)
+            image = PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy())
+            yield Piece(image.resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BICUBIC), supervised)
         elif token is not None and token != processor.image_token_id:
             run.append(token)
             flag = is_learned
 
 
-def _panel(title: str, pieces: Sequence[_Piece]) -> PIL.Image.Image:
-    """One row of tokens, set like a text."""
-    panel = PIL.Image.new("RGB", (WIDTH, MAX_HEIGHT), "white")
+def _panel(title: str, pieces: Iterable[Piece], max_height: int) -> PIL.Image.Image:
+    """Words and images, set like a text."""
+    panel = PIL.Image.new("RGB", (WIDTH, max_height), "white")
     draw, font = PIL.ImageDraw.Draw(panel), PIL.ImageFont.load_default(FONT)
     draw.text((MARGIN, GAP), title, fill=LEARNED, font=font)
     left, top, height = MARGIN, 2 * GAP + FONT + 4, FONT + GAP
@@ -82,38 +94,33 @@ def _panel(title: str, pieces: Sequence[_Piece]) -> PIL.Image.Image:
         width, tall = _size(piece, draw, font)
         if left + width > WIDTH - MARGIN:
             left, top, height = MARGIN, top + height, FONT + GAP
-        if top + tall > MAX_HEIGHT - FONT - GAP:
+        if top + tall > max_height - FONT - GAP:
             draw.text((left, top), "...", fill=PALE, font=font)
             break
         _place(panel, draw, font, piece, left, top)
         left, height = left + width, max(height, tall)
-    bottom = min(top + height + GAP, MAX_HEIGHT)
+    bottom = min(top + height + GAP, max_height)
     draw.line([(0, bottom - 1), (WIDTH, bottom - 1)], fill=RULE)
     return panel.crop((0, 0, WIDTH, bottom))
 
 
-def _size(piece: _Piece, draw: PIL.ImageDraw.ImageDraw, font: Font) -> tuple[int, int]:
+def _size(piece: Piece, draw: PIL.ImageDraw.ImageDraw, font: Font) -> tuple[int, int]:
     if piece.content is None:
         return 3 * GAP, FONT + GAP
     if isinstance(piece.content, str):
         return int(draw.textlength(piece.content + " ", font=font)) + 1, FONT + GAP
-    return THUMBNAIL + GAP, THUMBNAIL + GAP
+    return piece.content.width + 2 * FRAME + GAP, piece.content.height + 2 * FRAME + GAP
 
 
 def _place(
-    panel: PIL.Image.Image,
-    draw: PIL.ImageDraw.ImageDraw,
-    font: Font,
-    piece: _Piece,
-    left: int,
-    top: int,
+    panel: PIL.Image.Image, draw: PIL.ImageDraw.ImageDraw, font: Font, piece: Piece, left: int, top: int
 ) -> None:
     if piece.content is None:
         draw.rectangle([left + GAP, top, left + GAP + 2, top + FONT + 2], fill=LEARNED)
     elif isinstance(piece.content, str):
         draw.text((left, top), piece.content, fill=INK if piece.learned else PALE, font=font)
     else:
-        frame = LEARNED if piece.learned else GIVEN
-        draw.rectangle([left, top, left + THUMBNAIL - 1, top + THUMBNAIL - 1], fill=frame)
-        inner = piece.content.resize((THUMBNAIL - 6, THUMBNAIL - 6), PIL.Image.Resampling.BICUBIC)
-        panel.paste(inner, (left + 3, top + 3))
+        width, height = piece.content.size
+        frame = [left, top, left + width + 2 * FRAME - 1, top + height + 2 * FRAME - 1]
+        draw.rectangle(frame, fill=LEARNED if piece.learned else GIVEN)
+        panel.paste(piece.content, (left + FRAME, top + FRAME))
