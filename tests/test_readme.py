@@ -61,7 +61,7 @@ def test_json(elsewhere: Path) -> None:
 @pytest.mark.parametrize("arguments", [c for c in commands() if "models" not in " ".join(c)], ids=" ".join)
 def test_commands(elsewhere: Path, arguments: list[str]) -> None:
     quick = {
-        "generate": ["--steps", "2", "--max-new-tokens", "8"],
+        "generate": ["num_inference_steps=2", "max_new_tokens=8"],
         "bench": ["--only", "encode"],
         "data": ["--seconds", "1"],
         "train": ["steps=4", "sample_every=4"],

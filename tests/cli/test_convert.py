@@ -44,7 +44,7 @@ def test_there_and_back(mmi: Mmi, tmp_path: Path, original: Path) -> None:
     done = mmi("convert", original, tmp_path / "ours", "--config", "debug", "--tokenizer", WORDS)
     assert done.code == 0, done.err
     generated = mmi("generate", EXAMPLES / "original.json", "-o", tmp_path / "out", "-m", tmp_path / "ours",
-                    "--steps", 2, "--max-new-tokens", 3)  # fmt: skip
+                    "num_inference_steps=2", "max_new_tokens=3")  # fmt: skip
     assert generated.code == 0, generated.err
     assert "untrained" not in generated.err
     assert mmi("convert", tmp_path / "ours", tmp_path / "back", "--to-original").code == 0
@@ -86,7 +86,7 @@ def test_larger_images(mmi: Mmi, tmp_path: Path, original: Path) -> None:
         config["vision_config"]["image_size"] == 2 * MMInterleaved.config_class.preset("debug").vision_config.image_size
     )
     generated = mmi("generate", EXAMPLES / "demo.json", "-o", tmp_path / "out", "-m", tmp_path / "ours",
-                    "--steps", 1, "--max-new-tokens", 2)  # fmt: skip
+                    "num_inference_steps=1", "max_new_tokens=2")  # fmt: skip
     assert generated.code == 0, generated.err
 
 

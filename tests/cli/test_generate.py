@@ -29,7 +29,7 @@ from ..conftest import make_image
 from .conftest import EXAMPLES, Outcome, spawn
 
 Mmi = Callable[..., Outcome]
-QUICK = ("--model", "debug", "--steps", "2", "--max-new-tokens", "4")
+QUICK = ("--model", "debug", "num_inference_steps=2", "max_new_tokens=4")
 
 
 class Page(HTMLParser):
@@ -159,7 +159,7 @@ def test_text_in_the_report_is_only_text(mmi: Mmi, tmp_path: Path) -> None:
 
 def test_candidates_are_kept_and_shown(mmi: Mmi, tmp_path: Path) -> None:
     source = write(tmp_path, story(1))
-    assert mmi("generate", source, "-o", tmp_path / "out", "--candidates", 3, *QUICK).code == 0
+    assert mmi("generate", source, "-o", tmp_path / "out", "num_candidates=3", *QUICK).code == 0
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["generate_results"] == ["0_0_0.png", "0_0_1.png", "0_0_2.png"]
     assert record["segments"][0] == {"text": "0 A cat.", "generated": False}
@@ -173,7 +173,7 @@ def test_a_forced_text_and_what_was_generated_in_its_place(mmi: Mmi, tmp_path: P
     """The results list what the model generated, as the original does; the document has the forced text."""
     content = {"segments": [{"text": "A cat."}], "forced_texts": ["It sat."], "max_turns": 3}
     source = write(tmp_path, content)
-    options = ("--replace-texts", "--force-image", "--no-stop-at-eos", *QUICK)
+    options = ("replace_texts=true", "force_image=true", "stop_at_eos=false", *QUICK)
     assert mmi("generate", source, "-o", tmp_path / "out", *options).code == 0
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
     given, first, image, last = record["segments"]
@@ -232,8 +232,8 @@ def test_a_batch_gives_what_single_documents_give(mmi: Mmi, tmp_path: Path) -> N
 
 def test_options_reach_the_generator(mmi: Mmi, tmp_path: Path) -> None:
     source = write(tmp_path, {"segments": [{"text": "A cat."}]})
-    options = ["--max-turns", 5, "--max-images", 1, "--force-image", "--vary-noise", "--greedy", "--seed", 9]
-    options += ["--guidance", 2.5, "--scheduler", "DDIMScheduler", "--min-new-tokens", 1]
+    options = ["max_turns=5", "max_images=1", "force_image=true", "vary_noise=true", "do_sample=false", "--seed", 9]
+    options += ["guidance_scale=2.5", "scheduler=DDIMScheduler", "text.min_new_tokens=1"]
     done = mmi("generate", source, "-o", tmp_path / "out", *options, *QUICK)
     assert done.code == 0, done.err
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -307,7 +307,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(mmi: Mmi, tmp_path: Path
 def test_records_of_version_0_1_0_are_taken_up(mmi: Mmi, tmp_path: Path) -> None:
     """Their segments do not say in which turn they were generated, nor name their candidates."""
     documents = [{"segments": [{"text": "A cat."}, {"image": None}, {"text": None}, {"image": None}]}, story(1)]
-    source, options = write(tmp_path, documents), ("--candidates", 2, *QUICK)
+    source, options = write(tmp_path, documents), ("num_candidates=2", *QUICK)
     assert mmi("generate", source, "-o", tmp_path / "whole", *options).code == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
     (record, _) = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -326,7 +326,7 @@ def test_records_of_version_0_1_0_are_taken_up(mmi: Mmi, tmp_path: Path) -> None
 def test_an_interrupt_in_the_middle_of_a_image(mmi: Mmi, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
     source = write(tmp_path, [story(1, 0), {**story(2, 1), "id": "long"}])
-    slow = ("--model", "debug", "--steps", "40")
+    slow = ("--model", "debug", "num_inference_steps=40")
     process = spawn("generate", source, "-o", out, *slow)
     try:
         deadline = time.monotonic() + 200
@@ -487,28 +487,33 @@ def test_odd_images_are_read_and_shown(mmi: Mmi, tmp_path: Path) -> None:
 
 BAD_OPTIONS = {
     "a wrong flag": (["--bogus"], 2, "No such option"),
-    "no number": (["--steps", "many"], 2, "valid integer"),
-    "no steps": (["--steps", "0"], 1, "--steps: num_inference_steps must be at least 1"),
-    "no candidates": (["--candidates", "0"], 1, "--candidates: num_candidates must be at least 1"),
-    "an endless temperature": (["--sample", "--temperature", "inf"], 1, "temperature must be a finite number, not inf"),
-    "a penalty that is no number": (["--repetition-penalty", "nan"], 1, "repetition_penalty must be a finite number"),
-    "half a token": (["--max-new-tokens", "2.5"], 2, "valid integer"),
-    "no beams": (["--num-beams", "0"], 1, "num_beams"),
-    "cold": (["--sample", "--temperature", "0"], 1, "temperature"),
+    "no number": (["num_inference_steps=many"], 1, "num_inference_steps must be a whole number, not 'many'"),
+    "no steps": (["num_inference_steps=0"], 1, "num_inference_steps must be at least 1, not 0"),
+    "no candidates": (["num_candidates=0"], 1, "num_candidates must be at least 1"),
+    "an endless temperature": (["do_sample=true", "temperature=.inf"], 1, "temperature must be a finite number"),
+    "a penalty that is no number": (["repetition_penalty=.nan"], 1, "repetition_penalty must be a finite number"),
+    "half a token": (["max_new_tokens=2.5"], 1, "max_new_tokens must be a whole number, not 2.5"),
+    "no beams": (["num_beams=0"], 1, "num_beams must be at least 1"),
+    "beams of another kind": (["num_beams=many"], 1, "num_beams must be a whole number"),
+    "cold": (["temperature=0"], 1, "temperature must be at least 1e-6"),
+    "no such setting": (["max_new_token=3"], 1, "unknown setting 'max_new_token'. Did you mean 'max_new_tokens'"),
+    "no such setting of images": (["image.step=3"], 1, "unknown key 'step'.*Known: num_inference_steps"),
+    "a part that is no mapping": (["text=short"], 1, "text must be a mapping of settings, not 'short'"),
+    "no setting at all": (["quick"], 1, "override 'quick' must have the form key=value"),
     "no such preset": (["--preset", "poem"], 1, "'poem'.*caption"),
     "no such image preset": (["--image-preset", "quick"], 1, "'quick'.*unipc-20"),
-    "no such scheduler": (["--scheduler", "Magic"], 1, "'Magic'.*DDPMScheduler"),
-    "a scheduler for flows": (["--scheduler", "FlowMatchEulerDiscreteScheduler"], 1, "another kind of diffusion"),
-    "more steps than there are": (["--steps", "2000"], 1, "num_inference_steps.*1000"),
+    "no such scheduler": (["scheduler=Magic"], 1, "'Magic'.*DDPMScheduler"),
+    "a scheduler for flows": (["scheduler=FlowMatchEulerDiscreteScheduler"], 1, "another kind of diffusion"),
+    "more steps than there are": (["num_inference_steps=2000"], 1, "num_inference_steps.*1000"),
     "more steps than memory": (
-        ["--steps", "2000000000", "--scheduler", "DDIMScheduler"],
+        ["num_inference_steps=2000000000", "scheduler=DDIMScheduler"],
         1,
         "num_inference_steps.*1000",
     ),
-    "too few steps for the scheduler": (["--steps", "1", "--scheduler", "PNDMScheduler"], 1, "PNDMScheduler.*=1"),
-    "an enormous seed": (["--seed", str(10**30)], 1, "seed.*less than 2"),
+    "too few steps for the scheduler": (["num_inference_steps=1", "scheduler=PNDMScheduler"], 1, "PNDMScheduler.*=1"),
+    "an enormous seed": (["--seed", str(10**30)], 1, "seed.*less than"),
     "a negative seed": (["--seed", "-1"], 1, "seed must be at least 0"),
-    "no guidance at all": (["--guidance", "nan"], 1, "--guidance: guidance_scale must be a finite number, not nan"),
+    "no guidance at all": (["guidance_scale=.nan"], 1, "guidance_scale must be a finite number"),
     "no such type": (["--dtype", "float7"], 1, "bfloat16.*float7"),
     "no such quantization": (["--quantization", "int3"], 1, "int8, fp8.*'int3'"),
     "no such device": (["--device", "abacus"], 1, "abacus.*cuda:1"),

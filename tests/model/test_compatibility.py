@@ -22,11 +22,11 @@ from mm_interleaved import (
     Text,
 )
 from mm_interleaved.model.config import ResamplerConfig
-from mm_interleaved.model.image_settings import find_scheduler
 from mm_interleaved.model.layout import find_images, previous_images, visible_images
 from mm_interleaved.model.mmfs import VisibleImages, mmfs_reference
 from mm_interleaved.model.positions import sincos_1d
 from mm_interleaved.model.resampler import ResamplerAttention
+from mm_interleaved.model.schedulers import find_scheduler
 from mm_interleaved.model.vit_adapter import ChannelNorm
 from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, build_labels
 

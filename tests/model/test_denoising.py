@@ -115,5 +115,5 @@ def test_channels_last_changes_no_value(model: MMInterleaved) -> None:
 def test_presets() -> None:
     assert IMAGE_PRESETS["ddpm-30"].settings == ImageSettings()
     assert [name for name, preset in IMAGE_PRESETS.items() if preset.lossless] == ["ddpm-30"]
-    with pytest.raises(ValueError, match="cache_implementation must be one of"):
+    with pytest.raises(ValueError, match="must be 'auto', 'static' or 'dynamic', not 'fixed'"):
         ImageSettings(cache_implementation="fixed")

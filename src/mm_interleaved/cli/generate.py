@@ -15,56 +15,38 @@ from .models import DTYPES, find_device, find_dtype, load_model
 
 if TYPE_CHECKING:
     from ..document import Document
-    from ..generation import DocumentFinished, Event, InterleavedGenerator
+    from ..generation import (
+        DocumentFinished,
+        Event,
+        GenerationSettings,
+        ImageSettings,
+        InterleavedGenerator,
+        TextSettings,
+    )
     from ..generation.interleaved import PreparedDocument
     from .results import ResultsFolder
 
 
-OPTIONS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_candidates": "--candidates"}
-
-
 def generate(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON or JSON lines with documents.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE...",
+            help="Settings of generation, such as max_turns=4 max_new_tokens=60 num_inference_steps=20.",
+        ),
+    ] = None,
+    *,
     output_folder: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for images, results.json, report.html.")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
     seed: Annotated[int | None, typer.Option(help="Seed of texts and images; the original's images have 42.")] = None,
     preset: Annotated[
-        str, typer.Option(help="How text is written: default, caption, vqa, paragraph, interleaved.")
+        str, typer.Option(help="How text is generated: default, caption, vqa, paragraph, interleaved.")
     ] = "interleaved",
-    max_turns: Annotated[
-        int | None,
-        typer.Option(
-            help="Most texts and images for each document; a record's own num_iter wins, unless --stop-at-eos."
-        ),
-    ] = None,
-    max_images: Annotated[int | None, typer.Option(help="Most images for each document.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens for each document.")] = None,
-    max_segments: Annotated[int | None, typer.Option(help="Most segments for each document.")] = None,
-    stop_at_eos: Annotated[
-        bool | None, typer.Option(help="Whether </s> ends a document; by default not for records of the original.")
-    ] = None,
-    force_image: Annotated[bool, typer.Option(help="Let an image follow every text.")] = False,
-    replace_texts: Annotated[bool, typer.Option(help="Go on from the document's forced texts.")] = False,
-    vary_noise: Annotated[bool, typer.Option(help="New noise for every image of a document.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of one text.")] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of one text.")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="Beams; more than one turns sampling off.")] = None,
-    do_sample: Annotated[
-        bool | None, typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest.")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of sampling; 0: off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of sampling.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="1: none.")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="For beams.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of an image.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Strength of guidance; 1: off; default: the model's.")] = None,
-    candidates: Annotated[int | None, typer.Option(help="Images drawn for each slot; the first is used.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Name of a diffusers scheduler.")] = None,
     image_preset: Annotated[
-        str, typer.Option(help="How images are drawn, under the other options: ddpm-30, dpm-solver-20, unipc-20.")
+        str, typer.Option(help="How images are generated: ddpm-30, dpm-solver-20, unipc-20.")
     ] = "ddpm-30",
     image_root: Annotated[
         Path | None, typer.Option(help="Folder that images may come from; default: the input's.")
@@ -85,8 +67,7 @@ def generate(
     """
     from ..checkpoints.quantization import QUANTIZATIONS
     from ..document import DocumentError, load_documents
-    from ..generation import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, InterleavedGenerator
-    from ..generation.settings import override
+    from ..generation import IMAGE_PRESETS, TEXT_PRESETS, InterleavedGenerator
     from .results import ResultsFolder, refuse_occupied
 
     if preset not in TEXT_PRESETS:
@@ -96,20 +77,7 @@ def generate(
     kind = find_dtype(dtype) if dtype else None
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
-    if num_beams is not None and num_beams > 1 and do_sample is None:
-        do_sample = False
-    try:
-        settings = override(
-            GenerationSettings(text=TEXT_PRESETS[preset], image=IMAGE_PRESETS[image_preset].settings),
-            seed=seed, max_turns=max_turns, max_images=max_images, max_tokens=max_tokens, max_segments=max_segments,
-            stop_at_eos=stop_at_eos, force_image=force_image, replace_texts=replace_texts, vary_noise=vary_noise,
-            max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, num_beams=num_beams, do_sample=do_sample,
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty, num_inference_steps=steps, guidance_scale=guidance,
-            num_candidates=candidates, scheduler=scheduler,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(_with_option(str(error))) from None
+    chosen = _settings(TEXT_PRESETS[preset], IMAGE_PRESETS[image_preset].settings, settings or [], seed)
     where = find_device(device)
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root)
@@ -117,7 +85,7 @@ def generate(
         _check_images(document)
     loaded = load_model(model, kind, where, quantization)
     try:
-        generator = InterleavedGenerator(loaded.model, loaded.processor, settings)
+        generator = InterleavedGenerator(loaded.model, loaded.processor, chosen)
         prepared = generator.prepare_all(documents)  # says now what cannot be used
     except DocumentError:
         raise
@@ -138,10 +106,18 @@ def generate(
             output.print(str(report))
 
 
-def _with_option(message: str) -> str:
-    """`message`, which begins with the name of a setting, behind the option that sets it if that is named otherwise."""
-    option = OPTIONS.get(message.split(" ", 1)[0])
-    return message if option is None else f"{option}: {message}"
+def _settings(text: TextSettings, image: ImageSettings, pairs: list[str], seed: int | None) -> GenerationSettings:
+    """Presets with the changes that the command line asks for."""
+    from ..configuration import read_overrides
+    from ..generation.settings import GenerationSettings, override
+
+    changes = {"seed": seed, **read_overrides(pairs)}
+    if changes.get("num_beams") not in (None, 1):
+        changes.setdefault("do_sample", False)  # which presets turn on, and beams do not have
+    try:
+        return override(GenerationSettings(text=text, image=image), **changes)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _check_images(document: Document) -> None:

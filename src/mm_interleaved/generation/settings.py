@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from ..model.denoising import CacheImplementation
-from ..model.image_settings import ImageSettings
+from ..model.image_settings import CacheImplementation, ImageSettings
 from ..validation import Count, Positive, Seed, nearest_name, settings
 
 
@@ -160,24 +160,26 @@ def from_original(**arguments: Any) -> GenerationSettings:
 def override(settings: GenerationSettings, **changes: Any) -> GenerationSettings:
     """`settings` with the changes whose value is not None; names of `text` and `image` settings are allowed too.
 
-    A name that several parts have (`seed`, `cache_implementation`) is set in all of them.
+    A name that several parts have (`seed`, `cache_implementation`) is set in all of them. `text` and `image` may be
+    mappings of changes to one of them alone.
 
     Raises:
         ValueError: there is no such setting, or its value is not allowed.
     """
-    parts: dict[str, dict[str, Any]] = {"": {}, "text": {}, "image": {}}
-    kinds = {"": GenerationSettings, "text": TextSettings, "image": ImageSettings}
-    owners = {part: {f.name for f in fields(kind)} - {"text", "image"} for part, kind in kinds.items()}
-    known = sorted(set().union(*owners.values()))
-    for name, value in changes.items():
+    alone = {part: changes.pop(part, None) or {} for part in ("text", "image")}
+    for part, given in alone.items():
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{part} must be a mapping of settings, not {given!r}")
+    owners = {"": settings, "text": settings.text, "image": settings.image}
+    names = {part: {f.name for f in fields(owner)} - {"text", "image"} for part, owner in owners.items()}
+    known = sorted(set().union(*names.values()))
+    for name in changes:
         if name not in known:
             raise ValueError(f"unknown setting '{name}'. {nearest_name(name, known)}")
-        for part, names in owners.items():
-            if name in names and value is not None:
-                parts[part][name] = value
-    return replace(
-        settings,
-        text=replace(settings.text, **parts["text"]),
-        image=replace(settings.image, **parts["image"]),
-        **parts[""],
-    )
+    chosen = {
+        part: {name: value for name, value in changes.items() if name in own and value is not None}
+        for part, own in names.items()
+    }
+    text = replace(settings.text, **{**chosen["text"], **alone["text"]})
+    image = replace(settings.image, **{**chosen["image"], **alone["image"]})
+    return replace(settings, text=text, image=image, **chosen[""])

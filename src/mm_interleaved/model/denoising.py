@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from .static import Pool, capture
 from .unet import EarlierImages, MMFSUNet, TextKV
 from .weights import state_of
 
-CacheImplementation = Literal["auto", "static", "dynamic"]
 LAYOUT = torch.channels_last  # memory format of convolutions on a CUDA device
 KEPT = 4  # graphs kept for a UNet: with and without earlier images, with and without guidance
 

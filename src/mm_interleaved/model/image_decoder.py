@@ -29,9 +29,10 @@ from ..ops import channels_last, promote
 from .config import ImageDecoderConfig
 from .denoising import borrow
 from .diffusion_blocks import VAE
-from .image_settings import SCHEDULER_ADVICE, ImageSettings, NoiseScheduler, find_scheduler
+from .image_settings import ImageSettings
 from .mmfs import why_mmfs_waits
 from .resampler import Resampler
+from .schedulers import SCHEDULER_ADVICE, NoiseScheduler, find_scheduler
 from .unet import DerivedWeights, EarlierImages, MMFSUNet
 from .weights import why_not_captured
 

@@ -1,47 +1,16 @@
-"""Settings of image generation, which are checked when they are made."""
+"""Settings of image generation. Importing them imports neither PyTorch nor diffusers."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Literal
 
-import diffusers
-import torch
-from diffusers import SchedulerMixin
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from pydantic import Field
-from torch import Tensor
 
 from ..validation import Count, Positive, Seed, settings
-from .denoising import CacheImplementation
 
-SCHEDULER_ADVICE = "try DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler"
-# What a scheduler must support: the noise schedule of training, and the arguments of `step` in `denoise`.
-_NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-_STEP = ["model_output", "timestep", "sample"]
-
-
-class NoiseScheduler(Protocol):
-    """The common interface of the diffusers schedulers that `find_scheduler` accepts."""
-
-    timesteps: Tensor
-    init_noise_sigma: float | Tensor
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> NoiseScheduler:
-        """A scheduler with the settings of another one."""
-        ...
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
-        """Set the timesteps."""
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The latents scaled for the UNet."""
-        ...
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> SchedulerOutput:
-        """The latents after one step."""
-        ...
+CacheImplementation = Literal["auto", "static", "dynamic"]
+# Schedulers of diffusers that are known to fit; others are looked up.
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
 
 @settings
@@ -78,21 +47,7 @@ class ImageSettings:
     decode_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        find_scheduler(self.scheduler)
+        if self.scheduler not in SCHEDULERS:
+            from .schedulers import find_scheduler  # diffusers takes seconds to import
 
-
-def find_scheduler(name: str) -> type[NoiseScheduler]:
-    """The diffusers scheduler class of that name, if it can run this diffusion backwards.
-
-    Raises:
-        ValueError: diffusers has no such scheduler, or it is made for another kind of diffusion.
-    """
-    cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        raise ValueError(f"scheduler '{name}' is not a diffusers scheduler; {SCHEDULER_ADVICE}")
-    takes = inspect.signature(cls.__init__).parameters
-    step = list(inspect.signature(getattr(cls, "step", cls)).parameters.values())[1:]
-    called = [p.name for p in step if p.name in _STEP or p.default is p.empty]
-    if not (set(_NOISE_SCHEDULE) <= takes.keys() and called == _STEP):
-        raise ValueError(f"scheduler '{name}' is made for another kind of diffusion; {SCHEDULER_ADVICE}")
-    return cast("type[NoiseScheduler]", cls)
+            find_scheduler(self.scheduler)
