@@ -321,6 +321,8 @@ class TrainConfig(RunConfig):
             raise ValueError("shapes.graph needs data.pad_to_max_length: true")
         if self.losses.conditions and self.model.checkpoint is None:
             raise ValueError("'losses.conditions' holds on to what a checkpoint says: give 'model.checkpoint'")
+        if self.eval_every and self.eval_data is None:
+            raise ValueError("'eval_every' needs held-out data: give 'eval_data', or set it to 0")
         if self.evaluate_every and self.evaluation is None:
             raise ValueError("'evaluate_every' needs the tasks: give 'evaluation'")
         if self.evaluate_every and self.fsdp:
