@@ -14,12 +14,14 @@ import re
 import shutil
 import struct
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -211,39 +213,26 @@ class ShardWriter:
         suffix: str,
         save: Callable[[dict[str, Tensor], Path], None],
     ) -> None:
-        self.folder, self.stem, self.suffix, self.save = folder, stem, suffix, save
-        self.plan: list[list[str]] = [[]]
-        filled = 0
-        for name, size in sizes.items():
-            if self.plan[-1] and filled + size > SHARD_BYTES:
-                self.plan.append([])
-                filled = 0
-            self.plan[-1].append(name)
-            filled += size
-        self.total = sum(sizes.values())
-        self.held: dict[str, Tensor] = {}
-        self.done = 0
-
-    def file_name(self, number: int) -> str:
-        if len(self.plan) == 1:
-            return f"{self.stem}{self.suffix}"
-        return f"{self.stem}-{number + 1:05d}-of-{len(self.plan):05d}{self.suffix}"
+        self.folder, self.save, self.index = folder, save, f"{stem}{suffix}.index.json"
+        blank = {name: torch.empty(size, dtype=torch.uint8, device="meta") for name, size in sizes.items()}
+        self.plan = split_torch_state_dict_into_shards(
+            blank, filename_pattern=f"{stem}{{suffix}}{suffix}", max_shard_size=SHARD_BYTES
+        )
+        self.held: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """The next tensor of the plan."""
-        self.held[name] = tensor
-        if len(self.held) == len(self.plan[self.done]):
-            self.save(self.held, self.folder / self.file_name(self.done))
-            self.held = {}
-            self.done += 1
+        """Take the next tensor of the plan; a shard is written with its last one."""
+        file = self.plan.tensor_to_filename[name]
+        self.held[file][name] = tensor
+        if len(self.held[file]) == len(self.plan.filename_to_tensors[file]):
+            self.save(self.held.pop(file), self.folder / file)
 
     def finish(self) -> None:
         """Write the index, if there are several shards."""
-        assert self.done == len(self.plan)
-        if len(self.plan) > 1:
-            where = {name: self.file_name(i) for i, names in enumerate(self.plan) for name in names}
-            index = {"metadata": {"total_size": self.total}, "weight_map": where}
-            path = self.folder / f"{self.stem}{self.suffix}.index.json"
+        assert not self.held
+        if self.plan.is_sharded:
+            index = {"metadata": self.plan.metadata, "weight_map": self.plan.tensor_to_filename}
+            path = self.folder / self.index
             path.write_text(json.dumps(index, indent=2) + "\n")
 
 
