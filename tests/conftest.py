@@ -6,6 +6,10 @@ import hashlib
 import json
 import lzma
 import os
+import sys
+import tempfile
+import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; the download test brings its own hub
@@ -30,6 +34,26 @@ from mm_interleaved.pretrained import TOKENIZER
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+def provide_entry_points(folder: Path) -> None:
+    """Make the entry points of this checkout known, here and in other processes, if none or others are installed."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    groups: dict[str, dict[str, str]] = project["entry-points"]
+    wanted = {(group, name, value) for group, points in groups.items() for name, value in points.items()}
+    if wanted <= {(point.group, point.name, point.value) for group in groups for point in entry_points(group=group)}:
+        return
+    info = folder / f"mm_interleaved-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in points.items()) for group, points in groups.items()]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
+_installed = tempfile.TemporaryDirectory()  # removed at the end of the process
+provide_entry_points(Path(_installed.name))
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
 GOLDEN_ERRORS = Path(__file__).parent / "golden" / "errors.json"

@@ -184,12 +184,10 @@ def test_numbers_are_finite(file: Path, tmp_path: Path, value: str) -> None:
 
 def test_extends_merges_mappings_and_replaces_lists(file: Path, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    child = write(
-        tmp_path / "sub" / "b.yaml", "extends: ../a.yaml\noptimizer: {steps: 5}\nsources: [{type: toyworld}]\n"
-    )
+    child = write(tmp_path / "sub" / "b.yaml", "extends: ../a.yaml\noptimizer: {steps: 5}\nsources: [{type: pairs}]\n")
     config = load_config(child, Schema)
     assert config.optimizer == Optimizer(1e-4, 5)
-    assert [s.type for s in config.sources] == ["toyworld"]
+    assert [s.type for s in config.sources] == ["pairs"]
     assert config.name == "run"
     several = write(tmp_path / "c.yaml", "extends: [a.yaml, sub/b.yaml]\nname: c\n")
     assert load_config(several, Schema) == Schema("c", config.optimizer, config.sources, weights={"x": 1.0})

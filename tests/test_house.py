@@ -112,3 +112,15 @@ def test_hooks_run_the_tools_of_the_lock_files() -> None:
     assert repository["repo"] == "local"
     programs = {hook["entry"].split()[0] for hook in repository["hooks"] if hook["language"] == "system"}
     assert programs == {f".venv/bin/{name}" for name in ("ruff", "basedpyright", "check-added-large-files")}
+
+
+def test_the_toy_world_is_a_plugin() -> None:
+    """It imports this package, which imports it nowhere and names none of its modules, in strings neither."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+            found += [f"{path.relative_to(SOURCE)}:{node.lineno}" for name in names if "toyworld" in name]
+    assert not found

@@ -88,7 +88,7 @@ def test_reasons_show_their_examples(mmi: Mmi, folder: Path) -> None:
             "data.sources.0.rot=x",
             "unknown key 'rot' in data.sources[0] (override 'data.sources.0.rot=x'). Did you mean 'root'?",
         ),
-        ("data.sources.0.type=parquet", "data.sources[0].type must be 'mmc4'"),
+        ("data.sources.0.type=parquet", "unknown source type 'parquet'. Known: mmc4, pairs"),
         ("model.preset=tiny", "no preset 'tiny'"),
     ],
 )
@@ -128,7 +128,7 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["vqa2"], "'vqa2' is neither a file nor a task. Did you mean 'vqav2'?"),
+            (["vqa2"], "neither a file nor a task: unknown task 'vqa2'. Did you mean 'vqav2'?"),
             (["vqav2", "rot=datasets"], "unknown key 'rot' (override 'rot=datasets'). Did you mean 'root'?"),
             (["vqav2", "phase=dev"], "there is no phase 'dev'. Phases are val, train"),
         ],
@@ -150,4 +150,4 @@ class TestTasks:
         refused = mmi("data", "prepare", "vqav2", "--source", tmp_path)
         assert refused.code == 1
         assert "reads its files as they are" in refused.err
-        assert "there is no task 'textvqaa'" in mmi("data", "prepare", "textvqaa", "--source", tmp_path).err
+        assert "unknown task 'textvqaa'" in mmi("data", "prepare", "textvqaa", "--source", tmp_path).err

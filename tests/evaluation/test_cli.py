@@ -124,7 +124,7 @@ def test_another_run_is_refused_and_overwritten_if_asked(
             "tasks.0.phases=val",
             "unknown key 'phases' in tasks[0] (override 'tasks.0.phases=val'). Did you mean 'phase'?",
         ),
-        ("tasks.0.task=vqa2", "there is no task 'vqa2'. Did you mean 'vqav2'?"),
+        ("tasks.0.task=vqa2", "unknown task 'vqa2'. Did you mean 'vqav2'?"),
         ("only=[okvqa]", "'only' names 'okvqa', which is not among the tasks: vqav2"),
         ("model=nowhere", "model 'nowhere' is not a folder"),
         ("dtype=int8", "dtype must be 'float32'"),

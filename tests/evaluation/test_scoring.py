@@ -15,10 +15,10 @@ import torch
 from mm_interleaved.evaluation import MetricConfig
 from mm_interleaved.evaluation import scoring as scoring_module
 from mm_interleaved.evaluation.scoring import METRICS, ScoringInputs, as_data, main_scores, score_task
-from mm_interleaved.evaluation.toyworld import find_about
 from mm_interleaved.metrics import MetricResult
 from mm_interleaved.metrics.images import FID
 from mm_interleaved.tasks import TASKS, Sample, make_task
+from mm_interleaved.tasks.facts import find_facts
 
 from .conftest import MakeTask
 
@@ -39,7 +39,7 @@ def scored(task: MakeTask, tmp_path: Path) -> Callable[..., ScoringInputs]:
         made = make_task(task(name, **settings))
         samples = list(made.samples())
         records = [{"index": i, "id": s.id, **predict(s, i)} for i, s in enumerate(samples)]
-        return ScoringInputs(made, samples, records, tmp_path, MetricConfig(), about=find_about(made))
+        return ScoringInputs(made, samples, records, tmp_path, MetricConfig(), facts=find_facts(made))
 
     return make
 

@@ -13,11 +13,11 @@ from mm_interleaved import MMInterleaved, MMInterleavedProcessor
 from mm_interleaved.evaluation import EvaluationError, MetricConfig, TaskSuite, predict
 from mm_interleaved.evaluation.predict import Predictor, effective_settings, plan_batches, sample_seed
 from mm_interleaved.evaluation.scoring import METRICS
-from mm_interleaved.evaluation.toyworld import drawn_scenes, find_about
 from mm_interleaved.metrics.clip import CLIP
-from mm_interleaved.metrics.toyworld import SceneImages
 from mm_interleaved.tasks import TASKS, TaskError, make_task
 from toyworld.draw import draw
+from toyworld.facts import drawn_scenes, find
+from toyworld.metrics import SceneImages
 
 from .conftest import QUICK, MakeTask, Run, contents, figures, lines
 
@@ -60,7 +60,7 @@ def test_scenes_of_stories_are_those_of_their_images(name: str, task: MakeTask) 
     """So true images are found right."""
     asked = make_task(task(name, options=STORIES[name]))
     samples = list(asked.samples())
-    scenes = drawn_scenes(samples, find_about(asked))
+    scenes = drawn_scenes(samples, find(asked))
     true = {(s.id, slot): image for s in samples for slot, image in enumerate(s.reference)}
     assert len(true) == 4 * (4 if STORIES[name].get("protocol") == "autoregressive" else 1)
     if name == "vist":

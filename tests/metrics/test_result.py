@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 
 from mm_interleaved.metrics import MetricResult, MissingRequirement, aligned, confidence_interval, reports_missing
 from mm_interleaved.metrics.captions import caption_scores
@@ -14,7 +15,6 @@ from mm_interleaved.metrics.dialogue import dialogue_ranking
 from mm_interleaved.metrics.grounding import grounding_accuracy
 from mm_interleaved.metrics.images import FID
 from mm_interleaved.metrics.segmentation import MeanIoU, SegmentedMeanIoU, Segmenter
-from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 from mm_interleaved.metrics.vqa import VQAAccuracy, gqa_accuracy
 
 METRICS = [

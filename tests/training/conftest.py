@@ -22,12 +22,6 @@ from ..programs import Program
 ROOT = Path(__file__).parents[2]
 QUICK = ["tensorboard=false", "eval_every=0", "sample_every=0", f"data.sources.0.root={ROOT / 'examples'}"]
 
-PART = [
-    "model.preset=debug", "precision=float32", "tensorboard=false", "steps=6", "save_every=3", "log_every=1",
-    "eval_every=0", "eval_batches=1", "schedule.warmup_steps=0", "schedule.kind=constant", "optimizer.lr=3e-3",
-    "data={batch_size: 4, num_workers: 0, count: 64}", "eval_data={batch_size: 4, num_workers: 0, count: 8}",
-]  # fmt: skip  # a run of a part that takes a second
-
 
 def whole_model(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Writes a debug model with weights of its own; these, and settings of one step from it that changes nothing."""

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from mm_interleaved.cli import app
 from mm_interleaved.configuration import load_config
-from mm_interleaved.training.config import AutoencoderRunConfig, PartRunConfig, TrainConfig
+from mm_interleaved.training.config import TrainConfig
+from toyworld.curriculum.config import AutoencoderRunConfig, PartRunConfig
 
 from .conftest import ROOT
 
 TEXT = (ROOT / "docs/guides/training.md").read_text()
-_COMMAND = r"^    (?:torchrun .* -m mm_interleaved\.cli|mmi) (train\S*) (\S+)(.*?)(?:\s+#.*)?$"
+_COMMAND = r"^    (?:torchrun .* -m mm_interleaved\.cli|mmi) ((?:toyworld )?train\S*) (\S+)(.*?)(?:\s+#.*)?$"
 SCHEMAS = {"train-vae": AutoencoderRunConfig, "train-vision": PartRunConfig, "train-language": PartRunConfig}
 COMMANDS = re.findall(_COMMAND, TEXT, re.MULTILINE)
 YAML = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
@@ -25,8 +26,8 @@ YAML = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_name_files_that_can_be_read(command: tuple[str, str, str]) -> None:
     name, path, rest = command
-    assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
-    load_config(ROOT / path, SCHEMAS.get(name, TrainConfig), rest.split())
+    assert CliRunner().invoke(app, [*name.split(), "--help"]).exit_code == 0
+    load_config(ROOT / path, SCHEMAS.get(name.removeprefix("toyworld "), TrainConfig), rest.split())
 
 
 @pytest.mark.parametrize("text", YAML)

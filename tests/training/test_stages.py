@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.training.config import AutoencoderRunConfig, PartRunConfig, TrainConfig
+from mm_interleaved.training.config import TrainConfig
+from toyworld.curriculum.config import AutoencoderRunConfig, PartRunConfig
 
 from .conftest import ROOT
 

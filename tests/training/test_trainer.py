@@ -17,10 +17,8 @@ from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training import graphs
 from mm_interleaved.training.building import build
 from mm_interleaved.training.config import (
-    AutoencoderRunConfig,
     EMAConfig,
     LossConfig,
-    PartRunConfig,
     ShapesConfig,
     TrainConfig,
     TrainingError,
@@ -30,6 +28,7 @@ from mm_interleaved.training.graphs import CapturedStep
 from mm_interleaved.training.pipeline import choose_targets, prepare_documents, seed_of
 from mm_interleaved.training.run import compile_regions, train
 from mm_interleaved.validation import ConfigError
+from toyworld.curriculum.config import AutoencoderRunConfig, PartRunConfig
 
 from ..conftest import make_image
 from .conftest import ROOT, arguments, logged

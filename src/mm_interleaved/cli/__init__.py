@@ -16,10 +16,11 @@ from .download import download
 from .evaluate import evaluate_command
 from .generate import generate
 from .info import info
-from .toyworld import toyworld
-from .train import train, train_language, train_vae, train_vision
+from .plugins import CommandGroup
+from .train import train
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Read and write documents in which text and images alternate.",
@@ -31,12 +32,8 @@ app.command()(convert)
 app.command()(download)
 app.command()(assemble)
 app.command()(train)
-app.command()(train_vae)
-app.command()(train_vision)
-app.command()(train_language)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
-app.add_typer(toyworld, name="toyworld")
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,7 +68,8 @@ def main(arguments: list[str] | None = None) -> Any:
 
 def _is_for_people(error: ValueError) -> bool:
     return type(error).__name__ in (
-        "ConfigError", "DataError", "DocumentError", "TaskError", "CheckpointError", "EvaluationError", "UsageError",
+        "ConfigError", "DataError", "DocumentError", "TaskError", "CheckpointError", "EvaluationError", "PluginError",
+        "UsageError",
     )  # fmt: skip
 
 

@@ -34,14 +34,13 @@ def check(
     from ..configuration import load_config, make_config
     from ..evaluation import EvaluateConfig
     from ..tasks import TASKS, TaskConfig
-    from ..validation import nearest_name
     from .data_tasks import check_tasks, is_evaluation
     from .data_training import check_training
 
     if what in TASKS:
         check_tasks([make_config({"task": what}, TaskConfig, overrides or [], f"task '{what}'")])
     elif Path(what).suffix not in (".yaml", ".yml") and not Path(what).exists():
-        raise UsageError(f"'{what}' is neither a file nor a task. {nearest_name(what, TASKS)}")
+        raise UsageError(f"'{what}' is neither a file nor a task: {TASKS.unknown(what)}")
     elif is_evaluation(Path(what)):
         check_tasks(load_config(what, EvaluateConfig, overrides or []).chosen())
     else:

@@ -15,6 +15,7 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from ..tasks import TaskConfig
     from ..tasks.check import TaskCheck
+    from ..tasks.facts import Facts
 
 
 def is_evaluation(path: Path) -> bool:
@@ -35,9 +36,9 @@ def check_tasks(tasks: Sequence[TaskConfig]) -> None:
         UsageError: some of them cannot be used as they are.
     """
     from ..evaluation.config import task_name
-    from ..evaluation.toyworld import find_about
     from ..tasks import make_task
     from ..tasks.check import check_task
+    from ..tasks.facts import find_facts
 
     made = [make_task(config) for config in tasks]
     bad = []
@@ -46,21 +47,20 @@ def check_tasks(tasks: Sequence[TaskConfig]) -> None:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             shown = progress.add_task(task.name, total=None)
             found = check_task(task, lambda shown=shown, progress=progress: progress.advance(shown))
-        toy = found.samples > 0 and find_about(task) is not None
-        _print(task_name(task.config), found, toy)
+        _print(task_name(task.config), found, find_facts(task) if found.samples else None)
         bad += [] if found.good else [task.name]
     if bad:
         raise UsageError(f"the files of these tasks are not complete: {', '.join(bad)}")
 
 
-def _print(name: str, found: TaskCheck, toy: bool) -> None:
+def _print(name: str, found: TaskCheck, facts: Facts | None) -> None:
     counts = [f"{found.samples:,} samples", f"{found.images:,} images"]
     counts += [f"{found.missing:,} samples cannot be used"] if found.missing else []
     counts += [f"{found.unreadable:,} images cannot be read"] if found.unreadable else []
     mark = "[green]good[/]" if found.good else "[red]not complete[/]"
     output.print(f"[bold]{name}[/]: {mark}: {', '.join(counts)}", highlight=False)
-    if toy:
-        output.print("  these are files of the toy world", highlight=False)
+    if facts is not None:
+        output.print(f"  these are files of {facts.origin}", highlight=False, markup=False)
     elif found.expected is not None and found.samples not in (0, found.expected):
         output.print(f"  [yellow]the official set has {found.expected:,} samples[/]", highlight=False)
     for problem in found.problems:
@@ -82,11 +82,11 @@ def prepare(
     phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
 ) -> None:
     """Write official files in the form that a task reads."""
-    from ..tasks import TASKS, TaskConfig, TaskError, make_task
+    from ..tasks import TASKS, TaskError
     from ..tasks.prepare import prepare as convert
 
     if task not in TASKS:
-        make_task(TaskConfig(task))  # says which there are
+        raise UsageError(TASKS.unknown(task))
     try:
         with console.status(f"converting {task}"):
             lines = convert(TASKS[task], source, root, phase)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ..validation import Count, Positive, Seed, Share, settings
+from .sources import SOURCES
 
 PAIR_TYPES = ("pairs", "webdataset")
 SourceCompat = Literal["strict_json", "merge_without_effect", "listed_image_order", "unseeded_order"]
@@ -19,7 +20,7 @@ class SourceConfig:
     """One source of documents (docs/data_formats.md, "Training sources").
 
     Attributes:
-        type: `mmc4`, `pairs`, `webdataset`, `documents` or `toyworld`.
+        type: `mmc4`, `pairs`, `webdataset`, `documents`, or a plug-in's.
         name: how batches and reports call it; "": the type.
         shards: files of the source: names or patterns (`docs_{0..99}.jsonl`, `*.tar`), relative to `root`. A shard may
             be plain, `.gz` or `.zip`; MMC4's `NAME` is also found as `NAME.zip`.
@@ -51,16 +52,13 @@ class SourceConfig:
         probe_images: whether the header of an image is read before the document is used. If not, images that
             cannot be read are noticed later, and the row around them becomes shorter.
         draft_jpeg: decode large JPEGs at a fraction of their size; faster, other pixels.
-        split: of the toy world.
-        documents: of the toy world in a pass.
-        options: of the toy world: `size` of the images, `mix` (weights of the forms of documents by name, `rest`
-            for those not named).
+        options: settings that only sources of this type have.
         compat: mistakes of the original to reproduce: `strict_json` (no other JSON is accepted),
             `merge_without_effect` (merging pairs changes nothing), `listed_image_order` (images of one sentence stand
             as listed), `unseeded_order` (the order of documents differs in each run).
     """
 
-    type: Literal["mmc4", "pairs", "webdataset", "documents", "toyworld"]
+    type: str
     name: str = ""
     shards: list[str] = field(default_factory=list)
     root: str = "."
@@ -89,12 +87,12 @@ class SourceConfig:
     loss_text_weight: float | None = None
     probe_images: bool = True
     draft_jpeg: bool = False
-    split: str = "train"
-    documents: Positive = 100_000
     options: dict[str, Any] = field(default_factory=dict)
     compat: list[SourceCompat] = field(default_factory=list)
 
     RENAMED: ClassVar[dict[str, str]] = {
+        "split": "It is now one of 'options'",
+        "documents": "It is now one of 'options'",
         "BUG-1": "It is now 'strict_json'",
         "BUG-2": "It is now 'merge_without_effect'",
         "BUG-3": "It is now 'listed_image_order'",
@@ -102,9 +100,11 @@ class SourceConfig:
     }
 
     def __post_init__(self) -> None:
+        if self.type not in SOURCES:
+            raise ValueError(SOURCES.unknown(self.type))
         object.__setattr__(self, "name", self.name or self.type)
-        if (self.type == "toyworld") == bool(self.shards):
-            wanted = "draws its documents and takes no" if self.shards else "needs"
+        if SOURCES[self.type].has_files != bool(self.shards):
+            wanted = "has no files and takes no" if self.shards else "needs"
             raise ValueError(f"source '{self.name}' of type '{self.type}' {wanted} 'shards'")
         if self.few_shot_merge_prob and not self.few_shot_merge_sizes:
             raise ValueError("few_shot_merge_prob needs few_shot_merge_sizes")

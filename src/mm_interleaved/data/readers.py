@@ -5,18 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..configuration import ConfigError, make_config
 from ..document import Document, DocumentError, FileSlice, Folder, Image, Segment, Text, interleave
 from ..processor.images import open_image
 from .config import SourceConfig
 from .report import DataError, Rejected
 from .shards import LineShards, Record, Shards, TarShards, expand
+from .sources import SOURCES, SourceType
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")  # extensions in tar shards
 LITERAL = "Python literal instead of JSON"  # read all the same, but counted
@@ -50,20 +52,18 @@ def make_reader(config: SourceConfig, folder: Path) -> Reader:
     """The reader of a source; its relative paths start at `folder`.
 
     Raises:
-        DataError: the folder of the shards or images does not exist, or no shard matches.
+        DataError: the folder of the shards or images does not exist, no shard matches, or an option cannot be used.
+        PluginError: the plug-in that adds the type of the source cannot be used.
     """
-    if config.type == "toyworld":
-        return ToyWorld(config)
-    root = folder / config.root
-    image_root = root if config.image_root is None else folder / config.image_root
-    for path in (root, image_root):
-        if not path.is_dir():
-            raise DataError(f"source '{config.name}': there is no folder {path}")
-    names = [name for pattern in config.shards for name in expand(pattern, root)]
-    images = ImageFolder(image_root.resolve(), config.probe_images)
-    shards = (TarShards if config.type == "webdataset" else LineShards)(root, names)
-    readers = {"mmc4": MMC4, "pairs": Pairs, "webdataset": WebDataset, "documents": Documents}
-    return readers[config.type](config, shards, images)
+    kind, options = SOURCES[config.type], None
+    if kind.options is not None:
+        try:
+            options = make_config(config.options, kind.options, where=f"source '{config.name}', options")
+        except ConfigError as error:
+            raise DataError(str(error)) from None
+    elif config.options:
+        raise DataError(f"source '{config.name}': sources of type '{config.type}' have no options")
+    return kind.reader(config, options, folder)
 
 
 # ---- pieces
@@ -341,67 +341,24 @@ def _kind(problem: str) -> str:
     return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'…'", problem))
 
 
-class _Numbers:
-    """The toy world's one shard: its documents by number."""
-
-    def __init__(self, name: str, count: int) -> None:
-        self.names: Sequence[str] = [name]
-        self.count = count
-
-    def place(self, record: Record) -> str:
-        """Name and number."""
-        return f"{self.names[0]}, document {record.line}"
-
-    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """Numbers from `offset` on."""
-        return (Record(shard, n, n, n + 1, n) for n in range(offset, self.count))
+# ---- types
 
 
-class ToyWorld:
-    """Documents drawn as they are needed.
+def _of_files(reader: Callable[[SourceConfig, Shards, ImageFolder], Reader],
+              shards: Callable[[Path, Sequence[str]], Shards] = LineShards) -> SourceType:  # fmt: skip
+    """The type of sources whose records and images lie in files."""
 
-    Raises:
-        DataError: an option or split that the toy world does not know.
-    """
+    def make(config: SourceConfig, options: None, folder: Path) -> Reader:
+        root = folder / config.root
+        image_root = root if config.image_root is None else folder / config.image_root
+        for path in (root, image_root):
+            if not path.is_dir():
+                raise DataError(f"source '{config.name}': there is no folder {path}")
+        names = [name for pattern in config.shards for name in expand(pattern, root)]
+        return reader(config, shards(root, names), ImageFolder(image_root.resolve(), config.probe_images))
 
-    def __init__(self, config: SourceConfig) -> None:
-        # Drawing needs libraries and images that other sources do without.
-        from toyworld.documents import toy_document
-        from toyworld.sampling import SPLITS, Split
-
-        self.config, self.shards = config, _Numbers(f"toyworld {config.split}", config.documents)
-        self._draw, options = toy_document, dict(config.options)
-        try:
-            if config.split not in SPLITS:
-                raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, not '{config.split}'")
-            self._split: Split = config.split
-            first = dict(options.pop("first", None) or {"documents": 0})
-            self._early = int(first.pop("documents"))
-            self._options = _toy_options(options)
-            self._first = self._options | _toy_options(first)
-            for chosen in (self._options, self._first):
-                toy_document(0, self._split, 0, **chosen)
-        except KeyError:
-            raise DataError(f"source '{config.name}': options.first needs 'documents', how many come first") from None
-        except (TypeError, ValueError) as error:
-            raise DataError(f"source '{config.name}': the toy world refuses its options: {error}") from None
-
-    def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
-        """A new one for every draw of `rng`."""
-        options = self._first if record.payload < self._early else self._options
-        document = self._draw(int(rng.integers(2**31)), self._split, record.payload, **options)
-        document.place = self.shards.place(record)
-        return document
+    return SourceType(make)
 
 
-def _toy_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a configuration as arguments of `toy_document`."""
-    from toyworld.documents import DocumentMix
-
-    options = dict(options)
-    if options.get("mix") is not None:
-        options["mix"] = DocumentMix.of(options["mix"])
-    if options.get("objects") is not None:
-        fewest, most = options["objects"]
-        options["objects"] = int(fewest), int(most)
-    return options
+MMC4_TYPE, PAIRS_TYPE, DOCUMENTS_TYPE = _of_files(MMC4), _of_files(Pairs), _of_files(Documents)
+WEBDATASET_TYPE = _of_files(WebDataset, TarShards)

@@ -58,6 +58,27 @@ class Shards(Protocol):
         ...
 
 
+class NumberedRecords:
+    """Shards of a source without files: one, whose records are the numbers from 0.
+
+    Args:
+        name: of the shard, for messages.
+        count: how many records a pass has.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self.names: Sequence[str] = [name]
+        self.count = count
+
+    def place(self, record: Record) -> str:
+        """Name and number."""
+        return f"{self.names[0]}, document {record.line}"
+
+    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """Numbers from `offset` on."""
+        return (Record(shard, n, n, n + 1, n) for n in range(offset, self.count))
+
+
 def expand(pattern: str, root: Path) -> list[str]:
     """The names that a pattern stands for: `{0..12}`, `{007..120}`, `{a,b}`, and `*`, `?` for files that exist.
 

@@ -13,15 +13,16 @@ NOTE = """\
 The columns of the paper are reported values (arXiv 2401.10208), none measured here; those with ~ were noted from
 memory. They are of the paper's models on the whole official sets. Intervals are bootstrap intervals over the samples.
 """
-TOY = "\nThese tasks have toy-world files, so their figures say nothing about the official sets: {names}.\n"
+OTHER = "These tasks have the files of {origin}, so their figures say nothing about the official sets: {names}.\n"
 
 
 def markdown(tasks: Mapping[str, TaskResult], model: Mapping[str, Any]) -> str:
     """`results.md`: the table, then what was left out and why."""
     weights = f"weights {model['weights'][:12]}" + ("" if model["trained"] else ", untrained")
     lines = [f"# {model['name'] or 'model'} ({weights})", "", *_table(tasks), "", NOTE]
-    if toys := [name for name, task in tasks.items() if task.toy]:
-        lines.append(TOY.format(names=", ".join(toys)).strip() + "\n")
+    for origin in dict.fromkeys(task.origin for task in tasks.values() if task.origin):
+        names = [name for name, task in tasks.items() if task.origin == origin]
+        lines.append(OTHER.format(origin=origin, names=", ".join(names)))
     if left := list(_left_out(tasks)):
         lines += ["## Not measured", "", *(f"- {line}" for line in left), ""]
     if notes := [f"- {name}: {note}" for name, task in tasks.items() for note in task.notes]:

@@ -25,13 +25,13 @@ from ..generation import MMInterleaved
 from ..model.weights import stored
 from ..processor import MMInterleavedProcessor
 from ..tasks import Sample, Task, TaskError, make_task
+from ..tasks.facts import find_facts
 from .config import EvaluationError, TaskSuite, task_name
 from .predict import Predictor, Speed, clip_of, effective_settings, plan_batches, run_batches
 from .predictions import Predictions
 from .processes import on_all, on_main, start_processes
 from .report import markdown
 from .scoring import NAMED, SampleScores, ScoringInputs, TaskResult, score_task
-from .toyworld import find_about
 
 FORMAT = 2  # of the folder; another one is not continued
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
@@ -293,9 +293,9 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
                             f"{task.settings.image.num_candidates}")  # fmt: skip
     if not task.metrics:
         result.notes.append("nothing is measured: the task is for training")
-    about = find_about(task)
-    result.toy = about is not None
-    given = ScoringInputs(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, about)
+    facts = find_facts(task)
+    result.origin = facts.origin if facts is not None else ""
+    given = ScoringInputs(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, facts)
     result.metrics, scores = score_task(given, config.seed)
     lines = [json.dumps({"id": s.id, "scores": _scores_of(s.id, scores)}) + "\n" for s, _ in good]
     write_atomic(folder / SCORES, "".join(lines).encode())

@@ -22,12 +22,12 @@ from ..metrics.dialogue import DialogueReference, dialogue_ranking
 from ..metrics.grounding import grounding_accuracy
 from ..metrics.images import FID
 from ..metrics.segmentation import CLASSES, SegmentedMeanIoU, Segmenter
-from ..metrics.toyworld import SceneImages, scene_captions
 from ..metrics.vqa import VQAAccuracy, VQAReference, gqa_accuracy, vizwiz_score
+from ..plugins import Registry
 from ..tasks import Sample, Task
+from ..tasks.facts import Facts
 from .config import EvaluationError, MetricConfig
 from .predictions import Record
-from .toyworld import drawn_scenes, metric_for, shown_scenes
 
 NAMED = 20  # unreadable samples that the results of a failed task name
 
@@ -42,7 +42,7 @@ class ScoringInputs:
         folder: that the paths of the records start from.
         metrics: files and folders that metrics need.
         device: where their networks run.
-        about: what the toy world wrote about the task's files, if they are its.
+        facts: what a plug-in knows about the task's files.
     """
 
     task: Task
@@ -51,7 +51,7 @@ class ScoringInputs:
     folder: Path
     metrics: MetricConfig
     device: torch.device | str = "cpu"
-    about: dict[str, Any] | None = None
+    facts: Facts | None = None
 
     def by_id(self, key: str) -> dict[str, Any]:
         """A value of the records, by sample."""
@@ -132,24 +132,13 @@ def text_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP, images and what they were asked for with."""
     texts = {(s.id, 0): str(s.meta["caption"]) for s in given.samples}
     found = TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), texts)
-    return found.grouped(_sample_of)
+    return found.grouped(sample_of)
 
 
 def image_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP, images and true images."""
     similarity = ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))
-    return similarity(given.images(), given.true_images()).grouped(_sample_of)
-
-
-def captions_of_scenes(given: ScoringInputs) -> MetricResult:
-    """Toy data: what captions say right of the scenes themselves."""
-    return scene_captions(given.by_id("prediction"), shown_scenes(given.samples, given.about or {}))
-
-
-def images_of_scenes(given: ScoringInputs) -> MetricResult:
-    """Toy data: what the toy world's detector finds in drawn images."""
-    found = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.about or {}))
-    return found.grouped(_sample_of)
+    return similarity(given.images(), given.true_images()).grouped(sample_of)
 
 
 def miou(given: ScoringInputs) -> MetricResult:
@@ -159,12 +148,11 @@ def miou(given: ScoringInputs) -> MetricResult:
     return SegmentedMeanIoU(segmenter)(images, given.references(_labels))
 
 
-METRICS: dict[str, Callable[[ScoringInputs], MetricResult]] = {
+METRICS: Registry[Callable[[ScoringInputs], MetricResult]] = Registry("mm_interleaved.metrics", "metric", Callable, {
     "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
     "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
-    "image_similarity": image_similarity, "miou": miou, "scene_captions": captions_of_scenes,
-    "scene_images": images_of_scenes,
-}  # fmt: skip
+    "image_similarity": image_similarity, "miou": miou,
+})  # fmt: skip
 SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}
 """Which of the `metrics` settings gives a metric the file or folder that it needs."""
 
@@ -173,7 +161,7 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _sample_of(key: Hashable) -> Hashable:
+def sample_of(key: Hashable) -> Hashable:
     """The sample of an image. Images of one story have more in common than others, so intervals are over stories."""
     assert isinstance(key, tuple)
     return key[0]
@@ -218,7 +206,7 @@ class TaskResult:
         evaluated: how many could be.
         unreadable: why others could not, by id; of a failed task only the first of them.
         failed: why there is no result; "": there is one.
-        toy: whether the files are the toy world's.
+        origin: whose files they are, if a plug-in knows them; "": the official ones, as far as is known.
         notes: what else one must know to read the figures.
         metrics: by name: `values`, `intervals` of some of them, and `skipped` with `fix`, or `failed`.
     """
@@ -229,7 +217,7 @@ class TaskResult:
     evaluated: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
     failed: str = ""
-    toy: bool = False
+    origin: str = ""
     notes: list[str] = field(default_factory=list)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -248,11 +236,9 @@ def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any
     """All metrics of a task, as plain data, and the samples' scores."""
     results: dict[str, dict[str, Any]] = {}
     scores: SampleScores = {}
-    known = metric_for(given.task.kind.name, given.about)
-    for name in (*given.task.metrics, known) if known else given.task.metrics:
+    for name in (*given.task.metrics, *(given.facts.metrics if given.facts is not None else ())):
         if name not in METRICS:
-            raise EvaluationError(f"task '{given.task.name}' names a metric '{name}', which there is not; "
-                                  f"metrics are {', '.join(METRICS)}")  # fmt: skip
+            raise EvaluationError(f"task '{given.task.name}': {METRICS.unknown(name)}")
         try:
             result = METRICS[name](given)
         except (ValueError, OSError, RuntimeError) as error:  # data that do not fit, weights that cannot be loaded

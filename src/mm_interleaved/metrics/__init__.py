@@ -14,7 +14,6 @@
 | `segmentation` | `MeanIoU`, `SegmentedMeanIoU` | label maps |
 | `images` | `FID` | images |
 | `clip` | `ImageSimilarity`, `TextSimilarity`; `CLIP.rerank` | images; texts |
-| `toyworld` | `SceneImages`, `scene_captions` | scenes |
 """
 
 from .result import Metric, MetricResult, MissingRequirement, Scores, aligned, confidence_interval, reports_missing

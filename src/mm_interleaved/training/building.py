@@ -11,12 +11,10 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from toyworld.curriculum.language import WEIGHTS as LANGUAGE
-from toyworld.curriculum.parts import load_part
-from toyworld.curriculum.vision import WEIGHTS as VISION
 
 from ..checkpoints.components import config_from_components, from_components
 from ..generation import MMInterleaved
@@ -24,6 +22,8 @@ from ..model import MMInterleavedConfig
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from .config import ModelConfig, TrainConfig
+
+VISION, LANGUAGE = "visual_tokenizer.safetensors", "language.safetensors"  # files of parts, see `model` in TrainConfig
 
 
 def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
@@ -152,7 +152,7 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None
 def _vae_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.vae: '{folder}' has no config.json; give a folder that `mmi train-vae` wrote")
+        raise ValueError(f"model.vae: '{folder}' has no config.json; give the folder of a diffusers VAE")
     return {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
 
 
@@ -233,10 +233,37 @@ def load_unet(model: MMInterleaved, folder: str) -> None:
 
 
 def load_vision(tokenizer: nn.Module, folder: str) -> None:
-    """Copy the weights that `mmi train-vision` wrote into a visual tokenizer; errors as `parts.load_part`."""
-    load_part(tokenizer, Path(folder) / VISION, "model.vision", "mmi train-vision")
+    """Copy the weights of `model.vision` into a visual tokenizer; errors as `load_part`."""
+    load_part(tokenizer, Path(folder) / VISION, "model.vision")
 
 
 def load_language(model: nn.Module, folder: str) -> None:
-    """Copy the weights that `mmi train-language` wrote into a model; errors as `parts.load_part`."""
-    load_part(model, Path(folder) / LANGUAGE, "model.language", "mmi train-language")
+    """Copy the weights of `model.language` into a model; errors as `load_part`."""
+    load_part(model, Path(folder) / LANGUAGE, "model.language")
+
+
+def load_part(module: nn.Module, file: Path, key: str) -> None:
+    """Copy the weights of a file into the parts of `module` that they name.
+
+    Args:
+        module: a model or a part.
+        file: the weights.
+        key: the setting that named the folder, for messages.
+
+    Raises:
+        ValueError: there are none, or they are of another size.
+    """
+    if not file.is_file():
+        raise ValueError(f"{key}: '{file.parent}' has no {file.name}; give the `final` folder of the part's training")
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{key}: '{file}' is damaged: {str(error).splitlines()[-1].strip()}") from None
+    own = module.state_dict()
+    for name, value in state.items():
+        if name not in own or own[name].shape != value.shape:
+            found = f"of shape {tuple(own[name].shape)}" if name in own else "not there"
+            raise ValueError(f"{key}: '{file}' is of another model: {name} is {found} in this one")
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)

@@ -223,31 +223,3 @@ def choose_targets(
     if weights is not None:
         order = order[(weights[order] == 0).to(torch.uint8).argsort(stable=True)]
     return order[:wanted].sort().values
-
-
-def prepare_scenes(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
-    """The `Prepare` for batches of labelled scenes."""
-    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {**tensors, "stats": BatchStats(0, len(batch["images"]), 0)}
-
-
-def prepare_texts(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
-    """The `Prepare` for batches of texts about scenes: cut to their longest, in steps of 16 tokens."""
-    longest = -(-int(batch["lengths"].max()) // 16) * 16
-    batch = {**batch, "input_ids": batch["input_ids"][:, :longest]}
-    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {**tensors, "stats": BatchStats(int(batch["lengths"].sum()), 0, 0)}
-
-
-def prepare_images(latents: tuple[int, int, int]) -> Prepare:
-    """The `Prepare` for batches of images, with noise of the latents' shape."""
-
-    def prepare(batch: dict[str, torch.Tensor], seed: int, device: torch.device) -> dict[str, Any]:
-        pixels = batch["images"].to(device, non_blocking=True).float() / 127.5 - 1
-        if device.type == "cuda":
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        generator = torch.Generator(device).manual_seed(seed)
-        noise = torch.randn(len(pixels), *latents, generator=generator, device=device)
-        return {"pixels": pixels, "noise": noise, "stats": BatchStats(0, len(pixels), len(pixels))}
-
-    return prepare

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-
-from toyworld.curriculum.autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
-from toyworld.curriculum.images import ImageLoader, ImageSet, ToyScenes, ToyTexts, images_of
-from toyworld.curriculum.language import WEIGHTS as LANGUAGE
-from toyworld.curriculum.language import LanguageTask
-from toyworld.curriculum.parts import save_part
-from toyworld.curriculum.vision import WEIGHTS as VISION
-from toyworld.curriculum.vision import VisionTask
+from torch import nn
 
 from ..checkpoints.checkpoint import written_aside
 from ..configuration import to_yaml
@@ -27,23 +18,15 @@ from ..generation import MMInterleaved
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
-from .building import build, build_config, build_tokenizer, given_model, load_language, load_vision
+from .building import build
 from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
 from .checkpoints import find_resume, step_of
-from .config import AutoencoderRunConfig, ImagesConfig, PartRunConfig, RunConfig, TrainConfig
+from .config import RunConfig, TrainConfig
 from .distillation import ConditionDistillation
 from .flops import step_cost
 from .graphs import CapturedStep
-from .pipeline import (
-    BatchPipeline,
-    Loader,
-    Prepare,
-    prepare_documents,
-    prepare_images,
-    prepare_scenes,
-    prepare_texts,
-)
+from .pipeline import BatchPipeline, Loader, prepare_documents
 from .samples import Samples
 from .tasks import Tasks
 from .trainer import RunTrainer, training_arguments
@@ -122,139 +105,6 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
     text = config.losses.text or any(s.loss_text_weight for s in sources)
     image = config.losses.image or any(s.loss_image_weight for s in sources)
     return sharding.ForceAllBranches(bool(text), bool(image), bool(config.losses.conditions))
-
-
-def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -> str | None:
-    """Train an image autoencoder; arguments, result and errors as for `train`.
-
-    The `final` folder is a diffusers VAE, for `model.vae` of `train`.
-    """
-    side = config.autoencoder.image_size
-    latents = (config.autoencoder.latent_channels, *[side // 2 ** (len(config.autoencoder.block_out_channels) - 1)] * 2)
-
-    def make() -> AutoencoderTask:
-        task = AutoencoderTask(config.autoencoder, config.losses)
-        if config.gradient_checkpointing:
-            task.vae.enable_gradient_checkpointing()
-        if config.compile == "regional":
-            task.vae.encoder.compile()
-            task.vae.decoder.compile()
-        else:
-            compile_regions(task, config.compile)
-        return task
-
-    def finish(trainer: RunTrainer, folder: Path) -> None:
-        finish_autoencoder(trainer, cast(AutoencoderTask, trainer.model), folder)
-
-    return _train_part(config, make, lambda data: images_of(data, side), prepare_images(latents), finish, device)
-
-
-def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, device: str | None = None) -> str | None:
-    """Train a visual tokenizer; arguments, result and errors as for `train`.
-
-    The `final` folder is for `model.vision` of `train`.
-    """
-    model = build_config(config.model, default_tokenizer)
-    side = model.vision_config.image_size
-
-    def make() -> VisionTask:
-        task = VisionTask(model)
-        if (given := given_model(config.model, model)) is not None:
-            task.visual_tokenizer.load_state_dict(given.visual_tokenizer.state_dict())
-        if config.model.vision is not None:
-            load_vision(task.visual_tokenizer, config.model.vision)
-        compile_regions(task, config.compile)
-        return task
-
-    finish = _keep(VisionTask.weights, VISION)
-    return _train_part(config, make, lambda data: ToyScenes(data, side), prepare_scenes, finish, device)
-
-
-def train_language(
-    config: PartRunConfig, default_tokenizer: Path | None = None, device: str | None = None
-) -> str | None:
-    """Train a language model and the conditions of drawings on texts; arguments, result and errors as for `train`.
-
-    The `final` folder is for `model.language` of `train`.
-    """
-    model = build_config(config.model, default_tokenizer)
-    tokenizer = build_tokenizer(config.model, default_tokenizer)
-
-    def make() -> LanguageTask:
-        task = LanguageTask(model)
-        if (given := given_model(config.model, model)) is not None:
-            task.model.load_state_dict(given.state_dict())
-        if config.model.language is not None:
-            load_language(task.model, config.model.language)
-        compile_regions(task, config.compile)
-        return task
-
-    def texts(data: ImagesConfig) -> ToyTexts:
-        return ToyTexts(data, tokenizer, model.soi_token_id)
-
-    return _train_part(config, make, texts, prepare_texts, _keep(LanguageTask.weights, LANGUAGE), device)
-
-
-def _keep(state: Callable[[Any], dict[str, Tensor]], name: str) -> Callable[[RunTrainer, Path], None]:
-    """Writes a part's weights, averaged if an average was kept, and how well it does on held-out scenes."""
-
-    def finish(trainer: RunTrainer, folder: Path) -> None:
-        if trainer.args.should_save:
-            quality = trainer.evaluate()
-            with trainer.averaged(), written_aside(folder, replace=True) as aside:
-                save_part(state(trainer.model), quality, aside / name)
-
-    return finish
-
-
-def _train_part(
-    config: AutoencoderRunConfig | PartRunConfig,
-    make: Callable[[], nn.Module],
-    images: Callable[[ImagesConfig], ImageSet],
-    prepare: Prepare,
-    finish: Callable[[RunTrainer, Path], None],
-    device: str | None,
-) -> str | None:
-    """Train a part of a model on images: `make` makes it, with its losses, and `finish` writes its `final` folder."""
-    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
-    resume = start_run(config)
-    args = training_arguments(config, device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        task = make()
-    ranks = {"rank": args.process_index, "world_size": args.world_size}
-
-    def pipeline_of(data: ImagesConfig, seed: int) -> BatchPipeline:
-        return BatchPipeline(ImageLoader(data, images(data), **ranks), prepare, seed, args.device, **ranks)
-
-    trainer = RunTrainer(
-        task,
-        args,
-        config,
-        pipeline_of(config.data, config.seed),
-        lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches),
-    )
-    return run(trainer, config, resume, console, lambda folder: finish(trainer, folder))
-
-
-def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path) -> None:
-    """Measure the scale of the latents on held-out images, and write the VAE with it and its quality."""
-    if not trainer.args.should_save:
-        return
-    assert trainer.eval_pipeline is not None
-    pipeline, count = trainer.eval_pipeline()
-    latents, quality = [], []
-    task.eval()
-    with trainer.averaged(), torch.no_grad():
-        for inputs, _ in zip(pipeline, range(min(count, STATISTICS_BATCHES)), strict=False):
-            outputs = task(**inputs)
-            latents.append(outputs.latents.float().cpu())
-            quality.append([float(outputs.psnr), float(outputs.ssim)])
-        found = {name: sum(v) / len(v) for name, v in zip(("psnr", "ssim"), zip(*quality, strict=True), strict=True)}
-        scale = latent_scale(torch.cat(latents))
-        with written_aside(folder, replace=True) as aside:
-            save_autoencoder(task.vae, scale, aside)
-            (aside / "quality.json").write_text(json.dumps({**found, "scaling_factor": scale}, indent=2) + "\n")
 
 
 def start_run(config: RunConfig) -> Path | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from mm_interleaved.training.config import AutoencoderConfig, AutoencoderLossConfig
+from .config import AutoencoderConfig, AutoencoderLossConfig
 
 STATISTICS_BATCHES = 8  # held-out batches that the scale of the latents is measured on
 

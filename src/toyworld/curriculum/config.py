@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Literal
 
 from mm_interleaved.training.config import ModelConfig, RunConfig
-
-from ..sampling import SPLITS
+from mm_interleaved.validation import Count, NonNegativeFloat, Positive, Seed, settings
 
 SMALL = "'fsdp' is for whole models of documents; parts are small, leave it out"
 
 
-@dataclass
+@settings
 class AutoencoderConfig:
     """Sizes of the autoencoder; the latents' side is the image's, halved for every width after the first."""
 
-    image_size: int = 128
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 16
+    image_size: Positive = 128
+    block_out_channels: list[Positive] = field(default_factory=lambda: [32, 48, 64, 64])
+    layers_per_block: Positive = 2
+    latent_channels: Positive = 4
+    norm_num_groups: Positive = 16
     mid_block_attention: bool = True
 
 
-@dataclass
+@settings
 class AutoencoderLossConfig:
-    """Weights of the losses; see `curriculum.autoencoder`."""
+    """Weights of the losses; see `toyworld.curriculum.autoencoder`."""
 
-    l1: float = 1.0
-    edges: float = 1.0
-    kl: float = 1e-6
+    l1: NonNegativeFloat = 1.0
+    edges: NonNegativeFloat = 1.0
+    kl: NonNegativeFloat = 1e-6
 
 
-@dataclass
+@settings
 class ImagesConfig:
     """What an autoencoder or another part of a model sees: a folder of images, or scenes of the toy world.
 
@@ -46,20 +46,14 @@ class ImagesConfig:
     """
 
     folder: str | None = None
-    split: str = "train"
-    count: int = 100_000
-    batch_size: int = 64
-    seed: int = 0
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"'split' must be one of {', '.join(SPLITS)}, not '{self.split}'")
-        if min(self.count, self.batch_size) < 1:
-            raise ValueError(f"'count' ({self.count}) and 'batch_size' ({self.batch_size}) must be at least 1")
+    split: Literal["train", "val", "test"] = "train"
+    count: Positive = 100_000
+    batch_size: Positive = 64
+    seed: Seed = 0
+    num_workers: Count = 0
 
 
-@dataclass(kw_only=True)
+@settings(kw_only=True)
 class AutoencoderRunConfig(RunConfig):
     """`mmi toyworld train-vae`: an image autoencoder.
 
@@ -75,7 +69,7 @@ class AutoencoderRunConfig(RunConfig):
     losses: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
     eval_data: ImagesConfig = field(default_factory=lambda: ImagesConfig(split="val", count=2048))
-    eval_batches: int = 16
+    eval_batches: Positive = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +77,7 @@ class AutoencoderRunConfig(RunConfig):
             raise ValueError(SMALL)
 
 
-@dataclass(kw_only=True)
+@settings(kw_only=True)
 class PartRunConfig(RunConfig):
     """`mmi toyworld train-vision` and `train-language`: a part of a small model, on scenes of the toy world.
 
@@ -97,7 +91,7 @@ class PartRunConfig(RunConfig):
     model: ModelConfig
     data: ImagesConfig = field(default_factory=ImagesConfig)
     eval_data: ImagesConfig = field(default_factory=lambda: ImagesConfig(split="val", count=2048))
-    eval_batches: int = 8
+    eval_batches: Positive = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()

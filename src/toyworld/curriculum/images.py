@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_interleaved.data import leave_process_group
 from mm_interleaved.processor.images import CROPS, load_image
-from mm_interleaved.training.config import ImagesConfig
+from mm_interleaved.training.pipeline import BatchStats, Prepare
 
 from ..detector import PIXELS
 from ..draw import draw
@@ -23,6 +23,7 @@ from ..language.words import chance
 from ..sampling import Split, random_scene, scene_rng
 from ..scene import Scene
 from ..train_detector import labels
+from .config import ImagesConfig
 from .told import told
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -173,3 +174,31 @@ class ImageLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there."""
         self.epoch, self.served = state["epoch"], state["served"]
+
+
+def prepare_scenes(batch: dict[str, Tensor], seed: int, device: torch.device) -> dict[str, Any]:
+    """The `Prepare` for batches of labelled scenes."""
+    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {**tensors, "stats": BatchStats(0, len(batch["images"]), 0)}
+
+
+def prepare_texts(batch: dict[str, Tensor], seed: int, device: torch.device) -> dict[str, Any]:
+    """The `Prepare` for batches of texts about scenes: cut to their longest, in steps of 16 tokens."""
+    longest = -(-int(batch["lengths"].max()) // 16) * 16
+    batch = {**batch, "input_ids": batch["input_ids"][:, :longest]}
+    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {**tensors, "stats": BatchStats(int(batch["lengths"].sum()), 0, 0)}
+
+
+def prepare_images(latents: tuple[int, int, int]) -> Prepare:
+    """The `Prepare` for batches of images, with noise of the latents' shape."""
+
+    def prepare(batch: dict[str, Tensor], seed: int, device: torch.device) -> dict[str, Any]:
+        pixels = batch["images"].to(device, non_blocking=True).float() / 127.5 - 1
+        if device.type == "cuda":
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(len(pixels), *latents, generator=generator, device=device)
+        return {"pixels": pixels, "noise": noise, "stats": BatchStats(0, len(pixels), len(pixels))}
+
+    return prepare

@@ -27,7 +27,6 @@ from mm_interleaved.model.layout import ImagePositions
 from .parts import SharedReader, report, spread
 from .told import GROUND, OBJECTS, TOLD
 
-WEIGHTS = "language.safetensors"
 PARTS = ("language_model", "lm_head", "context_proj", "soi_token", "image_decoder.resampler")
 
 

@@ -1,4 +1,4 @@
-"""What the pre-training of single parts shares: measures of what they tell, and folders that models start from."""
+"""What the pre-training of single parts shares: measures of what they tell, and the files that models start from."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
@@ -73,30 +71,3 @@ def save_part(state: Mapping[str, Tensor], quality: Mapping[str, float], file: P
     """The weights of a part, and `quality.json` beside them."""
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, file)
     (file.parent / "quality.json").write_text(json.dumps(dict(quality), indent=2) + "\n")
-
-
-def load_part(module: nn.Module, file: Path, key: str, command: str) -> None:
-    """Copy the weights that `save_part` wrote into the parts of `module` that they name.
-
-    Args:
-        module: a model or a part.
-        file: the weights.
-        key, command: for messages: the setting that named the folder, and what writes one.
-
-    Raises:
-        ValueError: there are none, or they are of another size.
-    """
-    if not file.is_file():
-        raise ValueError(f"{key}: '{file.parent}' has no {file.name}; give a folder that `{command}` wrote")
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{key}: '{file}' is damaged: {str(error).splitlines()[-1].strip()}") from None
-    own = module.state_dict()
-    for name, value in state.items():
-        if name not in own or own[name].shape != value.shape:
-            found = f"of shape {tuple(own[name].shape)}" if name in own else "not there"
-            raise ValueError(f"{key}: '{file}' is of another model: {name} is {found} in this one")
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)

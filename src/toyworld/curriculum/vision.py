@@ -33,8 +33,6 @@ from ..scene import GRID, SIZES
 from ..train_detector import loss as scene_loss
 from .parts import SharedReader, cell_of, report, spread
 
-WEIGHTS = "visual_tokenizer.safetensors"
-
 
 @dataclass
 class VisionOutput(ModelOutput):

@@ -8,9 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 from toyworld.draw import draw
 from toyworld.language import caption
+from toyworld.metrics import SceneImages, caption_facts
 from toyworld.sampling import random_scene
 from toyworld.scene import Attributes, Scene, SceneObject
 from toyworld.stories import Frame
@@ -36,7 +36,7 @@ def test_missing_weights_are_said(tmp_path: Path) -> None:
 def test_captions_of_their_own_scenes_are_right() -> None:
     rng = np.random.default_rng(0)
     texts = {key: caption(scene, rng).text for key, scene in SCENES.items()}
-    result = scene_captions(texts, SCENES)
+    result = caption_facts(texts, SCENES)
     assert result.values["facts_right"] == 100
     assert result.values["objects_mentioned"] > 0
     assert result.values["facts_per_caption"] >= 1
@@ -45,14 +45,14 @@ def test_captions_of_their_own_scenes_are_right() -> None:
 
 def test_facts_are_counted_over_all_captions() -> None:
     scene = Scene((SceneObject(Attributes("fox", "red"), 4),))
-    result = scene_captions({1: "a red fox", 2: "a blue fox", 3: "nothing of note"}, dict.fromkeys((1, 2, 3), scene))
+    result = caption_facts({1: "a red fox", 2: "a blue fox", 3: "nothing of note"}, dict.fromkeys((1, 2, 3), scene))
     assert result.per_sample["facts_right"] == pytest.approx({1: 100, 2: 50, 3: 0})
     assert result.values["facts_right"] == pytest.approx(75)
     assert result.values["objects_mentioned"] == pytest.approx(200 / 3)
 
 
 def test_captions_that_state_nothing_are_neither_right_nor_wrong() -> None:
-    result = scene_captions({1: "nothing of note"}, {1: SCENES[1]})
+    result = caption_facts({1: "nothing of note"}, {1: SCENES[1]})
     assert "facts_right" not in result.values
     assert result.per_sample["facts_per_caption"] == {1: 0}
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from toyworld.detector import WEIGHTS, Detection, Detector, train_command
-from toyworld.language import score_caption
-from toyworld.scene import Scene
-from toyworld.score import SceneScore, match
-from toyworld.stories import Frame
+from mm_interleaved.evaluation.scoring import ScoringInputs, sample_of
+from mm_interleaved.metrics import MetricResult, MissingRequirement, aligned, reports_missing
+from mm_interleaved.metrics.image_files import ImageLike, rgb
 
-from .image_files import ImageLike, rgb
-from .result import MetricResult, MissingRequirement, aligned, reports_missing
+from .detector import WEIGHTS, Detection, Detector, train_command
+from .facts import drawn_scenes, shown_scenes
+from .language import score_caption
+from .scene import Scene
+from .score import SceneScore, match
+from .stories import Frame
 
 BATCH = 64  # images read at a time
 
@@ -70,7 +72,7 @@ def _ratios(samples: Mapping[Hashable, Mapping[str, tuple[int, int]]], main: str
 
 
 @reports_missing
-def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Scene]) -> MetricResult:
+def caption_facts(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Scene]) -> MetricResult:
     """How well captions describe scenes.
 
     Values: `facts_right`, in percent of the facts stated, over all captions (left out if there are none);
@@ -86,3 +88,14 @@ def scene_captions(predictions: Mapping[Hashable, str], references: Mapping[Hash
     )  # fmt: skip
     stated: dict[Hashable, float] = {key: float(score.stated) for key, score in scores.items()}
     return MetricResult.of_means({**found.per_sample, "facts_per_caption": stated}, found.weights)
+
+
+def scene_captions(given: ScoringInputs) -> MetricResult:
+    """Return what captions say right of the scenes behind the images of a task."""
+    return caption_facts(given.by_id("prediction"), shown_scenes(given.samples, given.facts))
+
+
+def scene_images(given: ScoringInputs) -> MetricResult:
+    """Return what the detector finds in generated images, against the scenes that a task asks for."""
+    found = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.facts))
+    return found.grouped(sample_of)

@@ -11,22 +11,16 @@ from diffusers import AutoencoderKL
 
 from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER, load
-from mm_interleaved.training.config import (
-    AutoencoderRunConfig,
-    ImagesConfig,
-)
-from mm_interleaved.training.run import train, train_autoencoder
-from toyworld.curriculum.autoencoder import (
-    edge_loss,
-    latent_scale,
-    psnr,
-    ssim,
-)
+from mm_interleaved.training.config import TrainConfig
+from mm_interleaved.training.run import train
+from toyworld.curriculum.autoencoder import edge_loss, latent_scale, psnr, ssim
+from toyworld.curriculum.config import AutoencoderRunConfig, ImagesConfig
 from toyworld.curriculum.images import ImageLoader, images_of
+from toyworld.curriculum.run import train_autoencoder
 
-from ..conftest import make_image
+from ...conftest import make_image
+from ...training.stand_in import Colors
 from .conftest import ROOT, logged
-from .stand_in import Colors
 
 TINY = [
     "precision=float32", "compile=none", "tensorboard=false", "steps=6", "save_every=3", "log_every=1", "eval_every=6",
@@ -62,7 +56,7 @@ def test_a_trained_autoencoder_becomes_the_models_own(settings, tmp_path: Path) 
     assert vae.config.scaling_factor == pytest.approx(quality["scaling_factor"])
     config = load_config(
         ROOT / "configs/debug.yaml",
-        type(debug_settings(tmp_path)),
+        TrainConfig,
         [f"output={tmp_path / 'model'}", "tensorboard=false", "steps=1", "save_every=0", "sample_every=0",
          "eval_data=null", f"model.vae={run / 'final'}"],
     )  # fmt: skip
@@ -71,12 +65,6 @@ def test_a_trained_autoencoder_becomes_the_models_own(settings, tmp_path: Path) 
     assert decoder.latent_shape(1) == (1, 8, 16, 16)
     assert torch.equal(decoder.vae.decoder.conv_in.weight, vae.decoder.conv_in.weight)
     assert decoder.vae.config.scaling_factor == pytest.approx(quality["scaling_factor"])
-
-
-def debug_settings(tmp_path: Path):
-    from mm_interleaved.training.config import TrainConfig
-
-    return load_config(ROOT / "configs/debug.yaml", TrainConfig, [f"output={tmp_path}"])
 
 
 def test_an_interrupted_autoencoder_run_goes_on_exactly(settings, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from mm_interleaved.configuration import load_config
 from mm_interleaved.data import DataConfig, SourceConfig
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.building import build
-from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
-from mm_interleaved.training.run import train_vision
+from mm_interleaved.training.config import ModelConfig, TrainConfig
+from toyworld.curriculum.config import PartRunConfig
 from toyworld.curriculum.images import ImageLoader, ToyScenes
+from toyworld.curriculum.run import train_vision
 from toyworld.curriculum.vision import VisionTask, cell_traits
 from toyworld.detector import TRAITS
 from toyworld.sampling import random_scene, scene_rng

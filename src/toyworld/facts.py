@@ -1,4 +1,4 @@
-"""What is known beyond the references if a task's files are the toy world's: the scenes themselves.
+"""What is known beside the references if the files of a task are the toy world's: the scenes themselves.
 
 `toyworld.json`, which lies beside the data, says what they were drawn from, and an image's name says which it is.
 """
@@ -11,22 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toyworld.scene import Scene
-from toyworld.stories import Frame
-from toyworld.writers import ABOUT
-from toyworld.writers.base import VERSION, Job
-from toyworld.writers.stories import PLACES, told_by
+from mm_interleaved.document import Image
+from mm_interleaved.tasks import Sample, Task
+from mm_interleaved.tasks.facts import Facts
 
-from ..document import Image
-from ..tasks import Sample, Task
+from .scene import Scene
+from .stories import Frame
+from .writers import ABOUT
+from .writers.base import VERSION, Job
+from .writers.stories import PLACES, told_by
 
 SHOWN = ("coco_karpathy", "flickr30k", "nocaps", "image2paragraph")  # tasks that describe the scene they are shown
 DRAWN = ("coco", "lncoco", "ade20k", "vist", "pororo", "flintstones")  # tasks that draw scenes
 NUMBERS = 1_000_000  # images of a split are numbered from a multiple of this on
 
 
-def find_about(task: Task) -> dict[str, Any] | None:
-    """What the toy world wrote about a task's files; None: they are not the toy world's, or of another version."""
+def find(task: Task) -> Facts | None:
+    """Return what the toy world wrote of a task's files; None: they are not its, or of another version."""
     source = task.source()
     for folder in (source.annotations, source.annotations.parent, source.images.root, source.images.root.parent):
         path = folder / ABOUT
@@ -35,34 +36,32 @@ def find_about(task: Task) -> dict[str, Any] | None:
                 about = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 return None
-            return about if isinstance(about, dict) and about.get("toyworld") == VERSION else None
+            if not isinstance(about, dict) or about.get("toyworld") != VERSION:
+                return None
+            job = Job(int(about["count"]), about["split"], int(about["seed"]), int(about["size"]))
+            name = task.kind.name
+            metrics = ("scene_captions",) if name in SHOWN else ("scene_images",) if name in DRAWN else ()
+            return Facts("the toy world", metrics, job)
     return None
 
 
-def metric_for(name: str, about: dict[str, Any] | None) -> str:
-    """Name of the metric that knows the scenes of a kind of task; "": there is none."""
-    if about is None:
-        return ""
-    return "scene_captions" if name in SHOWN else "scene_images" if name in DRAWN else ""
-
-
-def shown_scenes(samples: Sequence[Sample], about: dict[str, Any]) -> dict[str, Scene]:
-    """What is in the images that samples show, by sample.
+def shown_scenes(samples: Sequence[Sample], facts: Facts | None) -> dict[str, Scene]:
+    """Return what is in the images that samples show, by sample.
 
     Raises:
-        ValueError: an image has no number.
+        ValueError: the files are not the toy world's, or an image has no number.
     """
-    job = _job(about)
+    job = _job(facts)
     return {sample.id: _scene(job, str(_given(sample))) for sample in samples}
 
 
-def drawn_scenes(samples: Sequence[Sample], about: dict[str, Any]) -> dict[tuple[str, int], Scene | Frame]:
-    """What the images are to show that samples ask for, by sample and slot; of stories, with what their texts tell.
+def drawn_scenes(samples: Sequence[Sample], facts: Facts | None) -> dict[tuple[str, int], Scene | Frame]:
+    """Return what the images are to show that samples ask for, by sample and slot; of stories, with their texts.
 
     Raises:
-        ValueError: an image has no number.
+        ValueError: the files are not the toy world's, or an image has no number.
     """
-    job = _job(about)
+    job = _job(facts)
     found: dict[tuple[str, int], Scene | Frame] = {}
     for sample in samples:
         if "drawn" in sample.meta:
@@ -73,8 +72,10 @@ def drawn_scenes(samples: Sequence[Sample], about: dict[str, Any]) -> dict[tuple
     return found
 
 
-def _job(about: dict[str, Any]) -> Job:
-    return Job(int(about["count"]), about["split"], int(about["seed"]), int(about["size"]))
+def _job(facts: Facts | None) -> Job:
+    if facts is None or not isinstance(facts.data, Job):
+        raise ValueError("the files of the task are not the toy world's, whose scenes are known")
+    return facts.data
 
 
 def _given(sample: Sample) -> Any:

@@ -13,12 +13,12 @@ from mm_interleaved.configuration import load_config
 from mm_interleaved.data import DataConfig, SourceConfig
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.building import build, build_tokenizer
-from mm_interleaved.training.config import ModelConfig, PartRunConfig, TrainConfig
-from mm_interleaved.training.pipeline import prepare_texts
-from mm_interleaved.training.run import train_language
-from toyworld.curriculum.images import ImageLoader, ToyTexts
+from mm_interleaved.training.config import MMFSSwitches, ModelConfig, TrainConfig
+from toyworld.curriculum.config import PartRunConfig
+from toyworld.curriculum.images import ImageLoader, ToyTexts, prepare_texts
 from toyworld.curriculum.language import LanguageTask
 from toyworld.curriculum.parts import SharedReader
+from toyworld.curriculum.run import train_language
 from toyworld.curriculum.told import OBJECTS, TOLD, told
 from toyworld.detector import TRAITS
 from toyworld.language import caption, paragraph
@@ -76,9 +76,7 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
         name.startswith(("visual_tokenizer", "image_decoder.unet")) or "synchronizer" in name for name in state
     )
     for switches in ({}, {"llm": False, "unet": False}):
-        source = ModelConfig(preset="debug", language=str(tmp_path / "run/final"))
-        for name, on in switches.items():
-            setattr(source.mmfs, name, on)
+        source = ModelConfig(preset="debug", language=str(tmp_path / "run/final"), mmfs=MMFSSwitches(**switches))
         model, _ = build(TrainConfig(output="", steps=1, model=source, data=DATA), TOKENIZER)
         own = model.state_dict()
         assert all(torch.equal(own[name], value) for name, value in state.items())
