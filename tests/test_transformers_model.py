@@ -376,7 +376,7 @@ def test_tensors_are_of_pytorch(processor: MMInterleavedProcessor) -> None:
             processor(DOCUMENT, padding=padding)
     with pytest.raises(ValueError, match=r"no argument 'trainning'\. Did you mean 'training'"):
         processor(DOCUMENT, trainning=True)
-    with pytest.raises(ValueError, match=r"documents\[0\] must be a Document, not str; strings are given as text="):
+    with pytest.raises(ValueError, match=r"documents\[0\] must be a Document, not str; pass strings as text="):
         processor("A cat.")
 
 

@@ -417,7 +417,7 @@ class GenerationState:
     # ---- for the image decoder
 
     def image_context(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The projected context of each row's next image, last token first [B, longest, D], and its mask [B, longest]."""
+        """Projected context of each row's next image [B, longest, D], last token first, and its mask [B, longest]."""
         texts = [self.hidden(row).flip(0) for row in rows]
         context = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = send(torch.tensor([len(t) for t in texts]), self.device)

@@ -1,4 +1,4 @@
-"""One batch for every task, and the rule that says which tokens are learned.
+"""The batch class of all tasks, and the rule that decides which tokens are learned.
 
 Axes: B rows of the batch, L tokens of a row, I images of the batch, h and w height and width of an image.
 """
@@ -16,28 +16,28 @@ from transformers import BatchFeature
 class Batch(BatchFeature):
     """Rows of text and images as a dictionary of tensors; `model(**batch)` takes all of it.
 
-    As every `BatchFeature` it is made from its items (`Batch(**batch)`, `Batch({**batch})`), its keys are attributes
-    too, and `to(device, dtype)` changes it in place and casts floating-point tensors only. A key that is not there
-    raises; ask with `batch.get(key)`.
+    Like every `BatchFeature` it is made from its items (`Batch(**batch)`, `Batch({**batch})`), its keys are also
+    attributes, and `to(device, dtype)` changes it in place and casts floating-point tensors only. A missing key raises;
+    use `batch.get(key)` for optional ones.
 
     Images are numbered through the batch, row by row, in the order of their begin-of-image tokens.
 
     Keys:
         input_ids: [B, L] int64.
         attention_mask: [B, L] int64, 1 = real, 0 = padding.
-        position_ids: [B, L] int64, how many real tokens stand before this one.
+        position_ids: [B, L] int64, number of real tokens before this one.
         pixel_values: [I, 3, h, w] float32 in [0, 1], or uint8 in [0, 255] from loaders.
         image_rows: [I] int64, the row of each image.
-        document_starts: [I] int64, column of the `<s>` that opens each image's document.
+        document_starts: [I] int64, column of the `<s>` that starts each image's document.
 
     Keys of training batches:
         labels: [B, L] int64, the token to learn at each position or -100.
-        target_pixel_values: [I, 3, h, w] as `pixel_values`, what the image decoder learns to generate.
-        image_loss_mask: [I] float32, 1 where the image is to be learned.
-        loss_text_weight, loss_image_weight: floats, for batches that do not take the configuration's weights.
+        target_pixel_values: [I, 3, h, w] as `pixel_values`, the targets of the image decoder.
+        image_loss_mask: [I] float32, 1 for images that are learned.
+        loss_text_weight, loss_image_weight: floats, weights that replace the configuration's.
 
     Attributes:
-        source: name of the data source that the rows come from, for reports; no part of the dictionary. None: unknown.
+        source: name of the data source of the rows, for reports; not part of the dictionary. None: unknown.
     """
 
     input_ids: Tensor
@@ -63,7 +63,7 @@ class Batch(BatchFeature):
         self.source = source
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to hide a key: `batch.labels = x` would not reach the model.
+        """Set an attribute that is not a key: `batch.labels = x` would not reach the model.
 
         Raises:
             AttributeError: `name` is a key of batches.
@@ -101,10 +101,10 @@ def build_labels(
     learned: Tensor | None = None,
     ignore_text_before_image: Tensor | bool = False,
 ) -> Tensor:
-    """Which token is to be learned at each position.
+    """The token to learn at each position (docs/model.md, "Text labels").
 
-    Not learned are padding, image tokens, `<s>`, a begin-of-image right after `<s>`, what `learned` excludes and, where
-    `ignore_text_before_image` holds, all text of a document before its first begin-of-image.
+    Not learned are padding, image tokens, `<s>`, a begin-of-image token right after `<s>`, tokens that `learned`
+    excludes and, with `ignore_text_before_image`, all text of a document before its first begin-of-image token.
 
     Args:
         input_ids: [B, L].
@@ -112,8 +112,8 @@ def build_labels(
         bos_token_id: id of `<s>`.
         soi_token_id: id of the begin-of-image token.
         image_token_id: id of the image token.
-        learned: [B, L] bool; None: everything.
-        ignore_text_before_image: for all rows, or [B] bool.
+        learned: [B, L] bool; None: all True.
+        ignore_text_before_image: one value for all rows, or [B] bool.
 
     Returns:
         [B, L]: the ids, -100 where nothing is learned.

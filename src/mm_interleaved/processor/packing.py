@@ -1,6 +1,6 @@
 """Documents as token streams, and packing of many documents into rows (docs/model.md, "Rows, documents and packing").
 
-A pair that is longer than a row is shortened before, by the source that reads pairs (`data/stream.py`).
+A pair that is longer than a row is shortened before packing, by `data/stream.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Cut = Literal["image", "document"]
 
 @dataclass
 class TokenStream:
-    """Tokens with the images that stand among them.
+    """Tokens with their images.
 
     Attributes:
-        ids: int64 [length]; each image is one begin-of-image id and `num_image_tokens` image ids.
-        learned: bool [length], whether training learns the token.
+        ids: int64 [L]; each image is one begin-of-image id and `num_image_tokens` image ids.
+        learned: bool [L], whether training learns the token.
         images: the images in the order of their begin-of-image ids.
     """
 
@@ -32,7 +32,7 @@ class TokenStream:
 
     @classmethod
     def empty(cls) -> TokenStream:
-        """Nothing."""
+        """A stream without tokens."""
         return cls(np.zeros(0, np.int64), np.zeros(0, bool), [])
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class TokenStream:
         return TokenStream(ids, learned, self.images + other.images)
 
     def split(self, at: int, soi_token_id: int) -> tuple[TokenStream, TokenStream]:
-        """The part before position `at` and the rest; an image goes with its begin-of-image id."""
+        """The part before position `at` and the rest; an image belongs to the part of its begin-of-image id."""
         count = int((self.ids[:at] == soi_token_id).sum())
         return (
             TokenStream(self.ids[:at], self.learned[:at], self.images[:count]),
@@ -62,9 +62,9 @@ def pack(
     cut: Cut = "image",
     keep_last: bool = True,
 ) -> Iterator[TokenStream]:
-    """Join documents and cut the stream into rows of at most `length` tokens. No image is ever cut.
+    """Concatenate documents and cut the stream into rows of at most `length` tokens. No image is cut.
 
-    A row may start and end in the middle of a document. Rows without an image are dropped.
+    A row may start and end inside a document. Rows without an image are dropped.
 
     Args:
         documents: token streams, each starting with `<s>`.
@@ -73,9 +73,9 @@ def pack(
         bos_token_id: id of `<s>`.
         soi_token_id: id of the begin-of-image token.
         max_images: most images in a row; None: no limit.
-        cut: where a row ends whose last image does not fit: before that image ("image"), or before the document
-            that holds it ("document"; a document that fills the whole row is cut before the image all the same).
-        keep_last: whether what remains at the end makes a row, however short.
+        cut: where a row ends whose last image does not fit: before that image ("image"), or before the document of
+            that image ("document"; if that document fills the whole row, before the image).
+        keep_last: whether the rest at the end becomes a row, however short it is.
     """
     rules = PackingRules(length, num_image_tokens, bos_token_id, soi_token_id, max_images, cut)
     buffer = TokenStream.empty()
@@ -93,7 +93,7 @@ def pack(
 
 @dataclass(frozen=True)
 class PackingRules:
-    """Where rows end; for the meaning of the fields see `pack`."""
+    """The rules that decide where rows end; for the fields see `pack`."""
 
     length: int
     num_image_tokens: int
@@ -103,7 +103,7 @@ class PackingRules:
     cut: Cut
 
     def take(self, buffer: TokenStream) -> tuple[TokenStream, TokenStream]:
-        """The next row, and what remains. The row is never empty."""
+        """The next row and the rest of `buffer`. The row is never empty."""
         end = min(self.length, len(buffer))
         soi = np.flatnonzero(buffer.ids[:end] == self.soi_token_id)
         complete = soi[soi + self.num_image_tokens < end]

@@ -1,4 +1,7 @@
-"""Documents to tensors and back."""
+"""`MMInterleavedProcessor`: documents to tensors and back.
+
+Axes: B rows of the batch, L tokens of a row, I images, h and w height and width of an image.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from .images import CROPS, Source, halved, load_image
 from .packing import Cut, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
 
-# Vicuna's manner of speaking. A template prints one <|image|> for an image.
+# Vicuna's conversation format. A template prints one <|image|> for an image.
 CHAT_TEMPLATE = """
 {%- macro show(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -41,8 +44,8 @@ class ImageViews(NamedTuple):
     """One image in both sizes.
 
     Attributes:
-        input: uint8 [image_size, image_size, 3].
-        target: uint8 [target_size, target_size, 3]; None: not needed.
+        input: uint8 [image_size, image_size, 3] for the visual tokenizer.
+        target: uint8 [target_size, target_size, 3] for the image decoder; None: not needed.
     """
 
     input: np.ndarray
@@ -54,12 +57,12 @@ class MMInterleavedProcessor(ProcessorMixin):
 
     Args:
         tokenizer: any transformers tokenizer; the two image tokens are added if it lacks them.
-        num_image_tokens: visual tokens of an image.
-        image_size: side of the images that the model sees.
-        target_size: side of the images that the model draws.
+        num_image_tokens: image tokens of an image.
+        image_size: side of the input images in pixels.
+        target_size: side of the generated images in pixels.
         max_length: longest row in tokens.
-        crop: how images become square: "center" cuts the middle out, "squash" stretches (for boxes).
-        chat_template: Jinja template for conversations; None: Vicuna's manner.
+        crop: how images become square: "center" crops the centre, "squash" stretches (for boxes).
+        chat_template: Jinja template for conversations; None: Vicuna's format.
     """
 
     def __init__(
@@ -116,12 +119,12 @@ class MMInterleavedProcessor(ProcessorMixin):
 
         Args:
             segments: texts and images without open slots and roles.
-            start: begin with `<s>`.
-            close: end with `</s>`.
-            after_image: an image stands right before these segments.
+            start: whether to prepend `<s>`.
+            close: whether to append `</s>`.
+            after_image: whether an image precedes these segments.
 
         Raises:
-            DocumentError: an open slot, or a text with a reserved image token in it.
+            DocumentError: there is an open slot, or a text that contains a reserved image token.
         """
         stream = self._token(self.tokenizer.bos_token_id, learned=False) if start else TokenStream.empty()
         run: list[Text] = []
@@ -141,7 +144,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         return TokenStream(np.array([token_id], np.int64), np.array([learned]), [])
 
     def _encode_run(self, run: list[Text], after_image: bool, before_image: bool) -> TokenStream:
-        """Neighbouring texts, joined and encoded as one. The lengths of prefixes tell which tokens are learned."""
+        """Neighbouring texts, joined and encoded as one. Lengths of prefixes decide which tokens are learned."""
         if not run:
             return TokenStream.empty()
 
@@ -168,10 +171,10 @@ class MMInterleavedProcessor(ProcessorMixin):
     # ---- conversations
 
     def render(self, document: Document) -> list[Segment]:
-        """The segments of a document; a conversation is written out through the chat template.
+        """The segments of a document; a conversation is rendered by the chat template.
 
-        What the assistant says is learned, everything around it is not. A conversation that ends with the user gets the
-        words that make the assistant speak, and so does one that ends with the assistant's open slots.
+        Only the messages of the assistant are learned. A conversation that ends with the user, or with open slots of
+        the assistant, gets the generation prompt of the template.
 
         Raises:
             DocumentError: only some segments have roles, or an open slot is not at the end.
@@ -188,7 +191,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         for index, segment in enumerate(segments):
             _check_segment(segment, index)
         images = iter([s for s in segments if isinstance(s, Image)])
-        # The template sees where images stand, not what they are.
+        # The template gets the positions of images, not their content.
         messages = Document([Image("", role=s.role) if isinstance(s, Image) else s for s in segments]).to_messages()
         written: list[Segment] = []
         said = ""
@@ -223,26 +226,26 @@ class MMInterleavedProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **variables: Any,
     ) -> str | list[str] | torch.Tensor | Batch:
-        """Conversations written out through the chat template, as strings or as a batch.
+        """Conversations rendered by the chat template, as strings or as a batch.
 
         Args:
             conversation: messages with a `role` and a `content`, or a list of conversations.
-            chat_template: another Jinja template than the processor's.
-            add_generation_prompt: end with the words that make the assistant speak.
-            continue_final_message: leave the last message open.
-            tokenize: give token ids instead of strings.
-            return_dict: with `tokenize`, give the whole batch, for `model.generate(**batch)`.
+            chat_template: a Jinja template instead of the processor's.
+            add_generation_prompt: whether to append the generation prompt, which starts the assistant's message.
+            continue_final_message: whether to leave the last message open.
+            tokenize: whether to return token ids instead of strings.
+            return_dict: with `tokenize`, return the whole batch, for `model.generate(**batch)`.
             return_tensors: as in `__call__`.
-            return_assistant_tokens_mask: not supported; `processor(documents, training=True)` has labels.
+            return_assistant_tokens_mask: not supported; `processor(documents, training=True)` returns labels.
             processor_kwargs: arguments of `__call__`, such as `padding_side`.
-            **variables: further variables of the template; arguments of `__call__` are taken out.
+            **variables: further variables of the template; arguments of `__call__` are removed from them.
 
         Raises:
             DocumentError: a message or an image cannot be used; names conversation and part.
         """
         if return_assistant_tokens_mask:
-            raise ValueError("return_assistant_tokens_mask is not supported; processor(documents, training=True) gives "
-                             "labels for what the assistant says")  # fmt: skip
+            raise ValueError("return_assistant_tokens_mask is not supported; processor(documents, training=True) "
+                             "returns labels for the assistant's messages")  # fmt: skip
         names = ("padding", "padding_side", "truncation", "max_length")
         options = {name: variables.pop(name) for name in names if name in variables} | (processor_kwargs or {})
         single = bool(conversation) and isinstance(conversation[0], dict)
@@ -292,22 +295,22 @@ class MMInterleavedProcessor(ProcessorMixin):
             documents: one or several.
             text: instead of documents, strings with one `<|image|>` for each image ...
             images: ... and the images, in order: a list for one string, a list of lists for several.
-            training: close documents with `</s>` and add labels, targets and the image-loss mask.
-            padding_side: where shorter rows are filled up; left for text generation.
-            packing: join documents into rows of `max_length` tokens instead of one row each.
+            training: whether to append `</s>` to documents and to add labels, targets and the image-loss mask.
+            padding_side: where shorter rows are padded; left for text generation.
+            packing: whether to pack documents into rows of `max_length` tokens instead of one row each.
             cut: with packing, where rows end; see `packing.pack`.
             max_images: with packing, most images in a row.
             max_length: longest row; None: the model's.
-            truncation: cut longer rows (before an image that does not fit) instead of refusing them.
-            ignore_text_before_image: do not learn text before the first image, for all documents or for each
+            truncation: whether to cut longer rows (before an image that does not fit) instead of an error.
+            ignore_text_before_image: whether text before the first image is not learned, for all documents or for each
                 (docs/model.md, "Text labels"; with packing one value for all).
-            padding: True or "longest", as transformers calls what is done to shorter rows.
-            return_tensors: "pt"; the processor gives PyTorch tensors only.
-            **kwargs: what transformers passes for other modalities; must be None.
+            padding: True or "longest", the names of transformers for what is always done to shorter rows.
+            return_tensors: must be "pt"; the processor returns PyTorch tensors only.
+            **kwargs: arguments that transformers passes for other modalities; must be None.
 
         Raises:
             DocumentError: a document cannot be used; names document and segment.
-            ValueError: arguments that do not fit together.
+            ValueError: two arguments do not fit together.
         """
         _check_arguments(kwargs, padding, return_tensors)
         if (documents is None) == (text is None):
@@ -315,7 +318,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         documents = _listed(documents if text is None else _from_strings(text, images))
         limit = max_length or self.max_length
         streams: list[TokenStream] = []
-        places: dict[int, str] = {}  # of the images, by identity: rows are packed and shortened
+        places: dict[int, str] = {}  # of images by identity, because rows are packed and shortened
         for index, document in enumerate(documents):
             try:
                 streams.append(self.encode(self.render(document), close=training))
@@ -374,14 +377,14 @@ class MMInterleavedProcessor(ProcessorMixin):
         Args:
             streams: the rows.
             training: add labels, targets and the image-loss mask.
-            padding_side: where shorter rows are filled up.
+            padding_side: where shorter rows are padded.
             ignore_text_before_image: as in `__call__`.
             views: the images as `views` returns them; None: they are read here.
-            pad_to: shortest length of the rows.
-            eight_bit: leave images as uint8, a quarter of the memory on their way to the model.
+            pad_to: least length of the rows.
+            eight_bit: whether images stay uint8, which takes a quarter of the memory.
 
         Raises:
-            DocumentError: an image cannot be read; names its row and its number there.
+            DocumentError: an image cannot be read; names its row and its number in the row.
         """
         longest = max(pad_to, *(len(s) for s in streams))
         ids = np.full((len(streams), longest), self.tokenizer.pad_token_id, np.int64)
@@ -428,26 +431,26 @@ class MMInterleavedProcessor(ProcessorMixin):
         return batch
 
     def pixels(self, images: Sequence[PIL.Image.Image], size: int | None = None) -> torch.Tensor:
-        """RGB images as float32 [images, 3, size, size] in [0, 1]; size None: the encoder's."""
+        """RGB images as float32 [I, 3, size, size] in [0, 1]; size None: `image_size`."""
         size = size or self.image_size
         return _stack([CROPS[self.crop](image, size) for image in images], size)
 
     def views(self, image: Image, training: bool, draft: bool = False, where: str = "") -> ImageViews:
-        """An image as the model reads it and, for training, as it generates it; both from one decoding.
+        """The input view of an image and, for training, its target view. The file is decoded once.
 
         Args:
             image: the segment.
-            training: whether the view to generate is needed.
-            draft: decode large JPEGs at a fraction of their size; see `load_image`.
+            training: whether the target view is needed.
+            draft: whether to decode large JPEGs at a fraction of their size; see `load_image`.
             where: the place to name in errors.
 
         Raises:
-            DocumentError: it cannot be read.
+            DocumentError: the image cannot be read.
         """
         crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
         opened = load_image(cast("Source", image.source), where, least)
         if self.crop == "center" and training:
-            opened = halved(opened, max(self.image_size, self.target_size))  # the first halvings serve both views
+            opened = halved(opened, max(self.image_size, self.target_size))  # both views share the first halvings
         seen = crop(opened, self.image_size)
         if not training:
             return ImageViews(seen, None)
@@ -463,14 +466,14 @@ class MMInterleavedProcessor(ProcessorMixin):
     # ---- and back
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        """The text of some ids, without special tokens and surrounding white space."""
+        """The text of `ids`, without special tokens and surrounding white space."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def to_document(self, ids: Sequence[int], images: Sequence[Any] = ()) -> Document:
-        """Ids and their images as a document.
+        """The document of `ids` and their images.
 
         Raises:
-            ValueError: there are more or fewer images than begin-of-image tokens.
+            ValueError: the number of images is not that of begin-of-image tokens.
         """
         segments: list[Segment] = []
         run: list[int] = []
@@ -491,7 +494,7 @@ class MMInterleavedProcessor(ProcessorMixin):
 
 
 def _stack(images: Sequence[np.ndarray], size: int, eight_bit: bool = False) -> torch.Tensor:
-    """uint8 images [size, size, 3] as float32 [images, 3, size, size] in [0, 1], or as uint8."""
+    """Stack uint8 images [size, size, 3] to float32 [I, 3, size, size] in [0, 1], or to uint8."""
     if not images:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8 if eight_bit else torch.float32)
     channels_first = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -501,7 +504,7 @@ def _stack(images: Sequence[np.ndarray], size: int, eight_bit: bool = False) -> 
 
 
 def _check_arguments(others: dict[str, Any], padding: bool | str, return_tensors: str | None) -> None:
-    """Refuse what the processor does not do."""
+    """Check for arguments that are not supported."""
     given = [name for name, value in others.items() if value is not None]
     if given:
         known = [
@@ -511,7 +514,7 @@ def _check_arguments(others: dict[str, Any], padding: bool | str, return_tensors
     if padding not in (True, "longest"):
         raise ValueError(f"padding must be True or 'longest', not {padding!r}: shorter rows are always padded")
     if return_tensors not in (None, "pt"):
-        raise ValueError(f"return_tensors must be 'pt', not {return_tensors!r}: the processor gives PyTorch tensors")
+        raise ValueError(f"return_tensors must be 'pt', not {return_tensors!r}: the processor returns PyTorch tensors")
 
 
 def _listed(documents: Any) -> list[Document]:
@@ -521,7 +524,7 @@ def _listed(documents: Any) -> list[Document]:
         raise ValueError("there are no documents")
     for index, document in enumerate(listed):
         if not isinstance(document, Document):
-            raise ValueError(f"documents[{index}] must be a Document, not {type(document).__name__}; strings are given "
+            raise ValueError(f"documents[{index}] must be a Document, not {type(document).__name__}; pass strings "
                              "as text=...")  # fmt: skip
     return cast("list[Document]", listed)
 
@@ -540,7 +543,7 @@ def _check_segment(segment: Segment, index: int) -> None:
 
 
 def _with_image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`messages` with every kind of image part as the kind that templates know, without what it shows."""
+    """`messages` with all image parts in the form that templates expect, without content."""
     parts = {"image": {"type": "image"}, "image_url": {"type": "image"}}
     return [
         m if isinstance(m["content"], str) else m | {"content": [parts.get(p["type"], p) for p in m["content"]]}
@@ -549,7 +552,7 @@ def _with_image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _join(texts: Sequence[Text]) -> str:
-    """One string, with a space between texts unless there is white space already or none is wanted."""
+    """The texts as one string, joined by a space unless there is white space already or a text is attached."""
     joined = ""
     for text in texts:
         words = text.text or ""
@@ -559,7 +562,7 @@ def _join(texts: Sequence[Text]) -> str:
 
 
 def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Segment]:
-    """Text with one image token an image as segments."""
+    """The segments of a text with one image token for each image."""
     segments: list[Segment] = []
     for index, piece in enumerate(text.split(IMAGE_TOKEN)):
         if index:
@@ -570,7 +573,7 @@ def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Se
 
 
 def _from_strings(text: str | Sequence[str], images: Any) -> list[Document]:
-    """Strings with placeholders and their images as documents."""
+    """The documents of strings with one image token for each image, and of the images."""
     texts = [text] if isinstance(text, str) else list(text)
     if images is None:
         images = [[] for _ in texts]

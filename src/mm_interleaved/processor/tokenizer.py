@@ -1,8 +1,8 @@
-"""Text and ids: a SentencePiece tokenizer with the two image tokens, and the segment-wise rule of the release.
+"""A SentencePiece tokenizer with the two image tokens, and the segment-wise rule of the release.
 
-The released weights were trained with a tokenizer that treats every stretch of text between special tokens as a text of
-its own, so that the first word after an image always carries the word-boundary mark (docs/model.md, "Tokens and
-tokenization"). Tokenizers of today do not; `encode_text` spells the rule out and works with any of them.
+The released weights were trained with a tokenizer that encodes every stretch of text between special tokens separately,
+so that the first word after an image always has the word-boundary mark (docs/model.md, "Tokens and tokenization").
+Present tokenizers do not; `encode_text` implements the rule for any of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-SOI_TOKEN = "<|beginofimage|>"  # opens an image
+SOI_TOKEN = "<|beginofimage|>"  # starts an image
 IMAGE_TOKEN = "<|image|>"  # one visual token of an image
 
 
@@ -25,8 +25,8 @@ class MMInterleavedTokenizer(SentencePieceBackend):
 
     Args:
         vocab_file: the SentencePiece model.
-        pad_token: the piece that pads; None: the model's own pad piece, or if it has none its last piece, as the
-            release does with Vicuna's (31999).
+        pad_token: the padding piece; None: the model's own pad piece or, if it has none, its last piece, as in the
+            release (31999 with Vicuna).
     """
 
     def __init__(self, vocab_file: str, pad_token: str | None = None, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class MMInterleavedTokenizer(SentencePieceBackend):
 
     @classmethod
     def from_vocab(cls, path: str | Path) -> MMInterleavedTokenizer:
-        """From a SentencePiece file, or a folder with a `tokenizer.model` in it (Vicuna's, say).
+        """A tokenizer from a SentencePiece file, or from a folder with a `tokenizer.model`, such as Vicuna's.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -54,7 +54,7 @@ class MMInterleavedTokenizer(SentencePieceBackend):
         return cls(str(path))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Pieces to text, with byte pieces joined into characters and special tokens as they are written."""
+        """The text of pieces. Byte pieces are joined into characters; special tokens keep their spelling."""
         own = cast("tuple[str | None, ...]", (self.bos_token, self.eos_token, self.pad_token))
         special = {*own, SOI_TOKEN, IMAGE_TOKEN}  # added ones are pieces
         text, run = "", []
@@ -67,7 +67,7 @@ class MMInterleavedTokenizer(SentencePieceBackend):
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Make sure that `tokenizer` knows the two image tokens (they strip white space around them); their ids."""
+    """Add the two image tokens if `tokenizer` lacks them (they strip white space around them), and return their ids."""
     tokens: list[Any] = [
         AddedToken(t, lstrip=True, rstrip=True, normalized=False, special=True) for t in (SOI_TOKEN, IMAGE_TOKEN)
     ]
@@ -77,10 +77,10 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text`, every stretch between special and added tokens encoded on its own; no `<s>` in front.
+    """The ids of `text`, without a leading `<s>`. Stretches between special and added tokens are encoded separately.
 
-    White space next to the image tokens is dropped, next to `<s>`, `</s>` and `<unk>` it is kept; next to tokens that a
-    user has added, it is as their `AddedToken` says, and one space after them is the word-boundary mark.
+    White space next to the image tokens is dropped; next to `<s>`, `</s>` and `<unk>` it is kept. Next to tokens that a
+    user has added their `AddedToken` decides, and one space after them becomes the word-boundary mark.
     """
     special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
     own = [t for t in cast("tuple[str | None, ...]", special) if t]
@@ -95,7 +95,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         if index > 0 and tokens[pieces[index - 1]].rstrip:
             piece = piece.lstrip()
         elif index > 0 and pieces[index - 1] not in own and piece.strip():
-            piece = piece.removeprefix(" ")  # the stretch starts with the word-boundary mark anyway
+            piece = piece.removeprefix(" ")  # SentencePiece adds the word-boundary mark
         if index + 1 < len(pieces) and tokens[pieces[index + 1]].lstrip:
             piece = piece.rstrip()
         ids += _encode_stretch(tokenizer, piece)
@@ -103,7 +103,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, own: list[str]) -> dict[str, AddedToken]:
-    """The image tokens, and what was added to a SentencePiece model; other tokenizers find that by themselves."""
+    """The image tokens, and the tokens added to a SentencePiece model; other tokenizers find added tokens."""
     added = tokenizer.added_tokens_decoder.values() if isinstance(tokenizer, SentencePieceBackend) else ()
     tokens = {t.content: t for t in cast("Iterable[AddedToken]", added) if t.content not in own}
     return tokens | {t: AddedToken(t, lstrip=True, rstrip=True) for t in (SOI_TOKEN, IMAGE_TOKEN)}
