@@ -187,3 +187,11 @@ def test_converting_needs_no_more_memory_than_its_largest_file(tmp_path: Path) -
     peak = int(done.stdout.split()[-1]) * 1024
     print(f"{sum(files) / 1e6:.0f} MB in files of at most {max(files) / 1e6:.0f} MB: {peak / 1e6:.0f} MB more memory")
     assert peak < max(files) + 100e6
+
+
+def test_weights_one_folder_further_down(mmi: Mmi, tmp_path: Path, original: Path) -> None:
+    """The release's repository keeps them in `mm_interleaved_pretrain/`."""
+    shutil.copytree(original, tmp_path / "repository" / "mm_interleaved_pretrain")
+    done = mmi("convert", tmp_path / "repository", tmp_path / "ours", "--config", "debug")
+    assert done.code == 1
+    assert "mm_interleaved_pretrain': name that folder" in done.err

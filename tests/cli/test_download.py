@@ -21,16 +21,26 @@ from .fake_hub import COMMIT, FakeHub
 WEIGHTS = os.urandom(22_000_000)  # huggingface_hub writes 10 MiB at a time
 
 
+ANNOTATIONS = {
+    "coco/annotations/coco_karpathy_test.json": b"[]",
+    "flickr30k/test1k.token.coco_format": b"{}",
+    "refcoco/refcoco_testA.jsonl": b"{}",
+    "VizWiz/val.json": b"[]",
+}
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
-    """A hub with everything that `mmi download` knows, small."""
+    """A hub with everything that `mmi download` knows, small, each repository laid out as the real one."""
     root = tmp_path / "hub"
     for component in SETS["all"]:
         folder = root / component.repository
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text("{}")
         (folder / "README.md").write_text("# About")
         (folder / "demo.mp4").write_bytes(b"not asked for")
+        if component.name == "mm-interleaved":
+            continue
+        (folder / "config.json").write_text("{}")
         if any(pattern.startswith("unet") for pattern in component.patterns):
             (folder / "unet").mkdir(exist_ok=True)
             (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(WEIGHTS[:1000])
@@ -39,6 +49,15 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
             (folder / "tokenizer.model").write_bytes(WEIGHTS[:500])
             (folder / "pytorch_model.bin").write_bytes(WEIGHTS)
     (root / "openai/clip-vit-large-patch14/model.safetensors").write_bytes(WEIGHTS[:2000])
+    release = root / "OpenGVLab/MM-Interleaved"
+    (release / "mm_interleaved_pretrain").mkdir()
+    (release / "mm_interleaved_pretrain/pytorch_model-00001-of-00002.bin").write_bytes(WEIGHTS)
+    (release / "mm_interleaved_pretrain/pytorch_model-00002-of-00002.bin").write_bytes(WEIGHTS[:1000])
+    (release / "mm_interleaved_pretrain/pytorch_model.bin.index.json").write_text("{}")
+    for name, content in ANNOTATIONS.items():
+        path = release / "assets/datasets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     with FakeHub(root) as hub:
         yield hub
 
@@ -77,10 +96,23 @@ def test_the_release(hub: FakeHub, tmp_path: Path) -> None:
     assert "apache-2.0" in out
     assert "22.0 MB" in out
     models = tmp_path / "models"
-    assert (models / "mm-interleaved" / "pytorch_model.bin").read_bytes() == WEIGHTS
+    assert (models / "mm-interleaved" / "pytorch_model-00001-of-00002.bin").read_bytes() == WEIGHTS
+    assert {p.name for p in (models / "mm-interleaved").iterdir()} == {
+        "README.md", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin",
+        "pytorch_model.bin.index.json",
+    }  # fmt: skip
     assert (models / "vicuna-13b-v1.3-tokenizer" / "tokenizer.model").is_file()
     assert not (models / "vicuna-13b-v1.3-tokenizer" / "pytorch_model.bin").exists()  # the release holds these weights
     assert not list(models.rglob("*.mp4"))
+
+
+def test_annotations_go_into_the_documented_tree(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    code, out, err = run(hub, tmp_path / "datasets", "annotations", "--yes")
+    assert code == 0, err
+    assert "annotations" in out
+    found = {str(p.relative_to(tmp_path / "datasets")): p.read_bytes() for p in (tmp_path / "datasets").rglob("*.*")
+             if p.is_file()}  # fmt: skip
+    assert found == ANNOTATIONS
 
 
 def test_base_components(run: Run, hub: FakeHub, tmp_path: Path) -> None:
@@ -101,14 +133,14 @@ def test_nothing_is_fetched_before_the_answer(run: Run, hub: FakeHub, tmp_path: 
 
 
 def test_a_broken_transfer_goes_on_where_it_broke(run: Run, hub: FakeHub, tmp_path: Path) -> None:
-    hub.break_after["pytorch_model.bin"] = 15_000_000
+    hub.break_after["pytorch_model-00001-of-00002.bin"] = 15_000_000
     code, _, err = run(hub, tmp_path / "models", "release", "--yes")
     if code:  # then the next try must go on
         assert "Run the same command again" in err
         code, _, err = run(hub, tmp_path / "models", "release", "--yes")
     assert code == 0, err
-    assert (tmp_path / "models" / "mm-interleaved" / "pytorch_model.bin").read_bytes() == WEIGHTS
-    first, second = hub.sent["pytorch_model.bin"]
+    assert (tmp_path / "models" / "mm-interleaved" / "pytorch_model-00001-of-00002.bin").read_bytes() == WEIGHTS
+    first, second = hub.sent["pytorch_model-00001-of-00002.bin"]
     assert first[0] == 0
     assert second[0] > 0
     assert second[1] == len(WEIGHTS) - second[0]
@@ -117,15 +149,15 @@ def test_a_broken_transfer_goes_on_where_it_broke(run: Run, hub: FakeHub, tmp_pa
 def test_what_is_there_is_not_fetched_again(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     for _ in range(2):
         assert run(hub, tmp_path / "models", "release", "--yes")[0] == 0
-    assert len(hub.sent["pytorch_model.bin"]) == 1
+    assert len(hub.sent["pytorch_model-00001-of-00002.bin"]) == 1
 
 
 def test_damage_is_noticed_and_removed(run: Run, hub: FakeHub, tmp_path: Path) -> None:
-    hub.wrong.add("pytorch_model.bin")
+    hub.wrong.add("pytorch_model-00001-of-00002.bin")
     code, _, err = run(hub, tmp_path / "models", "release", "--yes")
     assert code == 1
     assert "damaged" in err
-    assert not (tmp_path / "models" / "mm-interleaved" / "pytorch_model.bin").exists()
+    assert not (tmp_path / "models" / "mm-interleaved" / "pytorch_model-00001-of-00002.bin").exists()
     hub.wrong.clear()
     assert run(hub, tmp_path / "models", "release", "--yes")[0] == 0
 

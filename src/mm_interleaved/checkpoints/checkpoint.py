@@ -89,7 +89,9 @@ def weight_files(source: Path) -> list[Path]:
     if not files:
         files = sorted(f for p in ("*.bin", "*.pt") for f in source.glob(p) if f.name not in NOT_WEIGHTS)
     if not files:
-        raise CheckpointError(f"'{source}' holds no .safetensors, .bin or .pt file")
+        inner = sorted({f.parent for p in ("*/*.safetensors", "*/*.bin") for f in source.glob(p)})
+        hint = f"; there are some in '{inner[0]}': name that folder" if inner else ""
+        raise CheckpointError(f"'{source}' holds no .safetensors, .bin or .pt file{hint}")
     absent = sorted(_promised(source, files) - {f.name for f in files})
     if absent:
         raise CheckpointError(f"'{source}' lacks {', '.join(absent)}; fetch the whole checkpoint")

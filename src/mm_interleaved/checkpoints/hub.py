@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +20,29 @@ class Component:
     """Something to fetch.
 
     Attributes:
-        name: folder it goes to.
+        name: folder it goes to; "": straight into the folder that was named.
         repository: where it is on the hub.
         patterns: which files.
         purpose: what it is for.
+        prefix: what their names begin with on the hub and not here.
     """
 
     name: str
     repository: str
     patterns: tuple[str, ...]
     purpose: str
+    prefix: str = ""
 
 
 _FAILURES = (HTTPError, OfflineModeIsEnabled, OSError)  # HTTPError: no connection, broken off, or refused by the hub
 _SMALL = ("*.json", "*.model", "*.txt", "LICENSE*", "README.md")
 RELEASE = [
     Component(
-        "mm-interleaved", "OpenGVLab/MM-Interleaved", ("*.bin", "*.safetensors", *_SMALL), "the released weights"
+        "mm-interleaved",
+        "OpenGVLab/MM-Interleaved",
+        ("mm_interleaved_pretrain/*", "LICENSE*", "README.md"),
+        "the released weights",
+        "mm_interleaved_pretrain/",
     ),
     Component("vicuna-13b-v1.3-tokenizer", "lmsys/vicuna-13b-v1.3", _SMALL, "the tokenizer"),
 ]
@@ -58,7 +65,11 @@ BASE = [
         "the image decoder",
     ),
 ]
-SETS = {"release": RELEASE, "base": BASE, "all": RELEASE + BASE}
+ANNOTATIONS = [
+    Component("", "OpenGVLab/MM-Interleaved", ("assets/datasets/*",), "annotations of the tasks", "assets/datasets/")
+]
+SETS = {"release": RELEASE, "base": BASE, "all": RELEASE + BASE, "annotations": ANNOTATIONS}
+PARTIAL = ".incomplete"  # folder of what is on its way, beside what has arrived
 
 
 @dataclass(frozen=True)
@@ -125,20 +136,32 @@ def fetch(offer: Offer, folder: Path, progress: Callable[[RemoteFile], None] = l
     Raises:
         CheckpointError: a file does not arrive, or its checksum is wrong (it is removed then).
     """
-    target = folder / offer.component.name
+    target, partial = folder / offer.component.name, folder / offer.component.name / PARTIAL
     for file in offer.files:
-        try:
-            path = hf_hub_download(offer.component.repository, file.name, revision=offer.revision, local_dir=target)
-        except _FAILURES as error:
-            raise CheckpointError(
-                f"fetching {file.name} of {offer.component.repository} failed: {str(error).splitlines()[0]}. "
-                "Run the same command again to go on"
-            ) from None
-        if file.sha256 is not None and _sha256(Path(path)) != file.sha256:
-            Path(path).unlink()
-            raise CheckpointError(f"{file.name} arrived damaged and was removed. Run the same command again")
+        path = target / file.name.removeprefix(offer.component.prefix)
+        if not (path.is_file() and path.stat().st_size == file.size and _is_intact(path, file)):
+            try:
+                fetched = hf_hub_download(
+                    offer.component.repository, file.name, revision=offer.revision, local_dir=partial
+                )
+            except _FAILURES as error:
+                raise CheckpointError(
+                    f"fetching {file.name} of {offer.component.repository} failed: {str(error).splitlines()[0]}. "
+                    "Run the same command again to go on"
+                ) from None
+            if not _is_intact(Path(fetched), file):
+                Path(fetched).unlink()
+                raise CheckpointError(f"{file.name} arrived damaged and was removed. Run the same command again")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Path(fetched).replace(path)
         progress(file)
+    shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _is_intact(path: Path, file: RemoteFile) -> bool:
+    """Whether a file has the checksum that the hub gives; True where it gives none."""
+    return file.sha256 is None or _sha256(path) == file.sha256
 
 
 def _sha256(path: Path) -> str:

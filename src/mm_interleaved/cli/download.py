@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 
 def download(
-    what: Annotated[str, typer.Argument(help="release, base, all, or the name of a repository.")],
-    target: Annotated[Path, typer.Option("--output", "-o", help="Folder to put it in.")] = Path("models"),
+    what: Annotated[str, typer.Argument(help="release, base, all, annotations, or the name of a repository.")],
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to put it in; default: models, for annotations datasets."),
+    ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Fetch the release's weights and base components; shows sizes and licences first, and resumes what was stopped."""
+    """Fetch the release's weights, its base components or the tasks' annotations.
+
+    Shows sizes and licences first, and resumes what was stopped.
+    """
     from ..checkpoints.hub import SETS, Component, ask, fetch
 
     if what in SETS:
@@ -31,6 +37,7 @@ def download(
         components = [Component(what.split("/")[1], what, ("*",), "as asked")]
     else:
         raise UsageError(f"'{what}' is neither {', '.join(SETS)} nor a repository (owner/name)")
+    target = target or Path("datasets" if what == "annotations" else "models")
     with console.status("asking the hub"):
         offers = [ask(component, revision) for component in components]
     output.print(_table(offers))
@@ -39,13 +46,13 @@ def download(
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for offer in offers:
-            task = progress.add_task(offer.component.name, total=offer.size)
+            task = progress.add_task(offer.component.name or what, total=offer.size)
 
             def advance(file: RemoteFile, task=task) -> None:
                 progress.advance(task, file.size)
 
             path = fetch(offer, target, advance)
-            output.print(f"{offer.component.name}: {path}")
+            output.print(f"{offer.component.name or what}: {path}")
 
 
 def _table(offers: list[Offer]) -> Table:
@@ -54,7 +61,14 @@ def _table(offers: list[Offer]) -> Table:
         table.add_column(name)
     for offer in offers:
         part = offer.component
-        table.add_row(part.name, part.purpose, part.repository, offer.licence, str(len(offer.files)), _size(offer.size))
+        table.add_row(
+            part.name or "annotations",
+            part.purpose,
+            part.repository,
+            offer.licence,
+            str(len(offer.files)),
+            _size(offer.size),
+        )
     return table
 
 
