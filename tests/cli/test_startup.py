@@ -14,10 +14,37 @@ from mm_interleaved.model.config import PRESETS
 from mm_interleaved.tasks.prepare import CONVERTERS
 
 HEAVY = ("torch", "transformers", "numpy", "diffusers", "accelerate", "PIL")
+WALK = f"""
+import sys
+from typer.main import get_command
+from mm_interleaved.cli import app, main
+
+def walk(command, path):
+    yield path
+    for name in sorted(getattr(command, "commands", {{}})):
+        yield from walk(command.commands[name], [*path, name])
+
+for path in walk(get_command(app), []):
+    try:
+        main([*path, "--help"])
+    except SystemExit as end:
+        assert end.code in (0, None), path
+    found = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not found, (path, found)
+    print("shown:", *path)
+"""
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_the_help_of_every_command_is_light_and_silent() -> None:
+    done = python(WALK)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    shown = [line.removeprefix("shown:").strip() for line in done.stdout.splitlines() if line.startswith("shown:")]
+    assert {"", "generate", "train", "evaluate", "data check", "data prepare", "bench"} <= set(shown)
 
 
 def test_importing_the_package_is_light() -> None:
