@@ -13,6 +13,7 @@ SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
     "files", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
     "generation", "metrics", "tasks", "data", "pretrained", "evaluation", "training", "bench", "integrations", "cli",
+    "auto", "__main__",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 
