@@ -58,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[:2] == ["api", "models"] and "tree" in parts[4:5]:  # what snapshot_download asks for
+            self._tree(self.hub.root / parts[2] / parts[3])
+        elif parts[:2] == ["api", "models"]:
             self._model(self.hub.root / parts[2] / parts[3], "/".join(parts[2:4]))
         else:  # owner/name/resolve/revision/file
             self._file(self.hub.root / parts[0] / parts[1] / "/".join(parts[4:]), body)
@@ -78,6 +80,16 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "cardData": card, "tags": [],
                 "downloads": 0, "likes": 0, "private": False, "createdAt": "2024-01-01T00:00:00.000Z"}  # fmt: skip
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, folder: Path) -> None:
+        files = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            data = path.read_bytes()
+            entry = {"type": "file", "path": str(path.relative_to(folder)), "size": len(data), "oid": "0" * 40}
+            if path.suffix in (".bin", ".safetensors"):
+                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
+            files.append(entry)
+        self._send(200, json.dumps(files).encode(), {"Content-Type": "application/json"})
 
     def _file(self, path: Path, body: bool) -> None:
         if not path.is_file():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import filter_repo_objects
 
 from .checkpoint import CheckpointError
 
@@ -73,27 +73,18 @@ PARTIAL = ".incomplete"  # folder of what is on its way, beside what has arrived
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file on the hub: its name, size in bytes, and SHA-256 where the hub knows it."""
-
-    name: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
 class Offer:
     """What the hub has of a component."""
 
     component: Component
     revision: str
     licence: str
-    files: list[RemoteFile]
+    files: list[RepoSibling]
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(file.size for file in self.files)
+        return sum(file.size or 0 for file in self.files)
 
 
 def ask(component: Component, revision: str = "main") -> Offer:
@@ -108,15 +99,15 @@ def ask(component: Component, revision: str = "main") -> Offer:
         raise CheckpointError(
             f"the hub does not answer for {component.repository}: {str(error).splitlines()[0]}"
         ) from None
-    chosen = [s for s in info.siblings or [] if any(fnmatch.fnmatch(s.rfilename, p) for p in component.patterns)]
-    names = {s.rfilename for s in chosen}
+    chosen = list(filter_repo_objects(info.siblings or [], allow_patterns=list(component.patterns),
+                                      key=lambda file: file.rfilename))  # fmt: skip
+    names = {file.rfilename for file in chosen}
     # Weights that exist as safetensors are not fetched a second time as pickles.
-    chosen = [s for s in chosen if not (s.rfilename.endswith(".bin") and _safetensors_name(s.rfilename) in names)]
+    chosen = [f for f in chosen if not (f.rfilename.endswith(".bin") and _safetensors_name(f.rfilename) in names)]
     if not chosen:
         raise CheckpointError(f"{component.repository} has none of the files {', '.join(component.patterns)}")
-    files = [RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None) for s in chosen]
     licence = (info.card_data or {}).get("license") or "not stated"
-    return Offer(component, info.sha or revision, licence, files)
+    return Offer(component, info.sha or revision, licence, chosen)
 
 
 def _safetensors_name(name: str) -> str:
@@ -125,48 +116,42 @@ def _safetensors_name(name: str) -> str:
     return f"{folder}{slash}{file.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
 
 
-def fetch(offer: Offer, folder: Path, progress: Callable[[RemoteFile], None] = lambda file: None) -> Path:
+def fetch(offer: Offer, folder: Path) -> Path:
     """Fetch a component into `folder` / its name; what is there already and right is kept, what is partial is resumed.
 
     Args:
         offer: what to fetch.
         folder: where to.
-        progress: called after each file.
 
     Raises:
         CheckpointError: a file does not arrive, or its checksum is wrong (it is removed then).
     """
-    target, partial = folder / offer.component.name, folder / offer.component.name / PARTIAL
-    for file in offer.files:
-        path = target / file.name.removeprefix(offer.component.prefix)
-        if not (path.is_file() and path.stat().st_size == file.size and _is_intact(path, file)):
-            try:
-                fetched = hf_hub_download(
-                    offer.component.repository, file.name, revision=offer.revision, local_dir=partial
-                )
-            except _FAILURES as error:
-                raise CheckpointError(
-                    f"fetching {file.name} of {offer.component.repository} failed: {str(error).splitlines()[0]}. "
-                    "Run the same command again to go on"
-                ) from None
-            if not _is_intact(Path(fetched), file):
-                Path(fetched).unlink()
-                raise CheckpointError(f"{file.name} arrived damaged and was removed. Run the same command again")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Path(fetched).replace(path)
-        progress(file)
+    part, target = offer.component, folder / offer.component.name
+    partial = target / PARTIAL
+    places = [(file, target / file.rfilename.removeprefix(part.prefix)) for file in offer.files]
+    wanted = [(file, place) for file, place in places if not _is_intact(place, file)]
+    try:
+        names = [file.rfilename for file, _ in wanted]
+        if names:
+            snapshot_download(part.repository, revision=offer.revision, local_dir=partial, allow_patterns=names)
+    except _FAILURES as error:
+        raise CheckpointError(f"fetching from {part.repository} failed: {str(error).splitlines()[0]}. "
+                              "Run the same command again to go on") from None  # fmt: skip
+    for file, place in wanted:
+        if not _is_intact(partial / file.rfilename, file):
+            (partial / file.rfilename).unlink()
+            raise CheckpointError(f"{file.rfilename} arrived damaged and was removed. Run the same command again")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (partial / file.rfilename).replace(place)
     shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _is_intact(path: Path, file: RemoteFile) -> bool:
-    """Whether a file has the checksum that the hub gives; True where it gives none."""
-    return file.sha256 is None or _sha256(path) == file.sha256
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _is_intact(path: Path, file: RepoSibling) -> bool:
+    """Whether a file is there, with the size and checksum that the hub gives, as far as it gives them."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if file.lfs is None:
+        return True
     with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from .console import console, output
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from ..checkpoints.hub import Offer, RemoteFile
+    from ..checkpoints.hub import Offer
 
 
 def download(
@@ -43,16 +42,8 @@ def download(
     output.print(_table(offers))
     if not yes and not typer.confirm(f"Fetch {_size(sum(o.size for o in offers))} into {target}?"):
         raise typer.Exit(1)
-    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        for offer in offers:
-            task = progress.add_task(offer.component.name or what, total=offer.size)
-
-            def advance(file: RemoteFile, task=task) -> None:
-                progress.advance(task, file.size)
-
-            path = fetch(offer, target, advance)
-            output.print(f"{offer.component.name or what}: {path}")
+    for offer in offers:
+        output.print(f"{offer.component.name or what}: {fetch(offer, target)}")
 
 
 def _table(offers: list[Offer]) -> Table:
