@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -55,8 +56,7 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; errors that a user can mend become one message and exit status 1."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # our errors say it all
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quieten_libraries()
     try:
         return app(arguments)
     except ValueError as error:
@@ -64,6 +64,15 @@ def main(arguments: list[str] | None = None) -> Any:
             raise
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
+
+
+def _quieten_libraries() -> None:
+    """Let the libraries report errors only: our messages say the rest, and their versions do not concern a user."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _is_for_people(error: ValueError) -> bool:
