@@ -17,7 +17,6 @@ python benchmarks/quality.py runs/pretrain/final --samples 500 --device cuda
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from safetensors.torch import load_file
 from mm_interleaved import Document, DocumentFinished, Image, ImageSettings, Text, TextSettings
 from mm_interleaved.bench.machine import describe
 from mm_interleaved.checkpoints.quantization import QUANTIZATIONS
-from mm_interleaved.files import write_atomic
+from mm_interleaved.io import write_json
 from mm_interleaved.metrics.grounding import grounding_accuracy, parse_box
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.tasks import render
@@ -287,7 +286,7 @@ def main() -> None:
         say(f"{task} ({seconds[task]:.0f} s):", scores)
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(options.output, (json.dumps(result, indent=1) + "\n").encode())
+            write_json(options.output, result, indent=1)
 
 
 if __name__ == "__main__":

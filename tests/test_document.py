@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.document import ROLES, SEGMENT_FIELDS, Document, DocumentError, Image, Text, load_documents
+from mm_interleaved.document import ROLES, SEGMENT_FIELDS, Document, Image, Text, load_documents
+from mm_interleaved.io import InputError
 
 from .conftest import make_image
 
@@ -177,7 +178,7 @@ def test_any_json_is_read_or_refused_with_words(tmp_path: Path, data: Any, name:
         (tmp_path / "loop").symlink_to("loop")
     try:
         (document,) = load(tmp_path, [data] if name == "input.json" else json.dumps(data), name)
-    except DocumentError as error:
+    except InputError as error:
         said = error
     else:
         json.dumps(
@@ -223,7 +224,7 @@ def test_any_json_is_read_or_refused_with_words(tmp_path: Path, data: Any, name:
 )
 def test_mistakes_are_named(tmp_path: Path, content: str, words: list[str]) -> None:
     path = write(tmp_path, content)
-    with pytest.raises(DocumentError) as caught:
+    with pytest.raises(InputError) as caught:
         load_documents(path)
     for word in [str(path), *words]:
         assert word in str(caught.value)
@@ -246,22 +247,22 @@ def test_mistakes_are_named(tmp_path: Path, content: str, words: list[str]) -> N
     ],
 )
 def test_mistakes_in_records_are_named(tmp_path: Path, images: list[Path], change: dict, words: list[str]) -> None:
-    with pytest.raises(DocumentError) as caught:
+    with pytest.raises(InputError) as caught:
         load(tmp_path, [RECORD, RECORD | change])
     for word in ["record 1", *words]:
         assert word in str(caught.value)
 
 
 def test_line_number_of_a_bad_line(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="line 3"):
+    with pytest.raises(InputError, match="line 3"):
         load(tmp_path, '{"segments": [{"text": "a"}]}\n\n{"segments": [{"text": "a"}}\n', "input.jsonl")
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist"):
         load_documents(tmp_path / "gone.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00{")
-    with pytest.raises(DocumentError, match="not UTF-8"):
+    with pytest.raises(InputError, match="not UTF-8"):
         load_documents(tmp_path / "binary.json")
 
 
@@ -270,18 +271,18 @@ def test_a_link_does_not_lead_outside(tmp_path: Path, images: list[Path]) -> Non
     inside.mkdir()
     (inside / "link.png").symlink_to(images[0])
     path = write(inside, {"segments": [{"image": "link.png"}]})
-    with pytest.raises(DocumentError, match="outside"):
+    with pytest.raises(InputError, match="outside"):
         load_documents(path)
     assert load_documents(path, image_root=tmp_path)[0].images[0].source == images[0].resolve()
 
 
 def test_images_in_memory_have_no_path() -> None:
-    with pytest.raises(DocumentError, match="only in memory"):
+    with pytest.raises(InputError, match="only in memory"):
         Document([Image(PIL.Image.new("RGB", (2, 2)))]).to_dict()
 
 
 def test_record_needs_a_image_and_a_closed_middle() -> None:
-    with pytest.raises(DocumentError, match="at least one image"):
+    with pytest.raises(InputError, match="at least one image"):
         Document([Text("a")]).to_record()
-    with pytest.raises(DocumentError, match="segments\\[0\\]"):
+    with pytest.raises(InputError, match="segments\\[0\\]"):
         Document([Image(), Text("a")]).to_record()

@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
-    "files", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
+    "io", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
     "generation", "metrics", "tasks", "data", "pretrained", "evaluation", "training", "bench", "integrations", "cli",
     "auto", "__main__",
 ]  # fmt: skip

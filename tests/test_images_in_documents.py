@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved import Document, DocumentError, Image, MMInterleavedProcessor, Text
-from mm_interleaved.processor.images import load_image
+from mm_interleaved import Document, Image, MMInterleavedProcessor, Text
+from mm_interleaved.io import InputError
+from mm_interleaved.io.images import load_image
 
 from .conftest import make_image
 
@@ -102,9 +103,9 @@ def with_value(value: float) -> np.ndarray:
     ],
 )
 def test_what_is_no_image_is_refused_when_it_is_made(source: object, words: str) -> None:
-    with pytest.raises(DocumentError, match=words):
+    with pytest.raises(InputError, match=words):
         Image(source)
-    with pytest.raises(DocumentError, match=words):
+    with pytest.raises(InputError, match=words):
         Image(make_image(), target=source)
 
 
@@ -120,17 +121,17 @@ def test_what_is_no_image_is_refused_when_it_is_made(source: object, words: str)
     ],
 )
 def test_documents_are_checked_when_they_are_made(arguments: dict, words: str) -> None:
-    with pytest.raises(DocumentError, match=words):
+    with pytest.raises(InputError, match=words):
         Document(**arguments)
 
 
 def test_texts_and_roles_are_checked_when_they_are_made() -> None:
-    with pytest.raises(DocumentError, match="a text must be a string or None, not bytes"):
+    with pytest.raises(InputError, match="a text must be a string or None, not bytes"):
         Text(b"A cat.")
-    with pytest.raises(DocumentError, match=r"half a character, \\ud83d, at position 2"):
+    with pytest.raises(InputError, match=r"lone surrogate \\ud83d \(half a character\) at position 2"):
         Text("A \ud83d")
     for kind in (Text, Image):
-        with pytest.raises(DocumentError, match="unknown role 'robot'"):
+        with pytest.raises(InputError, match="unknown role 'robot'"):
             kind(role="robot")
 
 
@@ -189,21 +190,21 @@ def test_errors_name_document_and_segment(
     processor: MMInterleavedProcessor, tmp_path: Path, make: object, words: str
 ) -> None:
     document = Document([Text("A cat."), Image(make_image()), Image(make(tmp_path))])
-    with pytest.raises(DocumentError, match=words) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         processor([Document([Text("Fine.")]), document])
     assert caught.value.where == "document 1, segments[2]"
     streams = [processor.encode(document.segments)]
-    with pytest.raises(DocumentError, match=words) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         processor.collate(streams)
     assert caught.value.where == "row 0, image 1"
 
 
 def test_errors_name_the_target_and_the_part_of_a_chat(processor: MMInterleavedProcessor, tmp_path: Path) -> None:
-    with pytest.raises(DocumentError) as caught:
+    with pytest.raises(InputError) as caught:
         processor(Document([Image(make_image(), target=junk(tmp_path))]), training=True)
     assert caught.value.where == "document 0, segments[0], target"
     part = {"type": "image", "image": np.zeros((2, 2, 2), np.uint8)}
-    with pytest.raises(DocumentError) as caught:
+    with pytest.raises(InputError) as caught:
         Document.from_messages([{"role": "user", "content": [{"type": "text", "text": "Who?"}, part]}])
     assert caught.value.where == "messages[0].content[1].image"
 
@@ -225,7 +226,7 @@ def test_sixteen_bits_in_32(value: int) -> None:
 
 
 def test_errors_survive_pickling() -> None:
-    error = DocumentError("is damaged", "segments[1]", "Restore it").at("document 0")
+    error = InputError("is damaged", "segments[1]", "Restore it").at("document 0")
     again = pickle.loads(pickle.dumps(error))
     assert (again.problem, again.where, again.fix, str(again)) == (error.problem, error.where, error.fix, str(error))
 
@@ -256,7 +257,7 @@ def test_damaged_bytes_give_an_image_or_an_error_in_words(tmp_path_factory, kind
     path.write_bytes(bytes(damaged))
     try:
         image = load_image(path, "segments[3]")
-    except DocumentError as error:
+    except InputError as error:
         assert error.where == "segments[3]"  # noqa: PT017 - damage is allowed to leave an image that can be read
         return
     assert image.mode == "RGB"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TextDelta,
         TextSettings,
     )
+    from .io import InputError, OutputError
     from .model import MMInterleavedConfig
     from .processor import Batch, MMInterleavedProcessor, MMInterleavedTokenizer
 
@@ -46,6 +47,7 @@ _PACKAGES = {
         "TEXT_PRESETS", "DocumentFinished", "GenerationSettings", "ImageProgress", "ImageSettings", "MMInterleaved",
         "SegmentFinished", "TextDelta", "TextSettings",
     ),
+    "io": ("InputError", "OutputError"),
     "model": ("MMInterleavedConfig",),
     "processor": ("Batch", "MMInterleavedProcessor", "MMInterleavedTokenizer"),
 }  # fmt: skip
@@ -61,10 +63,12 @@ __all__ = [
     "Image",
     "ImageProgress",
     "ImageSettings",
+    "InputError",
     "MMInterleaved",
     "MMInterleavedConfig",
     "MMInterleavedProcessor",
     "MMInterleavedTokenizer",
+    "OutputError",
     "SegmentFinished",
     "Text",
     "TextDelta",
@@ -78,7 +82,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
-    if _HOMES[name] != "document":  # which needs no transformers
+    if _HOMES[name] not in ("document", "io"):  # which need no transformers
         register()
     return value
 

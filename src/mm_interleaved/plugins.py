@@ -20,6 +20,8 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar, cast
 
+from .io import InputError
+
 T = TypeVar("T")
 INSTALL = (
     "What plug-ins add is known once their package is installed: pip install PACKAGE, or pip install -e . in a checkout"
@@ -30,7 +32,7 @@ _BROKEN = (
 )  # fmt: skip
 
 
-class PluginError(ValueError):
+class PluginError(InputError):
     """A plug-in that cannot be used: which one, of which package, and why."""
 
 

@@ -22,6 +22,8 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, overload
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from .io import InputError
+
 T = TypeVar("T")
 Path = Sequence[str | int]
 
@@ -38,7 +40,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A setting that cannot be used: what is wrong, where, and what to do about it."""
 
 

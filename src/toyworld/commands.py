@@ -5,7 +5,6 @@ Help is printed without importing NumPy or torch, so everything else is imported
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import Annotated, cast
@@ -76,7 +75,7 @@ def show(
     """Draw a sheet of documents with their texts. Gray text is given, images in green frames are learned."""
     from mm_interleaved.cli.console import console, output
     from mm_interleaved.cli.errors import UsageError
-    from mm_interleaved.files import write_atomic
+    from mm_interleaved.io import write_image
 
     from .documents import FORM_NAMES, DocumentMix, toy_document
     from .sampling import SPLITS
@@ -92,11 +91,10 @@ def show(
             documents = [toy_document(seed, split, index, size=size, mix=mix) for index in range(count)]
         except ValueError as error:  # the size
             raise UsageError(str(error)) from None
-        buffer = io.BytesIO()
-        contact_sheet(documents, cell=size).save(buffer, "PNG")
+        sheet = contact_sheet(documents, cell=size)
     if not out.parent.is_dir():
         raise UsageError(f"the folder '{out.parent}' does not exist")
-    write_atomic(out, buffer.getvalue())
+    write_image(out, sheet)
     output.print(str(out), highlight=False)
 
 

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mm_interleaved.document import Image
+from mm_interleaved.io import InputError, read_json
 from mm_interleaved.tasks import Sample, Task
 from mm_interleaved.tasks.facts import Facts
 
@@ -33,8 +33,8 @@ def find(task: Task) -> Facts | None:
         path = folder / ABOUT
         if path.is_file():
             try:
-                about = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+                about = read_json(path, dict)
+            except InputError:
                 return None
             if not isinstance(about, dict) or about.get("toyworld") != VERSION:
                 return None

@@ -20,9 +20,9 @@ from mm_interleaved.checkpoints.checkpoint import (
     read_weights,
     upscale,
     weight_files,
-    written_aside,
 )
 from mm_interleaved.checkpoints.original import NameTable, derived_tensors
+from mm_interleaved.io import OutputError
 
 
 @pytest.fixture(scope="module")
@@ -183,31 +183,11 @@ def test_nothing_there(model: MMInterleaved, tmp_path: Path) -> None:
 
 def test_the_target_must_be_new(original: dict[str, Tensor], model: MMInterleaved, tmp_path: Path) -> None:
     source = save_original(original, tmp_path / "original")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(OutputError, match="exists already"):
         convert_from_original(source, source, model.config)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         convert_from_original(source, tmp_path / "file" / "ours", model.config)
-
-
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with written_aside(tmp_path / "target") as folder:
-            (folder / "half").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
-    (tmp_path / "target.incomplete").mkdir()
-    (tmp_path / "target.incomplete" / "half").touch()
-    with written_aside(tmp_path / "target") as folder:
-        (folder / "whole").touch()
-    assert [p.name for p in (tmp_path / "target").iterdir()] == ["whole"]
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
 # ---- ours

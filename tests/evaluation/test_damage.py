@@ -10,7 +10,7 @@ import pytest
 
 from mm_interleaved import MMInterleaved
 from mm_interleaved.evaluation import EvaluationError
-from mm_interleaved.tasks import TaskError
+from mm_interleaved.io import InputError, OutputError
 from toyworld.writers import write_dataset
 from toyworld.writers.base import Job
 
@@ -30,13 +30,13 @@ def own_task(task: MakeTask, own: Path, **settings: object):
 
 def test_a_missing_file_is_found_before_any_work(task: MakeTask, own: Path, run: Run, tmp_path: Path) -> None:
     (own / "v2_mscoco_val2014_annotations.json").unlink()
-    with pytest.raises(TaskError, match=r"v2_mscoco_val2014_annotations\.json.*does not exist.*visualqa\.org"):
+    with pytest.raises(InputError, match=r"v2_mscoco_val2014_annotations\.json.*does not exist.*visualqa\.org"):
         run(task("gqa"), own_task(task, own))
     assert not (tmp_path / "out").exists()
 
 
 def test_all_tasks_that_cannot_be_read_are_named(task: MakeTask, run: Run, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"2 tasks cannot be read; run the others with only=") as caught:
+    with pytest.raises(InputError, match=r"2 tasks cannot be read; run the others with only=") as caught:
         run(task("gqa", annotations=str(tmp_path)), task("vist"), task("coco", annotations=str(tmp_path)))
     assert str(caught.value).count("does not exist") == 2
 
@@ -48,7 +48,7 @@ def test_another_layout_is_named_with_its_place(task: MakeTask, own: Path, run: 
         question["asked"] = question.pop("question")
     path.write_text(json.dumps(data))
     with pytest.raises(
-        TaskError, match=r"none of 6 records.*questions\.json, 'questions', record 0: 'question' is miss"
+        InputError, match=r"none of 6 records.*questions\.json, 'questions', record 0: 'question' is miss"
     ):
         run(own_task(task, own))
 
@@ -254,7 +254,7 @@ def test_a_damaged_true_image_spoils_its_sample_only(task: MakeTask, run: Run, t
 
 def test_a_folder_that_cannot_be_written(task: MakeTask, run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(EvaluationError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         run(task("vqav2", limit=2))
 
 

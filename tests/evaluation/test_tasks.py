@@ -13,8 +13,9 @@ from mm_interleaved import MMInterleaved, MMInterleavedProcessor
 from mm_interleaved.evaluation import EvaluationError, MetricConfig, TaskSuite, predict
 from mm_interleaved.evaluation.predict import Predictor, effective_settings, plan_batches, sample_seed
 from mm_interleaved.evaluation.scoring import METRICS
+from mm_interleaved.io import InputError
 from mm_interleaved.metrics.clip import CLIP
-from mm_interleaved.tasks import TASKS, TaskError, make_task
+from mm_interleaved.tasks import TASKS, make_task
 from toyworld.draw import draw
 from toyworld.facts import drawn_scenes, find
 from toyworld.metrics import SceneImages
@@ -248,7 +249,7 @@ def test_clip_chooses_among_candidates(
 
 def test_a_folder_without_clip_is_said_before_anything_is_drawn(task: MakeTask, run: Run, tmp_path: Path) -> None:
     clip = MetricConfig(clip=str(tmp_path))
-    with pytest.raises(TaskError, match="is no CLIP model to choose images by"):
+    with pytest.raises(InputError, match="is no CLIP model to choose images by"):
         run(task("coco"), metrics=clip)
     (tmp_path / "config.json").write_text("{}")
     assert "the CLIP model cannot be used" in run(task("coco"), metrics=clip).tasks["coco"].failed
@@ -264,5 +265,5 @@ def test_examples_before_the_question(task: MakeTask, run: Run, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["seed", "num_return_sequences"])
 def test_what_the_evaluation_decides_is_no_setting_of_a_task(name: str, task: MakeTask, run: Run) -> None:
-    with pytest.raises((TaskError, EvaluationError), match=f"'{name}' cannot be set for a task"):
+    with pytest.raises((InputError, EvaluationError), match=f"'{name}' cannot be set for a task"):
         run(task("vqav2", generation={name: 3}))

@@ -10,8 +10,9 @@ import pytest
 
 from mm_interleaved.configuration import load_config, to_yaml
 from mm_interleaved.evaluation import TaskSuite
+from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER
-from mm_interleaved.tasks import TaskConfig, TaskError
+from mm_interleaved.tasks import TaskConfig
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.run import train
 
@@ -55,7 +56,7 @@ def test_processes_that_train_together_evaluate_together(task: MakeTask, tmp_pat
 
 
 def test_missing_files_are_found_before_training(task: MakeTask, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         train(settings(tmp_path / "run", task("gqa", annotations=str(tmp_path))), TOKENIZER, "cpu")
 
 

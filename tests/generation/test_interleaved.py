@@ -15,7 +15,6 @@ import torch
 
 from mm_interleaved import (
     Document,
-    DocumentError,
     DocumentFinished,
     GenerationSettings,
     Image,
@@ -31,6 +30,7 @@ from mm_interleaved import (
 from mm_interleaved.document import load_documents
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.generation.recompute import RecomputingGenerator
+from mm_interleaved.io import InputError
 from mm_interleaved.processor.packing import TokenStream
 
 from ..conftest import make_image
@@ -339,12 +339,12 @@ def test_forty_nine_images_are_the_most(model: MMInterleaved, processor: MMInter
     assert InterleavedGenerator(model, processor, GREEDY).most_images == 49
     few = [Image(make_image(1))] * 49
     InterleavedGenerator(model, processor, GREEDY).start([Document([*few, Text()])])
-    with pytest.raises(DocumentError, match="document 0: 50 images are more than the 49 that the model distinguishes"):
+    with pytest.raises(InputError, match="document 0: 50 images are more than the 49 that the model distinguishes"):
         InterleavedGenerator(model, processor, GREEDY).start([Document([*few, *few[:1], Text()])])
 
 
 def test_a_prompt_longer_than_the_context(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(DocumentError, match=r"60\d tokens are more than the 512 of the model's context"):
+    with pytest.raises(InputError, match=r"60\d tokens are more than the 512 of the model's context"):
         list(model.generate_interleaved(Document([Text("a " * 600)]), processor, GREEDY))
 
 
@@ -479,11 +479,11 @@ def test_a_finished_document_that_goes_on(model: MMInterleaved, processor: MMInt
 
 def test_errors_say_which_document(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     generator, long = InterleavedGenerator(model, processor, GREEDY), [Text("a " * 600)]
-    with pytest.raises(DocumentError, match=r"^document 1: 60\d tokens"):
+    with pytest.raises(InputError, match=r"^document 1: 60\d tokens"):
         generator.prepare_all([*one(), Document(long)])
-    with pytest.raises(DocumentError, match=r"^document 'x': 60\d tokens"):
+    with pytest.raises(InputError, match=r"^document 'x': 60\d tokens"):
         generator.prepare_all([*one(), Document(long, "x")])
-    with pytest.raises(DocumentError, match=r"^a.json, record 1: 60\d tokens"):
+    with pytest.raises(InputError, match=r"^a.json, record 1: 60\d tokens"):
         generator.prepare(Document(long, "x", place="a.json, record 1"))
 
 

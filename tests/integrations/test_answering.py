@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
-from mm_interleaved.document import DocumentError
 from mm_interleaved.generation import DocumentFinished
 from mm_interleaved.integrations import answering
 from mm_interleaved.integrations.answering import Answerer, cut, to_document, to_settings
+from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import Loaded
 
 from ..conftest import make_image
@@ -74,7 +74,7 @@ def test_no_room_for_an_answer(answerer: Answerer, caplog: pytest.LogCaptureFixt
     assert list(answerer.write([fits], TextSettings(6, 0, num_beams=1), ["mme/1"])) == [""]
     assert "document 'mme/1' ended by 'context' before an answer" in caplog.text
     longer = Document([Text("a " * (words + 5)), Text()])
-    with pytest.raises(DocumentError, match=r"document 'mme/2': \d+ tokens are more than"):
+    with pytest.raises(InputError, match=r"document 'mme/2': \d+ tokens are more than"):
         list(answerer.write([longer], TextSettings(6, 0, num_beams=1), ["mme/2"]))
 
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_interleaved import MMInterleavedProcessor, MMInterleavedTokenizer
-from mm_interleaved.document import DocumentError, Image
-from mm_interleaved.processor.images import CROPS, MAX_PIXELS, center_crop, load_image, squash, to_array, to_pil
+from mm_interleaved.document import Image
+from mm_interleaved.io import InputError
+from mm_interleaved.io.images import MAX_PIXELS, load_image
+from mm_interleaved.processor.images import CROPS, center_crop, squash, to_array, to_pil
 
 from ..conftest import make_image
 
@@ -124,19 +126,19 @@ def test_grey_with_alpha(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match=r"gone\.png' does not exist"):
+    with pytest.raises(InputError, match=r"gone\.png' does not exist"):
         load_image(tmp_path / "gone.png")
 
 
 def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
-    with pytest.raises(DocumentError, match=r"is empty \(0 bytes\)"):
+    with pytest.raises(InputError, match=r"is empty \(0 bytes\)"):
         load_image(tmp_path / "a.png")
 
 
 def test_no_image_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(DocumentError, match="not an image that can be read"):
+    with pytest.raises(InputError, match="not an image that can be read"):
         load_image(tmp_path / "a.png")
 
 
@@ -144,7 +146,7 @@ def test_no_image_at_all(tmp_path: Path) -> None:
 def test_truncated_file(tmp_path: Path, kind: str) -> None:
     path = save(tmp_path / f"a.{kind}", make_image(size=(300, 200)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DocumentError, match=r"damaged|not an image"):
+    with pytest.raises(InputError, match=r"damaged|not an image"):
         load_image(path)
 
 
@@ -155,7 +157,7 @@ def test_every_truncation_is_refused_or_read(tmp_path: Path) -> None:
         (tmp_path / "b.png").write_bytes(whole[:length])
         try:
             found = load_image(tmp_path / "b.png")
-        except DocumentError as error:
+        except InputError as error:
             told.add("b.png" in str(error))
         else:
             assert found.tobytes() == load_image(tmp_path / "a.png").tobytes()
@@ -167,7 +169,7 @@ def test_every_truncation_is_refused_or_read(tmp_path: Path) -> None:
 def test_too_many_pixels_are_not_even_decoded(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", PIL.Image.new("1", (20_000, 20_000)))
     assert MAX_PIXELS < 20_000**2
-    with pytest.raises(DocumentError, match="million pixels"):
+    with pytest.raises(InputError, match="million pixels"):
         load_image(path)
     side = math.isqrt(MAX_PIXELS) - 10  # large, but allowed; PIL's warning about it stays away
     assert load_image(save(tmp_path / "b.png", PIL.Image.new("1", (side, 4)))).size == (side, 4)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
-from mm_interleaved import Document, DocumentError, Image, MMInterleavedConfig, MMInterleavedProcessor, Text
+from mm_interleaved import Document, Image, MMInterleavedConfig, MMInterleavedProcessor, Text
+from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedTokenizer
 from mm_interleaved.processor.images import center_crop
@@ -114,7 +115,7 @@ def test_strings_with_placeholders(processor: MMInterleavedProcessor) -> None:
 
 
 def test_more_slots_than_images(processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(DocumentError, match="2 image slots, but 1 images"):
+    with pytest.raises(InputError, match="2 image slots, but 1 images"):
         processor(text=f"{IMAGE_TOKEN} {IMAGE_TOKEN}", images=[make_image()])
 
 
@@ -177,7 +178,7 @@ def test_open_slots_of_a_conversation(processor: MMInterleavedProcessor) -> None
 
 
 def test_a_segment_without_role_among_others(processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(DocumentError, match=r"segments\[1\]: this segment has no role"):
+    with pytest.raises(InputError, match=r"segments\[1\]: this segment has no role"):
         processor.render(Document([Text("a", role="user"), Text("b")]))
 
 
@@ -185,18 +186,18 @@ def test_a_segment_without_role_among_others(processor: MMInterleavedProcessor) 
 
 
 def test_reserved_tokens_in_text(processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(DocumentError, match=r"document 1, segments\[1\].*reserved token '<\|image\|>'"):
+    with pytest.raises(InputError, match=r"document 1, segments\[1\].*reserved token '<\|image\|>'"):
         processor([Document([Text("a")]), Document([Text("a"), Text(f"b{IMAGE_TOKEN}")])])
 
 
 def test_open_slots_cannot_be_encoded(processor: MMInterleavedProcessor) -> None:
-    with pytest.raises(DocumentError, match="open slot"):
+    with pytest.raises(InputError, match="open slot"):
         processor(Document([Text("a"), Image()]))
 
 
 def test_too_long(processor: MMInterleavedProcessor) -> None:
     document = Document([Text("a " * 600)], id="long one")
-    with pytest.raises(DocumentError, match=r"'long one': 60\d tokens are more than the 512"):
+    with pytest.raises(InputError, match=r"'long one': 60\d tokens are more than the 512"):
         processor(document)
     assert processor(document, truncation=True).input_ids.shape == (1, 512)
 

@@ -14,9 +14,10 @@ from hypothesis import given as for_all
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from mm_interleaved.document import Document, DocumentError, Image, Text
+from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.io import InputError
 from mm_interleaved.processor.processor import _join
-from mm_interleaved.tasks import TASKS, Task, TaskConfig, TaskError, make_task, render
+from mm_interleaved.tasks import TASKS, Task, TaskConfig, make_task, render
 
 from .conftest import FILES, PHASES, Written, first
 
@@ -66,7 +67,7 @@ def test_every_task_is_spoilt() -> None:
 def test_a_missing_file(name: str, file: str, own: Callable) -> None:
     task, folder = own(name)
     (folder / file).unlink()
-    with pytest.raises(TaskError) as raised:
+    with pytest.raises(InputError) as raised:
         list(task.samples())
     assert str(folder / file) in str(raised.value)
     assert "does not exist" in raised.value.problem
@@ -79,7 +80,7 @@ def test_a_file_of_another_layout(name: str, file: str, content: bytes, own: Cal
     """Names the file, whatever is in it."""
     task, folder = own(name)
     (folder / file).write_bytes(content)
-    with pytest.raises(TaskError) as raised:
+    with pytest.raises(InputError) as raised:
         list(task.samples())
     assert str(folder) in str(raised.value)
 
@@ -220,11 +221,11 @@ def test_all_odd_records_are_named(own: Callable) -> None:
 def test_files_without_a_record_that_can_be_used_are_refused(own: Callable) -> None:
     task, folder = own("visdial")
     change(folder / ANNOTATIONS["visdial"][0], lambda d: d["data"]["answers"].clear())
-    with pytest.raises(TaskError, match=r"none of 4 records can be used, the first is .* there is no answer"):
+    with pytest.raises(InputError, match=r"none of 4 records can be used, the first is .* there is no answer"):
         list(task.samples())
     task, folder = own("nocaps")
     change(folder / ANNOTATIONS["nocaps"][0], lambda d: d["annotations"].clear())
-    with pytest.raises(TaskError, match="'annotations': the list is empty"):
+    with pytest.raises(InputError, match="'annotations': the list is empty"):
         list(task.samples())
 
 
@@ -254,23 +255,23 @@ def test_regions_of_one_image(own: Callable) -> None:
     ],
 )
 def test_settings_that_are_not_possible(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(InputError, match=message):
         make_task(TaskConfig(**settings))
 
 
 def test_no_folder_of_images(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"datasets/coco: task 'vqav2' has its images in this folder, which does not"):
+    with pytest.raises(InputError, match=r"datasets/coco: task 'vqav2' has its images in this folder, which does not"):
         next(make_task(TaskConfig("vqav2", root=str(tmp_path / "datasets"))).samples())
 
 
 def test_a_confidence_that_is_no_number(toy_task: ToyTask) -> None:
-    with pytest.raises(TaskError, match="'confidence' must be a number, not 'high'"):
+    with pytest.raises(InputError, match="'confidence' must be a number, not 'high'"):
         first(toy_task("grit_grounding", options={"confidence": "high"}))
 
 
 def test_task_errors_are_document_errors() -> None:
     """So the command line prints them as it prints those."""
-    assert issubclass(TaskError, DocumentError)
+    assert issubclass(InputError, InputError)
 
 
 # ---- templates

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mm_interleaved.tasks import TaskError
+from mm_interleaved.io import InputError
 from mm_interleaved.tasks.pickles import read_npy, read_pickle
 
 PLAIN = st.recursive(
@@ -89,7 +89,7 @@ def test_nothing_is_run(tmp_path: Path, call: tuple) -> None:
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"a": value}))
     np.save(tmp_path / "bad.npy", np.array({"a": value}, object))
     for read, name in ((read_pickle, "bad.pkl"), (read_npy, "bad.npy")):
-        with pytest.raises(TaskError, match=r"asks for .*; it was not run") as raised:
+        with pytest.raises(InputError, match=r"asks for .*; it was not run") as raised:
             read(tmp_path / name)
         assert name in str(raised.value)
     assert not mark.exists()
@@ -109,7 +109,7 @@ def test_forged_arrays(tmp_path: Path, state: tuple) -> None:
             return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
 
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(Forged(), 2))
-    with pytest.raises(TaskError):
+    with pytest.raises(InputError):
         read_pickle(tmp_path / "x.pkl")
 
 
@@ -117,14 +117,14 @@ def test_forged_arrays(tmp_path: Path, state: tuple) -> None:
 def test_lengths_that_lead_back(tmp_path: Path, code: bytes) -> None:
     """An argument of -5 bytes ends before it begins, at its own opcode."""
     (tmp_path / "x.pkl").write_bytes(code + b"\xfb\xff\xff\xff.")
-    with pytest.raises(TaskError, match="a broken pickle: it has an argument of -5 bytes"):
+    with pytest.raises(InputError, match="a broken pickle: it has an argument of -5 bytes"):
         read_pickle(tmp_path / "x.pkl")
 
 
 @pytest.mark.parametrize("keeps", [b"r\xf0\xff\xff\xff", b"p4000000000\n", b"p-1\n", b"p1_0e9\n"])
 def test_numbers_that_would_fill_the_memory(tmp_path: Path, keeps: bytes) -> None:
     (tmp_path / "x.pkl").write_bytes(b"\x80\x02]" + keeps + b".")
-    with pytest.raises(TaskError, match="a broken pickle"):
+    with pytest.raises(InputError, match="a broken pickle"):
         read_pickle(tmp_path / "x.pkl")
 
 
@@ -134,7 +134,7 @@ def test_lists_of_the_same_lists(tmp_path: Path) -> None:
     for _ in range(12):
         value = [value] * 10
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, 4))
-    with pytest.raises(TaskError, match="repeats its parts too often"):
+    with pytest.raises(InputError, match="repeats its parts too often"):
         read_pickle(tmp_path / "x.pkl")
     (tmp_path / "x.pkl").write_bytes(pickle.dumps([["a"] * 5] * 5, 4))
     assert read_pickle(tmp_path / "x.pkl") == [["a"] * 5] * 5
@@ -143,14 +143,14 @@ def test_lists_of_the_same_lists(tmp_path: Path) -> None:
 @FEW
 @given(st.data())
 def test_damaged_files(tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever the bytes are: data or a `TaskError`."""
+    """Whatever the bytes are: data or a `InputError`."""
     whole = pickle.dumps({"a": [1, "b"], "c": np.arange(3), "d": np.array([None, "x"], object)}, 4)
     cut = data.draw(st.integers(0, len(whole)))
     noise = data.draw(st.binary(max_size=8))
     content = whole[:cut] + noise + whole[data.draw(st.integers(cut, len(whole))) :]
     for name, read in (("x.pkl", read_pickle), ("x.npy", read_npy)):
         (tmp_path / name).write_bytes(content)
-        with contextlib.suppress(TaskError):
+        with contextlib.suppress(InputError):
             read(tmp_path / name)
 
 

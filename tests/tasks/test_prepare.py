@@ -12,7 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mm_interleaved.tasks import TASKS, Sample, Task, TaskConfig, TaskError, make_task
+from mm_interleaved.io import InputError
+from mm_interleaved.tasks import TASKS, Sample, Task, TaskConfig, make_task
 from mm_interleaved.tasks.check import EXPECTED, check_task
 from mm_interleaved.tasks.prepare import CONVERTERS, prepare
 
@@ -103,7 +104,7 @@ def test_refcoco_runs_nothing(tmp_path: Path) -> None:
     write(tmp_path / "official/instances.json", {"images": [{"id": 5, "file_name": "a.jpg"}],
                                                  "annotations": [{"id": 7, "bbox": [1, 1, 2, 2]}]})  # fmt: skip
     (tmp_path / "official/refs(unc).p").write_bytes(pickle.dumps([Bad()]))
-    with pytest.raises(TaskError, match="it was not run"):
+    with pytest.raises(InputError, match="it was not run"):
         prepare(TASKS["refcoco"], tmp_path / "official", tmp_path / "datasets", "val")
     assert not (tmp_path / "touched").exists()
 
@@ -148,25 +149,25 @@ def test_flintstones(tmp_path: Path) -> None:
     strip = PIL.Image.open(tmp_path / "datasets/flintstones/video_frames_sampled_png/s_01_e01_shot_1.png")
     assert np.array_equal(np.asarray(strip).reshape(frames.shape), frames)
     np.save(tmp_path / "official/video_frames_sampled/s_01_e01_shot_2.npy", frames[:, :64])
-    with pytest.raises(TaskError, match=r"uint8 \[T, 128, 128, 3\], not uint8 \[3, 64, 128, 3\]"):
+    with pytest.raises(InputError, match=r"uint8 \[T, 128, 128, 3\], not uint8 \[3, 64, 128, 3\]"):
         prepare(TASKS["flintstones"], tmp_path / "official", tmp_path / "datasets", "")
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
 def test_missing_official_files_are_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         prepare(TASKS[name], tmp_path / "official", tmp_path / "datasets", "")
     (tmp_path / "official").mkdir()
-    with pytest.raises(TaskError, match=r"is not there|there are no") as caught:
+    with pytest.raises(InputError, match=r"is not there|there are no") as caught:
         prepare(TASKS[name], tmp_path / "official", tmp_path / "datasets", "")
     assert "Get" in str(caught.value)
     assert not (tmp_path / "datasets").exists()
 
 
 def test_what_needs_no_conversion_says_so() -> None:
-    with pytest.raises(TaskError, match=r"reads its files as they are.*visualqa\.org.*mmi data check vqav2"):
+    with pytest.raises(InputError, match=r"reads its files as they are.*visualqa\.org.*mmi data check vqav2"):
         prepare(TASKS["vqav2"], Path("."), Path("."), "")
-    with pytest.raises(TaskError, match="Phases are val, test, train"):
+    with pytest.raises(InputError, match="Phases are val, test, train"):
         prepare(TASKS["vist"], Path("."), Path("."), "dev")
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from mm_interleaved import MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.io import InputError
 from mm_interleaved.processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
-from mm_interleaved.tasks import TASKS, Sample, Task, TaskError, grounding, render, visdial
+from mm_interleaved.tasks import TASKS, Sample, Task, grounding, render, visdial
 
 from .conftest import FILES, first
 
@@ -157,9 +158,9 @@ def test_a_prompt_of_ones_own(toy_task: ToyTask) -> None:
     sample = first(toy_task("vqav2", prompt="{image} Q: {question} A:"))
     assert [type(s) for s in sample.document.segments] == [Image, Text, Text]
     assert sample.document.segments[1].text == f"Q: {sample.meta['question']} A:"
-    with pytest.raises(TaskError, match=r"field \{quest\}; there is image, question"):
+    with pytest.raises(InputError, match=r"field \{quest\}; there is image, question"):
         first(toy_task("vqav2", prompt="{image}{quest}"))
-    with pytest.raises(TaskError, match="no template"):
+    with pytest.raises(InputError, match="no template"):
         first(toy_task("vqav2", prompt="{image"))
 
 
@@ -214,13 +215,13 @@ def test_neighbours_stand_last_first(toy_task: ToyTask, tmp_path: Path) -> None:
         assert [i.source for i in sample.document.images[:2]] == [images[near[1]], images[near[0]]]
         assert len(sample.document.images) == 3
     path.write_text(json.dumps({samples[0].id: ["nobody", train[0]]}))
-    with pytest.raises(TaskError, match="no example 'nobody'"):
+    with pytest.raises(InputError, match="no example 'nobody'"):
         list(toy_task("coco_karpathy", **settings).samples())
 
 
 def test_too_few_examples(toy_task: ToyTask, written: Callable) -> None:
     train = str(written("vqav2", "train"))
-    with pytest.raises(TaskError, match="100 examples are wanted"):
+    with pytest.raises(InputError, match="100 examples are wanted"):
         list(toy_task("vqav2", shots=100, shot_images=train, shot_annotations=train).samples())
-    with pytest.raises(TaskError, match="no few-shot examples"):
+    with pytest.raises(InputError, match="no few-shot examples"):
         toy_task("visdial", shots=2)

@@ -16,7 +16,8 @@ import pytest
 
 from mm_interleaved import MMInterleavedProcessor
 from mm_interleaved.document import Image, Text
-from mm_interleaved.tasks import Sample, Task, TaskConfig, TaskError, make_task
+from mm_interleaved.io import InputError
+from mm_interleaved.tasks import Sample, Task, TaskConfig, make_task
 from mm_interleaved.tasks.ade20k import color_maps
 from mm_interleaved.tasks.stories import FLINTSTONES, PORORO, tidy
 from toyworld.draw import boxes, draw, label_map
@@ -400,7 +401,7 @@ def test_system_turns_and_several_images(system, images, question, asked, llava)
     ],
 )
 def test_conversations_that_cannot_be_used_are_named(change, words, llava) -> None:
-    with pytest.raises(TaskError, match=words):
+    with pytest.raises(InputError, match=words):
         llava("llava_conversations", RECORD | change)
 
 

@@ -8,15 +8,12 @@ complete.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import shutil
 import struct
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..io import InputError, atomic_folder, read_json, write_json
 from ..model.config import MMInterleavedConfig
 from ..model.mm_interleaved import MMInterleavedModel
 from .original import NameTable, derived_tensors
@@ -41,7 +39,7 @@ POSITION_TABLE = "visual_tokenizer.encoder.vision_model.embeddings.position_embe
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be used; the message says why and what to do."""
 
 
@@ -104,7 +102,7 @@ def _promised(source: Path, files: list[Path]) -> set[str]:
     names: set[str] = set()
     for index in source.glob("*.index.json"):
         try:
-            names |= set(json.loads(index.read_text())["weight_map"].values())
+            names |= set(read_json(index)["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"'{index}' is not an index of weights") from None
     for file in files:
@@ -155,48 +153,6 @@ def check_safetensors(source: Path) -> None:
 # ---- writing
 
 
-@contextmanager
-def written_aside(target: Path, replace: bool = False) -> Iterator[Path]:
-    """A new folder that becomes `target` when the block ends well, and disappears otherwise.
-
-    Args:
-        target: what it becomes.
-        replace: whether a folder of that name makes room.
-
-    Raises:
-        CheckpointError: the target exists and is not an empty folder, or cannot be written.
-    """
-    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"'{target}' exists already; name a new folder")
-    aside = target.with_name(target.name + ".incomplete")
-    try:
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True)
-        yield aside
-        put_in_place(aside, target)
-    except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def put_in_place(aside: Path, target: Path) -> None:
-    """Give a finished folder its name; a folder that bears it goes, and comes back if that fails."""
-    if not target.exists():
-        aside.rename(target)
-        return
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        aside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 class ShardWriter:
     """Collects tensors in the order of a plan and writes them shard by shard.
 
@@ -235,7 +191,7 @@ class ShardWriter:
         if self.plan.is_sharded:
             index = {"metadata": self.plan.metadata, "weight_map": self.plan.tensor_to_filename}
             path = self.folder / self.index
-            path.write_text(json.dumps(index, indent=2) + "\n")
+            write_json(path, index)
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -356,7 +312,7 @@ def convert_from_original(
         ours = upscale(config, image_upscale)
     table = names.ours(POSITION_TABLE)
     sizes = {n: expected[n].numel() * _kind(n, t, dtype).itemsize for n, t in found.items()}
-    with written_aside(target) as folder:
+    with atomic_folder(target) as folder:
         writer = ShardWriter(folder, sizes, "model", ".safetensors", _save_safetensors)
         for number, path in enumerate(files):
             progress("converting", number, len(files))
@@ -407,7 +363,7 @@ def convert_to_original(
     tables = {name: compute() for name, compute in derived.items()}
     sizes = {_original_name(names, n): t.numel() * _kind(n, t, dtype).itemsize for n, t in shapes.items()}
     sizes |= {name: t.numel() * _kind(name, t, kind).itemsize for name, t in tables.items()}
-    with written_aside(target) as folder:
+    with atomic_folder(target) as folder:
         writer = ShardWriter(folder, sizes, "pytorch_model", ".bin", _save_pickle)
         for number, path in enumerate(files):
             progress("converting", number, len(files))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..io import UserError
 from .bench import bench
 from .console import console
 from .convert import assemble, convert
@@ -59,9 +60,7 @@ def main(arguments: list[str] | None = None) -> Any:
     _quieten_libraries()
     try:
         return app(arguments)
-    except ValueError as error:
-        if not _is_for_people(error):
-            raise
+    except UserError as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
         sys.exit(1)
 
@@ -73,13 +72,6 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _is_for_people(error: ValueError) -> bool:
-    return type(error).__name__ in (
-        "ConfigError", "DataError", "DocumentError", "TaskError", "CheckpointError", "EvaluationError", "PluginError",
-        "UsageError",
-    )  # fmt: skip
 
 
 def _escaped(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -10,6 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
+from ..io import read_json, write_atomic, write_json
 from .console import console, output
 from .errors import UsageError
 from .models import find_device, find_dtype
@@ -84,19 +84,15 @@ def _keep(result: dict[str, Any], path: Path | None) -> None:
 
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = {path: json.dumps(result, indent=1) + "\n", path.with_suffix(".md"): report.markdown(result)}
-    for target, content in texts.items():
-        part = target.with_name(target.name + ".part")
-        part.write_text(content)
-        part.replace(target)
+    write_json(path, result, indent=1)
+    write_atomic(path.with_suffix(".md"), report.markdown(result))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path, dict)
         if not {"rows", "date", "gpu"} <= result.keys():
             raise ValueError("it is no result of `mmi bench`")
-    except (OSError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UsageError(f"'{path}' cannot be compared: {error}") from None
     return result

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress
 
+from ..io import atomic_folder, read_json
 from .console import console, output
 from .errors import UsageError
 from .models import DTYPES, find_dtype
@@ -85,7 +85,7 @@ def read_config(name: str) -> MMInterleavedConfig:
     if not path.is_file():
         raise UsageError(f"--config '{name}' is neither a preset ({', '.join(PRESETS)}) nor a file")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, dict)
         return config_from_original(data) if "model" in data else MMInterleavedConfig.from_dict(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--config '{name}' cannot be used: {error}") from None
@@ -110,7 +110,7 @@ def assemble(
     dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
     """Make a new model out of base components, ready for training."""
-    from ..checkpoints.checkpoint import CheckpointError, written_aside
+    from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.components import config_from_components, from_components
     from ..generation import MMInterleaved
     from ..processor import MMInterleavedProcessor
@@ -130,7 +130,7 @@ def assemble(
             model = from_components(chosen, llm, clip, diffusion, kind, MMInterleaved)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(str(error)) from None
-        with written_aside(target) as folder:
+        with atomic_folder(target) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
     output.print(f"written: {target}")

@@ -82,7 +82,7 @@ def prepare(
     phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
 ) -> None:
     """Write official files in the form that a task reads."""
-    from ..tasks import TASKS, TaskError
+    from ..tasks import TASKS, InputError
     from ..tasks.prepare import prepare as convert
 
     if task not in TASKS:
@@ -90,7 +90,7 @@ def prepare(
     try:
         with console.status(f"converting {task}"):
             lines = convert(TASKS[task], source, root, phase)
-    except TaskError as error:
+    except InputError as error:
         raise UsageError(str(error)) from None
     for line in lines:
         output.print(line, highlight=False, markup=False)

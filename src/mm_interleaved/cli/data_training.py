@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import time
 from dataclasses import field, replace
@@ -14,7 +13,7 @@ from ..configuration import load_config
 from ..data import DataConfig, DataError, DataReport, build_loader
 from ..data.report import COUNTS
 from ..data.sheet import contact_sheet
-from ..files import write_atomic
+from ..io import write_image
 from ..pretrained import TOKENIZER
 from ..processor import Batch, MMInterleavedProcessor
 from ..training.building import build_processor
@@ -47,9 +46,7 @@ def check_training(config: Path, overrides: list[str], batches: int, seconds: fl
         failed += [source.name] if problem else []
         samples += found[:rows]
     if samples:
-        buffer = io.BytesIO()
-        contact_sheet(samples, processor, rows=1).save(buffer, "PNG")
-        write_atomic(sheet, buffer.getvalue())
+        write_image(sheet, contact_sheet(samples, processor, rows=1))
         output.print(f"contact sheet: {sheet}")
     if failed:
         raise UsageError(f"these sources cannot be used: {', '.join(failed)}")

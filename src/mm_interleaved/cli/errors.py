@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..io import InputError
 
-class UsageError(ValueError):
+
+class UsageError(InputError):
     """A command that cannot be carried out as it was given."""

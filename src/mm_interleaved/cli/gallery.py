@@ -15,12 +15,12 @@ from typing import Any
 import PIL.Image
 from jinja2 import Environment, PackageLoader
 
-from ..document import DocumentError, Image, Text
+from ..document import Image, Text
 from ..evaluation.predictions import Record
 from ..evaluation.scoring import SampleScores, ScoringInputs, TaskResult, main_scores
-from ..files import write_atomic
+from ..io import InputError, write_atomic, write_image
+from ..io.images import load_image
 from ..metrics import Scores
-from ..processor.images import load_image
 from ..tasks import Sample
 
 GALLERY, IMAGES = "gallery.html", "gallery"
@@ -55,7 +55,7 @@ def write_gallery(given: ScoringInputs, scores: SampleScores, result: TaskResult
         entries=shown, count=len(rows),
     )  # fmt: skip
     path = given.folder / GALLERY
-    write_atomic(path, page.encode())
+    write_atomic(path, page)
     return path
 
 
@@ -110,8 +110,8 @@ def _thumbnail(source: Any, path: Path) -> str | None:
     """Write a small copy beside the page; its relative URL, None if the image cannot be read any more."""
     try:
         image = load_image(source)
-    except DocumentError:
+    except InputError:
         return None
     image.thumbnail((SIDE, SIDE), PIL.Image.Resampling.LANCZOS)
-    image.save(path, "JPEG", quality=88)
+    write_image(path, image)
     return f"{IMAGES}/{path.name}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..io import InputError
 from .console import console, output
 from .errors import UsageError
 from .models import DTYPES, find_device, find_dtype, load_model
@@ -66,7 +67,7 @@ def generate(
     Writes the images, results.json (the original's fields and ours) and report.html into the output folder.
     """
     from ..checkpoints.quantization import QUANTIZATIONS
-    from ..document import DocumentError, load_documents
+    from ..document import load_documents
     from ..generation import IMAGE_PRESETS, TEXT_PRESETS, InterleavedGenerator
     from .results import ResultsFolder, refuse_occupied
 
@@ -87,7 +88,7 @@ def generate(
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, chosen)
         prepared = generator.prepare_all(documents)  # says now what cannot be used
-    except DocumentError:
+    except InputError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -122,15 +123,14 @@ def _settings(text: TextSettings, image: ImageSettings, pairs: list[str], seed: 
 
 def _check_images(document: Document) -> None:
     """Read every given image once, so that a bad one is known before the work begins."""
-    from ..document import DocumentError
-    from ..processor.images import load_image
+    from ..io.images import load_image
 
     for index, segment in enumerate(document.segments):
         for image in (getattr(segment, "source", None), getattr(segment, "target", None)):
             if image is not None:
                 try:
                     load_image(image, f"segments[{index}]")
-                except DocumentError as error:
+                except InputError as error:
                     raise error.at(document.name) from None
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 from jinja2 import Environment, PackageLoader
 
-from ..processor.images import load_image
+from ..io import encode_image
+from ..io.images import load_image
 
 SHOWN_SIDE = 640  # longest side of an image in the report, in pixels
 
@@ -18,10 +18,8 @@ SHOWN_SIDE = 640  # longest side of an image in the report, in pixels
 def _data_url(path: Path) -> str:
     image = load_image(path)
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), PIL.Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
     kind = "PNG" if image.width * image.height <= 256 * 256 else "JPEG"
-    image.save(buffer, kind, quality=88)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encode_image(image, kind, quality=88)).decode()}"
 
 
 def write_report(records: list[dict[str, Any]], folder: Path, run: dict[str, Any], trained: bool) -> str:

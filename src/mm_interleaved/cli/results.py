@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,20 +17,14 @@ import PIL.Image
 from .. import __version__
 from ..configuration import describe_differences
 from ..document import Document, Generated, Image, Segment, Text
-from ..files import write_atomic
 from ..generation import GenerationSettings
+from ..io import InputError, check_list, read_json, write_atomic, write_image, write_json
+from ..io.images import load_image
 from ..pretrained import Loaded
-from ..processor.images import load_image
 from .errors import UsageError
 from .report import write_report
 
 RESULTS, REPORT = "results.json", "report.html"
-
-
-def _png(image: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def candidate_name(sample: int, turn: int, number: int) -> str:
@@ -92,12 +84,8 @@ class ResultsFolder:
             "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         }
         self.records: list[dict[str, Any]] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / ".writable", b"")
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise UsageError(f"the folder '{folder}' cannot be written: {error.strerror}") from None
+        write_atomic(folder / ".writable", "")
+        (folder / ".writable").unlink()
         self._take_over(resume, overwrite)
 
     def _take_over(self, resume: bool, overwrite: bool) -> None:
@@ -134,7 +122,7 @@ class ResultsFolder:
             return []
         paths = [self.folder / name for name in _candidate_names(sample, segment.generated)]
         for path, image in zip(paths, segment.generated.candidates, strict=True):
-            write_atomic(path, _png(image))
+            write_image(path, image)
         return paths
 
     def add_document(self, sample: int, document: Document, reason: str) -> None:
@@ -156,7 +144,7 @@ class ResultsFolder:
             "files": files,
             "run": self.run,
         })  # fmt: skip
-        write_atomic(self.folder / RESULTS, (json.dumps(self.records, indent=4, ensure_ascii=False) + "\n").encode())
+        write_json(self.folder / RESULTS, self.records, indent=4)
 
     def _entry(self, sample: int, number: int, segment: Segment) -> dict[str, Any]:
         """What a record says of segment `number` of a document."""
@@ -184,7 +172,7 @@ class ResultsFolder:
                 continue
             if isinstance(segment.source, PIL.Image.Image):
                 names.append(self._given_path(sample, number, segment))
-                write_atomic(self.folder / names[-1], _png(load_image(segment.source)))
+                write_image(self.folder / names[-1], load_image(segment.source))
         return names
 
     def _given_path(self, sample: int, number: int, segment: Image) -> str:
@@ -198,18 +186,17 @@ class ResultsFolder:
     def finish(self) -> Path:
         """Write the report; its path."""
         path = self.folder / REPORT
-        write_atomic(path, write_report(self.records, self.folder, self.run, self.trained).encode())
+        write_atomic(path, write_report(self.records, self.folder, self.run, self.trained))
         return path
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(records, list) and all(isinstance(r, dict) for r in records):
-            return records
-    except (ValueError, UnicodeDecodeError):
-        pass
-    raise UsageError(f"'{path}' is not a results file of this command; name another folder")
+        return check_list(read_json(path), dict, str(path))
+    except InputError as error:
+        raise UsageError(
+            f"'{path}' is not a results file of this command ({error.problem}); name another folder"
+        ) from None
 
 
 def with_candidates(record: dict[str, Any]) -> dict[str, Any]:

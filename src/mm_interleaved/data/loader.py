@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from ..document import DocumentError
+from ..io import InputError
 from ..processor import Batch, MMInterleavedProcessor
 from ..processor.packing import TokenStream
 from ..processor.processor import ImageViews
@@ -306,7 +306,7 @@ class _Parcels:
         for image in row.images:
             try:
                 views.append(self._processor.views(image, training=True, draft=source.draft_jpeg))
-            except DocumentError as error:
+            except InputError as error:
                 self._report.reject(source.name, "image damaged", str(error))
                 views.append(None)
         seen = [view for view in views if view is not None]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from ..configuration import ConfigError, make_config
-from ..document import Document, DocumentError, FileSlice, Folder, Image, Segment, Text, interleave
-from ..processor.images import open_image
+from ..document import Document, Folder, Image, Segment, Text, interleave
+from ..io import FileSlice, InputError, check_strings, decode_text, find_file, parse_json
+from ..io.images import open_image
 from .config import SourceConfig
 from .report import DataError, Rejected
-from .shards import LineShards, Record, Shards, TarShards, expand
+from .shards import LineShards, Record, Shards, TarSample, TarShards, expand
 from .sources import SOURCES, SourceType
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")  # extensions in tar shards
@@ -87,57 +87,51 @@ class ImageFolder:
         Raises:
             Rejected: it is no name, leads out of the folder, does not exist, or is no image.
         """
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise Rejected("image without a name", f"{where}: {name!r}")
-        if "://" in name:
-            raise Rejected("image is a URL", f"{where}: {name}")
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root):
-            raise Rejected("image outside its folder", f"{where}: {name}")
+        try:
+            path = find_file(self.root, name)
+        except InputError as error:
+            raise Rejected(f"image {error.kind}", f"{where}: {error.problem}") from None
         self.check(path, f"{where}: {name}")
         return path
 
     def check(self, source: Path | FileSlice, example: str) -> None:
         """Refuse what is no image, as far as its header tells."""
-        if isinstance(source, FileSlice):
-            size = source.length
-        else:
-            try:
-                size = source.stat().st_size
-            except OSError:
-                raise Rejected("image missing", example) from None
+        size = source.length if isinstance(source, FileSlice) else source.stat().st_size
         if size == 0:
             raise Rejected("image empty", example)
         if self.probe:
             try:
                 open_image(source).close()
-            except DocumentError as error:
-                reason = "image too large" if "million pixels" in error.problem else "image unreadable"
-                raise Rejected(reason, f"{example}: {error.problem}") from None
+            except InputError as error:
+                raise Rejected(f"image {error.kind}", f"{example}: {error.problem}") from None
 
 
 def decode(payload: bytes, where: str, note: Note | None = None) -> dict[str, Any]:
     """A line of JSON, or with `note` of a Python literal, which must be an object.
 
     Raises:
-        Rejected: it is neither.
+        Rejected: it is neither, or holds a lone surrogate.
     """
     try:
-        text = payload.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Rejected("line not UTF-8", f"{where}: byte {error.start}") from None
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also for numbers that are too long
-        if note is None:
-            raise Rejected("line not JSON", f"{where}: {error}") from None
-        try:
-            data = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise Rejected("line neither JSON nor a Python literal", f"{where}: {text.strip()[:80]}") from None
+        data = parse_json(payload)
+    except InputError as error:
+        if note is None or error.kind != "not JSON":
+            raise Rejected(f"line {error.kind}", f"{where}: {error.problem}") from None
+        data = _decode_literal(decode_text(payload), where)
         note(LITERAL, where)
     if not isinstance(data, dict):
-        raise Rejected("line not an object", f"{where}: {text.strip()[:80]}")
+        raise Rejected("line not an object", f"{where}: {str(data)[:80]}")
+    return data
+
+
+def _decode_literal(text: str, where: str) -> Any:
+    try:
+        data = ast.literal_eval(text.strip())
+        check_strings(data)
+    except InputError as error:
+        raise Rejected(f"line {error.kind}", f"{where}: {error.problem}") from None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise Rejected("line neither JSON nor a Python literal", f"{where}: {text.strip()[:80]}") from None
     return data
 
 
@@ -257,17 +251,22 @@ class WebDataset:
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """One image, one caption."""
         where = self.shards.place(record)
-        image = next((record.payload[e] for e in IMAGES if e in record.payload), None)
+        files, skipped, twice = cast(TarSample, record.payload)
+        for name in skipped:
+            note("file that belongs to no sample", f"{where}: {name}")
+        if twice:
+            raise Rejected("sample with two files of one name", f"{where}: {twice}")
+        image = next((files[e] for e in IMAGES if e in files), None)
         if image is None:
-            raise Rejected("sample without an image", f"{where}: {', '.join(record.payload)}")
+            raise Rejected("sample without an image", f"{where}: {', '.join(files)}")
         self.images.check(image, where)
-        if "txt" in record.payload:
+        if "txt" in files:
             try:
-                caption = record.payload["txt"].read().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise Rejected("caption not UTF-8", f"{where}: byte {error.start}") from None
-        elif "json" in record.payload:
-            caption = caption_of(decode(record.payload["json"].read(), where).get("caption"), where)
+                caption = decode_text(files["txt"].read())
+            except InputError as error:
+                raise Rejected(f"caption {error.kind}", f"{where}: {error.problem}") from None
+        elif "json" in files:
+            caption = caption_of(decode(files["json"].read(), where).get("caption"), where)
         else:
             raise Rejected("'caption' missing", where)
         return pair(self.config, caption.strip(), image, rng, where)
@@ -300,7 +299,7 @@ class Documents:
     def _own(self, data: dict[str, Any], where: str) -> Document:
         try:
             document = Document.from_dict(data, Folder(self.images.root))
-        except DocumentError as error:
+        except InputError as error:
             raise Rejected(_kind(error.problem), f"{where}: {error}") from None
         document.place = where
         for image in document.images:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..io import InputError
+
 # What is counted, in the order of `mmi data check`.
 COUNTS = ("shards", "records", "documents", "images", "rows", "tokens")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used at all, or a saved state that does not fit it."""
 
 

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from ..document import FileSlice
+from ..io import MAX_LINE, FileSlice
 from .report import DataError, Rejected
 
-MAX_LINE = 1 << 26  # bytes; a longer line is no record
 DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError)
+_SAMPLE_FILE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_META = re.compile(r"__[^/]*__($|/)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -30,7 +31,7 @@ class Record(NamedTuple):
         offset: where it starts in the (unpacked) shard.
         line: its number there, from 0.
         end: where the next one starts.
-        payload: a line in bytes, or for tar shards the pieces of a sample by extension.
+        payload: a line in bytes, or for tar shards a `TarSample`.
     """
 
     shard: int
@@ -141,10 +142,25 @@ class LineShards:
         raise Rejected("shard missing", str(self.root / name))
 
 
-class TarShards:
-    """Tar archives as webdataset writes them: neighbouring files with one stem are a sample.
+class TarSample(NamedTuple):
+    """Neighbouring files of one stem in a tar archive.
 
-    The payload maps lower-case extensions (`jpg`, `txt`, `json`) to the slices of the archive that hold the files.
+    Attributes:
+        files: the slices of the archive that hold the files, by lower-case extension (`jpg`, `txt`, `json`).
+        skipped: names of files from here to the next sample that belong to none.
+        twice: a name that ends like another of the sample; "": none.
+    """
+
+    files: dict[str, FileSlice]
+    skipped: list[str]
+    twice: str = ""
+
+
+class TarShards:
+    """Tar archives, read by webdataset's rules: neighbouring files with one stem are a sample.
+
+    The stem ends at the first dot after the last slash. Names without an extension and `__meta__` files belong to no
+    sample, nor do files whose names begin with a dot, as a Mac adds them. Two files of one name spoil their sample.
     """
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
@@ -159,22 +175,26 @@ class TarShards:
         path = self.root / self.names[shard]
         if not path.is_file():
             raise Rejected("shard missing", str(path))
-        start, stem, pieces = offset, None, {}
         if offset >= path.stat().st_size > 0:
             return
+        start, stem, sample = offset, "", TarSample({}, [])
         with _guard(self.names[shard]), _open_tar(path, offset) as archive:
             for member in archive:
                 if not member.isreg():
                     continue
-                folder, _, base = member.name.rpartition("/")
-                key, _, extension = base.partition(".")
-                if stem is not None and (folder, key) != stem:
-                    yield Record(shard, start, line, member.offset, pieces)
-                    start, line, pieces = member.offset, line + 1, {}
-                stem = (folder, key)
-                pieces[extension.lower()] = FileSlice(path, member.offset_data, member.size)
-            if pieces:
-                yield Record(shard, start, line, path.stat().st_size, pieces)
+                match = _SAMPLE_FILE.fullmatch(member.name)
+                if not match or _META.search(member.name):
+                    sample.skipped.append(member.name)
+                    continue
+                if sample.files and match[1] != stem:
+                    yield Record(shard, start, line, member.offset, sample)
+                    start, line, sample = member.offset, line + 1, TarSample({}, [])
+                stem, extension = match[1], match[2].lower()
+                if extension in sample.files:
+                    sample = sample._replace(twice=member.name)
+                sample.files[extension] = FileSlice(path, member.offset_data, member.size)
+            if sample.files or sample.skipped:
+                yield Record(shard, start, line, path.stat().st_size, sample)
 
 
 @contextmanager

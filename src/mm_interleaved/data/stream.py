@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..document import DocumentError
+from ..io import InputError
 from ..processor import MMInterleavedProcessor
 from ..processor.packing import Cut, PackingRules, TokenStream
 from .config import SourceConfig
@@ -265,7 +265,7 @@ class SourceStream:
         document = self.reader.document(record, rng, lambda reason, example: report.reject(name, reason, example))
         try:
             stream = self.processor.encode(self.processor.render(document), close=True)
-        except DocumentError as error:
+        except InputError as error:
             raise Rejected("document cannot be encoded", f"{document.place}: {error}") from None
         return self._shortened(stream) if self.config.is_pairs else stream
 

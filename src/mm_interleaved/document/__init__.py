@@ -12,14 +12,16 @@ one document, a list of them, or one a line:
 Paths are relative to the file and may not lead out of its folder; `data:image/...;base64,` URLs carry an image inline.
 """
 
+from ..io import InputError
 from .document import Document
-from .errors import DocumentError
 from .files import load_documents
 from .folder import Folder
 from .forms import ORIGINAL_TURNS, SEGMENT_FIELDS, interleave
-from .segments import ROLES, FileSlice, Generated, Image, Segment, Text
+from .segments import ROLES, Generated, Image, Segment, Text
+
+DocumentError = InputError  # its name in version 0.1
 
 __all__ = [
-    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "FileSlice", "Folder", "Generated",
+    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "Folder", "Generated",
     "Image", "Segment", "Text", "interleave", "load_documents",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import PIL.Image
 
-from .errors import DocumentError
+from ..io import InputError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -27,7 +27,7 @@ def image_from_array(value: Any) -> PIL.Image.Image:
     """The image in a NumPy array or a PyTorch tensor; a copy.
 
     Raises:
-        DocumentError: its shape, its type or its values are not those above.
+        InputError: its shape, its type or its values are not those above.
     """
     array = cast(np.ndarray, value) if isinstance(value, np.ndarray) else _tensor_values(value)
     kind = "array" if isinstance(value, np.ndarray) else "tensor"
@@ -47,17 +47,17 @@ def _tensor_values(tensor: Any) -> np.ndarray:
         # NumPy has no bfloat16 and no 8-bit floats; float32 holds all their values
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     except (TypeError, RuntimeError, NotImplementedError) as error:  # on the meta device, sparse, quantized
-        raise DocumentError(f"the values of the tensor cannot be read: {_first_line(error)}",
-                            fix="Give a dense tensor on the CPU or a GPU") from None  # fmt: skip
+        raise InputError(f"the values of the tensor cannot be read: {_first_line(error)}",
+                         fix="Give a dense tensor on the CPU or a GPU") from None  # fmt: skip
 
 
 def _check_shape(shape: tuple[int, ...], kind: str) -> None:
     channels, other = (0, -1) if kind == "tensor" else (-1, 0)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[channels] not in _MODES):
         article = "a" if kind == "tensor" else "an"
-        raise DocumentError(f"{article} {kind} of shape {list(shape)} is no image", fix=_advice(shape, kind, other))
+        raise InputError(f"{article} {kind} of shape {list(shape)} is no image", fix=_advice(shape, kind, other))
     if 0 in shape:
-        raise DocumentError(f"the {kind} of shape {list(shape)} has no pixels", fix="Leave the image out")
+        raise InputError(f"the {kind} of shape {list(shape)} has no pixels", fix="Leave the image out")
 
 
 def _advice(shape: tuple[int, ...], kind: str, other: int) -> str:
@@ -76,14 +76,14 @@ def _pixels(array: np.ndarray, kind: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):
-        raise DocumentError(f"the {kind} has values of type {array.dtype}",
-                            fix="Give uint8 in [0, 255] or floats in [0, 1]")  # fmt: skip
+        raise InputError(f"the {kind} has values of type {array.dtype}",
+                         fix="Give uint8 in [0, 255] or floats in [0, 1]")  # fmt: skip
     if not np.isfinite(array).all():
-        raise DocumentError(f"the {kind} holds NaN or infinite values", fix="Give floats in [0, 1]")
+        raise InputError(f"the {kind} holds NaN or infinite values", fix="Give floats in [0, 1]")
     least, most = float(array.min()), float(array.max())
     if least < 0 or most > 1:
-        raise DocumentError(f"the {kind} has floats from {least:g} to {most:g}, outside [0, 1]",
-                            fix="Divide by 255, undo a normalization, or clip")  # fmt: skip
+        raise InputError(f"the {kind} has floats from {least:g} to {most:g}, outside [0, 1]",
+                         fix="Divide by 255, undo a normalization, or clip")  # fmt: skip
     return (array.astype(np.float64) * 255 + 0.5).astype(np.uint8)
 
 

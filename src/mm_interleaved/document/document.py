@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import PIL.Image
 
-from .checks import check_list, positive
-from .errors import DocumentError
+from ..io import FileSlice, InputError, check_list
+from .checks import positive
 from .folder import Folder
 from .forms import read_form
-from .segments import FileSlice, Image, Segment, Text
+from .segments import Image, Segment, Text
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Document:
         place: where it was read from, for messages.
 
     Raises:
-        DocumentError: a segment is something else, or max_turns is no whole number from 1 on.
+        InputError: a segment is something else, or max_turns is no whole number from 1 on.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -43,12 +43,12 @@ class Document:
 
     def __post_init__(self) -> None:
         if isinstance(self.segments, (str, Text, Image)):
-            raise DocumentError(f"segments must be a list, not {type(self.segments).__name__}",
-                                fix="Write Document([...])")  # fmt: skip
+            raise InputError(f"segments must be a list, not {type(self.segments).__name__}",
+                             fix="Write Document([...])")  # fmt: skip
         self.segments = list(self.segments)
         for index, segment in enumerate(cast("list[object]", self.segments)):
             if not isinstance(segment, (Text, Image)):
-                raise DocumentError(f"must be a Text or an Image, not {type(segment).__name__}", f"segments[{index}]")
+                raise InputError(f"must be a Text or an Image, not {type(segment).__name__}", f"segments[{index}]")
         if self.max_turns is not None:
             positive(self.max_turns, "max_turns")
         check_list(self.forced_texts, str, "forced_texts")
@@ -77,7 +77,7 @@ class Document:
             folder: where relative paths start and where they must stay; None: paths are taken as they are.
 
         Raises:
-            DocumentError: something is missing, unknown or of the wrong type, or a path leads nowhere or outside.
+            InputError: something is missing, unknown or of the wrong type, or a path leads nowhere or outside.
         """
         return cls(**read_form(data, folder or Folder()))
 
@@ -85,7 +85,7 @@ class Document:
         """The `segments` form. Images must be paths.
 
         Raises:
-            DocumentError: an image exists only in memory.
+            InputError: an image exists only in memory.
         """
         data: dict[str, Any] = {"segments": [_segment_to_dict(s, i) for i, s in enumerate(self.segments)]}
         optional = {
@@ -124,7 +124,7 @@ class Document:
         """The original's record. Every text is a sentence; an image stands after the sentence before it.
 
         Raises:
-            DocumentError: the document has no image, or an open slot anywhere but at its end.
+            InputError: the document has no image, or an open slot anywhere but at its end.
         """
         sentences: list[str] = []
         images: list[str | None] = []
@@ -132,7 +132,7 @@ class Document:
         first: list[bool] = []
         for index, segment in enumerate(self.segments):
             if segment.is_open and index < len(self.segments) - 1:
-                raise DocumentError("a record of the original cannot have an open slot here", f"segments[{index}]")
+                raise InputError("a record of the original cannot have an open slot here", f"segments[{index}]")
             if isinstance(segment, Image):
                 images.append("" if segment.is_open else _path_text(segment.source, index))
                 places.append(max(len(sentences) - 1, 0))
@@ -140,7 +140,7 @@ class Document:
             elif segment.text is not None:
                 sentences.append(segment.text)
         if not images:
-            raise DocumentError("a record of the original needs at least one image")
+            raise InputError("a record of the original needs at least one image")
         record: dict[str, Any] = {
             "sentences": sentences or [""],
             "images": images,
@@ -155,7 +155,7 @@ class Document:
 def _path_text(source: object, index: int) -> str | None:
     if isinstance(source, (PIL.Image.Image, FileSlice)):
         problem = "is only part of a file" if isinstance(source, FileSlice) else "exists only in memory"
-        raise DocumentError(f"the image {problem}", f"segments[{index}]", "Save it and use its path")
+        raise InputError(f"the image {problem}", f"segments[{index}]", "Save it and use its path")
     return None if source is None else str(source)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
-from .checks import check
-from .errors import UNREADABLE_IMAGE, DocumentError
+from ..io import InputError, check_type, find_file
+from ..io.images import open_image
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,9 @@ class Folder:
     """Where the relative paths of a file start, and the folder that no path may leave.
 
     Attributes:
-        base: the folder of the file; None: paths are taken as they are and not checked.
-        limit: the folder that paths must stay in; None: `base`.
+        base: the folder where names start; None: paths are taken as they are and not checked.
+        limit: for documents of others, the folder that paths may not leave, by links either; None: names may not leave
+            `base`, links may.
     """
 
     base: Path | None = None
@@ -30,39 +30,27 @@ class Folder:
         """The image that `text` names: the path of an existing file, or the image of a data URL.
 
         Raises:
-            DocumentError: there is no such file, or it lies outside the folder, or the URL is not a data URL.
+            InputError: there is no such file, or it lies outside the folder, or the URL is not a data URL.
         """
-        text = check(text, str, where, "Give the path of an image, or null for a slot to fill")
+        text = check_type(text, str, where, "Give the path of an image, or null for a slot to fill")
         if text.startswith("data:"):
             return _inline_image(text, where)
-        if "://" in text:
-            raise DocumentError(f"'{text}' is a URL", where, "Images are not fetched; download it and give its path")
-        if "\0" in text:
-            raise DocumentError("the path holds a null character", where, "Remove it")
         if self.base is None:
             return Path(text)
         try:
-            path, limit = (self.base / text).resolve(), (self.limit or self.base).resolve()
-            there = path.is_file()
-        except (OSError, RuntimeError) as error:  # a name that is too long; links that go round in circles
-            reason = getattr(error, "strerror", None) or "its links go round in circles"
-            raise DocumentError(f"'{text[:60]}...' is no path: {reason}", where, "Check the path") from None
-        if not path.is_relative_to(limit):
-            raise DocumentError(
-                f"'{text}' lies outside the folder {limit}", where,
-                "Move the image there, or allow a wider folder with --image-root",
-            )  # fmt: skip
-        if not there:
-            raise DocumentError(f"the file '{text}' does not exist", where, f"Paths are relative to {self.base}")
-        return path
+            return find_file(self.base, text, where, self.limit)
+        except InputError as error:
+            if error.kind == "outside its folder":
+                error = InputError(error.problem, where, f"{error.fix}, or allow a wider folder with --image-root")
+            raise error from None
 
 
 def _inline_image(url: str, where: str) -> PIL.Image.Image:
     header, _, payload = url.partition(",")
     if not header.endswith(";base64"):
-        raise DocumentError("the data URL is not base64", where, "Write data:image/png;base64,...")
+        raise InputError("the data URL is not base64", where, "Write data:image/png;base64,...")
     try:
-        return PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
-    except (*UNREADABLE_IMAGE, PIL.Image.DecompressionBombError):
-        raise DocumentError("the data URL holds no image that can be read", where,
-                            "Write data:image/png;base64,... with all of a PNG or JPEG") from None  # fmt: skip
+        return open_image(base64.b64decode(payload, validate=True))
+    except ValueError:
+        raise InputError("the data URL holds no image that can be read", where,
+                         "Write data:image/png;base64,... with all of a PNG or JPEG") from None  # fmt: skip

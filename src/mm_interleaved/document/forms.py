@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from .checks import check, check_all_characters, check_fields, check_list, listed, positive
-from .errors import DocumentError
+from ..io import InputError, check_list, check_strings, check_type
+from .checks import check_fields, listed, positive
 from .folder import Folder
 from .segments import ROLES, Image, Segment, Text
 
@@ -28,12 +28,12 @@ Fields = dict[str, Any]  # of a `Document`, by its attributes' names
 
 def read_form(data: Any, folder: Folder) -> Fields:
     """See `Document.from_dict`, which makes a document of what this gives."""
-    data = check(data, dict, "document", 'Write {"segments": [{"text": ...}, {"image": "path"}]}')
-    check_all_characters(data)
+    data = check_type(data, dict, "document", 'Write {"segments": [{"text": ...}, {"image": "path"}]}')
+    check_strings(data)
     for key, reader in (("segments", _from_segments), ("messages", _from_messages), ("sentences", _from_record)):
         if key in data:
             return reader(data, folder)
-    raise DocumentError(
+    raise InputError(
         f"none of the fields 'segments', 'messages' and 'sentences' is there, only {listed(data)}",
         fix='Write {"segments": [{"text": ...}, {"image": "path"}]}',
     )
@@ -42,67 +42,69 @@ def read_form(data: Any, folder: Folder) -> Fields:
 def _name(data: dict[str, Any]) -> str | None:
     """The `id` of a document; a number will do."""
     name = data.get("id")
-    return str(name) if isinstance(name, int | float) else None if name is None else check(name, str, "id")
+    return str(name) if isinstance(name, int | float) else None if name is None else check_type(name, str, "id")
 
 
 def _from_segments(data: dict[str, Any], folder: Folder) -> Fields:
     check_fields(data, DOCUMENT_FIELDS)
     segments: list[Segment] = []
-    for index, item in enumerate(check(data["segments"], list, "segments")):
+    for index, item in enumerate(check_type(data["segments"], list, "segments")):
         where = f"segments[{index}]"
-        check_fields(check(item, dict, where, 'Write {"text": ...} or {"image": ...}'), SEGMENT_FIELDS, where)
+        check_fields(check_type(item, dict, where, 'Write {"text": ...} or {"image": ...}'), SEGMENT_FIELDS, where)
         if ("text" in item) == ("image" in item):
-            raise DocumentError("a segment has either 'text' or 'image'", where)
-        supervise = check(item.get("supervise", True), bool, f"{where}.supervise")
+            raise InputError("a segment has either 'text' or 'image'", where)
+        supervise = check_type(item.get("supervise", True), bool, f"{where}.supervise")
         role = _check_role(item.get("role"), f"{where}.role")
         if "text" in item:
-            text = item["text"] if item["text"] is None else check(item["text"], str, f"{where}.text")
-            segments.append(Text(text, supervise, role, check(item.get("attached", False), bool, f"{where}.attached")))
+            text = item["text"] if item["text"] is None else check_type(item["text"], str, f"{where}.text")
+            segments.append(
+                Text(text, supervise, role, check_type(item.get("attached", False), bool, f"{where}.attached"))
+            )
             continue
         source, target = (
             None if item.get(key) is None else folder.image(item[key], f"{where}.{key}") for key in ("image", "target")
         )
         segments.append(Image(source, supervise, role, target))
     if not segments:
-        raise DocumentError("a document needs at least one segment", "segments")
+        raise InputError("a document needs at least one segment", "segments")
     turns, stop = data.get("max_turns"), data.get("stop_at_eos")
     return {
         "segments": segments,
         "id": _name(data),
         "max_turns": None if turns is None else positive(turns, "max_turns"),
         "forced_texts": check_list(data.get("forced_texts", []), str, "forced_texts"),
-        "stop_at_eos": None if stop is None else check(stop, bool, "stop_at_eos"),
+        "stop_at_eos": None if stop is None else check_type(stop, bool, "stop_at_eos"),
     }
 
 
 def _check_role(role: Any, where: str) -> str | None:
-    if role is not None and check(role, str, where) not in ROLES:
-        raise DocumentError(f"unknown role {role!r}", where, f"Roles are {', '.join(ROLES)}")
+    if role is not None and check_type(role, str, where) not in ROLES:
+        raise InputError(f"unknown role {role!r}", where, f"Roles are {', '.join(ROLES)}")
     return role
 
 
 def _from_messages(data: dict[str, Any], folder: Folder) -> Fields:
     check_fields(data, ("messages", "id"))
     segments: list[Segment] = []
-    for index, message in enumerate(check(data["messages"], list, "messages")):
+    for index, message in enumerate(check_type(data["messages"], list, "messages")):
         where = f"messages[{index}]"
-        check_fields(check(message, dict, where), ("role", "content"), where)
-        role = _check_role(check(message.get("role"), str, f"{where}.role"), f"{where}.role")
+        check_fields(check_type(message, dict, where), ("role", "content"), where)
+        role = _check_role(check_type(message.get("role"), str, f"{where}.role"), f"{where}.role")
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part_index, part in enumerate(check(parts, list, f"{where}.content")):
+        for part_index, part in enumerate(check_type(parts, list, f"{where}.content")):
             place = f"{where}.content[{part_index}]"
-            segments.append(_from_part(check(part, dict, place), role, folder, place))
+            segments.append(_from_part(check_type(part, dict, place), role, folder, place))
     if not segments:
-        raise DocumentError("a conversation needs at least one message", "messages")
+        raise InputError("a conversation needs at least one message", "messages")
     return {"segments": segments, "id": _name(data)}
 
 
 def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: str) -> Segment:
     supervise = role == "assistant"
-    kind = check(part.get("type"), str, f"{where}.type", "Kinds are text, image and image_url")
+    kind = check_type(part.get("type"), str, f"{where}.type", "Kinds are text, image and image_url")
     if kind == "text":
-        return Text(check(part.get("text"), str, f"{where}.text"), supervise, role)
+        return Text(check_type(part.get("text"), str, f"{where}.text"), supervise, role)
     if kind == "image_url":
         url = part.get("image_url")
         url = cast(dict[str, Any], url).get("url") if isinstance(url, dict) else url
@@ -115,10 +117,10 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
                     source = folder.image(source, f"{where}.{key}")
                 try:
                     return Image(source, supervise, role)
-                except DocumentError as error:
+                except InputError as error:
                     raise error.at(f"{where}.{key}") from None
-        raise DocumentError("an image part needs 'path', 'image' or 'url'", where)
-    raise DocumentError(f"unknown kind of content {kind!r}", f"{where}.type", "Kinds are text, image and image_url")
+        raise InputError("an image part needs 'path', 'image' or 'url'", where)
+    raise InputError(f"unknown kind of content {kind!r}", f"{where}.type", "Kinds are text, image and image_url")
 
 
 def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
@@ -126,31 +128,31 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
     check_fields(data, RECORD_FIELDS)
     missing = [key for key in RECORD_FIELDS[:4] if key not in data]
     if missing:
-        raise DocumentError(f"the record lacks {listed(missing)}")
+        raise InputError(f"the record lacks {listed(missing)}")
     sentences = check_list(data["sentences"], str, "sentences")
     places, first = (
         check_list(data["sentence_ixs"], int, "sentence_ixs"),
         check_list(data["image_first"], bool, "image_first"),
     )
-    paths = check(data["images"], list, "images")
+    paths = check_type(data["images"], list, "images")
     if not paths:
-        raise DocumentError("a record needs at least one image", "images", "Use the 'segments' form for text alone")
+        raise InputError("a record needs at least one image", "images", "Use the 'segments' form for text alone")
     if not len(paths) == len(places) == len(first):
-        raise DocumentError(f"images, sentence_ixs and image_first have {len(paths)}, {len(places)} and {len(first)} "
-                            "entries", fix="Give one of each for every image")  # fmt: skip
+        raise InputError(f"images, sentence_ixs and image_first have {len(paths)}, {len(places)} and {len(first)} "
+                         "entries", fix="Give one of each for every image")  # fmt: skip
     for index, place in enumerate(places):
         if not 0 <= place < len(sentences):
-            raise DocumentError(f"there is no sentence {place}", f"sentence_ixs[{index}]",
-                                f"Sentences are numbered 0 to {len(sentences) - 1}")  # fmt: skip
+            raise InputError(f"there is no sentence {place}", f"sentence_ixs[{index}]",
+                             f"Sentences are numbered 0 to {len(sentences) - 1}")  # fmt: skip
     order = [(place, not before) for place, before in zip(places, first, strict=True)]
     for index in range(1, len(order)):
         if order[index] < order[index - 1]:
-            raise DocumentError(f"image {index} stands before image {index - 1}", f"images[{index}]",
-                                "List the images in the order in which they stand in the text")  # fmt: skip
+            raise InputError(f"image {index} stands before image {index - 1}", f"images[{index}]",
+                             "List the images in the order in which they stand in the text")  # fmt: skip
 
     mode = data.get("generate_mode", "generate_texts")
-    if check(mode, str, "generate_mode") not in _MODES:
-        raise DocumentError(f"unknown mode '{mode}'", "generate_mode", f"Modes are {', '.join(_MODES)}")
+    if check_type(mode, str, "generate_mode") not in _MODES:
+        raise InputError(f"unknown mode '{mode}'", "generate_mode", f"Modes are {', '.join(_MODES)}")
     draws_last = _MODES[mode] == "image"
     images = [
         Image() if draws_last and i == len(paths) - 1 else Image(folder.image(p, f"images[{i}]"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import PIL.Image
 
+from ..io import FileSlice, InputError, check_text
 from .arrays import image_from_array, is_array
-from .errors import DocumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +49,7 @@ class Text:
         generated: how a model generated it; None: it was given. It does not count in comparisons.
 
     Raises:
-        DocumentError: the text is no string or holds half a character, or there is no such role.
+        InputError: the text is no string or holds half a character, or there is no such role.
     """
 
     text: str | None = None
@@ -63,38 +62,14 @@ class Text:
         text = cast(object, self.text)
         if text is not None:
             if not isinstance(text, str):
-                raise DocumentError(f"a text must be a string or None, not {type(text).__name__}")
-            check_characters(text)
+                raise InputError(f"a text must be a string or None, not {type(text).__name__}")
+            check_text(text)
         _check_role(self.role)
 
     @property
     def is_open(self) -> bool:
         """Whether generation is to fill it."""
         return self.text is None
-
-
-@dataclass(frozen=True)
-class FileSlice:
-    """An image that is a part of a larger file, such as a member of a tar archive.
-
-    Attributes:
-        path: the file.
-        offset: where it starts there, in bytes.
-        length: its bytes.
-    """
-
-    path: Path
-    offset: int
-    length: int
-
-    def read(self) -> bytes:
-        """Its bytes; fewer if the file ends too soon."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.length)
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.offset}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +85,7 @@ class Image:
         generated: as of `Text`.
 
     Raises:
-        DocumentError: the source or the target is of another kind, or an array of another shape or range, or there is
+        InputError: the source or the target is of another kind, or an array of another shape or range, or there is
             no such role.
     """
 
@@ -134,32 +109,21 @@ class Image:
 Segment = Text | Image
 
 
-def check_characters(text: str, where: str = "") -> None:
-    """Refuse half characters (surrogates): JSON can spell them as escapes, but nothing can write them.
-
-    Raises:
-        DocumentError: there is one.
-    """
-    if half := re.search("[\ud800-\udfff]", text):
-        raise DocumentError(f"half a character, \\u{ord(half[0]):04x}, at position {half.start()}", where,
-                            "Write the whole character, or remove it")  # fmt: skip
-
-
 def _check_role(role: Any) -> None:
     if role is not None and role not in ROLES:
-        raise DocumentError(f"unknown role {role!r}", fix=f"Roles are {', '.join(ROLES)}")
+        raise InputError(f"unknown role {role!r}", fix=f"Roles are {', '.join(ROLES)}")
 
 
 def _checked_source(source: Any) -> str | Path | FileSlice | PIL.Image.Image | None:
     if is_array(source):
         return image_from_array(source)
     if isinstance(source, (str, Path)) and "\0" in str(source):
-        raise DocumentError("the path holds a null character", fix="Remove it")
+        raise InputError("the path holds a null character", fix="Remove it")
     if source is None or isinstance(source, (str, Path, FileSlice, PIL.Image.Image)):
         return source
     if isinstance(source, os.PathLike):
         return Path(cast("os.PathLike[str]", source))
-    raise DocumentError(
+    raise InputError(
         f"an image must be a path, a PIL image, an array or a tensor, not {type(source).__name__}",
         fix="Bytes are opened with PIL.Image.open(io.BytesIO(data))",
     )

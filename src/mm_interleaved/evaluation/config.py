@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..checkpoints.quantization import Quantization
+from ..io import UserError
 from ..tasks import TaskConfig
 from ..validation import Count, Positive, Seed, Share, settings
 
 HERE = "."  # the root of a task that names none
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError, ValueError):
     """An evaluation that cannot be carried out: what is wrong, where, and what to do about it."""
 
 

@@ -22,16 +22,18 @@ from typing import Any, cast
 import PIL.Image
 import torch
 
-from ..document import Document, DocumentError, Image, Text
+from ..document import Document, Image, Text
 from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved
 from ..generation.interleaved import PreparedDocument
 from ..generation.settings import override
+from ..io import InputError
+from ..io.images import ImageSource, load_image
 from ..metrics.clip import CLIP
 from ..processor import MMInterleavedProcessor
-from ..processor.images import CROPS, Source, load_image
+from ..processor.images import CROPS
 from ..processor.packing import TokenStream
 from ..processor.tokenizer import encode_text
-from ..tasks import Sample, Task, TaskError
+from ..tasks import Sample, Task
 from .config import TaskSuite
 from .predictions import IMAGES, REFERENCES, Prediction, Predictions, Record, image_name
 
@@ -113,7 +115,7 @@ class Predictor:
         suite: seed and sizes of batches.
 
     Raises:
-        TaskError: the settings of generation cannot be used, or the model that chooses among candidates.
+        InputError: the settings of generation cannot be used, or the model that chooses among candidates.
     """
 
     def __init__(self, model: MMInterleaved, processor: MMInterleavedProcessor, task: Task, suite: TaskSuite) -> None:
@@ -130,8 +132,8 @@ class Predictor:
                 OSError,
                 RuntimeError,
             ) as error:  # what the libraries raise for folders they cannot load
-                raise TaskError(f"the CLIP model cannot be used: {str(error).splitlines()[0]}",
-                                f"task '{task.name}', 'metrics.clip'", "Fetch it again") from None  # fmt: skip
+                raise InputError(f"the CLIP model cannot be used: {str(error).splitlines()[0]}",
+                                 f"task '{task.name}', 'metrics.clip'", "Fetch it again") from None  # fmt: skip
         self.generator = InterleavedGenerator(model, self.processor, self.settings, progress=False)
 
     def load(self, sample: Sample) -> PreparedSample | str:
@@ -145,7 +147,7 @@ class Predictor:
             if self.task.makes == "scores":
                 document = replace(document, segments=[s for s in document.segments if not s.is_open])
             return self._fitting(sample, document)
-        except DocumentError as error:
+        except InputError as error:
             return str(error)
 
     def _opened(self, document: Document) -> Document:
@@ -153,7 +155,7 @@ class Predictor:
         segments = []
         for segment in document.segments:
             if isinstance(segment, Image) and segment.source is not None:
-                seen = CROPS[self.task.crop](load_image(cast(Source, segment.source)), self.processor.image_size)
+                seen = CROPS[self.task.crop](load_image(cast(ImageSource, segment.source)), self.processor.image_size)
                 segment = replace(segment, source=PIL.Image.fromarray(seen))
             segments.append(segment)
         return replace(document, segments=segments)
@@ -164,11 +166,11 @@ class Predictor:
         options = [encode_text(self.processor.tokenizer, option) for option in sample.options]
         for option, ids in zip(sample.options, options, strict=True):
             if not ids:
-                raise DocumentError(f"the option {option!r} has no tokens", f"sample {sample.id}", "Correct the file")
+                raise InputError(f"the option {option!r} has no tokens", f"sample {sample.id}", "Correct the file")
         room = self.generator.limit - max(map(len, options), default=0)
         tokens = sum(len(item) for item in prepared.plan if isinstance(item, TokenStream))
         if tokens > room:
-            raise DocumentError(f"{tokens} tokens are more than the {room} of the model's context before an option",
+            raise InputError(f"{tokens} tokens are more than the {room} of the model's context before an option",
                                 document.name, "Shorten it")  # fmt: skip
         return PreparedSample(sample, prepared, options)
 
@@ -237,11 +239,13 @@ def effective_settings(task: Task, suite: TaskSuite) -> GenerationSettings:
     """How a task's slots are filled. Without CLIP there is nothing to choose candidates by, and one is drawn.
 
     Raises:
-        TaskError: the task's settings name what an evaluation decides.
+        InputError: the task's settings name what an evaluation decides.
     """
     for name, instead in (("seed", "'seed' of the evaluation"), ("num_return_sequences", "num_beams")):
         if name in task.config.generation:
-            raise TaskError(f"'{name}' cannot be set for a task", f"task '{task.name}', 'generation'", f"Use {instead}")
+            raise InputError(
+                f"'{name}' cannot be set for a task", f"task '{task.name}', 'generation'", f"Use {instead}"
+            )
     changes: dict[str, Any] = {"batch_size": suite.batch_size}
     if task.select == "clip" and suite.metrics.clip is None:
         changes["num_candidates"] = 1
@@ -252,14 +256,14 @@ def clip_of(task: Task, suite: TaskSuite, device: torch.device | str) -> CLIP | 
     """What chooses among candidates; None: the first counts.
 
     Raises:
-        TaskError: the folder that is named has no model.
+        InputError: the folder that is named has no model.
     """
     if task.select != "clip" or suite.metrics.clip is None:
         return None
     folder = Path(suite.metrics.clip)
     if not (folder / "config.json").is_file():
-        raise TaskError(f"'{folder}' has no config.json, so it is no CLIP model to choose images by",
-                        f"task '{task.name}', 'metrics.clip'", "Correct it, or leave it out to draw one")  # fmt: skip
+        raise InputError(f"'{folder}' has no config.json, so it is no CLIP model to choose images by",
+                         f"task '{task.name}', 'metrics.clip'", "Correct it, or leave it out to draw one")  # fmt: skip
     return CLIP(folder, device)
 
 

@@ -12,9 +12,7 @@ A line is written when its sample is finished and its images are there, so whate
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +22,7 @@ from typing import Any
 import PIL.Image
 
 from ..configuration import describe_differences
-from ..files import write_atomic
+from ..io import InputError, append, json_lines, parse_json, read_json, write_image, write_json, write_json_lines
 from .config import EvaluationError
 
 RUN, PREDICTIONS, PARTS = "run.json", "predictions.jsonl", "part-*.jsonl"
@@ -72,13 +70,8 @@ class Predictions:
         self.check(identity(parts[-1]) if parts else whole)
         if not parts or parts[-1] < whole["samples"]["count"]:
             parts = [*parts, whole["samples"]["count"]]
-        try:
-            (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**whole, PART_ENDS: parts}, indent=2, ensure_ascii=False)
-            write_atomic(self.folder / RUN, (text + "\n").encode())
-            self.join()
-        except OSError as error:
-            raise EvaluationError(f"{self.folder}: cannot be written: {error.strerror}") from None
+        write_json(self.folder / RUN, {**whole, PART_ENDS: parts})
+        self.join()
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Refuse a folder whose predictions were made with something else. What `identity` lacks is not compared.
@@ -115,8 +108,7 @@ class Predictions:
         if not parts and self.path.exists():
             return
         records = {record["index"]: record for path in (self.path, *parts) for record in read_records(path)}
-        lines = [json.dumps(records[index], ensure_ascii=False) + "\n" for index in sorted(records)]
-        write_atomic(self.path, "".join(lines).encode())
+        write_json_lines(self.path, (records[index] for index in sorted(records)))
         for part in parts:
             part.unlink()
 
@@ -127,15 +119,8 @@ class Predictions:
     def add(self, made: Sequence[Prediction]) -> None:
         """Write images as PNG, then append the lines that name them to this process's file, in one go."""
         for name, image in ((name, image) for one in made for name, image in one.images.items()):
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            (self.folder / name).parent.mkdir(exist_ok=True)
-            write_atomic(self.folder / name, buffer.getvalue())
-        content = "".join(json.dumps(one.record, ensure_ascii=False) + "\n" for one in made).encode()
-        with self.part.open("ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            write_image(self.folder / name, image)
+        append(self.part, json_lines(one.record for one in made))
 
 
 def image_name(kind: str, index: int, slot: int) -> str:
@@ -154,8 +139,8 @@ def read_records(path: Path) -> Iterator[Record]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line) if line else None
-        except ValueError:
+            record = parse_json(line, strict=False) if line.strip() else None
+        except InputError:
             if number == len(lines):  # without its line end: the process was killed while it wrote
                 return
             record = line
@@ -183,10 +168,7 @@ def remove_results(folder: Path) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        return read_json(path, dict)
+    except InputError:
         raise EvaluationError(f"{path}: damaged, so it is not known what the predictions were made with; "
-                              "name another folder, or replace them with --overwrite")  # fmt: skip
-    return found
+                              "name another folder, or replace them with --overwrite") from None  # fmt: skip

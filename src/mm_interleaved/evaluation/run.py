@@ -20,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..configuration import to_yaml
-from ..files import write_atomic
 from ..generation import MMInterleaved
+from ..io import InputError, read_json, write_atomic, write_json, write_json_lines
 from ..model.weights import stored
 from ..processor import MMInterleavedProcessor
-from ..tasks import Sample, Task, TaskError, make_task
+from ..tasks import Sample, Task, make_task
 from ..tasks.facts import find_facts
-from .config import EvaluationError, TaskSuite, task_name
+from .config import TaskSuite, task_name
 from .predict import Predictor, Speed, clip_of, effective_settings, plan_batches, run_batches
 from .predictions import Predictions
 from .processes import on_all, on_main, start_processes
@@ -101,7 +101,7 @@ def evaluate(
         The results, on the main process; None on others.
 
     Raises:
-        TaskError: a task's settings are not possible, or its files cannot be read.
+        InputError: a task's settings are not possible, or its files cannot be read.
         EvaluationError: the folder belongs to another run.
     """
     state = state or start_processes(cpu=model.compute_device.type == "cpu")
@@ -127,7 +127,7 @@ def evaluate(
         result = TaskResult(task.kind.name, _phase(task))
         try:
             results.speed[task.name] = _predict(config, task, model, processor, folder, digest, state, console)
-        except TaskError as error:
+        except InputError as error:
             result.failed = str(error)
             console.print(f"[red]{task.name}:[/] {_escaped(result.failed)}", highlight=False)
         if state.num_processes == 1:
@@ -162,16 +162,12 @@ def _start(config: TaskSuite, tasks: Sequence[Task], folder: Path, digest: str) 
         Predictions(folder / task.name).check(identity(config, task, digest))
         try:
             next(task.samples())
-        except TaskError as error:
+        except InputError as error:
             problems.append(str(error))
     if problems:
         more = "" if len(problems) == 1 else f"{len(problems)} tasks cannot be read; run the others with only=[...].\n"
-        raise TaskError(more + "\n".join(problems))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "config.yaml", to_yaml(config).encode())
-    except OSError as error:
-        raise EvaluationError(f"the folder '{folder}' cannot be written: {error.strerror}") from None
+        raise InputError(more + "\n".join(problems))
+    write_atomic(folder / "config.yaml", to_yaml(config))
 
 
 def identity(config: TaskSuite, task: Task, digest: str, samples: Sequence[Sample] | None = None) -> dict[str, Any]:
@@ -226,14 +222,14 @@ def _predict(config: TaskSuite, task: Task, model: MMInterleaved, processor: MMI
     """This process's share of a task; how fast it went.
 
     Raises:
-        TaskError: the task's files cannot be read to their end.
+        InputError: the task's files cannot be read to their end.
         EvaluationError: the folder belongs to another run.
     """
     try:
         samples = on_all(state, lambda: list(_checked(task)))
         predictor = on_all(state, lambda: Predictor(model, processor, task, config))
     except ValueError as error:
-        raise TaskError(str(error)) from None
+        raise InputError(str(error)) from None
     predictions = Predictions(folder / task.name, state.process_index)
     on_main(state, lambda: predictions.prepare(lambda n: identity(config, task, digest, samples[:n])))
     done = predictions.read()
@@ -258,8 +254,8 @@ def _checked(task: Task) -> Iterator[Sample]:
     for sample in task.samples():
         slots = [segment.is_open for segment in sample.document.segments]
         if any(segment.role for segment in sample.document.segments) and any(slots[: -sum(slots)]):
-            raise TaskError("an answer stands before a question here; such conversations are for training",
-                            sample.document.name, "Evaluate single rounds, as llava_instruct has them")  # fmt: skip
+            raise InputError("an answer stands before a question here; such conversations are for training",
+                             sample.document.name, "Evaluate single rounds, as llava_instruct has them")  # fmt: skip
         yield sample
 
 
@@ -297,8 +293,7 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
     result.origin = facts.origin if facts is not None else ""
     given = ScoringInputs(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, facts)
     result.metrics, scores = score_task(given, config.seed)
-    lines = [json.dumps({"id": s.id, "scores": _scores_of(s.id, scores)}) + "\n" for s, _ in good]
-    write_atomic(folder / SCORES, "".join(lines).encode())
+    write_json_lines(folder / SCORES, ({"id": s.id, "scores": _scores_of(s.id, scores)} for s, _ in good))
     on_scored(given, scores, result)
 
 
@@ -312,20 +307,20 @@ def _scores_of(sample: str, scores: SampleScores) -> dict[str, dict[str, float]]
 def _earlier(config: TaskSuite, folder: Path, digest: str) -> dict[str, TaskResult]:
     """What `results.json` has of the same weights and seed, so that tasks left out by `only` keep their results."""
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        found = read_json(folder / RESULTS)
         if (found["model"]["weights"], found["seed"]) != (digest, config.seed):
             return {}
         known = {name: TaskResult(**result) for name, result in found["tasks"].items()}
         return {name: result for name, result in known.items() if result.samples and not result.failed}
-    except (OSError, ValueError, KeyError, TypeError):  # none there yet, or another program's; it is written anew
+    except (ValueError, KeyError, TypeError):  # none there yet, or another program's; it is written anew
         return {}
 
 
 def _write(results: Results, folder: Path, state: PartialState, model: MMInterleaved) -> None:
     """`results.json` and `results.md`, as far as they are known."""
     data = results.to_dict(state.num_processes, _device_name(model.compute_device))
-    write_atomic(folder / RESULTS, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
-    write_atomic(folder / TABLE, markdown(results.tasks, results.model).encode())
+    write_json(folder / RESULTS, data)
+    write_atomic(folder / TABLE, markdown(results.tasks, results.model))
 
 
 def plain(config: TaskSuite) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 
+from ..io.images import load_pixels
 from ..metrics import MetricResult, Scores, confidence_interval
 from ..metrics.captions import caption_scores
 from ..metrics.clip import CLIP, ImageSimilarity, TextSimilarity
@@ -178,11 +178,7 @@ def _people(sample: Sample) -> VQAReference:
 def _labels(sample: Sample) -> np.ndarray:
     """A label map, cut to its middle as the image that shows it was, or whole: integers [H, W]."""
     path = sample.reference["labels"]
-    try:
-        with PIL.Image.open(path) as opened:
-            labels = np.asarray(opened)
-    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"sample {sample.id}: the label map {path} cannot be read ({error})") from None
+    labels = np.asarray(load_pixels(path, f"sample {sample.id}"))
     if labels.ndim != 2 or labels.max() > CLASSES:
         raise ValueError(f"sample {sample.id}: {path} must have labels 0 to {CLASSES} in one channel")
     if sample.reference["fit"] == "center":

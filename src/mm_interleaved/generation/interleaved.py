@@ -21,7 +21,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ..document import ORIGINAL_TURNS, Document, DocumentError, Generated, Image, Segment, Text
+from ..document import ORIGINAL_TURNS, Document, Generated, Image, Segment, Text
+from ..io import InputError
 from ..model import MMInterleavedModel
 from ..model.image_decoder import DenoisingStep
 from ..processor import MMInterleavedProcessor
@@ -211,13 +212,13 @@ class InterleavedGenerator:
             name: its name in errors, if it has neither a place nor an id.
 
         Raises:
-            DocumentError: it cannot be used, or it is longer than the model's context.
+            InputError: it cannot be used, or it is longer than the model's context.
         """
         try:
             _check_forced(document)
             plan = self.plan(document)
             self._check_length(plan)
-        except DocumentError as error:
+        except InputError as error:
             nameless = not (document.place or document.id)
             raise error.at(name if name is not None and nameless else document.name) from None
         return PreparedDocument(document, plan)
@@ -230,7 +231,7 @@ class InterleavedGenerator:
             seeds: for each document the seed of its texts and images; None: the seeds of the settings.
 
         Raises:
-            DocumentError: a document cannot be used, or it is longer than the model's context.
+            InputError: a document cannot be used, or it is longer than the model's context.
             ValueError: images cannot be generated with these settings.
         """
         given = self.prepare_all(documents)
@@ -244,7 +245,7 @@ class InterleavedGenerator:
         """`prepare` several documents; those that are prepared already do not change.
 
         Raises:
-            DocumentError: as in `prepare`.
+            InputError: as in `prepare`.
             ValueError: images cannot be generated with these settings.
         """
         self.model.image_decoder.sampler(self.settings.image)
@@ -287,11 +288,9 @@ class InterleavedGenerator:
         given = [item for item in queue if isinstance(item, TokenStream)]
         tokens, images = sum(len(s) for s in given), sum(len(s.images) for s in given)
         if tokens > self.limit:
-            raise DocumentError(
-                f"{tokens} tokens are more than the {self.limit} of the model's context", fix="Shorten it"
-            )
+            raise InputError(f"{tokens} tokens are more than the {self.limit} of the model's context", fix="Shorten it")
         if images > self.most_images:
-            raise DocumentError(
+            raise InputError(
                 f"{images} images are more than the {self.most_images} that the model distinguishes",
                 fix="Leave some out",
             )
@@ -306,7 +305,7 @@ class InterleavedGenerator:
             seeds: as in `start`.
 
         Raises:
-            DocumentError: a document cannot be used, or it is longer than the model's context.
+            InputError: a document cannot be used, or it is longer than the model's context.
             ValueError: images cannot be generated with these settings.
         """
         self.start(documents, seeds)
@@ -510,8 +509,8 @@ def _check_forced(document: Document) -> None:
         before = text.rstrip().removesuffix(SOI_TOKEN)
         for token in (SOI_TOKEN, IMAGE_TOKEN):
             if token in before:
-                raise DocumentError(f"the text contains the reserved token '{token}'", f"{field_name}[{index}]",
-                                    f"Only '{SOI_TOKEN}' may stand there, at the very end, for an image")  # fmt: skip
+                raise InputError(f"the text contains the reserved token '{token}'", f"{field_name}[{index}]",
+                                 f"Only '{SOI_TOKEN}' may stand there, at the very end, for an image")  # fmt: skip
 
 
 def _progress(chosen: list[int], candidate: int, step: DenoisingStep) -> Iterator[Event]:

@@ -166,7 +166,7 @@ class MMInterleaved(MMInterleavedModel):
             **changes: single settings, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
 
         Raises:
-            DocumentError: a document cannot be used, or is longer than the model's context.
+            InputError: a document cannot be used, or is longer than the model's context.
             ValueError: there is no such setting, or images cannot be generated with these settings.
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)

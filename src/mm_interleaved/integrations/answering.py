@@ -98,7 +98,7 @@ class Answerer:
         A document that leaves no room for an answer gets an empty one, and a warning.
 
         Raises:
-            DocumentError: a document cannot be used, or is more than the model reads; says which, by its id.
+            InputError: a document cannot be used, or is more than the model reads; says which, by its id.
         """
         generator = InterleavedGenerator(self.model, self.processor, GenerationSettings(settings), progress=False)
         for begin in range(0, len(documents), self.batch_size):

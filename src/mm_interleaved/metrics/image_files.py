@@ -6,6 +6,8 @@ from pathlib import Path
 
 import PIL.Image
 
+from ..io.images import load_pixels
+
 ImageLike = PIL.Image.Image | Path
 
 
@@ -13,12 +15,6 @@ def rgb(image: ImageLike) -> PIL.Image.Image:
     """The image in RGB, of its own size.
 
     Raises:
-        ValueError: the file is missing or not a whole image; the message has its path.
+        InputError: the file is missing or not a whole image; the message has its path.
     """
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    try:
-        with PIL.Image.open(image) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"{image}: cannot be read as an image ({error})") from error
+    return load_pixels(image).convert("RGB")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 
+from ..io import write_atomic
 from .image_files import ImageLike, rgb
 from .inception import FIDInception
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
@@ -44,10 +45,9 @@ class Statistics:
 
     def save(self, path: Path, key: str) -> None:
         """Write an .npz with `mu`, `sigma`, `count` and what they were made from; the file appears whole or not."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez(aside, mu=self.mu, sigma=self.sigma, count=self.count, key=key)
-        aside.replace(path)
+        buffer = BytesIO()
+        np.savez(buffer, mu=self.mu, sigma=self.sigma, count=self.count, key=key)
+        write_atomic(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path, key: str) -> Statistics:

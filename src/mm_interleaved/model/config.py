@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+
+from ..io import InputError, read_json
 
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -131,11 +132,9 @@ def _build(cls: type, value: Any, name: str) -> Any:
 def _check_parts(path: Path) -> None:
     """Whether the file holds an object with every part of the tree."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is not JSON: {error}; {_RESTORE}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"'{path}' must hold an object, not a {type(data).__name__}; {_RESTORE}")
+        data = read_json(path, dict)
+    except InputError as error:
+        raise ValueError(f"{error.where}: {error.problem}; {_RESTORE}") from None
     for name in ("text_config", "vision_config", *_PARTS):
         if not isinstance(data.get(name), dict):
             problem = f"'{name}' must be an object" if name in data else f"it lacks '{name}'"

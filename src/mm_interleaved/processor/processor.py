@@ -16,12 +16,14 @@ import PIL.Image
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..document import Document, DocumentError, FileSlice, Image, Segment, Text
+from ..document import Document, Image, Segment, Text
 from ..document.arrays import is_array
+from ..io import FileSlice, InputError
+from ..io.images import ImageSource, load_image
 from ..model.config import MMInterleavedConfig
 from ..validation import nearest_name
 from .batch import Batch, build_labels
-from .images import CROPS, Source, halved, load_image
+from .images import CROPS, halved
 from .packing import Cut, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
 
@@ -124,7 +126,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             after_image: whether an image precedes these segments.
 
         Raises:
-            DocumentError: there is an open slot, or a text that contains a reserved image token.
+            InputError: there is an open slot, or a text that contains a reserved image token.
         """
         stream = self._token(self.tokenizer.bos_token_id, learned=False) if start else TokenStream.empty()
         run: list[Text] = []
@@ -177,14 +179,14 @@ class MMInterleavedProcessor(ProcessorMixin):
         the assistant, gets the generation prompt of the template.
 
         Raises:
-            DocumentError: only some segments have roles, or an open slot is not at the end.
+            InputError: only some segments have roles, or an open slot is not at the end.
         """
         segments = list(document.segments)
         roles = [s.role is not None for s in segments]
         if not any(roles):
             return segments
         if not all(roles):
-            raise DocumentError("this segment has no role, but others have", f"segments[{roles.index(False)}]")
+            raise InputError("this segment has no role, but others have", f"segments[{roles.index(False)}]")
         slots: list[Segment] = []
         while segments and segments[-1].is_open:
             slots.insert(0, replace(segments.pop(), role=None))
@@ -198,7 +200,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         for index, message in enumerate(messages):
             now = self._write(messages[: index + 1])
             if not now.startswith(said):
-                raise DocumentError("the chat template rewrites earlier messages; it must only add to them")
+                raise InputError("the chat template rewrites earlier messages; it must only add to them")
             added, header = now[len(said) :], ""
             speaks = message["role"] == "assistant"
             if speaks and index:
@@ -241,7 +243,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             **variables: further variables of the template; arguments of `__call__` are removed from them.
 
         Raises:
-            DocumentError: a message or an image cannot be used; names conversation and part.
+            InputError: a message or an image cannot be used; names conversation and part.
         """
         if return_assistant_tokens_mask:
             raise ValueError("return_assistant_tokens_mask is not supported; processor(documents, training=True) "
@@ -255,7 +257,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         for index, messages in enumerate(conversations):
             try:
                 images.append([image.source for image in Document.from_messages(list(messages)).images])
-            except DocumentError as error:
+            except InputError as error:
                 raise (error if single else error.at(f"conversation {index}")) from None
         written = super().apply_chat_template(
             [_with_image_parts(messages) for messages in conversations], chat_template, tokenize=False,
@@ -309,7 +311,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             **kwargs: arguments that transformers passes for other modalities; must be None.
 
         Raises:
-            DocumentError: a document cannot be used; names document and segment.
+            InputError: a document cannot be used; names document and segment.
             ValueError: two arguments do not fit together.
         """
         _check_arguments(kwargs, padding, return_tensors)
@@ -322,7 +324,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         for index, document in enumerate(documents):
             try:
                 streams.append(self.encode(self.render(document), close=training))
-            except DocumentError as error:
+            except InputError as error:
                 raise error.at(_name(index, document)) from None
             numbers = (i for i, segment in enumerate(document.segments) if isinstance(segment, Image))
             for number, image in zip(numbers, streams[-1].images, strict=True):
@@ -354,7 +356,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         if len(stream) <= limit:
             return stream
         if not truncation:
-            raise DocumentError(
+            raise InputError(
                 f"{len(stream)} tokens are more than the {limit} of the model's context", _name(index, document),
                 "Shorten it, or cut it with truncation",
             )  # fmt: skip
@@ -384,7 +386,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             eight_bit: whether images stay uint8, which takes a quarter of the memory.
 
         Raises:
-            DocumentError: an image cannot be read; names its row and its number in the row.
+            InputError: an image cannot be read; names its row and its number in the row.
         """
         longest = max(pad_to, *(len(s) for s in streams))
         ids = np.full((len(streams), longest), self.tokenizer.pad_token_id, np.int64)
@@ -445,10 +447,10 @@ class MMInterleavedProcessor(ProcessorMixin):
             where: the place to name in errors.
 
         Raises:
-            DocumentError: the image cannot be read.
+            InputError: the image cannot be read.
         """
         crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
-        opened = load_image(cast("Source", image.source), where, least)
+        opened = load_image(cast("ImageSource", image.source), where, least)
         if self.crop == "center" and training:
             opened = halved(opened, max(self.image_size, self.target_size))  # both views share the first halvings
         seen = crop(opened, self.image_size)
@@ -457,7 +459,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         target = (
             opened
             if image.target is None
-            else load_image(cast("Source", image.target), f"{where}, target" if where else "target", least)
+            else load_image(cast("ImageSource", image.target), f"{where}, target" if where else "target", least)
         )
         if image.target is None and self.target_size == self.image_size:
             return ImageViews(seen, seen)
@@ -535,11 +537,11 @@ def _name(index: int, document: Document) -> str:
 
 def _check_segment(segment: Segment, index: int) -> None:
     if segment.is_open:
-        raise DocumentError("an open slot has nothing to encode", f"segments[{index}]", "Fill it or remove it")
+        raise InputError("an open slot has nothing to encode", f"segments[{index}]", "Fill it or remove it")
     for token in (SOI_TOKEN, IMAGE_TOKEN):
         if isinstance(segment, Text) and token in (segment.text or ""):
-            raise DocumentError(f"the text contains the reserved token '{token}'", f"segments[{index}]",
-                                "Images are segments of their own")  # fmt: skip
+            raise InputError(f"the text contains the reserved token '{token}'", f"segments[{index}]",
+                             "Images are segments of their own")  # fmt: skip
 
 
 def _with_image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -586,10 +588,10 @@ def _from_strings(text: str | Sequence[str], images: Any) -> list[Document]:
     documents = []
     for index, (string, given) in enumerate(zip(texts, images, strict=True)):
         if not isinstance(string, str):
-            raise DocumentError(f"a text must be a string, not {type(string).__name__}", f"document {index}")
+            raise InputError(f"a text must be a string, not {type(string).__name__}", f"document {index}")
         slots = string.count(IMAGE_TOKEN)
         if slots != len(given):
-            raise DocumentError(
+            raise InputError(
                 f"{slots} image slots, but {len(given)} images", f"document {index}",
                 f"Write one {IMAGE_TOKEN} for each image",
             )  # fmt: skip
@@ -597,7 +599,7 @@ def _from_strings(text: str | Sequence[str], images: Any) -> list[Document]:
         for number, source in enumerate(given):
             try:
                 segments.append(Image(source))
-            except DocumentError as error:
+            except InputError as error:
                 raise error.at(f"document {index}, images[{number}]") from None
         documents.append(Document(_with_images(string, iter(segments), supervise=True)))
     return documents

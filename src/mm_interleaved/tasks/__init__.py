@@ -9,10 +9,11 @@ A new task is one small file; docs/reference/tasks.md shows one.
 
 from __future__ import annotations
 
+from ..io import InputError
 from ..plugins import Registry
 from . import ade20k, captions, grounding, instructions, stories, text_to_image, visdial, vqa
 from .base import Item, Sample, Task, TaskConfig, TaskType, each, given, render
-from .files import ImageFolder, Source, TaskError
+from .files import ImageFolder, Source
 
 FAMILIES = (captions, vqa, visdial, grounding, text_to_image, ade20k, stories, instructions)
 TASKS: Registry[TaskType] = Registry(
@@ -24,15 +25,15 @@ def make_task(config: TaskConfig) -> Task:
     """The task of a configuration.
 
     Raises:
-        TaskError: there is no such task, or a setting is not possible.
+        InputError: there is no such task, or a setting is not possible.
         PluginError: the plug-in that adds the task cannot be used.
     """
     if config.task not in TASKS:
-        raise TaskError(TASKS.unknown(config.task))
+        raise InputError(TASKS.unknown(config.task))
     return Task(TASKS[config.task], config)
 
 
 __all__ = [
-    "TASKS", "Item", "ImageFolder", "Sample", "Source", "Task", "TaskConfig", "TaskError", "TaskType", "each", "given",
+    "TASKS", "Item", "ImageFolder", "Sample", "Source", "Task", "TaskConfig", "TaskType", "each", "given",
     "make_task", "render",
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import numpy as np
 import PIL.Image
 
 from ..document import Image, Segment, Text
+from ..io import InputError, write_image
+from ..io.images import load_pixels
 from .base import Item, TaskType, each, given
-from .files import Source, TaskError, entries, get, read_json
+from .files import Source, entries, get, read_json
 
 COLORED = "annotations_with_color"
 CLASSES = 150
@@ -36,25 +37,19 @@ def color_maps(folder: Path, phase: str) -> int:
     Maps that are there already are left alone.
 
     Raises:
-        TaskError: a label map cannot be read, or has labels that ADE20K has not.
+        InputError: a label map cannot be read, or has labels that ADE20K has not.
     """
     maps = sorted((folder / "annotations" / phase).glob("*.png"))
     if not maps:
-        raise TaskError("there are no label maps", str(folder / "annotations" / phase), _OBTAIN)
+        raise InputError("there are no label maps", str(folder / "annotations" / phase), _OBTAIN)
     out = folder / COLORED / phase
-    out.mkdir(parents=True, exist_ok=True)
     for path in maps:
         if (out / path.name).exists():
             continue
-        try:
-            labels = np.asarray(PIL.Image.open(path))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise TaskError(f"the label map cannot be read: {error}", str(path), "Fetch it again") from None
+        labels = np.asarray(load_pixels(path))
         if labels.ndim != 2 or labels.max() > CLASSES:
-            raise TaskError(f"labels must be 0 to {CLASSES} in one channel", str(path), "Fetch it again")
-        aside = out / f".{path.name}.{os.getpid()}"
-        colored(labels).save(aside, "PNG")
-        aside.replace(out / path.name)
+            raise InputError(f"labels must be 0 to {CLASSES} in one channel", str(path), "Fetch it again")
+        write_image(out / path.name, colored(labels))
     return len(maps)
 
 

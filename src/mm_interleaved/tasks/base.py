@@ -14,8 +14,9 @@ import numpy as np
 
 from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
+from ..io import InputError
 from ..validation import Count, Positive, Seed, nearest_name, settings
-from .files import Entry, ImageFolder, Source, TaskError, checked, get, read_json
+from .files import Entry, ImageFolder, Source, checked, get, read_json
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def each(entries: Iterable[Entry], make: Callable[[str, Any, int], Iterable[Item
     for index, (where, read) in enumerate(entries):
         try:
             found = list(make(where, read(), index))
-        except TaskError as error:
+        except InputError as error:
             found = [Item.unusable(where, str(error))]
         yield from found
 
@@ -74,7 +75,7 @@ def usable(entries: Iterable[Entry], parse: Callable[[str, Any], T]) -> tuple[li
     for where, read in entries:
         try:
             found.append(parse(where, read()))
-        except TaskError as error:
+        except InputError as error:
             odd.append(Item.unusable(where, str(error)))
     return found, odd
 
@@ -102,13 +103,13 @@ def only(groups: Grouped[T], value: T, where: str, problem: str) -> tuple[str, d
         problem: what is wrong if there is none.
 
     Raises:
-        TaskError: there is none, or several.
+        InputError: there is none, or several.
     """
     found = groups.get(value, ())
     if not found:
-        raise TaskError(problem, where, "Take both files from one release")
+        raise InputError(problem, where, "Take both files from one release")
     if len(found) > 1:
-        raise TaskError(f"{value} stands in {found[1][0]} as well", found[0][0], "Remove one of the two")
+        raise InputError(f"{value} stands in {found[1][0]} as well", found[0][0], "Remove one of the two")
     return found[0]
 
 
@@ -222,7 +223,7 @@ class Task:
         config: its settings.
 
     Raises:
-        TaskError: a setting is unknown or not possible.
+        InputError: a setting is unknown or not possible.
     """
 
     def __init__(self, kind: TaskType, config: TaskConfig) -> None:
@@ -234,7 +235,7 @@ class Task:
         try:
             self.settings = override(kind.settings, **config.generation)
         except (ValueError, TypeError) as error:
-            raise TaskError(str(error), f"task '{self.name}', 'generation'", "Correct the setting") from None
+            raise InputError(str(error), f"task '{self.name}', 'generation'", "Correct the setting") from None
 
     def post(self, text: str) -> str:
         """A generated text as it is measured."""
@@ -244,7 +245,7 @@ class Task:
         """The samples, in a fixed order. Those that cannot be evaluated say so in `problem`.
 
         Raises:
-            TaskError: a file is missing or not as it should be, or none of its records can be used.
+            InputError: a file is missing or not as it should be, or none of its records can be used.
         """
         shots = None
         if self.config.shots:
@@ -273,7 +274,7 @@ class Task:
         a warning says how many.
 
         Raises:
-            TaskError: as `samples`, or a sample has no answer to learn.
+            InputError: as `samples`, or a sample has no answer to learn.
         """
         problems = []
         for sample in self.samples():
@@ -303,7 +304,7 @@ class Task:
             yield item
         if not good:
             first = f"; none of {len(odd)} records can be used, the first is {odd[0].problem}" if odd else ""
-            raise TaskError(f"task '{self.name}' has no samples here{first}", str(source.annotations),
+            raise InputError(f"task '{self.name}' has no samples here{first}", str(source.annotations),
                             "Check the files and the phase")  # fmt: skip
         yield from odd
 
@@ -311,15 +312,15 @@ class Task:
         """Where the files are, and which part of them is wanted.
 
         Raises:
-            TaskError: the folder of images does not exist.
+            InputError: the folder of images does not exist.
         """
         config, kind = self.config, self.kind
         root = Path(config.root)
         images = Path(config.images) if config.images is not None else root / kind.images
         annotations = Path(config.annotations) if config.annotations is not None else root / kind.annotations
         if not images.is_dir():
-            raise TaskError(f"task '{self.name}' has its images in this folder, which does not exist", str(images),
-                            kind.obtain)  # fmt: skip
+            raise InputError(f"task '{self.name}' has its images in this folder, which does not exist", str(images),
+                             kind.obtain)  # fmt: skip
         options = {name: values[0] if values else "" for name, values in kind.options.items()} | config.options
         phase = config.phase or kind.phases[0]
         return Source(self.name, ImageFolder(images), annotations, phase, kind.obtain, options, config.limit,
@@ -340,7 +341,7 @@ class Shots:
         items: what examples are taken from.
 
     Raises:
-        TaskError: there are too few, or the list cannot be used.
+        InputError: there are too few, or the list cannot be used.
     """
 
     def __init__(self, config: TaskConfig, kind: TaskType, items: Sequence[Item]) -> None:
@@ -348,8 +349,8 @@ class Shots:
         self.template = config.shot_template or kind.example
         self.by_id = {item.id: item for item in items}
         if len(items) <= config.shots:
-            raise TaskError(f"{config.shots} examples are wanted, but there are only {len(items)} to choose from",
-                            f"task '{kind.name}', phase '{config.shot_phase}'", "Use fewer")  # fmt: skip
+            raise InputError(f"{config.shots} examples are wanted, but there are only {len(items)} to choose from",
+                             f"task '{kind.name}', phase '{config.shot_phase}'", "Use fewer")  # fmt: skip
         self.neighbours = None
         if config.neighbours is not None:
             self.neighbours = checked(read_json(Path(config.neighbours)), dict, config.neighbours)
@@ -373,7 +374,7 @@ class Shots:
         unknown = [name for name in names if str(name) not in self.by_id]
         if unknown or len(names) < self.config.shots:
             problem = f"there is no example '{unknown[0]}'" if unknown else f"only {len(names)} neighbours are listed"
-            raise TaskError(problem, where, "Make the list for the same examples, with at least as many as are used")
+            raise InputError(problem, where, "Make the list for the same examples, with at least as many as are used")
         return [self.by_id[str(name)] for name in reversed(names)]
 
 
@@ -381,7 +382,7 @@ def render(template: str, fields: Mapping[str, Value], where: str = "") -> list[
     """A prompt as segments: the template with its `{field}`s filled in; white space next to images is dropped.
 
     Raises:
-        TaskError: the template has a field that there is not, or is no template.
+        InputError: the template has a field that there is not, or is no template.
     """
     segments: list[Segment] = []
     run = ""
@@ -399,8 +400,8 @@ def render(template: str, fields: Mapping[str, Value], where: str = "") -> list[
         if name is None:
             continue
         if name not in fields:
-            raise TaskError(f"the prompt '{template}' has a field {{{name}}}; there is {', '.join(fields)}", where,
-                            "Correct the prompt")  # fmt: skip
+            raise InputError(f"the prompt '{template}' has a field {{{name}}}; there is {', '.join(fields)}", where,
+                             "Correct the prompt")  # fmt: skip
         value = fields[name]
         if isinstance(value, str):
             run += value
@@ -418,7 +419,7 @@ def _parts(template: str, where: str) -> list[tuple[str, str | None]]:
     try:
         return [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
     except ValueError as error:
-        raise TaskError(f"the prompt '{template}' is no template: {error}", where, "Write {{ for a brace") from None
+        raise InputError(f"the prompt '{template}' is no template: {error}", where, "Write {{ for a brace") from None
 
 
 def _with_answer(item: Item) -> dict[str, Value]:
@@ -430,8 +431,8 @@ def _answered(sample: Sample) -> Document:
     """The document with its slots filled by the answer."""
     slots = [segment.is_open for segment in sample.document.segments]
     if sum(slots) != len(sample.answer):
-        raise TaskError(f"{sum(slots)} slots, but {len(sample.answer)} answers to learn", sample.document.name,
-                        "Use a phase that has answers, or a prompt without slots of its own")  # fmt: skip
+        raise InputError(f"{sum(slots)} slots, but {len(sample.answer)} answers to learn", sample.document.name,
+                         "Use a phase that has answers, or a prompt without slots of its own")  # fmt: skip
     answers = iter(sample.answer)
     segments = [next(answers) if segment.is_open else segment for segment in sample.document.segments]
     return replace(sample.document, segments=segments)
@@ -440,15 +441,15 @@ def _answered(sample: Sample) -> Document:
 def _check(kind: TaskType, config: TaskConfig) -> None:
     where = f"task '{config.name or kind.name}'"
     if config.phase and config.phase not in kind.phases:
-        raise TaskError(f"there is no phase '{config.phase}'", where, f"Phases are {', '.join(kind.phases)}")
+        raise InputError(f"there is no phase '{config.phase}'", where, f"Phases are {', '.join(kind.phases)}")
     for name, value in config.options.items():
         if name not in kind.options:
-            raise TaskError(f"there is no option '{name}'", where, nearest_name(name, kind.options))
+            raise InputError(f"there is no option '{name}'", where, nearest_name(name, kind.options))
         if kind.options[name] and value not in kind.options[name]:
             values = ", ".join(kind.options[name])
-            raise TaskError(f"option '{name}' cannot be '{value}'", where, f"Values are {values}")
+            raise InputError(f"option '{name}' cannot be '{value}'", where, f"Values are {values}")
     if config.shots and not (config.shot_template or kind.example):
-        raise TaskError("the task has no few-shot examples", where, "Remove 'shots', or give a 'shot_template'")
+        raise InputError("the task has no few-shot examples", where, "Remove 'shots', or give a 'shot_template'")
 
 
 def given(path: Path | str) -> Image:

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..document import Text
 from ..generation.settings import TEXT_PRESETS, GenerationSettings
+from ..io import InputError
 from .base import Item, TaskType, each, given, grouped
-from .files import Source, TaskError, checked, entries, get, read_json, strings, trailing_number
+from .files import Source, checked, entries, get, read_json, strings, trailing_number
 
 PROMPT = "{image} a photo of"
 PARAGRAPH_PROMPT = "{image}Please describe the image in detail. The image depicts"
@@ -88,7 +89,7 @@ def read_paragraphs(source: Source) -> Iterator[Item]:
     def make(where: str, number: int, index: int) -> Iterator[Item]:
         paragraphs = found.get(number)
         if not paragraphs:
-            raise TaskError(f"image {number} has no paragraph in {path}", where, "Take both files from one release")
+            raise InputError(f"image {number} has no paragraph in {path}", where, "Take both files from one release")
         place, record = paragraphs[0]
         image, problem = source.images.find("/".join(get(record, "url", str, place).split("/")[-2:]))
         texts = _texts(paragraphs, place)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..document import DocumentError, Image, Segment
-from ..processor.images import load_image, open_image
+from ..document import Image, Segment
+from ..io import InputError
+from ..io.images import load_image, open_image
 from .base import Sample, Task
-from .files import TaskError
 
 NAMED = 20  # problems of one kind that are named
 DECODED = 100  # images that are read to their last pixel; of the others only the header
@@ -66,14 +66,14 @@ def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCh
             found.samples += 1
             _check_sample(sample, found, seen)
             advance()
-    except TaskError as error:
+    except InputError as error:
         found.problems.insert(0, str(error))
     found.images = len(seen)
     for number, path in enumerate(sorted(path for path, problem in seen.items() if not problem)):
         if number % max(len(seen) // DECODED, 1) == 0:
             try:
                 load_image(path)
-            except DocumentError as error:
+            except InputError as error:
                 _count_unreadable(found, str(error))
     return found
 
@@ -93,7 +93,7 @@ def _check_sample(sample: Sample, found: TaskCheck, seen: dict[Path, str]) -> No
             continue
         try:
             open_image(path)
-        except DocumentError as error:
+        except InputError as error:
             seen[path] = str(error)
             _count_unreadable(found, str(error))
 

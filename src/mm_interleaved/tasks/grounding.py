@@ -13,10 +13,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..document import DocumentError, Text
-from ..processor.images import open_image
+from ..document import Text
+from ..io import InputError
+from ..io.images import open_image
 from .base import Item, TaskType, each, given
-from .files import Source, TaskError, box, checked, entries, get, line_entries, read_json, strings
+from .files import Source, box, checked, entries, get, line_entries, read_json, strings
 
 GROUNDING = "{image}Provide the bounding box coordinate of the region this sentence describes. {caption}<box>"
 REFERRING = "{image}Provide a short description for this <ref>region</ref><box>{box}</box>."
@@ -55,7 +56,7 @@ def _image(source: Source, record: dict[str, Any], where: str) -> tuple[Path, st
     if not problem:
         try:
             size = _size(image)
-        except DocumentError as error:
+        except InputError as error:
             problem = str(error)
     return image, problem, size
 
@@ -82,7 +83,7 @@ def _threshold(source: Source) -> float:
     try:
         return float(text)
     except ValueError:
-        raise TaskError(f"option 'confidence' must be a number, not '{text}'", f"task '{source.task}'") from None
+        raise InputError(f"option 'confidence' must be a number, not '{text}'", f"task '{source.task}'") from None
 
 
 def read_regions(source: Source) -> Iterator[Item]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..document import Image, Segment, Text
+from ..io import InputError
 from .base import Item, TaskType, each, given
-from .files import Source, TaskError, entries, get, line_entries, read_json, records, strings
+from .files import Source, entries, get, line_entries, read_json, records, strings
 from .vqa import PROMPT
 
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
@@ -78,7 +79,7 @@ def read_conversations(source: Source) -> Iterator[Item]:
         images = [replace(image, role="user") for image in found.images]
         places = sum(len(_PLACEHOLDER.findall(question)) for question, _ in found.rounds)
         if len(images) > 1 and places not in (0, len(images)):
-            raise TaskError(f"{len(images)} images, but {places} places for them (<image>)", found.where,
+            raise InputError(f"{len(images)} images, but {places} places for them (<image>)", found.where,
                             "Write one place for each, or none")  # fmt: skip
         segments: list[Segment] = [Text(found.system, supervise=False, role="system")] if found.system else []
         if len(images) == 1 or not places:
@@ -115,10 +116,10 @@ def _turns(record: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str
     for number, (place, turn) in enumerate(turns):
         speaker, wanted = get(turn, "from", str, place), SPEAKERS[number % 2]
         if speaker not in wanted:
-            raise TaskError(f"'{speaker}' speaks where it is the turn of '{wanted[0]}'", place, "Reorder the turns")
+            raise InputError(f"'{speaker}' speaks where it is the turn of '{wanted[0]}'", place, "Reorder the turns")
         texts.append(get(turn, "value", str, place).strip())
     if not texts or len(texts) % 2:
-        raise TaskError("the last question has no answer", f"{where}, 'conversations'", "Remove it, or answer it")
+        raise InputError("the last question has no answer", f"{where}, 'conversations'", "Remove it, or answer it")
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     for number, (_, answer) in enumerate(pairs):
         strings([answer], f"{where}, answer {number}")

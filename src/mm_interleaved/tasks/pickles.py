@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import TaskError
+from ..io import InputError
 
 _DTYPE = re.compile(r"[<>|=]?(?:O8?|[SU]\d*|[iufb]\d+)")
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
@@ -33,7 +33,7 @@ def read_pickle(path: Path) -> Any:
     """A file of plain data: dicts, lists, tuples, strings, bytes, numbers; arrays become lists.
 
     Raises:
-        TaskError: it cannot be read, or holds anything else.
+        InputError: it cannot be read, or holds anything else.
     """
     return _load(_bytes(path), path)
 
@@ -42,7 +42,7 @@ def read_npy(path: Path) -> Any:
     """The array of an `.npy` file as nested lists (a single object as itself), pickled inside or not.
 
     Raises:
-        TaskError: it cannot be read, or holds anything but plain data.
+        InputError: it cannot be read, or holds anything but plain data.
     """
     content = _bytes(path)
     file = io.BytesIO(content)
@@ -53,7 +53,7 @@ def read_npy(path: Path) -> Any:
         if not dtype.hasobject:
             return np.load(io.BytesIO(content), allow_pickle=False).tolist()
     except (ValueError, KeyError, EOFError) as error:
-        raise TaskError(f"not an .npy file that can be read: {error}", str(path), "Fetch it again") from None
+        raise InputError(f"not an .npy file that can be read: {error}", str(path), "Fetch it again") from None
     value = _load(content[file.tell() :], path)
     return value[0] if shape == () and isinstance(value, list) and len(value) == 1 else value
 
@@ -62,7 +62,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TaskError(f"cannot be read: {error.strerror}", str(path)) from None
+        raise InputError(f"cannot be read: {error.strerror}", str(path)) from None
 
 
 def _load(content: bytes, path: Path) -> Any:
@@ -70,12 +70,12 @@ def _load(content: bytes, path: Path) -> Any:
         _check_memo(content)
         return _Plain(path, len(content)).of(_Unpickler(io.BytesIO(content), encoding="latin1").load())
     except _Refused as error:
-        raise TaskError(f"the pickle asks for {error}, which plain data does not need; it was not run", str(path),
-                        "Do not trust this file; fetch it again from its owners") from None  # fmt: skip
+        raise InputError(f"the pickle asks for {error}, which plain data does not need; it was not run", str(path),
+                         "Do not trust this file; fetch it again from its owners") from None  # fmt: skip
     except _BROKEN as error:
-        raise TaskError(f"a broken pickle: {error}", str(path), "Fetch it again") from None
+        raise InputError(f"a broken pickle: {error}", str(path), "Fetch it again") from None
     except RecursionError:
-        raise TaskError("a pickle that is nested too deeply", str(path), "Fetch it again") from None
+        raise InputError("a pickle that is nested too deeply", str(path), "Fetch it again") from None
 
 
 def _check_memo(content: bytes) -> None:
@@ -203,7 +203,7 @@ class _Plain:
         self.left -= 1
         if depth > 20 or self.left < 0:
             problem = "is nested too deeply" if depth > 20 else "repeats its parts too often"
-            raise TaskError(f"a pickle that {problem}", str(self.path), "Fetch it again")
+            raise InputError(f"a pickle that {problem}", str(self.path), "Fetch it again")
         if isinstance(value, _Array):
             items = [self.of(item, depth + 1) for item in value.items]
             for side in reversed(value.shape[1:]):

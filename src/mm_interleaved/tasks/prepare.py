@@ -7,8 +7,6 @@ Files appear whole or not at all, and those that are there already are written a
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..document import DocumentError
-from ..files import write_atomic
-from ..processor.images import load_image
+from ..io import InputError, write_image, write_json, write_json_lines
+from ..io.images import load_image
 from .ade20k import color_maps
 from .base import TaskType
-from .files import TaskError, checked, get, read_json, records, strings, trailing_number
+from .files import checked, get, read_json, records, strings, trailing_number
 from .pickles import read_pickle
 from .stories import FRAME
 
@@ -50,13 +47,13 @@ class Job:
         """An official file, by any of the names that it goes by.
 
         Raises:
-            TaskError: there is none.
+            InputError: there is none.
         """
         for name in names:
             if (self.source / name).is_file():
                 return self.source / name
-        raise TaskError(f"task '{self.task}' is made of {' or '.join(names)}, which is not there", str(self.source),
-                        CONVERTERS[self.task].obtain)  # fmt: skip
+        raise InputError(f"task '{self.task}' is made of {' or '.join(names)}, which is not there", str(self.source),
+                         CONVERTERS[self.task].obtain)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,29 +81,17 @@ def prepare(kind: TaskType, source: Path, root: Path, phase: str) -> Lines:
         phase: part of the data set; "": the task's default.
 
     Raises:
-        TaskError: the task's files need no conversion or have no converter, or the official files cannot be used.
+        InputError: the task's files need no conversion or have no converter, or the official files cannot be used.
     """
     if kind.name not in CONVERTERS:
-        raise TaskError(f"task '{kind.name}' reads its files as they are; there is nothing to convert", "",
-                        f"{kind.obtain}, then see: mmi data check {kind.name}")  # fmt: skip
+        raise InputError(f"task '{kind.name}' reads its files as they are; there is nothing to convert", "",
+                         f"{kind.obtain}, then see: mmi data check {kind.name}")  # fmt: skip
     if phase and phase not in kind.phases:
-        raise TaskError(f"there is no phase '{phase}'", f"task '{kind.name}'", f"Phases are {', '.join(kind.phases)}")
+        raise InputError(f"there is no phase '{phase}'", f"task '{kind.name}'", f"Phases are {', '.join(kind.phases)}")
     if not source.is_dir():
-        raise TaskError("this folder of official files does not exist", str(source), CONVERTERS[kind.name].obtain)
+        raise InputError("this folder of official files does not exist", str(source), CONVERTERS[kind.name].obtain)
     job = Job(kind.name, source, root / kind.images, root / kind.annotations, phase or kind.phases[0])
-    try:
-        return CONVERTERS[kind.name].convert(job)
-    except OSError as error:
-        raise TaskError(f"cannot be written: {error.strerror}", str(error.filename or root)) from None
-
-
-def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content.encode())
-
-
-def _write_json(path: Path, data: Any) -> None:
-    _write(path, json.dumps(data, ensure_ascii=False))
+    return CONVERTERS[kind.name].convert(job)
 
 
 # ---- captions
@@ -127,7 +112,7 @@ def flickr30k(job: Job) -> Lines:
             text = get(sentence, "raw", str, place)
             annotations.append({"id": len(annotations), "image_id": number, "caption": text})
     target = job.annotations / "test1k.token.coco_format"
-    _write_json(target, {"images": images, "annotations": annotations})
+    write_json(target, {"images": images, "annotations": annotations})
     return [f"{target}: {len(images)} images, {len(annotations)} captions"]
 
 
@@ -141,12 +126,12 @@ def image2paragraph(job: Job) -> Lines:
         annotations.append({"id": len(annotations), "image_id": number, "url": get(record, "url", str, where),
                             "caption": get(record, "paragraph", str, where).strip()})  # fmt: skip
     target = job.annotations / "annotations" / "paragraphs_coco.json"
-    _write_json(target, {"images": [{"id": number} for number in numbers], "annotations": annotations})
+    write_json(target, {"images": [{"id": number} for number in numbers], "annotations": annotations})
     lines = [f"{target}: {len(annotations)} paragraphs of {len(numbers)} images"]
     for phase in ("train", "val", "test"):
         split = job.file(f"{phase}_split.json")
         chosen = checked(read_json(split), list, str(split))
-        _write_json(job.annotations / "annotations" / split.name, chosen)
+        write_json(job.annotations / "annotations" / split.name, chosen)
         lines.append(f"{job.annotations / 'annotations' / split.name}: {len(chosen)} images")
     return lines
 
@@ -171,8 +156,8 @@ def textvqa(job: Job) -> Lines:
              "data_type": "textvqa", "data_subtype": job.phase, "license": {"name": "CC BY 4.0"}}  # fmt: skip
     asked_file = job.annotations / f"textvqa_{job.phase}_questions.json"
     told_file = job.annotations / f"textvqa_{job.phase}_annotations.json"
-    _write_json(asked_file, {**about, "questions": questions})
-    _write_json(told_file, {**about, "annotations": annotations})
+    write_json(asked_file, {**about, "questions": questions})
+    write_json(told_file, {**about, "annotations": annotations})
     return [f"{asked_file}: {len(questions)} questions", f"{told_file}: {len(annotations)} times ten answers"]
 
 
@@ -186,23 +171,23 @@ def refer(job: Job) -> Lines:
     refs_file = found.file("refs(umd).p" if job.task == "refcocog" else "refs(unc).p")
     instances = found.file("instances.json")
     boxes, names = _instances(instances)
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, list[dict[str, Any]]] = {}
     for index, ref in enumerate(checked(read_pickle(refs_file), list, str(refs_file))):
         where = f"{refs_file}, item {index}"
         record = checked(ref, dict, where)
         region, image = get(record, "ann_id", int, where), get(record, "image_id", int, where)
         if region not in boxes or image not in names:
-            raise TaskError(f"region {region} or image {image} is not in {instances}", where,
-                            "Take both files from one release")  # fmt: skip
+            raise InputError(f"region {region} or image {image} is not in {instances}", where,
+                             "Take both files from one release")  # fmt: skip
         x, y, width, height = boxes[region]
         bbox = [x, y, x + width, y + height]
         for place, sentence in records(record.get("sentences"), f"{where}, 'sentences'"):
             line = {"image": names[image], "bbox": bbox, "sent": get(sentence, "sent", str, place)}
-            lines.setdefault(get(record, "split", str, where), []).append(json.dumps(line) + "\n")
+            lines.setdefault(get(record, "split", str, where), []).append(line)
     said = []
     for split, written in sorted(lines.items()):
         target = job.annotations / f"{job.task}_{split}.jsonl"
-        _write(target, "".join(written))
+        write_json_lines(target, written)
         said.append(f"{target}: {len(written)} expressions")
     return said
 
@@ -214,7 +199,7 @@ def _instances(path: Path) -> tuple[dict[int, list[float]], dict[int, str]]:
     for where, record in records(data.get("annotations"), f"{path}, 'annotations'"):
         sides = [checked(v, float, f"{where}, 'bbox'[{i}]") for i, v in enumerate(get(record, "bbox", list, where))]
         if len(sides) != 4:
-            raise TaskError(f"a box has four numbers, not {len(sides)}", f"{where}, 'bbox'", "Fetch the file again")
+            raise InputError(f"a box has four numbers, not {len(sides)}", f"{where}, 'bbox'", "Fetch the file again")
         boxes[get(record, "id", int, where)] = sides
     for where, record in records(data.get("images"), f"{path}, 'images'"):
         names[get(record, "id", int, where)] = get(record, "file_name", str, where)
@@ -254,10 +239,10 @@ def vist(job: Job) -> Lines:
     there = {name for name in needed if _as_png(job.source, images, name, job.phase)}
     whole = {name: turns for name, turns in stories.items() if all(t["image_id"] in there for t in turns)}
     if not whole:
-        raise TaskError(f"no story has all its images, of {len(stories)}", str(job.source),
-                        f"Put the images into {job.phase}_images/ there, named by their Flickr number")  # fmt: skip
+        raise InputError(f"no story has all its images, of {len(stories)}", str(job.source),
+                         f"Put the images into {job.phase}_images/ there, named by their Flickr number")  # fmt: skip
     target = job.annotations / "annotations" / f"{job.phase}_formatted_filtered.json"
-    _write_json(target, {"annotations": whole})
+    write_json(target, {"annotations": whole})
     left = len(stories) - len(whole)
     return [f"{target}: {len(whole)} stories; {left} left out, since images are missing",
             f"{images}: {len(there)} of {len(needed)} images"]  # fmt: skip
@@ -274,26 +259,19 @@ def _as_png(source: Path, target: Path, name: str, phase: str) -> bool:
             path = folder / f"{name}.{ending}"
             if path.is_file():
                 try:
-                    _save_png(load_image(path), target / f"{name}.png")
-                except DocumentError:
+                    write_image(target / f"{name}.png", load_image(path))
+                except InputError:
                     return False
                 return True
     return False
-
-
-def _save_png(image: PIL.Image.Image, path: Path) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
 
 
 def flintstones(job: Job) -> Lines:
     """Videos, `video_frames_sampled/*.npy` of frames [T, 128, 128, 3], to vertical strips as PNG."""
     videos = sorted((job.source / "video_frames_sampled").glob("*.npy"))
     if not videos:
-        raise TaskError("there are no videos (video_frames_sampled/*.npy)", str(job.source),
-                        CONVERTERS[job.task].obtain)  # fmt: skip
+        raise InputError("there are no videos (video_frames_sampled/*.npy)", str(job.source),
+                         CONVERTERS[job.task].obtain)  # fmt: skip
     target = job.images / "video_frames_sampled_png"
     for path in videos:
         if (target / f"{path.stem}.png").is_file():
@@ -301,11 +279,11 @@ def flintstones(job: Job) -> Lines:
         try:
             frames = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise TaskError(f"not an array of frames: {error}", str(path), "Fetch it again") from None
+            raise InputError(f"not an array of frames: {error}", str(path), "Fetch it again") from None
         if frames.ndim != 4 or frames.shape[1:] != (FRAME, FRAME, 3) or frames.dtype != np.uint8:
-            raise TaskError(f"frames must be uint8 [T, {FRAME}, {FRAME}, 3], not {frames.dtype} {list(frames.shape)}",
-                            str(path), "Fetch it again")  # fmt: skip
-        _save_png(PIL.Image.fromarray(frames.reshape(-1, FRAME, 3)), target / f"{path.stem}.png")
+            raise InputError(f"frames must be uint8 [T, {FRAME}, {FRAME}, 3], not {frames.dtype} {list(frames.shape)}",
+                             str(path), "Fetch it again")  # fmt: skip
+        write_image(target / f"{path.stem}.png", PIL.Image.fromarray(frames.reshape(-1, FRAME, 3)))
     return [f"{target}: {len(videos)} strips"]
 
 

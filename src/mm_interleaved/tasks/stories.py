@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..document import DocumentError, Image, Segment, Text
-from ..processor.images import load_image
+from ..document import Image, Segment, Text
+from ..io import InputError
+from ..io.images import load_image
 from .base import Item, TaskType, each, grouped, only, usable
-from .files import Source, TaskError, checked, entries, get, read_json, records, strings
+from .files import Source, checked, entries, get, read_json, records, strings
 from .pickles import read_npy, read_pickle
 
 CONTEXTS = ("multi_modal", "image_only", "text_only", "current")
@@ -157,7 +158,7 @@ def _clip(source: Source, name: str, caption: str, rng: np.random.Generator) -> 
         return Turn(caption, path, problem, 0, called)
     try:
         strip = load_image(path)
-    except DocumentError as error:
+    except InputError as error:
         return Turn(caption, path, str(error), 0, called)
     if strip.width != FRAME or strip.height < FRAME:
         problem = f"'{path}' is no strip of frames of {FRAME} x {FRAME} pixels; convert the clip"
@@ -193,14 +194,14 @@ def read_pororo(source: Source) -> Iterator[Item]:
     splits = checked(read_npy(paths["train_seen_unseen_ids"]), list, files["train_seen_unseen_ids"])
     if len(splits) != len(PORORO_SPLITS) or len(first) != len(following):
         problem = f"{len(splits)} splits, {len(first)} first and {len(following)} following clips"
-        raise TaskError(f"{problem}; there should be 3, and as many of one as of the other",
-                        files["train_seen_unseen_ids"], "Take all files from one release")  # fmt: skip
+        raise InputError(f"{problem}; there should be 3, and as many of one as of the other",
+                         files["train_seen_unseen_ids"], "Take all files from one release")  # fmt: skip
     chosen = checked(splits[PORORO_SPLITS[source.phase]], list, files["train_seen_unseen_ids"])
     numbers, odd = usable(entries(chosen, files["train_seen_unseen_ids"], int), lambda where, number: number)
 
     def make(where: str, number: int, index: int) -> Iterator[Item]:
         if not 0 <= number < len(first):
-            raise TaskError(f"there is no story {number}, only {len(first)}", files["train_seen_unseen_ids"],
+            raise InputError(f"there is no story {number}, only {len(first)}", files["train_seen_unseen_ids"],
                             "Take all files from one release")  # fmt: skip
         names = [_name(v, where) for v in [first[number], *checked(following[number], list, where)]]
         clips = [(name, tidy(_pororo_caption(captions, name, where), PORORO)) for name in names]
@@ -215,7 +216,7 @@ def _pororo_caption(captions: dict[str, Any], name: str, where: str) -> str:
     key = name.removesuffix(".png")
     value = captions.get(key)
     if value is None:
-        raise TaskError(f"clip '{key}' has no description", where, "Take all files from one release")
+        raise InputError(f"clip '{key}' has no description", where, "Take all files from one release")
     return strings(value if isinstance(value, list) else [value], f"{where}, description of '{key}'")[0]
 
 

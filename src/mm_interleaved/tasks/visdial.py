@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..document import Text
+from ..io import InputError
 from .base import Item, TaskType, each, given, grouped, only
-from .files import Source, TaskError, checked, entries, get, read_json, records
+from .files import Source, checked, entries, get, read_json, records
 
 CAPTION_PROMPT = "caption: {caption}."
 ROUND_PROMPT = "question: {question}? answer:"
@@ -44,8 +45,8 @@ def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], qu
     rounds = [r for _, r in records(dialog.get("dialog"), f"{where}, 'dialog'")]
     target = get(annotation, "round_id", int, place) - 1
     if not 0 <= target < len(rounds):
-        raise TaskError(f"there is no round {target + 1} in the dialogue about image {number}", place,
-                        f"Rounds are numbered 1 to {len(rounds)}")  # fmt: skip
+        raise InputError(f"there is no round {target + 1} in the dialogue about image {number}", place,
+                         f"Rounds are numbered 1 to {len(rounds)}")  # fmt: skip
     here = f"{where}, round {target + 1}"
     history = "".join(
         f"{ROUND_PROMPT.format(question=_text(r, 'question', questions, where))} {_text(r, 'answer', answers, where)}. "
@@ -59,8 +60,9 @@ def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], qu
     ]
     right = get(rounds[target], "gt_index", int, here)
     if len(relevance) != len(options) or not any(relevance) or not 0 <= right < len(options):
-        raise TaskError(f"{len(options)} options, the right one being number {right}, but {len(relevance)} relevances "
-                        f"of which {sum(map(bool, relevance))} are not 0", place, "Fetch both files again")  # fmt: skip
+        raise InputError(f"{len(options)} options, the right one being number {right}, but {len(relevance)} "
+                         f"relevances of which {sum(map(bool, relevance))} are not 0", place,
+                         "Fetch both files again")  # fmt: skip
     image, problem = source.images.find(
         f"VisualDialog_{source.phase}2018/VisualDialog_{source.phase}2018_{number:012d}.jpg"
     )
@@ -74,7 +76,7 @@ def _text(record: dict[str, Any], key: str, texts: list[Any], where: str) -> str
     """The text whose number stands under `key`."""
     number = get(record, key, int, where)
     if not 0 <= number < len(texts):
-        raise TaskError(f"there is no {key} {number}, only {len(texts)}", where, "Fetch the file again")
+        raise InputError(f"there is no {key} {number}, only {len(texts)}", where, "Fetch the file again")
     return checked(texts[number], str, f"{where}, {key} {number}")
 
 

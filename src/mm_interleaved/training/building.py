@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints.components import config_from_components, from_components
 from ..generation import MMInterleaved
+from ..io import read_json
 from ..model import MMInterleavedConfig
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
@@ -153,7 +153,7 @@ def _vae_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model.vae: '{folder}' has no config.json; give the folder of a diffusers VAE")
-    return {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+    return {k: v for k, v in read_json(path, dict).items() if not k.startswith("_")}
 
 
 def _follow_vae(decoder: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data import DocumentLoader
+from ..io import append, json_lines, parse_json, write_atomic, write_json
 from .config import RunConfig
 from .trainer import RunTrainer
 
@@ -96,9 +96,7 @@ class DataReportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Beside the checkpoint, not in it: it grows with the run."""
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"step": state.global_step, **self.loader.report().to_dict()}, indent=2) + "\n")
-        aside.replace(self.path)
+        write_json(self.path, {"step": state.global_step, **self.loader.report().to_dict()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,9 +126,7 @@ class Reporter(TrainerCallback):
         path = self.folder / LOG
         if path.is_file():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(f"{line}\n" for line in lines))
-            aside.replace(path)
+            write_atomic(path, "".join(f"{line}\n" for line in lines))
         if self.config.tensorboard:
             self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.global_step + 1)
 
@@ -141,8 +137,7 @@ class Reporter(TrainerCallback):
         values = {k: v for k, v in (logs or {}).items() if k not in ("epoch", "total_flos")}
         if not values or "train_runtime" in values:
             return
-        with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+        append(self.folder / LOG, json_lines([{"step": state.global_step, **values}]))
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, state.global_step)
@@ -187,7 +182,7 @@ class Reporter(TrainerCallback):
 
 def _step(line: str) -> int:
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):  # the line at which a process was killed
         return 2**62
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
+
+from ..io import read_json
 
 ASIDE = "checkpoint.incomplete"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -52,8 +53,8 @@ def step_of(checkpoint: Path) -> int:
     """
     path = checkpoint / "trainer_state.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return int(read_json(path)["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{path}' cannot be read ({error}); resume from another checkpoint") from None
 
 

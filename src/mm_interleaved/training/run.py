@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..checkpoints.checkpoint import written_aside
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
+from ..io import atomic_folder, write_atomic
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
@@ -112,10 +112,7 @@ def start_run(config: RunConfig) -> Path | None:
     folder = Path(config.output)
     resume = find_resume(folder, config.resume)
     if int(os.environ.get("RANK", "0")) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / "config.yaml.tmp"
-        aside.write_text(to_yaml(config))
-        aside.replace(folder / "config.yaml")
+        write_atomic(folder / "config.yaml", to_yaml(config))
     if config.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     return resume
@@ -168,7 +165,7 @@ def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleav
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             trainer.save_gathered(folder)
         elif trainer.args.should_save:
-            with written_aside(folder, replace=True) as aside:
+            with atomic_folder(folder, replace=True) as aside:
                 model.save_pretrained(aside)
                 processor.save_pretrained(aside)
 

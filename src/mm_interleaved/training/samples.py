@@ -15,8 +15,9 @@ from ..document import Document, Image, Text, load_documents
 from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
+from ..io import write_atomic, write_image
+from ..io.images import ImageSource, load_image
 from ..processor import MMInterleavedProcessor
-from ..processor.images import Source, load_image
 from .config import TrainConfig
 from .trainer import RunTrainer
 
@@ -62,13 +63,12 @@ class Samples(TrainerCallback):
             done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
         self.model.train()
         folder = Path(self.config.output) / "samples"
-        folder.mkdir(exist_ok=True)
         rows = [_images(e.result, self.config.samples.count) for e in done]
         texts = [_text(e.result) for e in done]
-        (folder / f"{step:07}.txt").write_text("\n\n".join(texts) + "\n")
+        write_atomic(folder / f"{step:07}.txt", "\n\n".join(texts) + "\n")
         sheet = _sheet(rows, self.processor.target_size)
         if sheet is not None:
-            sheet.save(folder / f"{step:07}.png")
+            write_image(folder / f"{step:07}.png", sheet)
         if self.config.tensorboard:
             with SummaryWriter(str(Path(self.config.output) / "tensorboard")) as writer:
                 writer.add_text("samples", "\n\n".join(texts), step)
@@ -78,7 +78,9 @@ class Samples(TrainerCallback):
 
 def _images(document: Document, limit: int) -> list[PIL.Image.Image]:
     return [
-        load_image(cast(Source, s.source)) for s in document.segments if isinstance(s, Image) and s.source is not None
+        load_image(cast(ImageSource, s.source))
+        for s in document.segments
+        if isinstance(s, Image) and s.source is not None
     ]
 
 

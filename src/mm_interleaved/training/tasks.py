@@ -31,7 +31,7 @@ class Tasks(TrainerCallback):
         model, processor: what is trained.
 
     Raises:
-        TaskError: a task's files cannot be read. Better now than after the first thousand steps.
+        InputError: a task's files cannot be read. Better now than after the first thousand steps.
     """
 
     def __init__(

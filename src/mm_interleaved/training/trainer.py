@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -18,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..checkpoints.checkpoint import put_in_place
 from ..configuration import to_yaml
+from ..io import put_in_place, write_atomic, write_json, writing
 from ..model import MMInterleavedModel
 from . import checkpoints, sharding
 from .config import RunConfig, ScheduleConfig, TrainingError
@@ -226,20 +225,22 @@ class RunTrainer(Trainer):
             shutil.rmtree(self._aside, ignore_errors=True)
         self._barrier()
         try:
-            super()._save_checkpoint(model, trial)
-            folder = self._aside / name
-            torch.save(self.pipeline.state_dict(), folder / self._pipeline_file())
-            if self.args.should_save and self.ema is not None:
-                self.ema.save(folder)
-            self._barrier()
-            if self.args.should_save:
-                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                (folder / "config.yaml").write_text(to_yaml(self.config))
-                shutil.rmtree(run / name, ignore_errors=True)  # a broken one, or it would be in the list
-                os.replace(folder, run / name)
-                self._aside.rmdir()
-                checkpoints.prune(run, self.config.keep_checkpoints)
+            with writing(run / name):
+                super()._save_checkpoint(model, trial)
+                folder = self._aside / name
+                torch.save(self.pipeline.state_dict(), folder / self._pipeline_file())
+                if self.args.should_save and self.ema is not None:
+                    self.ema.save(folder)
+                self._barrier()
+                if self.args.should_save:
+                    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                    write_atomic(folder / "config.yaml", to_yaml(self.config))
+                    shutil.rmtree(run / name, ignore_errors=True)  # a broken one, or it would be in the list
+                    os.replace(folder, run / name)
+                    checkpoints.prune(run, self.config.keep_checkpoints)
         finally:
+            if self.args.should_save:
+                shutil.rmtree(self._aside, ignore_errors=True)  # what a full disk left of it
             self._aside = None
         self._barrier()
 
@@ -255,11 +256,12 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)  # what a run that was killed left
         self._barrier()
-        self.save_model(str(aside))
-        self._barrier()
-        if self.args.should_save:
-            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            put_in_place(aside, folder)
+        with writing(folder):
+            self.save_model(str(aside))
+            self._barrier()
+            if self.args.should_save:
+                (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                put_in_place(aside, folder)
 
     def load_run_state(self, folder: Path) -> None:
         """What the Trainer does not know of: the pipeline's place and the average.
@@ -314,7 +316,7 @@ def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
     save_file(tensors, folder / "batch.safetensors")
     shapes = {k: list(v.shape) for k, v in tensors.items()}
     about = {**about, "source": getattr(batch, "source", None), "shapes": shapes}
-    (folder / "batch.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_json(folder / "batch.json", about)
 
 
 def learning_rate_share(config: ScheduleConfig, steps: int) -> Callable[[int], float]:

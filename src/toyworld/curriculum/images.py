@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mm_interleaved.data import leave_process_group
-from mm_interleaved.processor.images import CROPS, load_image
+from mm_interleaved.io.images import load_image
+from mm_interleaved.processor.images import CROPS
 from mm_interleaved.training.pipeline import BatchStats, Prepare
 
 from ..detector import PIXELS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
+
+from mm_interleaved.io import write_json
 
 from ..scene import GRID
 
@@ -70,4 +71,4 @@ def cell_of(geometry: Tensor) -> Tensor:
 def save_part(state: Mapping[str, Tensor], quality: Mapping[str, float], file: Path) -> None:
     """The weights of a part, and `quality.json` beside them."""
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, file)
-    (file.parent / "quality.json").write_text(json.dumps(dict(quality), indent=2) + "\n")
+    write_json(file.parent / "quality.json", dict(quality))

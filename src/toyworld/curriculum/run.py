@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mm_interleaved.checkpoints.checkpoint import written_aside
+from mm_interleaved.io import atomic_folder, write_json
 from mm_interleaved.training.building import (
     LANGUAGE,
     VISION,
@@ -111,7 +110,7 @@ def _keep(state: Callable[[Any], dict[str, Tensor]], name: str) -> Callable[[Run
     def finish(trainer: RunTrainer, folder: Path) -> None:
         if trainer.args.should_save:
             quality = trainer.evaluate()
-            with trainer.averaged(), written_aside(folder, replace=True) as aside:
+            with trainer.averaged(), atomic_folder(folder, replace=True) as aside:
                 save_part(state(trainer.model), quality, aside / name)
 
     return finish
@@ -162,6 +161,6 @@ def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path)
             quality.append([float(outputs.psnr), float(outputs.ssim)])
         found = {name: sum(v) / len(v) for name, v in zip(("psnr", "ssim"), zip(*quality, strict=True), strict=True)}
         scale = latent_scale(torch.cat(latents))
-        with written_aside(folder, replace=True) as aside:
+        with atomic_folder(folder, replace=True) as aside:
             save_autoencoder(task.vae, scale, aside)
-            (aside / "quality.json").write_text(json.dumps({**found, "scaling_factor": scale}, indent=2) + "\n")
+            write_json(aside / "quality.json", {**found, "scaling_factor": scale})

@@ -1,0 +1,234 @@
+"""Files and folders that are there whole or not at all, and folders that one process writes into at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .errors import OutputError, UserError
+from .text import check_text
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+class writing:
+    """Turn what is raised while `path` is written into an `OutputError`.
+
+    Args:
+        path: the file or folder.
+
+    Raises:
+        OutputError: the disk is full, or the path cannot be written. Libraries raise errors of their own for a full
+            disk, so the free space is looked at as well.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        folder, number = _existing(self.path), getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and (_mentions_full(error) or _is_full(folder))):
+            raise OutputError(f"no space left in {folder}", str(self.path),
+                              "Make room; the same command goes on", "no space") from None  # fmt: skip
+        if isinstance(error, OSError):
+            raise OutputError(f"cannot be written: {error.strerror or error}", str(self.path),
+                              "Name another place", "unwritable") from None  # fmt: skip
+
+
+def _existing(path: Path) -> Path:
+    """The innermost folder on the way to `path` that exists."""
+    for folder in path.absolute().parents:
+        if os.path.isdir(folder):
+            return folder
+    return Path("/")
+
+
+def _mentions_full(error: Exception) -> bool:
+    return any(words in str(error) for words in ("No space left on device", "Disk quota exceeded", "os error 28"))
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        usage = shutil.disk_usage(folder)  # /proc and the like have no size at all
+    except OSError:
+        return False
+    return usage.total > 0 and usage.free < 1 << 16
+
+
+def _aside(path: Path) -> Path:
+    """Where a file is written before it gets its name: beside it, and another for each process and thread."""
+    return path.with_name(f".{path.name[:80]}.{os.getpid()}.{threading.get_ident()}")
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write beside the file and rename, so that the file is never half there. Folders on the way to it are made.
+
+    Raises:
+        OutputError: it cannot be written; nothing of it is left.
+        InputError: the text holds a lone surrogate.
+    """
+    path = Path(path)
+    data = content if isinstance(content, bytes) else check_text(content, str(path)).encode()
+    aside = _aside(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(data)
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: str | Path, data: Any, indent: int | None = 2) -> None:
+    """Write a JSON file in UTF-8, as `write_atomic`."""
+    write_atomic(path, json.dumps(data, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: str | Path, records: Iterable[Any]) -> None:
+    """Write a JSON-lines file in UTF-8, as `write_atomic`."""
+    write_atomic(path, json_lines(records))
+
+
+def json_lines(records: Iterable[Any]) -> str:
+    """Records as JSON, one a line."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def encode_image(image: PIL.Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """An image as the bytes of a file."""
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_image(path: str | Path, image: PIL.Image.Image, quality: int = 88) -> None:
+    """Write a JPEG (`.jpg`) or else a PNG file, as `write_atomic`."""
+    is_jpeg = Path(path).suffix in (".jpg", ".jpeg")
+    write_atomic(path, encode_image(image, "JPEG", quality=quality) if is_jpeg else encode_image(image))
+
+
+def append(path: str | Path, text: str) -> None:
+    """Add text to the end of a file and wait until it is on the disk.
+
+    Raises:
+        OutputError: it cannot be written; what was added is taken back.
+    """
+    data = check_text(text, str(path)).encode()
+    with writing(path), open(path, "ab") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+@contextmanager
+def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A new folder that becomes `target` when the block ends well, and disappears otherwise.
+
+    Args:
+        target: what it becomes.
+        replace: whether a folder of that name makes room.
+
+    Raises:
+        OutputError: the target exists and is not an empty folder, or cannot be written.
+    """
+    target = Path(target)
+    aside = target.with_name(target.name + ".incomplete")
+    with writing(target):
+        if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise OutputError("exists already", str(target), "Name a new folder", "exists")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            yield aside
+            put_in_place(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Give a finished folder its name; a folder that bears it goes, and comes back if that fails."""
+    if not target.exists():
+        aside.rename(target)
+        return
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        aside.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if need be, so that no other process writes into it; freed when the process ends.
+
+    Raises:
+        OutputError: another process holds it, which is named; or it cannot be written.
+    """
+    path = Path(folder) / LOCK
+    with writing(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while (lock := _take_lock(path)) is None:
+            pass  # its holder removed the file between our opening and locking it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _take_lock(path: Path) -> int | None:
+    """The lock file, open and locked; None: the file is not there any more."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 200).decode(errors="replace") or "another process"
+        os.close(lock)
+        raise OutputError(f"in use by {holder}", str(path.parent), "Wait until it ends, or name another folder",
+                          "in use") from None  # fmt: skip
+    except OSError as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): let only one process write there", path.parent, error.strerror)
+        return lock
+    try:
+        if not os.path.samestat(os.fstat(lock), path.stat()):
+            raise FileNotFoundError
+    except FileNotFoundError:
+        os.close(lock)
+        return None
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return lock
