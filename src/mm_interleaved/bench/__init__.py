@@ -1,4 +1,4 @@
-"""What everything costs, measured beside what the machine allows and beside the plain references (`mmi bench`)."""
+"""Measurements of speed and memory, beside reference implementations and the machine's bounds (`mmi bench`)."""
 
 from .run import LINES, Bench, Row, run_lines
 

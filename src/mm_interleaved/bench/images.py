@@ -1,4 +1,4 @@
-"""Lines about images: drawing one, and what its pixels cost."""
+"""Lines about images: generation, VAE, encoding."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .base import Bench, Row, prefilled
 
 
 def image(bench: Bench) -> Iterator[Row]:
-    """An image from its context to its pixels; the reference calls the UNet step by step.
+    """An image from its context to its pixels; the reference calls the UNet without CUDA graphs.
 
-    With and without an earlier image, then by the quicker schedulers, and if asked for with a compiled UNet.
+    With and without an earlier image, then with faster schedulers, and with a compiled UNet if requested.
     """
     sizes, settings = bench.sizes, ImageSettings(num_inference_steps=bench.sizes.steps)
     length, images = sizes.drawing
@@ -38,7 +38,7 @@ def image(bench: Bench) -> Iterator[Row]:
 
 
 def layouts(bench: Bench) -> Iterator[Row]:
-    """An image with the convolutions' channels last (as usual) and, as the reference, first."""
+    """An image with convolutions in channels-last format; the reference is channels first."""
     settings = ImageSettings(num_inference_steps=bench.sizes.steps, cache_implementation="static")
     state, usual, times = prefilled(bench, *bench.sizes.drawing), denoising.LAYOUT, []
     try:
@@ -67,7 +67,7 @@ def _drawn(bench: Bench, state: GenerationState, case: str, settings: ImageSetti
 
 @torch.no_grad()
 def draw(bench: Bench, state: GenerationState, settings: ImageSettings) -> torch.Tensor:
-    """The image that follows what a state has read."""
+    """Generate the next image of a state."""
     decoder = bench.model.image_decoder
     conditions = decoder.resampler(*state.image_context([0]))
     generators = [torch.Generator().manual_seed(settings.seed)]
@@ -76,7 +76,7 @@ def draw(bench: Bench, state: GenerationState, settings: ImageSettings) -> torch
 
 
 def pixels(bench: Bench) -> Iterator[Row]:
-    """The VAE's decoder: in bfloat16 against float32, and how far apart the images are."""
+    """The VAE's decoder in bfloat16 and float32, and the difference of the images."""
     decoder = bench.model.image_decoder
     latents = torch.randn(decoder.latent_shape(1), generator=torch.Generator().manual_seed(0)).to(bench.device)
     half, exact = (decoder.decode(latents, h) for h in (True, False))
@@ -117,7 +117,7 @@ def encode(bench: Bench) -> Iterator[Row]:
 
 
 def adapter(bench: Bench) -> Iterator[Row]:
-    """The ViT adapter's attention over some images, by the kernels of MMFS; the reference is the composition."""
+    """The ViT adapter's attention by the kernels of MMFS; the reference is made of PyTorch operators."""
     config = MMInterleavedConfig.preset(bench.preset)
     grid = config.vision_config.image_size // config.vision_config.patch_size
     stem = [2 * grid, grid, grid // 2]

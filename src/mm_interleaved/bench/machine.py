@@ -1,4 +1,4 @@
-"""What stands beside every figure: the command, the machine, the versions."""
+"""The description of a measurement: command, machine, versions; and the clock."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _processor() -> str:
 
 
 def describe() -> dict[str, object]:
-    """For the head of a results file."""
+    """The description for the head of a results file."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: version(name) for name in ("mm-interleaved", "torch", "transformers", "diffusers")}
     words = sys.argv[1:]
-    if "--output" in words:  # where a result was put says nothing about it
+    if "--output" in words:  # the output file is left out of the command
         at = words.index("--output")
         words = words[:at] + words[at + 2 :]
     program = Path(sys.argv[0]).name
@@ -45,27 +45,27 @@ def describe() -> dict[str, object]:
 
 @dataclass
 class Speed:
-    """What a machine can do at best: bytes moved a second, and operations of matrix products a second."""
+    """The speed of a machine: bytes per second of a copy, and operations per second of matrix products."""
 
     bytes_per_second: float
     operations_per_second: float
 
 
 class Clock:
-    """Seconds on a device, and the memory that work needs."""
+    """Measures time and memory of work on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._reserved = 0  # most so far, as `peak` resets the device's own statistics
+        self._reserved = 0  # maximum so far, because `peak` resets the device's statistics
 
     def __call__(self) -> float:
-        """Now, after everything before has happened."""
+        """The time in seconds, after a synchronisation."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def time(self, work: Callable[[], object], repeats: int = 3, warm_up: int = 1) -> float:
-        """The fastest of some repeats, in seconds."""
+        """The shortest time of some repeats, in seconds."""
         best = float("inf")
         for number in range(warm_up + repeats):
             begin = self()
@@ -74,7 +74,7 @@ class Clock:
         return best
 
     def peak(self, work: Callable[[], object]) -> int | None:
-        """Bytes that a call needs beyond what was there; None on a CPU."""
+        """The additional bytes that a call needs; None on a CPU."""
         if self.device.type != "cuda":
             work()
             return None
@@ -87,19 +87,19 @@ class Clock:
         return torch.cuda.max_memory_allocated() - before
 
     def reset_reserved(self) -> None:
-        """Begin anew to look for the most memory that the process holds on the device."""
+        """Reset the maximum of `reserved`."""
         if self.device.type == "cuda":
             self._reserved = 0
             torch.cuda.reset_peak_memory_stats()
 
     def reserved(self) -> int | None:
-        """Most bytes that the process held on the device since `reset_reserved`; None on a CPU."""
+        """The most bytes that the process held on the device since `reset_reserved`; None on a CPU."""
         if self.device.type != "cuda":
             return None
         return max(self._reserved, torch.cuda.max_memory_reserved())
 
     def speed(self, dtype: torch.dtype) -> Speed:
-        """Measured: a large copy, which reads and writes, and a large product."""
+        """The speed of the machine, measured with a large copy (read and write) and a large product."""
         size = 2**32 if self.device.type == "cuda" else 2**27
         source = torch.empty(size, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)

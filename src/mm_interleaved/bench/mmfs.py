@@ -1,12 +1,14 @@
-"""Lines about MMFS: the attention alone, and the whole synchronizer, kernels against the plain composition.
+"""Lines about MMFS: the attention operator and the whole synchronizer, kernels against PyTorch operators.
 
-`op` is the attention alone. `layer` is the whole synchronizer: for inference with values kept and the query side
-folded; with gradients as in training, the values projected from the maps. Tokens see the images before them, `n`
-spread evenly over the text. `decode` is one token behind all of them, on a GPU inside a CUDA graph. `grid` is one map
-of the UNet, two drawings with one earlier image each.
+`op` is the attention operator. `layer` is the whole synchronizer: for inference with cached values and derived weights;
+with gradients as in training, where values are projected from the maps. In texts, `n` images are distributed evenly,
+and are visible to the tokens after them. `decode` is one token after all of them, on a GPU inside a CUDA graph. `grid`
+is one map of the UNet for two images with one earlier image each.
 
-Bounds count what cannot be avoided: each input read once, each result written once, the arithmetic of matrix products
-and samples.
+Bounds count unavoidable work: each input is read once, each result is written once, and the arithmetic of matrix
+products and samples.
+
+Axes: I images, S spatial positions of all levels, Q queries, N heads, P points, V levels.
 """
 
 from __future__ import annotations
@@ -29,20 +31,20 @@ from ..ops import MMFSInputs, mmfs_attention, why_not_triton
 from ..ops.mmfs_attention import Backend
 from .base import Bench, Row
 
-AHEAD = 128  # times that a large buffer is written before what is timed: 8 ms on an H200
+AHEAD = 128  # writes of a large buffer before the timed work: 8 ms on an H200
 
 
 @dataclass
 class Case:
-    """One synchronizer and who looks at what."""
+    """One synchronizer with the visible images of its queries."""
 
     name: str
     config: MMFSConfig
-    width: int  # of queries
+    width: int  # width of queries
     features: int  # width of the maps
     images: Tensor  # [groups, slots]
-    queries: int  # a group
-    side: int | None = None  # of the map of queries; None: tokens
+    queries: int  # queries of a group
+    side: int | None = None  # side of the map of queries; None: tokens
     gradients: bool = True
 
     @property
@@ -59,7 +61,7 @@ class Case:
 
 
 def tokens(batch: int, length: int, n: int, everything: bool = False) -> Tensor:
-    """[batch * length, n]: the images that each token sees."""
+    """The visible images of each token: [batch * length, n]."""
     place, slot = torch.arange(length)[:, None], torch.arange(n)
     count = torch.full_like(place, n) if everything else 1 + place * n // length
     row = torch.where(slot < count, count - 1 - slot, -1)
@@ -68,7 +70,7 @@ def tokens(batch: int, length: int, n: int, everything: bool = False) -> Tensor:
 
 
 def cases(bench: Bench) -> list[Case]:
-    """What the tasks of a model of that size are made of."""
+    """The cases for a model of that size."""
     config, length = MMInterleavedConfig.preset(bench.preset), bench.sizes.length
     text, features, mmfs = config.text_config.hidden_size, config.vision_config.hidden_size, config.mmfs
     n, few = bench.sizes.images, max(bench.sizes.images // 3, 1)
@@ -86,7 +88,7 @@ def cases(bench: Bench) -> list[Case]:
 
 
 class Work:
-    """A case on a device: its layer, its inputs, and what can be timed."""
+    """A case on a device: its layer, its inputs, and the calls to time."""
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self.case = case
@@ -96,8 +98,8 @@ class Work:
         groups, positions = len(case.images), sum(h * w for h, w in case.shapes)
         self.query = torch.randn(groups, case.queries, case.width, device=device, dtype=dtype)
         self.maps = torch.randn(case.num_images, positions, case.features, device=device, dtype=dtype)
-        visible = VisibleImages.build(case.images, case.num_images)  # the plain form is timed without sorting
-        assert visible.routes is not None  # on the host they are always sorted
+        visible = VisibleImages.build(case.images, case.num_images)  # sorting is not timed
+        assert visible.routes is not None  # always computed on the host
         self.visible = VisibleImages(visible.images.to(device), visible.routes.to(device))
         centre = torch.full((1, 1, 2), 0.5, device=device)
         self.reference = centre if case.side is None else cell_centres([case.side], device)[None]
@@ -108,7 +110,7 @@ class Work:
         self.inputs = (values, offsets, logits, tables[0], tables[1])
 
     def operator(self, backend: Backend) -> Tensor:
-        """The attention alone."""
+        """The attention operator."""
         case = self.case
         scales = [side / case.base for side in case.config.levels]
         given = MMFSInputs(*self.inputs, self.reference, self.visible.images, case.shapes, scales, self.visible.routes)
@@ -122,7 +124,7 @@ class Work:
         return self.mmfs(self.query, values, *place, derived)
 
     def call(self, part: str, backend: Backend, gradients: bool) -> Callable[[], Tensor]:
-        """What is timed; with gradients it goes back from a fixed random gradient."""
+        """The call to time; with gradients it includes a backward pass from a fixed random gradient."""
 
         def forward() -> Tensor:
             return self.operator(backend) if part == "operator" else self.layer(backend, gradients)
@@ -145,15 +147,15 @@ class Work:
 
 
 def samples(case: Case) -> int:
-    """Bilinear samples of one head channel that the case takes."""
+    """Number of bilinear samples of the case, for one channel of a head."""
     return int((case.images >= 0).sum()) * case.queries * len(case.shapes) * case.config.num_points
 
 
 def need(work: Work, part: str, gradients: bool) -> Need:
-    """Bytes of device memory and operations that the work needs at least.
+    """The least bytes of device memory and operations of the work.
 
-    A gradient is written like its input, which is read again; products cost twice as much on the way back; so do
-    samples, whose neighbours are read again and added to.
+    In the backward pass inputs are read again and gradients of the same sizes are written; products and samples cost
+    twice as much.
     """
     case, config = work.case, work.case.config
     width, rows = config.hidden_size, work.query.shape[0] * case.queries
@@ -174,10 +176,10 @@ def need(work: Work, part: str, gradients: bool) -> Need:
 
 
 def median(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Milliseconds; on a GPU those of its own work.
+    """The median time in milliseconds; on a GPU without the host's time.
 
-    It is kept busy first, so that the host, whose launches take longer than the kernels of a single layer, is ahead, as
-    it is in a training step. The caches hold nothing of use then.
+    The GPU is kept busy first, so that the host, whose launches take longer than the kernels of one layer, is ahead, as
+    in a training step. This also clears the caches.
     """
     for _ in range(2):
         work()
@@ -201,7 +203,7 @@ def median(work: Callable[[], object], device: torch.device, repeats: int) -> fl
 
 
 def measured(bench: Bench, work: Work, line: str, gradients: bool) -> Row:
-    """One row: kernels where they can run, and the plain composition."""
+    """One row: the kernels, if they can run, and PyTorch operators."""
     device = bench.device
     reason = why_not_triton(work.values, work.case.config.num_points) if device.type == "cuda" else "on a CPU"
     graph = device.type == "cuda" and work.case.name.startswith("decode")
@@ -236,7 +238,7 @@ def _rows(bench: Bench, line: str) -> Iterator[Row]:
 
 
 def layer_by_images(bench: Bench) -> Iterator[Row]:
-    """A layer over a whole text against the number of its images: time and memory."""
+    """Time and memory of a layer over a whole text, by number of images."""
     config = MMInterleavedConfig.preset(bench.preset)
     text, features = config.text_config.hidden_size, config.vision_config.hidden_size
     for n in bench.sizes.counts:

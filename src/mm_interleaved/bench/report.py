@@ -1,4 +1,4 @@
-"""Results for people: a table on the screen, Markdown, plots, and two runs beside each other."""
+"""Presentation of results: a table on the screen, Markdown, plots, and a comparison of two runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = ("line", "case", "value", "reference", "ratio", "bound", "of bound", "
 
 
 def cells(row: Row) -> list[str]:
-    """A row as the table shows it."""
+    """The cells of a row in the table."""
     peaks = ["-" if p is None else f"{p / 2**20:,.0f} MiB" for p in (row.peak_bytes, row.reference_peak_bytes)]
     return [
         row.line,
@@ -30,12 +30,12 @@ def cells(row: Row) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def line(row: Row) -> str:
-    """A row for the screen, as soon as it is measured."""
+    """A row as a line for the screen."""
     _, case, value, reference, ratio, bound, share, peak, reference_peak, held, note = cells(row)
     parts = [f"{row.line:18} {case:58} {value:>16}"]
     if row.reference is not None:
@@ -55,7 +55,7 @@ def _weights(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The whole result as a document."""
+    """The whole result as Markdown."""
     gpu = result["gpu"] or "no GPU"
     lines = [
         f"# {result['preset']}, {_weights(result)}, {gpu}",
@@ -77,13 +77,13 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def rows_of(result: dict[str, Any]) -> list[Row]:
-    """The rows of a result that was read from a file."""
+    """The rows of a result from a file."""
     known = Row.__dataclass_fields__
     return [Row(**{k: v for k, v in row.items() if k in known}) for row in result["rows"]]
 
 
 def comparison(a: dict[str, Any], b: dict[str, Any]) -> Table:
-    """Two results beside each other, row by row."""
+    """The table that compares two results row by row."""
     out = Table(title=f"{a['date']} {a['gpu'] or 'CPU'}  :  {b['date']} {b['gpu'] or 'CPU'}")
     for name in ("line", "case", "A", "B", "A / B"):
         out.add_column(name, justify="left" if name in ("line", "case") else "right", no_wrap=True)
@@ -103,7 +103,7 @@ PLOTS = {
 
 
 def plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Draw what was measured against a number of images or rounds; the files that were written."""
+    """Plot the rows that depend on a number of images or rounds; returns the written files."""
     import matplotlib.pyplot as plt
 
     written = []

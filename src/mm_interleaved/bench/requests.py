@@ -1,4 +1,4 @@
-"""Rows about requests as a server and an evaluation send them. Only the public generation calls are used."""
+"""Lines about requests of a server and of an evaluation, through the public generation calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .session import Session
 
 
 def first_token(bench: Bench) -> Iterator[Row]:
-    """From the request of a fresh session to its first text; whatever the process keeps between sessions is warm."""
+    """The time from the request of a new session to its first text, in a process that has run sessions before."""
     length, count = bench.sizes.texts[0]
     config = bench.model.config
     images = [Image(to_pil(pixels.cpu().numpy())) for pixels in bench.noise[:count]]

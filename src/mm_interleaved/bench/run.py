@@ -1,4 +1,4 @@
-"""Runs the lines of the benchmark one after the other; what fails is reported, and the rest goes on."""
+"""Runs the lines of the benchmark one after the other. A failure is reported, and the other lines still run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _triton_errors() -> tuple[type[BaseException], ...]:
     return (TritonError,)
 
 
-# What a line may run into on a machine that nobody has tried: no memory, a kernel that does not compile, a bad setting.
+# Exceptions that a line may raise on an untested machine: out of memory, a kernel that does not compile, a bad setting.
 _TROUBLE = (
     *_triton_errors(), subprocess.SubprocessError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
     ArithmeticError, OSError, ImportError, AssertionError,
@@ -58,12 +58,12 @@ _TROUBLE = (
 
 @dataclass
 class Trouble:
-    """A line that did not come to its end.
+    """A line that did not finish.
 
     Attributes:
         line: its name.
-        reason: why.
-        skipped: whether it was not even begun.
+        reason: the reason.
+        skipped: whether it was not started.
     """
 
     line: str
@@ -72,12 +72,12 @@ class Trouble:
 
 
 def run_lines(bench: Bench, names: Iterable[str], time_limit: float | None = None) -> Iterator[Row | Trouble]:
-    """Rows as they are measured.
+    """Yields rows as they are measured.
 
     Args:
         bench: sizes, device and model.
-        names: of `LINES`.
-        time_limit: seconds after which no further row is begun; None: no limit.
+        names: names of lines, keys of `LINES`.
+        time_limit: seconds after which no further row is started; None: no limit.
     """
     begin = time.perf_counter()
     for name in names:
@@ -101,7 +101,7 @@ def run_lines(bench: Bench, names: Iterable[str], time_limit: float | None = Non
 
 
 def _place(error: BaseException) -> str:
-    """Where in the code it happened."""
+    """The place in the code where an error was raised."""
     trace, place = error.__traceback__, ""
     while trace is not None:  # the innermost frame of ours
         _, ours, name = trace.tb_frame.f_code.co_filename.rpartition("mm_interleaved/")

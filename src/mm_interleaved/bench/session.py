@@ -1,4 +1,4 @@
-"""Lines about sessions: rounds of text and an image, with caches kept or everything read anew at every turn."""
+"""Lines about sessions: rounds of text and an image, with caches or with recomputation at every turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Bench, Row
 
 
 class Session:
-    """One way to write a document that starts with an image, a round at a time."""
+    """Generates a document that starts with an image, one round at a time."""
 
     def __init__(self, kind: type[InterleavedGenerator], bench: Bench, implementation: CacheImplementation) -> None:
         sizes, noise = bench.sizes, np.random.default_rng(0)
@@ -33,7 +33,7 @@ class Session:
         self.made: list[object] = []
 
     def round(self) -> bool:
-        """Go on until the next image is finished; whether there was room for one."""
+        """Continue until the next image is finished; returns whether the context had room for one."""
         begin, drawn = self.clock(), False
         for event in self.events:
             if isinstance(event, SegmentFinished):
@@ -49,16 +49,16 @@ class Session:
 
 
 def session(bench: Bench) -> Iterator[Row]:
-    """A row for every round; the reference reads and encodes everything anew at every turn, and records nothing.
+    """A row for every round; the reference recomputes everything at every turn, without CUDA graphs.
 
-    It ends when the model's context is full: at the release's size after 15 rounds of 60 tokens.
-    The fast way is played once before it is measured: a server records its steps once, and compiles them if asked to.
+    It ends when the model's context is full: at the release's size after 15 rounds of 60 tokens. The session runs once
+    before it is measured, because a server captures (and compiles) its steps once.
     """
     sizes, model = bench.sizes, bench.model
     once = Session(InterleavedGenerator, bench, "static")
     for _ in range(sizes.rounds):
         once.round()
-    del once  # its workspace goes back for the next session
+    del once  # frees its workspace for the next session
     fast = Session(InterleavedGenerator, bench, "static")
     plain = Session(RecomputingGenerator, bench, "dynamic")
     bound, room = 0.0, 0

@@ -1,4 +1,4 @@
-"""Lines about text: reading a prompt, writing tokens, and the products that writing is made of."""
+"""Lines about text: prefill, decoding, and the matrix products of a decode step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .base import Bench, Row, prefilled
 
 
 def prefill(bench: Bench) -> Iterator[Row]:
-    """A long prompt with many images, encoded and read; the reference weighs images by the published form of MMFS."""
+    """The prefill of a long prompt with many images, with encoding; the reference has the published form of MMFS."""
     sizes, model, clock = bench.sizes, bench.model, bench.clock
 
     def work(implementation: CacheImplementation = "auto") -> object:
@@ -42,7 +42,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
 
 
 def decode(bench: Bench) -> Iterator[Row]:
-    """A token: greedy, sampled, by beams; the reference's caches grow."""
+    """A token by greedy search, sampling and beams; the cache of the reference grows."""
     beams = bench.sizes.beams
     for length, images in bench.sizes.texts:
         case = f"{length} tokens, {images} images"
@@ -54,7 +54,7 @@ def decode(bench: Bench) -> Iterator[Row]:
 
 
 def decode_by_images(bench: Bench) -> Iterator[Row]:
-    """A token against the number of images that it sees, fast way only."""
+    """A token by number of visible images, without the reference."""
     config = bench.model.config
     for count in bench.sizes.counts:
         length = 2 + count * (2 + config.num_image_tokens)
@@ -66,7 +66,7 @@ def decode_by_images(bench: Bench) -> Iterator[Row]:
 def _writing(
     bench: Bench, length: int, images: int, case: str, settings: TextSettings, rows: int = 1, reference: bool = True
 ) -> Row:
-    """Milliseconds a token, of many; what was recorded before is not counted."""
+    """Milliseconds per token, over many tokens; capturing is not counted."""
     sizes = bench.sizes
 
     def work(implementation: str, tokens: int) -> Callable[[], object]:
@@ -91,7 +91,7 @@ def _writing(
 
 
 def admission(bench: Bench) -> Iterator[Row]:
-    """A new generation call on a leased workspace: the state of the modules, and the weights derived from others."""
+    """The start of a generation call on a leased workspace: the state of the modules, and derived weights."""
     length, images = bench.sizes.texts[0]
     graphs = uses_graphs(bench.model, "auto")
 
@@ -102,7 +102,7 @@ def admission(bench: Bench) -> Iterator[Row]:
 
 
 def decode_step(bench: Bench) -> Iterator[Row]:
-    """The captured step alone, through the kernels and through the library's products; the reference runs eagerly."""
+    """The captured step alone, with the kernels and with the library's products; the reference is not captured."""
     length, images = bench.sizes.texts[0]
     cuda, steps = bench.device.type == "cuda", bench.sizes.repeats
     need = roofline.decoding(bench.model, bench.cost, length, images)
@@ -127,7 +127,7 @@ def decode_step(bench: Bench) -> Iterator[Row]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """The products of decoding for one row and for several, layer by layer; the reference is the library's way."""
+    """The products of a decode step for one row and for several; the reference is the library."""
     if bench.device.type != "cuda":
         raise ValueError("the kernels are for CUDA devices")
     for rows in (1, bench.sizes.beams):
@@ -139,14 +139,14 @@ def products(bench: Bench) -> Iterator[Row]:
 
 
 def _bytes(weights: list[Weights]) -> int:
-    """That a product reads."""
+    """The bytes that a product reads."""
     parts = [x for w in weights for x in ((w,) if isinstance(w, torch.Tensor) else (w.data, w.scale))]
     return sum(x.numel() * x.element_size() for x in parts)
 
 
 def _weights(linear: nn.Module) -> Weights:
     weights = readable(linear)
-    assert weights is not None  # a model just made has plain or quantized linear layers
+    assert weights is not None  # the linear layers are plain or quantized here
     return weights
 
 
@@ -182,7 +182,7 @@ def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., obj
 
 
 def tiles(bench: Bench) -> Iterator[Row]:
-    """The product kernels with other tiles, to choose `decoding_triton.TILE`; the reference is what is chosen now."""
+    """The product kernels with other tiles, to choose `decoding_triton.TILE`; the reference is the present choice."""
     from ..ops import decoding_triton
 
     chosen = dict(decoding_triton.TILE)
@@ -206,7 +206,7 @@ def tiles(bench: Bench) -> Iterator[Row]:
 
 
 def _replayed(bench: Bench, work: Callable[[nn.Module], object]) -> float:
-    """Seconds a layer of `work` in a CUDA graph over all layers, whose weights no cache can hold."""
+    """Seconds per layer of `work`, in a CUDA graph over all layers, whose weights exceed the caches."""
     from ..model.static import capture
 
     layers = bench.model.language_model.layers

@@ -12,7 +12,7 @@ from ..training.flops import step_cost
 from ..training.run import compile_regions
 from .base import Bench, Row, document
 
-IN_A_ROW = 3  # steps, as in a training run, where the host does not wait for the device after each
+IN_A_ROW = 3  # steps without synchronisation in between, as in a training run
 
 
 def training(bench: Bench) -> Iterator[Row]:
@@ -22,7 +22,7 @@ def training(bench: Bench) -> Iterator[Row]:
 
 
 def training_compiled(bench: Bench) -> Iterator[Row]:
-    """The same with the language model's layers compiled, which stay so: for a run of its own."""
+    """The same with compiled layers of the language model, which stay compiled: run this line alone."""
     compile_regions(bench.model, "decoder")
     for selective in (False, True):
         yield _row(bench, selective, f"layers compiled{', selective checkpointing' if selective else ''}")

@@ -1,9 +1,8 @@
-"""Checkpoints: the original release's to ours and back.
+"""Conversion of checkpoints: from the original release's format to ours and back.
 
-Conversion streams: names, shapes and derivable tables are checked against the configuration first, from the files'
-headers alone, and nothing is written unless everything fits. Then tensors go through memory one output shard at a
-time. What is written stands in a folder beside the target, which takes the target's name only when it is
-complete.
+Names, shapes and derivable tables are compared with the configuration first, from the headers of the files, and nothing
+is written unless everything fits. Then tensors are converted one output shard at a time. The result is written to a
+temporary folder, which gets the name of the target when it is complete.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from ..model.config import MMInterleavedConfig
 from ..model.mm_interleaved import MMInterleavedModel
 from .original import NameTable, derived_tensors
 
-SHARD_BYTES = 800_000_000  # what an output shard holds; writing one takes twice as much memory
+SHARD_BYTES = 800_000_000  # size of an output shard; writing one takes twice as much memory
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt")
-# What the two formats' readers raise for files that are truncated, damaged, or something else.
+# Exceptions of the readers of both formats for files that are truncated, damaged, or of another kind.
 _UNREADABLE = (
     SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
@@ -45,7 +44,7 @@ class CheckpointError(InputError):
 
 @dataclass
 class Mismatch:
-    """How a checkpoint differs from what the configuration asks for."""
+    """The differences between a checkpoint and its configuration."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -97,7 +96,7 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def _promised(source: Path, files: list[Path]) -> set[str]:
-    """Names of files of the same kind that must be there: those an index lists, and all N of a "00001-of-0000N"."""
+    """Names of files that must exist: those that an index lists, and all N files of a "00001-of-0000N"."""
     kinds = {f.suffix for f in files}
     names: set[str] = set()
     for index in source.glob("*.index.json"):
@@ -135,7 +134,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_safetensors(source: Path) -> None:
-    """Read the headers of a folder's `.safetensors` files, which also tell whether the files are whole.
+    """Read the headers of a folder's `.safetensors` files, and check that the files are complete.
 
     Raises:
         CheckpointError: there are no weights, or a file is missing, damaged or cut short.
@@ -158,7 +157,7 @@ class ShardWriter:
 
     Args:
         folder: where the shards go.
-        sizes: bytes of every tensor, in the order in which they will come.
+        sizes: bytes of every tensor, in the order of the calls of `add`.
         stem, suffix: names of the shards, as the libraries expect them.
         save: writes one shard.
     """
@@ -215,8 +214,7 @@ def expected_parameters(config: MMInterleavedConfig) -> dict[str, torch.Size]:
 def upscale(config: MMInterleavedConfig, factor: float) -> MMInterleavedConfig:
     """The configuration for images `factor` times as large (the original's `image_upscale`).
 
-    The patch grid grows to int(factor * grid); every map grows with it. Offsets keep their meaning, a share of the
-    image.
+    The patch grid grows to int(factor * grid), and every map with it. Offsets keep their unit, a fraction of the image.
     """
     tree = config.to_dict()
     grid = int(config.grid_size * factor)
@@ -240,7 +238,7 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
 def _check_original(
     files: list[Path], config: MMInterleavedConfig, expected: dict[str, torch.Size]
 ) -> tuple[Mismatch, dict[str, Tensor]]:
-    """How the files differ from the configuration, and their parameters on the meta device under our names."""
+    """The differences between files and configuration, and their parameters on the meta device under our names."""
     names, derived, found = NameTable(config), derived_tensors(config), {}
     mismatch = Mismatch()
     for path in files:
@@ -265,7 +263,7 @@ def _check_original(
 
 
 def _original_name(names: NameTable, name: str) -> str:
-    """The original's name of our parameter `name`, of which every parameter of a checkpoint has one."""
+    """The original's name of our parameter `name`; every parameter of a checkpoint has one."""
     original = names.theirs(name)
     assert original is not None, name
     return original
@@ -289,14 +287,14 @@ def convert_from_original(
     Args:
         source: its folder, or one file.
         target: the folder to write.
-        config: what the checkpoint's model looks like.
-        dtype: type of the weights; None: as they are. The VAE's stay as they are: it always computes in float32.
+        config: configuration of the checkpoint's model.
+        dtype: type of the weights; None: unchanged. The VAE's weights do not change: it always computes in float32.
         image_upscale: see `upscale`.
-        progress: called as work goes on.
-        finish: adds what else belongs into the folder, before it gets its name.
+        progress: called during the conversion.
+        finish: adds further files to the folder before it is renamed.
 
     Returns:
-        The configuration of what was written.
+        The configuration of the written checkpoint.
 
     Raises:
         CheckpointError: a key is missing, unexpected or of another shape; nothing is written then.
@@ -376,6 +374,6 @@ def convert_to_original(
 
 
 def _kind(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type in which a tensor, by our name, is written; the VAE's are not rounded."""
+    """The type in which a tensor, by our name, is written; tensors of the VAE keep theirs."""
     kept = not tensor.is_floating_point() or name.startswith("image_decoder.vae.")
     return tensor.dtype if dtype is None or kept else dtype

@@ -1,7 +1,7 @@
-"""A new model out of base components on disk: a language model, a CLIP and a Stable Diffusion folder.
+"""New models from base components on disk: a language model, a CLIP and a Stable Diffusion folder.
 
-What comes from a component is copied; what is new (adapter, synchronizers, resamplers, projections) is initialised. New
-tokens get random embeddings, and head rows that keep them out of the text until they are trained (docs/model.md,
+Weights of components are copied; new parts (adapter, synchronizers, resamplers, projections) are initialised. New
+tokens get random embeddings, and head rows that keep them from being generated until they are trained (docs/model.md,
 "Language model").
 """
 
@@ -27,7 +27,7 @@ from ..model.config import SD_SCHEDULER, MMInterleavedConfig
 from ..model.mm_interleaved import MMInterleavedModel
 from .checkpoint import CheckpointError
 
-# What must agree between a component's configuration and the model's.
+# Keys in which a component's configuration must agree with the model's.
 _TEXT_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
@@ -102,7 +102,7 @@ def from_components(
     """A model with the components' weights.
 
     Args:
-        config: what the model shall be; the components must agree with it.
+        config: configuration of the model; the components must agree with it.
         llm: a transformers causal language model.
         clip: a CLIP model or its vision tower.
         diffusion: a diffusers folder with `unet`, `vae`, `scheduler`, `tokenizer` and `text_encoder` in it.
@@ -141,7 +141,7 @@ def _check_components(config: MMInterleavedConfig, llm: Path, clip: Path, diffus
         pairs += [
             (f"image_decoder.{name}.{k}", wanted[k], found[k])
             for k in wanted.keys() & found.keys()
-            if k != "sample_size" or name == "unet"  # the VAE's is a remark and decides nothing
+            if k != "sample_size" or name == "unet"  # the VAE's value has no effect
         ]
     wrong = [f"{name} is {a!r}, but the component says {b!r}" for name, a, b in pairs if _plain(a) != _plain(b)]
     kept = config.vocab_size - config.num_new_tokens
@@ -187,7 +187,7 @@ def _copy_vision(model: MMInterleavedModel, weights: dict[str, Tensor]) -> None:
     renamed = {}
     for name, tensor in weights.items():
         name = name.removeprefix("vision_model.").replace("pre_layrnorm.", "pre_layernorm.")
-        if not name.startswith("post_layernorm."):  # the release does without
+        if not name.startswith("post_layernorm."):  # the release does not use it
             renamed[name.removeprefix("encoder.")] = tensor
     encoder = model.visual_tokenizer.encoder
     wanted = {n for n in encoder.state_dict() if n.startswith(("embeddings.", "pre_layernorm.", "layers."))}
@@ -197,7 +197,7 @@ def _copy_vision(model: MMInterleavedModel, weights: dict[str, Tensor]) -> None:
 
 
 def _empty_prompt(diffusion: Path) -> Tensor:
-    """What the diffusion model's text encoder makes of an empty prompt: [1, tokens, width]."""
+    """The output of the diffusion model's text encoder for an empty prompt: [1, tokens, width]."""
     tokenizer = CLIPTokenizer.from_pretrained(diffusion, subfolder="tokenizer")
     encoder = CLIPTextModel.from_pretrained(diffusion, subfolder="text_encoder")
     length = encoder.config.max_position_embeddings

@@ -1,7 +1,7 @@
-"""The original release as this project sees it: its parameter names, its configuration and its derivable tables.
+"""The original release's format: its parameter names, its configuration and its derivable tables.
 
-Everything foreign is in this file. `ours(name)` and `theirs(name)` translate parameter names; `DERIVED` names what the
-original stores although it follows from the configuration.
+`NameTable.ours` and `NameTable.theirs` translate parameter names. `derived_tensors` computes the tensors that the
+original stores although they follow from the configuration.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class NameTable:
 
 
 def derived_tensors(config: MMInterleavedConfig) -> dict[str, Callable[[], Tensor]]:
-    """What the original stores although it follows from the configuration: its name, and how to compute it."""
+    """The tensors that the original stores although the configuration determines them: names, and how to compute them."""
     width, grid, decoder = config.vision_config.hidden_size, config.grid_size, config.image_decoder
 
     def visual_positions() -> Tensor:
@@ -157,7 +157,7 @@ def derived_tensors(config: MMInterleavedConfig) -> dict[str, Callable[[], Tenso
 
 
 def _resampler(perceiver: dict[str, Any]) -> dict[str, Any]:
-    """A resampler of the original, whose library fills in BERT's defaults."""
+    """The settings of a resampler of the original, with the defaults of its library (BERT)."""
     return {
         "num_queries": perceiver["num_queries"],
         "hidden_size": perceiver.get("hidden_size", 768),
@@ -172,7 +172,7 @@ def _resampler(perceiver: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_from_original(description: dict[str, Any]) -> MMInterleavedConfig:
-    """The configuration of a model that the original built.
+    """Our configuration of a model of the original.
 
     Args:
         description: `model`, the keyword arguments of the original's model, and the configurations of its base models

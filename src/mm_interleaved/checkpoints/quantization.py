@@ -1,8 +1,8 @@
 """Weight-only quantization of the language model through torchao: less memory, fewer bytes a token, not lossless.
 
-A token costs reading every weight once, so weights of one byte instead of two take half the time at best. Quantized are
-the attention's and the MLP's matrices of the decoder layers, by far the most of a large model; MMFS, embeddings, the
-head, and what sees and draws stay as they are.
+A decode step reads every weight once, so 8-bit weights take half the time of 16-bit weights at best. The matrices of
+attention and MLP in the decoder layers are quantized, by far the largest part of a large model. MMFS, embeddings, head,
+visual tokenizer and image decoder are not.
 """
 
 from __future__ import annotations

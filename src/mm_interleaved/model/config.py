@@ -1,7 +1,7 @@
-"""One tree of settings for the whole model, with three presets: `release`, `small` and `debug`.
+"""The configuration of the model as one tree, with three presets: `release`, `small` and `debug`.
 
-Every size in the network follows from this tree. The parts that exist elsewhere keep their own configuration:
-`text_config` is any transformers decoder (Llama, Mistral, Qwen2, Qwen3), `vision_config` is a CLIP vision tower, and
+Every size in the network follows from this tree. Parts of other libraries keep their own configuration: `text_config`
+is a transformers decoder (Llama, Mistral, Qwen2, Qwen3), `vision_config` is a CLIP vision tower, and
 `image_decoder.unet`, `.vae`, `.scheduler` are diffusers configurations.
 """
 
@@ -28,13 +28,13 @@ class MMFSConfig:
     """One multi-modal feature synchronizer: deformable attention into the maps of earlier images."""
 
     hidden_size: int  # width of the sampled values, over all heads
-    levels: list[int]  # sides of the maps it reads, fine to coarse
+    levels: list[int]  # sides of the sampled maps, fine to coarse
     num_heads: int = 16
     num_points: int = 8  # sampling points per head and image, shared by all levels
     base_size: int | None = None  # offsets count in 1/base_size of the image's side; None: side of the query map
     max_images: int = 50  # rows of the relative-position table; row 0 is never used
     offset_init: float = 3.0  # offset biases start uniform in +-offset_init
-    enabled: bool = True  # False: the network is built without these synchronizers (an ablation)
+    enabled: bool = True  # False: build the network without these synchronizers (an ablation)
 
 
 @dataclass
@@ -78,8 +78,8 @@ class ImageDecoderConfig:
     mmfs: MMFSConfig
     unconditional_probability: float = 0.1  # share of training images that lose their context (guidance)
     vae_batch_size: int = 32  # images encoded by the VAE at a time
-    previous_images: int = 1  # how many earlier images of the document the UNet looks at
-    guidance_scale: float = 7.5  # strength of classifier-free guidance, unless the settings of generation say otherwise
+    previous_images: int = 1  # number of earlier images of the document that the UNet attends to
+    guidance_scale: float = 7.5  # strength of classifier-free guidance, if `ImageSettings.guidance_scale` is None
 
     @property
     def latent_size(self) -> int:
@@ -141,7 +141,7 @@ def _check_parts(path: Path) -> None:
             raise ValueError(f"'{path}' is not the configuration of a model of this project: {problem}; {_RESTORE}")
 
 
-# Which parameters stay as they are in training: regular expressions, matched at the start of a parameter's name.
+# The frozen parameters of the release: regular expressions, matched at the start of a parameter's name.
 RELEASE_FROZEN = [
     r"language_model\.(?!.*\.synchronizer\.)",
     r"lm_head\.head\.",
@@ -158,14 +158,14 @@ class MMInterleavedConfig(PreTrainedConfig):
         text_config: a transformers decoder; its `vocab_size` includes the new tokens.
         vision_config: the CLIP vision tower.
         adapter, visual_resampler, mmfs, image_decoder: see the dataclasses of this module.
-        mmfs_every: every how many decoder layers look at the images, from layer 0 on.
+        mmfs_every: distance of decoder layers with a synchronizer, from layer 0 on.
         mmfs_implementation: "fast" (exact, the default) or "reference" (the published formula, slow).
         max_context_length: longest context of an image in tokens (the table of context positions).
         num_new_tokens: tokens at the end of the vocabulary that have their own trainable head rows.
         frozen: regular expressions of the parameters that are not trained.
         loss_text_weight, loss_image_weight: weights of the two losses.
-        normalize_image_loss: divide the image loss by the images that count instead of by all (release: all).
-        isolate_documents: let self-attention see only its own document in a packed row (release: no).
+        normalize_image_loss: whether to divide the image loss by the images that count instead of all (release: no).
+        isolate_documents: whether to restrict self-attention to a document in a packed row (release: no).
 
     Raises:
         ValueError: a key is unknown or missing, or two sizes do not fit; the message names them.
@@ -288,7 +288,7 @@ class MMInterleavedConfig(PreTrainedConfig):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  # hands all options on
         cls, source: str | Path, **kwargs: Any
     ) -> Any:
-        """As everywhere in transformers, but with words about what is wrong in the file.
+        """As in transformers, but with an error that says what is wrong in the file.
 
         Raises:
             ValueError: a part is missing, or a value is of the wrong type or size; names the file.

@@ -1,8 +1,9 @@
-"""What a model costs: parameters, memory and arithmetic, measured on the real modules without allocating them.
+"""The cost of a model: parameters, memory and arithmetic, measured on the real modules without allocating them.
 
-Multiply-accumulates are counted by PyTorch's own counter while the modules run on the meta device, so the figures
-cannot drift from the code. Matrix products, convolutions, attention and bilinear samples are counted; other
-element-wise work is not.
+PyTorch's counter counts multiply-accumulates while the modules run on the meta device, so the figures cannot differ
+from the code. Matrix products, convolutions, attention and bilinear samples are counted; other elementwise work is not.
+
+Axes: B batch, L tokens, I images, C channels, h and w height and width.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Cost:
     Attributes:
         parts: parameters by part, nested parts indented.
         token: MACs of one decoded token without images, text head included.
-        token_with_images: the same with `images` visible images, their values being cached.
-        images: how many images that counts.
+        token_with_images: the same with `images` visible images, whose values are cached.
+        images: number of images of `token_with_images`.
         encode_image: MACs to encode one image and to project its values for all decoder layers.
         draw_step: MACs of one denoising step with guidance and one earlier image.
         draw_image: MACs of a whole image with `steps` steps: conditions, values, denoising, VAE.
-        steps: how many steps that counts.
+        steps: number of steps of `draw_image`.
         cache_per_token: cached keys and values of a token, in elements.
         cache_per_image: cached MMFS values of an image, in elements.
     """
@@ -78,7 +79,7 @@ def count_parts(model: MMInterleavedModel) -> list[Part]:
 
 
 def _sampling_flops(image: torch.Size, grid: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
-    """Each sample weighs four neighbours and is then weighed itself."""
+    """Operations of bilinear sampling: a sample weights four neighbours, and is weighted itself."""
     return 2 * (4 + 1) * out_shape.numel()
 
 
@@ -90,7 +91,7 @@ def _macs(work: Callable[[], object]) -> int:
 
 
 def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Cost:
-    """The cost of the model that `config` describes; takes seconds and no memory, whatever its size."""
+    """The cost of a model of this configuration. Takes seconds and no memory at any size."""
     with torch.device("meta"):
         model = MMInterleavedModel(config).eval()
         parts = count_parts(model)
@@ -137,7 +138,7 @@ def _layers(model: MMInterleavedModel) -> list:
 
 
 def _token(model: MMInterleavedModel, pyramid: list[Tensor], images: int) -> int:
-    """One token that sees `images` images, whose values are at hand."""
+    """The cost of one token with `images` visible images, whose values are cached."""
     seen = image_features(model.config, [m.expand(images, -1, -1, -1) for m in pyramid])
     with torch.no_grad():
         seen.values = [s.project(seen.features) for s in _layers(model)]

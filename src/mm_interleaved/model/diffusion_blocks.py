@@ -1,10 +1,10 @@
-"""Blocks of diffusers' UNet and VAE with a forward of our own: what stands between convolutions takes one kernel each.
+"""Blocks of diffusers' UNet and VAE with forward passes that fuse the operators between convolutions.
 
 Axes: B batch, C channels, h and w height and width, L tokens, D width.
 
-Each class is a subclass of the block that it stands for, with the same parameters under the same names, and computes
-the same: on a CPU bit by bit. On CUDA devices maps lie channels last from convolution to convolution
-(`ops/group_norm.py`). A model of diffusers takes them over at the end of its constructor, by `use_own_blocks`.
+Each class is a subclass of the block that it replaces, with the same parameters under the same names. It computes the
+same, on a CPU bit by bit. On CUDA devices maps stay in channels-last memory format (`ops/group_norm.py`). A diffusers
+model replaces its blocks at the end of its constructor, by `use_own_blocks`.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def norm_and_activation(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
-    """`activation(norm(x))` of a map [B, C, h, w]: one kernel, if it is a group norm and SiLU without hooks."""
+    """`activation(norm(x))` of a map [B, C, h, w], by one kernel for group norm and SiLU without hooks."""
     if type(norm) is GroupNorm and type(activation) is nn.SiLU and not is_intercepted(norm, activation):
         return norm(x, silu=True)
     return activation(norm(x))
 
 
 def _checkpointed(owner: Encoder | Decoder, block: nn.Module, *args: Tensor | None) -> Tensor:
-    """`block(*args)`; activations are computed anew in the backward pass if `owner` is told so."""
+    """`block(*args)`; activations are recomputed in the backward pass if `owner` has gradient checkpointing on."""
     if torch.is_grad_enabled() and owner.gradient_checkpointing:
         return cast("Callable[..., Tensor]", owner._gradient_checkpointing_func)(block, *args)
     return block(*args)
 
 
 class ResnetBlock(ResnetBlock2D):
-    """Residual block: two convolutions, each after group norm and activation; the time embedding comes in between.
+    """A residual block: two convolutions, each after group norm and activation; the time embedding is added in between.
 
-    With `skip_time_act` the time embedding comes in activated.
+    With `skip_time_act` the given time embedding is already activated.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class ResnetBlock(ResnetBlock2D):
             x = norm_and_activation(self.norm2, self.nonlinearity, x)
         x = self.conv2(self.dropout(x))
         if self.conv_shortcut is not None:
-            # diffusers copies the map to channels first in training, lest DDP warns of the strides of gradients.
+            # diffusers copies the map to channels first in training, to avoid DDP's warning about gradient strides.
             input_tensor = self.conv_shortcut(input_tensor)
         return (input_tensor + x) / self.output_scale_factor
 
@@ -77,7 +77,7 @@ class ResnetBlock(ResnetBlock2D):
 
 
 class Transformer2D(Transformer2DModel):
-    """Transformer blocks over the cells of a map, which comes out channels last."""
+    """Transformer blocks over the cells of a map; the result is channels last."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # no timestep or classes, and always a tuple
         self,
@@ -92,7 +92,7 @@ class Transformer2D(Transformer2DModel):
         """`hidden_states` [B, C, h, w] attend to themselves and to `encoder_hidden_states` [B, L, D].
 
         Raises:
-            ValueError: `return_dict`, which the blocks around never ask for.
+            ValueError: `return_dict` is set, which diffusers' blocks never do.
         """
         if return_dict:
             raise ValueError("Transformer2D returns a tuple; call it with return_dict=False")
@@ -108,7 +108,7 @@ class Transformer2D(Transformer2DModel):
 
 
 class GatedGELU(GEGLU):
-    """GEGLU with both halves of its map in one kernel."""
+    """GEGLU whose activation and product are one kernel."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., width] to [..., inner width]."""
@@ -130,7 +130,7 @@ class VAEDecoder(Decoder):
     """The VAE's decoder."""
 
     def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, 8 h, 8 w]; there is no norm here that takes `latent_embeds`."""
+        """Latents [B, C, h, w] to images [B, 3, 8 h, 8 w]; `latent_embeds` is not used by this decoder's norms."""
         sample = self.conv_in(sample)
         for block in (self.mid_block, *self.up_blocks):
             sample = _checkpointed(self, block, sample, latent_embeds)
@@ -148,7 +148,7 @@ _OWN: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_own_blocks(model: nn.Module) -> None:
-    """Put our blocks in the places of diffusers' own, with their weights; for the end of a constructor."""
+    """Replace diffusers' blocks in `model` by ours, with their weights. Called at the end of a constructor."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             own = _OWN.get(type(child))
@@ -157,20 +157,20 @@ def use_own_blocks(model: nn.Module) -> None:
 
 
 def _with_parts_of(module: nn.Module, cls: type[M]) -> M:
-    """A `cls` with the attributes, parameters and children of `module`, whose class is its base."""
+    """An instance of `cls`, a subclass of `module`'s class, that takes over its attributes, parameters and children."""
     ours = cls.__new__(cls)
     ours.__dict__.update(module.__dict__)
     return ours
 
 
 class VAE(AutoencoderKL):
-    """diffusers' AutoencoderKL, made of our blocks."""
+    """diffusers' AutoencoderKL with our blocks."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         use_own_blocks(self)
 
-    if TYPE_CHECKING:  # diffusers names tensor classes that nothing is an instance of, and tuples that never come
+    if TYPE_CHECKING:  # diffusers' annotations name tensor classes and tuples that do not occur here
 
         def to(self, *args: Any, **kwargs: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
         def encode(self, x: Tensor) -> AutoencoderKLOutput: ...  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,7 +1,9 @@
-"""How long work must take at least: what it computes and what it moves, from the model itself.
+"""Lower bounds of the time that work takes, from its operations and its bytes.
 
-Only what cannot be avoided counts: every weight that takes part is read once a call, every kept key, value and image
-sample once, and matrix products are done once. Whichever of memory and arithmetic takes longer is the bound.
+Only unavoidable work counts: every weight in use, every cached key and value and every image sample is read once a
+call, and matrix products are computed once. The bound is the larger of the times for memory and for arithmetic.
+
+Axes: B rows, L tokens, I images, S spatial positions of all levels.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ class Need:
     bytes: float = 0.0
 
     def __add__(self, other: Need) -> Need:
-        """One after the other."""
+        """The sum of two works."""
         return Need(self.operations + other.operations, self.bytes + other.bytes)
 
     def __mul__(self, times: float) -> Need:
-        """Several times."""
+        """The work done `times` times."""
         return Need(self.operations * times, self.bytes * times)
 
     def seconds(self, bytes_per_second: float, operations_per_second: float) -> float:
-        """The bound on a machine of that speed."""
+        """The bound in seconds on a machine of that speed."""
         return max(self.bytes / bytes_per_second, self.operations / operations_per_second)
 
 
@@ -41,9 +43,9 @@ def _size(*modules: nn.Module) -> int:
 
 
 def decoding(model: MMInterleavedModel, cost: Cost, columns: int, images: int, rows: int = 1) -> Need:
-    """One token of `rows` rows that share `columns` columns and see `images` images.
+    """The work of one token of `rows` rows that share `columns` columns and `images` visible images.
 
-    The query side of MMFS counts as folded, and its samples as four neighbours each.
+    The query side of MMFS counts with derived weights, and each of its samples as four neighbours.
     """
     language, text, mmfs = model.language_model, model.config.text_config, model.config.mmfs
     element = language.norm.weight.element_size()
@@ -61,7 +63,7 @@ def decoding(model: MMInterleavedModel, cost: Cost, columns: int, images: int, r
 
 
 def reading(model: MMInterleavedModel, cost: Cost, length: int, images: int) -> Need:
-    """A text of `length` tokens read at once, and its images encoded."""
+    """The work of a prefill of `length` tokens, including the encoding of its images."""
     text = model.config.text_config
     head = text.hidden_size * model.config.vocab_size
     attention = 2 * length * length * text.num_attention_heads * text.head_dim * text.num_hidden_layers  # causal
@@ -70,6 +72,6 @@ def reading(model: MMInterleavedModel, cost: Cost, length: int, images: int) -> 
 
 
 def drawing(model: MMInterleavedModel, cost: Cost) -> Need:
-    """An image of `cost.steps` guided steps, from its context to its pixels."""
+    """The work of an image of `cost.steps` guided steps, from its context to its pixels."""
     decoder = model.image_decoder
     return Need(2 * cost.draw_image, cost.steps * _size(decoder.unet) + _size(decoder.vae, decoder.resampler))
