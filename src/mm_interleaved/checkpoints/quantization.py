@@ -21,9 +21,9 @@ EXTRA = "pip install 'mm-interleaved[quantization]'"
 
 
 def quantize(model: MMInterleavedModel, kind: Quantization) -> None:
-    """Quantize the decoder layers' linear maps in place, each output with its own scale.
+    """Quantize the decoder layers' linear layers in place, with one scale for each output.
 
-    The model can be moved and used afterwards, not saved: keep the checkpoint, and quantize after loading it.
+    The model can be moved and used afterwards, but not saved: keep the checkpoint, and quantize after loading it.
 
     Args:
         model: on any device; the CPU if the weights are to fit the device only afterwards.
