@@ -134,7 +134,7 @@ class NameTable:
 
 
 def derived_tensors(config: MMInterleavedConfig) -> dict[str, Callable[[], Tensor]]:
-    """The tensors that the original stores although the configuration determines them: names, and how to compute them."""
+    """Tensors that the original stores although the configuration determines them: names, and how to compute them."""
     width, grid, decoder = config.vision_config.hidden_size, config.grid_size, config.image_decoder
 
     def visual_positions() -> Tensor:

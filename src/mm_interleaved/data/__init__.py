@@ -1,4 +1,4 @@
-"""Readers of training data and their mixture, down to batches."""
+"""Training data: sources, rows, mixtures and batches."""
 
 from .config import DataConfig, SourceConfig
 from .loader import DocumentLoader, build_loader, leave_process_group

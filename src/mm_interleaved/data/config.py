@@ -1,4 +1,4 @@
-"""What training reads: sources, how their documents become rows, and how rows are mixed. Settings only."""
+"""Settings of training data: sources, how their documents become rows, and how rows are mixed."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ class SourceConfig:
 
     Attributes:
         type: `mmc4`, `pairs`, `webdataset`, `documents`, or a plug-in's.
-        name: how batches and reports call it; "": the type.
+        name: name of the source in batches and reports; "": the type.
         shards: files of the source: names or patterns (`docs_{0..99}.jsonl`, `*.tar`), relative to `root`. A shard may
             be plain, `.gz` or `.zip`; MMC4's `NAME` is also found as `NAME.zip`.
         root: folder of the shards.
         image_root: folder of the images, which no path may leave; None: `root`.
         batch_size: rows of a batch.
         max_length: longest row in tokens; None: the model's.
-        cut: where a row ends whose last image does not fit: before that `image`, or before the `document` that holds
-            it; None: `document` for pairs, `image` for the rest.
+        cut: where a row ends whose last image does not fit: before that `image`, or before its `document`; None:
+            `document` for pairs, otherwise `image`.
         max_images_per_sequence: most images in a row; None: no limit.
-        keep_remainder: whether what is left at the end of a pass makes a (short) row.
+        keep_remainder: whether the rest at the end of a pass becomes a (short) row.
         keep_text_only: whether rows without an image are kept.
         min_images: documents with fewer images are rejected.
-        max_images: most images of a document, chosen at random; None: 6 for mmc4, no limit for the rest.
-        single_image_prob: share of documents with exactly one image that is rejected; None: 0.5 for mmc4, else 0.
-        sim_threshold: images of mmc4 that match their sentence less than this are dropped.
-        image_first_prob: how often an image stands before its sentence (mmc4) or caption (pairs).
+        max_images: most images of a document, chosen at random; None: 6 for mmc4, otherwise no limit.
+        single_image_prob: probability that a document with exactly one image is rejected; None: 0.5 for mmc4, else 0.
+        sim_threshold: least similarity of an mmc4 image to its sentence; others are dropped.
+        image_first_prob: probability that an image precedes its sentence (mmc4) or caption (pairs).
         lowercase: whether captions are lower-cased.
-        min_caption_length: captions with fewer characters are rejected.
-        few_shot_merge_prob: share of rows in which pairs are merged into contexts of several.
-        few_shot_merge_sizes: how many pairs, drawn for each row.
-        shuffle: documents among which the order is drawn; 0: as they stand in the files.
-        shuffle_shards: whether the order of shards is drawn.
-        num_samples: rows of an epoch over all ranks and workers, repeated or cut as needed; None: what is there.
-        floor: whether its share for each rank and worker is rounded down instead of up.
+        min_caption_length: least number of characters of a caption; others are rejected.
+        few_shot_merge_prob: probability that the pairs of a row are merged into contexts of several pairs.
+        few_shot_merge_sizes: numbers of pairs of a context, of which one is chosen for each row.
+        shuffle: size of the window in which documents are shuffled; 0: the order of the files.
+        shuffle_shards: whether shards are shuffled.
+        num_samples: rows of an epoch over all ranks and workers, repeated or cut as needed; None: one pass.
+        floor: whether the share of each rank and worker is rounded down instead of up.
         ignore_text_before_image: whether text of a document before its first image is not learned.
-        loss_image_weight: of this source's batches; None: as the trainer says.
-        loss_text_weight: likewise.
-        probe_images: whether the header of an image is read before the document is used. If not, images that
-            cannot be read are noticed later, and the row around them becomes shorter.
-        draft_jpeg: decode large JPEGs at a fraction of their size; faster, other pixels.
-        options: settings that only sources of this type have.
-        compat: mistakes of the original to reproduce: `strict_json` (no other JSON is accepted),
-            `merge_without_effect` (merging pairs changes nothing), `listed_image_order` (images of one sentence stand
-            as listed), `unseeded_order` (the order of documents differs in each run).
+        loss_image_weight: weight of the image loss in batches of this source; None: the trainer's.
+        loss_text_weight: weight of the text loss in batches of this source; None: the trainer's.
+        probe_images: whether the header of an image is read before its document is used. Otherwise unreadable images
+            are found later, and their row becomes shorter.
+        draft_jpeg: whether to decode large JPEGs at a fraction of their size; faster, but with other pixels.
+        options: settings of this type of source.
+        compat: mistakes of the original to reproduce: `strict_json` (pairs must be strict JSON), `merge_without_effect`
+            (merging pairs changes nothing), `listed_image_order` (images of one sentence keep their listed order),
+            `unseeded_order` (the order of documents differs in each run).
     """
 
     type: str
@@ -111,7 +111,7 @@ class SourceConfig:
 
     @property
     def is_pairs(self) -> bool:
-        """Whether each record is one image with its caption."""
+        """Whether each record is an image with its caption."""
         return self.type in PAIR_TYPES
 
 
@@ -120,23 +120,23 @@ class DataConfig:
     """Sources and their mixture.
 
     Attributes:
-        sources: what is read.
-        probabilities: how often each source is drawn, in proportion; empty: all alike.
-        sampling: an epoch ends when every source was read once and exhausted ones start again (`longest`), when all
-            are exhausted (`sum`), when the first is (`shortest`), or never (`forever`; best with several ranks, whose
-            epochs end at different times).
-        mix: what is drawn: a source for each whole `batch`, or for each `row`.
+        sources: the sources.
+        probabilities: relative probability of each source; empty: all equal.
+        sampling: when an epoch ends: when every source was exhausted once, where exhausted ones start again
+            (`longest`); when all are exhausted (`sum`); when the first is exhausted (`shortest`); never (`forever`, for
+            several ranks, whose epochs would end at different times).
+        mix: whether a source is chosen for each whole `batch` or for each `row`.
         batch_size: rows of a batch with `mix: row`.
-        fix_sampling_ratio: all ranks and workers draw alike, and each rank takes the source that many places on,
-            so that every step has the same mixture. Needs equal probabilities.
-        seed: of every draw.
-        num_workers: processes that load; 0: the training process itself.
+        fix_sampling_ratio: whether all ranks and workers draw the same number, and each rank takes the source that many
+            places further, so that every step has the same mixture. Needs equal probabilities.
+        seed: seed of all random numbers.
+        num_workers: number of loading processes; 0: the training process loads.
         prefetch_factor: batches that each worker loads ahead.
-        pin_memory: whether batches lie in page-locked memory; None: if there is a CUDA device.
+        pin_memory: whether batches are in page-locked memory; None: if there is a CUDA device.
         pad_to_max_length: whether all rows have the full length, for fixed shapes.
-        start_method: of the workers: fork, spawn or forkserver; None: the platform's.
+        start_method: start method of the workers: fork, spawn or forkserver; None: the platform's default.
         compat: mistakes of the original to reproduce: `shifted_names` (after a source is exhausted with `sum`, others
-            bear its name), `repeated_epochs` (every epoch is like the first).
+            get its name), `repeated_epochs` (every epoch has the order of the first).
     """
 
     sources: list[SourceConfig] = field(default_factory=list)

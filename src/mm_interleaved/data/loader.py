@@ -1,4 +1,4 @@
-"""From settings to batches: worker processes, exact resume, and a report of what was read."""
+"""The loader of batches: worker processes, exact resumption, and a report of what was read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .stream import Place, SourceStream
 
 
 def leave_process_group(worker: int) -> None:
-    """In a worker process: signals to the whole group, a terminal's or a scheduler's, are for the main process alone.
+    """In a worker process: do not receive signals of a terminal or scheduler to the whole process group.
 
-    It still needs batches until it has saved; workers end when it does.
+    The main process still needs batches until it has saved a checkpoint; workers end when it ends.
     """
     os.setpgrp()
 
@@ -47,10 +47,10 @@ def build_loader(
 
     Args:
         config: sources and their mixture.
-        processor: of the model.
-        rank: number of this process among those that train together; each reads its own part.
-        world_size: how many they are.
-        folder: where relative paths of the sources start.
+        processor: the model's processor.
+        rank: number of this training process; each process reads its own part.
+        world_size: number of training processes.
+        folder: folder that relative paths of the sources start from.
 
     Raises:
         DataError: a folder does not exist, or no file matches a pattern.
@@ -58,12 +58,12 @@ def build_loader(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size}")
     for source in config.sources:
-        make_reader(source, Path(folder))  # complains now, and not in a worker
+        make_reader(source, Path(folder))  # raises errors here instead of in a worker
     return DocumentLoader(config, processor, rank, world_size, Path(folder))
 
 
 class DocumentLoader:
-    """Batches for one process of a run. Iterating over it reads one epoch; afterwards comes the next.
+    """Batches for one process of a run. Each iteration over it is one epoch.
 
     Args: see `build_loader`.
     """
@@ -78,22 +78,22 @@ class DocumentLoader:
         self._barren: dict[str, set[int]] = {}
         self._warned: set[str] = set()
         self._given_up: set[str] = set()
-        self._pending: dict[str, Any] | None = None  # a state that iteration is to begin from
+        self._pending: dict[str, Any] | None = None  # the state that the next iteration starts from
         self._loader: StatefulDataLoader | None = None
 
     @property
     def epoch(self) -> int:
-        """The epoch that is being read or comes next."""
+        """The current epoch, or the next one between iterations."""
         return self._dataset.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch iteration begins; another one than that of a loaded state drops the state."""
+        """Set the epoch of the next iteration. If it is not that of a loaded state, the state is dropped."""
         if epoch != self._dataset.epoch:
             self._pending = self._loader = None
         self._dataset.epoch = epoch
 
     def report(self) -> DataReport:
-        """What was read and left out so far, in the batches that were handed out."""
+        """The report of what was read and left out so far, in the batches that were yielded."""
         return DataReport(self._report.to_dict())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,17 +123,17 @@ class DocumentLoader:
             return StatefulDataLoader(
                 self._dataset,
                 batch_size=None,
-                collate_fn=cast(Any, _as_it_is),  # of a parcel: with `batch_size=None` there is no list of samples
+                collate_fn=cast(Any, _as_it_is),  # gets a parcel, because `batch_size=None` makes no list of samples
                 num_workers=workers,
                 prefetch_factor=self.config.prefetch_factor if workers else None,
                 worker_init_fn=leave_process_group if workers else None,
                 multiprocessing_context=self.config.start_method if workers else None,
                 pin_memory=pin,
-                generator=torch.Generator().manual_seed(self.config.seed),  # leaves the global one alone
+                generator=torch.Generator().manual_seed(self.config.seed),  # does not use the global generator
             )
 
     def _hear(self, message: dict[str, Any]) -> None:
-        """Add up the report of a worker; complain of sources that give nothing."""
+        """Merge the report of a worker; an error or a warning for sources without rows."""
         self._report.merge(message["report"])
         for source in self._report.sources:
             if source not in self._warned and self._report.rejected(source).get(LITERAL):
@@ -151,18 +151,18 @@ class DocumentLoader:
                 problem = f"source '{source}' gave no batch in a whole pass: {'; '.join(self._report.lines(source))}"
                 if self._dataset.world_size == 1:
                     raise DataError(problem)
-                warnings.warn(f"rank {self._dataset.rank}: {problem}", stacklevel=3)  # others may have more of it
+                warnings.warn(f"rank {self._dataset.rank}: {problem}", stacklevel=3)  # other ranks may have rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Where reading stands after the batch handed out last; small, plain data."""
+        """The position after the last batch that was yielded, as small plain data."""
         loader = self._pending if self._loader is None else self._loader.state_dict()
         return {"epoch": self.epoch, "batches": self._batches, "loader": loader, "report": self._report.to_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called, with the next iteration.
+        """Let the next iteration continue where `state_dict` was called.
 
         Raises:
-            DataError: the state belongs to other settings (when iteration begins, also: to other data).
+            DataError: the state belongs to other settings. (Other data are found when the iteration starts.)
         """
         if state["loader"] is not None:
             workers = len(state["loader"].get("_snapshot", {}).get("_worker_snapshots", {}))
@@ -176,12 +176,12 @@ class DocumentLoader:
 
 
 def _as_it_is(parcel: Parcel) -> Parcel:
-    """Instead of torch's conversion, which would make a dictionary of a batch."""
+    """The parcel unchanged; torch's conversion would turn a batch into a dictionary."""
     return parcel
 
 
 class _PackedRows(IterableDataset):
-    """What a worker process runs: sources, mixture, images, tensors."""
+    """The data set of a worker process: sources, mixture, images, tensors."""
 
     def __init__(
         self, config: DataConfig, processor: MMInterleavedProcessor, rank: int, world_size: int, folder: Path
@@ -258,7 +258,7 @@ class _Parcels:
             drawn = self._mixture.next_batch()
             if drawn is None:
                 self._done = True
-                return None, self._message()  # what was left out at the end
+                return None, self._message()  # the report of the end of the epoch
             batch = self._collate(drawn)
         if batch is None:
             raise StopIteration
@@ -274,7 +274,7 @@ class _Parcels:
     # ---- images and tensors
 
     def _collate(self, drawn: MixtureBatch) -> Batch | None:
-        """The batch; None: no row is left, because images could not be read."""
+        """The batch; None: no row is left, because its images cannot be read."""
         rows, views, sources = [], [], []
         for index, row in zip(drawn.sources, drawn.rows, strict=True):
             found = self._load_images(row, index)
@@ -300,7 +300,7 @@ class _Parcels:
         return batch
 
     def _load_images(self, row: TokenStream, index: int) -> tuple[TokenStream, list[ImageViews]] | None:
-        """A row with its images, without those that cannot be read; None: nothing worth learning is left."""
+        """A row with its images, without those that cannot be read; None: nothing to learn is left."""
         source = self._config.sources[index]
         views: list[ImageViews | None] = []
         for image in row.images:
@@ -323,7 +323,7 @@ class _Parcels:
     def _without(
         self, row: TokenStream, views: list[ImageViews | None], whole_documents: bool
     ) -> tuple[TokenStream, list[ImageViews]]:
-        """A row without the images that have no view, or without the documents that they stand in."""
+        """A row without the images that have no view, or without their documents."""
         starts = np.flatnonzero(row.ids == self._processor.soi_token_id)
         borders = np.flatnonzero(row.ids == self._processor.tokenizer.bos_token_id)
         kept = np.ones(len(row), bool)

@@ -16,8 +16,8 @@ class MixtureBatch(NamedTuple):
     """Rows of one batch.
 
     Attributes:
-        name: of the source; with `mix: row` of all of them, joined by "+".
-        sources: for each row, the number of its source.
+        name: name of the source; with `mix: row` the names of all of them, joined by "+".
+        sources: for each row the number of its source.
         rows: the rows.
     """
 
@@ -27,12 +27,12 @@ class MixtureBatch(NamedTuple):
 
 
 class Mixture:
-    """Draws sources by probability until the epoch is over.
+    """Chooses sources by probability until the epoch is over.
 
     Args:
-        config: sources and how they are mixed.
+        config: sources and their mixture.
         streams: one for each source.
-        epoch: of the run; part of the seed.
+        epoch: epoch of the run; part of the seed.
         place: this process; part of the seed.
     """
 
@@ -42,14 +42,14 @@ class Mixture:
         self._weights = config.probabilities or [1.0] * len(streams)
         self._active = [i for i, weight in enumerate(self._weights) if weight > 0]
         self._names = [s.name for s in config.sources]
-        self._finished: set[int] = set()  # read at least once
-        self._barren: set[int] = set()  # gave nothing in a whole pass
-        self._gave = [False] * len(streams)  # whether something was used of its current pass
+        self._finished: set[int] = set()  # exhausted at least once
+        self._barren: set[int] = set()  # without a row in a whole pass
+        self._gave = [False] * len(streams)  # whether the current pass has given a row
         self._draws = 0
 
     @property
     def barren(self) -> list[str]:
-        """Sources that gave no row here in a whole pass, and are not drawn any more."""
+        """Sources that gave no row here in a whole pass, and are not chosen any more."""
         return [self.config.sources[i].name for i in sorted(self._barren)]
 
     def next_batch(self) -> MixtureBatch | None:
@@ -66,7 +66,7 @@ class Mixture:
         return MixtureBatch("+".join(self._names[i] for i in sorted(set(sources))), sources, rows)
 
     def _rows(self, number: int | None) -> MixtureBatch | None:
-        """That many rows of a source that is drawn; None: as many as its batches have."""
+        """That many rows of a randomly chosen source; None: the batch size of the source."""
         while self._active and not self._is_over():
             source = self._draw()
             stream, wanted = self.streams[source], number or self.config.sources[source].batch_size
@@ -113,7 +113,7 @@ class Mixture:
             self.streams[source].restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the mixture and its streams stand."""
+        """The positions of the mixture and its streams."""
         return {
             "draws": self._draws,
             "active": list(self._active),
@@ -124,7 +124,7 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called.
+        """Continue where `state_dict` was called.
 
         Raises:
             DataError: the data have changed since.

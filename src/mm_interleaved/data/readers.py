@@ -21,29 +21,29 @@ from .shards import LineShards, Record, Shards, TarSample, TarShards, expand
 from .sources import SOURCES, SourceType
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")  # extensions in tar shards
-LITERAL = "Python literal instead of JSON"  # read all the same, but counted
+LITERAL = "Python literal instead of JSON"  # read, but counted
 
 Note = Callable[[str, str], None]  # (reason, example): something was left out, or is odd
 
 
 class Reader(Protocol):
-    """Where records are and what they mean."""
+    """Reads the records of a source and turns them into documents."""
 
     @property
     def shards(self) -> Shards:
-        """Where the records are."""
+        """The shards of the source."""
         ...
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """The document of a record.
 
         Args:
-            record: from `shards`.
-            rng: for every draw that it needs.
+            record: a record of `shards`.
+            rng: random numbers of this record.
             note: called for each part that is left out.
 
         Raises:
-            Rejected: it is left out.
+            Rejected: the record is left out.
         """
         ...
 
@@ -74,8 +74,8 @@ class ImageFolder:
     """The images of a source.
 
     Attributes:
-        root: the folder that they lie in, resolved.
-        probe: whether headers are read.
+        root: their folder, resolved.
+        probe: whether the headers of images are read.
     """
 
     root: Path
@@ -274,7 +274,7 @@ class WebDataset:
 
 @dataclass(frozen=True)
 class Documents:
-    """Any of the project's own forms a line, or lists `texts` and `images` of one length (OBELICS, CoMM)."""
+    """Lines with a document in any of its JSON forms, or with lists `texts` and `images` of one length."""
 
     config: SourceConfig
     shards: Shards
@@ -336,7 +336,7 @@ class Documents:
 
 
 def _kind(problem: str) -> str:
-    """A message without what differs from record to record."""
+    """A message without the parts that differ from record to record."""
     return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'…'", problem))
 
 

@@ -1,4 +1,4 @@
-"""What was read and what was left out, by source and reason. Nothing is dropped in silence."""
+"""The report of what was read and what was left out, by source and reason. Nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from ..io import InputError
 
-# What is counted, in the order of `mmi data check`.
+# The counted quantities, in the order of `mmi data check`.
 COUNTS = ("shards", "records", "documents", "images", "rows", "tokens")
 
 
 class DataError(InputError):
-    """Data that cannot be used at all, or a saved state that does not fit it."""
+    """Data that cannot be used, or a saved state that does not fit the data."""
 
 
 class Rejected(Exception):
     """A record, image or shard that is left out.
 
     Args:
-        reason: a short name for its kind; rejections are counted by it.
-        example: where it is and what exactly is wrong.
+        reason: a short name of the kind of rejection, by which they are counted.
+        example: the place and the problem.
     """
 
     def __init__(self, reason: str, example: str = "") -> None:
@@ -31,7 +31,7 @@ class Rejected(Exception):
 class DataReport:
     """Counts for each source, and for each reason of rejection a number and the first example.
 
-    Reports of workers are added up with `merge`; their plain form (`to_dict`) travels with batches.
+    Reports of workers are combined by `merge`; their plain form (`to_dict`) is sent along with batches.
     """
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
@@ -46,7 +46,7 @@ class DataReport:
         counts[what] = counts.get(what, 0) + number
 
     def reject(self, source: str, reason: str, example: str = "", number: int = 1) -> None:
-        """Something was left out."""
+        """Count something that was left out."""
         rejected = self._rejected.setdefault(source, {})
         before, first = rejected.get(reason, (0, ""))
         rejected[reason] = (before + number, first or example)
@@ -78,23 +78,23 @@ class DataReport:
 
     @property
     def sources(self) -> list[str]:
-        """The sources that something is known of."""
+        """The sources in the report."""
         return list(dict.fromkeys([*self._counts, *self._rejected]))
 
     def counts(self, source: str) -> dict[str, int]:
-        """By name, what was read."""
+        """What was read, by name."""
         return dict(self._counts.get(source, {}))
 
     def rejected(self, source: str) -> dict[str, int]:
-        """By reason, how many were left out."""
+        """How many were left out, by reason."""
         return {reason: number for reason, (number, _) in self._rejected.get(source, {}).items()}
 
     def examples(self, source: str) -> dict[str, str]:
-        """By reason, the first example."""
+        """The first example of each reason."""
         return {reason: example for reason, (_, example) in self._rejected.get(source, {}).items()}
 
     def lines(self, source: str) -> Iterator[str]:
-        """One source in words."""
+        """The lines that describe one source."""
         counts = self._counts.get(source, {})
         yield ", ".join(f"{counts.get(what, 0):,} {what}" for what in COUNTS)
         for reason, (number, example) in sorted(self._rejected.get(source, {}).items(), key=lambda i: -i[1][0]):

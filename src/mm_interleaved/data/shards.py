@@ -1,4 +1,4 @@
-"""Files of records: lines of JSON (plain, gzip or zip) and tar archives, read from any place in them."""
+"""Files of records: JSON lines (plain, gzip or zip) and tar archives, read from any offset."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class Record(NamedTuple):
-    """One record as it stands in its shard.
+    """One record of a shard.
 
     Attributes:
         shard: number of the shard.
-        offset: where it starts in the (unpacked) shard.
-        line: its number there, from 0.
-        end: where the next one starts.
+        offset: its start in the (unpacked) shard.
+        line: its number in the shard, from 0.
+        end: the start of the next record.
         payload: a line in bytes, or for tar shards a `TarSample`.
     """
 
@@ -47,7 +47,7 @@ class Shards(Protocol):
     names: Sequence[str]
 
     def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """Its records from `offset` on.
+        """The records of a shard from `offset` on.
 
         Raises:
             Rejected: the shard is missing, or damaged from here on.
@@ -55,7 +55,7 @@ class Shards(Protocol):
         ...
 
     def place(self, record: Record) -> str:
-        """Where it is, for messages."""
+        """The place of a record, for messages."""
         ...
 
 
@@ -106,7 +106,7 @@ def _choices(text: str) -> list[str]:
 
 
 class LineShards:
-    """JSON lines, one record a line. `NAME` may lie there as `NAME`, `NAME.gz` or `NAME.zip`.
+    """JSON lines, one record a line. The file of `NAME` may be `NAME`, `NAME.gz` or `NAME.zip`.
 
     Args:
         root: folder of the shards.
@@ -121,13 +121,13 @@ class LineShards:
         return f"{self.names[record.shard]}, line {record.line + 1}"
 
     def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """Non-empty lines from `offset` on; raises `Rejected` at a missing file or where damage begins."""
+        """Non-empty lines from `offset` on; raises `Rejected` for a missing file, or where damage starts."""
         with _guard(self.names[shard]), _open(self._path(shard)) as file:
             file.seek(offset)
             while text := file.readline(MAX_LINE):
                 start, offset = offset, offset + len(text)
                 while text and not text.endswith(b"\n") and len(text) == MAX_LINE:
-                    text = file.readline(MAX_LINE)  # only its end matters: it will not be JSON
+                    text = file.readline(MAX_LINE)  # skip to its end: a cut line is not JSON
                     offset += len(text)
                 if text.strip():
                     yield Record(shard, start, line, offset, text)
@@ -171,7 +171,7 @@ class TarShards:
         return f"{self.names[record.shard]}, sample {record.line}"
 
     def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """Samples from `offset` on; raises `Rejected` at a missing file or where damage begins."""
+        """Samples from `offset` on; raises `Rejected` for a missing file, or where damage starts."""
         path = self.root / self.names[shard]
         if not path.is_file():
             raise Rejected("shard missing", str(path))
@@ -199,7 +199,7 @@ class TarShards:
 
 @contextmanager
 def _guard(name: str) -> Iterator[None]:
-    """Damage of a file as `Rejected`."""
+    """Turn errors of a damaged file into `Rejected`."""
     try:
         yield
     except DAMAGE as error:

@@ -1,4 +1,4 @@
-"""Packed rows as an image for people: text with the images in their places."""
+"""Contact sheets: packed rows as one image, text with its images in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..processor import Batch, MMInterleavedProcessor
 
 WIDTH, MARGIN, FONT, THUMBNAIL, FRAME, GAP = 1200, 16, 15, 106, 3, 6
 Font = PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont  # Pillow without FreeType has the second
-MAX_HEIGHT = 520  # of one row of tokens; what is longer ends in "..."
+MAX_HEIGHT = 520  # most pixels of one row of tokens; longer ones end in "..."
 INK, PALE, RULE, LEARNED, GIVEN = "#202020", "#9a9a9a", "#d0d0d0", "#2e7d32", "#b0b0b0"
 
 

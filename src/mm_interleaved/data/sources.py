@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceType:
-    """What a source of a type is made of.
+    """A type of sources.
 
     Attributes:
         reader: makes the reader from the source's settings, its own options and the folder where relative paths start;

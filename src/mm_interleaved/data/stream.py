@@ -1,9 +1,9 @@
-"""One source as an endless or finite stream of packed rows that can stop anywhere and go on there.
+"""One source as a stream of packed rows that can stop anywhere and continue there.
 
-Every draw comes from its own generator, seeded by what it is for (purpose, seed, epoch, source, pass, shard, line ...),
-so nothing depends on what was drawn before, and a state needs no generator in it. Documents are shuffled in windows:
-the next `shuffle` records, in an order drawn for the window. A state names the start of the window, how much of it was
-used, and the records whose tokens wait in the packing buffer; these are read again on resuming, nothing before them.
+Every random number has a generator of its own, seeded by its use (purpose, seed, epoch, source, pass, shard, line,
+...). So none depends on earlier ones, and a state contains no generator. Documents are shuffled in windows of `shuffle`
+records. A state has the start of the window, the number of its used records, and the records whose tokens are in the
+packing buffer. These are read again on resumption; earlier records are not.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .readers import Reader
 from .report import DataError, DataReport, Rejected
 from .shards import Record
 
-PLAIN_WINDOW = 64  # records read at a time if nothing is shuffled
+PLAIN_WINDOW = 64  # records read at a time without shuffling
 
 
 class Purpose(IntEnum):
-    """What a generator draws."""
+    """The use of a generator."""
 
     SHARDS = 0
     WINDOW = 1
@@ -40,13 +40,13 @@ class Purpose(IntEnum):
 
 
 def generator(purpose: Purpose, *keys: int) -> np.random.Generator:
-    """A generator of its own for these keys."""
+    """The generator for these keys."""
     return np.random.default_rng(np.random.SeedSequence([purpose, *keys]))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which part of the data this process reads: it is consumer `consumer` of `consumers`."""
+    """The part of the data that this process reads: it is consumer number `consumer` of `consumers`."""
 
     rank: int = 0
     world_size: int = 1
@@ -55,12 +55,12 @@ class Place:
 
     @property
     def consumer(self) -> int:
-        """First split over ranks, then over workers."""
+        """The number of this consumer: data are divided among ranks first, then among workers."""
         return self.rank + self.world_size * self.worker
 
     @property
     def consumers(self) -> int:
-        """All of them."""
+        """The number of consumers."""
         return self.world_size * self.num_workers
 
 
@@ -68,15 +68,15 @@ class SourceStream:
     """Rows of one source for one process.
 
     Args:
-        config: the source.
-        reader: its records.
-        processor: for tokens.
+        config: settings of the source.
+        reader: reader of its records.
+        processor: turns documents into tokens.
         index: its number in the mixture.
-        seed: of the run.
-        epoch: of the run.
-        place: which part is read here. Whole shards if there are enough of them, else every n-th line of all shards.
-        forever: whether passes follow one another without end, and tokens left over begin the next pass.
-        report: what is read and left out is counted here.
+        seed: seed of the run.
+        epoch: epoch of the run.
+        place: the part that is read here: whole shards if there are enough of them, else every n-th line of all shards.
+        forever: whether passes repeat endlessly; the rest of a pass is then the start of the next one.
+        report: counts what is read and left out.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SourceStream:
         )
         self._buffer = TokenStream.empty()
         self._waiting: deque[tuple[list[int], int]] = deque()  # record and number of tokens, for each in the buffer
-        self._skip = 0  # tokens of the first of them that are gone
+        self._skip = 0  # tokens of the first of them that are used
         self._rows_ever = 0
         self.passes = -1
         self.restart()
@@ -123,7 +123,7 @@ class SourceStream:
         return max(batches, 1) * self.config.batch_size
 
     def restart(self) -> None:
-        """Begin the next pass, and count rows anew."""
+        """Start the next pass, and reset the number of rows."""
         self._rows = 0
         self._begin_pass()
 
@@ -170,7 +170,7 @@ class SourceStream:
         return row
 
     def _take(self) -> TokenStream | None:
-        """A row from the buffer, if it holds one."""
+        """A row from the buffer; None: the buffer is too short."""
         while len(self._buffer) >= (1 if self._draining else self._rules.length):
             try:
                 row, self._buffer = self._rules.take(self._buffer)
@@ -194,7 +194,7 @@ class SourceStream:
         self._waiting.clear()
 
     def _merged(self, row: TokenStream) -> TokenStream:
-        """Contexts of several pairs: the `</s><s>` between them is taken out, except at every k-th."""
+        """Merge pairs into contexts of k pairs: remove the `</s><s>` between pairs, except at every k-th."""
         if not self.config.few_shot_merge_prob or "merge_without_effect" in self.config.compat:
             return row
         rng = generator(Purpose.MERGE, *self._keys, self.place.consumer, self._rows_ever)
@@ -228,7 +228,7 @@ class SourceStream:
             return record, stream
 
     def _fill_window(self) -> bool:
-        """Read the next records and draw their order."""
+        """Read the next records and shuffle them."""
         self._window_start, self._used = list(self._cursor), 0
         size = self.config.shuffle or PLAIN_WINDOW
         window = list(itertools.islice(self._records, size))
@@ -240,11 +240,11 @@ class SourceStream:
         return bool(window)
 
     def _read(self, report: DataReport) -> Iterator[Record]:
-        """This process's records from the cursor on."""
+        """The records of this process from the cursor on."""
         shards, consumer, consumers = self.reader.shards, self.place.consumer, self.place.consumers
         while self._cursor[0] < len(self._mine):
             shard = int(self._mine[self._cursor[0]])
-            ours = not self._by_line or shard % consumers == consumer  # who counts it, if several read it
+            ours = not self._by_line or shard % consumers == consumer  # one process counts a shard that several read
             fresh = self._cursor[1] == 0
             try:
                 for record in shards.records(shard, *self._cursor[1:]):
@@ -279,10 +279,10 @@ class SourceStream:
         ids, learned = (np.concatenate([a[: length - tail], a[-tail:]]) for a in (stream.ids, stream.learned))
         return TokenStream(ids, learned, stream.images)
 
-    # ---- stopping and going on
+    # ---- saving and resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: a few numbers for each document in the packing buffer, no text and no pixels."""
+        """The position of the stream: a few numbers for each document in the packing buffer, no text and no pixels."""
         return {
             "passes": self.passes,
             "documents": self._documents,
@@ -300,7 +300,7 @@ class SourceStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called.
+        """Continue where `state_dict` was called.
 
         Raises:
             DataError: the data have changed since.
@@ -312,7 +312,7 @@ class SourceStream:
         self._pass_rows, self._pass_dropped = state["pass_rows"], state["pass_dropped"]
         if state["window_number"]:
             self._cursor, self._window_number = list(state["window_start"]), state["window_number"] - 1
-            self._records = self._read(DataReport())  # what this window has to count was counted then
+            self._records = self._read(DataReport())  # the records of this window were counted before
             self._fill_window()
             self._records, self._used = self._read(self.report), state["used"]
         self._restore_buffer(state)
@@ -329,7 +329,7 @@ class SourceStream:
         self._waiting = deque((list(entry[:4]), entry[4]) for entry in state["waiting"])
 
     def _reread(self, keys: list[list[int]]) -> list[TokenStream | None]:
-        """The token streams of some records, each shard read forward once; None: it is not there any more."""
+        """The token streams of some records, read forward once in each shard; None: the record is gone."""
         found: dict[tuple[int, ...], TokenStream] = {}
         for passes, shard, offset, line in sorted(keys, key=lambda k: k[1:]):
             try:
@@ -337,5 +337,5 @@ class SourceStream:
                 if record is not None:
                     found[passes, shard, offset, line] = self._encode(record, passes, DataReport())
             except Rejected:
-                continue  # the caller notices
+                continue  # the caller checks for it
         return [found.get(tuple(key)) for key in keys]
