@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER, load
-from mm_interleaved.training.checkpoints import ASIDE, list_checkpoints
+from mm_interleaved.training.checkpoints import ASIDE, MANIFEST, find_damage, find_resume, list_checkpoints
+from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.run import train
 
-from .conftest import logged, start, start_new
+from .conftest import ROOT, arguments, logged, start, start_new
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,3 +110,86 @@ def test_what_cannot_be_resumed_is_refused(settings, tmp_path: Path) -> None:
         train(settings("resume=never"), TOKENIZER, "cpu")
     with pytest.raises(ValueError, match="is no checkpoint of a run"):
         train(settings(f"resume={tmp_path}"), TOKENIZER, "cpu")
+
+
+def test_a_run_at_its_end_trains_no_further(settings, tmp_path: Path) -> None:
+    """Killed between the last checkpoint and `final`, and then given again twice."""
+    train(settings("steps=4", "save_every=2", "ema.decay=0.5"), TOKENIZER, "cpu")
+    run = tmp_path / "run"
+    whole = weights(run / "final")
+    shutil.rmtree(run / "final")
+    for _ in range(2):
+        train(settings("steps=4", "save_every=2", "ema.decay=0.5"), TOKENIZER, "cpu")
+        assert [c.name for c in list_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+        assert all(torch.equal(whole[name], tensor) for name, tensor in weights(run / "final").items())
+
+
+def test_final_of_a_shorter_run_is_replaced(settings, tmp_path: Path) -> None:
+    """The run is made longer and killed before it writes `final` anew."""
+    train(settings("steps=2", "save_every=2", "schedule.kind=constant"), TOKENIZER, "cpu")
+    run = tmp_path / "run"
+    shutil.copytree(run / "final", tmp_path / "short")
+    train(settings("steps=4", "save_every=2", "schedule.kind=constant"), TOKENIZER, "cpu")
+    longer = weights(run / "final")
+    shutil.rmtree(run / "final")
+    (tmp_path / "short").rename(run / "final")
+    train(settings("steps=4", "save_every=2", "schedule.kind=constant"), TOKENIZER, "cpu")
+    assert all(torch.equal(longer[name], tensor) for name, tensor in weights(run / "final").items())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    changes = arguments(folder / "run", "steps=4", "save_every=2")
+    train(load_config(ROOT / "configs/debug.yaml", TrainConfig, changes), TOKENIZER, "cpu")
+    return folder / "run"
+
+
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-10]),
+    "zeroed at its end": lambda path: path.write_bytes(path.read_bytes()[:-10] + bytes(9) + b"\x01"),
+}
+
+
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "feed_0.pt"]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_a_checkpoint_is_noticed(trained: Path, tmp_path: Path, name: str, how: str) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    newest = tmp_path / "run/checkpoint-4"
+    DAMAGE[how](newest / name)
+    if name == "trainer_state.json" and how == "missing":
+        assert newest not in list_checkpoints(tmp_path / "run")  # as if it were not there
+        return
+    assert name in find_damage(newest)
+    with pytest.raises(ValueError, match=rf"checkpoint-4' is damaged: {name}.*name another checkpoint"):
+        find_resume(tmp_path / "run", str(newest))
+    assert find_resume(tmp_path / "run", "auto") == tmp_path / "run/checkpoint-2"
+
+
+def test_a_damaged_checkpoint_falls_back_with_a_warning(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    DAMAGE["truncated"](run / "checkpoint-4/optimizer.pt")
+    assert find_resume(run, "auto") == run / "checkpoint-2"
+    assert "checkpoint-4' is damaged: optimizer.pt" in caplog.text
+    assert f"going on from {run / 'checkpoint-2'}" in caplog.text
+    DAMAGE["empty"](run / "checkpoint-2/model.safetensors")
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
+        find_resume(run, "auto")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_manifest(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    newest = tmp_path / "run/checkpoint-4"
+    (newest / MANIFEST).unlink()
+    assert find_damage(newest) == ""
+    (newest / "scheduler.pt").unlink()
+    assert find_damage(newest) == "scheduler.pt is missing"

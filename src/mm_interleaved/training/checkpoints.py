@@ -1,14 +1,23 @@
-"""Checkpoint folders of a run: written aside, then renamed, so that whatever bears the name is whole."""
+"""Checkpoint folders of a run: written aside, then renamed; a manifest says what belongs to each.
+
+    manifest.json    {"files": {name: {"size": bytes, "sha256": digest}}}
+
+What has changed since it was written, by a full disk or by a hand, is noticed before anything is loaded.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 import shutil
 from pathlib import Path
 
-from ..io import read_json
+from ..io import InputError, read_json, write_json
 
 ASIDE = "checkpoint.incomplete"
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -22,19 +31,55 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
+def write_manifest(folder: Path) -> None:
+    """Note the size and digest of every file of a checkpoint; its last file to be written."""
+    files = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _digest(p)}
+             for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}  # fmt: skip
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, naming the file; "" if nothing is.
+
+    One without a manifest, of an earlier version, only has to have a state of the optimizer and of the schedule.
+    """
+    if not (folder / MANIFEST).is_file():
+        sharded = any(path.is_dir() for path in folder.iterdir())  # DeepSpeed and FSDP write folders
+        missing = [n for n in ("optimizer.pt", "scheduler.pt") if not sharded and not (folder / n).is_file()]
+        return f"{missing[0]} is missing" if missing else ""
+    try:
+        for name, about in read_json(folder / MANIFEST)["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != about["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {about['size']}"
+            if _digest(path) != about["sha256"]:
+                return f"{name} has other content than was written"
+    except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return ""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def find_resume(run: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to go on from: the newest whole one, with a warning about each damaged one after it.
 
     Args:
         run: folder of the run.
         resume: `auto`, `never`, or a checkpoint folder.
 
     Raises:
-        ValueError: the named folder is no checkpoint; or `never`, but the run has some, which would be overwritten.
+        ValueError: the named folder is no checkpoint or a damaged one; all are damaged; or `never`, but the run has
+            some, which would be overwritten.
     """
     own = list_checkpoints(run)
     if resume == "auto":
-        return own[-1] if own else None
+        return _newest_whole(own)
     if resume == "never":
         if own:
             raise ValueError(f"'{run}' has checkpoints already; choose another 'output', or resume=auto to go on")
@@ -42,7 +87,22 @@ def find_resume(run: Path, resume: str) -> Path | None:
     folder = Path(resume)
     if not (folder / "trainer_state.json").is_file():
         raise ValueError(f"resume: '{folder}' is no checkpoint of a run (it has no trainer_state.json)")
+    if damage := find_damage(folder):
+        raise ValueError(f"resume: '{folder}' is damaged: {damage}; name another checkpoint, or resume=auto")
     return folder
+
+
+def _newest_whole(own: list[Path]) -> Path | None:
+    damaged = []
+    for folder in reversed(own):
+        if not (damage := find_damage(folder)):
+            for line in damaged:
+                log.warning("%s; going on from %s", line, folder)
+            return folder
+        damaged.append(f"'{folder}' is damaged: {damage}")
+    if damaged:
+        raise ValueError(f"no checkpoint is whole. {'; '.join(damaged)}. Remove them to start anew")
+    return None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .. import __version__
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
-from ..io import atomic_folder, write_atomic
+from ..io import InputError, atomic_folder, read_json, write_atomic, write_json
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
@@ -32,6 +33,7 @@ from .tasks import Tasks
 from .trainer import RunTrainer, training_arguments
 
 FINAL = "final"
+TRAINED = "trained.json"  # in that folder: the steps, seed and version that made it
 BLOCKS = {  # what `compile` compiles, by its value
     "none": (),
     "regional": sharding.BLOCKS,
@@ -127,7 +129,7 @@ def run(
     if config.fsdp:
         trainer.add_callback(sharding.ShardingCallback(console))
     folder = Path(config.output) / FINAL
-    done = folder.exists() and resume is not None and step_of(resume) >= config.steps
+    at_end = resume is not None and step_of(resume) >= config.steps
     if trainer.args.process_index == 0:
         trainer.add_callback(Reporter(config, console))
         assert trainer.model is not None
@@ -137,17 +139,33 @@ def run(
     if resume is not None:
         trainer.load_run_state(resume)
         console.print(f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if at_end and _trained_steps(folder) == config.steps:
+        console.print(f"done already: {folder}")
+        return None
+    if at_end:
+        trainer.load_weights(resume)
+    else:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if loop.stopped_by is not None and trainer.state.global_step < config.steps:
         console.print(
             f"stopped by {loop.stopped_by} at step {trainer.state.global_step} of {config.steps}; a checkpoint is "
             f"saved, and the same command goes on from there"
         )
         return loop.stopped_by
-    if not done:
-        finish(folder)
+    finish(folder)
+    if trainer.args.process_index == 0:
+        about = {"steps": config.steps, "seed": config.seed, "version": __version__}
+        write_json(folder / TRAINED, about)
     console.print(f"done: {folder}")
     return None
+
+
+def _trained_steps(folder: Path) -> int | None:
+    """After how many steps a `final` folder was written; None: there is none, or it does not say."""
+    try:
+        return read_json(folder / TRAINED)["steps"]
+    except (InputError, KeyError, TypeError):
+        return None
 
 
 def destroy_process_group() -> None:

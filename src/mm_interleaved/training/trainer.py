@@ -235,6 +235,7 @@ class RunTrainer(Trainer):
                 if self.args.should_save:
                     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                     write_atomic(folder / "config.yaml", to_yaml(self.config))
+                    checkpoints.write_manifest(folder)
                     shutil.rmtree(run / name, ignore_errors=True)  # a broken one, or it would be in the list
                     os.replace(folder, run / name)
                     checkpoints.prune(run, self.config.keep_checkpoints)
@@ -262,6 +263,10 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                 put_in_place(aside, folder)
+
+    def load_weights(self, folder: Path) -> None:
+        """The weights of a checkpoint, where nothing is left to train."""
+        self._load_from_checkpoint(str(folder))
 
     def load_run_state(self, folder: Path) -> None:
         """What the Trainer does not know of: the pipeline's place and the average.
