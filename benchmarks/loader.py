@@ -23,7 +23,7 @@ from mm_interleaved.data import build_loader
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 from mm_interleaved.training.building import build_config, build_tokenizer
-from mm_interleaved.training.config import ModelConfig, TrainConfig
+from mm_interleaved.training.config import InitConfig, ModelConfig, TrainConfig
 
 
 def measure(config: TrainConfig, processor: MMInterleavedProcessor, workers: int, seconds: float) -> dict[str, float]:
@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     config = load_config(options.config, TrainConfig, options.changes)
-    given = ModelConfig(preset=options.preset) if options.preset else config.model
+    given = ModelConfig(InitConfig(preset=options.preset)) if options.preset else config.model
     model, tokenizer = (make(given, TOKENIZER) for make in (build_config, build_tokenizer))
     processor = MMInterleavedProcessor.for_model(model, tokenizer)
     found = [measure(config, processor, workers, options.seconds) for workers in options.workers]

@@ -30,8 +30,8 @@ from toyworld.writers.base import Job
 ROOT = Path(__file__).parents[1]
 STEPS, STOPPED = 6, 4
 RUN = [
-    "model.preset=null", f"steps={STEPS}", f"save_every={STOPPED}", "log_every=1", "eval_every=0", "eval_data=null",
-    "sample_every=0", "tensorboard=false", "optimizer.lr=1e-3", "ema.decay=0",
+    "model.init_from.preset=null", f"steps={STEPS}", f"save_every={STOPPED}", "log_every=1", "eval_every=0",
+    "eval_data=null", "sample_every=0", "tensorboard=false", "optimizer.lr=1e-3", "ema.decay=0",
 ]  # fmt: skip  # with configs/debug.yaml
 TRAINED = r"^(?!.*(synchronizer|visual_tokenizer\.resampler|context_proj))"  # all else is frozen: Adam's state is small
 EVALUATION = """\
@@ -109,7 +109,7 @@ def make_run(checkpoint: Path, target: Path) -> None:
             "cpu",
             ROOT / "configs/debug.yaml",
             "output=run",
-            "model.checkpoint=checkpoint",
+            "model.init_from.checkpoint=checkpoint",
         ]
         mmi(*settings, *RUN, frozen, cwd=folder)
         log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]

@@ -68,7 +68,8 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """A settings object as YAML that `load_config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    data = TypeAdapter(type(config)).dump_python(config, mode="json", by_alias=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _validated(merged: DictConfig, schema: type[T], overrides: Sequence[str], where: str, partial: bool = False) -> T:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, overload
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 from .io import InputError
 
@@ -37,7 +38,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average
 
-_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True)
 
 
 class ConfigError(InputError):
@@ -98,7 +99,7 @@ def explain(error: ValidationError, schema: type, source: Callable[[Path], str] 
     if kind == "unexpected_keyword_argument":
         place = f" in {_dotted(path[:-1])}" if len(path) > 1 else ""
         message = f"unknown key '{path[-1]}'{place}"
-        advice = _former(owner, path[-1]) or nearest_name(str(path[-1]), [f.name for f in dataclasses.fields(owner)])
+        advice = _former(owner, path[-1]) or nearest_name(str(path[-1]), _fields(owner) or ())
     elif kind == "missing":
         message, advice = f"{_dotted(path)} must be given", ""
     elif kind == "value_error":
@@ -137,14 +138,20 @@ def _dotted(path: Path) -> str:
 def _type_at(kind: Any, path: Path) -> Any:
     """The type of what lies at a path within a schema; None: unknown."""
     for key in path:
-        fields = getattr(kind, "__pydantic_fields__", None)
+        fields = _fields(kind)
         if fields is not None:
-            kind = fields[key].annotation if key in fields else None
+            kind = fields[str(key)].annotation if key in fields else None
         else:
             kind = next(reversed(typing.get_args(kind)), None)
         if options := [k for k in typing.get_args(kind) if k is not type(None)] if _is_union(kind) else []:
             kind = options[0]
     return kind
+
+
+def _fields(kind: Any) -> dict[str, FieldInfo] | None:
+    """The fields of a settings class by the names that files use; None: it is something else."""
+    fields: dict[str, FieldInfo] | None = getattr(kind, "__pydantic_fields__", None)
+    return fields and {info.alias or name: info for name, info in fields.items()}
 
 
 def _is_union(kind: Any) -> bool:

@@ -89,7 +89,7 @@ def test_reasons_show_their_examples(mmi: Mmi, folder: Path) -> None:
             "unknown key 'rot' in data.sources[0] (override 'data.sources.0.rot=x'). Did you mean 'root'?",
         ),
         ("data.sources.0.type=parquet", "unknown source type 'parquet'. Known: mmc4, pairs"),
-        ("model.preset=tiny", "no preset 'tiny'"),
+        ("model.init_from.preset=tiny", "no preset 'tiny'"),
     ],
 )
 def test_mistakes_are_explained(mmi: Mmi, folder: Path, change: str, message: str) -> None:

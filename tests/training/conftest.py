@@ -32,7 +32,7 @@ def whole_model(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     whole.model.save_pretrained(folder)
     whole.processor.save_pretrained(folder)
     return whole.model.state_dict(), [
-        "model.preset=null", f"model.checkpoint={folder}", "optimizer.lr=1e-9", "steps=1"
+        "model.init_from.preset=null", f"model.init_from.checkpoint={folder}", "optimizer.lr=1e-9", "steps=1"
     ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def module(path: str) -> ModuleType:
 def first_losses(file: str, folder: Path, *changes: str) -> tuple[MMInterleaved, tuple[float, float]]:
     """The model of a run, and its two losses of the run's first batch."""
     config = load_config(
-        ROOT / f"configs/small/{file}.yaml", TrainConfig, [*SMALL, *changes, f"model.checkpoint={folder}"]
+        ROOT / f"configs/small/{file}.yaml", TrainConfig, [*SMALL, *changes, f"model.init_from.checkpoint={folder}"]
     )
     model, processor = build(config)
     batch = next(iter(build_loader(config.data, processor, rank=0, world_size=1)))
@@ -61,7 +61,7 @@ def first_losses(file: str, folder: Path, *changes: str) -> tuple[MMInterleaved,
 @pytest.mark.parametrize("start", ["closed", "fresh"])
 def test_all_four_begin_as_one_function(tmp_path: Path, start: str) -> None:
     given, _ = whole_model(tmp_path)
-    anew = ["model.fresh=[synchronizer]"] if start == "fresh" else []
+    anew = ["model.weights=[{from: fresh, parameters: synchronizer}]"] if start == "fresh" else []
     changes = dict.fromkeys(FILES[:-1], anew)
     runs = [first_losses(file, tmp_path, *changes.get(file, [])) for file in FILES]
     models, losses = zip(*runs, strict=True)
@@ -77,13 +77,13 @@ def test_all_four_begin_as_one_function(tmp_path: Path, start: str) -> None:
 
 def test_what_is_fresh_has_to_be_there(tmp_path: Path) -> None:
     whole_model(tmp_path)
-    file, source = ROOT / "configs/small/ablation_none.yaml", f"model.checkpoint={tmp_path}"
-    with pytest.raises(ValueError, match=r"model\.fresh: the pattern 'synchronizer' fits no parameter"):
-        build(load_config(file, TrainConfig, [source, "model.fresh=[synchronizer]"]))
-    with pytest.raises(ValueError, match=r"model\.fresh: '\[' is not a regular expression"):
-        build(load_config(file, TrainConfig, [source, "model.fresh=['[']"]))
-    with pytest.raises(ConfigError, match=r"'model\.fresh' .* give 'model\.checkpoint'"):
-        load_config(ROOT / "configs/debug.yaml", TrainConfig, ["model.fresh=[gate]"])
+    file, source = ROOT / "configs/small/ablation_none.yaml", f"model.init_from.checkpoint={tmp_path}"
+    with pytest.raises(ValueError, match=r"model\.weights: the pattern 'synchronizer' fits no parameter"):
+        build(load_config(file, TrainConfig, [source, "model.weights=[{from: fresh, parameters: synchronizer}]"]))
+    with pytest.raises(ConfigError, match=r"parameters '\[' is not a regular expression"):
+        load_config(file, TrainConfig, [source, "model.weights=[{from: fresh, parameters: '['}]"])
+    with pytest.raises(ConfigError, match=r"give init_from\.checkpoint \(model in .*debug.yaml\)"):
+        load_config(ROOT / "configs/debug.yaml", TrainConfig, ["model.weights=[{from: fresh, parameters: gate}]"])
 
 
 @pytest.fixture

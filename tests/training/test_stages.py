@@ -48,7 +48,7 @@ def test_every_stage_has_settings_that_work(tmp_path: Path, gpus: int) -> None:
         made.add(Path(config.output).name)
         assert devices == "all" or int(devices) < gpus
         if command == "train":
-            needed = (config.model.checkpoint, config.model.vae, config.model.language, config.model.unet)
+            needed = (config.model.init_from.checkpoint, *(entry.source for entry in config.model.weights))
             assert {Path(folder).parent.name for folder in needed if folder is not None} <= made
     assert made == {"vae", "vision", "language", "read", "conditions", "draw", "read_more", "pretrain"}
     assert asked(tmp_path, gpus) == []  # what is done is not done again

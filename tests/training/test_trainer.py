@@ -31,7 +31,7 @@ from mm_interleaved.validation import ConfigError
 from toyworld.curriculum.config import AutoencoderRunConfig, PartRunConfig
 
 from ..conftest import make_image
-from .conftest import ROOT, arguments, logged
+from .conftest import ROOT, arguments, logged, whole_model
 from .stand_in import Colors
 
 
@@ -133,7 +133,11 @@ def test_only_one_part_is_trained_where_the_other_is_frozen(settings, tmp_path: 
     [
         ("optimizer.weight_decai=1", "Did you mean 'weight_decay'"),
         ("precision=fp8", "precision must be 'float32', 'bfloat16' or 'float16'"),
-        ("model.checkpoint=x", "exactly one of 'preset', 'checkpoint' and 'components'"),
+        ("model.init_from.checkpoint=x", "exactly one of preset, checkpoint and components, not preset and checkpoint"),
+        ("model.checkpoint=x", "unknown key 'checkpoint' in model .*It is now 'init_from.checkpoint'"),
+        ("model.vae=x", "unknown key 'vae' in model .*an entry of 'weights': {from: FOLDER}"),
+        ("model.weights=[{form: x}]", r"unknown key 'form' in model.weights\[0\] .*Did you mean 'from'"),
+        ("model.weights=[{from: fresh}]", "fresh needs parameters"),
         ("losses.image_fraction=0", "losses.image_fraction must be greater than 0, not 0"),
         ("steps=0", "steps must be at least 1, not 0"),
     ],
@@ -168,7 +172,7 @@ def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, ablation: 
         p.data.add_(0.1)
     whole.model.save_pretrained(tmp_path / "draws")
     file = ROOT / f"configs/small/{ablation}.yaml"
-    folders = [f"model.checkpoint={tmp_path}", f"model.unet={tmp_path / 'draws'}"]
+    folders = [f"model.init_from.checkpoint={tmp_path}", f"model.weights.0.from={tmp_path / 'draws'}"]
     model, _ = build(load_config(file, TrainConfig, folders))
     own, given = model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(value, given[name].to(value.dtype)) for name, value in own.items())
@@ -180,14 +184,38 @@ def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, ablation: 
     }  # fmt: skip
 
 
+def test_weights_from_several_folders_in_any_order(tmp_path: Path) -> None:
+    whole, _ = whole_model(tmp_path / "whole")
+    unet = f"{{from: {tmp_path / 'whole'}, parameters: '^image_decoder\\.unet\\.'}}"
+    tokens = f"{{from: {tmp_path / 'whole'}, parameters: '^visual_tokenizer\\.'}}"
+    models = [
+        build(
+            load_config(ROOT / "configs/debug.yaml", TrainConfig, [f"model.weights=[{', '.join(entries)}]"]), TOKENIZER
+        )
+        for entries in ((unet, tokens), (tokens, unet))
+    ]
+    one, other = (model.state_dict() for model, _ in models)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    taken = {name for name in one if torch.equal(one[name], whole[name].to(one[name].dtype))}
+    parts = ("image_decoder.unet.", "visual_tokenizer.")
+    assert {name for name in one if name.startswith(parts)} <= taken
+    assert "lm_head.head.weight" not in taken
+    twice = load_config(ROOT / "configs/debug.yaml", TrainConfig, [f"model.weights=[{unet}, {unet}]"])
+    with pytest.raises(ValueError, match=r"model\.weights names image_decoder\.unet\.\S+ twice"):
+        build(twice, TOKENIZER)
+
+
 def test_a_unet_that_does_not_fit(tmp_path: Path, debug_config: MMInterleavedConfig) -> None:
-    config = load_config(ROOT / "configs/debug.yaml", TrainConfig, [f"model.unet={tmp_path}"])
-    with pytest.raises(ValueError, match=r"model\.unet: .* is not the folder of a model"):
+    weights = f"model.weights=[{{from: {tmp_path}, parameters: '^image_decoder\\.unet\\.'}}]"
+    config = load_config(ROOT / "configs/debug.yaml", TrainConfig, [weights])
+    with pytest.raises(ValueError, match="has no weights"):
         build(config, TOKENIZER)
     tree = debug_config.to_dict()
     tree["image_decoder"]["unet"]["block_out_channels"] = [16, 24, 40]
     MMInterleaved(MMInterleavedConfig(**tree)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.unet: .* has another shape, for instance in "):
+    with pytest.raises(
+        ValueError, match=r"is of another model: image_decoder\.unet\..* is \(40,.* there and \(32,.* in this one"
+    ):
         build(config, TOKENIZER)
 
 

@@ -17,7 +17,7 @@ from ..io import write_image
 from ..pretrained import TOKENIZER
 from ..processor import Batch, MMInterleavedProcessor
 from ..training.building import build_processor
-from ..training.config import ModelConfig
+from ..training.config import InitConfig, ModelConfig
 from ..validation import settings
 from .console import console, output
 from .errors import UsageError
@@ -28,7 +28,7 @@ class CheckConfig:
     """The part of a training configuration that says what is read."""
 
     data: DataConfig
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="small"))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(InitConfig(preset="small")))
 
 
 def check_training(config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int) -> None:

@@ -97,6 +97,8 @@ class SourceConfig:
         "BUG-2": "It is now 'merge_without_effect'",
         "BUG-3": "It is now 'listed_image_order'",
         "ODD-3": "It is now 'unseeded_order'",
+        "probe_pictures": "It is now 'probe_images'",
+        **{name: f"It is now 'options.{name}', of the toy world" for name in ("split", "documents")},
     }
 
     def __post_init__(self) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints.components import config_from_components, from_components
@@ -21,9 +20,7 @@ from ..io import read_json
 from ..model import MMInterleavedConfig
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
-from .config import ModelConfig, TrainConfig
-
-VISION, LANGUAGE = "visual_tokenizer.safetensors", "language.safetensors"  # files of parts, see `model` in TrainConfig
+from .config import FRESH, ModelConfig, TrainConfig, WeightsConfig
 
 
 def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
@@ -41,15 +38,7 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
     model_config.normalize_image_loss = config.losses.normalize_image_loss
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = _model(source, model_config)
-    if source.vae is not None:
-        load_vae(model.image_decoder.vae, Path(source.vae))
-    if source.vision is not None:
-        load_vision(model.visual_tokenizer, source.vision)
-    if source.language is not None:
-        load_language(model, source.language)
-    if source.unet is not None:
-        load_unet(model, source.unet)
+        model = initial_model(source, model_config)
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
@@ -75,13 +64,13 @@ def build_tokenizer(source: ModelConfig, default_tokenizer: Path | None = None) 
 
 
 def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedProcessor:
-    """The processor alone, without weights; a VAE need not be there yet.
+    """The processor alone, without weights; the folders of `weights` need not be there yet.
 
     Raises:
         ValueError: the settings do not fit together, or a folder holds something else.
     """
     tokenizer = _tokenizer(source, default_tokenizer)
-    return MMInterleavedProcessor.for_model(_model_config(replace(source, vae=None), tokenizer), tokenizer)
+    return MMInterleavedProcessor.for_model(_model_config(replace(source, weights=[]), tokenizer), tokenizer)
 
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:
@@ -95,11 +84,11 @@ def set_types(model: MMInterleaved, config: TrainConfig) -> None:
 def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizerBase:
     if source.tokenizer is not None:
         folder = Path(source.tokenizer)
-    elif source.checkpoint is not None:
-        folder = Path(source.checkpoint)
-    elif source.components is not None:
-        folder = Path(source.components.llm)
-    elif default is not None and source.preset != "release":
+    elif source.init_from.checkpoint is not None:
+        folder = Path(source.init_from.checkpoint)
+    elif source.init_from.components is not None:
+        folder = Path(source.init_from.components.llm)
+    elif default is not None and source.init_from.preset != "release":
         folder = default
     else:
         raise ValueError("model.tokenizer must name the folder of a tokenizer")
@@ -116,21 +105,23 @@ def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizer
 def _model_config(source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> MMInterleavedConfig:
     """The configuration, with everything that the tokenizer, the VAE and the overrides change."""
     soi, image = add_image_tokens(tokenizer)
-    if source.components is not None:
-        parts = source.components
+    init = source.init_from
+    if init.components is not None:
+        parts = init.components
         base = config_from_components(Path(parts.llm), Path(parts.clip), Path(parts.diffusion), len(tokenizer))
-    elif source.checkpoint is not None:
-        base = MMInterleavedConfig.from_pretrained(source.checkpoint)
+    elif init.checkpoint is not None:
+        base = MMInterleavedConfig.from_pretrained(init.checkpoint)
     else:
-        base = MMInterleavedConfig.preset(str(source.preset))
+        base = MMInterleavedConfig.preset(str(init.preset))
     tree = base.to_dict()
-    if source.preset is not None:
+    if init.preset is not None:
         tree["text_config"]["vocab_size"] = len(tokenizer)
         tree |= {"soi_token_id": soi, "image_token_id": image}
         tree |= {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
     _merge(tree, source.overrides, "model.overrides")
-    if source.vae is not None:
-        tree["image_decoder"]["vae"] = _vae_config(Path(source.vae))
+    for entry in source.weights:
+        if (vae := _vae_config(Path(entry.source))) is not None:
+            tree["image_decoder"]["vae"] = vae
     if not source.mmfs.llm:
         tree["mmfs"]["enabled"] = False
     if not source.mmfs.unet:
@@ -149,11 +140,13 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None
             tree[key] = value
 
 
-def _vae_config(folder: Path) -> dict[str, Any]:
+def _vae_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of a diffusers VAE; None: the folder holds something else."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"model.vae: '{folder}' has no config.json; give the folder of a diffusers VAE")
-    return {k: v for k, v in read_json(path, dict).items() if not k.startswith("_")}
+    config = read_json(path, dict) if path.is_file() else {}
+    if config.get("_class_name") != "AutoencoderKL":
+        return None
+    return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
 def _follow_vae(decoder: dict[str, Any]) -> None:
@@ -166,104 +159,72 @@ def _follow_vae(decoder: dict[str, Any]) -> None:
     }
 
 
-def _model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
-    if source.components is not None:
-        parts = source.components
-        folders = (Path(parts.llm), Path(parts.clip), Path(parts.diffusion))
-        return cast(MMInterleaved, from_components(config, *folders, torch.float32, MMInterleaved))
-    if source.checkpoint is None:
-        return MMInterleaved(config)
-    if source.mmfs.llm and source.mmfs.unet and not source.fresh:
-        return MMInterleaved.from_pretrained(source.checkpoint, config=config, dtype=torch.float32)
-    whole = config.to_dict()  # the checkpoint's synchronizers have to go somewhere to be left out
-    whole["mmfs"]["enabled"] = whole["image_decoder"]["mmfs"]["enabled"] = True
-    given = MMInterleaved.from_pretrained(
-        source.checkpoint, config=MMInterleavedConfig(**whole), dtype=torch.float32
-    ).state_dict()  # fmt: skip
-    model = MMInterleaved(config)
-    own = model.state_dict()
-    fresh = fresh_names(list(own), source.fresh)
-    model.load_state_dict({name: own[name] if name in fresh else given[name] for name in own})
+def initial_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
+    """A model with the weights that the settings name, in float32.
+
+    Raises:
+        ValueError: a folder holds no weights or others, or two entries of `weights` name one parameter.
+    """
+    init, fresh = source.init_from, [entry for entry in source.weights if entry.source == FRESH]
+    if init.components is not None:
+        folders = (Path(init.components.llm), Path(init.components.clip), Path(init.components.diffusion))
+        model = cast(MMInterleaved, from_components(config, *folders, torch.float32, MMInterleaved))
+    elif init.checkpoint is not None and source.mmfs.llm and source.mmfs.unet and not fresh:
+        model = MMInterleaved.from_pretrained(init.checkpoint, config=config, dtype=torch.float32)
+    else:
+        model = MMInterleaved(config)
+        if init.checkpoint is not None:  # whose synchronizers may be left out
+            anew = {name for entry in fresh for name in _names(model, entry, {})}
+            kept = [name for name in model.state_dict() if name not in anew]
+            _copy(model, read_weights(Path(init.checkpoint)), kept, init.checkpoint)
+    owners: dict[str, str] = {}  # which entry sets a parameter
+    for entry in source.weights:
+        given = {} if entry.source == FRESH else read_weights(Path(entry.source))
+        names = _names(model, entry, given)
+        if twice := next((name for name in names if name in owners), None):
+            raise ValueError(f"model.weights names {twice} twice, from '{owners[twice]}' and from '{entry.source}'")
+        owners |= dict.fromkeys(names, entry.source)
+        if entry.source != FRESH:
+            _copy(model, given, names, entry.source)
     return model
 
 
-def fresh_names(names: list[str], patterns: list[str]) -> set[str]:
-    """Those of `names` in which one of `patterns` is found.
-
-    Raises:
-        ValueError: a pattern is no regular expression, or fits no name.
-    """
-    found = set()
-    for text in patterns:
-        try:
-            pattern = re.compile(text)
-        except re.error as error:
-            raise ValueError(f"model.fresh: '{text}' is not a regular expression: {error}") from None
-        fitting = {name for name in names if pattern.search(name)}
-        if not fitting:
-            raise ValueError(f"model.fresh: the pattern '{text}' fits no parameter of the model")
-        found |= fitting
-    return found
+def _names(model: nn.Module, entry: WeightsConfig, given: Mapping[str, Tensor]) -> list[str]:
+    """The parameters and buffers of the model that an entry sets."""
+    if entry.parameters is None:
+        return list(given)
+    names = [name for name in model.state_dict() if re.search(entry.parameters, name)]
+    if not names:
+        raise ValueError(f"model.weights: the pattern '{entry.parameters}' fits no parameter of the model")
+    return names
 
 
-def given_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved | None:
-    """The model that a part is taken from; None where `source` names a preset, whose weights are fresh anyway."""
-    return None if source.preset is not None else _model(source, config)
-
-
-def load_vae(vae: nn.Module, folder: Path) -> None:
-    """Copy the weights of a diffusers VAE folder."""
-    vae.load_state_dict(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict())
-
-
-def load_unet(model: MMInterleaved, folder: str) -> None:
-    """Copy the UNet of another model, without synchronizers if `model` has none.
-
-    Raises:
-        ValueError: the folder holds no model, or one whose UNet has another shape.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"model.unet: '{folder}' is not the folder of a model")
-    given = MMInterleaved.from_pretrained(folder, dtype=torch.float32).image_decoder.unet.state_dict()
-    unet = model.image_decoder.unet
-    other = [n for n, own in unet.state_dict().items() if n not in given or given[n].shape != own.shape]
-    if other:
-        raise ValueError(f"model.unet: the UNet in '{folder}' has another shape, for instance in {other[0]}")
-    unet.load_state_dict({name: given[name] for name in unet.state_dict()})
-
-
-def load_vision(tokenizer: nn.Module, folder: str) -> None:
-    """Copy the weights of `model.vision` into a visual tokenizer; errors as `load_part`."""
-    load_part(tokenizer, Path(folder) / VISION, "model.vision")
-
-
-def load_language(model: nn.Module, folder: str) -> None:
-    """Copy the weights of `model.language` into a model; errors as `load_part`."""
-    load_part(model, Path(folder) / LANGUAGE, "model.language")
-
-
-def load_part(module: nn.Module, file: Path, key: str) -> None:
-    """Copy the weights of a file into the parts of `module` that they name.
-
-    Args:
-        module: a model or a part.
-        file: the weights.
-        key: the setting that named the folder, for messages.
-
-    Raises:
-        ValueError: there are none, or they are of another size.
-    """
-    if not file.is_file():
-        raise ValueError(f"{key}: '{file.parent}' has no {file.name}; give the `final` folder of the part's training")
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{key}: '{file}' is damaged: {str(error).splitlines()[-1].strip()}") from None
-    own = module.state_dict()
-    for name, value in state.items():
-        if name not in own or own[name].shape != value.shape:
-            found = f"of shape {tuple(own[name].shape)}" if name in own else "not there"
-            raise ValueError(f"{key}: '{file}' is of another model: {name} is {found} in this one")
+def _copy(model: nn.Module, given: Mapping[str, Tensor], names: Sequence[str], folder: str) -> None:
+    own = model.state_dict()
+    for name in names:
+        if name not in own or name not in given or own[name].shape != given[name].shape:
+            shapes = [tuple(state[name].shape) if name in state else "not there" for state in (given, own)]
+            raise ValueError(f"'{folder}' is of another model: {name} is {shapes[0]} there and {shapes[1]} in this one")
     with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
+        for name in names:
+            own[name].copy_(given[name])
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model, of a part of one or of a diffusers VAE, by their names in a whole model.
+
+    Raises:
+        ValueError: there are none, or a file is damaged.
+    """
+    patterns = ("model*.safetensors", "diffusion_pytorch_model*.safetensors", "*.safetensors")
+    files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
+    if not files:
+        raise ValueError(f"'{folder}' has no weights (*.safetensors); name the folder of a model, a part or a VAE")
+    prefix = "image_decoder.vae." if _vae_config(folder) is not None else ""
+    state = {}
+    for file in files:
+        try:
+            state |= {prefix + name: value for name, value in load_file(file).items()}
+        except SafetensorError as error:
+            raise ValueError(f"'{file}' is damaged: {str(error).splitlines()[-1].strip()}") from None
+    return state

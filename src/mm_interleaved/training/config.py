@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +13,9 @@ from ..evaluation.config import TaskSuite
 from ..validation import Count, Decay, NonNegativeFloat, Positive, PositiveFloat, Seed, Share, settings
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+
+FRESH = "fresh"
 
 
 class TrainingError(RuntimeError):
@@ -159,42 +163,78 @@ class MMFSSwitches:
 
 
 @settings
-class ModelConfig:
-    """Where the model comes from: exactly one of `preset`, `checkpoint` and `components`.
+class InitConfig:
+    """Where a model's weights come from: exactly one of three.
 
     Attributes:
         preset: `release`, `small` or `debug`, with fresh weights.
         checkpoint: folder of a model to go on from (weights only; to go on with a run, see `resume`).
         components: base models to build on.
-        tokenizer: folder or SentencePiece file; None: the checkpoint's or language model's own, or the one that ships.
-        vae: folder of a diffusers VAE that replaces the image decoder's; the UNet's channels and size follow.
-        vision: folder with `visual_tokenizer.safetensors`, weights of a visual tokenizer to start from.
-        language: folder with `language.safetensors`, weights of a language model to start from.
-        unet: folder of a model whose UNet is taken instead of its own.
-        mmfs: which synchronizers there are.
-        fresh: parameters of the checkpoint whose name contains one of these regular expressions are initialised anew.
-        overrides: values of the model's configuration, nested as there.
     """
 
     preset: str | None = None
     checkpoint: str | None = None
     components: ComponentsConfig | None = None
-    tokenizer: str | None = None
-    vae: str | None = None
-    vision: str | None = None
-    language: str | None = None
-    unet: str | None = None
-    mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
-    fresh: list[str] = field(default_factory=list)
-    overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = [n for n in ("preset", "checkpoint", "components") if getattr(self, n) is not None]
         if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"'model' needs exactly one of 'preset', 'checkpoint' and 'components', not {found}")
-        if self.fresh and self.checkpoint is None:
-            raise ValueError("'model.fresh' names what is not taken from a checkpoint: give 'model.checkpoint'")
+            raise ValueError(
+                f"give exactly one of preset, checkpoint and components, not {' and '.join(given) or 'none'}"
+            )
+
+
+@settings
+class WeightsConfig:
+    """Parameters that come from elsewhere than the rest of the model.
+
+    Attributes:
+        source: `from` in files. Folder of a model, of a part of one (as `mmi toyworld train-vision` writes it) or of a
+            diffusers VAE, whose sizes the image decoder takes over; or `fresh`, for initial values.
+        parameters: regular expression that is searched for in the names of the model's parameters; None: all that the
+            folder holds.
+    """
+
+    source: Annotated[str, Field(alias="from")]
+    parameters: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.source == FRESH and self.parameters is None:
+            raise ValueError("from: fresh needs parameters, a regular expression of their names")
+        try:
+            re.compile(self.parameters or "")
+        except re.error as error:
+            raise ValueError(f"parameters '{self.parameters}' is not a regular expression: {error}") from None
+
+
+@settings
+class ModelConfig:
+    """The model that a run trains.
+
+    Attributes:
+        init_from: where its weights come from.
+        weights: which of them come from elsewhere. No parameter may be named twice, so the order does not matter.
+        tokenizer: folder or SentencePiece file; None: the checkpoint's or language model's own, or the one that ships.
+        mmfs: which synchronizers there are.
+        overrides: values of the model's configuration, nested as there.
+    """
+
+    init_from: InitConfig
+    weights: list[WeightsConfig] = field(default_factory=list)
+    tokenizer: str | None = None
+    mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        **{name: f"It is now 'init_from.{name}'" for name in ("preset", "checkpoint", "components")},
+        **dict.fromkeys(("vae", "vision", "language"), "It is now an entry of 'weights': {from: FOLDER}"),
+        "unet": "It is now an entry of 'weights': {from: FOLDER, parameters: '^image_decoder\\.unet\\.'}",
+        "fresh": "It is now an entry of 'weights': {from: fresh, parameters: PATTERN}",
+    }
+
+    def __post_init__(self) -> None:
+        if any(entry.source == FRESH for entry in self.weights) and self.init_from.checkpoint is None:
+            raise ValueError("from: fresh names what is not taken from a checkpoint; give init_from.checkpoint")
 
 
 @settings
@@ -208,7 +248,7 @@ class LossConfig:
         noise_samples_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
         normalize_image_loss: divide by the images that count instead of by all.
         vae_dtype: type in which targets are encoded.
-        conditions: weight of what drawings are told staying as `model.checkpoint` says it; 0: it may change.
+        conditions: weight of what drawings are told staying as `model.init_from.checkpoint` says it; 0: it may change.
     """
 
     text: NonNegativeFloat = 1.0
@@ -218,6 +258,8 @@ class LossConfig:
     normalize_image_loss: bool = False
     vae_dtype: Precision = "float32"
     conditions: NonNegativeFloat = 0.0
+
+    RENAMED: ClassVar[dict[str, str]] = {"draws_per_image": "It is now 'noise_samples_per_image'"}
 
     def __post_init__(self) -> None:
         if self.text + self.image == 0:
@@ -273,6 +315,8 @@ class ShapesConfig:
     visible: Count = 0
     graph: bool = False
 
+    RENAMED: ClassVar[dict[str, str]] = {"pictures": "It is now 'images'", "drawn": "It is now 'targets'"}
+
     def __post_init__(self) -> None:
         missing = [name for name in SIZES if self.graph and name != "conditioning" and getattr(self, name) == 0]
         if missing:
@@ -318,8 +362,10 @@ class TrainConfig(RunConfig):
             raise ValueError("selective_checkpointing is a kind of gradient_checkpointing; set that, too")
         if self.shapes.graph and not self.data.pad_to_max_length:
             raise ValueError("shapes.graph needs data.pad_to_max_length: true")
-        if self.losses.conditions and self.model.checkpoint is None:
-            raise ValueError("'losses.conditions' holds on to what a checkpoint says: give 'model.checkpoint'")
+        if self.losses.conditions and self.model.init_from.checkpoint is None:
+            raise ValueError(
+                "'losses.conditions' holds on to what a checkpoint says: give 'model.init_from.checkpoint'"
+            )
         if self.eval_every and self.eval_data is None:
             raise ValueError("'eval_every' needs held-out data: give 'eval_data', or set it to 0")
         if self.evaluate_every and self.evaluation is None:

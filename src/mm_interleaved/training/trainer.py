@@ -279,7 +279,7 @@ class RunTrainer(Trainer):
             count = len(list(folder.glob("feed_*.pt")))
             raise ValueError(
                 f"'{folder}' was written by {count} processes, now there are {self.args.world_size}; start as many, or "
-                "start a new run from its weights with model.checkpoint"
+                "start a new run from its weights with model.init_from.checkpoint"
             )
         self.pipeline.load_state_dict(torch.load(path, weights_only=True))
         if self.ema is not None:

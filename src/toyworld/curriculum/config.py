@@ -82,7 +82,7 @@ class PartRunConfig(RunConfig):
     """`mmi toyworld train-vision` and `train-language`: a part of a small model, on scenes of the toy world.
 
     Attributes:
-        model: whose part; its weights are fresh, or those that `model.vision` or `model.language` names.
+        model: whose part; its weights are fresh, or those that `model.weights` names.
         data: scenes to learn from.
         eval_data: held-out scenes.
         eval_batches: how many batches of them.

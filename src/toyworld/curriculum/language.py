@@ -107,7 +107,7 @@ class LanguageTask(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def weights(self) -> dict[str, Tensor]:
-        """What `model.language` of `mmi train` starts from."""
+        """What `model.weights` of `mmi train` starts from."""
         learned = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         state = self.model.state_dict()
         return {name: state[name] for name in learned}

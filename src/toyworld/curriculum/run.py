@@ -12,15 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mm_interleaved.io import atomic_folder, write_json
-from mm_interleaved.training.building import (
-    LANGUAGE,
-    VISION,
-    build_config,
-    build_tokenizer,
-    given_model,
-    load_language,
-    load_vision,
-)
+from mm_interleaved.training.building import build_config, build_tokenizer, initial_model
+from mm_interleaved.training.config import ModelConfig
 from mm_interleaved.training.pipeline import BatchPipeline, Prepare
 from mm_interleaved.training.run import compile_regions, run, start_run
 from mm_interleaved.training.trainer import RunTrainer, training_arguments
@@ -36,7 +29,7 @@ from .vision import VisionTask
 def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -> str | None:
     """Train an image autoencoder; arguments, result and errors as for `train`.
 
-    The `final` folder is a diffusers VAE, for `model.vae` of `train`.
+    The `final` folder is a diffusers VAE, for `model.weights` of `train`.
     """
     side = config.autoencoder.image_size
     latents = (config.autoencoder.latent_channels, *[side // 2 ** (len(config.autoencoder.block_out_channels) - 1)] * 2)
@@ -61,21 +54,19 @@ def train_autoencoder(config: AutoencoderRunConfig, device: str | None = None) -
 def train_vision(config: PartRunConfig, default_tokenizer: Path | None = None, device: str | None = None) -> str | None:
     """Train a visual tokenizer; arguments, result and errors as for `train`.
 
-    The `final` folder is for `model.vision` of `train`.
+    The `final` folder is for `model.weights` of `train`.
     """
     model = build_config(config.model, default_tokenizer)
     side = model.vision_config.image_size
 
     def make() -> VisionTask:
         task = VisionTask(model)
-        if (given := given_model(config.model, model)) is not None:
-            task.visual_tokenizer.load_state_dict(given.visual_tokenizer.state_dict())
-        if config.model.vision is not None:
-            load_vision(task.visual_tokenizer, config.model.vision)
+        if _is_given(config.model):
+            task.visual_tokenizer.load_state_dict(initial_model(config.model, model).visual_tokenizer.state_dict())
         compile_regions(task, config.compile)
         return task
 
-    finish = _keep(VisionTask.weights, VISION)
+    finish = _keep(VisionTask.weights, "visual_tokenizer.safetensors")
     return _train_part(config, make, lambda data: ToyScenes(data, side), prepare_scenes, finish, device)
 
 
@@ -84,24 +75,27 @@ def train_language(
 ) -> str | None:
     """Train a language model and the conditions of drawings on texts; arguments, result and errors as for `train`.
 
-    The `final` folder is for `model.language` of `train`.
+    The `final` folder is for `model.weights` of `train`.
     """
     model = build_config(config.model, default_tokenizer)
     tokenizer = build_tokenizer(config.model, default_tokenizer)
 
     def make() -> LanguageTask:
         task = LanguageTask(model)
-        if (given := given_model(config.model, model)) is not None:
-            task.model.load_state_dict(given.state_dict())
-        if config.model.language is not None:
-            load_language(task.model, config.model.language)
+        if _is_given(config.model):
+            task.model.load_state_dict(initial_model(config.model, model).state_dict())
         compile_regions(task, config.compile)
         return task
 
     def texts(data: ImagesConfig) -> ToyTexts:
         return ToyTexts(data, tokenizer, model.soi_token_id)
 
-    return _train_part(config, make, texts, prepare_texts, _keep(LanguageTask.weights, LANGUAGE), device)
+    return _train_part(config, make, texts, prepare_texts, _keep(LanguageTask.weights, "language.safetensors"), device)
+
+
+def _is_given(source: ModelConfig) -> bool:
+    """Whether a part does not start from fresh weights."""
+    return source.init_from.preset is None or bool(source.weights)
 
 
 def _keep(state: Callable[[Any], dict[str, Tensor]], name: str) -> Callable[[RunTrainer, Path], None]:

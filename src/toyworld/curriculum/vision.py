@@ -104,17 +104,18 @@ class VisionTask(nn.Module):
         return outputs
 
     def weights(self) -> dict[str, Tensor]:
-        """What `model.vision` of `mmi train` starts from: scaled so that an entry of a token has a mean square of 1.
+        """What `model.weights` of `mmi train` starts from, by the names in a model.
 
-        A language model finds out the sooner what tokens tell the longer they are: short ones drown in what its layers
-        add to them.
+        They are scaled so that an entry of a token has a mean square of 1. A language model finds out the sooner what
+        tokens tell the longer they are: short ones drown in what its layers add to them.
         """
         seen = self.token_reader.standard
         assert seen.running_mean is not None
         assert seen.running_var is not None
         scale = (seen.running_mean.square() + seen.running_var).mean().rsqrt()
         state = self.visual_tokenizer.state_dict()
-        return {name: value * scale if name.startswith("proj.") else value for name, value in state.items()}
+        scaled = {name: value * scale if name.startswith("proj.") else value for name, value in state.items()}
+        return {f"visual_tokenizer.{name}": value for name, value in scaled.items()}
 
 
 def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:

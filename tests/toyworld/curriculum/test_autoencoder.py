@@ -58,7 +58,7 @@ def test_a_trained_autoencoder_becomes_the_models_own(settings, tmp_path: Path) 
         ROOT / "configs/debug.yaml",
         TrainConfig,
         [f"output={tmp_path / 'model'}", "tensorboard=false", "steps=1", "save_every=0", "sample_every=0",
-         "eval_data=null", f"model.vae={run / 'final'}"],
+         "eval_every=0", "eval_data=null", f"model.weights=[{{from: {run / 'final'}}}]"],
     )  # fmt: skip
     train(config, TOKENIZER, "cpu", Colors)
     decoder = load(tmp_path / "model/final").model.image_decoder

@@ -13,7 +13,7 @@ from mm_interleaved.configuration import load_config
 from mm_interleaved.data import DataConfig, SourceConfig
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.building import build, build_tokenizer
-from mm_interleaved.training.config import MMFSSwitches, ModelConfig, TrainConfig
+from mm_interleaved.training.config import InitConfig, MMFSSwitches, ModelConfig, TrainConfig, WeightsConfig
 from toyworld.curriculum.config import PartRunConfig
 from toyworld.curriculum.images import ImageLoader, ToyTexts, prepare_texts
 from toyworld.curriculum.language import LanguageTask
@@ -76,7 +76,9 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
         name.startswith(("visual_tokenizer", "image_decoder.unet")) or "synchronizer" in name for name in state
     )
     for switches in ({}, {"llm": False, "unet": False}):
-        source = ModelConfig(preset="debug", language=str(tmp_path / "run/final"), mmfs=MMFSSwitches(**switches))
+        source = ModelConfig(
+            InitConfig(preset="debug"), [WeightsConfig(str(tmp_path / "run/final"))], mmfs=MMFSSwitches(**switches)
+        )
         model, _ = build(TrainConfig(output="", steps=1, model=source, data=DATA), TOKENIZER)
         own = model.state_dict()
         assert all(torch.equal(own[name], value) for name, value in state.items())
@@ -101,7 +103,7 @@ def test_a_run_starts_from_a_whole_model(tmp_path: Path) -> None:
 
 def test_a_run_starts_from_the_weights_it_is_given(tmp_path: Path) -> None:
     assert train_language(settings(tmp_path / "one", "steps=40", "ema.decay=0"), TOKENIZER, "cpu") is None
-    again = settings(tmp_path / "two", "steps=1", f"model.language={tmp_path / 'one/final'}")
+    again = settings(tmp_path / "two", "steps=1", f"model.weights=[{{from: {tmp_path / 'one/final'}}}]")
     assert train_language(again, TOKENIZER, "cpu") is None
     assert logged(tmp_path / "two", "loss_txt")[1] < logged(tmp_path / "one", "loss_txt")[1] - 0.5
 

@@ -13,7 +13,7 @@ from mm_interleaved.configuration import load_config
 from mm_interleaved.data import DataConfig, SourceConfig
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.building import build
-from mm_interleaved.training.config import ModelConfig, TrainConfig
+from mm_interleaved.training.config import InitConfig, ModelConfig, TrainConfig, WeightsConfig
 from toyworld.curriculum.config import PartRunConfig
 from toyworld.curriculum.images import ImageLoader, ToyScenes
 from toyworld.curriculum.run import train_vision
@@ -57,10 +57,12 @@ def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:
     assert losses[30] < losses[1] - 1
     quality = json.loads((tmp_path / "run/final/quality.json").read_text())
     assert 0 <= quality["eval_accuracy_color"] <= 1
-    source = ModelConfig(preset="debug", vision=str(tmp_path / "run/final"))
+    source = ModelConfig(InitConfig(preset="debug"), [WeightsConfig(str(tmp_path / "run/final"))])
     run = TrainConfig(output="", steps=1, model=source, data=DATA)
     model, _ = build(run, TOKENIZER)
-    plain, _ = build(TrainConfig(output="", steps=1, model=ModelConfig(preset="debug"), data=DATA), TOKENIZER)
+    plain, _ = build(
+        TrainConfig(output="", steps=1, model=ModelConfig(InitConfig(preset="debug")), data=DATA), TOKENIZER
+    )
     name = "visual_tokenizer.proj.weight"
     assert not torch.equal(model.state_dict()[name], plain.state_dict()[name])
     assert model.config.to_dict() == plain.config.to_dict()
@@ -70,8 +72,8 @@ def test_a_run_starts_from_a_whole_model(tmp_path: Path) -> None:
     own, source = whole_model(tmp_path / "whole")
     assert train_vision(settings(tmp_path / "run", *source), TOKENIZER, "cpu") is None
     found = load_file(tmp_path / "run/final/visual_tokenizer.safetensors")
-    name = "encoder.embeddings.patch_embedding.weight"
-    assert torch.allclose(own[f"visual_tokenizer.{name}"], found[name], atol=1e-7)
+    name = "visual_tokenizer.encoder.embeddings.patch_embedding.weight"
+    assert torch.allclose(own[name], found[name], atol=1e-7)
 
 
 def test_tokens_are_handed_over_at_unit_length(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_tokens_are_handed_over_at_unit_length(tmp_path: Path) -> None:
         task.visual_tokenizer.proj.weight.mul_(300)  # as training makes it
         for batch in batches * 4:  # the running statistics settle
             task(**batch)
-    model.visual_tokenizer.load_state_dict(task.weights())
+    model.load_state_dict(task.weights(), strict=False)
     with torch.no_grad():
         tokens = torch.cat([model.encode_images(batch["images"]).tokens for batch in batches])
     assert 0.9 < tokens.square().mean() < 1.1
@@ -116,8 +118,8 @@ def test_every_reader_is_used() -> None:
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "visual_tokenizer.safetensors").write_bytes(b"")
-    source = ModelConfig(preset="debug", vision=str(tmp_path))
-    with pytest.raises(ValueError, match=r"model\.vision"):
+    source = ModelConfig(InitConfig(preset="debug"), [WeightsConfig(str(tmp_path))])
+    with pytest.raises(ValueError, match=r"has no weights|is damaged"):
         build(TrainConfig(output="", steps=1, model=source, data=DATA), TOKENIZER)
 
 
