@@ -15,7 +15,7 @@ A plug-in is imported when its name is looked up, not before. docs/guides/plugin
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar, cast
@@ -42,11 +42,13 @@ class Registry(Mapping[str, T]):
     Args:
         group: of the entry points.
         noun: what a value is called in messages.
-        kind: the class of every value.
+        kind: the class of every value; None: whatever can be called.
         built_in: the values of this package; a string `module:attribute` is imported when it is looked up.
     """
 
-    def __init__(self, group: str, noun: str, kind: type, built_in: Mapping[str, T | str] | None = None) -> None:
+    def __init__(
+        self, group: str, noun: str, kind: type | None = None, built_in: Mapping[str, T | str] | None = None
+    ) -> None:
         self.group, self.noun, self.kind = group, noun, kind
         self._built_in = dict(built_in or {})
         self._values: dict[str, T] = {}  # those that were looked up or registered
@@ -91,8 +93,9 @@ class Registry(Mapping[str, T]):
             value = point.load()
         except _BROKEN as error:
             raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-        if not isinstance(value, self.kind):
-            raise PluginError(f"{where} is a {type(value).__name__} and must be a {self.kind.__name__}")
+        if not (callable(value) if self.kind is None else isinstance(value, self.kind)):
+            wanted = "callable" if self.kind is None else f"a {self.kind.__name__}"
+            raise PluginError(f"{where} is a {type(value).__name__} and must be {wanted}")
         return value
 
     def __contains__(self, name: object) -> bool:
@@ -114,10 +117,16 @@ class Registry(Mapping[str, T]):
             raise PluginError(f"there is a {self.noun} '{name}' already; choose another name")
         self._values[name] = value
 
-    def unknown(self, name: str) -> str:
-        """What to tell a user who asked for a name that is not here: the nearest name or all, and how to add some."""
-        close = difflib.get_close_matches(name, self, n=1)
-        known = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(self) or 'none'}."
+    def unknown(self, name: str, others: Iterable[str] = ()) -> str:
+        """What to tell a user who asked for a name that is not here: the nearest name or all, and how to add some.
+
+        Args:
+            name: what was asked for.
+            others: names that would do as well.
+        """
+        names = [*others, *self]
+        close = difflib.get_close_matches(name, names, n=1)
+        known = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names) or 'none'}."
         return f"unknown {self.noun} '{name}'. {known} {INSTALL}"
 
     def plugin(self, name: str) -> EntryPoint | None:

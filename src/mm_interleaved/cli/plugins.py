@@ -10,14 +10,15 @@ import typer
 from typer.core import TyperGroup
 
 from ..plugins import PluginError, Registry
+from .errors import UsageError
 
-COMMANDS: Registry[Callable[..., Any]] = Registry("mm_interleaved.commands", "command", Callable)
+COMMANDS: Registry[Callable[..., Any]] = Registry("mm_interleaved.commands", "command")
 
 
 class CommandGroup(TyperGroup):
     """The commands of an app, then those of plug-ins."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """Return all names.
 
         Raises:
@@ -28,14 +29,20 @@ class CommandGroup(TyperGroup):
             raise PluginError(f"a plug-in adds a command '{taken[0]}', which mmi has already; uninstall it")
         return [*own, *COMMANDS]
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command; of a plug-in, one that only describes it."""
         own = super().get_command(ctx, cmd_name)
         point = COMMANDS.plugin(cmd_name) if own is None else None
         return own if point is None else _description(point)
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
-        """Return the command that is called, imported, and the arguments that are left."""
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that is called, imported, and the arguments that are left.
+
+        Raises:
+            UsageError: there is no such command.
+        """
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise UsageError(COMMANDS.unknown(args[0], self.commands))
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and name not in self.commands:
             command = _command(name, COMMANDS[name])

@@ -148,7 +148,7 @@ def miou(given: ScoringInputs) -> MetricResult:
     return SegmentedMeanIoU(segmenter)(images, given.references(_labels))
 
 
-METRICS: Registry[Callable[[ScoringInputs], MetricResult]] = Registry("mm_interleaved.metrics", "metric", Callable, {
+METRICS: Registry[Callable[[ScoringInputs], MetricResult]] = Registry("mm_interleaved.metrics", "metric", built_in={
     "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
     "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
     "image_similarity": image_similarity, "miou": miou,

@@ -16,11 +16,14 @@ from ..checkpoints.checkpoint import check_safetensors
 from ..checkpoints.quantization import Quantization, quantize
 from ..generation import MMInterleaved
 from ..model import MMInterleavedConfig
+from ..plugins import Registry
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 
 FOLDER = Path(__file__).parent
 TOKENIZER = FOLDER / "small" / "tokenizer.model"  # of every model here; a preset with random weights has no other
-SHIPPED = ("small", "debug")
+MODELS: Registry[Path] = Registry(
+    "mm_interleaved.models", "model", Path, {name: FOLDER / name for name in ("small", "debug")}
+)
 # What the libraries raise for files that are missing, damaged, or something else.
 _UNUSABLE = (
     SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -51,8 +54,9 @@ def load(
     """A model and its processor.
 
     Args:
-        name: `small`, `debug`, or a folder that `save_pretrained` or `mmi convert` wrote.
-        dtype: type of the weights; None: float32 for the shipped models, for a folder as they are.
+        name: `small`, `debug`, the name of a plug-in's model, or a folder that `save_pretrained` or
+            `mmi convert` wrote.
+        dtype: type of the weights; None: float32 for a model with a name, for a folder as they are.
         device: where to; None: the CPU.
         quantization: "int8" or "fp8" for the language model's large matrices, see `quantize`; None: none.
 
@@ -60,20 +64,22 @@ def load(
         ValueError: there is no such model, a file of it is missing or damaged (names the file), or it cannot be
             quantized.
     """
-    folder = FOLDER / str(name) if str(name) in SHIPPED else Path(name)
+    named = str(name) in MODELS
+    folder = MODELS[str(name)] if named else Path(name)
     if (folder / "config.json").is_file():
-        kind = dtype or (torch.float32 if str(name) in SHIPPED else "auto")
+        kind = dtype or (torch.float32 if named else "auto")
         model, processor = _read(folder, kind)
         trained = True
-    elif str(name) in SHIPPED:
+    elif folder.parent == FOLDER:
         model, processor = _untrained(str(name))
         if dtype is not None:
             model.to(dtype)
             model.image_decoder.vae.float()  # as in `from_pretrained`
         trained = False
+    elif named or folder.is_dir():
+        raise ValueError(f"model '{name}' has no config.json in '{folder}'; give the folder of a checkpoint")
     else:
-        there = "is not a folder" if not folder.is_dir() else "has no config.json"
-        raise ValueError(f"model '{name}' {there}; give {', '.join(SHIPPED)} or the folder of a checkpoint")
+        raise ValueError(f"model '{name}' is not a folder, and no name either: {MODELS.unknown(str(name))}")
     if quantization is not None:
         quantize(model, quantization)
     if device is not None:

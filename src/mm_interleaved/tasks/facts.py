@@ -26,7 +26,7 @@ class Facts:
 
 
 FindFacts = Callable[[Task], Facts | None]  # None: the files are not those that it knows
-FACTS: Registry[FindFacts] = Registry("mm_interleaved.tasks.facts", "finder of facts", Callable)
+FACTS: Registry[FindFacts] = Registry("mm_interleaved.tasks.facts", "finder of facts")
 
 
 def find_facts(task: Task) -> Facts | None:
