@@ -11,7 +11,7 @@ import torch
 from ..generation import IMAGE_PRESETS, GenerationState, ImageSettings
 from ..generation.image_encoder import encode_images
 from ..generation.workspace import why_not_graphs
-from ..model import MMInterleavedConfig, denoising, roofline
+from ..model import MMInterleavedConfig, roofline
 from ..model.language_model import image_features, synchronizers
 from ..model.vit_adapter import DeformableAttention, cell_centres
 from ..ops import why_not_triton
@@ -35,19 +35,6 @@ def image(bench: Bench) -> Iterator[Row]:
             yield replace(_drawn(bench, state, name, preset.settings, reference=False), lossless=False)
     if bench.compile:
         yield _drawn(bench, state, f"{case}, compiled", replace(settings, compile=True), reference=False)
-
-
-def layouts(bench: Bench) -> Iterator[Row]:
-    """An image with convolutions in channels-last format; the reference is channels first."""
-    settings = ImageSettings(num_inference_steps=bench.sizes.steps, cache_implementation="static")
-    state, usual, times = prefilled(bench, *bench.sizes.drawing), denoising.LAYOUT, []
-    try:
-        for layout in (torch.channels_last, torch.contiguous_format):
-            denoising.LAYOUT = layout
-            times.append(bench.clock.time(lambda: draw(bench, state, settings), 2))
-    finally:
-        denoising.LAYOUT = usual
-    yield Row("layouts", f"{bench.sizes.steps} steps", "s", *times)
 
 
 def _drawn(bench: Bench, state: GenerationState, case: str, settings: ImageSettings, reference: bool = True) -> Row:

@@ -35,10 +35,8 @@ LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "layer-by-images": mmfs.layer_by_images,
     "decode-by-images": text.decode_by_images,
     "products": text.products,
-    "tiles": text.tiles,
-    "layouts": images.layouts,
 }
-USUAL = [name for name in LINES if name not in ("products", "tiles", "layouts", "training-compiled")]
+USUAL = [name for name in LINES if name not in ("products", "training-compiled")]
 
 
 def _triton_errors() -> tuple[type[BaseException], ...]:

@@ -131,7 +131,7 @@ def products(bench: Bench) -> Iterator[Row]:
     if bench.device.type != "cuda":
         raise ValueError("the kernels are for CUDA devices")
     for rows in (1, bench.sizes.beams):
-        for name, (_, work, weights) in _products(bench, rows).items():
+        for name, (work, weights) in _products(bench, rows).items():
             moved = _bytes(weights)
             fused, plain = (_replayed(bench, partial(work, backend=backend)) for backend in ("triton", "plain"))
             yield Row("products", f"{name}, {rows} rows", "us", 1e6 * fused, 1e6 * plain,
@@ -150,8 +150,8 @@ def _weights(linear: nn.Module) -> Weights:
     return weights
 
 
-def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., object], list[Weights]]]:
-    """By name: kind of tile, the work in one layer (`layer`, `backend`), and the weights that it reads."""
+def _products(bench: Bench, rows: int) -> dict[str, tuple[Callable[..., object], list[Weights]]]:
+    """By name: the work in one layer (`layer`, `backend`), and the weights that it reads."""
     layers = bench.model.language_model.layers
     width, wide = bench.model.config.text_config.hidden_size, layers[0].mlp.down_proj.in_features
     like = {"device": bench.device, "dtype": bench.dtype}
@@ -174,35 +174,11 @@ def _products(bench: Bench, rows: int) -> dict[str, tuple[str, Callable[..., obj
 
     first = layers[0]
     return {
-        "norm, q, k, v": ("maps", lambda layer, **o: project(x, maps(layer), **normed, **o), maps(first)),
-        "o, residual": ("map", lambda layer, **o: project(x, out(layer), residual=x, **o), out(first)),
-        "norm, gate, up": ("gated", lambda layer, **o: project_gated(x, *both(layer), **normed, **o), both(first)),
-        "down, residual": ("map", lambda layer, **o: project(y, down(layer), residual=x, **o), down(first)),
+        "norm, q, k, v": (lambda layer, **o: project(x, maps(layer), **normed, **o), maps(first)),
+        "o, residual": (lambda layer, **o: project(x, out(layer), residual=x, **o), out(first)),
+        "norm, gate, up": (lambda layer, **o: project_gated(x, *both(layer), **normed, **o), both(first)),
+        "down, residual": (lambda layer, **o: project(y, down(layer), residual=x, **o), down(first)),
     }
-
-
-def tiles(bench: Bench) -> Iterator[Row]:
-    """The product kernels with other tiles, to choose `decoding_triton.TILE`; the reference is the present choice."""
-    from ..ops import decoding_triton
-
-    chosen = dict(decoding_triton.TILE)
-    one = [(n, k, w) for n in (2, 4, 8, 16) for k in (512, 1024, 2048) for w in (4, 8) if 16 <= n * k / (32 * w) <= 64]
-    several = [(n, k, 4) for n in (16, 32) for k in (128, 256, 512)]
-    try:
-        for rows, options in ((1, one), (bench.sizes.beams, several)):
-            for name, (kind, work, weights) in _products(bench, rows).items():
-                of_bytes = not isinstance(weights[0], torch.Tensor)
-                kind = "rows" if rows > 1 else f"{kind} of bytes" if of_bytes else kind
-                moved = _bytes(weights)
-                call = partial(work, backend="triton")
-                usual = _replayed(bench, call)
-                for tile in options:
-                    decoding_triton.TILE[kind] = tile
-                    yield Row("tiles", f"{name}, {rows} rows: {tile}", "us", 1e6 * _replayed(bench, call), 1e6 * usual,
-                              1e6 * moved / bench.speed.bytes_per_second)  # fmt: skip
-                decoding_triton.TILE[kind] = chosen[kind]
-    finally:
-        decoding_triton.TILE.update(chosen)
 
 
 def _replayed(bench: Bench, work: Callable[[nn.Module], object]) -> float:
