@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -15,8 +16,27 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # a process may be done long before the slowest
 
 
+def check_launch() -> None:
+    """Refuse to be one of several tasks of `srun` that do not know of each other: each would do the whole work.
+
+    Raises:
+        EvaluationError: Slurm started several tasks, and none of them is a process of torchrun.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise EvaluationError(
+            f"srun started {tasks} tasks, but not as processes of one run: each would do the whole work in one folder",
+            "", "Start one task for each node, with torchrun in it: srun --ntasks-per-node=1 torchrun ... (README.md)",
+        )  # fmt: skip
+
+
 def start_processes(cpu: bool = False) -> PartialState:
-    """This process and those that torchrun or `accelerate launch` started beside it."""
+    """This process and those that torchrun or `accelerate launch` started beside it.
+
+    Raises:
+        EvaluationError: as `check_launch`.
+    """
+    check_launch()
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 

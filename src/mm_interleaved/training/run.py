@@ -14,6 +14,7 @@ from torch import nn
 from .. import __version__
 from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
+from ..evaluation.processes import check_launch
 from ..generation import MMInterleaved
 from ..io import InputError, atomic_folder, read_json, write_atomic, write_json
 from ..model.language_model import MMFSDecoderLayer
@@ -111,6 +112,7 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
 
 def start_run(config: RunConfig) -> Path | None:
     """Make the run's folder with its settings in it; the checkpoint to go on from."""
+    check_launch()
     folder = Path(config.output)
     resume = find_resume(folder, config.resume)
     if int(os.environ.get("RANK", "0")) == 0:
