@@ -1,4 +1,4 @@
-"""What happens beside training: log lines, TensorBoard, averages, evaluation, samples, and stopping in good order."""
+"""Callbacks of the training loop: log, TensorBoard, averaged weights, evaluation, and stopping by a signal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .config import RunConfig
 from .trainer import RunTrainer
 
 LOG = "log.jsonl"
-_SAME = 2.0  # seconds: `timeout` and batch systems signal a process and then its group, which is one wish, not two
-_AGREE_EVERY = 10  # steps between two looks at the other ranks' wish to stop
+_SAME = 2.0  # seconds within which two signals count as one: `timeout` signals a process, then its group
+_AGREE_EVERY = 10  # steps between two checks whether another rank wants to stop
 
 
 class TrainingLoopCallback(TrainerCallback):
-    """Begin measuring, average the weights, ask for evaluation, and stop when a signal says so."""
+    """Starts measuring, averages the weights, requests evaluation, and stops after a signal."""
 
     def __init__(self, trainer: RunTrainer, config: RunConfig, console: Console) -> None:
         self.trainer, self.config, self.console = trainer, config, console
@@ -38,7 +38,7 @@ class TrainingLoopCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Listen for signals from now on."""
+        """Install the signal handlers."""
         self.trainer.start_window()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
@@ -55,12 +55,12 @@ class TrainingLoopCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Signals mean again what they did before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None:  # a second signal does not wait
+        if self.stopped_by is not None:  # a second signal ends the run at once
             if time.monotonic() - self._stopped_at > _SAME:
                 signal.signal(number, self._before[number])
                 os.kill(os.getpid(), number)
@@ -69,7 +69,7 @@ class TrainingLoopCallback(TrainerCallback):
         self.console.print(f"{self.stopped_by}: saving after this step; send it again to stop at once")
 
     def _agreed(self, step: int) -> bool:
-        """Whether any rank was told to stop; all ranks learn it at the same step."""
+        """Whether any rank got a signal to stop; all ranks agree on the step."""
         if not (dist.is_available() and dist.is_initialized()):
             return self.stopped_by is not None
         if step % _AGREE_EVERY and step != self.config.steps:
@@ -82,26 +82,26 @@ class TrainingLoopCallback(TrainerCallback):
 
 
 class DataReportCallback(TrainerCallback):
-    """Writes down with every checkpoint what each source gave and what was left out of it, and says so at the end.
+    """Writes the report of the data at every checkpoint, and prints it at the end.
 
     Args:
-        loader: of the training data.
-        folder: of the run.
-        rank: of this process; each writes a file of its own.
-        console: for the end.
+        loader: loader of the training data.
+        folder: folder of the run.
+        rank: rank of this process; each process writes a file of its own.
+        console: console for the report at the end.
     """
 
     def __init__(self, loader: DocumentLoader, folder: Path, rank: int, console: Console) -> None:
         self.loader, self.path, self.console = loader, folder / f"data-rank{rank}.json", console
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Beside the checkpoint, not in it: it grows with the run."""
+        """Write the report into the folder of the run, since it grows with the run."""
         write_json(self.path, {"step": state.global_step, **self.loader.report().to_dict()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """One line a source, and one a reason."""
+        """Print a line for each source and for each reason."""
         self.on_save(args, state, control)
         report = self.loader.report()
         for source in report.sources:
@@ -110,7 +110,7 @@ class DataReportCallback(TrainerCallback):
 
 
 class Reporter(TrainerCallback):
-    """`log.jsonl`, TensorBoard and one line on the console for every log entry. On the first process only."""
+    """Writes `log.jsonl`, TensorBoard files and a line on the console for every log entry; first process only."""
 
     def __init__(self, config: RunConfig, console: Console) -> None:
         self.config, self.console = config, console
@@ -121,7 +121,7 @@ class Reporter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the files; what an interrupted run logged after its last checkpoint is dropped."""
+        """Open the files. Entries that an interrupted run logged after its last checkpoint are removed."""
         self._began = (time.time(), state.global_step)
         path = self.folder / LOG
         if path.is_file():
@@ -133,7 +133,7 @@ class Reporter(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """One entry."""
+        """Write one entry."""
         values = {k: v for k, v in (logs or {}).items() if k not in ("epoch", "total_flos")}
         if not values or "train_runtime" in values:
             return
@@ -183,7 +183,7 @@ class Reporter(TrainerCallback):
 def _step(line: str) -> int:
     try:
         return int(parse_json(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the line at which a process was killed
+    except (ValueError, KeyError, TypeError):  # an incomplete last line of a killed process
         return 2**62
 
 

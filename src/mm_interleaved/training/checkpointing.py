@@ -1,4 +1,4 @@
-"""Activations computed anew in the backward pass instead of being kept: all of them, or those that cost little."""
+"""Gradient checkpointing: all activations are recomputed in the backward pass, or only those that are cheap."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
 
 
 def enable_checkpointing(model: MMInterleaved, selective: bool = False) -> None:
-    """Keep only the inputs of layers, in every part that can.
+    """Keep only the inputs of layers, in every part that supports it.
 
     Args:
-        model: to be trained.
-        selective: keep also what attention and MMFS gave, which is small and took long, and the result of every second
-            matrix product; that spares a third of the extra arithmetic, for more memory.
+        model: the model.
+        selective: whether to keep also the outputs of attention and MMFS, which are small and slow to compute, and
+            every second matrix product. That saves a third of the extra arithmetic, for more memory.
     """
     settings: dict[str, Any] = {"use_reentrant": False} | ({"context_fn": _kept} if selective else {})
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
@@ -30,22 +30,22 @@ def enable_checkpointing(model: MMInterleaved, selective: bool = False) -> None:
 
 
 def disable_checkpointing(model: MMInterleaved) -> None:
-    """Keep all activations again."""
+    """Keep all activations."""
     new = hasattr(model, "activation_checkpointing_disable")
     (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
 
 
 @cache
 def _attention() -> frozenset[Any]:
-    """Attention as PyTorch computes it on its devices, and MMFS as our kernels do."""
+    """The operators of PyTorch's attention and of MMFS."""
     names = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     found = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
     return frozenset([*found, torch.ops.mm_interleaved.mmfs_attention.default])
 
 
 def _kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For one layer: what its forward pass keeps, and how its repetition finds it."""
-    products = {False: 0, True: 0}  # so far, by whether the layer is repeated
+    """The contexts of a layer: for its forward pass, which keeps tensors, and for the recomputation."""
+    products = {False: 0, True: 0}  # matrix products so far, in the forward pass and in the recomputation
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operation in PRODUCTS:

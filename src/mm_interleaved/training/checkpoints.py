@@ -1,8 +1,8 @@
-"""Checkpoint folders of a run: written aside, then renamed; a manifest says what belongs to each.
+"""Checkpoint folders of a run: written under another name, then renamed, each with a manifest of its files.
 
     manifest.json    {"files": {name: {"size": bytes, "sha256": digest}}}
 
-What has changed since it was written, by a full disk or by a hand, is noticed before anything is loaded.
+The manifest shows whether a file was damaged or changed since it was written, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = []
     for folder in run.glob("checkpoint-*"):
         match = _NAME.fullmatch(folder.name)
@@ -67,7 +67,7 @@ def _digest(path: Path) -> str:
 
 
 def find_resume(run: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: the newest whole one, with a warning about each damaged one after it.
+    """The checkpoint to resume from: the newest undamaged one, with a warning about each damaged one after it.
 
     Args:
         run: folder of the run.

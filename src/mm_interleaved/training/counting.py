@@ -1,4 +1,4 @@
-"""transformers' Trainer for batches that hold unequal numbers of images."""
+"""transformers' Trainer for batches with different numbers of images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import Trainer
 
 
 class CountingTrainer(Trainer):
-    """The stock Trainer, which counts the target images of an optimizer step as it counts its labels.
+    """The stock Trainer, which also counts the target images of an optimizer step.
 
-    Both losses are then means over all micro-batches of a step, on all processes, whatever each of them holds. Without
-    it the image loss of a micro-batch is weighed by its share of the labels (see `MMInterleavedModel`).
+    Both losses are then means over all micro-batches of a step on all processes. The stock Trainer counts labels only,
+    and the image loss of a micro-batch is weighted by its share of the labels (see `MMInterleavedModel`).
     """
 
     def get_batch_samples(
@@ -37,7 +37,7 @@ class CountingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; outside training a batch counts its own images."""
+        """The model's loss; outside of training the images of the batch itself are counted."""
         inputs = {"num_images_in_batch": _target_images(inputs), **inputs}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

@@ -1,7 +1,9 @@
-"""Conditioning distillation: a language model goes on learning while what it tells the image decoder stays.
+"""Condition distillation: the language model is trained while its conditioning tokens stay the same.
 
-For a language model that learns to read while an image decoder learns elsewhere from what this one said: Li and Hoiem
-2016, "Learning without Forgetting", applied to the conditioning tokens of the image decoder.
+It is used while an image decoder is trained separately on conditioning tokens of the original language model. The
+method is "Learning without Forgetting" (Li and Hoiem 2016), applied to the conditioning tokens.
+
+Axes: T target images, D width.
 """
 
 from __future__ import annotations
@@ -25,18 +27,19 @@ class DistilledOutput(MMInterleavedOutput):
     """The output of a model whose conditioning tokens are distilled.
 
     Attributes:
-        loss_distillation: weighted, a part of `loss`; None: the batch has no target image.
+        loss_distillation: the weighted distillation loss, part of `loss`; None: the batch has no target image.
     """
 
     loss_distillation: Tensor | None = None
 
 
 class ConditionDistillation:
-    """Holds the conditioning tokens of a model to what they are now. Needs memory for a second language model.
+    """Keeps the conditioning tokens of a model close to their present values. It needs a second language model in
+    memory.
 
     Args:
-        model: as it is now; a copy of it is kept, without UNet and VAE.
-        weight: of the mean squared error in the loss.
+        model: the model, of which a copy without UNet and VAE is made.
+        weight: weight of the mean squared error in the loss.
     """
 
     def __init__(self, model: MMInterleavedModel, weight: float) -> None:
@@ -46,12 +49,12 @@ class ConditionDistillation:
         self.teacher = deepcopy(model, left_out).requires_grad_(False).eval()
 
     def add_to(self, output: MMInterleavedOutput, inputs: dict[str, Any], idle: bool = False) -> DistilledOutput:
-        """The output of `model(**inputs, return_conditions=True)` with the loss of its conditioning tokens.
+        """The output of `model(**inputs, return_conditions=True)` with the distillation loss added.
 
         Args:
-            output: its conditions are [T, tokens, width]; with none of them the loss stays as it is.
+            output: its conditions are [T, tokens, D]; without target images its loss does not change.
             inputs: arguments of the model.
-            idle: whether the target images are there for `sharding.ForceAllBranches` alone, and have no weight.
+            idle: whether the target images were added by `sharding.ForceAllBranches` and have no weight.
         """
         conditions, loss, distillation = output.conditions, output.loss, None
         if conditions is not None and len(conditions):

@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step`; before `start_step` the average is the weights themselves."""
+        """Update the average after optimizer step number `step`; before `start_step` it equals the weights."""
         live, average = [p.detach() for p in self.live.values()], list(self.average.values())
         if step <= self.config.start_step:
             for kept, now in zip(average, live, strict=True):
@@ -37,7 +37,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the average as its weights."""
+        """A context in which the model has the average as its weights."""
         kept = {name: p.data for name, p in self.live.items()}
         try:
             for name, parameter in self.live.items():
@@ -48,11 +48,11 @@ class EMA:
                 parameter.data = kept[name]
 
     def save(self, folder: Path) -> None:
-        """Into a checkpoint folder."""
+        """Write the average into a checkpoint folder."""
         save_file({name: t.contiguous() for name, t in self.average.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        """From a checkpoint folder.
+        """Read the average from a checkpoint folder.
 
         Raises:
             ValueError: the checkpoint has no average, or one of other parameters.

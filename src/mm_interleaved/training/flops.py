@@ -1,8 +1,8 @@
-"""How much arithmetic a training step is, for the share of the device's peak that it reaches (MFU).
+"""The arithmetic of a training step, for its share of the device's peak (MFU).
 
-The estimate: multiply-accumulates of `model.cost.measure`, times 2, for every token, encoded image and noise sample;
-once forward, once backward for activations, once more for weights where they are trained. Attention between tokens,
-looks through MMFS, the VAE and recomputation are left out, so the figure is a lower bound of the work done.
+The estimate is 2 operations for each multiply-accumulate of `model.cost.measure`, for every token, encoded image and
+noise sample: once forward, once backward for activations, and once more for weights that are trained. Attention between
+tokens, MMFS sampling, the VAE and recomputation are left out, so the figure is a lower bound.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ..model import MMInterleavedConfig
 from ..model.cost import Part, measure
 
-# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first name that occurs decides.
+# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first matching name decides.
 PEAKS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 
 
@@ -27,7 +27,7 @@ class StepCost:
     noise_sample: float
 
     def of(self, tokens: float, images: float, noise_samples: float) -> float:
-        """FLOPs of so many of each."""
+        """FLOPs of so many tokens, images and noise samples."""
         return tokens * self.token + images * self.image + noise_samples * self.noise_sample
 
 

@@ -1,8 +1,8 @@
-"""A training step captured as a CUDA graph: started once, instead of kernel by kernel.
+"""A training step as a CUDA graph: one launch instead of one for each kernel.
 
-A small model's step is some ten thousand short kernels, and a host needs longer to start them than a GPU to run them.
-`CapturedStep` records forward and backward at one set of sizes and replays them; clipping and the optimizer's step, a
-few fused kernels, stay outside.
+The step of a small model has some ten thousand short kernels, and the host takes longer to launch them than a GPU to
+run them. `CapturedStep` captures the forward and backward pass for one set of sizes and replays it. Gradient clipping
+and the optimizer's step, a few fused kernels, are not captured.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from .distillation import DistilledOutput
 
 _PARTS = ("loss", "loss_txt", "loss_img", "loss_distillation")
 Compute = Callable[[Callable[..., Any], dict[str, Any]], Any]  # (model, its arguments) to its output with all losses
-_AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")  # what is compiled is so for the capture's sizes
+_AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")  # compiled code is for the sizes of the capture only
 
 
 class CapturedStep:
-    """Calls a model, with its backward pass, by a replay wherever the sizes fit, and as it is elsewhere.
+    """Runs the forward and backward pass of a model: by a replay if the sizes fit, otherwise uncaptured.
 
-    What is no tensor (weights of losses, whether rows are padded) is part of a capture, as are all sizes. Batches
-    that differ from the first fitting one in any of that run uncaptured.
+    A capture depends on all sizes and on all arguments that are not tensors (loss weights, whether rows are padded). A
+    batch that differs in any of them from the first one that fits runs uncaptured.
 
-    A model that computes under autocast must enter it within its own forward, as `accelerate` has it: the casts of the
-    weights are then part of the capture. Kept from outside, they would be the weights of the capture's day.
+    A model that computes under autocast must enter it in its own forward, as `accelerate` does, so that the casts of
+    the weights are part of the capture. Casts from outside would keep the weights of the time of the capture.
 
-    With several processes each records its own step, past `DistributedDataParallel`'s hooks, and their gradients are
-    averaged afterwards in one piece; what a process did not use counts as 0.
+    With several processes each captures its own step, without `DistributedDataParallel`'s hooks, and gradients are
+    averaged afterwards in one piece; parameters that a process did not use count as 0.
 
-    Activations are kept for the backward pass: gradient checkpointing would compute them anew from other weights.
+    Activations are kept for the backward pass: gradient checkpointing would recompute them from other weights.
 
     Args:
-        shapes: what a batch must have to be captured.
-        world_size: processes that train together.
+        shapes: sizes of the batches that are captured.
+        world_size: number of training processes.
         compute: calls the model and adds losses to its output.
     """
 
@@ -56,9 +56,9 @@ class CapturedStep:
         self._recording: _Capture | None = None
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> DistilledOutput:
-        """As `compute(model, inputs)`, but of the results only the losses. `loss.backward()` must follow, unscaled.
+        """The losses of `compute(model, inputs)`. `loss.backward()` must follow, unscaled.
 
-        After a replay, and with several processes, the gradients are there already, and `backward` does nothing.
+        After a replay, and with several processes, the gradients exist already, and `backward` does nothing.
         """
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -87,7 +87,7 @@ class CapturedStep:
         return DistilledOutput(**cast("dict[str, Any]", losses))
 
     def take_share(self) -> float:
-        """Share of the steps since the last call that were replays; the counts start anew."""
+        """The share of replays in the steps since the last call; resets the counts."""
         share = self.replayed / max(1, self.replayed + self.uncaptured)
         self.replayed, self.uncaptured = 0, 0
         return share
@@ -112,9 +112,9 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def _computed(
     model: nn.Module, inputs: dict[str, Any], compute: Compute
 ) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
-    """Losses, the gradients of everything that is trained in one piece, and what was used."""
-    # Other names of the same weights: the weights themselves may have hooks and streams for their gradients, as
-    # `DistributedDataParallel` gives them.
+    """Losses, the gradients of all trained parameters in one tensor, and which parameters were used."""
+    # Views of the weights, because the weights themselves may have hooks and streams for their gradients, from
+    # `DistributedDataParallel`.
     names = {name: p.detach().requires_grad_() for name, p in _trained(model).items()}
     with torch.enable_grad():
         outputs = compute(lambda **arguments: functional_call(model, names, (), arguments), inputs)
@@ -130,7 +130,7 @@ class _Capture:
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], compute: Compute) -> None:
         if torch.is_autocast_enabled():
-            raise RuntimeError("a capture under autocast would keep the weights as they are now")
+            raise RuntimeError("a capture under autocast would keep the present weights")
         self.key = tuple(_key(inputs))
         self.inputs = _rebuilt(inputs, iter([x.clone() for x in _tensors(inputs)]))
         self.losses, self.gradients, self.used = _computed(model, self.inputs, compute)
@@ -144,7 +144,7 @@ class _Capture:
         self._replay = capture(step, self.gradients.device)
 
     def replay(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, list[bool]]:
-        """What `_computed` gives for other inputs; the next replay writes over the gradients."""
+        """The result of `_computed` for other inputs; the next replay overwrites the gradients."""
         for fixed, given in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
             fixed.copy_(given, non_blocking=True)
         self._replay()
@@ -152,7 +152,7 @@ class _Capture:
 
 
 class _Done(torch.autograd.Function):
-    """A loss whose backward pass has happened."""
+    """A loss whose backward pass was already run."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with other tensors."""
+    """`value` with its tensors replaced."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
@@ -189,7 +189,7 @@ def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _key(value: Any) -> Iterator[Any]:
-    """Everything that a capture depends on."""
+    """The sizes, types and other values that a capture depends on."""
     if isinstance(value, Tensor):
         yield value.shape, value.dtype
     elif isinstance(value, dict):

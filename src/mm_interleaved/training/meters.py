@@ -1,4 +1,4 @@
-"""What a training run measures between two log lines."""
+"""The measurements of a training run between two log lines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .pipeline import BatchStats
 
 @dataclass
 class Window:
-    """Sums since the last log line. Losses stay on the device until then, so that no step has to wait.
+    """Sums since the last log line. Losses stay on the device until then, so that steps do not synchronise.
 
     Attributes:
-        device: of the losses.
-        sums: for every named loss its sum.
-        counts: how many were added.
-        losses: the loss of every batch, to find one that is no number.
-        begin: when the window began.
+        device: device of the losses.
+        sums: the sum of every named loss.
+        counts: the number of added values of every named loss.
+        losses: the loss of every batch, to find one that is not finite.
+        begin: start time of the window.
     """
 
     device: torch.device
@@ -32,7 +32,7 @@ class Window:
     begin: float = field(default_factory=time.perf_counter)
 
     def add(self, loss: Tensor, parts: dict[str, Tensor | None]) -> None:
-        """The loss of one batch and its parts, those that it has."""
+        """Add the loss of one batch and its parts."""
         self.losses.append(loss.detach())
         for name, value in parts.items():
             if value is None:
@@ -43,14 +43,14 @@ class Window:
             self.counts[name] = self.counts.get(name, 0) + count
 
     def first_bad(self) -> int | None:
-        """How many batches back from the newest the first loss lies that is NaN or infinite; None: there is none."""
+        """The first loss that is NaN or infinite, as a number of batches before the newest; None: there is none."""
         if not self.losses:
             return None
         bad = (~torch.isfinite(torch.stack(self.losses))).nonzero()[:, 0].tolist()
         return len(self.losses) - bad[0] if bad else None
 
     def close(self, stats: BatchStats, cost: StepCost | None, peak: float | None) -> dict[str, float]:
-        """Means over the window and all ranks, and speeds of all ranks together."""
+        """The means over the window and all ranks, and the total speeds of all ranks."""
         seconds = time.perf_counter() - self.begin
         names = sorted(self.sums)
         host = [float(self.counts[n]) for n in names]

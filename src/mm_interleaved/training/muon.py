@@ -1,8 +1,8 @@
-"""Muon: a matrix is changed by the orthogonal matrix nearest to its momentum, all its directions by the same amount.
+"""Muon: the update of a matrix is the orthogonal matrix nearest to its momentum, with equal size in all directions.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; for the size of updates Liu et al. 2025
-(arXiv 2502.16982), eq. 4. `torch.optim.Muon` does the same for matrices one by one; here those of equal shape are
-one batch, as small models spend their time starting kernels, and kernels of convolutions are matrices, too.
+(arXiv 2502.16982), eq. 4. `torch.optim.Muon` does the same one matrix at a time. Here matrices of equal shape are one
+batch, because launching kernels dominates in small models, and convolution kernels count as matrices.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Muon(torch.optim.AdamW):
     """Muon for the groups that have a `momentum`, AdamW for all others.
 
     Args:
-        groups: as torch takes them. With `momentum` (of the running mean of gradients) and `scale` (root mean square of
-            an update's numbers, in learning rates) a group is Muon's; its parameters have at least two dimensions, of
-            which the first is the matrix's rows and all others its columns.
-        settings: of AdamW, for the other groups.
+        groups: parameter groups as in PyTorch. A group with `momentum` (of the running mean of gradients) and `scale`
+            (root mean square of an update, in learning rates) is updated by Muon; its parameters have at least two
+            axes, of which the first is the rows of the matrix and the others its columns.
+        settings: settings of AdamW for the other groups.
     """
 
     @torch.no_grad()
@@ -34,7 +34,7 @@ class Muon(torch.optim.AdamW):
         matrices = [group for group in self.param_groups if "momentum" in group]
         kept = {p: p.grad for group in matrices for p in group["params"]}
         for p in kept:
-            p.grad = None  # so that AdamW passes it by
+            p.grad = None  # so that AdamW skips it
         result = super().step(closure)
         for p, gradient in kept.items():
             p.grad = gradient
@@ -54,7 +54,7 @@ class Muon(torch.optim.AdamW):
             gradients = [p.grad for p in parameters if p.grad is not None]
             means = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
+            ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov momentum
             updates = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
             size = group["scale"] * max(rows, columns) ** 0.5
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -63,9 +63,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """About U V^T of each of `matrices` [batch, rows, columns] = U S V^T; its singular values lie between 0.7 and 1.2.
+    """Approximately U V^T of each of `matrices` [batch, rows, columns] = U S V^T, with singular values of 0.7 to 1.2.
 
-    On a GPU in bfloat16, which is enough for that.
+    Computed in bfloat16 on a GPU, which is precise enough.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]

@@ -19,10 +19,10 @@ class Group:
     """Parameters that share a learning rate.
 
     Attributes:
-        name: the pattern that chose them, or "rest".
+        name: the pattern of the group, or "rest".
         lr: learning rate.
-        weight_decay: for all but biases, LayerNorms and what `no_decay` names.
-        parameters: by name.
+        weight_decay: weight decay, except of biases, LayerNorms and parameters in `no_decay`.
+        parameters: the parameters by name.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Group:
     parameters: dict[str, nn.Parameter]
 
     def count(self) -> int:
-        """Numbers in it."""
+        """The number of scalars in the group."""
         return sum(p.numel() for p in self.parameters.values())
 
 
@@ -77,7 +77,7 @@ def _pattern(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def undecayed(model: nn.Module, no_decay: list[str]) -> set[str]:
-    """Names of parameters without weight decay: biases, those of LayerNorm modules, and what a pattern names.
+    """Names of parameters without weight decay: biases, parameters of LayerNorm modules, and those in `no_decay`.
 
     RMSNorm and GroupNorm gains do decay, as in the release (docs/model.md, "Optimizer groups"); `no_decay` can name
     them.
@@ -97,7 +97,7 @@ def undecayed(model: nn.Module, no_decay: list[str]) -> set[str]:
 
 
 def torch_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The groups as a torch optimizer takes them, each split into decayed, undecayed and Muon's parameters."""
+    """The groups for a torch optimizer, each split into parameters with and without weight decay, and Muon's."""
     plain = undecayed(model, config.no_decay)
     matrices = hidden_matrices(model, config.muon) if config.kind == "muon" else set()
     found = []
@@ -114,7 +114,7 @@ def torch_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
 
 
 def hidden_matrices(model: nn.Module, config: MuonConfig) -> set[str]:
-    """Names of what Muon updates: weights of linear layers and convolutions, less what `config.plain` names."""
+    """Names of the parameters of Muon: weights of linear layers and convolutions, without those in `config.plain`."""
     patterns = [_pattern(p, "optimizer.muon.plain") for p in config.plain]
     layers = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     names = {f"{prefix}.weight" if prefix else "weight" for prefix, _ in layers}
@@ -122,7 +122,7 @@ def hidden_matrices(model: nn.Module, config: MuonConfig) -> set[str]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or Muon over the groups; AdamW's part is fused where all parameters lie on a CUDA device.
+    """AdamW or Muon over the groups; AdamW is fused if all parameters are on a CUDA device.
 
     Raises:
         ValueError: nothing is trainable, or a group's pattern does not fit.

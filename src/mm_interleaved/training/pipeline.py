@@ -1,4 +1,4 @@
-"""Batches on their way into the model: endless, on the right device, planned, with their noise samples."""
+"""The stream of batches into the model: endless, on the device, with layouts and noise samples."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..ops import HAS_TRITON
 from ..processor import Batch
 from .config import LossConfig, ShapesConfig
 
-_CHECKED_ONLY = {"image_rows"}  # nothing is checked of a batch that is planned
+_CHECKED_ONLY = {"image_rows"}  # used for checks only, which a batch with a layout does not need
 _PER_IMAGE = {"pixel_values", "target_pixel_values", "document_starts", "image_loss_mask"}
-KEPT_BATCHES = 16  # newest batches that are held for a dump, should their loss be no number
+KEPT_BATCHES = 16  # newest batches that are kept for a dump, in case a loss is not finite
 _STRIDE = 0x9E3779B97F4A7C15  # spreads neighbouring numbers over all seeds
 
 
 class Loader(Protocol):
-    """What `data.build_loader` gives."""
+    """The interface of `data.DocumentLoader`."""
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of an epoch, from where the state says."""
+        """The batches of an epoch, from the loaded state on."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, behind the last batch given."""
+        """The position after the last batch."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a position."""
         ...
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of the next epoch."""
+        """Set the number of the next epoch, which determines its order."""
         ...
 
 
@@ -48,11 +48,11 @@ Prepare = Callable[[Any, int, torch.device], dict[str, Any]]
 
 @dataclass
 class BatchStats:
-    """What went through a pipeline since the last `BatchPipeline.take_stats`.
+    """Counts of a pipeline since the last `BatchPipeline.take_stats`.
 
     Attributes:
         tokens: real tokens.
-        images: images that the visual tokenizer encoded.
+        images: images for the visual tokenizer.
         noise_samples: noise samples of target images.
         wait: seconds spent waiting for the loader.
     """
@@ -64,7 +64,7 @@ class BatchStats:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed for generators out of several numbers; different for different numbers, for all that matters here."""
+    """A seed that is computed from several numbers; practically always different for different numbers."""
     mixed = 0
     for number in numbers:
         mixed = ((mixed ^ number) * _STRIDE + number + 1) % 2**64
@@ -73,17 +73,17 @@ def seed_of(*numbers: int) -> int:
 
 
 class BatchPipeline:
-    """Batch after batch, epoch after epoch, as arguments of the model.
+    """An endless iterator over batches, as arguments of the model.
 
-    The random numbers of a batch follow from the seed and from its number over all ranks, so they do not depend on
-    where a run was interrupted, nor on whether batches are spread over ranks or over accumulation steps.
+    The random numbers of a batch follow from the seed and from its number over all ranks. So they do not depend on
+    interruptions, nor on whether batches are distributed over ranks or over accumulation steps.
 
     Args:
-        loader: gives one epoch of batches at a time.
+        loader: yields one epoch of batches at a time.
         prepare: turns a batch, its seed and the device into arguments of the model.
-        seed: of all random numbers.
-        device: where the tensors go.
-        rank, world_size: of this process.
+        seed: seed of all random numbers.
+        device: device of the tensors.
+        rank, world_size: rank of this process and number of processes.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class BatchPipeline:
         self.epoch, self.number = 0, 0
         self.stats = BatchStats()
         self.recent: deque[tuple[int, Any]] = deque(maxlen=KEPT_BATCHES)
-        self._resumed = False  # the loader stands in the middle of an epoch
+        self._resumed = False  # whether the loader is inside an epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
@@ -123,16 +123,16 @@ class BatchPipeline:
         return arguments
 
     def take_stats(self) -> BatchStats:
-        """The counts so far, which then start anew."""
+        """The counts so far; resets them."""
         stats, self.stats = self.stats, BatchStats()
         return stats
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to give the same batches from here on."""
+        """The state that determines all further batches."""
         return {"epoch": self.epoch, "number": self.number, "loader": self.loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue where `state_dict` was called."""
         self.epoch, self.number = state["epoch"], state["number"]
         self.loader.set_epoch(self.epoch)
         self.loader.load_state_dict(state["loader"])
@@ -140,12 +140,12 @@ class BatchPipeline:
 
 
 def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: ShapesConfig | None = None) -> Prepare:
-    """The `Prepare` for batches of documents: index arithmetic and choices on the CPU, noise on the device.
+    """The `Prepare` function for batches of documents: layouts and random choices on the CPU, noise on the device.
 
     Args:
-        model: that they are for.
-        losses: their weights, and of how many images the image loss is.
-        shapes: sizes that batches are brought to; None: as they are.
+        model: the model.
+        losses: weights of the losses, and the share of images in the image loss.
+        shapes: sizes that batches are padded to; None: no padding.
     """
     shapes = shapes or ShapesConfig()
 
@@ -165,7 +165,7 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
                 own = tensors[name]
                 tensors[name] = torch.cat([own, own.new_zeros(fill, *own.shape[1:])])
         if not layout.padded:
-            tensors.pop("position_ids", None)  # counted from 0 in each row, as without them
+            tensors.pop("position_ids", None)  # the model's default, from 0 in each row, is the same
         return {
             **tensors,
             **weights,
@@ -185,7 +185,7 @@ def _planned(
     shapes: ShapesConfig,
     device: torch.device,
 ) -> Layout:
-    """The layout of a batch, at least of the sizes that `shapes` says."""
+    """The layout of a batch, padded to the sizes in `shapes`."""
     layout = model.plan(
         batch.input_ids,
         batch.attention_mask,
@@ -205,14 +205,14 @@ def _planned(
 
 
 def _size(own: int, wanted: int, shapes: ShapesConfig) -> int:
-    """What `own` is filled up to."""
+    """The size that `own` is padded to."""
     return wanted if own <= wanted else -(-own // shapes.multiple) * shapes.multiple
 
 
 def choose_targets(
     count: int, fraction: float, seed: int, shapes: ShapesConfig, weights: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Numbers of those of `count` images that the image loss is about, in order; None: all. Weight 0 comes last."""
+    """Numbers of the target images among `count` images, in order; None: all. Images of weight 0 are chosen last."""
     wanted = math.ceil(fraction * count)
     wanted = wanted // shapes.multiple * shapes.multiple or wanted
     if 0 < shapes.targets <= count:

@@ -1,4 +1,4 @@
-"""A training run from its settings to its end."""
+"""A training run from its settings to the final model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .trainer import RunTrainer, training_arguments
 
 FINAL = "final"
 TRAINED = "trained.json"  # in that folder: the steps, seed and version that made it
-BLOCKS = {  # what `compile` compiles, by its value
+BLOCKS = {  # the compiled blocks by value of `compile`
     "none": (),
     "regional": sharding.BLOCKS,
     "decoder": (MMFSDecoderLayer,),
@@ -51,16 +51,16 @@ def train(
     """Train a model of documents.
 
     Args:
-        config: the run.
-        default_tokenizer: folder or file of the tokenizer for presets that name none.
-        device: "cpu" to stay there; None: an accelerator if there is one.
-        make_loader: makes the loader of `data` and of `eval_data`, called as `data.build_loader` is.
+        config: settings of the run.
+        default_tokenizer: folder or file of the tokenizer for presets without one.
+        device: "cpu" for the CPU; None: an accelerator if there is one.
+        make_loader: makes the loader of `data` and of `eval_data`, with the arguments of `data.build_loader`.
 
     Returns:
-        None when it ran to its end; otherwise the name of the signal that stopped it (a checkpoint was saved).
+        None if the run is finished; otherwise the name of the signal that stopped it (a checkpoint was saved).
 
     Raises:
-        ValueError: settings do not fit, or nothing can be resumed.
+        ValueError: settings do not fit together, or the run cannot be resumed.
         TrainingError: a loss was not finite.
     """
     console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
@@ -111,7 +111,7 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
 
 
 def start_run(config: RunConfig) -> Path | None:
-    """Make the run's folder with its settings in it; the checkpoint to go on from."""
+    """Make the run's folder with its settings; returns the checkpoint to resume from."""
     check_launch()
     folder = Path(config.output)
     resume = find_resume(folder, config.resume)
@@ -125,7 +125,7 @@ def start_run(config: RunConfig) -> Path | None:
 def run(
     trainer: RunTrainer, config: RunConfig, resume: Path | None, console: Console, finish: Callable[[Path], None]
 ) -> str | None:
-    """Train, and write the `final` folder when the end is reached; see `train`."""
+    """Train, and write the `final` folder at the end; see `train`."""
     loop = TrainingLoopCallback(trainer, config, console)
     trainer.add_callback(loop)
     if config.fsdp:
@@ -173,14 +173,14 @@ def _trained_steps(folder: Path) -> int | None:
 def destroy_process_group() -> None:
     """Destroy the process group, if there is one, at the end of a program.
 
-    If that is left to the end of the interpreter, threads that still listen to other processes may abort it.
+    If it still exists when the interpreter ends, threads that wait for other processes may abort the program.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleavedProcessor, folder: Path) -> None:
-    """The trained model, averaged if an average was kept, as a folder that everything else loads."""
+    """Write the trained model, with averaged weights if there are any, as a model folder."""
     with trainer.averaged():
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             trainer.save_gathered(folder)
@@ -191,22 +191,22 @@ def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleav
 
 
 def compile_regions(model: nn.Module, which: str = "regional", backend: str = "inductor") -> None:
-    """Compile the blocks that repeat, one by one: fewer and larger kernels, and what is alike is compiled once.
+    """Compile the repeated blocks one by one, which gives fewer and larger kernels; equal blocks are compiled once.
 
-    Compiled whole, a small model had not made its first step after 80 s on an H200.
+    Compiled as a whole, a small model had not finished its first step after 80 s on an H200.
 
     Args:
-        model: whatever is trained.
+        model: the trained model.
         which: "regional" for all kinds of blocks; "decoder" for the language model's layers, of which there are two
             kinds only, with MMFS and without; "none".
-        backend: of PyTorch's compiler.
+        backend: backend of PyTorch's compiler.
 
     Raises:
         ValueError: there are no such blocks.
     """
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS[which])]
     if not blocks and which != "none":
-        raise ValueError(f"compile: {which} finds nothing to compile in what is trained here; take none or regional")
+        raise ValueError(f"compile: {which} finds nothing to compile in this model; take none or regional")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # sizes of a UNet's blocks
     for module in blocks:
         module.compile(dynamic=False, backend=backend)

@@ -1,4 +1,4 @@
-"""Images and texts made from a few fixed documents while training goes on."""
+"""Images and texts generated from a few fixed documents during training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Samples(TrainerCallback):
         self.trainer, self.config, self.model, self.processor = trainer, config, model, processor
         settings = config.samples
         self.documents = load_documents(str(settings.documents))[: settings.count]
-        plain: Final = "dynamic"  # recordings would keep memory and move weights that are trained
+        plain: Final = "dynamic"  # captured graphs would keep memory and change the memory format of trained weights
         self.settings = GenerationSettings(
             text=TextSettings(
                 max_new_tokens=settings.max_new_tokens, min_new_tokens=0, num_beams=1, cache_implementation=plain
@@ -44,12 +44,12 @@ class Samples(TrainerCallback):
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """When it is time."""
+        """Generate samples every `sample_every` steps."""
         if state.global_step % self.config.sample_every == 0:
             self.draw(state.global_step)
 
     def draw(self, step: int) -> None:
-        """Make the samples of a step. Training is as it was before, its random numbers included."""
+        """Generate the samples of a step. The state of training and its random numbers do not change."""
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         self.model.eval()
         trainer = self.trainer

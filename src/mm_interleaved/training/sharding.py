@@ -1,8 +1,8 @@
-"""Parameters that several processes hold together (FSDP2), for a model whose batches do not all use all of them.
+"""Sharded parameters (FSDP2) for a model whose batches do not all use all parameters.
 
-Every process gathers the weights of a block, and adds up its gradients with the others', when it comes to that block.
-So all processes must come to the same blocks in the same order (`ForceAllBranches`), and must have gradients for the
-same weights (`take_part`), whatever is in their batches.
+Every process gathers the weights of a block, and reduces its gradients with the others, when it reaches that block. So
+all processes must reach the same blocks in the same order (`ForceAllBranches`) and have gradients of the same weights
+(`take_part`), whatever their batches contain.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from ..model.layout import ImagePositions, Layout
 from ..model.mmfs import VisibleImages
 from ..model.resampler import ResamplerLayer
 
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer, MMFSDecoderLayer, ResamplerLayer)  # those that repeat
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer, MMFSDecoderLayer, ResamplerLayer)  # repeated blocks
 TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's name of a precision
 
 
 def configure(accelerator: Accelerator, model: MMInterleavedModel) -> None:
-    """Say what is gathered at a time, and in which types.
+    """Configure the blocks that are gathered together, and the types of gathering and reduction.
 
-    Weights are gathered in the type that the run computes in, their gradients added up in float32. The VAE, frozen and
-    with a type of its own, is whole on every process.
+    Weights are gathered in the type of the run's computation, gradients are reduced in float32. The VAE, which is
+    frozen and has a type of its own, is not sharded.
 
     Args:
-        accelerator: that will shard the model. Blocks that the run's settings name are left as they are.
-        model: not sharded yet.
+        accelerator: accelerator of the run. If the run's settings name blocks, they are not changed.
+        model: the model before sharding.
 
     Raises:
-        ValueError: it would not shard, or keep parts of weights.
+        ValueError: these settings would not shard, or checkpoints would be incomplete.
     """
     if not accelerator.is_fsdp2:
         raise ValueError(
@@ -50,7 +50,7 @@ def configure(accelerator: Accelerator, model: MMInterleavedModel) -> None:
             "fsdp_version is not 2, and every process would hold all parameters; leave 'fsdp' out"
         )
     plugin = accelerator.state.fsdp_plugin
-    assert plugin is not None  # since it shards
+    assert plugin is not None  # because it shards
     if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
         raise ValueError("fsdp.state_dict_type must be FULL_STATE_DICT, as it is by itself: checkpoints are whole")
     computing = TYPES[accelerator.mixed_precision]
@@ -63,15 +63,15 @@ def configure(accelerator: Accelerator, model: MMInterleavedModel) -> None:
 
 @dataclass
 class ForceAllBranches:
-    """Completes batches so that the model takes every branch that any batch of the run needs, for the same results.
+    """Completes batches so that the model runs every branch that any batch of the run needs, with the same results.
 
-    What is added has no weight: a black image that no token sees, a label that is ignored, and a target image whose
+    The additions have no weight: a black image that is visible to no token, an ignored label, and a target image whose
     context is a single token, which the image loss does not count.
 
     Attributes:
         text: whether any batch of any process has a text loss.
-        image: whether any has an image loss.
-        conditions: whether any asks for conditioning tokens (see `distillation`).
+        image: whether any batch has an image loss.
+        conditions: whether any batch needs conditioning tokens (see `distillation`).
     """
 
     text: bool = True
@@ -79,11 +79,11 @@ class ForceAllBranches:
     conditions: bool = False
 
     def complete(self, model: MMInterleavedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-        """A batch that needs all branches, and the names of the losses that are in its output for that reason alone.
+        """A batch that needs all branches, and the names of the losses that were added by that.
 
         Args:
-            model: that the batch is for.
-            inputs: arguments of `model.forward`; without a `layout` they are planned here.
+            model: the model.
+            inputs: arguments of `model.forward`; without a `layout` one is computed here.
         """
         inputs = dict(inputs)
         layout = inputs.get("layout")
@@ -130,7 +130,7 @@ def _black(side: int, inputs: dict[str, Any]) -> Tensor:
 
 
 def _with_idle_target(layout: Layout) -> Layout:
-    """`layout` with the first token as the context of the only target image, which sees no image."""
+    """`layout` with a single target image, whose context is the first token, without earlier images."""
     first = layout.target_images.new_zeros(1)
     nothing = first.new_zeros(1, 0)
     return replace(
@@ -140,7 +140,7 @@ def _with_idle_target(layout: Layout) -> Layout:
 
 
 class ShardingCallback(TrainerCallback):
-    """Lets all parameters take part in every step, as soon as they are sharded, and says how they are."""
+    """Lets all sharded parameters have gradients in every step, and logs how they are sharded."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -158,7 +158,7 @@ class ShardingCallback(TrainerCallback):
 
 
 def take_part(module: FSDPModule) -> None:
-    """Let a backward pass through a sharded module give all its trainable parameters a gradient, if need be of 0."""
+    """Let a backward pass through a sharded module give all its trainable parameters a gradient, possibly of 0."""
     assert isinstance(module, nn.Module)
     own = _own_parameters(module)
 
@@ -168,11 +168,11 @@ def take_part(module: FSDPModule) -> None:
         weights = [getattr(owner, name) for owner, name in own]
         return _replace_first(output, lambda tensor: _TakePart.apply(tensor, *weights))
 
-    module.register_forward_hook(hook, prepend=True)  # before FSDP's, which takes the weights away
+    module.register_forward_hook(hook, prepend=True)  # before FSDP's hook, which frees the gathered weights
 
 
 def _own_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the trainable parameters are that are gathered with `module`; they are others after each gathering."""
+    """Owners and names of the trainable parameters that are gathered with `module`; they change at each gathering."""
     own = [(module, name) for name, p in module.named_parameters(recurse=False) if p.requires_grad]
     for child in module.children():
         own += [] if isinstance(child, FSDPModule) else _own_parameters(child)
@@ -180,7 +180,7 @@ def _own_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _replace_first(output: Any, change: Any) -> Any:
-    """`output` with its first tensor changed: of a module one or several tensors, of a model its loss."""
+    """`output` with its first tensor changed: the output of a module, or the loss of a model."""
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
@@ -191,12 +191,12 @@ def _replace_first(output: Any, change: Any) -> Any:
 
 
 class _TakePart(torch.autograd.Function):
-    """A tensor as it is, as if it depended on parameters."""
+    """The identity, which adds a dependency on parameters to the graph."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
-        return tensor.clone()  # no view, which FSDP warns of
+        return tensor.clone()  # FSDP warns of views
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # of one result

@@ -1,4 +1,4 @@
-"""Tasks that a model is given while it is trained; the same code as `mmi evaluate`."""
+"""Evaluation of tasks during training, by the code of `mmi evaluate`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Tasks(TrainerCallback):
     """Evaluates every `evaluate_every` steps, on all processes together, with the averaged weights if there are any.
 
     Args:
-        trainer: of the run.
-        config: of the run.
+        trainer: trainer of the run.
+        config: settings of the run.
         suite: the tasks.
-        model, processor: what is trained.
+        model, processor: the trained model and its processor.
 
     Raises:
-        InputError: a task's files cannot be read. Better now than after the first thousand steps.
+        InputError: a task's files cannot be read. This is checked before the first step.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class Tasks(TrainerCallback):
             next(make_task(task).samples())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """When it is time."""
+        """Evaluate every `evaluate_every` steps."""
         if state.global_step % self.config.evaluate_every == 0:
             due = control.should_log
             self.run(state.global_step)
-            control.should_log = due  # logging the scores would have dropped the losses of this step
+            control.should_log = due  # logging the scores resets this, and the losses of this step would be lost
 
     def run(self, step: int) -> None:
-        """Evaluate and log. Training is as it was before, its random numbers included."""
+        """Evaluate and log. The state of training and its random numbers do not change."""
         folder = Path(self.config.output) / FOLDER / f"{step:07}"
         processes = PartialState()
-        # What a run left that was interrupted after this step; its weights need not be these.
+        # Remove results of a run that was interrupted after this step, because its weights may differ.
         on_main(processes, lambda: remove_results(folder))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         self.model.eval()
@@ -79,7 +79,7 @@ class Tasks(TrainerCallback):
 
 
 def main_values(results: Results) -> dict[str, float]:
-    """For the log: the main value of each metric, which is its first."""
+    """The main value of each metric, which is its first one, for the log."""
     return {
         f"eval_{name}/{key}": result["values"][key]
         for name, task in results.tasks.items()

@@ -1,4 +1,4 @@
-"""transformers' Trainer on planned batches: losses by part, whole checkpoints, exact resumption."""
+"""transformers' Trainer on batches with layouts: losses by part, complete checkpoints, exact resumption."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from .meters import Window
 from .optimizer import build_optimizer
 from .pipeline import BatchPipeline
 
-PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # outputs of the model that begin so are logged on their own
+PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # prefixes of the outputs that are logged separately
 
 
 class RunTrainer(Trainer):
-    """Trains a model that returns `loss` and perhaps parts of it (`loss_*`) and measures.
+    """Trains a model that returns `loss`, and optionally parts of it (`loss_*`) and measures.
 
-    Beyond the Trainer's public methods it overrides two that choose where a checkpoint goes (`_save_checkpoint`,
-    `_get_output_dir`), for a checkpoint must not bear its name before it is whole.
+    Besides the Trainer's public methods it overrides two that choose the folder of a checkpoint (`_save_checkpoint`,
+    `_get_output_dir`), because a checkpoint must not get its name before it is complete.
 
     Args:
-        model: to be trained; what is frozen stays frozen.
+        model: the model; frozen parameters stay frozen.
         args: see `training_arguments`.
-        config: the run.
-        pipeline: gives batches.
-        eval_pipeline: makes a fresh pipeline of held-out batches, and says how many; None: no evaluation.
-        save_extras: writes what else belongs into a folder with weights (processor).
-        cost: for the MFU; None: not shown.
-        distillation: adds its loss to the model's; None: none.
-        branches: completes batches for a sharded model; None: left as they are.
+        config: settings of the run.
+        pipeline: yields batches.
+        eval_pipeline: makes a new pipeline of held-out batches, and returns their number; None: no evaluation.
+        save_extras: writes further files into a folder with weights (the processor).
+        cost: cost of a step, for the MFU; None: no MFU.
+        distillation: adds its loss to the model's; None: no distillation.
+        branches: completes batches for a sharded model; None: batches do not change.
 
     Attributes:
-        captured: runs the model in training, if not it itself.
+        captured: runs captured training steps; None: steps are not captured.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class RunTrainer(Trainer):
         super().__init__(model=model, args=args)
         if config.fsdp:
             sharding.configure(self.accelerator, cast(MMInterleavedModel, model))
-        self.ema = EMA(model, config.ema) if config.ema.decay else None  # now that the weights are where they stay
+        self.ema = EMA(model, config.ema) if config.ema.decay else None  # after the weights have got their final memory
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # losses are means over a batch
         self.window = Window(args.device)
 
-    # ---- what the Trainer asks for
+    # ---- methods of the Trainer
 
     def get_train_dataloader(  # pyright: ignore[reportIncompatibleMethodOverride]  # the Trainer iterates over it only
         self,
     ) -> BatchPipeline:
-        """The pipeline; it takes care of devices and ranks itself."""
+        """The pipeline, which handles devices and ranks itself."""
         return self.pipeline
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -104,7 +104,7 @@ class RunTrainer(Trainer):
         return self.lr_scheduler
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nothing here: arithmetic is counted from what went through the pipeline."""
+        """0: arithmetic is computed from the counts of the pipeline instead."""
         return 0
 
     def compute_loss(
@@ -114,8 +114,8 @@ class RunTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; its parts are remembered for the log."""
-        # accelerate puts autocast into models, but for FSDP2 it does not
+        """The model's loss; its parts are stored for the log."""
+        # accelerate adds autocast to models, but not with FSDP2
         with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
             if self.captured is not None and model.training:
                 outputs = self.captured(model, inputs)
@@ -143,14 +143,14 @@ class RunTrainer(Trainer):
 
     @staticmethod
     def _part_names(outputs: Mapping[str, Any]) -> list[str]:
-        """All parts that such an output can have, so that every rank sums the same ones."""
+        """All parts that such an output can have, so that every rank reduces the same ones."""
         return [n for n in getattr(type(outputs), "__dataclass_fields__", {}) if n.startswith(PARTS)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the window measured.
+        """Log with the measurements of the window.
 
         Raises:
-            TrainingError: a loss of the window was NaN or infinite; the batch has been written down.
+            TrainingError: a loss of the window was NaN or infinite; the batch has been saved.
         """
         if "loss" in logs:
             self._check_losses()
@@ -170,7 +170,7 @@ class RunTrainer(Trainer):
     _window_step = 0
 
     def start_window(self) -> None:
-        """Begin measuring now."""
+        """Start measuring."""
         self.pipeline.take_stats()
         self.window = Window(self.args.device)
         self._window_step = self.state.global_step
@@ -192,17 +192,17 @@ class RunTrainer(Trainer):
         model.train()
         measured = window.close(pipeline.take_stats(), None, None)
         logs = {f"eval_{n}": v for n, v in measured.items() if n.startswith(("loss", *PARTS))}
-        self.control.should_evaluate = False  # the Trainer asks once more at the end of its epoch
+        self.control.should_evaluate = False  # the Trainer would evaluate again at the end of its epoch
         self.log(logs)
         return logs
 
     def averaged(self) -> Any:
-        """The model with its averaged weights, or as it is if no average is kept."""
+        """A context in which the model has its averaged weights, if there are any."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     @staticmethod
     def uncompiled() -> Any:
-        """Run as written what is compiled for training: other shapes would have everything compiled anew."""
+        """A context without compiled code, because other shapes would trigger recompilation."""
         return torch.compiler.set_stance("force_eager")
 
     # ---- checkpoints
@@ -215,7 +215,7 @@ class RunTrainer(Trainer):
         return str(self._aside or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write everything aside, then give it its name, then remove the oldest."""
+        """Write everything to a temporary folder, rename it, and remove the oldest checkpoints."""
         run = self._run_folder()
         name = f"checkpoint-{self.state.global_step}"
         if run / name in checkpoints.list_checkpoints(run):
@@ -236,26 +236,26 @@ class RunTrainer(Trainer):
                     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                     write_atomic(folder / "config.yaml", to_yaml(self.config))
                     checkpoints.write_manifest(folder)
-                    shutil.rmtree(run / name, ignore_errors=True)  # a broken one, or it would be in the list
+                    shutil.rmtree(run / name, ignore_errors=True)  # a damaged one of that name
                     os.replace(folder, run / name)
                     checkpoints.prune(run, self.config.keep_checkpoints)
         finally:
             if self.args.should_save:
-                shutil.rmtree(self._aside, ignore_errors=True)  # what a full disk left of it
+                shutil.rmtree(self._aside, ignore_errors=True)  # an incomplete folder, after a full disk
             self._aside = None
         self._barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights and all that makes the folder loadable."""
+        """Write the weights and all other files of a loadable model folder."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.save_extras(Path(output_dir) if output_dir else self._run_folder())
 
     def save_gathered(self, folder: Path) -> None:
-        """`save_model` of parameters that several processes hold, aside first; all of them call it."""
+        """`save_model` of sharded parameters, to a temporary folder first; all processes must call it."""
         aside = folder.with_name(f"{folder.name}.incomplete")
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)  # what a run that was killed left
+            shutil.rmtree(aside, ignore_errors=True)  # an incomplete folder of a killed run
         self._barrier()
         with writing(folder):
             self.save_model(str(aside))
@@ -269,7 +269,7 @@ class RunTrainer(Trainer):
         self._load_from_checkpoint(str(folder))
 
     def load_run_state(self, folder: Path) -> None:
-        """What the Trainer does not know of: the pipeline's place and the average.
+        """Restore the state that the Trainer does not handle: the pipeline and the average.
 
         Raises:
             ValueError: the checkpoint was written with another number of processes.
@@ -293,7 +293,7 @@ class RunTrainer(Trainer):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 
-    # ---- losses that are no numbers
+    # ---- losses that are not finite
 
     def _check_losses(self) -> None:
         back = self.window.first_bad()
@@ -315,7 +315,7 @@ class RunTrainer(Trainer):
 
 
 def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
-    """A batch as `batch.safetensors` and `batch.json`."""
+    """Write a batch as `batch.safetensors` and `batch.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
     save_file(tensors, folder / "batch.safetensors")
@@ -325,7 +325,7 @@ def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
 
 
 def learning_rate_share(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """Step number to the share of the learning rate: linear warm-up, then cosine, linear or constant."""
+    """The learning rate's factor by step number: linear warm-up, then cosine, linear or constant."""
 
     def share(step: int) -> float:
         if step < config.warmup_steps:
@@ -366,13 +366,13 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         bf16=config.precision == "bfloat16",
         fp16=config.precision == "float16",
         logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # it waits for the device in every step
+        logging_nan_inf_filter=False,  # it synchronises in every step
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 1,
-        eval_strategy="no",  # a callback asks for it
+        eval_strategy="no",  # a callback requests it
         report_to=[],
         disable_tqdm=True,
-        ignore_data_skip=True,  # the pipeline knows its place
+        ignore_data_skip=True,  # the pipeline restores its own position
         remove_unused_columns=False,
         seed=config.seed,
         use_cpu=device == "cpu" or not torch.accelerator.is_available(),
@@ -385,6 +385,6 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         accelerator_config={"even_batches": False, "dispatch_batches": False},
         **options,
     )
-    if args.n_gpu > 1:  # without torchrun the Trainer would split batches over all devices
+    if args.n_gpu > 1:  # without torchrun the Trainer would use DataParallel over all devices
         args._n_gpu = 1
     return args
