@@ -1,15 +1,15 @@
-"""Documents: text and images in the order in which one reads them. Plain data; no tensors.
+"""Documents: text and images in reading order. Plain data; no tensors.
 
     Document([Text("A cat."), Image("cat.png"), Text("The same cat asleep:"), Image()])
 
-A segment without content is an open slot, which generation fills. Documents come from JSON in three forms; a file holds
-one document, a list of them, or one a line:
+A segment without content is an open slot, which generation fills. Documents are read from JSON in three forms. A file
+holds one document, a list of documents, or one document per line:
 
     {"segments": [{"text": "A cat."}, {"image": "cat.png"}, {"text": "The same cat asleep:"}, {"image": null}]}
     {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Who?"}]}]}
     {"sentences": [...], "images": [...], "sentence_ixs": [...], "image_first": [...], ...}     the original's record
 
-Paths are relative to the file and may not lead out of its folder; `data:image/...;base64,` URLs carry an image inline.
+Paths are relative to the file and must stay in its folder. `data:image/...;base64,` URLs hold an image inline.
 """
 
 from ..io import InputError

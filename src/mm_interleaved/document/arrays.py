@@ -1,4 +1,4 @@
-"""Arrays and tensors as images: one layout and one range of values for each, everything else is refused in words.
+"""Arrays and tensors as images. Each has one layout and one range of values; anything else is an error.
 
     NumPy array     [height, width] or [height, width, 1, 3 or 4]     channels last
     PyTorch tensor  [height, width] or [1, 3 or 4, height, width]     channels first
@@ -19,15 +19,15 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def is_array(value: Any) -> bool:
-    """Whether `value` is a NumPy array or a PyTorch tensor (known without importing PyTorch)."""
+    """Whether `value` is a NumPy array or a PyTorch tensor. Does not import PyTorch."""
     return isinstance(value, np.ndarray) or (hasattr(value, "detach") and hasattr(value, "numpy"))
 
 
 def image_from_array(value: Any) -> PIL.Image.Image:
-    """The image in a NumPy array or a PyTorch tensor; a copy.
+    """Copy a NumPy array or a PyTorch tensor into an image.
 
     Raises:
-        InputError: its shape, its type or its values are not those above.
+        InputError: the shape, type or values are not among those listed at the top of this module.
     """
     array = cast(np.ndarray, value) if isinstance(value, np.ndarray) else _tensor_values(value)
     kind = "array" if isinstance(value, np.ndarray) else "tensor"
@@ -61,7 +61,7 @@ def _check_shape(shape: tuple[int, ...], kind: str) -> None:
 
 
 def _advice(shape: tuple[int, ...], kind: str, other: int) -> str:
-    """What to do about a wrong shape; `other` is the axis where channels stand in the other layout."""
+    """The advice for a wrong shape; `other` is the channel axis of the other layout."""
     if len(shape) == 4:
         return "Give one image of the batch at a time"
     if len(shape) == 3 and shape[other] in (1, 3):
@@ -72,7 +72,7 @@ def _advice(shape: tuple[int, ...], kind: str, other: int) -> str:
 
 
 def _pixels(array: np.ndarray, kind: str) -> np.ndarray:
-    """uint8 values."""
+    """The values as uint8."""
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):

@@ -1,4 +1,4 @@
-"""Fields of documents in JSON, checked once at the edge; messages say what was found and where."""
+"""Checks of the fields of JSON documents. The messages state what was found and where."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..io import InputError, check_type
 
 
 def check_fields(data: dict[str, Any], known: Sequence[str], where: str = "") -> None:
-    """Refuse fields that are not `known`, naming the nearest that is."""
+    """Raise an `InputError` for a field that is not in `known`; the message suggests the most similar known field."""
     for key in data:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -19,12 +19,12 @@ def check_fields(data: dict[str, Any], known: Sequence[str], where: str = "") ->
 
 
 def listed(names: Any) -> str:
-    """Names for a message."""
+    """The names, quoted and joined for a message."""
     return ", ".join(f"'{n}'" for n in names) or "nothing"
 
 
 def positive(value: Any, where: str) -> int:
-    """`value`, which must be a whole number from 1 on."""
+    """Return `value`, which must be an integer of at least 1."""
     if check_type(value, int, where) < 1:
         raise InputError(f"must be at least 1, not {value}", where)
     return value

@@ -1,4 +1,4 @@
-"""Text and images in the order in which one reads them, and how they are written down."""
+"""`Document`: text and images in reading order, and its conversion from and to JSON."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Document:
     """Text and images in reading order.
 
     Attributes:
-        segments: what stands in it.
+        segments: the texts and images.
         id: a name for messages and results.
-        max_turns: how many texts and images to generate, if the document itself says so (the original's `num_iter`,
-            2 where a record gives none).
+        max_turns: how many texts and images to generate; None: the settings decide. A record of the original has
+            `num_iter`, or 2 without it.
         forced_texts: by turn, text that replaces the generated one (the original's `multiround_context`).
-        stop_at_eos: whether `</s>` ends it; None: as the settings say. Records of the original do not end there.
-        record: the original's record that it was read from, as it stood in the file.
-        place: where it was read from, for messages.
+        stop_at_eos: whether generation stops at `</s>`; None: the settings decide. Records of the original set False.
+        record: the original's record that the document was read from, unchanged.
+        place: the file and line that the document was read from, for messages.
 
     Raises:
-        InputError: a segment is something else, or max_turns is no whole number from 1 on.
+        InputError: a segment is neither a text nor an image, or `max_turns` is not an integer of at least 1.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Document:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The name of the document in messages."""
         return self.place or (f"document '{self.id}'" if self.id else "the document")
 
     @property
@@ -74,10 +74,11 @@ class Document:
 
         Args:
             data: decoded JSON.
-            folder: where relative paths start and where they must stay; None: paths are taken as they are.
+            folder: the folder that paths are relative to and must stay in; None: paths are not checked.
 
         Raises:
-            InputError: something is missing, unknown or of the wrong type, or a path leads nowhere or outside.
+            InputError: a field is missing, unknown or of the wrong type, or a path does not exist or is outside the
+                folder.
         """
         return cls(**read_form(data, folder or Folder()))
 
@@ -85,7 +86,7 @@ class Document:
         """The `segments` form. Images must be paths.
 
         Raises:
-            InputError: an image exists only in memory.
+            InputError: an image is in memory and not in a file.
         """
         data: dict[str, Any] = {"segments": [_segment_to_dict(s, i) for i, s in enumerate(self.segments)]}
         optional = {
@@ -102,7 +103,7 @@ class Document:
         return cls.from_dict({"messages": messages}, folder)
 
     def to_messages(self) -> list[dict[str, Any]]:
-        """Chat messages; segments without a role are the user's, and neighbours of one role make one message.
+        """Chat messages. Segments without a role belong to the user; consecutive segments of one role form one message.
 
         An image from a file is a part with a `path`, one in memory a part with an `image`.
         """
@@ -121,10 +122,10 @@ class Document:
         return messages
 
     def to_record(self) -> dict[str, Any]:
-        """The original's record. Every text is a sentence; an image stands after the sentence before it.
+        """The original's record. Every text is a sentence; an image is attached after the preceding sentence.
 
         Raises:
-            InputError: the document has no image, or an open slot anywhere but at its end.
+            InputError: the document has no image, or has an open slot that is not at its end.
         """
         sentences: list[str] = []
         images: list[str | None] = []

@@ -17,9 +17,9 @@ def load_documents(path: str | Path, image_root: str | Path | None = None) -> li
     """The documents of a JSON or JSON-lines file.
 
     Args:
-        path: one document, a list of documents, or one document a line.
-        image_root: the folder that images must stay in; None: the folder of the file, where paths start
-            in any case.
+        path: a file with one document, a list of documents, or one document per line.
+        image_root: the folder that images must stay in; None: the folder of the file. Paths are relative to the folder
+            of the file in both cases.
 
     Raises:
         InputError: the file is missing, empty or not JSON, or a document in it cannot be used. It names the record
@@ -40,7 +40,7 @@ def load_documents(path: str | Path, image_root: str | Path | None = None) -> li
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, parsed record) for every record of a file."""
+    """(place, parsed record) for every record of a file."""
     text = read_text(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:

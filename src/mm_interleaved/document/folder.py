@@ -1,4 +1,4 @@
-"""Where the images that a document names may lie."""
+"""Resolves the paths and data URLs of the images in a document."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..io.images import open_image
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the relative paths of a file start, and the folder that no path may leave.
+    """The folder that the paths of a file are relative to, and the folder that they must stay in.
 
     Attributes:
-        base: the folder where names start; None: paths are taken as they are and not checked.
-        limit: for documents of others, the folder that paths may not leave, by links either; None: names may not leave
-            `base`, links may.
+        base: the folder that paths are relative to; None: paths are not checked.
+        limit: for documents from other people, the folder that paths must stay in after symbolic links are followed;
+            None: paths must stay in `base`, and symbolic links in it may point anywhere.
     """
 
     base: Path | None = None
@@ -30,7 +30,7 @@ class Folder:
         """The image that `text` names: the path of an existing file, or the image of a data URL.
 
         Raises:
-            InputError: there is no such file, or it lies outside the folder, or the URL is not a data URL.
+            InputError: the file does not exist or is outside the folder, or the URL is not a data URL.
         """
         text = check_type(text, str, where, "Give the path of an image, or null for a slot to fill")
         if text.startswith("data:"):

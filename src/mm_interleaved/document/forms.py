@@ -15,8 +15,8 @@ DOCUMENT_FIELDS = ("segments", "id", "max_turns", "forced_texts", "stop_at_eos")
 RECORD_FIELDS = (
     "sentences", "images", "sentence_ixs", "image_first", "generate_mode", "num_iter", "multiround_context", "id",
 )  # fmt: skip
-ORIGINAL_TURNS = 2  # what the original makes of a record that does not say how many turns
-# The original's names of what to generate first.
+ORIGINAL_TURNS = 2  # the original's default number of turns of a record
+# The original's names for the kind of segment that is generated first.
 _MODES = {
     "generate_texts": "text", "generate_images": "image", "generate_vqa": "text", "generate_grounding": "text",
     "generate_segm": "image",
@@ -27,7 +27,7 @@ Fields = dict[str, Any]  # of a `Document`, by its attributes' names
 
 
 def read_form(data: Any, folder: Folder) -> Fields:
-    """See `Document.from_dict`, which makes a document of what this gives."""
+    """The arguments of `Document` for a JSON document in any of the forms (see `Document.from_dict`)."""
     data = check_type(data, dict, "document", 'Write {"segments": [{"text": ...}, {"image": "path"}]}')
     check_strings(data)
     for key, reader in (("segments", _from_segments), ("messages", _from_messages), ("sentences", _from_record)):
@@ -40,7 +40,7 @@ def read_form(data: Any, folder: Folder) -> Fields:
 
 
 def _name(data: dict[str, Any]) -> str | None:
-    """The `id` of a document; a number will do."""
+    """The `id` of a document as a string; it may be a number."""
     name = data.get("id")
     return str(name) if isinstance(name, int | float) else None if name is None else check_type(name, str, "id")
 
@@ -171,9 +171,9 @@ def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
 
 
 def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool], Image]]) -> list[Segment]:
-    """Sentences joined by one space, with images at (sentence, whether after it), as MMC4 and records have them.
+    """Sentences joined by one space, with images at (sentence, whether after it), as in MMC4 and original records.
 
-    White space next to an image does not count, so runs of nothing else are left out.
+    White space next to an image is removed, and texts that are then empty are left out.
     """
     segments: list[Segment] = []
     run: list[str] = []
@@ -195,5 +195,5 @@ def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool]
 
 
 def _trimmed(segments: list[Segment]) -> list[Segment]:
-    """Texts without white space around them: next to images it does not count, at both ends a record has none."""
+    """Texts without surrounding white space: a record has none next to images or at its ends."""
     return [Text(s.text.strip()) if isinstance(s, Text) and s.text is not None else s for s in segments]

@@ -1,4 +1,4 @@
-"""The segments of a document: plain data, checked when it is made."""
+"""The segments of a document: plain data, checked in the constructor."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Generated:
     """How a model generated a segment.
 
     Attributes:
-        turn: number of the document's turn that it was made in, from 0.
-        ids: for text, its tokens with the end token.
-        text: for text, what the model generated, also where a forced text of the document stands in its place.
+        turn: number of the turn, from 0, that generated it.
+        ids: for a text, its token ids with the end token.
+        text: for a text, what the model generated, also if a forced text of the document replaced it.
         candidates: for an image, all candidates; the first is the segment's source.
     """
 
@@ -39,17 +39,17 @@ class Generated:
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text. Neighbouring texts are joined by a space, unless one of them brings white space along.
+    """A text. Consecutive texts are joined by a space, unless there is white space between them already.
 
     Attributes:
-        text: what it says; None: an open slot.
-        supervise: whether training learns to write it.
-        role: who speaks (`system`, `user` or `assistant`), in a conversation.
-        attached: whether it continues the text before it without a space.
-        generated: how a model generated it; None: it was given. It does not count in comparisons.
+        text: the string; None: an open slot.
+        supervise: whether its tokens have a loss in training.
+        role: the speaker in a conversation (`system`, `user` or `assistant`).
+        attached: whether it continues the preceding text without a space.
+        generated: how a model generated it; None: it was given. Comparisons ignore it.
 
     Raises:
-        InputError: the text is no string or holds half a character, or there is no such role.
+        InputError: the text is not a string or has a lone surrogate, or the role is unknown.
     """
 
     text: str | None = None
@@ -77,16 +77,16 @@ class Image:
     """An image.
 
     Attributes:
-        source: path of a file, part of a file, a PIL image, a NumPy array or a PyTorch tensor (see `arrays`; kept as a
-            PIL image of 8 bits a channel); None: an open slot.
-        supervise: whether training learns to generate it (and to announce it).
-        role: who shows it, in a conversation.
-        target: another image for the image decoder to learn in its place; None: the image itself.
-        generated: as of `Text`.
+        source: path of a file, part of a file, a PIL image, a NumPy array or a PyTorch tensor (see `arrays`; stored as
+            a PIL image with 8 bits per channel); None: an open slot.
+        supervise: whether it has an image loss in training, and the token that starts it a text loss.
+        role: the speaker in a conversation who shows it.
+        target: the image that the image decoder learns to generate instead of this one; None: this one.
+        generated: as in `Text`.
 
     Raises:
-        InputError: the source or the target is of another kind, or an array of another shape or range, or there is
-            no such role.
+        InputError: the source or target has another type, or is an array of an unsupported shape or range, or the role
+            is unknown.
     """
 
     source: str | Path | FileSlice | PIL.Image.Image | np.ndarray | Tensor | None = None

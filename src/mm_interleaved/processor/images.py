@@ -1,4 +1,4 @@
-"""Images become arrays: the two ways of fitting an image into a square."""
+"""Conversion of images to square arrays, by cropping or by stretching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..io.images import MAX_PIXELS
 
 
 def halved(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """The image, halved with a box filter while its shorter side is at least twice `size`."""
+    """Halve the image with a box filter while its shorter side is at least twice `size`."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
     return image
@@ -28,7 +28,7 @@ def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     width, height = (max(round(side * scale), size) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    if width * height > MAX_PIXELS:  # an endless ribbon: resize only the part that is kept
+    if width * height > MAX_PIXELS:  # a very long image: resize only the part that is kept
         kept = (
             left * image.width / width, top * image.height / height,
             (left + size) * image.width / width, (top + size) * image.height / height,
@@ -39,7 +39,7 @@ def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
 
 
 def squash(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """The whole image, stretched bicubically to a square: uint8 [size, size, 3]. Keeps boxes valid."""
+    """The whole image, resized bicubically to a square: uint8 [size, size, 3]. Relative boxes stay valid."""
     return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC))
 
 
@@ -52,6 +52,6 @@ def to_array(image: np.ndarray) -> np.ndarray:
 
 
 def to_pil(values: np.ndarray) -> PIL.Image.Image:
-    """float [3, height, width] in [0, 1] to an image; rounds half up, as the release does."""
+    """float [3, height, width] in [0, 1] to an image; rounds half up, as the original does."""
     pixels = (values.astype(np.float32) * 255 + 0.5).clip(0, 255).astype(np.uint8)
     return PIL.Image.fromarray(pixels.transpose(1, 2, 0))
