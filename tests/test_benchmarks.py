@@ -19,7 +19,7 @@ def measure(script: str, *arguments: object) -> str:
     return out
 
 
-@pytest.mark.parametrize("script", ["plot_tasks.py", "toyworld.py"])
+@pytest.mark.parametrize("script", ["plot_tasks.py", "drawing.py", "startup.py"])
 def test_scripts_that_say_how_they_are_used(script: str) -> None:
     assert "python benchmarks/" + script in measure(script, "--help")
 

@@ -1,6 +1,6 @@
 """How fast scenes are drawn on one core.
 
-python benchmarks/toyworld.py --scenes 1000 --output benchmarks/results/toyworld.json
+python benchmarks/drawing.py --scenes 1000 --output benchmarks/results/drawing.json
 
 Drawing is measured after the first scenes have filled the caches; sampling is what choosing them costs.
 """
