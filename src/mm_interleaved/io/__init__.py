@@ -1,4 +1,4 @@
-"""Files, paths, text, JSON and images: every edge where the package reads or writes goes through here.
+"""Reading and writing of files, paths, text, JSON and images for the whole package.
 
     errors     InputError for what is given and cannot be used, OutputError for what cannot be written
     text       check_text, check_type, read_json, read_json_lines, parse_json

@@ -1,10 +1,10 @@
-"""Errors that the user can mend: what is wrong, where, and what to do."""
+"""Errors that the user can correct: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """An error that the user can mend.
+    """An error that the user can correct.
 
     Attributes:
         problem: what is wrong.
@@ -18,17 +18,17 @@ class UserError(Exception):
         super().__init__(f"{where + ': ' if where else ''}{problem}{'. ' + fix if fix else ''}")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, str]]:
-        """Processes hand errors to each other; the parts survive that."""
+        """Pickle all parts of the error, since processes send errors to each other."""
         return type(self), (self.problem, self.where, self.fix, self.kind)
 
 
 class InputError(UserError, ValueError):
-    """Something given that cannot be used: a document, a file, a name, an image, a setting."""
+    """An input that cannot be used: a document, a file, a name, an image or a setting."""
 
     def at(self, place: str) -> InputError:
-        """The same error with `place` in front of where it is."""
+        """The same error with `place` in front of its place."""
         return type(self)(self.problem, f"{place}, {self.where}" if self.where else place, self.fix, self.kind)
 
 
 class OutputError(UserError, RuntimeError):
-    """Something that cannot be written. It is no `InputError`: a bad sample may be left out, a full disk may not."""
+    """A file that cannot be written. Not an `InputError`, since readers skip bad samples but must not skip these."""

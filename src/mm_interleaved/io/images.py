@@ -1,4 +1,4 @@
-"""Image files become images: headers first, and whatever a decoder raises becomes one kind of error."""
+"""Opens image files. Headers are checked first, and every error of a decoder is raised as an `InputError`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .paths import FileSlice
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 178_956_970  # where Pillow itself suspects a decompression bomb (about 13400 x 13400)
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs (about 13400 x 13400)
 ImageSource = str | Path | FileSlice | bytes | PIL.Image.Image
-# Decoders raise nearly anything for damaged data: struct.error and zlib.error for headers, RuntimeError for AVIF,
-# AssertionError and ValueError for images that were closed. Interrupts and exits are not among them.
+# Decoders raise many types of errors for damaged data: struct.error and zlib.error for headers, RuntimeError for AVIF,
+# AssertionError and ValueError for closed images.
 _DECODER_ERRORS = (ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError,
                    NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, Warning, struct.error,
                    zlib.error)  # fmt: skip
@@ -31,14 +31,14 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 
 def open_image(source: ImageSource, where: str = "") -> PIL.Image.Image:
-    """An image whose header has been read, but not yet its pixels.
+    """Open an image and read its header, but not its pixels.
 
     Args:
         source: a path, a part of a file, the bytes of a file, or an image.
         where: the place to name in errors.
 
     Raises:
-        InputError: it is missing, empty, without pixels, too large, closed, or in no format that Pillow reads.
+        InputError: it is missing, empty, without pixels, too large, closed, or in a format that Pillow cannot read.
     """
     with _explained(source, where):
         if isinstance(source, PIL.Image.Image):
@@ -55,7 +55,7 @@ def open_image(source: ImageSource, where: str = "") -> PIL.Image.Image:
 
 
 def load_pixels(source: ImageSource, where: str = "", draft: int | None = None) -> PIL.Image.Image:
-    """An image as it is stored: its first frame in its own mode, not turned. For label maps.
+    """Load the first frame of an image in its stored mode and orientation. For label maps.
 
     Args:
         source, where: as of `open_image`.
@@ -63,7 +63,7 @@ def load_pixels(source: ImageSource, where: str = "", draft: int | None = None) 
             images; the pixels differ a little.
 
     Raises:
-        InputError: as `open_image`, or its pixels are damaged or cut short.
+        InputError: as `open_image`, or its pixels are damaged or truncated.
     """
     image = open_image(source, where)
     with _explained(source, where):
@@ -74,10 +74,10 @@ def load_pixels(source: ImageSource, where: str = "", draft: int | None = None) 
 
 
 def load_image(source: ImageSource, where: str = "", draft: int | None = None) -> PIL.Image.Image:
-    """An RGB image: the first frame, upright, at 8 bits a channel; arguments as of `load_pixels`.
+    """Load the first frame as an upright 8-bit RGB image. The arguments are those of `load_pixels`.
 
     Raises:
-        InputError: as `load_pixels`, or it is of a mode whose values have no known range.
+        InputError: as `load_pixels`, or the values of its mode have no known range.
     """
     image = load_pixels(source, where, draft)
     with _explained(source, where):
@@ -86,10 +86,10 @@ def load_image(source: ImageSource, where: str = "", draft: int | None = None) -
 
 
 def _turn(image: PIL.Image.Image) -> int | None:
-    """The `Transpose` that makes an image upright; None: it is, or its EXIF data cannot be read.
+    """The `Transpose` that makes an image upright; None: it is upright, or its EXIF data cannot be read.
 
-    Only the tag of the orientation is read. `ImageOps.exif_transpose` would also write all other fields anew, which
-    fails for fields that cameras write wrongly, though the pixels are good.
+    Only the orientation tag is read. `ImageOps.exif_transpose` rewrites all other fields too, which fails if a camera
+    wrote an invalid one.
     """
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
@@ -103,10 +103,10 @@ def _turn(image: PIL.Image.Image) -> int | None:
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """8-bit RGB. Pillow clips 16-bit greys to white; they are scaled here instead.
+    """Convert to 8-bit RGB. Pillow clips 16-bit greys to white; here they are scaled.
 
     Raises:
-        InputError: it is unknown which value is white.
+        InputError: the range of the values is unknown.
     """
     if image.mode == "F":
         raise InputError("an image of mode F has no known range", fix="Convert it to mode L or RGB", kind="unreadable")
@@ -122,11 +122,11 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 @contextmanager
 def _explained(source: ImageSource, where: str) -> Iterator[None]:
-    """Whatever Pillow raises as an `InputError`."""
+    """Raise every error of Pillow as an `InputError`."""
     name = _name(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images and odd EXIF data, which are read all the same
+            warnings.simplefilter("ignore")  # of large images and invalid EXIF data, which are read nevertheless
             yield
     except InputError as error:
         raise (error if error.where or not where else error.at(where)) from None

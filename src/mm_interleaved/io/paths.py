@@ -1,4 +1,4 @@
-"""Names in files become paths: a name may not leave the folder that it belongs to, links may."""
+"""Resolves file names that stand in files. They must stay in their folder; symbolic links in it may point anywhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FileSlice:
     length: int
 
     def read(self) -> bytes:
-        """Its bytes; fewer if the file ends too soon."""
+        """Its bytes; fewer than `length` if the file is truncated."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.length)
@@ -37,19 +37,20 @@ class FileSlice:
 
 
 def resolve_inside(root: Path, name: Any, where: str = "", limit: Path | None = None) -> Path:
-    """The path that a file means by `name`, which may not leave the folder.
+    """The path of the file `name`, which must stay in the folder `root`.
 
-    The name decides: `..` and absolute names that lead out are refused, and the path that is returned holds no `..`.
-    Symbolic links inside the folder are the user's own and are followed wherever they lead, unless there is a `limit`.
+    Only the name is checked: a name with `..` or an absolute name is refused if it points outside the folder. The
+    returned path has no `..`. Symbolic links in the folder may point anywhere, unless there is a `limit`.
 
     Args:
-        root: the folder where relative names start.
-        name: as it stands in the file.
+        root: the folder that relative names are relative to.
+        name: the name in the file.
         where: the place to name in errors.
-        limit: for files of others, a folder that links may not leave either; names may leave `root` then.
+        limit: for files from other people, the folder that the path must stay in after symbolic links are followed; the
+            name may then leave `root`.
 
     Raises:
-        InputError: it is no name, a URL, or leads out of the folder.
+        InputError: it is not a file name, it is a URL, or it points outside the folder.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise InputError(f"{name!r} is no name of a file", where, "Give a path", "without a name")
@@ -70,15 +71,15 @@ def resolve_inside(root: Path, name: Any, where: str = "", limit: Path | None = 
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # links that go round in circles, a name that is too long
+    except (OSError, RuntimeError):  # circular links, a name that is too long
         return path
 
 
 def find_file(root: Path, name: Any, where: str = "", limit: Path | None = None) -> Path:
-    """The existing file that a file means by `name`; arguments as of `resolve_inside`.
+    """As `resolve_inside`, for a file that must exist.
 
     Raises:
-        InputError: as `resolve_inside`, or there is no such file.
+        InputError: as `resolve_inside`, or the file does not exist.
     """
     path = resolve_inside(root, name, where, limit)
     try:
@@ -86,7 +87,7 @@ def find_file(root: Path, name: Any, where: str = "", limit: Path | None = None)
             return path
         if path.is_dir():
             raise InputError(f"'{name}' is a folder", where, "Give the path of a file", "is a folder")
-        # is_file is False for links that go round in circles, too
+        # is_file is also False for circular links
         looped = _is_loop(path)
         problem = f"'{name}' is a link that goes round in circles" if looped else f"the file '{name}' does not exist"
     except OSError as error:  # a name that is too long

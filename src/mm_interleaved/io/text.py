@@ -1,4 +1,4 @@
-"""Text and JSON: strict UTF-8, no lone surrogates, values of the right type; errors name file, line and column."""
+"""Reads text and JSON: strict UTF-8, no lone surrogates, checked types. Errors name the file, line and column."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .errors import InputError
 
 T = TypeVar("T")
 
-MAX_FILE = 8 << 30  # bytes of a JSON file that is read whole; the largest official annotation file has about 1 GiB
-MAX_LINE = 1 << 26  # bytes of a line of JSON; a longer one is no record
+MAX_FILE = 8 << 30  # bytes of a JSON file that is read at once; the largest official annotation file has about 1 GiB
+MAX_LINE = 1 << 26  # bytes of a line of a JSON-lines file
 
 
 def check_text(text: str, where: str = "") -> str:
-    r"""`text`, which must not hold a lone surrogate: JSON can spell one (`"\ud83d"`), but no file can hold it.
+    r"""Return `text`, which must not have a lone surrogate: JSON can escape one (`"\ud83d"`), but UTF-8 cannot hold it.
 
     Raises:
-        InputError: it holds one.
+        InputError: it has one.
     """
     if half := re.search("[\ud800-\udfff]", text):
         raise InputError(f"lone surrogate \\u{ord(half[0]):04x} (half a character) at position {half.start()}", where,
@@ -34,7 +34,7 @@ def check_strings(value: Any, where: str = "") -> None:
     """`check_text` for every string and every key of a parsed JSON value.
 
     Raises:
-        InputError: names the key.
+        InputError: a string has a lone surrogate; the message names the key.
     """
     rest: list[tuple[str, Any]] = [(where, value)]
     while rest:
@@ -67,7 +67,7 @@ def check_type(value: Any, kind: type[T], where: str, fix: str = "") -> T: ...
 
 
 def check_type(value: Any, kind: type[T], where: str, fix: str = "") -> T:
-    """`value`, which must be of that JSON type; a whole number is a number, true and false are none.
+    """Return `value`, which must be of that JSON type. An integer is also a number; a Boolean is not.
 
     Raises:
         InputError: it is of another type.
@@ -80,16 +80,16 @@ def check_type(value: Any, kind: type[T], where: str, fix: str = "") -> T:
 
 
 def check_list(value: Any, kind: type[T], where: str) -> list[T]:
-    """`value`, which must be a list whose items are of that JSON type.
+    """Return `value`, which must be a list whose items are of that JSON type.
 
     Raises:
-        InputError: it is not; names the item.
+        InputError: it is not; the message names the item.
     """
     return [check_type(item, kind, f"{where}[{i}]") for i, item in enumerate(check_type(value, list, where))]
 
 
 def decode_text(data: bytes, where: str = "") -> str:
-    """UTF-8 bytes as text, without the byte order mark that some editors write.
+    """Decode UTF-8 and remove a byte order mark.
 
     Raises:
         InputError: they are not UTF-8.
@@ -104,7 +104,7 @@ def read_text(path: str | Path, limit: int = MAX_FILE) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        InputError: it is missing, larger than `limit` bytes, no file, or not UTF-8.
+        InputError: it is missing, larger than `limit` bytes, not a file, or not UTF-8.
     """
     with _reading(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -120,7 +120,7 @@ def _reading(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
     except FileNotFoundError:
         raise InputError("the file does not exist", str(path), "Check the path", "missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path, or half a character
+    except (OSError, ValueError) as error:  # ValueError: a null character or a lone surrogate in the path
         if isinstance(error, InputError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
@@ -133,12 +133,12 @@ def parse_json(data: str | bytes, where: str = "", *, strict: bool = True) -> An
     Args:
         data: the text, or its bytes in UTF-8.
         where: the place to name in errors.
-        strict: refuse lone surrogates and objects with two values for one key. Files of others are read without, since
-            one odd record must not end the reading of all; `check_strings` then checks each record.
+        strict: refuse lone surrogates and objects with two values for one key. False for downloaded data, where one bad
+            record must not stop the reading; `check_strings` then checks each record.
 
     Raises:
-        InputError: it is not UTF-8, empty, not JSON (or more than that), nested too deeply, or has a number of too many
-            digits; names the line and the column.
+        InputError: it is not UTF-8, empty, not exactly one JSON value, nested too deeply, or has a number of too many
+            digits; the message names the line and the column.
     """
     text = decode_text(data, where) if isinstance(data, bytes) else data
     if not text.strip():
@@ -155,10 +155,10 @@ def parse_json(data: str | bytes, where: str = "", *, strict: bool = True) -> An
     except _DuplicateKey as error:
         raise InputError(f"the key '{error}' stands twice in one object", where, "Remove one of the two",
                          "with a key twice") from None  # fmt: skip
-    except ValueError:  # Python reads no whole number of thousands of digits
+    except ValueError:  # Python refuses integers of thousands of digits
         raise InputError("a number is too long to be read", where, "Shorten it, or put it in quotes",
                          "not JSON") from None  # fmt: skip
-    if strict and re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):  # else no string can hold a surrogate
+    if strict and re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):  # otherwise no string can have a surrogate
         try:
             check_strings(value)
         except InputError as error:
@@ -189,10 +189,10 @@ def read_json(path: str | Path, kind: type = object, *, strict: bool = True, lim
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """(where it stands, bytes) for every line of a file; empty lines are skipped.
+    """(place, bytes) for every line of a file; empty lines are skipped.
 
     Raises:
-        InputError: the file cannot be read, a line is longer than `MAX_LINE`, or there is none.
+        InputError: the file cannot be read or is empty, or a line is longer than `MAX_LINE`.
     """
     found = False
     with _reading(path) as file:
@@ -208,10 +208,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def read_json_lines(path: str | Path, *, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) for every line of a JSON-lines file; empty lines are skipped.
+    """(place, object) for every line of a JSON-lines file; empty lines are skipped.
 
     Raises:
-        InputError: as `read_lines`, or a line is not UTF-8 or no JSON object.
+        InputError: as `read_lines`, or a line is not UTF-8 or not a JSON object.
     """
     for where, line in read_lines(path):
         yield where, check_type(parse_json(line, where, strict=strict), dict, where)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and folders that one process writes into at a time."""
+"""Atomic writing of files and folders, and locks for folders that one process at a time may write into."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LOCK = ".lock"
 
 
 class writing:
-    """Turn what is raised while `path` is written into an `OutputError`.
+    """Raise errors of the block, which writes `path`, as an `OutputError`.
 
     Args:
         path: the file or folder.
 
     Raises:
-        OutputError: the disk is full, or the path cannot be written. Libraries raise errors of their own for a full
-            disk, so the free space is looked at as well.
+        OutputError: the disk is full, or the path cannot be written. Libraries raise various errors when the disk is
+            full, so the free space is checked as well.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,7 +60,7 @@ class writing:
 
 
 def _existing(path: Path) -> Path:
-    """The innermost folder on the way to `path` that exists."""
+    """The innermost existing folder of `path`."""
     for folder in path.absolute().parents:
         if os.path.isdir(folder):
             return folder
@@ -73,23 +73,23 @@ def _mentions_full(error: Exception) -> bool:
 
 def _is_full(folder: Path) -> bool:
     try:
-        usage = shutil.disk_usage(folder)  # /proc and the like have no size at all
+        usage = shutil.disk_usage(folder)  # /proc has no size
     except OSError:
         return False
     return usage.total > 0 and usage.free < 1 << 16
 
 
 def _aside(path: Path) -> Path:
-    """Where a file is written before it gets its name: beside it, and another for each process and thread."""
+    """The temporary name under which a file is written, in the same folder; one per process and thread."""
     return path.with_name(f".{path.name[:80]}.{os.getpid()}.{threading.get_ident()}")
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write beside the file and rename, so that the file is never half there. Folders on the way to it are made.
+    """Write a file under a temporary name and rename it, so that it is never incomplete. Missing folders are created.
 
     Raises:
-        OutputError: it cannot be written; nothing of it is left.
-        InputError: the text holds a lone surrogate.
+        OutputError: it cannot be written; the temporary file is removed.
+        InputError: the text has a lone surrogate.
     """
     path = Path(path)
     data = content if isinstance(content, bytes) else check_text(content, str(path)).encode()
@@ -115,28 +115,28 @@ def write_json_lines(path: str | Path, records: Iterable[Any]) -> None:
 
 
 def json_lines(records: Iterable[Any]) -> str:
-    """Records as JSON, one a line."""
+    """The records as JSON, one per line."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def encode_image(image: PIL.Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """An image as the bytes of a file."""
+    """Encode an image as the bytes of a file."""
     buffer = BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def write_image(path: str | Path, image: PIL.Image.Image, quality: int = 88) -> None:
-    """Write a JPEG (`.jpg`) or else a PNG file, as `write_atomic`."""
+    """Write a JPEG file (`.jpg`) or a PNG file (any other name), as `write_atomic`."""
     is_jpeg = Path(path).suffix in (".jpg", ".jpeg")
     write_atomic(path, encode_image(image, "JPEG", quality=quality) if is_jpeg else encode_image(image))
 
 
 def append(path: str | Path, text: str) -> None:
-    """Add text to the end of a file and wait until it is on the disk.
+    """Append text to a file and wait until it is on the disk.
 
     Raises:
-        OutputError: it cannot be written; what was added is taken back.
+        OutputError: it cannot be written; the file is restored to its former length.
     """
     data = check_text(text, str(path)).encode()
     with writing(path), open(path, "ab") as file:
@@ -152,11 +152,11 @@ def append(path: str | Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """A new folder that becomes `target` when the block ends well, and disappears otherwise.
+    """A new folder that is renamed to `target` when the block succeeds, and removed when it fails.
 
     Args:
-        target: what it becomes.
-        replace: whether a folder of that name makes room.
+        target: its final path.
+        replace: whether an existing folder of that name is replaced.
 
     Raises:
         OutputError: the target exists and is not an empty folder, or cannot be written.
@@ -176,7 +176,7 @@ def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(aside: Path, target: Path) -> None:
-    """Give a finished folder its name; a folder that bears it goes, and comes back if that fails."""
+    """Rename a finished folder to `target`. An existing folder is replaced, and restored if the renaming fails."""
     if not target.exists():
         aside.rename(target)
         return
@@ -193,16 +193,16 @@ def put_in_place(aside: Path, target: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made if need be, so that no other process writes into it; freed when the process ends.
+    """Lock a folder, created if necessary, so that no other process writes into it. Released when the process ends.
 
     Raises:
-        OutputError: another process holds it, which is named; or it cannot be written.
+        OutputError: another process, which the message names, has locked it, or it cannot be written.
     """
     path = Path(folder) / LOCK
     with writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         while (lock := _take_lock(path)) is None:
-            pass  # its holder removed the file between our opening and locking it
+            pass  # the other process removed the file after it was opened here and before it was locked
     try:
         yield
     finally:
@@ -211,7 +211,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _take_lock(path: Path) -> int | None:
-    """The lock file, open and locked; None: the file is not there any more."""
+    """The lock file, open and locked; None: the file was removed."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
