@@ -189,7 +189,7 @@ def test_data_that_do_not_fit_spoil_one_metric_only(scored: Callable[..., Scorin
     given = scored("coco", copied(tmp_path))
     (tmp_path / given.records[0]["images"][0]).write_bytes(b"no image")
     result, _ = score_task(given, 0)
-    assert "cannot be read as an image" in result["scene_images"]["failed"]
+    assert "is not an image that can be read" in result["scene_images"]["failed"]
     assert "skipped" in result["text_similarity"]
     one = scored("vqav2", lambda s, _: {"prediction": "yes"})
     one.samples[0].reference[1:] = []

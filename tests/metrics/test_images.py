@@ -83,8 +83,8 @@ class TestPreparation:
         make_image().save(tmp_path / "a.png")
         assert (prepared(tmp_path / "a.png", 64) == prepared(make_image(), 64)).all()
         (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
-        for name in ("b.png", "none.png"):
-            with pytest.raises(ValueError, match=f"{name}: cannot be read as an image"):
+        for name, words in (("b.png", "is damaged"), ("none.png", "does not exist")):
+            with pytest.raises(ValueError, match=rf"{name}' {words}"):
                 prepared(tmp_path / name, 64)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mm_interleaved.metrics.toyworld import SceneImages, scene_captions
 
 from mm_interleaved.metrics import MetricResult, MissingRequirement, aligned, confidence_interval, reports_missing
 from mm_interleaved.metrics.captions import caption_scores
@@ -16,11 +15,12 @@ from mm_interleaved.metrics.grounding import grounding_accuracy
 from mm_interleaved.metrics.images import FID
 from mm_interleaved.metrics.segmentation import MeanIoU, SegmentedMeanIoU, Segmenter
 from mm_interleaved.metrics.vqa import VQAAccuracy, gqa_accuracy
+from toyworld.metrics import SceneImages, caption_facts
 
 METRICS = [
     caption_scores, VQAAccuracy(), gqa_accuracy, dialogue_ranking, grounding_accuracy, MeanIoU(), FID(),
     SegmentedMeanIoU(Segmenter(None)), ImageSimilarity(CLIP(None)), TextSimilarity(CLIP(None)), SceneImages(),
-    scene_captions,
+    caption_facts,
 ]  # fmt: skip
 
 
