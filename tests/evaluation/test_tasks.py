@@ -42,7 +42,7 @@ def test_end_to_end(name: str, task: MakeTask, run: Run, tmp_path: Path) -> None
             assert len(record["images"]) == len(sample.reference) if isinstance(sample.reference, list) else 1
             for image in record["images"]:
                 assert PIL.Image.open(tmp_path / "out" / name / image).size == (32, 32)
-    assert result.toy
+    assert result.origin == "the toy world"
     assert set(result.metrics) - {"scene_captions", "scene_images"} == set(kind.metrics)
     assert set(result.metrics) <= set(METRICS)
     for metric in result.metrics.values():
