@@ -94,6 +94,41 @@ def test_an_empty_shard_is_no_damage(tmp_path: Path, processor: MMInterleavedPro
     assert report.rejected("pairs") == {}
 
 
+@pytest.mark.parametrize("type", ["mmc4", "documents", "lists", "webdataset"])
+def test_a_lone_surrogate_is_counted(tmp_path: Path, processor: MMInterleavedProcessor, type: str) -> None:
+    names = write_images(tmp_path, 2)
+    records = {
+        "mmc4": [mmc4([f"a {half}", "b"], [(n, i, 0.5) for i, n in enumerate(names)]) for half in ("", "\ud83d")],
+        "documents": [{"segments": [{"image": names[0]}, {"text": f"a {half}"}]} for half in ("", "\ud83d")],
+        "lists": [{"texts": [f"a {half}", None], "images": [None, names[0]]} for half in ("", "\ud83d")],
+        "webdataset": [{"caption": f"a {half}"} for half in ("", "\ud83d")],
+    }[type]
+    if type == "webdataset":
+        files = {f"{i}.{e}": png(i) if e == "png" else json.dumps(r).encode()
+                 for i, r in enumerate(records) for e in ("png", "json")}  # fmt: skip
+        write_tar(tmp_path / "a", files)
+    else:
+        write_lines(tmp_path / "a", records)
+    kind = "documents" if type == "lists" else type
+    options = {"single_image_prob": 0.0} if type == "mmc4" else {}
+    _, report = read(processor, pairs_source(tmp_path, ["a"], type=kind, **options))
+    assert report.counts(kind)["documents"] == 1
+    assert report.rejected(kind) == {"line with a lone surrogate": 1}
+
+
+def test_links_in_a_folder_of_images_are_followed(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+    """Of folders and of files; `images -> elsewhere` is how large sets are kept on another disk."""
+    folder = tmp_path / "data"
+    write_pairs(folder, 3)
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "1.png").rename(tmp_path / "one.png")
+    (tmp_path / "elsewhere" / "1.png").symlink_to("../one.png")
+    found, report = read(processor, pairs_source(folder, ["0.jsonl"]))
+    assert found == [0, 1, 2]
+    assert report.rejected("pairs") == {}
+
+
 # ---- lines
 
 
@@ -106,6 +141,10 @@ def test_an_empty_shard_is_no_damage(tmp_path: Path, processor: MMInterleavedPro
         ("null", "line not an object"),
         (b"\xff\xfe\x00", "line not UTF-8"),
         ("[" * 100_000, "line neither JSON nor a Python literal"),
+        (rb'{"image": "images/0.png", "caption": "a \ud83d"}', "line with a lone surrogate"),
+        (rb'{"image": "images/\udc80.png", "caption": "a"}', "line with a lone surrogate"),
+        (rb"{'image': 'images/0.png', 'caption': 'a \ud83d'}", "line with a lone surrogate"),
+        (b'{"image": "images/0.png", "caption": "a", "caption": "b"}', "line with a key twice"),
         ({"image": "images/0.png"}, "'caption' missing"),
         ({"image": "images/0.png", "caption": 7}, "'caption' malformed"),
         ({"image": "images/0.png", "caption": ["a", 7]}, "'caption' malformed"),

@@ -21,7 +21,19 @@ from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedProces
 from mm_interleaved.processor.tokenizer import encode_text
 
 from . import world
-from .world import loader, mmc4, numbers, pairs_source, png, texts, write_images, write_lines, write_pairs, write_tar
+from .world import (
+    loader,
+    mmc4,
+    numbers,
+    pairs_source,
+    png,
+    texts,
+    write_images,
+    write_lines,
+    write_members,
+    write_pairs,
+    write_tar,
+)
 
 
 def read(processor: MMInterleavedProcessor, type: str, folder: Path, shards: list[str], **options: Any) -> Any:
@@ -277,6 +289,34 @@ def test_webdataset_samples(tmp_path: Path, processor: MMInterleavedProcessor) -
     assert rows == ["<s>[]first words</s><s>[]second</s><s>[]third</s>"]
     assert images == [0, 1, 2]
     assert report.rejected("webdataset") == {}
+
+
+def test_files_of_one_name_spoil_their_sample_only(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+    """As in webdataset. The red caption must not stand with the blue image."""
+    files = [("0.png", png(0)), ("0.txt", b"red"), ("0.png", png(1)), ("1.png", png(2)), ("1.txt", b"green"),
+             ("2.png", png(3)), ("2.txt", b"x"), ("2.png", png(4)), ("2.txt", b"y"), ("2.PNG", png(5)),
+             ("3.png", png(6)), ("3.txt", b"white")]  # fmt: skip
+    write_members(tmp_path / "0.tar", files)
+    rows, images, report = read(processor, "webdataset", tmp_path, ["0.tar"], image_first_prob=1.0)
+    assert rows == ["<s>[]green</s><s>[]white</s>"]
+    assert images == [2, 6]
+    assert report.rejected("webdataset") == {"sample with two files of one name": 2}
+    assert "0.tar, sample 0: 0.png" in report.examples("webdataset")["sample with two files of one name"]
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "some.folder/"])
+def test_files_that_belong_to_no_sample_part_none(
+    tmp_path: Path, processor: MMInterleavedProcessor, prefix: str
+) -> None:
+    """A Mac adds `._` files; webdataset leaves out what has no extension, and `__meta__` files."""
+    files = [("._0.png", b"x"), ("0.png", png(0)), ("._0.txt", b"x"), ("README", b"x"), ("0.txt", b"red"),
+             ("__MACOSX__/0.txt", b"x"), (".DS_Store", b"x"), ("1.png", png(1)), ("._1.txt", b"x"), ("1.txt", b"blue"),
+             ("._end", b"x")]  # fmt: skip
+    write_members(tmp_path / "0.tar", [(prefix + name, content) for name, content in files])
+    rows, images, report = read(processor, "webdataset", tmp_path, ["0.tar"], image_first_prob=1.0)
+    assert rows == ["<s>[]red</s><s>[]blue</s>"]
+    assert images == [0, 1]
+    assert report.rejected("webdataset") == {"file that belongs to no sample": 7}
 
 
 def test_webdataset_samples_that_lack_something(tmp_path: Path, processor: MMInterleavedProcessor) -> None:

@@ -65,13 +65,18 @@ def write_pairs(folder: Path, count: int, shards: int = 1, words: int = 1) -> li
     return [f"{shard}.jsonl" for shard in range(shards)]
 
 
+def write_members(path: Path, files: list[tuple[str, bytes]]) -> None:
+    """A tar archive, in which names may stand more than once."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
     """A tar archive."""
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    write_members(path, [*files.items()])
 
 
 def mmc4(sentences: Sequence[str], images: Sequence[tuple[str, int, float]], **more: Any) -> dict[str, Any]:

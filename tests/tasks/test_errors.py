@@ -115,6 +115,30 @@ def test_a_strip_of_another_width(own: Callable) -> None:
     assert "strip of frames of 128 x 128" in first(task).problem
 
 
+def test_links_in_a_folder_of_images_are_followed(own: Callable) -> None:
+    task, folder = own("coco_karpathy")
+    images = next(p for p in sorted(folder.rglob("*")) if p.is_dir() and any(p.glob("*.jpg")))
+    images.rename(folder / "elsewhere")
+    images.symlink_to(folder / "elsewhere")
+    assert [s.problem for s in task.samples() if s.problem] == []
+
+
+SPOILT_TEXTS = {"vqav2": "question", "okvqa": "answer", "nocaps": "caption", "visdial": "caption",
+                "refcoco": "sent", "coco": "caption", "vist": "caption", "llava_instruct": "value"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT_TEXTS)
+def test_a_lone_surrogate_spoils_its_sample_only(name: str, own: Callable) -> None:
+    """Wherever the string ends up: in the prompt, the reference or the answer."""
+    task, folder = own(name)
+    old = f'"{SPOILT_TEXTS[name]}": "'
+    path = next(folder / file for file in ANNOTATIONS[name] if old in (folder / file).read_text())
+    path.write_text(path.read_text().replace(old, rf"{old}\ud83d", 1))
+    problems = [s.problem for s in task.samples()]
+    assert sum("lone surrogate" in problem for problem in problems) >= 1
+    assert sum(not problem for problem in problems) >= 1
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "", "a\0b", "x" * 5000, "loop"])
 def test_a_image_elsewhere(name: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import PIL.Image
 
-from ..io import FileSlice, InputError, check_list
+from ..io import FileSlice, InputError, check_list, check_strings
 from .checks import positive
 from .folder import Folder
 from .forms import read_form
@@ -51,7 +51,7 @@ class Document:
                 raise InputError(f"must be a Text or an Image, not {type(segment).__name__}", f"segments[{index}]")
         if self.max_turns is not None:
             positive(self.max_turns, "max_turns")
-        check_list(self.forced_texts, str, "forced_texts")
+        check_strings(check_list(self.forced_texts, str, "forced_texts"), "forced_texts")
 
     @property
     def name(self) -> str:

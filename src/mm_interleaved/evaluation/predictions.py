@@ -139,7 +139,7 @@ def read_records(path: Path) -> Iterator[Record]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            record = parse_json(line, strict=False) if line.strip() else None
+            record = parse_json(line) if line.strip() else None
         except InputError:
             if number == len(lines):  # without its line end: the process was killed while it wrote
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast, overload
@@ -43,8 +43,8 @@ def check_strings(value: Any, where: str = "") -> None:
             check_text(item, place)
         elif isinstance(item, (list, tuple)):
             rest += [(f"{place}[{i}]", one) for i, one in reversed(list(enumerate(cast(list[Any], item))))]
-        elif isinstance(item, dict):
-            for key, one in reversed(cast(dict[Any, Any], item).items()):
+        elif isinstance(item, Mapping):
+            for key, one in reversed([*cast(Mapping[Any, Any], item).items()]):
                 rest.append((f"{place}.{key}" if place else str(key), one))
                 if isinstance(key, str):
                     rest.append((f"{place}, a field's name" if place else "a field's name", key))

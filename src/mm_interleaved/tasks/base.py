@@ -14,7 +14,7 @@ import numpy as np
 
 from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
-from ..io import InputError
+from ..io import InputError, check_strings
 from ..validation import Count, Positive, Seed, nearest_name, settings
 from .files import Entry, ImageFolder, Source, checked, get, read_json
 
@@ -249,7 +249,7 @@ class Task:
         """
         shots = None
         if self.config.shots:
-            items = self.kind.read(self._shot_source())
+            items = self._read(self._shot_source())
             shots = Shots(self.config, self.kind, [item for item in items if not item.problem])
         for index, item in enumerate(self._items()):
             if not item.fields:
@@ -285,12 +285,21 @@ class Task:
         if problems:
             logger.warning("task '%s': %d samples are left out; the first: %s", self.name, len(problems), problems[0])
 
+    def _read(self, source: Source) -> Iterator[Item]:
+        """The items of the files; one whose strings hold a lone surrogate cannot be used."""
+        for number, item in enumerate(self.kind.read(source)):
+            try:
+                check_strings([item.id, item.fields, item.reference, item.options, item.meta])
+            except InputError as error:
+                item = Item.unusable(item.place or f"{self.name}, item {number}", error.problem)
+            yield item
+
     def _items(self) -> Iterator[Item]:
         """The items; one that repeats the id of another cannot be used."""
         places: dict[str, str] = {}
         odd: list[Item] = []  # held back: if nothing can be used, these are files of another layout
         good, source = 0, self.source()
-        for number, item in enumerate(islice(self.kind.read(source), self.config.limit)):
+        for number, item in enumerate(islice(self._read(source), self.config.limit)):
             if item.id in places:
                 problem = f"id {item.id} stands in {places[item.id] or 'it'} as well"
                 item = Item.unusable(f"{item.place or self.name}, item {number}", problem)
