@@ -19,9 +19,9 @@ from typing import Any, TypeVar, cast
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigIndexError, OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from .validation import ConfigError, explain
+from .validation import ConfigError, parse
 
 T = TypeVar("T")
 EXTENDS = "extends"
@@ -84,10 +84,7 @@ def _validated(merged: DictConfig, schema: type[T], overrides: Sequence[str], wh
         setting = (o for o in reversed(overrides) if (parts := _parts(o)) == names[: len(parts)])
         return next((f"override '{override}'" for override in setting), where)
 
-    try:
-        return TypeAdapter(schema).validate_json(json.dumps(data, default=str))
-    except ValidationError as error:
-        raise ConfigError(explain(error, schema, source)) from None
+    return parse(data, schema, source)
 
 
 def _plain(merged: DictConfig, overrides: Sequence[str], where: str) -> dict[str, Any]:

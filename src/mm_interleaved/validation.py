@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, dataclass_transform, overload
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
@@ -82,19 +83,36 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
-def explain(error: ValidationError, schema: type, source: Callable[[Path], str] = lambda path: "") -> str:
+def parse(data: Mapping[str, Any], schema: type[T], source: str | Callable[[Path], str]) -> T:
+    """Plain data as an instance of a settings class.
+
+    Args:
+        data: values by key.
+        schema: the class.
+        source: what errors call the origin of the data, or of the value at a path.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is not allowed.
+    """
+    try:
+        return TypeAdapter(schema).validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise ConfigError(explain(error, schema, source)) from None
+
+
+def explain(error: ValidationError, schema: type, source: str | Callable[[Path], str] = "") -> str:
     """The first problem that pydantic found, unknown keys before others, in words.
 
     Args:
         error: of pydantic.
         schema: the class that was validated.
-        source: names the file or the argument that a value at a path comes from; "": none.
+        source: the file or the argument that values come from, or that of the value at a path; "": none.
     """
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     path: Path = list(problem["loc"])
     value, kind = problem["input"], problem["type"]
-    origin = source(path)
+    origin = source if isinstance(source, str) else source(path)
     owner = _type_at(schema, path[: max((i for i, key in enumerate(path) if isinstance(key, str)), default=0)])
     if kind == "unexpected_keyword_argument":
         place = f" in {_dotted(path[:-1])}" if len(path) > 1 else ""

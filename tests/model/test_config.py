@@ -49,14 +49,17 @@ def change(path: str, value: object) -> dict:
         ("vision_config.num_hidden_layers", 6, "multiple of 4"),
         ("mmfs.levels", [8, 3], "[8, 3] are not among the image's maps [16, 8, 4, 2]"),
         ("mmfs.hidden_size", 18, "18 is not a multiple of num_heads 4"),
-        ("mmfs.num_hedas", 4, "'mmfs' has no key 'num_hedas'; did you mean 'num_heads'?"),
+        ("mmfs.num_hedas", 4, "unknown key 'num_hedas' in mmfs (model configuration). Did you mean 'num_heads'?"),
         ("image_decoder.image_size", 24, "cannot halve evenly"),
         ("image_decoder.resampler.hidden_size", 64, "must equal the UNet's cross_attention_dim 32"),
         ("image_decoder.mmfs.levels", [16, 8], "must be all the image's maps"),
         ("image_decoder.previous_images", 10, "must be smaller than"),
+        ("mmfs.num_points", 2.5, "mmfs.num_points must be a whole number, not 2.5 (model configuration)"),
+        ("image_decoder.guidance_scale", float("nan"), "image_decoder.guidance_scale must be a finite number"),
+        ("image_decoder.resampler.num_heads", 0, "image_decoder.resampler.num_heads must be at least 1, not 0"),
         ("mmfs_implementation", "magic", "'fast' or 'reference'"),
         ("soi_token_id", 9999, "outside the vocabulary of 2050"),
-        ("adapter", 7, "'adapter' must be a mapping or AdapterConfig, not int"),
+        ("adapter", 7, "adapter must be a mapping, not 7 (model configuration)"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_named(path: str, value: object, words: str) -> None:
@@ -68,7 +71,7 @@ def test_sizes_that_do_not_fit_are_named(path: str, value: object, words: str) -
 def test_missing_key_is_named() -> None:
     tree = _debug()
     del tree["visual_resampler"]["num_layers"]
-    with pytest.raises(ValueError, match="'visual_resampler' lacks the key 'num_layers'"):
+    with pytest.raises(ValueError, match=r"visual_resampler\.num_layers must be given \(model configuration\)"):
         MMInterleavedConfig(**tree)
 
 

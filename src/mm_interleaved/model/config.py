@@ -8,10 +8,7 @@ is a transformers decoder (Llama, Mistral, Qwen2, Qwen3), `vision_config` is a C
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,66 +16,67 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 from ..io import InputError, read_json
+from ..validation import Count, NonNegativeFloat, Positive, PositiveFloat, Share, parse, settings
 
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
-@dataclass
+@settings(frozen=False)
 class MMFSConfig:
     """One multi-modal feature synchronizer: deformable attention into the maps of earlier images."""
 
-    hidden_size: int  # width of the sampled values, over all heads
-    levels: list[int]  # sides of the sampled maps, fine to coarse
-    num_heads: int = 16
-    num_points: int = 8  # sampling points per head and image, shared by all levels
-    base_size: int | None = None  # offsets count in 1/base_size of the image's side; None: side of the query map
-    max_images: int = 50  # rows of the relative-position table; row 0 is never used
-    offset_init: float = 3.0  # offset biases start uniform in +-offset_init
+    hidden_size: Positive  # width of the sampled values, over all heads
+    levels: list[Positive]  # sides of the sampled maps, fine to coarse
+    num_heads: Positive = 16
+    num_points: Positive = 8  # sampling points per head and image, shared by all levels
+    base_size: Positive | None = None  # offsets count in 1/base_size of the image's side; None: side of the query map
+    max_images: Positive = 50  # rows of the relative-position table; row 0 is never used
+    offset_init: NonNegativeFloat = 3.0  # offset biases start uniform in +-offset_init
     enabled: bool = True  # False: build the network without these synchronizers (an ablation)
 
 
-@dataclass
+@settings(frozen=False)
 class AdapterConfig:
     """The ViT adapter: a convolutional stem exchanging features with the CLIP layers."""
 
-    stem_channels: int = 64  # channels of the stem; the three stages after it have 2, 4 and 4 times as many
-    num_heads: int = 16
-    num_points: int = 4
-    value_ratio: float = 0.5  # width of the attention values relative to the vision width
-    mlp_ratio: float = 0.25
-    num_extra_extractors: int = 2  # further extractors after the last interaction
+    stem_channels: Positive = 64  # channels of the stem; the three stages after it have 2, 4 and 4 times as many
+    num_heads: Positive = 16
+    num_points: Positive = 4
+    value_ratio: PositiveFloat = 0.5  # width of the attention values relative to the vision width
+    mlp_ratio: PositiveFloat = 0.25
+    num_extra_extractors: Count = 2  # further extractors after the last interaction
 
 
-@dataclass
+@settings(frozen=False)
 class ResamplerConfig:
     """A query transformer that turns any number of feature vectors into `num_queries` vectors."""
 
-    num_queries: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int = 3072
-    cross_attention_every: int = 1
+    num_queries: Positive
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    intermediate_size: Positive = 3072
+    cross_attention_every: Positive = 1
     qk_norm: bool = False
-    initializer_range: float = 0.02  # deviation of weights and queries; 0.02 was made for widths near 768
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    layer_norm_eps: float = 1e-12
+    initializer_range: NonNegativeFloat = 0.02  # deviation of weights and queries; 0.02 was made for widths near 768
+    hidden_dropout: Share = 0.0
+    attention_dropout: Share = 0.0
+    layer_norm_eps: PositiveFloat = 1e-12
 
 
-@dataclass
+@settings(frozen=False)
 class ImageDecoderConfig:
     """The diffusion decoder: resampler, UNet with synchronizers, VAE and noise schedule."""
 
-    image_size: int  # side of the decoded image in pixels
+    image_size: Positive  # side of the decoded image in pixels
     unet: dict[str, Any]  # diffusers UNet2DConditionModel
     vae: dict[str, Any]  # diffusers AutoencoderKL
     scheduler: dict[str, Any]  # diffusers DDPMScheduler
     resampler: ResamplerConfig
     mmfs: MMFSConfig
-    unconditional_probability: float = 0.1  # share of training images that lose their context (guidance)
-    vae_batch_size: int = 32  # images encoded by the VAE at a time
-    previous_images: int = 1  # number of earlier images of the document that the UNet attends to
+    unconditional_probability: Share = 0.1  # share of training images that lose their context (guidance)
+    vae_batch_size: Positive = 32  # images encoded by the VAE at a time
+    previous_images: Count = 1  # number of earlier images of the document that the UNet attends to
     guidance_scale: float = 7.5  # strength of classifier-free guidance, if `ImageSettings.guidance_scale` is None
 
     @property
@@ -99,34 +97,21 @@ class ImageDecoderConfig:
         return [*shapes, (channels[-1], side)]
 
 
-_PARTS: dict[str, type] = {
-    "adapter": AdapterConfig,
-    "visual_resampler": ResamplerConfig,
-    "mmfs": MMFSConfig,
-    "image_decoder": ImageDecoderConfig,
-}
+@settings
+class _Parts:
+    adapter: AdapterConfig
+    visual_resampler: ResamplerConfig
+    mmfs: MMFSConfig
+    image_decoder: ImageDecoderConfig
+
+
+_PARTS = tuple(field.name for field in dataclasses.fields(_Parts))
 _RESTORE = "restore it from its source, or convert the checkpoint again"
-_NESTED: dict[type, dict[str, type]] = {ImageDecoderConfig: {"resampler": ResamplerConfig, "mmfs": MMFSConfig}}
 
 
-def _build(cls: type, value: Any, name: str) -> Any:
-    """`value` as a `cls`, naming an unknown or a missing key."""
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"config: '{name}' must be a mapping or {cls.__name__}, not {type(value).__name__}")
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in value:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
-            raise ValueError(f"config: '{name}' has no key '{key}'{hint}")
-    for key, spec in known.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if required and key not in value:
-            raise ValueError(f"config: '{name}' lacks the key '{key}'")
-    inner = _NESTED.get(cls, {})
-    return cls(**{k: _build(inner[k], v, f"{name}.{k}") if k in inner else v for k, v in value.items()})
+def _plain(part: Any) -> Any:
+    """A part as plain data."""
+    return dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
 
 
 def _check_parts(path: Path) -> None:
@@ -209,8 +194,9 @@ class MMInterleavedConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**self.text_config)
         if isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**self.vision_config)
-        for name, cls in _PARTS.items():
-            setattr(self, name, _build(cls, getattr(self, name), name))
+        parts = parse({name: _plain(getattr(self, name)) for name in _PARTS}, _Parts, "model configuration")
+        for name in _PARTS:
+            setattr(self, name, getattr(parts, name))
         self.frozen = list(RELEASE_FROZEN if self.frozen is None else self.frozen)
         for pattern in self.frozen:
             try:
@@ -267,8 +253,6 @@ class MMInterleavedConfig(PreTrainedConfig):
              f"{decoder.unet['cross_attention_dim']}"),
             (decoder.latent_size % 2 ** (len(decoder.unet["block_out_channels"]) - 1) == 0, "image_decoder.image_size "
              f"{decoder.image_size} gives latents of side {decoder.latent_size}, which the UNet cannot halve evenly"),
-            (math.isfinite(decoder.guidance_scale), "image_decoder.guidance_scale must be a finite number, not "
-             f"{decoder.guidance_scale}"),
             (decoder.previous_images < decoder.mmfs.max_images, "image_decoder.previous_images must be smaller than "
              "image_decoder.mmfs.max_images"),
             (self.mmfs_implementation in ("fast", "reference"), "mmfs_implementation must be 'fast' or 'reference', "
@@ -306,11 +290,7 @@ class MMInterleavedConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain data."""
         tree = super().to_dict()
-        for name in _PARTS:
-            part = tree.get(name)
-            tree[name] = (
-                dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
-            )
+        tree |= {name: _plain(tree.get(name)) for name in _PARTS}
         return tree
 
     @classmethod

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..checkpoints.checkpoint import read_weights, weight_files
 from ..checkpoints.components import config_from_components, from_components
 from ..generation import MMInterleaved
 from ..io import read_json
@@ -176,10 +175,10 @@ def initial_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterle
         if init.checkpoint is not None:  # whose synchronizers may be left out
             anew = {name for entry in fresh for name in _names(model, entry, {})}
             kept = [name for name in model.state_dict() if name not in anew]
-            _copy(model, read_weights(Path(init.checkpoint)), kept, init.checkpoint)
+            _copy(model, folder_weights(Path(init.checkpoint)), kept, init.checkpoint)
     owners: dict[str, str] = {}  # which entry sets a parameter
     for entry in source.weights:
-        given = {} if entry.source == FRESH else read_weights(Path(entry.source))
+        given = {} if entry.source == FRESH else folder_weights(Path(entry.source))
         names = _names(model, entry, given)
         if twice := next((name for name in names if name in owners), None):
             raise ValueError(f"model.weights names {twice} twice, from '{owners[twice]}' and from '{entry.source}'")
@@ -210,21 +209,14 @@ def _copy(model: nn.Module, given: Mapping[str, Tensor], names: Sequence[str], f
             own[name].copy_(given[name])
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def folder_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model, of a part of one or of a diffusers VAE, by their names in a whole model.
 
     Raises:
-        ValueError: there are none, or a file is damaged.
+        CheckpointError: there are none, or a file is damaged.
     """
-    patterns = ("model*.safetensors", "diffusion_pytorch_model*.safetensors", "*.safetensors")
-    files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
-    if not files:
-        raise ValueError(f"'{folder}' has no weights (*.safetensors); name the folder of a model, a part or a VAE")
+    files = weight_files(folder)
+    files = [file for file in files if file.name.startswith("model")] or files  # an average may lie beside a model
+    state = {name: value for file in files for name, value in read_weights(file).items()}
     prefix = "image_decoder.vae." if _vae_config(folder) is not None else ""
-    state = {}
-    for file in files:
-        try:
-            state |= {prefix + name: value for name, value in load_file(file).items()}
-        except SafetensorError as error:
-            raise ValueError(f"'{file}' is damaged: {str(error).splitlines()[-1].strip()}") from None
-    return state
+    return {prefix + name: value for name, value in state.items()}
