@@ -291,4 +291,4 @@ def test_a_recorded_step_computes_the_same(small: Loaded, halved: bool, bounds: 
         with torch.no_grad():
             for parameter in parameters:  # a recording reads the weights as they are now
                 parameter.mul_(0.99)
-    assert (step.replayed, step.unrecorded) == (3, 1)
+    assert (step.replayed, step.uncaptured) == (3, 1)
