@@ -7,8 +7,10 @@ it all require torchvision. Names are those of the weight file `pt_inception-201
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
 PIXELS = 299
 FEATURES = 2048
+Pooling = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Conv(nn.Module):
@@ -41,85 +44,95 @@ def _unpadded(layer: _Conv) -> _Conv:
     return layer
 
 
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 def _average(x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class _BlockA(nn.Module):
-    def __init__(self, inputs: int, pooled: int) -> None:
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x, 3, stride=2)
+
+
+class _Block(nn.Module):
+    """Branches whose results are joined.
+
+    Args:
+        inputs: channels.
+        branches: of each a pooling, and convolutions in turn: name, channels, kernel and stride. Two in a list take the
+            same input, and their results are joined.
+    """
+
+    def __init__(self, inputs: int, *branches: Sequence[Any]) -> None:
         super().__init__()
-        self.branch1x1 = _Conv(inputs, 64)
-        self.branch5x5_1, self.branch5x5_2 = _Conv(inputs, 48), _Conv(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 64), _Conv(64, 96, 3)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3)
-        self.branch_pool = _Conv(inputs, pooled)
+        self.branches: list[tuple[Pooling, list[list[str]]]] = []
+        for pooling, *layers in branches:
+            width, groups = inputs, [layer if isinstance(layer, list) else [layer] for layer in layers]
+            for group in groups:
+                for name, *sizes in group:
+                    self.add_module(name, _Conv(width, *sizes))
+                width = group[-1][1]
+            self.branches.append((pooling, [[name for name, *_ in group] for group in groups]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        return torch.cat([self.branch1x1(x), five, double, self.branch_pool(_average(x))], 1)
+        found = []
+        for pooling, groups in self.branches:
+            y = pooling(x)
+            for names in groups:
+                y = torch.cat([self.get_submodule(name)(y) for name in names], 1)
+            found.append(y)
+        return torch.cat(found, 1)
 
 
-class _BlockB(nn.Module):
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3 = _Conv(inputs, 384, 3, stride=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 64), _Conv(64, 96, 3)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
+def _block_a(inputs: int, pooled: int) -> _Block:
+    return _Block(
+        inputs, (_same, ("branch1x1", 64)), (_same, ("branch5x5_1", 48), ("branch5x5_2", 64, 5)),
+        (_same, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)),
+        (_average, ("branch_pool", pooled)),
+    )  # fmt: skip
 
 
-class _BlockC(nn.Module):
-    def __init__(self, inputs: int, inner: int) -> None:
-        super().__init__()
-        row, column = (1, 7), (7, 1)
-        self.branch1x1 = _Conv(inputs, 192)
-        self.branch7x7_1, self.branch7x7_2 = _Conv(inputs, inner), _Conv(inner, inner, row)
-        self.branch7x7_3 = _Conv(inner, 192, column)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(inputs, inner), _Conv(inner, inner, column)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = _Conv(inner, inner, row), _Conv(inner, inner, column)
-        self.branch7x7dbl_5 = _Conv(inner, 192, row)
-        self.branch_pool = _Conv(inputs, 192)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(_average(x))], 1)
+def _block_b(inputs: int) -> _Block:
+    return _Block(
+        inputs, (_same, ("branch3x3", 384, 3, 2)),
+        (_same, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)), (_halved,),
+    )  # fmt: skip
 
 
-class _BlockD(nn.Module):
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = _Conv(inputs, 192), _Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1, self.branch7x7x3_2 = _Conv(inputs, 192), _Conv(192, 192, (1, 7))
-        self.branch7x7x3_3, self.branch7x7x3_4 = _Conv(192, 192, (7, 1)), _Conv(192, 192, 3, stride=2)
+def _block_c(inputs: int, inner: int) -> _Block:
+    row, column = (1, 7), (7, 1)
+    return _Block(
+        inputs, (_same, ("branch1x1", 192)),
+        (_same, ("branch7x7_1", inner), ("branch7x7_2", inner, row), ("branch7x7_3", 192, column)),
+        (_same, ("branch7x7dbl_1", inner), ("branch7x7dbl_2", inner, column), ("branch7x7dbl_3", inner, row),
+         ("branch7x7dbl_4", inner, column), ("branch7x7dbl_5", 192, row)),
+        (_average, ("branch_pool", 192)),
+    )  # fmt: skip
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, stride=2)], 1)
+
+def _block_d(inputs: int) -> _Block:
+    return _Block(
+        inputs, (_same, ("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2)),
+        (_same, ("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+         ("branch7x7x3_4", 192, 3, 2)), (_halved,),
+    )  # fmt: skip
 
 
-class _BlockE(nn.Module):
-    def __init__(self, inputs: int, *, last: bool) -> None:
-        super().__init__()
-        self.last = last
-        self.branch1x1 = _Conv(inputs, 320)
-        self.branch3x3_1 = _Conv(inputs, 384)
-        self.branch3x3_2a, self.branch3x3_2b = _Conv(384, 384, (1, 3)), _Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 448), _Conv(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _Conv(384, 384, (1, 3)), _Conv(384, 384, (3, 1))
-        self.branch_pool = _Conv(inputs, 192)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        three, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.last else _average(x)
-        split = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        split += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
-        return torch.cat([self.branch1x1(x), *split, self.branch_pool(pooled)], 1)
+def _block_e(inputs: int, pooling: Pooling) -> _Block:
+    row, column = (1, 3), (3, 1)
+    return _Block(
+        inputs, (_same, ("branch1x1", 320)),
+        (_same, ("branch3x3_1", 384), [("branch3x3_2a", 384, row), ("branch3x3_2b", 384, column)]),
+        (_same, ("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3),
+         [("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)]),
+        (pooling, ("branch_pool", 192)),
+    )  # fmt: skip
 
 
 class FIDInception(nn.Module):
@@ -132,12 +145,12 @@ class FIDInception(nn.Module):
         self.Conv2d_2b_3x3 = _Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = _Conv(64, 80)
         self.Conv2d_4a_3x3 = _unpadded(_Conv(80, 192, 3))
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _BlockA(192, 32), _BlockA(256, 64), _BlockA(288, 64)
-        self.Mixed_6a = _BlockB(288)
-        self.Mixed_6b, self.Mixed_6c = _BlockC(768, 128), _BlockC(768, 160)
-        self.Mixed_6d, self.Mixed_6e = _BlockC(768, 160), _BlockC(768, 192)
-        self.Mixed_7a = _BlockD(768)
-        self.Mixed_7b, self.Mixed_7c = _BlockE(1280, last=False), _BlockE(2048, last=True)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _block_a(192, 32), _block_a(256, 64), _block_a(288, 64)
+        self.Mixed_6a = _block_b(288)
+        self.Mixed_6b, self.Mixed_6c = _block_c(768, 128), _block_c(768, 160)
+        self.Mixed_6d, self.Mixed_6e = _block_c(768, 160), _block_c(768, 192)
+        self.Mixed_7a = _block_d(768)
+        self.Mixed_7b, self.Mixed_7c = _block_e(1280, _average), _block_e(2048, _largest)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Resize to 299 pixels, bilinearly and without antialiasing as FID's scores have it, and run the network."""
