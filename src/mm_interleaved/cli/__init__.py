@@ -1,4 +1,4 @@
-"""`mmi`, the command line: a file for each subcommand, which imports PyTorch only when it runs."""
+"""`mmi`, the command line. Each subcommand is a module, which imports PyTorch only when it runs."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; errors that a user can mend become one message and exit status 1."""
+    """Run the command line. Errors that the user can correct are printed as one message, with exit status 1."""
     _quieten_libraries()
     try:
         return app(arguments)
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _quieten_libraries() -> None:
-    """Let the libraries report errors only: our messages say the rest, and their versions do not concern a user."""
+    """Limit the messages of libraries to errors: their warnings do not help a user of the command line."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

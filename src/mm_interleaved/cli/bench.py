@@ -1,4 +1,4 @@
-"""`mmi bench`: what everything costs on this machine, what the machine allows, and what the reference costs."""
+"""`mmi bench`: times on this machine, the limits of the machine, and times of the reference implementations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ def bench(
     preset: Annotated[str, typer.Option(help="Size of the model: release, small or debug.")] = "small",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; default: bfloat16 on a GPU.")] = None,
-    only: Annotated[str | None, typer.Option(help="Lines to run, separated by commas; default: the usual.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further row is begun.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Lines to run, separated by commas; default: the standard ones.")
+    ] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further row is started.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Of the session.", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of an image.", min=1)] = None,
-    compile_unet: Annotated[bool, typer.Option("--compile", help="Also draw with a compiled UNet.")] = False,
+    compile_unet: Annotated[bool, typer.Option("--compile", help="Also generate images with a compiled UNet.")] = False,
     quantization: Annotated[str | None, typer.Option(help="int8 or fp8 for the language model's matrices.")] = None,
     mmfs: Annotated[str | None, typer.Option(help="Backend of MMFS in the model: plain, triton or auto.")] = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output", help="JSON file to write; a table (.md) and plots (.png) go beside it.")
+        Path | None,
+        typer.Option("--output", help="JSON file to write, with a table (.md) and plots (.png) next to it."),
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two JSON files to set beside each other; nothing is measured.")
+        tuple[Path, Path] | None, typer.Option(help="Two JSON files to compare; nothing is measured.")
     ] = None,
 ) -> None:
     """Measure the model's work, with random weights: decoding, images, prefill, MMFS, sessions, a training step."""
@@ -79,7 +82,7 @@ def bench(
 
 
 def _keep(result: dict[str, Any], path: Path | None) -> None:
-    """Write what there is so far: a run that is stopped leaves its results."""
+    """Write the results so far, so that an interrupted run leaves them."""
     from ..bench import report
 
     if path is None:

@@ -1,4 +1,4 @@
-"""Where commands speak: progress and messages on the error stream, results on the output."""
+"""The consoles of commands: progress and messages go to stderr, results to stdout."""
 
 from __future__ import annotations
 

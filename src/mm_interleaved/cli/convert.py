@@ -1,4 +1,4 @@
-"""`mmi convert` and `mmi assemble`: checkpoints from elsewhere."""
+"""`mmi convert` and `mmi assemble`: conversion of checkpoints, and new models from base components."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def convert(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: as they are.")] = None,
     image_upscale: Annotated[
-        float | None, typer.Option(help="Let the model see images so many times as large.")
+        float | None, typer.Option(help="Enlarge the images that the model sees by this factor.")
     ] = None,
-    to_original: Annotated[bool, typer.Option("--to-original", help="The other way round.")] = False,
+    to_original: Annotated[
+        bool, typer.Option("--to-original", help="Convert one of ours to the original's format.")
+    ] = False,
 ) -> None:
     """Convert the original release's checkpoint, tensor by tensor, or write one of ours as the original's."""
     from ..checkpoints.checkpoint import CheckpointError, convert_from_original, convert_to_original
@@ -73,7 +75,7 @@ def read_config(name: str) -> MMInterleavedConfig:
     """A preset, our `config.json`, or the original's settings.
 
     Raises:
-        UsageError: none of these.
+        UsageError: it is none of these.
     """
     from ..checkpoints.original import config_from_original
     from ..model import MMInterleavedConfig
@@ -109,7 +111,7 @@ def assemble(
     config: Annotated[str | None, typer.Option(help="Sizes of the new parts; default: the release's, adapted.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = "float32",
 ) -> None:
-    """Make a new model out of base components, ready for training."""
+    """Combine base components into a new model for training."""
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.components import config_from_components, from_components
     from ..generation import MMInterleaved
@@ -137,7 +139,7 @@ def assemble(
 
 
 def _component_tokenizer(path: Path):
-    """The SentencePiece model if there is one (the segment-wise rule was made for it), else what transformers reads."""
+    """The SentencePiece model of a folder if it has one, else its transformers tokenizer."""
     if path.is_file() or (path / "tokenizer.model").is_file():
         return _read_tokenizer(path)
     from transformers import AutoTokenizer
@@ -149,7 +151,7 @@ def _component_tokenizer(path: Path):
 
 
 def _special_ids(tokenizer) -> dict[str, int]:
-    """The tokenizer's special ids; where it has no `<s>`, the end token opens documents."""
+    """The special ids of the tokenizer. If it has no `<s>`, documents start with the end token."""
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""`mmi data`: what training or tasks read, looked at before anything is done with it, and converted if need be."""
+"""`mmi data`: checks the data of training and of tasks, and converts official files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from .data_tasks import prepare
 from .errors import UsageError
 
-data = typer.Typer(no_args_is_help=True, help="Look at the data of training and of tasks; convert official files.")
+data = typer.Typer(no_args_is_help=True, help="Check the data of training and of tasks; convert official files.")
 
 
 @data.command()
@@ -22,14 +22,15 @@ def check(
         list[str] | None, typer.Argument(help="key=value; for a task its settings: root=datasets phase=test limit=100.")
     ] = None,
     batches: Annotated[int, typer.Option(help="Training: batches to read of each source.", min=1)] = 8,
-    seconds: Annotated[float, typer.Option(help="Training: how long to measure the speed; 0: not.", min=0)] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Training: how long to measure the speed; 0: do not.", min=0)] = 10.0,
     sheet: Annotated[Path, typer.Option(help="Training: where to write the contact sheet.")] = Path("data.png"),
     rows: Annotated[int, typer.Option(help="Training: rows of each source on it, from other batches.", min=1)] = 3,
 ) -> None:
-    """Look at data before anything is done with them.
+    """Check data before a run.
 
-    Of training data a sample of every source is read; it says what was read and rejected, and how fast, and draws what
-    rows look like. Of tasks all annotations are read; it says what is missing or damaged and where to get it.
+    For training, reads a sample of every source, reports accepted and rejected records and the speed, and writes an
+    image of some rows. For tasks, reads all annotations and reports which files are missing or damaged and where to get
+    them.
     """
     from ..configuration import load_config, make_config
     from ..evaluation import EvaluateConfig

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def is_evaluation(path: Path) -> bool:
-    """Whether a YAML file has tasks rather than training data. What cannot be read is left to who reads it."""
+    """Whether a YAML file describes an evaluation and not a training run. False for a file that cannot be read."""
     import yaml
 
     try:
@@ -30,10 +30,10 @@ def is_evaluation(path: Path) -> bool:
 
 
 def check_tasks(tasks: Sequence[TaskConfig]) -> None:
-    """Check the files of tasks, and say what was found.
+    """Check the files of tasks and print the findings.
 
     Raises:
-        UsageError: some of them cannot be used as they are.
+        UsageError: some files are missing or damaged.
     """
     from ..evaluation.config import task_name
     from ..tasks import make_task
@@ -81,7 +81,7 @@ def prepare(
     root: Annotated[Path, typer.Option(help="Folder of the tree in docs/data_formats.md.")] = Path("datasets"),
     phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
 ) -> None:
-    """Write official files in the form that a task reads."""
+    """Convert official files to the format that a task reads."""
     from ..tasks import TASKS, InputError
     from ..tasks.prepare import prepare as convert
 
@@ -94,5 +94,5 @@ def prepare(
         raise UsageError(str(error)) from None
     for line in lines:
         output.print(line, highlight=False, markup=False)
-    output.print(f"to look at them: mmi data check {task} root={root}" + (f" phase={phase}" if phase else ""),
+    output.print(f"to check them: mmi data check {task} root={root}" + (f" phase={phase}" if phase else ""),
                  highlight=False, markup=False)  # fmt: skip

@@ -25,7 +25,7 @@ from .errors import UsageError
 
 @settings
 class CheckConfig:
-    """The part of a training configuration that says what is read."""
+    """The part of a training configuration that describes the data."""
 
     data: DataConfig
     model: ModelConfig = field(default_factory=lambda: ModelConfig(InitConfig(preset="small")))
@@ -57,7 +57,7 @@ def check_training(config: Path, overrides: list[str], batches: int, seconds: fl
 def _sample(
     config: DataConfig, index: int, processor: MMInterleavedProcessor, batches: int
 ) -> tuple[list[Batch], DataReport, str]:
-    """The first batches of one source, its report, and what is wrong with it."""
+    """The first batches of one source, its report, and its error."""
     one = replace(config, sources=[config.sources[index]], probabilities=[], sampling="sum", mix="batch", num_workers=0,
                   pin_memory=False, compat=[])  # fmt: skip
     found: list[Batch] = []
@@ -88,7 +88,7 @@ def _print_source(name: str, batches: list[Batch], report: DataReport, problem: 
 
 
 def _statistics(batches: list[Batch]) -> dict[str, str]:
-    """Means over rows."""
+    """Means over the rows of the batches."""
     if not batches:
         return {}
     rows = sum(len(b.input_ids) for b in batches)
@@ -107,7 +107,7 @@ def _statistics(batches: list[Batch]) -> dict[str, str]:
 
 
 def _print_speed(config: DataConfig, processor: MMInterleavedProcessor, seconds: float) -> None:
-    """Tokens and images a second of the loader alone, after its first batch."""
+    """Print the tokens and images per second of the loader alone, after its first batch."""
     loader = build_loader(replace(config, sampling="forever"), processor)
     tokens = images = rows = 0
     with console.status("measuring the speed"):

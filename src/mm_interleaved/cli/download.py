@@ -1,4 +1,4 @@
-"""`mmi download`: the release and its base components from the model hub."""
+"""`mmi download`: downloads the original release, its base components and the tasks' annotations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def download(
     what: Annotated[str, typer.Argument(help="release, base, all, annotations, or the name of a repository.")],
     target: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder to put it in; default: models, for annotations datasets."),
+        typer.Option("--output", "-o", help="Folder to write; default: models, or datasets for annotations."),
     ] = None,
     revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Fetch the release's weights, its base components or the tasks' annotations.
+    """Download the release's weights, its base components or the tasks' annotations.
 
-    Shows sizes and licences first, and resumes what was stopped.
+    Shows sizes and licences first, and resumes an interrupted download.
     """
     from ..checkpoints.hub import SETS, Component, ask, fetch
 

@@ -1,4 +1,4 @@
-"""What a command says when it cannot be carried out."""
+"""The error of commands."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from ..io import InputError
 
 
 class UsageError(InputError):
-    """A command that cannot be carried out as it was given."""
+    """A command whose arguments cannot be used."""

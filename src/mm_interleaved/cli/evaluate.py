@@ -1,4 +1,4 @@
-"""`mmi evaluate`: tasks for a model, from a YAML file; works under torchrun as well."""
+"""`mmi evaluate`: evaluates a model on the tasks of a YAML file, also under torchrun."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from ..evaluation import Results
 
 
-Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replaces a setting of the file.")]
 
 
 def evaluate_command(
     config: Annotated[Path, typer.Argument(help="YAML file of an evaluation; see configs/.", metavar="CONFIG")],
     settings: Settings = None,
-    device: Annotated[str | None, typer.Option(help="cpu, to stay there; else an accelerator if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or by default a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in the folder.")] = False,
 ) -> None:
-    """Let a model do tasks and score what it makes of them; the same command goes on where a run was stopped."""
+    """Evaluate a model on tasks. The same command resumes an interrupted evaluation."""
     import torch
 
     from ..configuration import load_config
@@ -51,7 +51,7 @@ def evaluate_command(
         dtype, quiet = find_dtype(loaded.dtype) if loaded.dtype else None, not state.is_main_process
         model = load_model(loaded.model, dtype, state.device, loaded.quantization, quiet)
         if not model.trained and state.is_main_process:
-            console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: what it makes is noise")
+            console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: its outputs are noise")
         results = evaluate(
             loaded, model.model, model.processor, folder, name=model.name, trained=model.trained, state=state,
             console=console,
@@ -66,7 +66,7 @@ def evaluate_command(
 
 @contextmanager
 def _once(state: PartialState) -> Iterator[None]:
-    """Errors that all processes learn of are told by one; those that are done wait for it."""
+    """Let only the main process report an error that all processes raise; processes that have finished wait for it."""
     try:
         yield
         state.wait_for_everyone()
@@ -76,7 +76,7 @@ def _once(state: PartialState) -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if state.is_main_process:
-            console.print("[yellow]interrupted:[/] the same command goes on from here")
+            console.print("[yellow]interrupted:[/] the same command resumes from here")
         raise
     finally:
         state.destroy_process_group()

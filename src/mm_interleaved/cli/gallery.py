@@ -1,6 +1,6 @@
-"""`gallery.html` of a task: what was asked, made and right, sample by sample, the worst first.
+"""`gallery.html` of a task: input, prediction and reference of each sample, the lowest score first.
 
-The page is one file; the images that it shows lie beside it in `gallery/`, small.
+The page is one file; small copies of its images are in `gallery/` in the same folder.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..tasks import Sample
 
 GALLERY, IMAGES = "gallery.html", "gallery"
 SIDE = 320  # longest side of an image in the gallery, in pixels
-BEST_OPTIONS = 5  # of many candidate answers, how many are shown
+BEST_OPTIONS = 5  # how many of the ranked candidate answers are shown
 
 
 def choose(scores: Scores, ids: Sequence[str], limit: int) -> list[str]:
-    """Ids to show, the worst first: all, or half of the limit the worst and half spread evenly over the others."""
+    """The ids to show, the lowest score first. Above `limit`: half are the lowest, half are spread over the others."""
     ranked = sorted(ids, key=lambda key: scores.get(key, math.inf))
     if len(ranked) <= limit:
         return ranked
@@ -39,7 +39,7 @@ def choose(scores: Scores, ids: Sequence[str], limit: int) -> list[str]:
 
 
 def write_gallery(given: ScoringInputs, scores: SampleScores, result: TaskResult, limit: int) -> Path | None:
-    """Write the page of a task and its images; its path, None if nothing is to be shown."""
+    """Write the page of a task and its images. Returns its path; None: there is nothing to show."""
     if not limit or not given.samples:
         return None
     rows = {s.id: (s, r) for s, r in zip(given.samples, given.records, strict=True)}
@@ -60,7 +60,7 @@ def write_gallery(given: ScoringInputs, scores: SampleScores, result: TaskResult
 
 
 def _entry(number: int, sample: Sample, record: Record, given: ScoringInputs, score: float | None) -> dict[str, Any]:
-    """What the page shows of a sample."""
+    """The values of a sample for the page's template."""
     folder = given.folder / IMAGES
     asked = []
     for slot, segment in enumerate(sample.document.segments):
@@ -89,7 +89,7 @@ def _entry(number: int, sample: Sample, record: Record, given: ScoringInputs, sc
 
 
 def _right(number: int, sample: Sample, record: Record, folder: Path) -> list[dict[str, Any]]:
-    """The reference: images, texts, or the answers that count."""
+    """The reference: images, texts or accepted answers."""
     reference = sample.reference
     if "references" in record:
         return [{"url": name} for name in record["references"]]
@@ -107,7 +107,7 @@ def _right(number: int, sample: Sample, record: Record, folder: Path) -> list[di
 
 
 def _thumbnail(source: Any, path: Path) -> str | None:
-    """Write a small copy beside the page; its relative URL, None if the image cannot be read any more."""
+    """Write a small copy of an image. Returns its relative URL; None: the image can no longer be read."""
     try:
         image = load_image(source)
     except InputError:

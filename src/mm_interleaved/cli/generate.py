@@ -1,4 +1,4 @@
-"""`mmi generate`: fill and continue the documents of a file."""
+"""`mmi generate`: fills and continues the documents of a file."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def generate(
     image_root: Annotated[
         Path | None, typer.Option(help="Folder that images may come from; default: the input's.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Documents that take their turns together.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Documents that are generated together.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
     quantization: Annotated[
         str | None,
-        typer.Option(help="Weights of the language model in a byte, not lossless: int8, fp8."),
+        typer.Option(help="Quantize the language model to 8 bits (not lossless): int8, fp8."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
 ) -> None:
-    """Fill the open slots of documents and let them go on, in text and images.
+    """Fill the open slots of documents and continue them, with text and images.
 
     Writes the images, results.json (the original's fields and ours) and report.html into the output folder.
     """
@@ -87,18 +87,18 @@ def generate(
     loaded = load_model(model, kind, where, quantization)
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, chosen)
-        prepared = generator.prepare_all(documents)  # says now what cannot be used
+        prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
     except InputError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
     folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
     if not loaded.trained:
-        console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: what it writes and draws is noise")
+        console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
     try:
         _run(generator, prepared, folder, batch_size)
     except KeyboardInterrupt:
-        console.print("[yellow]interrupted:[/] the same command with --resume goes on from here")
+        console.print("[yellow]interrupted:[/] continue with --resume")
         raise
     finally:
         if folder.done:
@@ -108,13 +108,13 @@ def generate(
 
 
 def _settings(text: TextSettings, image: ImageSettings, pairs: list[str], seed: int | None) -> GenerationSettings:
-    """Presets with the changes that the command line asks for."""
+    """The presets with the changes of the command line."""
     from ..configuration import read_overrides
     from ..generation.settings import GenerationSettings, override
 
     changes = {"seed": seed, **read_overrides(pairs)}
     if changes.get("num_beams") not in (None, 1):
-        changes.setdefault("do_sample", False)  # which presets turn on, and beams do not have
+        changes.setdefault("do_sample", False)  # presets sample, and beam search does not
     try:
         return override(GenerationSettings(text=text, image=image), **changes)
     except ValueError as error:
@@ -122,7 +122,7 @@ def _settings(text: TextSettings, image: ImageSettings, pairs: list[str], seed: 
 
 
 def _check_images(document: Document) -> None:
-    """Read every given image once, so that a bad one is known before the work begins."""
+    """Read every given image once, so that a bad one is reported before generation starts."""
     from ..io.images import load_image
 
     for index, segment in enumerate(document.segments):
@@ -144,7 +144,7 @@ def _run(
         for begin in range(folder.done, len(documents), batch_size):
             batch = documents[begin : begin + batch_size]
             finished = _follow(generator.run(batch), begin, folder, progress, current)
-            for offset in range(len(batch)):  # in the order of the file, whatever ended first
+            for offset in range(len(batch)):  # in the order of the file, not of finishing
                 folder.add_document(begin + offset, finished[offset].result, finished[offset].reason)
                 progress.advance(overall)
 
@@ -152,7 +152,7 @@ def _run(
 def _follow(
     events: Iterable[Event], begin: int, folder: ResultsFolder, progress: Progress, task
 ) -> dict[int, DocumentFinished]:
-    """Show what happens and save what is finished; the ends of the documents by number."""
+    """Print progress and save finished images. Returns how each document ended, by its number."""
     from ..generation import DocumentFinished, ImageProgress, SegmentFinished, TextDelta
 
     finished: dict[int, DocumentFinished] = {}

@@ -1,4 +1,4 @@
-"""`mmi info`: what a model is made of and what it costs."""
+"""`mmi info`: the parts, memory and cost of a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def info(
     model: Annotated[str, typer.Argument(help="release, small, debug, or the folder of a checkpoint.")],
     images: Annotated[int, typer.Option(help="Visible images in the cost of a token.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Denoising steps in the cost of an image.", min=1)] = 30,
-    as_json: Annotated[bool, typer.Option("--json", help="Print numbers for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show parameters by part, memory by type, and the cost of a token and of an image. Needs no weights."""
     from ..model.cost import measure
@@ -32,7 +32,7 @@ def info(
     config = _config(model)
     if images >= config.mmfs.max_images:
         raise UsageError(
-            f"--images must be at most {config.mmfs.max_images - 1}, which is all that this model tells apart"
+            f"--images must be at most {config.mmfs.max_images - 1}, the most that this model distinguishes"
         )
     with console.status("counting"):
         cost = measure(config, images, steps)

@@ -1,4 +1,4 @@
-"""Devices, float types and models that commands name."""
+"""Devices, float types and models by the names that commands take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def find_dtype(name: str) -> torch.dtype:
     """The float type of that name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the name is unknown.
     """
     if name not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not '{name}'")
@@ -35,7 +35,7 @@ def find_device(name: str) -> torch.device:
     """The device of that name; `auto` is a GPU if there is one.
 
     Raises:
-        UsageError: this machine has none.
+        UsageError: the name is unknown, or this machine has no such device.
     """
     import torch
 
@@ -54,14 +54,14 @@ def find_device(name: str) -> torch.device:
 def load_model(
     name: str, dtype: torch.dtype | None, device: torch.device | None, quantization: str | None, quiet: bool = False
 ) -> Loaded:
-    """A model and its processor.
+    """Load a model and its processor.
 
     Args:
-        name: a model that ships, or the folder of a checkpoint.
-        dtype: type of the weights; None: as `load` chooses.
-        device: where to.
-        quantization: of `QUANTIZATIONS`; None: none.
-        quiet: show no progress.
+        name: a model of the package, or the folder of a checkpoint.
+        dtype: type of the weights; None: `load` chooses it.
+        device: device of the weights.
+        quantization: one of `QUANTIZATIONS`; None: no quantization.
+        quiet: whether to hide the progress.
 
     Raises:
         UsageError: it cannot be loaded.
@@ -72,5 +72,5 @@ def load_model(
     try:
         with nullcontext() if quiet else console.status(f"loading {escape(name)}"):
             return load(name, dtype, device, cast(Quantization | None, quantization))
-    except (ValueError, RuntimeError, OSError) as error:  # what the libraries raise for folders they cannot load
+    except (ValueError, RuntimeError, OSError) as error:  # the libraries' errors for folders that they cannot load
         raise UsageError(f"model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""Commands of plug-ins beside those of this package. Help names them without importing them."""
+"""Commands of plug-ins. The help lists them without importing them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CommandGroup(TyperGroup):
         """Return all names.
 
         Raises:
-            PluginError: a plug-in adds a command that there is already.
+            PluginError: a plug-in adds a command that exists already.
         """
         own = super().list_commands(ctx)
         if taken := [name for name in own if name in COMMANDS]:
@@ -30,13 +30,13 @@ class CommandGroup(TyperGroup):
         return [*own, *COMMANDS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command; of a plug-in, one that only describes it."""
+        """Return a command; for a plug-in, a stub with its description."""
         own = super().get_command(ctx, cmd_name)
         point = COMMANDS.plugin(cmd_name) if own is None else None
         return own if point is None else _description(point)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that is called, imported, and the arguments that are left.
+        """Return the called command, which is imported, and the remaining arguments.
 
         Raises:
             UsageError: there is no such command.

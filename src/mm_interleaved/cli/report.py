@@ -1,4 +1,4 @@
-"""`report.html`: the documents of a run as pages to look at, in one file that needs nothing beside it."""
+"""`report.html`: the documents of a run as one HTML file with all images inline."""
 
 from __future__ import annotations
 

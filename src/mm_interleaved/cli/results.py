@@ -1,7 +1,7 @@
-"""The folder that `mmi generate` writes: images, `results.json`, `report.html`; each is there whole or not at all.
+"""The output folder of `mmi generate`: images, `results.json` and `report.html`, each written atomically.
 
-A record of `results.json` has the fields of the original's results and, for every segment of the finished document,
-its text or the path of its image, and whether it was generated; if so, in which turn, and the names of all candidates.
+A record of `results.json` has the fields of the original's results. For every segment of the finished document it has
+the text or the path of the image and whether it was generated; for a generated one also the turn and all candidates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS, REPORT = "results.json", "report.html"
 
 
 def candidate_name(sample: int, turn: int, number: int) -> str:
-    """The file of candidate `number` of an image that was generated in `turn` of document `sample`."""
+    """The file name of candidate `number` of the image that was generated in `turn` of document `sample`."""
     return f"{sample}_{turn}_{number}.png"
 
 
@@ -37,10 +37,10 @@ def _candidate_names(sample: int, generated: Generated) -> list[str]:
 
 
 def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Do not write over results unless asked to.
+    """Refuse a folder with results, unless one of `resume` and `overwrite` is set.
 
     Raises:
-        UsageError: the folder holds results and nothing was said about them, or two things were.
+        UsageError: the folder has results and neither is set, or both are set.
     """
     if resume and overwrite:
         raise UsageError("--resume keeps earlier results and --overwrite removes them; choose one")
@@ -50,18 +50,18 @@ def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 class ResultsFolder:
-    """Keeps finished documents, and their images as soon as they are finished; complete after each document.
+    """Saves each image and each document as soon as it is finished. `results.json` is complete after each document.
 
     Args:
-        folder: made if it does not exist.
-        source: the input file, whose checksum tells whether a run can be resumed.
-        loaded: the model, for the record: its name, the type of its weights, whether they are trained.
-        settings: how things are generated.
-        resume: go on where an earlier run with the same input, model and settings stopped.
-        overwrite: remove what an earlier run left.
+        folder: the output folder; created if necessary.
+        source: the input file; its checksum decides whether a run can be resumed.
+        loaded: the model, whose name, weight type and state (trained or not) are written.
+        settings: the settings of generation.
+        resume: continue an earlier run with the same input, model and settings.
+        overwrite: remove earlier results.
 
     Raises:
-        UsageError: the folder cannot be written, or holds results that are in the way.
+        UsageError: the folder cannot be written, or has results that may not be replaced.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class ResultsFolder:
 
     @property
     def done(self) -> int:
-        """Documents that are finished already."""
+        """The number of finished documents."""
         return len(self.records)
 
     def save_candidates(self, sample: int, segment: Segment) -> list[Path]:
-        """Save what was generated of document number `sample`, if it is an image; the files written."""
+        """Save the candidates of a generated image of document number `sample`. Returns the files written."""
         if segment.generated is None:
             return []
         paths = [self.folder / name for name in _candidate_names(sample, segment.generated)]
@@ -126,7 +126,7 @@ class ResultsFolder:
         return paths
 
     def add_document(self, sample: int, document: Document, reason: str) -> None:
-        """Keep a finished document, whose candidates are saved, and bring `results.json` up to date."""
+        """Add a finished document, whose candidates are saved, to `results.json`."""
         results: list[str] = []
         files: list[str] = []
         for segment in document.generated:
@@ -147,7 +147,7 @@ class ResultsFolder:
         write_json(self.folder / RESULTS, self.records, indent=4)
 
     def _entry(self, sample: int, number: int, segment: Segment) -> dict[str, Any]:
-        """What a record says of segment `number` of a document."""
+        """The entry of segment `number` of a document."""
         generated = segment.generated
         if isinstance(segment, Text):
             entry: dict[str, Any] = {"text": segment.text}
@@ -165,7 +165,7 @@ class ResultsFolder:
         return entry
 
     def _save_given(self, sample: int, document: Document) -> list[str]:
-        """Save the given images that are only in memory; their names."""
+        """Save the given images that are only in memory. Returns their file names."""
         names = []
         for number, segment in enumerate(document.segments):
             if isinstance(segment, Text) or segment.generated is not None:
@@ -176,7 +176,7 @@ class ResultsFolder:
         return names
 
     def _given_path(self, sample: int, number: int, segment: Image) -> str:
-        """Path of a given image from the results folder."""
+        """Path of a given image, relative to the results folder."""
         if isinstance(segment.source, PIL.Image.Image):
             return f"{sample}_given_{number}.png"
         if not isinstance(segment.source, (str, Path)):
@@ -184,7 +184,7 @@ class ResultsFolder:
         return os.path.relpath(segment.source, self.folder.resolve())
 
     def finish(self) -> Path:
-        """Write the report; its path."""
+        """Write the report. Returns its path."""
         path = self.folder / REPORT
         write_atomic(path, write_report(self.records, self.folder, self.run, self.trained))
         return path
@@ -200,9 +200,9 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def with_candidates(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as it is written now, of one by version 0.1.0, whose segments lack `turn` and `candidates`.
+    """Convert a record of version 0.1.0, whose segments lack `turn` and `candidates`, to the current format.
 
-    There `generate_results` lists every turn: one entry for a text, as many as the settings say for an image.
+    Its `generate_results` lists every turn: one entry for a text, and for an image as many as the settings state.
     """
     segments, begin, turn = [], 0, 0
     for segment in record["segments"]:

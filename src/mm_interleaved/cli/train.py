@@ -1,4 +1,4 @@
-"""`mmi train`: train a model from a YAML file; works under torchrun as well."""
+"""`mmi train`: trains a model as a YAML file describes, also under torchrun."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import typer
 
 from .errors import UsageError
 
-Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
+Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replaces a setting of the file.")]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of a run; see configs/.", metavar="CONFIG")]
-Device = Annotated[str | None, typer.Option(help="cpu, to stay there; else an accelerator if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, or by default a GPU if there is one.")]
 
 
 def train(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
-    """Train a model of documents, or go on where an interrupted run stopped."""
+    """Train a model, or resume an interrupted run."""
     from ..configuration import load_config
     from ..pretrained import TOKENIZER
     from ..training.config import TrainConfig
@@ -30,7 +30,7 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
 
 @contextmanager
 def training() -> Iterator[ModuleType]:
-    """The module of runs, for one of them, with which the program ends; what a user can mend is one message."""
+    """The module `training.run`, for one run. Errors that the user can correct are raised as a `UsageError`."""
     from ..training import run
     from ..training.config import TrainingError
 
