@@ -1,10 +1,10 @@
-"""Tasks: official files of benchmarks become documents with references, a prompt, settings and names of metrics.
+"""Benchmark tasks: each reads official files as documents with references, and has a prompt, settings and metrics.
 
     task = make_task(TaskConfig("vqav2", root="datasets"))
     for sample in task.samples():
         sample.document, sample.reference
 
-A new task is one small file; docs/reference/tasks.md shows one.
+docs/reference/tasks.md shows how to add a task in one small file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def make_task(config: TaskConfig) -> Task:
     """The task of a configuration.
 
     Raises:
-        InputError: there is no such task, or a setting is not possible.
+        InputError: the task is unknown, or a setting is invalid.
         PluginError: the plug-in that adds the task cannot be used.
     """
     if config.task not in TASKS:

@@ -1,4 +1,4 @@
-"""ADE20K: a photo from a coloured label map and a caption (docs/data_formats.md, "ADE20K")."""
+"""ADE20K: generation of a photo from a coloured label map and a caption (docs/data_formats.md, "ADE20K")."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLORED = "annotations_with_color"
 CLASSES = 150
 _LEVELS = np.arange(CLASSES)
 _DIGITS = np.stack([_LEVELS // 36, _LEVELS % 36 // 6, _LEVELS % 6], 1)
-PALETTE = np.concatenate([np.zeros((1, 3)), 255 - 42 * _DIGITS]).astype(np.uint8)  # of each label; 0 is black
+PALETTE = np.concatenate([np.zeros((1, 3)), 255 - 42 * _DIGITS]).astype(np.uint8)  # by label; 0 is black
 _OBTAIN = (
     "Get ADEChallengeData2016, write captions as [{image_id, caption}], and colour the label maps with "
     "mm_interleaved.tasks.ade20k.color_maps"
@@ -32,12 +32,12 @@ def colored(labels: np.ndarray) -> PIL.Image.Image:
 
 
 def color_maps(folder: Path, phase: str) -> int:
-    """Write the coloured maps of `annotations/<phase>/` to `annotations_with_color/<phase>/`; how many there are.
+    """Write the coloured maps of `annotations/<phase>/` to `annotations_with_color/<phase>/`. Returns their number.
 
-    Maps that are there already are left alone.
+    Existing maps are not written again.
 
     Raises:
-        InputError: a label map cannot be read, or has labels that ADE20K has not.
+        InputError: a label map cannot be read, or has labels that are not in ADE20K.
     """
     maps = sorted((folder / "annotations" / phase).glob("*.png"))
     if not maps:
@@ -56,8 +56,8 @@ def color_maps(folder: Path, phase: str) -> int:
 def read(source: Source) -> Iterator[Item]:
     """A coloured map, a caption, and the photo as an open slot.
 
-    The reference names the label map and how the photo is to be laid over it: both are cut to their middle, or (in the
-    original, `compat`) the square image is stretched to the map's sides.
+    The reference has the path of the label map and how the photo is aligned with it: both are cropped to the central
+    square, or (in the original, `compat`) the square image is stretched to the size of the map.
     """
     path = source.file(f"{source.phase}.json")
 
@@ -70,7 +70,7 @@ def read(source: Source) -> Iterator[Item]:
         problem = next((p for _, p in found if p), "")
         if unmade and problem == unmade:
             problem += f" ({_OBTAIN})"
-        # Learned, the map would be drawn from nothing: its context is empty, and its caption still to come.
+        # The map has no image loss: its context is empty, since its caption follows it.
         shown: list[Segment] = [given(shown_map)]
         text: list[Segment] = [Text(f"{caption}.", supervise=source.phase == "training")]
         layout = text + shown if source.options["layout"] == "text_first" else shown + text

@@ -1,4 +1,4 @@
-"""What a task is made of: a reader of the official files, a prompt, settings, what to do with the output, metrics."""
+"""The parts of a task: a reader of the official files, a prompt, settings, post-processing and metrics."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Value = str | Segment | Sequence[Segment]
 
 @dataclass(frozen=True)
 class Item:
-    """What a reader finds: the parts of a prompt and what belongs to them.
+    """One record that a reader yields.
 
     Attributes:
         id: unique in its task.
-        fields: what may stand in a prompt template, by name: text, an image, or several segments.
-        reference: what metrics compare with; plain data.
-        answer: what training learns in the place of the open slots, in order.
-        options: for tasks that rank them, the texts to score.
-        meta: what else metrics and galleries want to know.
-        problem: why it cannot be evaluated (its image is missing, its record is odd), "" if it can.
-        place: where it stands in the files.
+        fields: values for the prompt template, by name: a text, an image, or several segments.
+        reference: the reference for metrics; plain data.
+        answer: the training targets of the open slots, in order.
+        options: the candidate answers to rank, for tasks that rank them.
+        meta: other values for metrics and galleries.
+        problem: why it cannot be evaluated (its image is missing, its record is malformed); "": it can.
+        place: its file and line or record.
     """
 
     id: str
@@ -50,16 +50,16 @@ class Item:
 
     @classmethod
     def unusable(cls, place: str, problem: str) -> Item:
-        """What stands for a record that cannot be used. Its id is its place, without the folder."""
+        """An item for a record that cannot be used. Its id is its place, without the folder."""
         return cls(place.rpartition("/")[2], {}, problem=problem, place=place)
 
 
 def each(entries: Iterable[Entry], make: Callable[[str, Any, int], Iterable[Item]]) -> Iterator[Item]:
-    """The items of records; a record that cannot be used becomes an item that says why.
+    """The items of records. A record that cannot be used gives an item with a `problem`.
 
     Args:
-        entries: from `files.entries` and the like.
-        make: makes the items of a record, given its place, the record, and its number.
+        entries: records, such as those of `files.entries`.
+        make: returns the items of a record from its place, the record, and its number.
     """
     for index, (where, read) in enumerate(entries):
         try:
@@ -70,7 +70,7 @@ def each(entries: Iterable[Entry], make: Callable[[str, Any, int], Iterable[Item
 
 
 def usable(entries: Iterable[Entry], parse: Callable[[str, Any], T]) -> tuple[list[T], list[Item]]:
-    """What `parse` makes of records, given their place and them, and an item for each that cannot be used."""
+    """The results of `parse(place, record)`, and an item for each record that cannot be used."""
     found, odd = [], []
     for where, read in entries:
         try:
@@ -81,11 +81,11 @@ def usable(entries: Iterable[Entry], parse: Callable[[str, Any], T]) -> tuple[li
 
 
 Grouped = Mapping[T, Sequence[tuple[str, dict[str, Any]]]]
-"""Records and their places by the value of a key."""
+"""Records and their places, by the value of a key."""
 
 
 def grouped(entries: Iterable[Entry], key: str, kind: type[T]) -> tuple[Grouped[T], list[Item]]:
-    """Records by the value of one of their keys, in the order of the file, and an item for each that has none."""
+    """Group records by the value of `key`, in the order of the file. Also returns an item for each without that key."""
     found, odd = usable(entries, lambda where, record: (get(record, key, kind, where), where, record))
     groups: dict[T, list[tuple[str, dict[str, Any]]]] = {}
     for value, where, record in found:
@@ -94,16 +94,16 @@ def grouped(entries: Iterable[Entry], key: str, kind: type[T]) -> tuple[Grouped[
 
 
 def only(groups: Grouped[T], value: T, where: str, problem: str) -> tuple[str, dict[str, Any]]:
-    """The one record that belongs to another, with its place.
+    """The only record of a group, with its place.
 
     Args:
-        groups: the records.
-        value: of the key.
-        where: where the other stands.
-        problem: what is wrong if there is none.
+        groups: the records by the value of their key.
+        value: the value of the key.
+        where: the place of the record that refers to it, for messages.
+        problem: the message if there is none.
 
     Raises:
-        InputError: there is none, or several.
+        InputError: there is none, or more than one.
     """
     found = groups.get(value, ())
     if not found:
@@ -115,10 +115,10 @@ def only(groups: Grouped[T], value: T, where: str, problem: str) -> tuple[str, d
 
 @dataclass(frozen=True)
 class Sample:
-    """An item with its prompt written out.
+    """An item with its rendered prompt.
 
     Attributes:
-        document: the prompt, with an open slot for each text or image that is to be made.
+        document: the prompt, with an open slot for each text or image to generate.
         id, reference, answer, options, meta, problem: as in `Item`.
     """
 
@@ -133,23 +133,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskType:
-    """A task as one file of this folder describes it.
+    """The description of a task.
 
     Attributes:
-        name: how configurations call it.
-        description: what it is, in a line.
+        name: its name in configurations.
+        description: one line about it.
         read: yields the items of a phase in a fixed order.
         makes: what is generated: a text, images, or scores of options.
         prompt: template with `{field}`s of the items; an open slot is added to its end if it has none.
-        metrics: names of what is measured.
-        settings: how texts are written or images drawn.
-        post: what is done to a generated text before it is measured.
+        metrics: names of its metrics.
+        settings: its settings of generation.
+        post: post-processing of a generated text before metrics.
         phases: parts of the data set, the default first.
         options: the task's own settings and their values, the default first; no values: any text.
-        example: template of a few-shot example; "": the task takes none.
+        example: template of a few-shot example; "": the task has no few-shot examples.
         crop: how images become square: boxes need "squash".
-        select: which of several images for a prompt counts: the first, or the one that CLIP finds closest.
-        images, annotations: where the files lie in the documented tree.
+        select: which of several generated images is evaluated: the first, or the most similar one by CLIP.
+        images, annotations: paths of the files in the documented tree.
         obtain: where to get the files, for messages.
     """
 
@@ -177,21 +177,21 @@ class TaskConfig:
 
     Attributes:
         task: name of a task type.
-        name: how results call it; "": the type's name.
-        root: folder of the documented tree; the type knows where its files lie there.
-        images: folder of the images; None: where it lies in the tree.
-        annotations: folder of the annotation files, or the one such file; None: where it lies in the tree.
+        name: its name in results; "": the type's name.
+        root: folder of the documented tree.
+        images: folder of the images; None: the type's folder in the tree.
+        annotations: folder of the annotation files, or the only such file; None: the type's folder in the tree.
         phase: part of the data set; "": the type's default.
-        limit: take so many samples, from the start.
-        prompt: template in place of the type's own.
+        limit: number of samples, from the start; None: all.
+        prompt: template that replaces the type's own.
         generation: settings that differ, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
         options: the type's own settings.
-        shots: examples before the question (`{examples}` in the prompt; else they stand in front).
-        shot_template: how one is written; None: the type's way. Images come along if it has `{image}`.
+        shots: number of few-shot examples. They replace `{examples}` in the prompt, or precede a prompt without it.
+        shot_template: template of an example; None: the type's. Examples have images if it has `{image}`.
         shot_phase: part of the data set that examples come from.
-        shot_images, shot_annotations: where that part lies; None: as above.
-        neighbours: JSON file {sample's id: [examples' ids, the most similar first]}; None: examples are drawn.
-        seed: of everything that is drawn.
+        shot_images, shot_annotations: paths of that part; None: as above.
+        neighbours: JSON file {sample's id: [examples' ids, the most similar first]}; None: examples are sampled.
+        seed: seed of random choices.
         compat: restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks").
     """
 
@@ -216,14 +216,14 @@ class TaskConfig:
 
 
 class Task:
-    """A task that is ready to be read.
+    """A task with its settings.
 
     Args:
-        kind: what it is.
+        kind: the description of the task.
         config: its settings.
 
     Raises:
-        InputError: a setting is unknown or not possible.
+        InputError: a setting is unknown or invalid.
     """
 
     def __init__(self, kind: TaskType, config: TaskConfig) -> None:
@@ -238,14 +238,14 @@ class Task:
             raise InputError(str(error), f"task '{self.name}', 'generation'", "Correct the setting") from None
 
     def post(self, text: str) -> str:
-        """A generated text as it is measured."""
+        """The post-processed text that metrics use."""
         return self.kind.post(text)
 
     def samples(self) -> Iterator[Sample]:
-        """The samples, in a fixed order. Those that cannot be evaluated say so in `problem`.
+        """The samples, in a fixed order. Those that cannot be evaluated have a `problem`.
 
         Raises:
-            InputError: a file is missing or not as it should be, or none of its records can be used.
+            InputError: a file is missing or malformed, or none of its records can be used.
         """
         shots = None
         if self.config.shots:
@@ -270,11 +270,12 @@ class Task:
             yield Sample(item.id, document, item.reference, item.meta, item.answer, item.options, item.problem)
 
     def documents(self) -> Iterator[Document]:
-        """The samples as training documents: what fills the slots is learned. Those with a problem are left out, and
-        a warning says how many.
+        """The samples as training documents: the answers in the slots have a loss.
+
+        Samples with a problem are left out, with a warning that states their number.
 
         Raises:
-            InputError: as `samples`, or a sample has no answer to learn.
+            InputError: as `samples`, or a sample has no answer.
         """
         problems = []
         for sample in self.samples():
@@ -295,9 +296,9 @@ class Task:
             yield item
 
     def _items(self) -> Iterator[Item]:
-        """The items; one that repeats the id of another cannot be used."""
+        """The items. An item with the id of an earlier one cannot be used."""
         places: dict[str, str] = {}
-        odd: list[Item] = []  # held back: if nothing can be used, these are files of another layout
+        odd: list[Item] = []  # yielded after the first usable item: if there is none, the files have another layout
         good, source = 0, self.source()
         for number, item in enumerate(islice(self._read(source), self.config.limit)):
             if item.id in places:
@@ -318,7 +319,7 @@ class Task:
         yield from odd
 
     def source(self) -> Source:
-        """Where the files are, and which part of them is wanted.
+        """The files of the task's phase.
 
         Raises:
             InputError: the folder of images does not exist.
@@ -343,11 +344,11 @@ class Task:
 
 
 class Shots:
-    """Examples before the question: drawn by chance, or the nearest of a list, the most similar last.
+    """Few-shot examples: sampled at random, or the nearest ones of a list with the most similar last.
 
     Args:
-        config, kind: of the task.
-        items: what examples are taken from.
+        config, kind: settings and description of the task.
+        items: the items to choose examples from.
 
     Raises:
         InputError: there are too few, or the list cannot be used.
@@ -365,7 +366,7 @@ class Shots:
             self.neighbours = checked(read_json(Path(config.neighbours)), dict, config.neighbours)
 
     def before(self, item: Item, index: int) -> list[Segment]:
-        """The examples for an item, as segments."""
+        """The segments of the examples for an item."""
         separator = "" if self.config.compat else " "
         chosen = self._chosen(item, index)
         template = separator.join(f"{{{i}}}" for i in range(len(chosen)))
@@ -388,10 +389,10 @@ class Shots:
 
 
 def render(template: str, fields: Mapping[str, Value], where: str = "") -> list[Segment]:
-    """A prompt as segments: the template with its `{field}`s filled in; white space next to images is dropped.
+    """Fill the `{field}`s of a template. Returns segments, without white space next to images.
 
     Raises:
-        InputError: the template has a field that there is not, or is no template.
+        InputError: the template has an unknown field, or is malformed.
     """
     segments: list[Segment] = []
     run = ""

@@ -22,7 +22,7 @@ SETTINGS = GenerationSettings(text=TEXT_PRESETS["caption"])
 
 
 def first_sentence(text: str) -> str:
-    """What stands before the first full stop."""
+    """The text before the first full stop."""
     return text.strip().split(".")[0]
 
 
@@ -44,7 +44,7 @@ def read_karpathy(source: Source) -> Iterator[Item]:
 
 
 def read_coco_form(name: str) -> Callable[[Source], Iterator[Item]]:
-    """A reader of COCO's own form: {images: [{id, file_name}], annotations: [{image_id, caption}]}."""
+    """A reader of COCO's format: {images: [{id, file_name}], annotations: [{image_id, caption}]}."""
 
     def read(source: Source) -> Iterator[Item]:
         path = source.file(name)
@@ -72,7 +72,7 @@ def read_coco_form(name: str) -> Callable[[Source], Iterator[Item]]:
 
 
 def _texts(records: Sequence[tuple[str, dict[str, Any]]], where: str) -> list[str]:
-    """The captions of records, one of which at least is not blank."""
+    """The captions of records, at least one of which must not be blank."""
     return strings([get(record, "caption", str, place) for place, record in records], where)
 
 

@@ -1,4 +1,4 @@
-"""Are a task's files all there, in the right form, and as many as there should be?"""
+"""Checks the files of a task: whether they exist and are well formed, and the number of samples."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ..io import InputError
 from ..io.images import load_image, open_image
 from .base import Sample, Task
 
-NAMED = 20  # problems of one kind that are named
-DECODED = 100  # images that are read to their last pixel; of the others only the header
+NAMED = 20  # problems of one kind that are listed
+DECODED = 100  # images that are decoded; of the others only the header is read
 
 EXPECTED = {
     ("coco_karpathy", "test"): 5_000, ("flickr30k", "test"): 1_000, ("nocaps", "val"): 4_500,
     ("image2paragraph", "test"): 2_489, ("vqav2", "val"): 214_354, ("okvqa", "val"): 5_046,
     ("textvqa", "val"): 5_000, ("vizwiz_vqa", "val"): 4_319, ("visdial", "val"): 2_064, ("coco", "val"): 40_504,
 }  # fmt: skip
-"""Samples of the official sets, as they were published; a filtered or grown set may have others."""
+"""Numbers of samples of the official sets as published; filtered or extended sets have other numbers."""
 
 
 @dataclass
 class TaskCheck:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        samples: how many there are.
-        images: different image files that they name.
-        missing: how many samples cannot be used, since an image is not there or a record is odd.
-        unreadable: how many image files are no images.
-        expected: samples of the official set; None: not known, or a limit was set.
-        problems: what is wrong, with places; a few of each kind.
-        fix: where the files come from.
+        samples: number of samples.
+        images: number of different image files.
+        missing: number of samples that cannot be used, since an image is missing or a record is malformed.
+        unreadable: number of image files that are not images.
+        expected: number of samples of the official set; None: unknown, or a limit was set.
+        problems: messages with places; a few of each kind.
+        fix: where to get the files.
     """
 
     samples: int = 0
@@ -46,15 +46,15 @@ class TaskCheck:
 
     @property
     def good(self) -> bool:
-        """Whether the task can be evaluated completely. The number of samples is not asked."""
+        """Whether every sample can be evaluated. Does not compare the number of samples."""
         return not self.problems
 
 
 def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCheck:
-    """Read all of a task's annotations, look at every image's header, and decode some images.
+    """Read all annotations of a task and the header of every image, and decode some images.
 
     Args:
-        task: what to check.
+        task: the task to check.
         advance: called after each sample.
     """
     phase = task.config.phase or task.kind.phases[0]

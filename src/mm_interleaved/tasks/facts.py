@@ -1,4 +1,4 @@
-"""What is known about the samples of a task beside their references, when a plug-in recognises its files."""
+"""Facts about the samples of a task besides their references, from a plug-in that recognises the files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .base import Task
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about the samples of a task.
+    """Facts about the samples of a task.
 
     Attributes:
-        origin: whose files they are, for reports, such as "the toy world"; they are not the official ones.
-        metrics: names of the metrics that compare with the facts, computed beside those of the task.
+        origin: the origin of the files, for reports, such as "the toy world"; they are not the official ones.
+        metrics: names of the metrics that use the facts, computed in addition to those of the task.
         data: the facts, for these metrics.
     """
 
@@ -25,10 +25,10 @@ class Facts:
     data: Any = None
 
 
-FindFacts = Callable[[Task], Facts | None]  # None: the files are not those that it knows
+FindFacts = Callable[[Task], Facts | None]  # None: it does not recognise the files
 FACTS: Registry[FindFacts] = Registry("mm_interleaved.tasks.facts", "finder of facts")
 
 
 def find_facts(task: Task) -> Facts | None:
-    """Return what the first plug-in that recognises the files of a task knows about it; None: none does."""
+    """Return the facts of the first plug-in that recognises the files of a task; None: no plug-in does."""
     return next((facts for find in FACTS.values() if (facts := find(task)) is not None), None)

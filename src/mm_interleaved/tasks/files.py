@@ -1,4 +1,4 @@
-"""Annotation files and the images beside them: read with care, and with errors that say where and what to do."""
+"""Reads annotation files and finds their images. Errors state the place and what to do."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..io import InputError, check_type, find_file, parse_json, read_lines
 
 T = TypeVar("T")
 Entry = tuple[str, Callable[[], Any]]
-"""Where a record of a file stands, and what reads it or raises `InputError`: one odd record leaves the others alone."""
+"""The place of a record, and a function that reads it or raises `InputError`, so that one bad record stops no other."""
 _LAYOUT = "Compare the file with the data set's layout"
 
 
 @dataclass
 class ImageFolder:
-    """A folder of images, which no name may leave; links in it are followed."""
+    """A folder of images. Names must stay in it; symbolic links in it may point anywhere."""
 
     root: Path
     _seen: dict[str, tuple[Path, str]] = field(default_factory=dict, repr=False)
 
     def find(self, name: str) -> tuple[Path, str]:
-        """The path of an image, and why it cannot be used ("": it can). Nothing is decoded."""
+        """The path of an image, and why it cannot be used ("": it can). Does not decode it."""
         if name not in self._seen:
             self._seen[name] = self._find(name)
         return self._seen[name]
@@ -42,17 +42,17 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's files are, and which part of them is wanted.
+    """The files of a task, and the part of them to read.
 
     Attributes:
-        task: for messages.
+        task: name of the task, for messages.
         images: folder of the images.
-        annotations: folder of the annotation files, or for tasks with one such file the file itself.
-        phase: part of the data set, in its own words (`val`, `test`, ...).
-        obtain: where the files come from, for messages.
+        annotations: folder of the annotation files, or the only such file.
+        phase: part of the data set, by the data set's name of it (`val`, `test`, ...).
+        obtain: where to get the files, for messages.
         options: the task's own settings.
-        limit: most samples; None: all.
-        seed: of what is drawn.
+        limit: maximum number of samples; None: all.
+        seed: seed of random choices.
         compat: whether to restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks").
     """
 
@@ -67,7 +67,7 @@ class Source:
     compat: bool = False
 
     def file(self, name: str) -> Path:
-        """The annotation file of that name, or the one file that `annotations` is.
+        """The annotation file of that name; if `annotations` is a file, that file.
 
         Raises:
             InputError: it does not exist.
@@ -79,7 +79,7 @@ class Source:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file of others: its strings are checked sample by sample.
+    """The value of an official JSON file. Its strings are not checked here but for each sample.
 
     Raises:
         InputError: it cannot be read.
@@ -88,7 +88,7 @@ def read_json(path: Path) -> Any:
 
 
 def line_entries(path: Path) -> Iterator[Entry]:
-    """The lines of a JSON-lines file, which are to be objects; empty lines are skipped.
+    """The lines of a JSON-lines file, which must be objects; empty lines are skipped.
 
     Raises:
         InputError: the file cannot be read, or has no lines.
@@ -102,7 +102,7 @@ def _line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def checked(value: Any, kind: type[T], where: str) -> T:
-    """`value`, which must be of that JSON type.
+    """Return `value`, which must be of that JSON type.
 
     Raises:
         InputError: it is of another type.
@@ -111,10 +111,10 @@ def checked(value: Any, kind: type[T], where: str) -> T:
 
 
 def get(record: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
-    """The value under a key, of a JSON type.
+    """The value of a key, which must be of that JSON type.
 
     Raises:
-        InputError: there is no such key, or its value is of another type.
+        InputError: the key is missing, or its value is of another type.
     """
     if key not in record:
         raise InputError(f"'{key}' is missing; there is {', '.join(record) or 'nothing'}", where, _LAYOUT)
@@ -122,10 +122,10 @@ def get(record: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
 
 
 def entries(value: Any, where: str, kind: type = dict) -> Iterator[Entry]:
-    """The items of a list, which are to be objects, or of another JSON type.
+    """The items of a list, which must be objects, or of another JSON type.
 
     Raises:
-        InputError: it is no list, or empty.
+        InputError: it is not a list, or it is empty.
     """
     if not checked(value, list, where):
         raise InputError("the list is empty", where, "Fetch or make the file again")
@@ -135,17 +135,17 @@ def entries(value: Any, where: str, kind: type = dict) -> Iterator[Entry]:
 
 
 def records(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) for every item of a list of objects.
+    """(place, object) for every item of a list of objects.
 
     Raises:
-        InputError: it is no list, or empty, or an item is no object.
+        InputError: it is not a list, it is empty, or an item is not an object.
     """
     for place, read in entries(value, where):
         yield place, read()
 
 
 def strings(value: Any, where: str) -> list[str]:
-    """A list of strings, at least one of them not blank.
+    """Return `value`, which must be a list of strings, at least one of them not blank.
 
     Raises:
         InputError: it is not.
@@ -160,7 +160,7 @@ def trailing_number(name: str, where: str) -> int:
     """The number at the end of a file's name: 7 for `val2014/COCO_val2014_000000000007.jpg`.
 
     Raises:
-        InputError: there is none.
+        InputError: the name does not end in a number.
     """
     digits = Path(name).stem.rsplit("_", 1)[-1]
     if not (digits.isascii() and digits.isdigit()):
@@ -171,10 +171,10 @@ def trailing_number(name: str, where: str) -> int:
 
 
 def box(value: Any, where: str) -> tuple[float, float, float, float]:
-    """x1, y1, x2, y2 in pixels.
+    """A box (x1, y1, x2, y2) in pixels.
 
     Raises:
-        InputError: not four numbers, or its ends are the wrong way round.
+        InputError: it does not have four numbers, or x1 > x2 or y1 > y2.
     """
     sides = [checked(item, float, f"{where}[{i}]") for i, item in enumerate(checked(value, list, where))]
     if len(sides) != 4 or sides[0] > sides[2] or sides[1] > sides[3]:

@@ -2,7 +2,7 @@
 
 Files and prompts: docs/data_formats.md, "Boxes and regions".
 
-Boxes are text: whole thousandths of the image's sides, `(012,045)(678,999)`. Images are squashed, never cropped.
+Boxes are text, in thousandths of the image's sides: `(012,045)(678,999)`. Images are stretched to squares, not cropped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TAGGED = re.compile(r"<box>\((-?[\d.]+),(-?[\d.]+)\)\((-?[\d.]+),(-?[\d.]+)\)</
 
 
 def thousandths(pixels: Sequence[float], size: tuple[int, int]) -> list[int]:
-    """A box in pixels of an image (width, height) as whole numbers from 0 to 999, cut down."""
+    """A box in pixels of an image (width, height) as integers from 0 to 999, rounded down."""
     return [int(side / size[i % 2] * SCALE) for i, side in enumerate(pixels)]
 
 
@@ -44,7 +44,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _region(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int], list[int]]:
-    """The image, why it cannot be used, its size, and the region of a record."""
+    """The image of a record, why it cannot be used, its size, and the region."""
     pixels = box(record.get("bbox"), f"{where}, 'bbox'")
     image, problem, size = _image(source, record, where)
     return image, problem, size, thousandths(pixels, size)
@@ -62,7 +62,7 @@ def _image(source: Source, record: dict[str, Any], where: str) -> tuple[Path, st
 
 
 def read_expressions(source: Source, name: str) -> Iterator[Item]:
-    """JSON lines of {image, bbox in pixels, sent}, and perhaps a confidence, below which they are skipped."""
+    """JSON lines of {image, bbox in pixels, sent, optional confidence}; those of low confidence are skipped."""
     threshold = _threshold(source)
 
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
@@ -87,7 +87,7 @@ def _threshold(source: Source) -> float:
 
 
 def read_regions(source: Source) -> Iterator[Item]:
-    """{annotations: [{image_id, image, caption, bbox}]}; several regions may be of one image."""
+    """{annotations: [{image_id, image, caption, bbox}]}; an image may have several regions."""
     path = source.file(f"{source.phase}.json")
     data = checked(read_json(path), dict, str(path))
 
@@ -114,7 +114,7 @@ def read_region_questions(source: Source) -> Iterator[Item]:
 
 
 def read_grounded_captions(source: Source) -> Iterator[Item]:
-    """JSON lines of {image, sent}, where phrases carry boxes in pixels: `<ref>a dog</ref><box>(1,2)(3,4)</box>`."""
+    """JSON lines of {image, sent}, where phrases have boxes in pixels: `<ref>a dog</ref><box>(1,2)(3,4)</box>`."""
 
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         sent = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]

@@ -1,6 +1,6 @@
-"""Instruction data in LLaVA's form, for training (docs/data_formats.md, "Instructions").
+"""Instruction data in LLaVA's format, for training (docs/data_formats.md, "Instructions").
 
-`llava_instruct` makes a sample of every round, as the original does; `llava_conversations` keeps conversations whole.
+`llava_instruct` has one sample per round, as the original; `llava_conversations` has one per conversation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPEAKERS = (("human", "user"), ("gpt", "assistant"))
 
 @dataclass(frozen=True)
 class Conversation:
-    """A record: its place, an id, its images and why they cannot be used, what the system says, and rounds."""
+    """A record: its place, id, images and why they cannot be used, system message, and rounds."""
 
     where: str
     id: str
@@ -33,9 +33,9 @@ class Conversation:
 
 
 def _read(source: Source, make: Callable[[Conversation], Iterator[Item]]) -> Iterator[Item]:
-    """What `make` makes of every record that has images; others are left out.
+    """The items of `make` for every record with images; others are left out.
 
-    The file holds {id, image, conversations: [{from, value}, ...]}, listed or a line each; several images are a list.
+    The file has {id, image, conversations: [{from, value}, ...]} in a JSON list or one per line; `image` may be a list.
     """
     path = source.file("llava_instruct.json")
 
@@ -54,9 +54,9 @@ def _read(source: Source, make: Callable[[Conversation], Iterator[Item]]) -> Ite
 
 
 def read_rounds(source: Source) -> Iterator[Item]:
-    """Every round on its own, with all images and without what was said before.
+    """One item per round, with all images and without the earlier rounds.
 
-    What the system says is the field `{system}`, which the default prompt leaves out, as the original does.
+    The system message is the field `{system}`, which the default prompt does not use, as in the original.
     """
 
     def make(found: Conversation) -> Iterator[Item]:
@@ -70,9 +70,9 @@ def read_rounds(source: Source) -> Iterator[Item]:
 
 
 def read_conversations(source: Source) -> Iterator[Item]:
-    """All rounds, with roles; what the assistant says is learned.
+    """One item per conversation, with roles; the assistant's texts have a loss.
 
-    Several images stand in their places (`<image>`); if there are none, and for a single image, they come first.
+    Several images replace the `<image>` marks; without marks, and for a single image, images come first.
     """
 
     def make(found: Conversation) -> Iterator[Item]:
@@ -95,7 +95,7 @@ def read_conversations(source: Source) -> Iterator[Item]:
 
 
 def _asked(question: str, images: list[Image]) -> list[Segment]:
-    """A question with images in their places, which are taken from the front of `images`; "" stays as an empty text."""
+    """A question with its `<image>` marks replaced by images from the front of `images`; "" gives an empty text."""
     if not images:
         return [Text(_PLACEHOLDER.sub("", question).strip(), supervise=False, role="user")]
     segments: list[Segment] = []
@@ -106,7 +106,7 @@ def _asked(question: str, images: list[Image]) -> list[Segment]:
 
 
 def _turns(record: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str]]]:
-    """What the system says first, if anything, and questions and answers in turn."""
+    """The system message ("": none), and the pairs of question and answer."""
     turns = list(records(record.get("conversations"), f"{where}, 'conversations'"))
     system = ""
     if turns[0][1].get("from") == "system":

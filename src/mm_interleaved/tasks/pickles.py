@@ -1,7 +1,7 @@
-"""Reads the pickles that some data sets are published as, without running anything that is in them.
+"""Reads the pickles of some data sets without running code in them.
 
-Containers, strings, bytes and numbers are read as they are; numpy arrays are rebuilt here from their plain parts, so
-that not even numpy's own unpickling sees the file. Anything else in the file is refused.
+Containers, strings, bytes and numbers are read directly. NumPy arrays are rebuilt from their parts here, without
+NumPy's unpickling. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _BROKEN = (pickle.UnpicklingError, struct.error, EOFError, AttributeError, Value
 
 
 def read_pickle(path: Path) -> Any:
-    """A file of plain data: dicts, lists, tuples, strings, bytes, numbers; arrays become lists.
+    """Read a pickle of plain data: dicts, lists, tuples, strings, bytes, numbers. Arrays become lists.
 
     Raises:
-        InputError: it cannot be read, or holds anything else.
+        InputError: it cannot be read, or has anything else.
     """
     return _load(_bytes(path), path)
 
 
 def read_npy(path: Path) -> Any:
-    """The array of an `.npy` file as nested lists (a single object as itself), pickled inside or not.
+    """The array of an `.npy` file as nested lists, or its only object. It may have pickled objects.
 
     Raises:
-        InputError: it cannot be read, or holds anything but plain data.
+        InputError: it cannot be read, or has anything but plain data.
     """
     content = _bytes(path)
     file = io.BytesIO(content)
@@ -79,10 +79,10 @@ def _load(content: bytes, path: Path) -> Any:
 
 
 def _check_memo(content: bytes) -> None:
-    """Refuse values that are kept under numbers beyond any need: the unpickler makes room for all numbers below.
+    """Refuse memo indices that are larger than the file: the unpickler allocates memory for all lower indices.
 
     Raises:
-        ValueError: there is one, or something that is no pickle.
+        ValueError: there is such an index, or it is not a pickle.
     """
     place, name = 0, ""
     while name != "STOP":
@@ -107,17 +107,17 @@ def _check_memo(content: bytes) -> None:
 
 
 class _Refused(Exception):
-    """Names what a pickle may not have."""
+    """A pickle has something that is not allowed, which the message names."""
 
 
 class _Dtype:
-    """The name of an array's type."""
+    """The data type of an array."""
 
     def __init__(self, name: Any) -> None:
         self.name = name
 
     def __setstate__(self, state: Any) -> None:
-        """(version, byte order, ...); an order that is told is put in front of the name."""
+        """The state is (version, byte order, ...); a given byte order is put in front of the name."""
         if state[1] in ("<", ">") and self.name[:1] not in "<>|=":
             self.name = state[1] + self.name
 
@@ -151,13 +151,13 @@ class _Array:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the few names that arrays of plain data are pickled with; they lead to the stand-ins above."""
+    """Maps the few names in pickles of plain arrays to the substitutes above."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in.
+        """The substitute for a name.
 
         Raises:
-            _Refused: for every other name.
+            _Refused: the name has none.
         """
         module = module.replace("numpy._core", "numpy.core")
         known = {
@@ -182,7 +182,7 @@ class _Unpickler(pickle.Unpickler):
         return dtype.decoded([data] if "O" in str(dtype.name) else data, 1)[0]
 
     def _empty(self) -> bytes:
-        return b""  # the old protocols' way to write it
+        return b""  # how the old protocols write it
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
         if not isinstance(text, str) or encoding != "latin1":
@@ -191,15 +191,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Plain:
-    """Makes nested lists of arrays. Few bytes can stand for many values, by naming one list again and again; more than
-    there are bytes, with something to spare, are refused.
+    """Converts arrays to nested lists. A small pickle can refer to one list many times and so expand to very many
+    values; more than a multiple of its bytes are refused.
     """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.left = path, 4 * size
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        """The value as plain data."""
+        """Convert a value to plain data."""
         self.left -= 1
         if depth > 20 or self.left < 0:
             problem = "is nested too deeply" if depth > 20 else "repeats its parts too often"

@@ -1,8 +1,8 @@
-"""Conversion of official files to the form that tasks read (docs/data_formats.md, "Conversion").
+"""Conversion of official files to the formats that tasks read (docs/data_formats.md, "Conversion").
 
     lines = prepare("textvqa", source=Path("downloads/textvqa"), root=Path("datasets"), phase="val")
 
-Files appear whole or not at all, and those that are there already are written anew.
+Files are written atomically and replace existing ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Lines = list[str]
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be converted.
+    """The folders of a conversion.
 
     Attributes:
         task: name of the task.
@@ -44,10 +44,10 @@ class Job:
     phase: str
 
     def file(self, *names: str) -> Path:
-        """An official file, by any of the names that it goes by.
+        """The first existing official file of these names.
 
         Raises:
-            InputError: there is none.
+            InputError: none exists.
         """
         for name in names:
             if (self.source / name).is_file():
@@ -58,12 +58,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Converter:
-    """How a task's files are made.
+    """A conversion of the files of a task.
 
     Attributes:
-        description: from what to what, in a line.
-        convert: does it; gives lines that say what was written.
-        obtain: where the official files come from.
+        description: its input and output, in one line.
+        convert: the function; yields lines that state what was written.
+        obtain: where to get the official files.
     """
 
     description: str
@@ -72,7 +72,7 @@ class Converter:
 
 
 def prepare(kind: TaskType, source: Path, root: Path, phase: str) -> Lines:
-    """Convert a task's official files; lines that say what was written.
+    """Convert the official files of a task. Yields lines that state what was written.
 
     Args:
         kind: the task.
@@ -117,7 +117,7 @@ def flickr30k(job: Job) -> Lines:
 
 
 def image2paragraph(job: Job) -> Lines:
-    """Krause's `paragraphs_v1.json` to COCO's form; the lists of splits are copied."""
+    """Krause's `paragraphs_v1.json` to COCO's format; the lists of splits are copied."""
     path = job.file("paragraphs_v1.json")
     annotations, numbers = [], {}
     for where, record in records(read_json(path), str(path)):
@@ -210,7 +210,7 @@ def _instances(path: Path) -> tuple[dict[int, list[float]], dict[int, str]]:
 
 
 def ade20k(job: Job) -> Lines:
-    """Label maps in colour. Captions are yours to make."""
+    """Label maps to coloured maps. There is no official file of captions."""
     count = color_maps(job.source, job.phase)
     lines = [f"{job.source / 'annotations_with_color' / job.phase}: {count} coloured maps"]
     captions = job.source / f"{job.phase}.json"
@@ -222,7 +222,7 @@ def ade20k(job: Job) -> Lines:
 def vist(job: Job) -> Lines:
     """`{phase}.story-in-sequence.json`, a list of single turns, to turns by story; JPEG images become PNG files.
 
-    Stories of which an image is missing are left out.
+    Stories with a missing image are left out.
     """
     path = job.file(f"{job.phase}.story-in-sequence.json")
     data = checked(read_json(path), dict, str(path))
@@ -249,7 +249,7 @@ def vist(job: Job) -> Lines:
 
 
 def _as_png(source: Path, target: Path, name: str, phase: str) -> bool:
-    """Make sure that an image is there as PNG; whether it is."""
+    """Convert an image to PNG, unless the PNG exists. Returns whether the PNG exists now."""
     if Path(name).name != name:
         return False  # no Flickr number
     if (target / f"{name}.png").is_file():

@@ -1,7 +1,7 @@
 """Illustrated stories: VIST, PororoSV and FlintstonesSV (docs/data_formats.md, "Stories").
 
-Protocols: only the last image is drawn, or all after the first, each seeing those drawn before it (their slots are
-open one after the other). The context may be cut down to its texts, its images, or nothing.
+Protocols: only the last image is generated, or all images after the first, each with the images generated before it as
+context. The context may be limited to its texts or its images, or be empty.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLINTSTONES = ("Fred", "Barney", "Wilma", "Betty", "Pebbles", "Dino", "Slate")
 
 @dataclass(frozen=True)
 class Turn:
-    """A caption and its image (or why there is none), what the image is called, and which frame of a clip it is."""
+    """A caption, its image (or why there is none), the name of the image, and its frame in a clip."""
 
     caption: str
     image: Any
@@ -42,13 +42,13 @@ class Turn:
 
 
 def lay_out(turns: Sequence[Turn], context: str, drawn: int, learn: bool) -> list[Segment]:
-    """Captions and images in turn; the last `drawn` images are open slots.
+    """Captions and images alternately; the last `drawn` images are open slots.
 
     Args:
         turns: the story.
-        context: of `CONTEXTS`, what is kept of the turns before the first slot.
-        drawn: slots at the end.
-        learn: whether training learns captions and given images too.
+        context: one of `CONTEXTS`: what is kept of the turns before the first slot.
+        drawn: number of images to generate, at the end.
+        learn: whether captions and given images have a loss in training too.
     """
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
@@ -82,7 +82,7 @@ def _item(source: Source, number: str, turns: list[Turn], drawn: int, where: str
 
 
 def _vist(source: Source, make: Callable[[str, str, list[Turn]], Iterator[Item]]) -> Iterator[Item]:
-    """What `make` makes of every story, given its name, place and turns."""
+    """The items of `make(name, place, turns)` for every story."""
     path = source.file(f"annotations/{source.phase}_formatted_filtered.json")
     stories = get(checked(read_json(path), dict, str(path)), "annotations", dict, str(path))
     names = sorted(stories)
@@ -100,7 +100,7 @@ def _vist(source: Source, make: Callable[[str, str, list[Turn]], Iterator[Item]]
 
 
 def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
-    """How many turns each sample of a story has. With `compat` never the whole story, as in the original."""
+    """The numbers of turns of the samples of a story. With `compat` the whole story is missing, as in the original."""
     if source.options["rounds"] == "last" or source.phase == "train":
         return [len(turns)]
     if source.compat:
@@ -109,7 +109,7 @@ def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
 
 
 def read_vist(source: Source) -> Iterator[Item]:
-    """Stories of which the last image is drawn; with `rounds=all`, the beginnings of each as well."""
+    """Stories whose last image is generated; with `rounds=all` also their shorter beginnings."""
 
     def make(name: str, where: str, turns: list[Turn]) -> Iterator[Item]:
         for length in _prefixes(source, turns):
@@ -121,7 +121,7 @@ def read_vist(source: Source) -> Iterator[Item]:
 
 
 def read_vist_text(source: Source) -> Iterator[Item]:
-    """Stories of which the last text is written."""
+    """Stories whose last text is generated."""
     context = source.options["context"]
 
     def make(name: str, where: str, turns: list[Turn]) -> Iterator[Item]:
@@ -139,11 +139,11 @@ def read_vist_text(source: Source) -> Iterator[Item]:
     return _vist(source, make)
 
 
-# ---- clips: one frame of each is drawn by chance, always the same for the same seed
+# ---- clips: one frame of each is chosen at random, the same one for the same seed
 
 
 def tidy(caption: str, characters: Sequence[str]) -> str:
-    """Lower case, but for the characters' names; no line breaks and tabs."""
+    """Lower case except for the characters' names, without line breaks and tabs."""
     text = caption.lower()
     for name in characters:
         text = text.replace(name.lower(), name)
@@ -169,7 +169,7 @@ def _clip(source: Source, name: str, caption: str, rng: np.random.Generator) -> 
 
 
 def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]], where: str) -> Item:
-    """A story of (image, caption)."""
+    """The item of a story, from its clips (image, caption)."""
     rng = np.random.default_rng([source.seed, index])
     turns = [_clip(source, name, caption, rng) for name, caption in clips]
     drawn = len(turns) - 1 if source.options["protocol"] == "autoregressive" else 1
@@ -177,7 +177,7 @@ def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]]
 
 
 def _name(value: Any, where: str) -> str:
-    """A file's name; some are written as they are printed, `b'...'`."""
+    """A file name; some files have them as printed bytes, `b'...'`."""
     text = value.decode("latin1") if isinstance(value, bytes) else checked(value, str, where)
     wrapped = re.fullmatch(r"""b(['"])(.*)\1""", text)
     return wrapped[2] if wrapped else text

@@ -35,10 +35,10 @@ def read_coco(source: Source) -> Iterator[Item]:
 
 
 def read_narratives(source: Source) -> Iterator[Item]:
-    """Every narrative, then more drawn with replacement until there are `limit`, or 30,000.
+    """Every narrative, then more sampled with replacement until there are `limit`, or 30,000.
 
-    A narrative's weight is 1 / (narratives of its image). The original draws without a seed, separately in each
-    process.
+    The weight of a narrative is 1 / (number of narratives of its image). The original samples without a seed,
+    separately in each process.
     """
     path = source.file("coco_val_captions.jsonl")
     found, odd = usable(line_entries(path), _narrative)
@@ -57,7 +57,7 @@ def read_narratives(source: Source) -> Iterator[Item]:
 
 
 def _narrative(where: str, record: dict[str, Any]) -> tuple[str, str, str]:
-    """Its place, the number of its image, and its text."""
+    """The place of a narrative, the number of its image, and its text."""
     text = strings([get(record, "caption", str, where)], f"{where}, 'caption'")[0].strip()
     return where, get(record, "image_id", str, where), text
 

@@ -19,9 +19,9 @@ PROMPT = f"{{image}} {CAPTION_PROMPT} {{history}}{ROUND_PROMPT}"
 
 
 def read(source: Source) -> Iterator[Item]:
-    """A sample for each dialogue: its annotated round, with what was said before.
+    """One sample per dialogue: its annotated round, with the rounds before it.
 
-    The original leaves out the round right before the one in question; `compat` does too.
+    The original leaves out the round directly before the annotated one, and so does `compat`.
     """
     path = source.file(f"visdial_1.0_{source.phase}.json")
     dense = source.file(f"visdial_1.0_{source.phase}_dense_annotations.json")
@@ -73,7 +73,7 @@ def _item(source: Source, dialog: dict[str, Any], annotation: dict[str, Any], qu
 
 
 def _text(record: dict[str, Any], key: str, texts: list[Any], where: str) -> str:
-    """The text whose number stands under `key`."""
+    """The text whose number is the value of `key`."""
     number = get(record, key, int, where)
     if not 0 <= number < len(texts):
         raise InputError(f"there is no {key} {number}, only {len(texts)}", where, "Fetch the file again")

@@ -26,12 +26,12 @@ SETTINGS = GenerationSettings(text=TEXT_PRESETS["vqa"])
 
 
 def coco_image(phase: str, question: dict[str, Any], where: str) -> str:
-    """Where COCO's images lie, by number."""
+    """The path of a COCO image, by its number."""
     return f"{phase}2014/COCO_{phase}2014_{get(question, 'image_id', int, where):012d}.jpg"
 
 
 def named_image(phase: str, question: dict[str, Any], where: str) -> str:
-    """The name that TextVQA's questions carry."""
+    """The path of the image of a TextVQA question, by its name."""
     return get(question, "image", str, where)
 
 
@@ -68,7 +68,7 @@ def _listed(path: Path, key: str) -> Iterator[Entry]:
 
 
 def _people(annotation: dict[str, Any], where: str) -> list[str]:
-    """What each person answered."""
+    """The answers of all annotators."""
     given_answers = get(annotation, "answers", list, where)
     texts = [
         get(checked(answer, dict, f"{where}, 'answers'[{i}]"), "answer", str, f"{where}, 'answers'[{i}]")
@@ -78,14 +78,14 @@ def _people(annotation: dict[str, Any], where: str) -> list[str]:
 
 
 def _majority(annotation: dict[str, Any], people: list[str]) -> str:
-    """What training learns: VQAv2's own choice, else what most people said, of equals the first."""
+    """The training target: VQAv2's `multiple_choice_answer`, else the most frequent answer, or the first of several."""
     chosen = annotation.get("multiple_choice_answer")
     said = [text for text in people if text.strip()]
     return chosen if isinstance(chosen, str) and chosen.strip() else max(said, key=said.count)
 
 
 def read_vizwiz(source: Source) -> Iterator[Item]:
-    """VizWiz's own list; the id is the number in the image's name."""
+    """VizWiz's list; the id is the number in the image's name."""
     path = source.file(f"{source.phase}.json")
 
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
