@@ -1,4 +1,4 @@
-"""Run tasks over a model, on one process or many, stopped and continued, and score what it makes of them.
+"""Evaluates a model on tasks, on one or more processes. An interrupted evaluation can be resumed.
 
     config = load_config("configs/small/evaluate.yaml", EvaluateConfig)
     results = evaluate(config, model, processor, Path(config.output))
@@ -7,12 +7,12 @@
 | module | what it does |
 |---|---|
 | `config` | settings |
-| `predict` | batches of samples through the model, each sample with its own seed |
-| `predictions` | the folder that grows while a run goes on, and refuses another run |
-| `processes` | what several processes agree on |
-| `scoring` | which metric is which class |
-| `reported`, `report` | the paper's values, and the table |
-| `run` | all of it in order |
+| `predict` | predictions for batches of samples, each sample with its own seed |
+| `predictions` | the folder of predictions |
+| `processes` | start of processes and exchange of results and errors |
+| `scoring` | metrics of predictions |
+| `reported`, `report` | the paper's values, and the table of results |
+| `run` | the whole evaluation |
 """
 
 from __future__ import annotations

@@ -12,23 +12,23 @@ from ..io import UserError
 from ..tasks import TaskConfig
 from ..validation import Count, Positive, Seed, Share, settings
 
-HERE = "."  # the root of a task that names none
+HERE = "."  # the root of a task without one
 
 
 class EvaluationError(UserError, ValueError):
-    """An evaluation that cannot be carried out: what is wrong, where, and what to do about it."""
+    """An evaluation cannot run: what is wrong, where, and what to do."""
 
 
 @settings
 class MetricConfig:
-    """What metrics need that does not come with the package.
+    """Files that metrics need and that are not part of the package.
 
     Attributes:
         inception: file of the Inception weights, for FID.
         clip: folder of a CLIP model, for similarities and for choosing among several images.
         segmenter: folder of a segmentation model trained on ADE20K, for mIoU.
-        cache: folder in which statistics of reference images are kept; None: they are computed anew.
-        resamples: bootstrap samples behind a confidence interval.
+        cache: folder for cached statistics of reference images; None: they are computed each time.
+        resamples: number of bootstrap samples for a confidence interval.
     """
 
     inception: str | None = None
@@ -43,16 +43,16 @@ class TaskSuite:
     """Tasks and how they are run; the part of an evaluation that training uses as well.
 
     Attributes:
-        tasks: what is asked.
+        tasks: the tasks.
         only: names of the tasks to run; empty: all.
-        root: folder of the documented tree, for tasks that do not name their own.
-        seed: of all chance; each sample has its own seed, made of this one and its id.
-        batch_size: samples that are read, written and drawn together.
-        option_batch_size: candidate answers that are scored together.
-        max_unreadable: largest share of samples that may be unreadable; above it a task fails.
+        root: folder of the documented tree, for tasks without their own `root`.
+        seed: seed of the evaluation; the seed of each sample is derived from it and the sample's id.
+        batch_size: number of samples in a batch.
+        option_batch_size: number of candidate answers that are scored together.
+        max_unreadable: largest fraction of samples that may be unreadable; above it a task fails.
         compat: restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks") in every task.
-        workers: threads that load samples ahead.
-        metrics: what metrics need.
+        workers: number of threads that load samples.
+        metrics: files that metrics need.
     """
 
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
@@ -93,9 +93,9 @@ class EvaluateConfig(TaskSuite):
     Attributes:
         output: folder of the results.
         model: `small`, `debug`, or the folder of a checkpoint.
-        dtype: type of the weights; None: as they are.
+        dtype: type of the weights; None: their type in the checkpoint.
         quantization: int8 or fp8 for the language model's large matrices; None: none.
-        gallery: samples that a task's gallery shows, half of them the worst, the others spread over the rest; 0: none.
+        gallery: number of samples in a task's gallery, half with the lowest scores, half spread over the rest; 0: none.
     """
 
     output: str
@@ -106,5 +106,5 @@ class EvaluateConfig(TaskSuite):
 
 
 def task_name(task: TaskConfig) -> str:
-    """How results call a task."""
+    """The name of a task in results."""
     return task.name or task.task

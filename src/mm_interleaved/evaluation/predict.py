@@ -1,9 +1,9 @@
-"""What a model makes of a task's samples, batch by batch.
+"""Predictions of a model for the samples of a task, batch by batch.
 
-Batches are made of the whole task before it is dealt out, and every sample has its own seed. So a prediction depends
-neither on how many processes there are nor on where a run was interrupted.
+The whole task is divided into batches before these are distributed to processes, and every sample has its own seed. So
+a prediction depends neither on the number of processes nor on where a run was interrupted.
 
-While the model has a batch, threads load the next one and write what came of the last.
+While the model processes a batch, threads load the next one and write the results of the last one.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from ..tasks import Sample, Task
 from .config import TaskSuite
 from .predictions import IMAGES, REFERENCES, Prediction, Predictions, Record, image_name
 
-WINDOW = 32  # batches of samples that are sorted by length among themselves
+WINDOW = 32  # batches whose samples are sorted by length together
 
 
 def sample_seed(seed: int, task: str, sample: str) -> int:
-    """The seed of a sample: the same wherever and whenever it is drawn."""
+    """The seed of a sample, which depends on no other sample and on no process."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{task}/{sample}".encode()).digest()[:6], "big")
 
 
 def plan_batches(samples: Sequence[Sample], size: int, parts: Sequence[int] = ()) -> list[list[int]]:
-    """Numbers of samples that go together: of similar length, and not far apart in the task.
+    """Divide samples into batches of similar length, from the same section of the task.
 
     Args:
-        samples: of a task.
-        size: samples a batch, at most.
-        parts: where batches may not reach beyond, as numbers of samples from the start.
+        samples: the samples of a task.
+        size: maximum number of samples in a batch.
+        parts: boundaries that a batch may not cross, as numbers of samples from the start.
     """
 
     def length(index: int) -> int:
@@ -68,15 +68,14 @@ def plan_batches(samples: Sequence[Sample], size: int, parts: Sequence[int] = ()
 
 @dataclass
 class Speed:
-    """What was done in this run of the program, and how long it took.
+    """Samples and time of this run of the program.
 
     Attributes:
-        samples: finished by this process; what was there already does not count.
-        seconds: in all.
-        model_seconds: of these, from loaded batches to their texts, scores and images. The rest is waiting for files
-            to be read and written. What the host does for the model is part of it, and so is what the threads that
-            read and write cost the host, as they share Python's lock: a share of 1 means that the model never waits
-            for a batch, not that the device is never idle. Samples a second tell of both.
+        samples: number of samples that this process finished in this run.
+        seconds: total time.
+        model_seconds: time from loaded batches to their texts, scores and images, work of the host included; the rest
+            is waiting for files. Reading and writing threads slow it down, since they share Python's lock. So a
+            fraction of 1 means that the model never waits for a batch, and not that the device is never idle.
     """
 
     samples: int = 0
@@ -84,7 +83,7 @@ class Speed:
     model_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """For the results."""
+        """The values for the results."""
         share = self.model_seconds / self.seconds if self.seconds else 0.0
         rate = self.samples / self.seconds if self.seconds else 0.0
         return {"samples": self.samples, "seconds": round(self.seconds, 3), "samples_per_second": round(rate, 3),
@@ -93,12 +92,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class PreparedSample:
-    """A sample that the model can be asked: nothing is left to do but what the model does.
+    """The inputs of the model for a sample.
 
     Attributes:
-        sample: what is asked.
-        prepared: its document, with its images as the model sees them; without slots where options are scored.
-        options: the tokens of its candidate answers.
+        sample: the sample.
+        prepared: its document with preprocessed images; without slots if options are scored.
+        options: the token ids of its candidate answers.
     """
 
     sample: Sample
@@ -107,15 +106,15 @@ class PreparedSample:
 
 
 class Predictor:
-    """A model that is asked one task.
+    """Predicts the samples of one task.
 
     Args:
-        model, processor: what reads and writes.
-        task: what is asked.
-        suite: seed and sizes of batches.
+        model, processor: the model and its processor.
+        task: the task.
+        suite: the seed and the batch sizes.
 
     Raises:
-        InputError: the settings of generation cannot be used, or the model that chooses among candidates.
+        InputError: the settings of generation or the CLIP model that selects candidates cannot be used.
     """
 
     def __init__(self, model: MMInterleaved, processor: MMInterleavedProcessor, task: Task, suite: TaskSuite) -> None:
@@ -131,19 +130,19 @@ class Predictor:
                 ValueError,
                 OSError,
                 RuntimeError,
-            ) as error:  # what the libraries raise for folders they cannot load
+            ) as error:  # the libraries' errors for folders that they cannot load
                 raise InputError(f"the CLIP model cannot be used: {str(error).splitlines()[0]}",
                                  f"task '{task.name}', 'metrics.clip'", "Fetch it again") from None  # fmt: skip
         self.generator = InterleavedGenerator(model, self.processor, self.settings, progress=False)
 
     def load(self, sample: Sample) -> PreparedSample | str:
-        """A sample ready for the model, or why it cannot be used. Any thread may call it."""
+        """The inputs for a sample, or why it cannot be used. Thread-safe."""
         if sample.problem:
             return sample.problem
         try:
             document = self._opened(sample.document)
             for path in _true_images(sample) if self.task.makes == "image" else ():
-                load_image(path)  # a metric that meets a damaged one has no result at all
+                load_image(path)  # metrics fail on a damaged image
             if self.task.makes == "scores":
                 document = replace(document, segments=[s for s in document.segments if not s.is_open])
             return self._fitting(sample, document)
@@ -151,7 +150,7 @@ class Predictor:
             return str(error)
 
     def _opened(self, document: Document) -> Document:
-        """A document with its images as the model sees them, which are small."""
+        """A document whose images are reduced to the size that the model sees."""
         segments = []
         for segment in document.segments:
             if isinstance(segment, Image) and segment.source is not None:
@@ -161,7 +160,7 @@ class Predictor:
         return replace(document, segments=segments)
 
     def _fitting(self, sample: Sample, document: Document) -> PreparedSample:
-        """A sample in tokens, the model having room for them and for its longest option."""
+        """Tokenize a sample, and check that it fits into the model's context with its longest option."""
         prepared = self.generator.prepare(document)
         options = [encode_text(self.processor.tokenizer, option) for option in sample.options]
         for option, ids in zip(sample.options, options, strict=True):
@@ -175,7 +174,7 @@ class Predictor:
         return PreparedSample(sample, prepared, options)
 
     def predict(self, batch: Sequence[PreparedSample], indices: Sequence[int]) -> list[Prediction]:
-        """What comes of samples; `indices` are their numbers in the task."""
+        """The predictions for samples; `indices` are their numbers in the task."""
         contents = self._score(batch) if self.task.makes == "scores" else self._generate(batch, indices)
         return [
             replace(made, record={"index": index, "id": ready.sample.id, **made.record})
@@ -201,7 +200,7 @@ class Predictor:
         return found
 
     def _chosen(self, sample: Sample, candidates: Sequence[Sequence[PIL.Image.Image]], index: int) -> Prediction:
-        """The images, chosen among candidates, and the true ones if they are no files."""
+        """The selected candidates, and the reference images unless they are files."""
         record: Record = {"images": []}
         files: dict[str, PIL.Image.Image] = {}
         for slot, images in enumerate(candidates):
@@ -229,17 +228,17 @@ class Predictor:
 
 
 def _prompt(ready: PreparedSample) -> TokenStream:
-    """The tokens before the options; a document without slots has nothing else."""
+    """The tokens before the options: all of a document without slots."""
     prompt = ready.prepared.plan[0]
     assert isinstance(prompt, TokenStream)
     return prompt
 
 
 def effective_settings(task: Task, suite: TaskSuite) -> GenerationSettings:
-    """How a task's slots are filled. Without CLIP there is nothing to choose candidates by, and one is drawn.
+    """The settings of generation for a task. Without CLIP, only one candidate image is generated.
 
     Raises:
-        InputError: the task's settings name what an evaluation decides.
+        InputError: the task sets something that the evaluation decides.
     """
     for name, instead in (("seed", "'seed' of the evaluation"), ("num_return_sequences", "num_beams")):
         if name in task.config.generation:
@@ -253,22 +252,22 @@ def effective_settings(task: Task, suite: TaskSuite) -> GenerationSettings:
 
 
 def clip_of(task: Task, suite: TaskSuite, device: torch.device | str) -> CLIP | None:
-    """What chooses among candidates; None: the first counts.
+    """The CLIP model that selects a candidate image; None: the first is used.
 
     Raises:
-        InputError: the folder that is named has no model.
+        InputError: the folder has no CLIP model.
     """
     if task.select != "clip" or suite.metrics.clip is None:
         return None
     folder = Path(suite.metrics.clip)
     if not (folder / "config.json").is_file():
         raise InputError(f"'{folder}' has no config.json, so it is no CLIP model to choose images by",
-                         f"task '{task.name}', 'metrics.clip'", "Correct it, or leave it out to draw one")  # fmt: skip
+    """(batch, its pending samples, its loaded samples if any are pending). Loads the next batch in the background."""
     return CLIP(folder, device)
 
 
 def _true_images(sample: Sample) -> list[str]:
-    """Paths of the images that drawn ones are compared with."""
+    """Paths of the reference images."""
     if isinstance(sample.reference, dict):
         return [sample.reference["photo"], sample.reference["labels"]]
     return [path for path in sample.reference if isinstance(path, str)]
@@ -282,18 +281,18 @@ def run_batches(
     predictions: Predictions,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Speed:
-    """Finish what is not done of some batches.
+    """Predict the samples of some batches that have no prediction yet.
 
-    A batch of which a part is done runs as a whole, so that its rounding is the same, and only the rest is written.
-    Samples that could not be read before are looked at again. What one batch gave is written while the next runs.
+    If a part of a batch is done, the whole batch runs, so that rounding is the same, and only the rest is written.
+    Samples that could not be read before are tried again. A batch is written while the next one runs.
 
     Args:
         predictor: makes the predictions.
-        samples: of the whole task.
-        batches: this process's share, as numbers of samples.
-        done: records that are there, by number.
-        predictions: where new ones go.
-        advance: told how many samples were finished.
+        samples: the samples of the whole task.
+        batches: the batches of this process, as numbers of samples.
+        done: existing records by number.
+        predictions: receives new predictions.
+        advance: called with the number of finished samples.
     """
     speed, begin = Speed(), time.perf_counter()
     with ThreadPoolExecutor(1) as writer:
@@ -314,7 +313,7 @@ def run_batches(
                 made += [one for one in found if one.record["index"] in pending]
             if made:
                 if writing is not None:
-                    writing.result()  # what went wrong there ends the run; and no more than one batch waits
+                    writing.result()  # raises errors of writing, and limits the waiting batches to one
                 writing = writer.submit(predictions.add, made)
             advance(len(batch))
         if writing is not None:
@@ -326,10 +325,10 @@ def run_batches(
 def _ahead(
     predictor: Predictor, samples: Sequence[Sample], batches: Sequence[Sequence[int]], done: Mapping[int, Record]
 ) -> Iterator[tuple[Sequence[int], list[int], dict[int, PreparedSample | str]]]:
-    """(batch, what is pending of it, all of it loaded, if any is pending); the next batch is loaded meanwhile."""
+    """(batch, its pending samples, its loaded samples if any are pending). The next batch loads in the background."""
     waiting: deque[tuple[Sequence[int], list[int], dict[int, Future[PreparedSample | str]]]] = deque()
     with ThreadPoolExecutor(predictor.suite.workers) as pool:
-        for batch in (*batches, ()):  # the empty one lets the last go
+        for batch in (*batches, ()):  # the empty batch yields the last one
             pending = [i for i in batch if i not in done or "problem" in done[i]]
             loading = {i: pool.submit(predictor.load, samples[i]) for i in (batch if pending else ())}
             waiting.append((batch, pending, loading))

@@ -1,13 +1,13 @@
-"""The folder of a task's predictions: JSON lines that grow while a run goes on, and the images that they name.
+"""The folder of the predictions of a task, to which a run appends JSON lines and images.
 
-    run.json             what the predictions were made with (another run is refused), and how many samples were asked
-                         for, first and later
-    predictions.jsonl    one object a sample, in the order of the task: index, id and text, images or scores
-    part-N.jsonl         what process N has added since; joined to the above when the task is done or goes on
-    images/              the images drawn
-    references/          true images that are no files of their own (frames of clips)
+    run.json             the settings of the predictions (a run with others is refused), and the number of samples,
+                         with each later increase
+    predictions.jsonl    one object per sample, in the order of the task: index, id and text, images or scores
+    part-N.jsonl         new lines of process N; merged into the above when the task is finished or resumed
+    images/              the generated images
+    references/          reference images that are not files (frames of clips)
 
-A line is written when its sample is finished and its images are there, so whatever is cut off can be taken up again.
+A line is written after the images of its sample, so an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is to be written of a sample.
+    """The prediction for a sample.
 
     Attributes:
         record: its line.
-        images: those that the line names, by their paths from the folder.
+        images: the images of the line, by their paths relative to the folder.
     """
 
     record: Record
@@ -48,8 +48,8 @@ class Predictions:
     """Predictions of one task.
 
     Args:
-        folder: of the task.
-        rank: number of this process, which has a file of its own to add to.
+        folder: the folder of the task.
+        rank: number of this process, which appends to its own file.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
@@ -57,14 +57,14 @@ class Predictions:
         self.part = folder / f"part-{rank}.jsonl"
 
     def prepare(self, identity: Callable[[int | None], Mapping[str, Any]]) -> None:
-        """Make the folder, or check that it belongs to the same run and join what is there. On one process only.
+        """Create the folder, or check that it belongs to the same run and merge its lines. On one process only.
 
         Args:
-            identity: of the run with so many samples from the start, None for all; tells their `count`. A run of fewer
-                samples is the same run if it began with the same ones.
+            identity: returns the identity of the run for a number of samples from the start (None: all), with their
+                `count`. A run of fewer samples is the same run if it has the same first samples.
 
         Raises:
-            EvaluationError: the folder has predictions of another run, or a file of it cannot be used.
+            EvaluationError: the folder has predictions of another run, or one of its files cannot be used.
         """
         parts, whole = self.parts(), identity(None)
         self.check(identity(parts[-1]) if parts else whole)
@@ -74,10 +74,10 @@ class Predictions:
         self.join()
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Refuse a folder whose predictions were made with something else. What `identity` lacks is not compared.
+        """Refuse a folder whose predictions have another identity. Keys that `identity` lacks are not compared.
 
         Raises:
-            EvaluationError: names what differs.
+            EvaluationError: the identities differ; the message names the keys.
         """
         path = self.folder / RUN
         if not path.is_file():
@@ -94,7 +94,7 @@ class Predictions:
             )
 
     def parts(self) -> list[int]:
-        """How many samples there were each time that more were asked for; [] if there is no run yet."""
+        """The number of samples before each increase; [] if there is no run yet."""
         path = self.folder / RUN
         found = _read_object(path).get(PART_ENDS, []) if path.is_file() else []
         if not isinstance(found, list) or not all(isinstance(n, int) for n in found) or found != sorted(found):
@@ -103,7 +103,7 @@ class Predictions:
         return found
 
     def join(self) -> None:
-        """Bring all lines into one file, in the order of the task; the last of a sample counts."""
+        """Merge all lines into one file, in the order of the task. The last line of a sample is kept."""
         parts = sorted(self.folder.glob(PARTS))
         if not parts and self.path.exists():
             return
@@ -113,26 +113,26 @@ class Predictions:
             part.unlink()
 
     def read(self) -> dict[int, Record]:
-        """What has been joined, by number of the sample."""
+        """The merged records, by number of the sample."""
         return {record["index"]: record for record in read_records(self.path)}
 
     def add(self, made: Sequence[Prediction]) -> None:
-        """Write images as PNG, then append the lines that name them to this process's file, in one go."""
+        """Write images as PNG, then append their lines to the file of this process in one write."""
         for name, image in ((name, image) for one in made for name, image in one.images.items()):
             write_image(self.folder / name, image)
         append(self.part, json_lines(one.record for one in made))
 
 
 def image_name(kind: str, index: int, slot: int) -> str:
-    """Where an image of a sample lies, from the folder."""
+    """The path of an image of a sample, relative to the folder."""
     return f"{kind}/{index:06d}_{slot}.png"
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The lines of a file of predictions; one that was cut off at the end is left out, a missing file has none.
+    """The lines of a file of predictions, without a truncated last line. A missing file has none.
 
     Raises:
-        EvaluationError: another line is no prediction.
+        EvaluationError: another line is not a prediction.
     """
     if not path.exists():
         return
@@ -152,7 +152,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def remove_results(folder: Path) -> None:
-    """Remove what an evaluation wrote into a folder; nothing else."""
+    """Remove the files of an evaluation from a folder, and nothing else."""
     for run in sorted(folder.glob(f"*/{RUN}")):
         for name in (RUN, PREDICTIONS, "scores.jsonl", "gallery.html"):
             (run.parent / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What several processes agree on: one does it and tells the others, or each does it and all learn of a failure."""
+"""Start of processes, and functions that run on one or all of them and raise their errors on all."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from .config import EvaluationError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=2)  # a process may be done long before the slowest
+PATIENCE = timedelta(days=2)  # a process may finish long before the slowest
 
 
 def check_launch() -> None:
-    """Refuse to be one of several tasks of `srun` that do not know of each other: each would do the whole work.
+    """Refuse several tasks of `srun` without torchrun: each would do the whole work.
 
     Raises:
-        EvaluationError: Slurm started several tasks, and none of them is a process of torchrun.
+        EvaluationError: Slurm started several tasks, and this one is not a process of torchrun.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "RANK" not in os.environ:
@@ -31,7 +31,7 @@ def check_launch() -> None:
 
 
 def start_processes(cpu: bool = False) -> PartialState:
-    """This process and those that torchrun or `accelerate launch` started beside it.
+    """The state of this process among those that torchrun or `accelerate launch` started.
 
     Raises:
         EvaluationError: as `check_launch`.
@@ -41,10 +41,10 @@ def start_processes(cpu: bool = False) -> PartialState:
 
 
 def on_main(state: PartialState, action: Callable[[], T]) -> T:
-    """What `action` gives on the main process, on all of them.
+    """Run `action` on the main process. Returns its result on all processes.
 
     Raises:
-        EvaluationError: it raised a `ValueError`; on all processes.
+        EvaluationError: `action` raised a `ValueError`; raised on all processes.
     """
     if state.num_processes == 1:
         return action()
@@ -61,10 +61,10 @@ def on_main(state: PartialState, action: Callable[[], T]) -> T:
 
 
 def on_all(state: PartialState, action: Callable[[], T]) -> T:
-    """What `action` gives on this process, once it went well on all of them.
+    """Run `action` on every process. Returns its result on this one, if it succeeded on all.
 
     Raises:
-        EvaluationError: it raised a `ValueError` on one of them; on all processes.
+        EvaluationError: `action` raised a `ValueError` on one of them; raised on all processes.
     """
     result, problem = None, ""
     try:

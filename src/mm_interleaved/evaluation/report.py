@@ -1,4 +1,4 @@
-"""The results as a table in Markdown, beside what the paper reports."""
+"""The results as a table in Markdown, with the values that the paper reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHER = "These tasks have the files of {origin}, so their figures say nothing ab
 
 
 def markdown(tasks: Mapping[str, TaskResult], model: Mapping[str, Any]) -> str:
-    """`results.md`: the table, then what was left out and why."""
+    """`results.md`: the table, then the omitted values with reasons."""
     weights = f"weights {model['weights'][:12]}" + ("" if model["trained"] else ", untrained")
     lines = [f"# {model['name'] or 'model'} ({weights})", "", *_table(tasks), "", NOTE]
     for origin in dict.fromkeys(task.origin for task in tasks.values() if task.origin):
@@ -43,7 +43,7 @@ def _table(tasks: Mapping[str, TaskResult]) -> list[str]:
 
 
 def shown_values(task: TaskResult) -> list[tuple[str, float, str]]:
-    """(metric, value, interval) of a task's values; means by type of question and the like are left to the JSON."""
+    """(metric, value, interval) of the main values of a task. Means by type of question are only in the JSON."""
     found = []
     for result in task.metrics.values():
         for name, value in result["values"].items():
@@ -55,7 +55,7 @@ def shown_values(task: TaskResult) -> list[tuple[str, float, str]]:
 
 
 def _beside(task: TaskResult, metric: str | None) -> Sequence[str]:
-    """The paper's two values, if they are of this metric; of a task without values, whatever is reported."""
+    """The paper's two values if they are of this metric; None: any metric, for a task without values."""
     name, *values = PAPER.get((task.task, task.phase), ("", "-", "-"))
     if metric is None:
         return [value if value == "-" else f"{value} ({name})" for value in values]
@@ -73,7 +73,7 @@ def _left_out(tasks: Mapping[str, TaskResult]) -> list[str]:
 
 
 def problems(tasks: Mapping[str, TaskResult]) -> dict[str, str]:
-    """Why tasks failed, or metrics of them, by name."""
+    """Errors of failed tasks and metrics, by name."""
     found = {name: task.failed for name, task in tasks.items() if task.failed}
     for name, task in tasks.items():
         found |= {f"{name}, {m}": result["failed"] for m, result in task.metrics.items() if "failed" in result}
@@ -81,7 +81,7 @@ def problems(tasks: Mapping[str, TaskResult]) -> dict[str, str]:
 
 
 def skipped(tasks: Mapping[str, TaskResult]) -> list[str]:
-    """A line for each reason why metrics were skipped, with the tasks that it concerns."""
+    """One line for each reason why metrics were skipped, with its tasks."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for name, task in tasks.items():
         for metric, result in task.metrics.items():

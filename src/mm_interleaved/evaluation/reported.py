@@ -1,7 +1,7 @@
-"""Values that the paper reports (arXiv 2401.10208), shown beside ours.
+"""Values that the paper reports (arXiv 2401.10208), shown next to ours.
 
-None of them was measured here. Those without ~ are repeated in tables of later papers; the others were noted from
-memory and may be wrong in a digit, so nothing may depend on them. Sets and protocols may differ as well: the release's
+None of them was measured here. Those without ~ also appear in tables of later papers; the others were written from
+memory and may be wrong in a digit, so nothing depends on them. Sets and protocols may differ as well: the release's
 FID is of 64-pixel images, and its VQAv2 value may be of another split.
 """
 

@@ -1,4 +1,4 @@
-"""An evaluation from its settings to its results."""
+"""The whole evaluation, from settings to results."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from .processes import on_all, on_main, start_processes
 from .report import markdown
 from .scoring import NAMED, SampleScores, ScoringInputs, TaskResult, score_task
 
-FORMAT = 2  # of the folder; another one is not continued
+FORMAT = 2  # version of the output folder; a run in a folder of another version is not resumed
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
 PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
 ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
-OnScored = Callable[[ScoringInputs, SampleScores, TaskResult], object]  # what it returns is not used
+OnScored = Callable[[ScoringInputs, SampleScores, TaskResult], object]  # its result is ignored
 
 
 @dataclass
 class Results:
-    """What came out of an evaluation.
+    """The results of an evaluation.
 
     Attributes:
-        model: name of the model, digest of its weights, whether they are trained.
+        model: name of the model, digest of its weights, and whether they are trained.
         config: all settings.
-        tasks: by name.
-        speed: of each task, what this run did and how fast, on the main process.
+        tasks: results by name of the task.
+        speed: number of samples and time of each task in this run, on the main process.
     """
 
     model: dict[str, Any]
@@ -57,7 +57,7 @@ class Results:
     speed: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self, processes: int, device: str) -> dict[str, Any]:
-        """For `results.json`."""
+        """The content of `results.json`."""
         return {
             "model": self.model,
             "seed": self.config["seed"],
@@ -82,26 +82,26 @@ def evaluate(
     console: Console | None = None,
     on_scored: OnScored = lambda given, scores, result: None,
 ) -> Results | None:
-    """Run tasks over a model and score what it makes of them.
+    """Evaluate a model on tasks.
 
-    Every process calls this with the same arguments. What is there in the folder already is kept. A process alone
-    scores and writes every task as soon as it is done, so that a run that is cut off leaves what it has.
+    Every process calls this with the same arguments. Existing predictions in the folder are used. A single process
+    scores each task as soon as it is finished, so that an interrupted run leaves results.
 
     Args:
         config: the tasks.
-        model, processor: what is evaluated.
-        folder: of the results.
-        name, trained: of the model, for the record.
-        weights: tells these weights from others; None: a digest of them all, which takes a while for large models.
-        state: this process among others; None: as it was launched.
-        console: where progress is shown; None: nowhere.
-        on_scored: called with every task's scores, on the main process.
+        model, processor: the model to evaluate.
+        folder: the folder of the results.
+        name, trained: name of the model and whether it is trained, for the results.
+        weights: an identifier of the weights; None: a digest of all weights, which is slow for large models.
+        state: the state of this process among others; None: from the environment.
+        console: shows progress; None: no progress.
+        on_scored: called with the scores of every task, on the main process.
 
     Returns:
-        The results, on the main process; None on others.
+        The results on the main process; None on the others.
 
     Raises:
-        InputError: a task's settings are not possible, or its files cannot be read.
+        InputError: a setting of a task is invalid, or its files cannot be read.
         EvaluationError: the folder belongs to another run.
     """
     state = state or start_processes(cpu=model.compute_device.type == "cpu")
@@ -114,7 +114,7 @@ def evaluate(
     known = _earlier(config, folder, digest)
 
     def finish(task: Task, result: TaskResult) -> None:
-        """Score a task and write down all that is known by now."""
+        """Score a task and write all results so far."""
         if not result.failed:
             with console.status(f"scoring {task.name}"):
                 _score(config, task, result, folder / task.name, model.compute_device, on_scored)
@@ -132,7 +132,7 @@ def evaluate(
             console.print(f"[red]{task.name}:[/] {_escaped(result.failed)}", highlight=False)
         if state.num_processes == 1:
             finish(task, result)
-        else:  # while the main one scored, the others would stand in the next task's first collective
+        else:  # scoring at once would make the other processes wait in a collective of the next task
             waiting.append((task, result))
     if not state.is_main_process:
         return None
@@ -145,9 +145,9 @@ def evaluate(
 
 
 def _align(model: nn.Module) -> None:
-    """Weights on a CPU at multiples of 64 bytes, as PyTorch's own: the last bits of a product depend on where they lie.
+    """Align weights on a CPU to 64 bytes, as PyTorch's allocator does: the rounding of products depends on alignment.
 
-    Those that are still parts of a file, as some processes have them and others not, lie anywhere.
+    Weights that are memory-mapped from a file, which may differ between processes, have any alignment.
     """
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
@@ -155,7 +155,7 @@ def _align(model: nn.Module) -> None:
 
 
 def _start(config: TaskSuite, tasks: Sequence[Task], folder: Path, digest: str) -> None:
-    """Look at every task's files and at the folder before any work begins."""
+    """Check the files of every task and the folder before the work starts."""
     problems = []
     for task in tasks:
         clip_of(task, config, "cpu")
@@ -171,19 +171,19 @@ def _start(config: TaskSuite, tasks: Sequence[Task], folder: Path, digest: str) 
 
 
 def identity(config: TaskSuite, task: Task, digest: str, samples: Sequence[Sample] | None = None) -> dict[str, Any]:
-    """What decides a task's predictions; where its files lie and how large batches are does not.
+    """Everything that the predictions of a task depend on. Paths and batch sizes are not part of it.
 
     Args:
         config, task: the settings.
-        digest: of the model's weights.
-        samples: of the task; None: they have not been read yet.
+        digest: the digest of the model's weights.
+        samples: the samples of the task; None: they have not been read yet.
     """
     settings = asdict(effective_settings(task, config))
     settings.pop("seed")
     for key in ("seed", "batch_size", "preview_every"):
         settings["image"].pop(key)
-    told = (*ELSEWHERE, "generation", "limit")  # below, by effective settings and by the samples
-    asked = {key: value for key, value in asdict(task.config).items() if key not in told}
+    separate = (*ELSEWHERE, "generation", "limit")  # the last two are covered by effective settings and samples
+    asked = {key: value for key, value in asdict(task.config).items() if key not in separate}
     chooser = Path(config.metrics.clip).name if task.select == "clip" and config.metrics.clip else None
     found = {"format": FORMAT, "version": version("mm-interleaved"), "weights": digest, "seed": config.seed,
              "task": asked, "generation": settings, "chosen_by": chooser}  # fmt: skip
@@ -219,10 +219,10 @@ def samples_digest(samples: Iterable[Sample]) -> str:
 
 def _predict(config: TaskSuite, task: Task, model: MMInterleaved, processor: MMInterleavedProcessor, folder: Path,
              digest: str, state: PartialState, console: Console) -> dict[str, float]:  # fmt: skip
-    """This process's share of a task; how fast it went.
+    """Predict this process's batches of a task. Returns the speed.
 
     Raises:
-        InputError: the task's files cannot be read to their end.
+        InputError: the files of the task cannot be read completely.
         EvaluationError: the folder belongs to another run.
     """
     try:
@@ -277,7 +277,7 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
     result.unreadable = unreadable
     share = len(unreadable) / len(samples)
     if share > config.max_unreadable:
-        result.unreadable = dict(list(unreadable.items())[:NAMED])  # the predictions have all
+        result.unreadable = dict(list(unreadable.items())[:NAMED])  # the file of predictions has all of them
         first, why = next(iter(unreadable.items()))
         result.failed = (
             f"{len(unreadable)} of {len(samples)} samples are unreadable, {share:.1%}, and max_unreadable allows "
@@ -298,33 +298,33 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
 
 
 def _scores_of(sample: str, scores: SampleScores) -> dict[str, dict[str, float]]:
-    """A sample's scores by metric and value."""
+    """The scores of a sample, by metric and value."""
     found = {metric: {name: of[sample] for name, of in values.items() if sample in of}
              for metric, values in scores.items()}  # fmt: skip
     return {metric: values for metric, values in found.items() if values}
 
 
 def _earlier(config: TaskSuite, folder: Path, digest: str) -> dict[str, TaskResult]:
-    """What `results.json` has of the same weights and seed, so that tasks left out by `only` keep their results."""
+    """Results of the same weights and seed in `results.json`, so that tasks excluded by `only` keep their results."""
     try:
         found = read_json(folder / RESULTS)
         if (found["model"]["weights"], found["seed"]) != (digest, config.seed):
             return {}
         known = {name: TaskResult(**result) for name, result in found["tasks"].items()}
         return {name: result for name, result in known.items() if result.samples and not result.failed}
-    except (ValueError, KeyError, TypeError):  # none there yet, or another program's; it is written anew
+    except (ValueError, KeyError, TypeError):  # it is missing or of another program, and will be replaced
         return {}
 
 
 def _write(results: Results, folder: Path, state: PartialState, model: MMInterleaved) -> None:
-    """`results.json` and `results.md`, as far as they are known."""
+    """Write `results.json` and `results.md` with the results so far."""
     data = results.to_dict(state.num_processes, _device_name(model.compute_device))
     write_json(folder / RESULTS, data)
     write_atomic(folder / TABLE, markdown(results.tasks, results.model))
 
 
 def plain(config: TaskSuite) -> dict[str, Any]:
-    """Settings as plain data."""
+    """The settings as plain data."""
     return dataclasses.asdict(config)
 
 

@@ -1,6 +1,6 @@
-"""Predictions of a task against its references: which metric is which class, in one place.
+"""Scores of the predictions of a task: maps the metric names of tasks to metric classes.
 
-A metric that cannot run says why and what would mend it; the others go on.
+A metric that cannot run gives its reason and a fix; the others still run.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from ..tasks.facts import Facts
 from .config import EvaluationError, MetricConfig
 from .predictions import Record
 
-NAMED = 20  # unreadable samples that the results of a failed task name
+NAMED = 20  # unreadable samples that the results of a failed task list
 
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """What a metric gets: the samples of a task that could be evaluated, and what was predicted for them.
+    """The inputs of metrics: the evaluated samples of a task and their predictions.
 
     Attributes:
         task: the task.
-        samples, records: in the same order.
-        folder: that the paths of the records start from.
+        samples, records: samples and their predictions, in the same order.
+        folder: the folder that the paths of the records are relative to.
         metrics: files and folders that metrics need.
-        device: where their networks run.
-        facts: what a plug-in knows about the task's files.
+        device: the device for their networks.
+        facts: facts about the task's files from a plug-in.
     """
 
     task: Task
@@ -54,7 +54,7 @@ class ScoringInputs:
     facts: Facts | None = None
 
     def by_id(self, key: str) -> dict[str, Any]:
-        """A value of the records, by sample."""
+        """The value of a key of the records, by sample."""
         return {record["id"]: record[key] for record in self.records}
 
     def references(self, make: Callable[[Sample], Any] = lambda sample: sample.reference) -> dict[str, Any]:
@@ -62,11 +62,11 @@ class ScoringInputs:
         return {sample.id: make(sample) for sample in self.samples}
 
     def images(self) -> dict[tuple[str, int], Path]:
-        """Drawn images, by sample and slot."""
+        """Generated images, by sample and slot."""
         return {(r["id"], k): self.folder / name for r in self.records for k, name in enumerate(r["images"])}
 
     def true_images(self) -> dict[tuple[str, int], Path]:
-        """The images that were to be drawn, by sample and slot."""
+        """Reference images, by sample and slot."""
         found = {}
         for sample, record in zip(self.samples, self.records, strict=True):
             kept = [self.folder / name for name in record.get("references", ())]
@@ -75,11 +75,11 @@ class ScoringInputs:
         return found
 
 
-# ---- one function for each name that tasks use
+# ---- one function for each metric name of tasks
 
 
 def captions(given: ScoringInputs) -> MetricResult:
-    """Over all samples, and within each domain if the samples have one."""
+    """Caption metrics over all samples, and over each domain if the samples have one."""
     predictions, references = given.by_id("prediction"), given.references()
     result = caption_scores(predictions, references)
     domains: dict[str, list[str]] = defaultdict(list)
@@ -93,22 +93,22 @@ def captions(given: ScoringInputs) -> MetricResult:
 
 
 def vqa_accuracy(given: ScoringInputs) -> MetricResult:
-    """VQAv2, OK-VQA, TextVQA."""
+    """VQA accuracy, for VQAv2, OK-VQA and TextVQA."""
     return VQAAccuracy()(given.by_id("prediction"), given.references(_people))
 
 
 def vizwiz_accuracy(given: ScoringInputs) -> MetricResult:
-    """VizWiz."""
+    """VQA accuracy by the rules of VizWiz."""
     return VQAAccuracy(vizwiz_score)(given.by_id("prediction"), given.references(_people))
 
 
 def gqa(given: ScoringInputs) -> MetricResult:
-    """Exact match."""
+    """Exact match with the answers of GQA."""
     return gqa_accuracy(given.by_id("prediction"), given.references())
 
 
 def ranking(given: ScoringInputs) -> MetricResult:
-    """VisDial; the same with log-probabilities divided by the options' lengths as `..._per_token`."""
+    """VisDial's ranking metrics; `..._per_token` are those of log-probabilities divided by the options' lengths."""
     references = given.references(lambda s: DialogueReference(tuple(s.reference["relevance"]), s.reference["index"]))
     result = dialogue_ranking(given.by_id("scores"), references)
     shared = {r["id"]: [a / n for a, n in zip(r["scores"], r["lengths"], strict=True)] for r in given.records}
@@ -117,32 +117,32 @@ def ranking(given: ScoringInputs) -> MetricResult:
 
 
 def grounding(given: ScoringInputs) -> MetricResult:
-    """Boxes in text."""
+    """Accuracy of boxes in text."""
     return grounding_accuracy(given.by_id("prediction"), given.references(lambda s: tuple(map(float, s.reference))))
 
 
 def fid(given: ScoringInputs) -> MetricResult:
-    """At the release's 64 pixels and at native resolution."""
+    """FID at the release's 64 pixels and at native resolution."""
     options = given.metrics
     metric = FID(_path(options.inception), cache=_path(options.cache), device=given.device)
     return metric(given.images(), given.true_images())
 
 
 def text_similarity(given: ScoringInputs) -> MetricResult:
-    """CLIP, images and what they were asked for with."""
+    """CLIP similarity of generated images and their prompts."""
     texts = {(s.id, 0): str(s.meta["caption"]) for s in given.samples}
     found = TextSimilarity(CLIP(_path(given.metrics.clip), given.device))(given.images(), texts)
     return found.grouped(sample_of)
 
 
 def image_similarity(given: ScoringInputs) -> MetricResult:
-    """CLIP, images and true images."""
+    """CLIP similarity of generated and reference images."""
     similarity = ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))
     return similarity(given.images(), given.true_images()).grouped(sample_of)
 
 
 def miou(given: ScoringInputs) -> MetricResult:
-    """ADE20K: what a segmenter sees in the images, against the label maps."""
+    """mIoU of a segmenter's labels for the generated images and the label maps, for ADE20K."""
     segmenter = Segmenter(_path(given.metrics.segmenter), given.device)
     images = {r["id"]: given.folder / r["images"][0] for r in given.records}
     return SegmentedMeanIoU(segmenter)(images, given.references(_labels))
@@ -154,7 +154,7 @@ METRICS: Registry[Callable[[ScoringInputs], MetricResult]] = Registry("mm_interl
     "image_similarity": image_similarity, "miou": miou,
 })  # fmt: skip
 SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}
-"""Which of the `metrics` settings gives a metric the file or folder that it needs."""
+"""The `metrics` setting with the file or folder of each metric that needs one."""
 
 
 def _path(name: str | None) -> Path | None:
@@ -162,7 +162,7 @@ def _path(name: str | None) -> Path | None:
 
 
 def sample_of(key: Hashable) -> Hashable:
-    """The sample of an image. Images of one story have more in common than others, so intervals are over stories."""
+    """The sample of an image. Intervals resample whole stories, since images of one story are not independent."""
     assert isinstance(key, tuple)
     return key[0]
 
@@ -176,7 +176,7 @@ def _people(sample: Sample) -> VQAReference:
 
 
 def _labels(sample: Sample) -> np.ndarray:
-    """A label map, cut to its middle as the image that shows it was, or whole: integers [H, W]."""
+    """A label map, cropped to the central square if its image was, else whole: integers [H, W]."""
     path = sample.reference["labels"]
     labels = np.asarray(load_pixels(path, f"sample {sample.id}"))
     if labels.ndim != 2 or labels.max() > CLASSES:
@@ -194,16 +194,16 @@ def _labels(sample: Sample) -> np.ndarray:
 
 @dataclass
 class TaskResult:
-    """What came out of a task.
+    """The results of a task.
 
     Attributes:
-        task, phase: what was asked.
-        samples: how many there are.
-        evaluated: how many could be.
-        unreadable: why others could not, by id; of a failed task only the first of them.
+        task, phase: the task and the part of the data set.
+        samples: number of samples.
+        evaluated: number of evaluated samples.
+        unreadable: why the others could not be read, by id; for a failed task only the first ones.
         failed: why there is no result; "": there is one.
-        origin: whose files they are, if a plug-in knows them; "": the official ones, as far as is known.
-        notes: what else one must know to read the figures.
+        origin: the origin of the files, if a plug-in recognises them; "": presumably the official ones.
+        notes: other remarks about the values.
         metrics: by name: `values`, `intervals` of some of them, and `skipped` with `fix`, or `failed`.
     """
 
@@ -223,13 +223,13 @@ SampleScores = dict[str, dict[str, Scores]]
 
 
 def main_scores(scores: SampleScores) -> tuple[str, Scores]:
-    """The value that samples are ranked by and their scores: the first of the first metric that has any."""
+    """The value that samples are sorted by, with their scores: the first value of the first metric that has scores."""
     found = [(name, of_samples) for values in scores.values() for name, of_samples in values.items()]
     return found[0] if found else ("", {})
 
 
 def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any]], SampleScores]:
-    """All metrics of a task, as plain data, and the samples' scores."""
+    """All metrics of a task as plain data, and the scores of its samples."""
     results: dict[str, dict[str, Any]] = {}
     scores: SampleScores = {}
     for name in (*given.task.metrics, *(given.facts.metrics if given.facts is not None else ())):
@@ -237,7 +237,7 @@ def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any
             raise EvaluationError(f"task '{given.task.name}': {METRICS.unknown(name)}")
         try:
             result = METRICS[name](given)
-        except (ValueError, OSError, RuntimeError) as error:  # data that do not fit, weights that cannot be loaded
+        except (ValueError, OSError, RuntimeError) as error:  # unsuitable data, weights that cannot be loaded
             results[name] = {"values": {}, "failed": " ".join(str(error).split()) or type(error).__name__}
             continue
         results[name] = as_data(result, seed, given.metrics.resamples)
@@ -249,7 +249,7 @@ def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any
 
 
 def as_data(result: MetricResult, seed: int, resamples: int) -> dict[str, Any]:
-    """Plain data; every value that is a mean of samples' scores has the interval of those scores."""
+    """The result as plain data. Every value that is a mean of samples' scores has an interval."""
     data: dict[str, Any] = {"values": result.values}
     if result.per_sample:
         data["intervals"] = {
