@@ -261,8 +261,8 @@ def clip_of(task: Task, suite: TaskSuite, device: torch.device | str) -> CLIP | 
         return None
     folder = Path(suite.metrics.clip)
     if not (folder / "config.json").is_file():
-        raise InputError(f"'{folder}' has no config.json, so it is no CLIP model to choose images by",
-    """(batch, its pending samples, its loaded samples if any are pending). Loads the next batch in the background."""
+        raise InputError(f"'{folder}' has no config.json, so it is not a CLIP model",
+                         f"task '{task.name}', 'metrics.clip'", "Correct it, or leave it out")  # fmt: skip
     return CLIP(folder, device)
 
 
