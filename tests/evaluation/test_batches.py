@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from mm_interleaved import MMInterleaved, MMInterleavedProcessor
@@ -90,16 +91,16 @@ def test_a_batch_is_written_while_the_model_has_the_next(
 def test_no_line_is_written_before_its_images(
     task: MakeTask, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The disk is full at the third; what stands there by then is taken up again."""
-    write, left = predictions.write_atomic, iter(range(3))
+    """The disk is full at the third image; the run is then resumed."""
+    write, left = predictions.write_image, iter(range(3))
 
-    def full(path: Path, content: bytes) -> None:
-        if path.suffix == ".png" and next(left) == 2:
+    def full(path: Path, image: PIL.Image.Image) -> None:
+        if next(left) == 2:
             raise OSError(28, "No space left on device")
-        write(path, content)
+        write(path, image)
 
     with monkeypatch.context() as patched:
-        patched.setattr(predictions, "write_atomic", full)
+        patched.setattr(predictions, "write_image", full)
         with pytest.raises(OSError, match="No space left"):
             run(task("coco"))
     folder = tmp_path / "out/coco"

@@ -249,7 +249,7 @@ def test_clip_chooses_among_candidates(
 
 def test_a_folder_without_clip_is_said_before_anything_is_drawn(task: MakeTask, run: Run, tmp_path: Path) -> None:
     clip = MetricConfig(clip=str(tmp_path))
-    with pytest.raises(InputError, match="is no CLIP model to choose images by"):
+    with pytest.raises(InputError, match="is not a CLIP model"):
         run(task("coco"), metrics=clip)
     (tmp_path / "config.json").write_text("{}")
     assert "the CLIP model cannot be used" in run(task("coco"), metrics=clip).tasks["coco"].failed
