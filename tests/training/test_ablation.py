@@ -78,7 +78,7 @@ def test_all_four_begin_as_one_function(tmp_path: Path, start: str) -> None:
 def test_what_is_fresh_has_to_be_there(tmp_path: Path) -> None:
     whole_model(tmp_path)
     file, source = ROOT / "configs/small/ablation_none.yaml", f"model.init_from.checkpoint={tmp_path}"
-    with pytest.raises(ValueError, match=r"model\.weights: the pattern 'synchronizer' fits no parameter"):
+    with pytest.raises(ValueError, match=r"model\.weights: the pattern 'synchronizer' matches no parameter"):
         build(load_config(file, TrainConfig, [source, "model.weights=[{from: fresh, parameters: synchronizer}]"]))
     with pytest.raises(ConfigError, match=r"parameters '\[' is not a regular expression"):
         load_config(file, TrainConfig, [source, "model.weights=[{from: fresh, parameters: '['}]"])

@@ -63,7 +63,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"), [("no_such_part", "fits no parameter"), ("(", "is not a regular expression")]
+    ("pattern", "message"), [("no_such_part", "matches no parameter"), ("(", "is not a regular expression")]
 )
 def test_a_pattern_that_cannot_be_meant_is_refused(model, pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

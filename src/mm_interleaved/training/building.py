@@ -23,12 +23,12 @@ from .config import FRESH, ModelConfig, TrainConfig, WeightsConfig
 
 
 def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
-    """Model and processor.
+    """Build the model and the processor of a run.
 
-    Trainable weights are float32; frozen ones have the type that the run computes in, the VAE its own.
+    Trainable weights are float32. Frozen ones have the run's `precision`, and those of the VAE `losses.vae_dtype`.
 
     Raises:
-        ValueError: the settings do not fit together, or a folder holds something else.
+        ValueError: the settings contradict each other, or a folder has unsuitable files.
     """
     source = config.model
     tokenizer = _tokenizer(source, default_tokenizer)
@@ -43,19 +43,19 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
 
 
 def build_config(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedConfig:
-    """The configuration alone.
+    """Build only the configuration of the model.
 
     Raises:
-        ValueError: the settings do not fit together, or a folder holds something else.
+        ValueError: the settings contradict each other, or a folder has unsuitable files.
     """
     return _model_config(source, _tokenizer(source, default_tokenizer))
 
 
 def build_tokenizer(source: ModelConfig, default_tokenizer: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, with the tokens of images.
+    """Build only the tokenizer, with the special tokens of images.
 
     Raises:
-        ValueError: a folder holds something else.
+        ValueError: a folder has unsuitable files.
     """
     tokenizer = _tokenizer(source, default_tokenizer)
     add_image_tokens(tokenizer)
@@ -63,17 +63,17 @@ def build_tokenizer(source: ModelConfig, default_tokenizer: Path | None = None) 
 
 
 def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedProcessor:
-    """The processor alone, without weights; the folders of `weights` need not be there yet.
+    """Build only the processor. The folders of `weights` need not exist yet.
 
     Raises:
-        ValueError: the settings do not fit together, or a folder holds something else.
+        ValueError: the settings contradict each other, or a folder has unsuitable files.
     """
     tokenizer = _tokenizer(source, default_tokenizer)
     return MMInterleavedProcessor.for_model(_model_config(replace(source, weights=[]), tokenizer), tokenizer)
 
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:
-    """float32 for what is trained, the computing type for what is frozen, `losses.vae_dtype` for the VAE."""
+    """Set trainable weights to float32, frozen ones to the run's `precision`, and the VAE to `losses.vae_dtype`."""
     frozen, vae = getattr(torch, config.precision), getattr(torch, config.losses.vae_dtype)
     for name, parameter in model.named_parameters():
         dtype = vae if name.startswith("image_decoder.vae.") else frozen
@@ -102,7 +102,7 @@ def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizer
 
 
 def _model_config(source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> MMInterleavedConfig:
-    """The configuration, with everything that the tokenizer, the VAE and the overrides change."""
+    """The configuration of the model, adapted to the tokenizer, the VAE and the overrides."""
     soi, image = add_image_tokens(tokenizer)
     init = source.init_from
     if init.components is not None:
@@ -140,7 +140,7 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None
 
 
 def _vae_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration of a diffusers VAE; None: the folder holds something else."""
+    """The configuration of a diffusers VAE; None: the folder has none."""
     path = folder / "config.json"
     config = read_json(path, dict) if path.is_file() else {}
     if config.get("_class_name") != "AutoencoderKL":
@@ -149,7 +149,7 @@ def _vae_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _follow_vae(decoder: dict[str, Any]) -> None:
-    """The UNet's channels and size follow the VAE's."""
+    """Adapt the channels and size of the UNet to the VAE."""
     vae = decoder["vae"]
     decoder["unet"] |= {
         "in_channels": vae["latent_channels"],
@@ -159,10 +159,10 @@ def _follow_vae(decoder: dict[str, Any]) -> None:
 
 
 def initial_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterleaved:
-    """A model with the weights that the settings name, in float32.
+    """A model in float32 with the weights of the settings.
 
     Raises:
-        ValueError: a folder holds no weights or others, or two entries of `weights` name one parameter.
+        ValueError: a folder has no weights or those of another model, or two entries of `weights` match one parameter.
     """
     init, fresh = source.init_from, [entry for entry in source.weights if entry.source == FRESH]
     if init.components is not None:
@@ -172,11 +172,11 @@ def initial_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterle
         model = MMInterleaved.from_pretrained(init.checkpoint, config=config, dtype=torch.float32)
     else:
         model = MMInterleaved(config)
-        if init.checkpoint is not None:  # whose synchronizers may be left out
+        if init.checkpoint is not None:  # whose synchronizers may be omitted
             anew = {name for entry in fresh for name in _names(model, entry, {})}
             kept = [name for name in model.state_dict() if name not in anew]
             _copy(model, folder_weights(Path(init.checkpoint)), kept, init.checkpoint)
-    owners: dict[str, str] = {}  # which entry sets a parameter
+    owners: dict[str, str] = {}  # the entry that sets a parameter, by its name
     for entry in source.weights:
         given = {} if entry.source == FRESH else folder_weights(Path(entry.source))
         names = _names(model, entry, given)
@@ -194,7 +194,7 @@ def _names(model: nn.Module, entry: WeightsConfig, given: Mapping[str, Tensor]) 
         return list(given)
     names = [name for name in model.state_dict() if re.search(entry.parameters, name)]
     if not names:
-        raise ValueError(f"model.weights: the pattern '{entry.parameters}' fits no parameter of the model")
+        raise ValueError(f"model.weights: the pattern '{entry.parameters}' matches no parameter of the model")
     return names
 
 
@@ -210,13 +210,13 @@ def _copy(model: nn.Module, given: Mapping[str, Tensor], names: Sequence[str], f
 
 
 def folder_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a model, of a part of one or of a diffusers VAE, by their names in a whole model.
+    """The weights of a model, a part of one or a diffusers VAE, by their names in a whole model.
 
     Raises:
-        CheckpointError: there are none, or a file is damaged.
+        CheckpointError: the folder has no weights, or a file is damaged.
     """
     files = weight_files(folder)
-    files = [file for file in files if file.name.startswith("model")] or files  # an average may lie beside a model
+    files = [file for file in files if file.name.startswith("model")] or files  # not a moving average
     state = {name: value for file in files for name, value in read_weights(file).items()}
     prefix = "image_decoder.vae." if _vae_config(folder) is not None else ""
     return {prefix + name: value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""What a training run is: one tree of typed settings, read from YAML by `load_config`."""
+"""The settings of a training run, read from YAML by `load_config`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FRESH = "fresh"
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; says why, and what was written about it."""
+    """Training cannot continue; the message states why, and which file has details."""
 
 
 @settings
 class GroupConfig:
-    """Parameters whose name contains `pattern` (a regular expression); None: the optimizer's own value."""
+    """Settings for parameters whose name contains `pattern` (a regular expression); None: the optimizer's value."""
 
     pattern: str
     lr: NonNegativeFloat | None = None
@@ -33,13 +33,13 @@ class GroupConfig:
 
 @settings
 class MuonConfig:
-    """Muon, for weights of linear layers and convolutions; AdamW takes the rest and what `plain` names."""
+    """Muon, for weights of linear layers and convolutions. AdamW trains the others and those that `plain` matches."""
 
     scale: PositiveFloat = (
-        0.2  # root mean square of an update's numbers, in learning rates; AdamW's are about 0.2 to 0.4
+        0.2  # root mean square of an update, in learning rates; AdamW's is about 0.2 to 0.4
     )
     momentum: Decay = 0.95
-    # Regular expressions: what comes first and last, and what points somewhere.
+    # Regular expressions: the first and last layers, and layers that predict sampling positions.
     plain: list[str] = field(
         default_factory=lambda: ["lm_head", "conv_in", "conv_out", "offset", "attention_weights", "patch_embedding"]
     )
@@ -47,7 +47,7 @@ class MuonConfig:
 
 @settings
 class OptimizerConfig:
-    """Biases and LayerNorms do not decay, nor does what `no_decay` (regular expressions) names."""
+    """Biases, LayerNorms and parameters that `no_decay` (regular expressions) matches have no weight decay."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
@@ -55,14 +55,14 @@ class OptimizerConfig:
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.05
     max_grad_norm: NonNegativeFloat = 1.0  # 0: no clipping
-    groups: list[GroupConfig] = field(default_factory=list)  # the first that fits decides
+    groups: list[GroupConfig] = field(default_factory=list)  # the first that matches is used
     no_decay: list[str] = field(default_factory=list)
     muon: MuonConfig = field(default_factory=MuonConfig)
 
 
 @settings
 class ScheduleConfig:
-    """Learning rate over time, as a share of each group's rate."""
+    """The learning rate over time, as a fraction of each group's rate."""
 
     kind: Literal["cosine", "constant", "linear"] = "cosine"  # after the warm-up
     warmup_steps: Count = 0  # rises linearly from 0
@@ -71,7 +71,7 @@ class ScheduleConfig:
 
 @settings
 class EMAConfig:
-    """An exponential moving average of the weights; what a run hands over at its end, and what it evaluates."""
+    """An exponential moving average of the weights, which is evaluated and saved at the end of a run."""
 
     decay: Decay = 0.0  # 0: off
     start_step: Count = 0
@@ -82,29 +82,29 @@ class DDPConfig:
     """Data-parallel training under torchrun."""
 
     find_unused_parameters: bool = True
-    static_graph: bool = False  # every step uses the same parameters; faster, and then nothing has to be found
+    static_graph: bool = False  # every step uses the same parameters; faster than finding unused ones
     bucket_cap_mb: Positive = 25
 
 
 @settings
 class RunConfig:
-    """What every training run has, whatever it trains.
+    """The settings that all training runs have.
 
     Attributes:
         output: folder of the run: `config.yaml`, `log.jsonl`, TensorBoard files, `checkpoint-N`, `final`.
-        steps: optimizer steps.
-        seed: seed of the initialisation and of every draw.
-        accumulation: batches for each step.
-        precision: type in which matrices are multiplied. Trainable weights are always kept in float32.
-        compile: "regional" compiles the blocks that repeat, "decoder" only the layers of the language model.
-        log_every, save_every, eval_every, sample_every: steps between two of each; 0: never.
-        keep_checkpoints: how many of the newest stay.
-        resume: "auto" (go on from the newest whole checkpoint, if there is one), "never", or a checkpoint folder.
-        deepspeed: path of a DeepSpeed configuration, which then rules data parallelism; needs torchrun.
-        fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`); needs torchrun and accelerators.
-        gradient_checkpointing: compute activations anew in the backward pass; a third more arithmetic, far less memory.
-        selective_checkpointing: keep some of them after all, see `enable_checkpointing`.
-        peak_tflops: of one device, for the MFU; None: known for common devices, else not shown.
+        steps: number of optimizer steps.
+        seed: seed of the initialisation and of all random choices.
+        accumulation: number of batches in a step.
+        precision: type of matrix products. Trainable weights are always stored in float32.
+        compile: "regional" compiles the repeated blocks, "decoder" only the layers of the language model.
+        log_every, save_every, eval_every, sample_every: numbers of steps between two of each; 0: never.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        resume: "auto" (from the newest undamaged checkpoint, if there is one), "never", or a checkpoint folder.
+        deepspeed: path of a DeepSpeed configuration, which controls data parallelism; needs torchrun.
+        fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`); needs torchrun and GPUs.
+        gradient_checkpointing: recompute activations in the backward pass; a third more arithmetic, far less memory.
+        selective_checkpointing: keep some of the activations, see `enable_checkpointing`.
+        peak_tflops: peak of one device, for the MFU; None: the known peak of common devices, else no MFU is shown.
         tensorboard: write TensorBoard files.
     """
 
@@ -136,18 +136,18 @@ class RunConfig:
         if self.deepspeed and self.fsdp:
             raise ValueError("give 'deepspeed' or 'fsdp', not both")
         if self.ema.decay and (self.deepspeed or self.fsdp):
-            raise ValueError("'ema.decay' keeps whole weights, which 'deepspeed' and 'fsdp' do not; set it to 0")
+            raise ValueError("'ema.decay' needs whole weights, which 'deepspeed' and 'fsdp' divide; set it to 0")
         if self.optimizer.kind == "muon" and (self.deepspeed or self.fsdp):
             raise ValueError(
-                "'optimizer.kind: muon' needs whole matrices, which 'deepspeed' and 'fsdp' split; take adamw"
+                "'optimizer.kind: muon' needs whole matrices, which 'deepspeed' and 'fsdp' divide; use adamw"
             )
         if self.sample_every and self.fsdp:
-            raise ValueError("'sample_every' draws on one process, which has only a part of the weights with 'fsdp'")
+            raise ValueError("'sample_every' runs on one process, which with 'fsdp' has only a part of the weights")
 
 
 @settings
 class ComponentsConfig:
-    """Folders of base models; see `mmi assemble`."""
+    """Folders of base models, as for `mmi assemble`."""
 
     llm: str
     clip: str
@@ -156,7 +156,7 @@ class ComponentsConfig:
 
 @settings
 class MMFSSwitches:
-    """Which parts of the model look at images through synchronizers."""
+    """Which parts of the model have synchronizers."""
 
     llm: bool = True
     unet: bool = True
@@ -164,12 +164,12 @@ class MMFSSwitches:
 
 @settings
 class InitConfig:
-    """Where a model's weights come from: exactly one of three.
+    """The origin of a model's weights: exactly one of three.
 
     Attributes:
-        preset: `release`, `small` or `debug`, with fresh weights.
-        checkpoint: folder of a model to go on from (weights only; to go on with a run, see `resume`).
-        components: base models to build on.
+        preset: `release`, `small` or `debug`, with new random weights.
+        checkpoint: folder of a model, whose weights are loaded (to continue a run, see `resume`).
+        components: base models to combine.
     """
 
     preset: str | None = None
@@ -186,13 +186,13 @@ class InitConfig:
 
 @settings
 class WeightsConfig:
-    """Parameters that come from elsewhere than the rest of the model.
+    """Parameters with another origin than the rest of the model.
 
     Attributes:
         source: `from` in files. Folder of a model, of a part of one (as `mmi toyworld train-vision` writes it) or of a
-            diffusers VAE, whose sizes the image decoder takes over; or `fresh`, for initial values.
-        parameters: regular expression that is searched for in the names of the model's parameters; None: all that the
-            folder holds.
+            diffusers VAE, whose sizes the image decoder adopts; or `fresh`, for new random values.
+        parameters: regular expression that is searched for in the names of the model's parameters; None: all parameters
+            in the folder.
     """
 
     source: Annotated[str, Field(alias="from")]
@@ -212,11 +212,11 @@ class ModelConfig:
     """The model that a run trains.
 
     Attributes:
-        init_from: where its weights come from.
-        weights: which of them come from elsewhere. No parameter may be named twice, so the order does not matter.
-        tokenizer: folder or SentencePiece file; None: the checkpoint's or language model's own, or the one that ships.
-        mmfs: which synchronizers there are.
-        overrides: values of the model's configuration, nested as there.
+        init_from: the origin of its weights.
+        weights: parameters with another origin. No parameter may match two entries, so the order does not matter.
+        tokenizer: folder or SentencePiece file; None: that of the checkpoint, the language model, or this package.
+        mmfs: which parts have synchronizers.
+        overrides: values that replace those of the model's configuration, nested in the same way.
     """
 
     init_from: InitConfig
@@ -239,16 +239,17 @@ class ModelConfig:
 
 @settings
 class LossConfig:
-    """Weights of the two losses and how images enter.
+    """Weights of the losses, and how the image loss is computed.
 
     Attributes:
         text, image: weights (release: 1 and 10).
-        image_fraction: share of a batch's images that the image decoder learns to draw, chosen at random, first of
-            all from those that count.
-        noise_samples_per_image: noise draws for each of them; the encoder, the VAE and the language model run once.
-        normalize_image_loss: divide by the images that count instead of by all.
-        vae_dtype: type in which targets are encoded.
-        conditions: weight of what drawings are told staying as `model.init_from.checkpoint` says it; 0: it may change.
+        image_fraction: fraction of a batch's images that the image decoder is trained on. They are chosen at random,
+            first among those with an image loss.
+        noise_samples_per_image: noise samples for each of them; the encoder, VAE and language model run once.
+        normalize_image_loss: divide by the number of images with a loss and not by the number of all images.
+        vae_dtype: type in which target images are encoded.
+        conditions: weight of the distance of the image decoder's conditions from those of
+            `model.init_from.checkpoint`; 0: they may change.
     """
 
     text: NonNegativeFloat = 1.0
@@ -268,13 +269,13 @@ class LossConfig:
 
 @settings
 class SampleConfig:
-    """What is generated from time to time, to be looked at.
+    """Samples that are generated and saved during training.
 
     Attributes:
-        documents: a file of documents with open slots, as `mmi generate` takes it.
-        count: how many of its documents.
-        num_inference_steps, guidance_scale: of an image; None: the model's guidance.
-        max_new_tokens: longest text.
+        documents: a file of documents with open slots, as for `mmi generate`.
+        count: how many of its documents are used.
+        num_inference_steps, guidance_scale: settings of an image; None: the model's guidance.
+        max_new_tokens: maximum length of a text.
     """
 
     documents: str | None = None
@@ -286,23 +287,24 @@ class SampleConfig:
 
 @settings
 class ShapesConfig:
-    """Sizes that batches of documents are brought to, so that a device meets few of them, or always the same.
+    """Sizes to which batches are padded, so that a device meets few different sizes or only one.
 
-    A GPU plans its convolutions anew for every number of images, which takes longer than a small model's whole step;
-    and starting some ten thousand kernels one by one takes longer than running them.
+    cuDNN plans convolutions again for every number of images, which takes longer than a whole step of a small model.
+    Launching about ten thousand kernels one by one takes longer than running them.
 
     Attributes:
-        multiple: the images that are seen, those that condition drawings and the contexts of drawings are filled up,
-            those that are drawn cut down to a multiple of this.
-        images: fill up to so many images; 0: as `multiple` says. What is added is seen by nothing.
-        targets: draw so many of them, if there are as many; 0: as `losses.image_fraction` says.
-        conditioning: images that condition drawings, likewise. Batches without any get none; a capture with 0 is of
-            such batches.
-        context: tokens of the contexts of drawings, likewise.
-        labelled: tokens to learn, likewise.
-        visible: images that a token sees, likewise.
-        graph: record the step as a CUDA graph at its first batch of just these sizes, and replay it from then on; other
-            batches run as always (the log says how many were replayed). Needs `accumulation: 1`,
+        multiple: the numbers of input images, of images and of tokens that condition image generation are padded to a
+            multiple of this; the number of target images is reduced to a multiple of it.
+        images: pad to this number of input images; 0: to a `multiple`. Nothing attends to the padding.
+        targets: train the image decoder on this number of images, if there are as many; 0: `losses.image_fraction`
+            decides.
+        conditioning: pad to this number of images that condition image generation. Batches without any are not padded;
+            with 0 a graph is captured for such batches.
+        context: pad to this number of tokens that condition image generation.
+        labelled: pad to this number of tokens with a loss.
+        visible: pad to this number of images that a token attends to.
+        graph: capture the step as a CUDA graph at the first batch of exactly these sizes, and replay it for all others
+            of them; other batches run without it (the log has the number of replayed ones). Needs `accumulation: 1`,
             `data.pad_to_max_length` and all sizes but `conditioning`.
     """
 
@@ -328,17 +330,17 @@ SIZES = ("images", "targets", "conditioning", "context", "labelled", "visible")
 
 @settings(kw_only=True)
 class TrainConfig(RunConfig):
-    """`mmi train`: a model of documents.
+    """The settings of `mmi train`.
 
     Attributes:
-        model: where it comes from.
-        data: what it learns from.
+        model: the model.
+        data: the training data.
         eval_data: held-out data for the loss shown as `eval_loss`.
-        eval_batches: how many batches of it.
-        losses: their weights.
-        samples: what is generated on the way.
-        shapes: sizes that batches are brought to.
-        evaluation: tasks that are given to the model on the way, as in an evaluation's file.
+        eval_batches: how many batches of it are used.
+        losses: the losses and their weights.
+        samples: what is generated during training.
+        shapes: sizes to which batches are padded.
+        evaluation: tasks for evaluations during training, as in the file of an evaluation.
         evaluate_every: steps between two evaluations; 0: never.
     """
 
@@ -364,7 +366,7 @@ class TrainConfig(RunConfig):
             raise ValueError("shapes.graph needs data.pad_to_max_length: true")
         if self.losses.conditions and self.model.init_from.checkpoint is None:
             raise ValueError(
-                "'losses.conditions' holds on to what a checkpoint says: give 'model.init_from.checkpoint'"
+                "'losses.conditions' compares with a checkpoint: give 'model.init_from.checkpoint'"
             )
         if self.eval_every and self.eval_data is None:
             raise ValueError("'eval_every' needs held-out data: give 'eval_data', or set it to 0")

@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     Patterns are regular expressions, searched anywhere in the name.
 
     Raises:
-        ValueError: a pattern is no regular expression, or fits no parameter of the model at all.
+        ValueError: a pattern is not a regular expression, or matches no parameter of the model.
     """
     groups = [
         Group(
@@ -63,7 +63,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     for pattern in patterns:
         if not any(pattern.search(name) for name in names):
             raise ValueError(
-                f"optimizer.groups: the pattern '{pattern.pattern}' fits no parameter; `mmi info` lists the model's "
+                f"optimizer.groups: the pattern '{pattern.pattern}' matches no parameter; `mmi info` lists the model's "
                 f"parts, and its parameters are called, for instance, {', '.join(names[:: max(1, len(names) // 3)])}"
             )
     return [group for group in [*groups, rest] if group.parameters]
