@@ -170,7 +170,7 @@ def test_results_are_taken_up(fixture: Path, tmp_path: Path, mmi: Mmi, monkeypat
 
 def test_the_demo_has_a_report(fixture: Path, tmp_path: Path) -> None:
     shutil.copytree(fixture / "demo", tmp_path / "demo")
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shutil.copytree(ROOT / "examples/images", tmp_path / "examples/pictures")  # the folder's name then
     written = json.loads((fixture / "demo/results.json").read_text())
     records = [with_candidates(record) for record in written]
     generated = [s for record in records for s in record["segments"] if s["generated"]]

@@ -597,8 +597,9 @@ def test_damaged_models(mmi: Mmi, tmp_path: Path, checkpoint: Path, damage: Call
 
 def test_loading_shows_that_it_goes_on(mmi: Mmi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    command = importlib.import_module("mm_interleaved.cli.generate")
-    monkeypatch.setattr(command, "console", Console(file=screen, force_terminal=True))
+    for module in ("generate", "models"):
+        command = importlib.import_module(f"mm_interleaved.cli.{module}")
+        monkeypatch.setattr(command, "console", Console(file=screen, force_terminal=True))
     assert mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "out", *QUICK).code == 0
     assert "loading debug" in screen.getvalue()
 

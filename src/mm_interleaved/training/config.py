@@ -189,7 +189,7 @@ class WeightsConfig:
     """Parameters with another origin than the rest of the model.
 
     Attributes:
-        source: `from` in files. Folder of a model, of a part of one (as `mmi toyworld train-vision` writes it) or of a
+        source: `from` in files. Folder of a model, of a part of one, or of a
             diffusers VAE, whose sizes the image decoder adopts; or `fresh`, for new random values.
         parameters: regular expression that is searched for in the names of the model's parameters; None: all parameters
             in the folder.
