@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig
 from mm_interleaved.configuration import load_config
-from mm_interleaved.training.config import GroupConfig, MuonConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from mm_interleaved.training.config import (
+    GroupConfig,
+    MuonConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from mm_interleaved.training.muon import Muon
 from mm_interleaved.training.optimizer import build_optimizer, parameter_groups, torch_groups, undecayed
-from mm_interleaved.training.trainer import learning_rate_share
+from mm_interleaved.training.trainer import training_arguments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -70,13 +79,31 @@ def test_a_pattern_that_cannot_be_meant_is_refused(model, pattern: str, message:
         build_optimizer(model, OptimizerConfig(groups=[GroupConfig(pattern)]))
 
 
-def test_schedules() -> None:
-    cosine = learning_rate_share(ScheduleConfig("cosine", warmup_steps=10, min_share=0.1), 110)
-    assert [cosine(s) for s in (0, 5, 10)] == [0.0, 0.5, 1.0]
-    assert cosine(60) == pytest.approx(0.55)
-    assert cosine(110) == pytest.approx(0.1)
-    assert learning_rate_share(ScheduleConfig("constant"), 10)(9) == 1.0
-    assert learning_rate_share(ScheduleConfig("linear"), 10)(5) == 0.5
+def rates(steps: int, tmp_path: Path, **schedule: Any) -> list[float]:
+    """The shares of the learning rate at every step of a run."""
+    config = RunConfig(output=str(tmp_path), steps=steps, precision="float32", schedule=ScheduleConfig(**schedule))
+    args = training_arguments(config, "cpu")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps,
+                              args.lr_scheduler_kwargs)  # fmt: skip
+    found = []
+    for _ in range(steps + 1):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_schedules(tmp_path: Path) -> None:
+    cosine = rates(110, tmp_path, kind="cosine", warmup_steps=10, min_share=0.1)
+    assert [cosine[s] for s in (0, 5, 10)] == [0.0, 0.5, 1.0]
+    assert cosine[60] == pytest.approx(0.55)
+    assert cosine[110] == pytest.approx(0.1)
+    assert rates(10, tmp_path, kind="cosine")[10] == pytest.approx(0)
+    assert rates(10, tmp_path, kind="constant", warmup_steps=2)[:4] == [0.0, 0.5, 1.0, 1.0]
+    assert rates(10, tmp_path, kind="linear")[5] == 0.5
+    with pytest.raises(ValueError, match="'min_share' is where a cosine ends"):
+        ScheduleConfig(kind="linear", min_share=0.5)
 
 
 class TwoKinds(torch.nn.Module):

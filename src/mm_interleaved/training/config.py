@@ -68,6 +68,10 @@ class ScheduleConfig:
     warmup_steps: Count = 0  # rises linearly from 0
     min_share: Share = 0.0  # cosine ends here
 
+    def __post_init__(self) -> None:
+        if self.min_share and self.kind != "cosine":
+            raise ValueError(f"'min_share' is where a cosine ends; 'kind' is {self.kind}")
+
 
 @settings
 class EMAConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from ..configuration import to_yaml
 from ..io import put_in_place, write_atomic, write_json, writing
 from ..model import MMInterleavedModel
 from . import checkpoints, sharding
-from .config import RunConfig, ScheduleConfig, TrainingError
+from .config import RunConfig, TrainingError
 from .distillation import ConditionDistillation
 from .ema import EMA
 from .flops import StepCost, peak_flops
@@ -30,6 +29,7 @@ from .meters import Window
 from .optimizer import build_optimizer
 from .pipeline import BatchPipeline
 
+SCHEDULERS = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup", "linear": "linear"}
 PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # prefixes of the outputs that are logged separately
 
 
@@ -94,14 +94,6 @@ class RunTrainer(Trainer):
             assert trained is not None
             self.optimizer = build_optimizer(trained, self.config.optimizer)
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Warm-up and decay."""
-        if self.lr_scheduler is None:
-            share = learning_rate_share(self.config.schedule, num_training_steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: arithmetic is computed from the counts of the pipeline instead."""
@@ -324,22 +316,6 @@ def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
     write_json(folder / "batch.json", about)
 
 
-def learning_rate_share(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate's factor by step number: linear warm-up, then cosine, linear or constant."""
-
-    def share(step: int) -> float:
-        if step < config.warmup_steps:
-            return step / config.warmup_steps
-        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        progress = min(1.0, progress)
-        if config.kind == "constant":
-            return 1.0
-        falling = 1 - progress if config.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return config.min_share + (1 - config.min_share) * falling
-
-    return share
-
-
 def training_arguments(config: RunConfig, device: str | None = None) -> TrainingArguments:
     """The Trainer's own settings for a run.
 
@@ -363,6 +339,9 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         gradient_accumulation_steps=config.accumulation,
         max_grad_norm=config.optimizer.max_grad_norm,
         learning_rate=config.optimizer.lr,
+        lr_scheduler_type=SCHEDULERS[config.schedule.kind],
+        lr_scheduler_kwargs={"min_lr_rate": config.schedule.min_share} if config.schedule.kind == "cosine" else {},
+        warmup_steps=config.schedule.warmup_steps,
         bf16=config.precision == "bfloat16",
         fp16=config.precision == "float16",
         logging_steps=config.log_every,
