@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.console import Console
 from ..io import read_json, write_atomic, write_json
 from .console import console, output
 from .errors import UsageError
-from .models import find_device, find_dtype
+from .models import find_device, find_dtype, find_quantization
 
 
 def bench(
@@ -45,7 +45,6 @@ def bench(
     from ..bench import LINES, run
     from ..bench.base import SIZES, Bench
     from ..bench.machine import describe
-    from ..checkpoints.quantization import QUANTIZATIONS, Quantization
 
     if preset not in SIZES:
         raise UsageError(f"--preset must be one of {', '.join(SIZES)}, not '{preset}'")
@@ -56,12 +55,10 @@ def bench(
     where = find_device(device)
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     kind = find_dtype(dtype)
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
+    matrices = find_quantization(quantization)
     sizes = SIZES[preset]
     sizes = replace(sizes, rounds=rounds or sizes.rounds, steps=steps or sizes.steps)
     sizes = replace(sizes, reference_rounds=min(sizes.reference_rounds, sizes.rounds))
-    matrices = cast(Quantization | None, quantization)  # checked above
     subject = Bench(preset, where, kind, sizes, compile_unet, mmfs, matrices, say=console.print)
     result = {**describe(), "preset": preset, "dtype": dtype, "mmfs": mmfs or "auto",
               "quantization": quantization or "none", **vars(subject.speed),

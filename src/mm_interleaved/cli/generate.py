@@ -12,18 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..io import InputError
 from .console import console, output
 from .errors import UsageError
-from .models import DTYPES, find_device, find_dtype, load_model
+from .models import DTYPES, find_device, find_dtype, find_quantization, load_model
 
 if TYPE_CHECKING:
     from ..document import Document
-    from ..generation import (
-        DocumentFinished,
-        Event,
-        GenerationSettings,
-        ImageSettings,
-        InterleavedGenerator,
-        TextSettings,
-    )
+    from ..generation import DocumentFinished, Event, GenerationSettings, InterleavedGenerator
     from ..generation.interleaved import PreparedDocument
     from .results import ResultsFolder
 
@@ -66,25 +59,19 @@ def generate(
 
     Writes the images, results.json (the original's fields and ours) and report.html into the output folder.
     """
-    from ..checkpoints.quantization import QUANTIZATIONS
     from ..document import load_documents
-    from ..generation import IMAGE_PRESETS, TEXT_PRESETS, InterleavedGenerator
+    from ..generation import InterleavedGenerator
     from .results import ResultsFolder, refuse_occupied
 
-    if preset not in TEXT_PRESETS:
-        raise UsageError(f"there is no preset '{preset}'; there are {', '.join(TEXT_PRESETS)}")
-    if image_preset not in IMAGE_PRESETS:
-        raise UsageError(f"there is no image preset '{image_preset}'; there are {', '.join(IMAGE_PRESETS)}")
     kind = find_dtype(dtype) if dtype else None
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{quantization}'")
-    chosen = _settings(TEXT_PRESETS[preset], IMAGE_PRESETS[image_preset].settings, settings or [], seed)
+    matrices = find_quantization(quantization)
+    chosen = _settings(preset, image_preset, settings or [], seed)
     where = find_device(device)
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root)
     for document in documents:
         _check_images(document)
-    loaded = load_model(model, kind, where, quantization)
+    loaded = load_model(model, kind, where, matrices)
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, chosen)
         prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
@@ -95,28 +82,23 @@ def generate(
     folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
-    try:
-        _run(generator, prepared, folder, batch_size)
-    except KeyboardInterrupt:
-        console.print("[yellow]interrupted:[/] continue with --resume")
-        raise
-    finally:
-        if folder.done:
-            report = folder.finish()
-            output.print(f"{folder.done} of {len(documents)} documents in {folder.folder}")
-            output.print(str(report))
+    _run(generator, prepared, folder, batch_size)
 
 
-def _settings(text: TextSettings, image: ImageSettings, pairs: list[str], seed: int | None) -> GenerationSettings:
+def _settings(preset: str, image_preset: str, pairs: list[str], seed: int | None) -> GenerationSettings:
     """The presets with the changes of the command line."""
     from ..configuration import read_overrides
-    from ..generation.settings import GenerationSettings, override
+    from ..generation.settings import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, override
 
+    for option, name, known in (("--preset", preset, TEXT_PRESETS), ("--image-preset", image_preset, IMAGE_PRESETS)):
+        if name not in known:
+            raise UsageError(f"{option} must be one of {', '.join(known)}, not '{name}'")
     changes = {"seed": seed, **read_overrides(pairs)}
     if changes.get("num_beams") not in (None, 1):
         changes.setdefault("do_sample", False)  # presets sample, and beam search does not
     try:
-        return override(GenerationSettings(text=text, image=image), **changes)
+        start = GenerationSettings(text=TEXT_PRESETS[preset], image=IMAGE_PRESETS[image_preset].settings)
+        return override(start, **changes)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -135,6 +117,22 @@ def _check_images(document: Document) -> None:
 
 
 def _run(
+    generator: InterleavedGenerator, documents: Sequence[PreparedDocument], folder: ResultsFolder, batch_size: int
+) -> None:
+    """Generate the documents that are not done yet; the report is written even if that is interrupted."""
+    try:
+        _generate(generator, documents, folder, batch_size)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted:[/] continue with --resume")
+        raise
+    finally:
+        if folder.done:
+            report = folder.finish()
+            output.print(f"{folder.done} of {len(documents)} documents in {folder.folder}")
+            output.print(str(report))
+
+
+def _generate(
     generator: InterleavedGenerator, documents: Sequence[PreparedDocument], folder: ResultsFolder, batch_size: int
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
@@ -13,6 +13,7 @@ from .errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoints.quantization import Quantization
     from ..pretrained import Loaded
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,6 +30,22 @@ def find_dtype(name: str) -> torch.dtype:
     import torch
 
     return getattr(torch, name)
+
+
+def find_quantization(name: str | None) -> Quantization | None:
+    """The quantization of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from ..checkpoints.quantization import QUANTIZATIONS
+
+    for known in QUANTIZATIONS:
+        if name == known:
+            return known
+    if name is not None:
+        raise UsageError(f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not '{name}'")
+    return None
 
 
 def find_device(name: str) -> torch.device:
@@ -52,7 +69,11 @@ def find_device(name: str) -> torch.device:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | None, device: torch.device | None, quantization: str | None, quiet: bool = False
+    name: str,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    quantization: Quantization | None,
+    quiet: bool = False,
 ) -> Loaded:
     """Load a model and its processor.
 
@@ -66,11 +87,10 @@ def load_model(
     Raises:
         UsageError: it cannot be loaded.
     """
-    from ..checkpoints.quantization import Quantization
     from ..pretrained import load
 
     try:
         with nullcontext() if quiet else console.status(f"loading {escape(name)}"):
-            return load(name, dtype, device, cast(Quantization | None, quantization))
+            return load(name, dtype, device, quantization)
     except (ValueError, RuntimeError, OSError) as error:  # the libraries' errors for folders that they cannot load
         raise UsageError(f"model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
