@@ -1,4 +1,4 @@
-"""Scores of predictions against references. A metric takes plain data, knows no model, and says when it cannot run.
+"""Metrics: scores of predictions, given references. They take plain data, and state the reason if they cannot run.
 
     result = caption_scores({"17": "a cat"}, {"17": ["A cat.", "One cat on a mat."]})
     result.values                       # {"cider": ..., "bleu_4": ...}, in the unit of the papers

@@ -12,7 +12,7 @@ from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
 INSTALL_PACKAGE = "pip install 'mm-interleaved[eval]'"
 INSTALL_JAVA = "install Java, on Debian with: sudo apt-get install default-jre-headless"
-Tokenized = dict[str, list[str]]  # pycocoevalcap's form: sample to sentences, tokens joined by spaces
+Tokenized = dict[str, list[str]]  # pycocoevalcap's format: sample to sentences, tokens joined by spaces
 
 
 @reports_missing
@@ -38,7 +38,7 @@ def caption_scores(predictions: Mapping[Hashable, str], references: Mapping[Hash
 
 
 def require_java() -> None:
-    """Check that what pycocoevalcap needs is there.
+    """Check that pycocoevalcap and its requirements are installed.
 
     Raises:
         MissingRequirement: the package or Java is missing, or the package's folder, where its tokenizer writes, is
@@ -61,7 +61,7 @@ def penn_treebank(sentences: Sequence[Sequence[str]]) -> Tokenized:
     """Tokens of sentences by the Penn Treebank tokenizer, lower-cased, without punctuation.
 
     Args:
-        sentences: of each sample.
+        sentences: the sentences of each sample.
 
     Returns:
         The sample's number to its sentences, tokens joined by spaces.
@@ -72,7 +72,7 @@ def penn_treebank(sentences: Sequence[Sequence[str]]) -> Tokenized:
     require_java()
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # The tokenizer takes each line for a sentence, so there must be no other line ends and no blank lines.
+    # The tokenizer treats each line as a sentence, so there must be no other line ends and no blank lines.
     plain = [" ".join(text.split()) for group in sentences for text in group]
     asked = {i: [{"caption": text}] for i, text in enumerate(plain) if text}
     tokens = PTBTokenizer().tokenize(asked) if asked else {}

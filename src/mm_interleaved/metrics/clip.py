@@ -1,4 +1,4 @@
-"""Likeness of images to images and to text by CLIP, and the best of several candidates."""
+"""CLIP similarity of images to images and to texts, and selection of the best candidate image."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class CLIP:
 
     Attributes:
         folder: model, tokenizer and image processor, as transformers saves them.
-        device: where it runs.
-        batch: how many images or texts at a time.
+        device: the device it runs on.
+        batch: number of images or texts in a batch.
     """
 
     folder: Path | None
@@ -56,7 +56,7 @@ class CLIP:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit vectors [N, D] of texts; what exceeds the model's 77 tokens is cut off."""
+        """Unit vectors [N, D] of texts; tokens after the model's 77 are dropped."""
         model, _, tokenizer = self._parts
         text = model.config.text_config
         assert isinstance(text, CLIPTextConfig)
@@ -72,7 +72,7 @@ class CLIP:
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
 
     def rerank(self, candidates: Sequence[ImageLike], text: str) -> tuple[int, list[float]]:
-        """Which candidate fits a text best, and the cosine of each.
+        """The index of the candidate with the highest cosine similarity to a text, and the cosine of each.
 
         Raises:
             MissingRequirement: no model in the folder.
@@ -86,7 +86,7 @@ class CLIP:
 
 @dataclass(frozen=True)
 class ImageSimilarity:
-    """Mean cosine of generated images (by id) and reference images: `clip_image_image`, the stories' measure."""
+    """Mean cosine of generated images (by id) and reference images: `clip_image_image`, for stories."""
 
     clip: CLIP
 
@@ -106,7 +106,7 @@ class ImageSimilarity:
 
 @dataclass(frozen=True)
 class TextSimilarity:
-    """Mean cosine of generated images (by id) and the texts they were asked for with: `clip_text_image`."""
+    """Mean cosine of generated images (by id) and their prompts: `clip_text_image`."""
 
     clip: CLIP
 
@@ -123,7 +123,7 @@ class TextSimilarity:
 
 
 def _pooled(features: tuple[Any, ...] | BaseModelOutputWithPooling) -> torch.Tensor:
-    """The projected vectors [N, D] among what CLIP returns."""
+    """The projected vectors [N, D] in the outputs of CLIP."""
     assert isinstance(features, BaseModelOutputWithPooling)
     assert features.pooler_output is not None
     return features.pooler_output

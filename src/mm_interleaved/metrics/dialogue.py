@@ -18,11 +18,11 @@ RECALL_AT = (1, 5, 10)
 
 @dataclass(frozen=True)
 class DialogueReference:
-    """What is known of the candidates of one round; one of the two at least.
+    """The reference of one round: the relevance of candidates, the right candidate, or both.
 
     Attributes:
-        relevance: of each candidate, 0 or more, one at least above 0; None if the round has no dense annotation.
-        answer: number of the right candidate; None if not known.
+        relevance: of each candidate, at least 0, and above 0 for one or more; None: the round has no dense annotation.
+        answer: number of the right candidate; None: unknown.
 
     Raises:
         ValueError: neither is given, a relevance is negative, or none is above 0 (NDCG is then undefined).
@@ -61,11 +61,11 @@ def dialogue_ranking(
 ) -> MetricResult:
     """Score the candidates' scores (a list by id, higher is better) against `DialogueReference`s.
 
-    Values: `ndcg`, `mrr` and `r@1`, `r@5`, `r@10` in percent, `mean_rank`; each over the rounds that have what it
-    needs.
+    Values: `ndcg`, `mrr` and `r@1`, `r@5`, `r@10` in percent, `mean_rank`; each over the rounds that have the required
+    reference.
 
     Raises:
-        ValueError: the ids differ, a score is not a finite number, or there are more or fewer than candidates.
+        ValueError: the ids differ, a score is not finite, or the number of scores is not that of candidates.
     """
     gains: Scores = {}
     places: Scores = {}

@@ -1,4 +1,4 @@
-"""Boxes in text and how well they fit: accuracy at an IoU of one half, as for RefCOCO."""
+"""Accuracy of boxes in text at an IoU of 0.5, as for RefCOCO."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping
 
 from .result import MetricResult, Scores, aligned, reports_missing
 
-SCALE = 999  # a box in text counts in 1/999 of the image's width and height
+SCALE = 999  # coordinates in text are in 1/999 of the image's width and height
 THRESHOLD = 0.5
 Box = tuple[float, float, float, float]
 NOWHERE: Box = (0.0, 0.0, 0.0, 0.0)
@@ -16,7 +16,7 @@ _BOX = re.compile(r"\(([^(),]*),([^(),]*)\)\(([^(),]*),([^(),]*)\)")
 
 
 def parse_box(text: str) -> Box:
-    """The first "(x1,y1)(x2,y2)" in a text, in 1/999 of the image; (0, 0, 0, 0) if there is none that is numbers."""
+    """The first "(x1,y1)(x2,y2)" in a text, in 1/999 of the image; (0, 0, 0, 0) if there is none."""
     found = _BOX.search(text)
     if found is None:
         return NOWHERE
@@ -30,7 +30,7 @@ def parse_box(text: str) -> Box:
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes (x1, y1, x2, y2), in [0, 1]; 0 if either has no area.
 
-    It does not change when both boxes are scaled along an axis, so boxes in 1/999 of an image need no pixels.
+    Scaling both boxes along an axis does not change it, so boxes in 1/999 of an image can be used directly.
     """
     areas = [max(x2 - x1, 0.0) * max(y2 - y1, 0.0) for x1, y1, x2, y2 in (a, b)]
     shared = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
@@ -39,7 +39,7 @@ def iou(a: Box, b: Box) -> float:
 
 @reports_missing
 def grounding_accuracy(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Box]) -> MetricResult:
-    """Score generated boxes (text by id) against boxes in 1/999 of the image, as they stand in training text.
+    """Score generated boxes (text by id) against boxes in 1/999 of the image, as in training texts.
 
     Values: `accuracy`, percent of samples with an IoU of at least 0.5, `mean_iou` in percent, and `unparsed`, percent
     of texts without a box.

@@ -1,4 +1,4 @@
-"""Images as the metrics take them: in memory, or as files that are opened one batch at a time."""
+"""The images of metrics: in memory, or files that are opened one batch at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ ImageLike = PIL.Image.Image | Path
 
 
 def rgb(image: ImageLike) -> PIL.Image.Image:
-    """The image in RGB, of its own size.
+    """The image in RGB, in its own size.
 
     Raises:
-        InputError: the file is missing or not a whole image; the message has its path.
+        InputError: the file is missing or not a complete image; the message has its path.
     """
     return load_pixels(image).convert("RGB")

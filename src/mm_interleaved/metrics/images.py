@@ -18,14 +18,14 @@ from .image_files import ImageLike, rgb
 from .inception import FIDInception
 from .result import MetricResult, MissingRequirement, aligned, reports_missing
 
-COMPATIBLE = 64  # pixels to which the release shrinks all images; its FIDs are not comparable with others
+COMPATIBLE = 64  # the release resizes all images to this many pixels, so its FIDs are not comparable with others
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 """Images, float32 [B, 3, H, W] in [0, 1], to features [B, D]. An `nn.Module` runs on the metric's device."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [D] and unbiased covariance [D, D] of features, float64, and of how many images."""
+    """Mean [D] and unbiased covariance [D, D] of features, float64, and the number of images."""
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -33,10 +33,10 @@ class Statistics:
 
     @classmethod
     def of(cls, features: np.ndarray) -> Statistics:
-        """From features [N, D] of two images or more.
+        """The statistics of features [N, D] of at least two images.
 
         Raises:
-            MissingRequirement: fewer than two images; they have no covariance.
+            MissingRequirement: there are fewer than two images.
         """
         if len(features) < 2:
             raise MissingRequirement(f"FID needs two images or more, got {len(features)}", "score more samples")
@@ -44,17 +44,17 @@ class Statistics:
         return cls(exact.mean(0), np.atleast_2d(np.cov(exact, rowvar=False)), len(exact))
 
     def save(self, path: Path, key: str) -> None:
-        """Write an .npz with `mu`, `sigma`, `count` and what they were made from; the file appears whole or not."""
+        """Write an .npz with `mu`, `sigma`, `count` and the key of their origin atomically."""
         buffer = BytesIO()
         np.savez(buffer, mu=self.mu, sigma=self.sigma, count=self.count, key=key)
         write_atomic(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path, key: str) -> Statistics:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file is not one of ours, or was made from other images, features or pixels.
+            ValueError: the file has another format, or is of other images, features or pixels.
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -70,17 +70,17 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """Squared Fréchet distance of two Gaussians (Heusel et al., arXiv 1706.08500).
 
     |mu1 - mu2|² + tr(sigma1 + sigma2 - 2 sqrt(sigma1 sigma2)). The trace of that root is the sum of the singular values
-    of sqrt(sigma1) sqrt(sigma2), which needs no root of a product that is not symmetric, and no regularisation.
+    of sqrt(sigma1) sqrt(sigma2). This needs neither the root of an asymmetric product nor regularisation.
 
     Args:
         mu1: mean [D].
         sigma1: covariance [D, D], symmetric, no eigenvalue below 0.
-        mu2: the same of the other.
-        sigma2: the same of the other.
+        mu2: mean of the other Gaussian.
+        sigma2: covariance of the other Gaussian.
     """
     shared = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * shared
-    return max(float(distance), 0.0)  # rounding may leave it just below
+    return max(float(distance), 0.0)  # rounding may make it negative
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:
@@ -89,11 +89,11 @@ def _root(matrix: np.ndarray) -> np.ndarray:
 
 
 def prepared(source: ImageLike, resolution: int | None) -> torch.Tensor:
-    """An image as float32 [3, S, S] in [0, 1], the middle square of it.
+    """The central square of an image, float32 [3, S, S] in [0, 1].
 
     Args:
         source: an image of any size and mode, or a file of one.
-        resolution: S; the short side is first resized to it, bicubically. None leaves the pixels as they are.
+        resolution: S, to which the short side is first resized bicubically; None: no resizing.
     """
     image = rgb(source)
     if resolution is not None:
@@ -110,17 +110,17 @@ def prepared(source: ImageLike, resolution: int | None) -> torch.Tensor:
 class FID:
     """Fréchet distance of generated images (by id) from reference images.
 
-    Values: `fid_64`, the release's, and `fid_native`, of the middle squares at their own size, which the network
-    resizes to 299 pixels. No score belongs to one sample.
+    Values: `fid_64`, the release's, and `fid_native`, of the central squares in their own size, which the network
+    resizes to 299 pixels. There are no scores of single samples.
 
     Attributes:
-        weights: of the Inception network; see `FIDInception.load`.
-        extractor: other features instead; `name` must then say which, as cached statistics depend on it.
-        name: of the features.
-        cache: folder in which statistics of the references are kept.
-        device: where the network runs.
-        batch: how many images at a time.
-        resolutions: short sides to which images are shrunk; None for native.
+        weights: file of the Inception weights; see `FIDInception.load`.
+        extractor: another feature extractor; it needs its own `name`, since cached statistics depend on it.
+        name: name of the features.
+        cache: folder for cached statistics of the references.
+        device: the device of the network.
+        batch: number of images in a batch.
+        resolutions: short sides to which images are resized; None: their own.
     """
 
     weights: Path | None = None
@@ -143,7 +143,7 @@ class FID:
         """Compare the sets.
 
         Raises:
-            ValueError: the ids differ, or a file of cached statistics belongs to something else.
+            ValueError: the ids differ, or a file of cached statistics is of other images or features.
         """
         rows = aligned(predictions, references)
         values = {}
@@ -156,7 +156,7 @@ class FID:
 
     @torch.inference_mode()
     def features(self, images: Iterable[ImageLike], resolution: int | None) -> np.ndarray:
-        """Features [N, D] of images. Those of equal size in a row go through the network together."""
+        """Features [N, D] of images. Consecutive images of equal size form a batch."""
         found, waiting = [], []
 
         def run() -> None:
@@ -186,7 +186,7 @@ class FID:
 
 
 def fingerprint(images: Iterable[ImageLike]) -> str:
-    """Of the images' content, in order: of files their name, size and time of change, of others their pixels."""
+    """A hash of the images in order: of the name, size and modification time of files, of the pixels of others."""
     digest = hashlib.sha256()
     for image in images:
         if isinstance(image, PIL.Image.Image):

@@ -1,8 +1,8 @@
-"""The Inception v3 whose features FID is defined on, for its published weights.
+"""The Inception v3 of FID, for its published weights.
 
 The network of TensorFlow's `inception_2015-12-05` graph (Szegedy et al., arXiv 1512.00567), which differs from the
-common Inception v3: average pooling leaves the padding out, and the last block pools by maximum. The packages that have
-it all require torchvision. Names are those of the weight file `pt_inception-2015-12-05-6726825d.pth`.
+common Inception v3: average pooling excludes the padding, and the last block has max pooling. Existing packages for it
+require torchvision. Parameter names are those of the weight file `pt_inception-2015-12-05-6726825d.pth`.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def _halved(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Block(nn.Module):
-    """Branches whose results are joined.
+    """Parallel branches whose outputs are concatenated.
 
     Args:
-        inputs: channels.
-        branches: of each a pooling, and convolutions in turn: name, channels, kernel and stride. Two in a list take the
-            same input, and their results are joined.
+        inputs: number of input channels.
+        branches: for each branch a pooling, then its convolutions: name, channels, kernel and stride. Two in a list
+            have the same input, and their outputs are concatenated.
     """
 
     def __init__(self, inputs: int, *branches: Sequence[Any]) -> None:
@@ -153,7 +153,7 @@ class FIDInception(nn.Module):
         self.Mixed_7b, self.Mixed_7c = _block_e(1280, _average), _block_e(2048, _largest)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Resize to 299 pixels, bilinearly and without antialiasing as FID's scores have it, and run the network."""
+        """Resize to 299 pixels, bilinearly and without antialiasing as FID requires, and run the network."""
         x = 2 * F.interpolate(images, (PIXELS, PIXELS), mode="bilinear", align_corners=False) - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
@@ -164,11 +164,11 @@ class FIDInception(nn.Module):
 
     @classmethod
     def load(cls, path: Path | None) -> FIDInception:
-        """Read published weights, `.pth` (tensors only) or `.safetensors`; the classifier's are passed over.
+        """Read published weights, `.pth` (tensors only) or `.safetensors`; those of the classifier are ignored.
 
         Raises:
-            MissingRequirement: no path, or no file there.
-            ValueError: the file holds other tensors.
+            MissingRequirement: there is no path, or no file there.
+            ValueError: the file has other tensors.
         """
         fix = f"fetch {WEIGHTS_URL} and give its path"
         if path is None:
@@ -181,7 +181,7 @@ class FIDInception(nn.Module):
             state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
             for name in net.state_dict():
-                if name.endswith("num_batches_tracked"):  # older files lack these counters, which are for training
+                if name.endswith("num_batches_tracked"):  # training counters, which older files lack
                     state.setdefault(name, torch.tensor(0))
             net.load_state_dict(state, assign=True)
         except (RuntimeError, SafetensorError, UnpicklingError, EOFError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""What every metric takes and returns, and confidence intervals over its samples."""
+"""The interface of metrics, and confidence intervals over samples."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import numpy as np
 
 P = TypeVar("P")
 R = TypeVar("R")
-SHOWN = 3  # ids that a message names
+SHOWN = 3  # ids that a message lists
 Scores = dict[Hashable, float]
 """A number for each sample, by the sample's id."""
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """What a metric found.
+    """The result of a metric.
 
     Attributes:
-        values: the values by name, the main one first, in the unit in which papers print them: shares in percent, BLEU
-            and CIDEr times 100, similarities in [-1, 1], distances as they are. Empty if nothing could be computed.
+        values: the values by name, the main one first, in the units of papers: fractions in percent, BLEU and CIDEr
+            times 100, similarities in [-1, 1], distances unchanged. Empty if nothing could be computed.
         per_sample: for every value that is a mean over samples, the score of each sample, by the value's name; in the
             same unit. Values of whole sets (BLEU, FID, mIoU) are not in it. Galleries rank samples by the first name.
         weights: for values that are weighted means, the weight of each sample, by the value's name. With `a / b` as
             scores and `b` as weights the mean is the ratio of the sums of `a` and `b`.
         skipped: why the metric could not be computed; None if it could.
-        fix: the command or the setting that would mend it.
+        fix: a command or setting that makes it possible.
 
     Raises:
         ValueError: `per_sample` has a name that is not in `values`, or a weight has no score.
@@ -59,8 +59,8 @@ class MetricResult:
 
         Args:
             per_sample: the scores by the value's name; a name without samples has no value.
-            weights: by the same names; of names that are left out all samples count the same.
-            others: values that are no such means.
+            weights: the weights by the value's name; without weights all samples count the same.
+            others: other values.
         """
         scores = {name: dict(found) for name, found in per_sample.items() if found}
         weights = {name: dict(found) for name, found in (weights or {}).items() if name in scores}
@@ -73,10 +73,10 @@ class MetricResult:
         return cls(values | dict(others or {}), scores, weights)
 
     def grouped(self, group: Callable[[Hashable], Hashable]) -> MetricResult:
-        """The same values with the scores of several keys, as of a story's images, put together to one score each.
+        """The same values, with the scores of several keys (such as the images of a story) combined.
 
         Args:
-            group: the id of the sample that a key of `per_sample` belongs to.
+            group: returns the id of the sample that a key of `per_sample` belongs to.
         """
         scores: dict[str, Scores] = {}
         weights: dict[str, Scores] = {}
@@ -100,11 +100,11 @@ class Metric(Protocol):
 
 
 class MissingRequirement(Exception):
-    """A metric lacks something that is not ours to fetch: a program, a package, a file of weights.
+    """A metric needs something that the package does not install: a program, a package, a file of weights.
 
     Attributes:
         reason: what is missing.
-        fix: the command or the setting that would mend it.
+        fix: a command or setting that provides it.
     """
 
     def __init__(self, reason: str, fix: str) -> None:
@@ -113,7 +113,7 @@ class MissingRequirement(Exception):
 
 
 def reports_missing(compute: Callable[..., MetricResult]) -> Callable[..., MetricResult]:
-    """Turn a `MissingRequirement` inside a metric into a skipped result, so that the other metrics go on."""
+    """Turn a `MissingRequirement` in a metric into a skipped result, so that other metrics still run."""
 
     @functools.wraps(compute)
     def guarded(*args: Any, **kwargs: Any) -> MetricResult:

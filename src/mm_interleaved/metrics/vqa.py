@@ -1,7 +1,7 @@
 """Accuracy of short answers: VQAv2, OK-VQA, TextVQA and VizWiz with the official normalisation, and GQA.
 
 The rules are those of the VQA challenge's evaluation (Antol et al., arXiv 1505.00468; Goyal et al., arXiv 1612.00837),
-oddities included, since every published figure has them.
+including their peculiarities, since all published values have them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import fmean
 
 from .result import MetricResult, Scores, aligned, reports_missing
 
-AGREED = 3  # as many people who gave an answer make it fully right
+AGREED = 3  # an answer that this many annotators gave is fully right
 PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
 ARTICLES = ("a", "an", "the")
 NUMBERS = {"none": "0"} | {
@@ -38,7 +38,7 @@ _REGULAR = """
 
 
 def _contractions() -> dict[str, str]:
-    """The official table of 120: what people leave out, to how it is spelt. Two of its rows are oddities."""
+    """The official table of 120 contractions, from spellings without an apostrophe. Two of its rows are mistakes."""
     table = {word.replace("'", ""): word for word in _REGULAR.split()}
     for stem in ("couldn't", "hadn't", "mightn't", "shouldn't", "wouldn't"):
         table |= dict.fromkeys((stem.replace("'", "") + "'ve", stem + "ve"), stem + "'ve")
@@ -57,15 +57,15 @@ TYPOGRAPHIC = {
     key if key in _ASCII_KEYS else key.replace("'", "’"): word if word in _ASCII_WORDS else word.replace("'", "’")
     for key, word in CONTRACTIONS.items()
 }
-"""VizWiz's copy of the table, in which most apostrophes became typographic; these contractions equal no reference."""
+"""VizWiz's copy of the table, in which most apostrophes are typographic; these contractions match no reference."""
 
 
 @dataclass(frozen=True)
 class VQAReference:
-    """What people answered to a question.
+    """The answers of annotators to a question.
 
     Attributes:
-        answers: ten of them in the official files; at least two.
+        answers: at least two answers; official files have ten.
         question_type: the first words of the question in VQAv2, or "".
         answer_type: "yes/no", "number" or "other" in VQAv2, or "".
 
@@ -83,9 +83,9 @@ class VQAReference:
 
 
 def process_punctuation(text: str) -> str:
-    """The official rule: a mark next to a space anywhere is deleted, otherwise it becomes a space; periods go.
+    """The official rule: a mark that is next to a space anywhere is deleted, others become spaces; periods are deleted.
 
-    If there is a comma within a number, every mark is deleted rather than replaced. A period before a digit stays.
+    If there is a comma within a number, every mark is deleted and not replaced. A period before a digit is kept.
     """
     deleting = bool(_COMMA_IN_NUMBER.search(text))
     out = text
@@ -100,14 +100,14 @@ def process_digit_article(text: str, *, typographic: bool = False) -> str:
 
     Args:
         text: an answer.
-        typographic: apostrophes as VizWiz has them.
+        typographic: whether to use VizWiz's apostrophes.
     """
     contractions = TYPOGRAPHIC if typographic else CONTRACTIONS
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
-@lru_cache(maxsize=2**16)  # the same few thousand answers come again and again
+@lru_cache(maxsize=2**16)  # the same few thousand answers recur
 def normalize(text: str, *, typographic: bool = False) -> str:
     """Both official rules, in their order."""
     return process_digit_article(process_punctuation(text), typographic=typographic)
@@ -133,7 +133,7 @@ def extract_answer(text: str) -> str:
 
 
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over the people of min(1, others who agree / 3): in [0, 1]."""
+    """Mean over the annotators of min(1, number of others who agree / 3), in [0, 1]."""
     agree = [answer == prediction for answer in answers]
     total = sum(agree)
     return sum(min(1.0, (total - own) / AGREED) for own in agree) / len(answers)
@@ -142,7 +142,7 @@ def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
 def vqa_score(prediction: str, answers: Sequence[str]) -> float:
     """Official accuracy of one extracted answer, in [0, 1].
 
-    If all people agree to the letter, strings are compared as they are; otherwise both sides are normalised.
+    If all annotators gave exactly the same answer, strings are compared directly; otherwise both sides are normalised.
     """
     plain = [_one_line(answer) for answer in answers]
     prediction = _one_line(prediction)

@@ -35,9 +35,7 @@ class GroupConfig:
 class MuonConfig:
     """Muon, for weights of linear layers and convolutions. AdamW trains the others and those that `plain` matches."""
 
-    scale: PositiveFloat = (
-        0.2  # root mean square of an update, in learning rates; AdamW's is about 0.2 to 0.4
-    )
+    scale: PositiveFloat = 0.2  # root mean square of an update, in learning rates; AdamW's is about 0.2 to 0.4
     momentum: Decay = 0.95
     # Regular expressions: the first and last layers, and layers that predict sampling positions.
     plain: list[str] = field(
@@ -369,9 +367,7 @@ class TrainConfig(RunConfig):
         if self.shapes.graph and not self.data.pad_to_max_length:
             raise ValueError("shapes.graph needs data.pad_to_max_length: true")
         if self.losses.conditions and self.model.init_from.checkpoint is None:
-            raise ValueError(
-                "'losses.conditions' compares with a checkpoint: give 'model.init_from.checkpoint'"
-            )
+            raise ValueError("'losses.conditions' compares with a checkpoint: give 'model.init_from.checkpoint'")
         if self.eval_every and self.eval_data is None:
             raise ValueError("'eval_every' needs held-out data: give 'eval_data', or set it to 0")
         if self.evaluate_every and self.evaluation is None:
