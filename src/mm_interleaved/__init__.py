@@ -8,7 +8,7 @@
     for event in model.generate_interleaved(document, processor):
         print(event)
 
-Importing the package imports neither PyTorch nor transformers; a name does when it is first used.
+Importing the package imports neither PyTorch nor transformers; the first use of a name does.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     config = load_config("configs/small.yaml", TrainConfig, ["optimizer.lr=1e-4", "data.sources.0.seed=7"])
 
-A file may say `extends: other.yaml` (a path, or a list of paths, relative to it) and then holds only what differs:
+A file may have `extends: other.yaml` (a path, or a list of paths, relative to it) and only the values that differ:
 mappings are merged key by key, lists are replaced. `${other.key}` refers to another value, `${oc.env:NAME}` to the
 environment. OmegaConf loads and merges, pydantic validates (`validation.py`).
 """
@@ -35,7 +35,7 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
         schema: a class that `validation.settings` made.
         overrides: `key.sub=value`; list items are named by number (`sources.0.type` or `sources[0].type`), values are
             YAML.
-        partial: leave alone what the schema's top level lacks; the file belongs to a larger schema.
+        partial: ignore top-level keys that the schema lacks, since the file belongs to a larger schema.
 
     Raises:
         ConfigError: the file or an override cannot be read, or a key is unknown, missing or of the wrong type.
@@ -49,7 +49,7 @@ def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] 
     Args:
         data: values by key.
         schema, overrides: as for `load_config`.
-        where: how errors call the data.
+        where: the name of the data in errors.
 
     Raises:
         ConfigError: as `load_config`.
@@ -157,7 +157,7 @@ def _first_line(error: Exception) -> str:
 
 
 def describe_differences(old: Any, new: Any, most: int = 3) -> str:
-    """What differs between two JSON values, as "'text.num_beams' was 5 and is now 3"; "" if nothing does."""
+    """The differences of two JSON values, as "'text.num_beams' was 5 and is now 3"; "": they are equal."""
     found = list(_differences(old, new))
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return "; ".join(found[:most]) + more

@@ -1,4 +1,4 @@
-"""Registries of what can be extended, and the plug-ins that extend it through entry points of their packages.
+"""Registries of extensible values, and the plug-ins that extend them through entry points of their packages.
 
 | group of entry points | registry | an entry point names |
 |---|---|---|
@@ -26,23 +26,23 @@ T = TypeVar("T")
 INSTALL = (
     "What plug-ins add is known once their package is installed: pip install PACKAGE, or pip install -e . in a checkout"
 )
-# What importing a module of somebody else raises if the module is broken.
+# Errors of importing a broken module.
 _BROKEN = (
     ImportError, AttributeError, SyntaxError, NameError, TypeError, ValueError, LookupError, RuntimeError, OSError,
 )  # fmt: skip
 
 
 class PluginError(InputError):
-    """A plug-in that cannot be used: which one, of which package, and why."""
+    """A plug-in cannot be used: which one, of which package, and why."""
 
 
 class Registry(Mapping[str, T]):
-    """Values by name: those of this package, those that were registered, and those of plug-ins.
+    """Values by name: those of this package, registered ones, and those of plug-ins.
 
     Args:
-        group: of the entry points.
-        noun: what a value is called in messages.
-        kind: the class of every value; None: whatever can be called.
+        group: the group of the entry points.
+        noun: the noun for a value in messages.
+        kind: the class of every value; None: any callable.
         built_in: the values of this package; a string `module:attribute` is imported when it is looked up.
     """
 
@@ -51,14 +51,14 @@ class Registry(Mapping[str, T]):
     ) -> None:
         self.group, self.noun, self.kind = group, noun, kind
         self._built_in = dict(built_in or {})
-        self._values: dict[str, T] = {}  # those that were looked up or registered
+        self._values: dict[str, T] = {}  # values that were looked up or registered
 
     @cached_property
     def _plugins(self) -> dict[str, EntryPoint]:
-        """The entry points of other names.
+        """The entry points of plug-ins, by name.
 
         Raises:
-            PluginError: two of them have one name, or a name of this package.
+            PluginError: two of them have the same name, or one has a name of this package.
         """
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group):
@@ -73,7 +73,7 @@ class Registry(Mapping[str, T]):
         """The value of a name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: the name is unknown.
             PluginError: the plug-in that adds it cannot be imported, or adds something else.
         """
         if name not in self._values:
@@ -108,21 +108,21 @@ class Registry(Mapping[str, T]):
         return len(list(iter(self)))
 
     def register(self, name: str, value: T) -> None:
-        """Add a value in this process alone, without a package.
+        """Add a value in this process, without a package.
 
         Raises:
-            PluginError: there is one of that name already.
+            PluginError: the name is taken.
         """
         if name in self:
             raise PluginError(f"there is a {self.noun} '{name}' already; choose another name")
         self._values[name] = value
 
     def unknown(self, name: str, others: Iterable[str] = ()) -> str:
-        """What to tell a user who asked for a name that is not here: the nearest name or all, and how to add some.
+        """The message about an unknown name: the nearest name or all names, and how to install more.
 
         Args:
-            name: what was asked for.
-            others: names that would do as well.
+            name: the unknown name.
+            others: other accepted names.
         """
         names = [*others, *self]
         close = difflib.get_close_matches(name, names, n=1)

@@ -5,8 +5,8 @@
         max_new_tokens: Positive = 30
         temperature: float = 1.0
 
-A whole number may come from NumPy or PyTorch, but a bool is no number. Floats are finite. Instances do not change; make
-another one with `dataclasses.replace`, which validates again.
+A NumPy or PyTorch integer is also an integer, but a bool is not. Floats are finite. Instances are immutable;
+`dataclasses.replace` makes a changed copy, which is validated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .io import InputError
 T = TypeVar("T")
 Path = Sequence[str | int]
 
-SEED_LIMIT = 2**63  # torch takes seeds below 2**64; the rest is room for `seed + candidate + turn`
+SEED_LIMIT = 2**63  # torch accepts seeds below 2**64; `seed + candidate + turn` must stay below it
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]  # products of a few counts fit into 64 bits
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -43,7 +43,7 @@ _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_
 
 
 class ConfigError(InputError):
-    """A setting that cannot be used: what is wrong, where, and what to do about it."""
+    """A setting that cannot be used: what is wrong, where, and what to do."""
 
 
 @overload
@@ -54,13 +54,13 @@ def settings(*, frozen: bool = True, kw_only: bool = False) -> Callable[[type[T]
 def settings(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) -> Any:
     """Make a class a validated dataclass.
 
-    A class attribute `RENAMED` maps former keys and values to what an error says about them. A `ValueError` from
-    `__post_init__` is reported with its place.
+    A class attribute `RENAMED` maps former keys and values to an error message. A `ValueError` from `__post_init__` is
+    reported with its place.
 
     Args:
         cls: class with annotated fields.
-        frozen: whether instances cannot change.
-        kw_only: whether fields are given by name alone.
+        frozen: whether instances are immutable.
+        kw_only: whether fields are keyword-only.
     """
     if cls is None:
         return functools.partial(settings, frozen=frozen, kw_only=kw_only)
@@ -79,7 +79,7 @@ def settings(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) 
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy or PyTorch as one of Python."""
+    """Convert a NumPy or PyTorch number to a Python number."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
@@ -89,7 +89,7 @@ def parse(data: Mapping[str, Any], schema: type[T], source: str | Callable[[Path
     Args:
         data: values by key.
         schema: the class.
-        source: what errors call the origin of the data, or of the value at a path.
+        source: the name of the origin of the data, or of the value at a path, in errors.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is not allowed.
@@ -101,12 +101,12 @@ def parse(data: Mapping[str, Any], schema: type[T], source: str | Callable[[Path
 
 
 def explain(error: ValidationError, schema: type, source: str | Callable[[Path], str] = "") -> str:
-    """The first problem that pydantic found, unknown keys before others, in words.
+    """The message for the first problem that pydantic found, unknown keys before others.
 
     Args:
-        error: of pydantic.
+        error: pydantic's error.
         schema: the class that was validated.
-        source: the file or the argument that values come from, or that of the value at a path; "": none.
+        source: the file or argument of the values, or of the value at a path; "": none.
     """
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
@@ -136,14 +136,14 @@ def explain(error: ValidationError, schema: type, source: str | Callable[[Path],
     return message + (f" ({origin})" if origin else "") + (f". {advice}" if advice else "")
 
 
-# Words of settings files and of the command line for some of pydantic's.
+# Replacements for words in pydantic's messages.
 _WORDS = {"an object": "a mapping", "a valid array": "a list", "a valid boolean": "true or false", "a valid ": "a ",
           "an integer": "a whole number", "a integer": "a whole number", "a dictionary": "a mapping",
           "greater than or equal to": "at least", "less than or equal to": "at most"}  # fmt: skip
 
 
 def _former(owner: Any, name: Any) -> str:
-    """What has become of a former key or value of a class."""
+    """The message about a former key or value of a class."""
     renamed: Mapping[str, str] = getattr(owner, "RENAMED", {})
     return renamed.get(name, "") if isinstance(name, str) else ""
 
@@ -154,7 +154,7 @@ def _dotted(path: Path) -> str:
 
 
 def _type_at(kind: Any, path: Path) -> Any:
-    """The type of what lies at a path within a schema; None: unknown."""
+    """The type at a path in a schema; None: unknown."""
     for key in path:
         fields = _fields(kind)
         if fields is not None:
@@ -167,7 +167,7 @@ def _type_at(kind: Any, path: Path) -> Any:
 
 
 def _fields(kind: Any) -> dict[str, FieldInfo] | None:
-    """The fields of a settings class by the names that files use; None: it is something else."""
+    """The fields of a settings class by their names in files; None: it is not a settings class."""
     fields: dict[str, FieldInfo] | None = getattr(kind, "__pydantic_fields__", None)
     return fields and {info.alias or name: info for name, info in fields.items()}
 
@@ -184,7 +184,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """`value` in a message, cut where it is long."""
+    """`value` for a message, shortened if it is long."""
     if type(value) is int and value.bit_length() > 128:  # Python refuses to write out thousands of digits
         return f"a number of {value.bit_length()} bits"
     words = repr(value)

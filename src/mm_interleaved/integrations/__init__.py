@@ -1,7 +1,7 @@
-"""The model in other people's programs; each needs that program, which is an optional extra.
+"""The model in other programs, which are optional extras.
 
 | module | program |
 |---|---|
 | `lmms_eval` | lmms-eval, through its entry point `lmms_eval.models` |
-| `answering` | what needs no program: questions to documents, and answers |
+| `answering` | any: conversion of questions to documents, and answers |
 """

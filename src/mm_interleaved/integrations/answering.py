@@ -1,4 +1,4 @@
-"""Questions with images, as evaluation harnesses ask them, to documents, settings and answers."""
+"""Converts the questions of evaluation harnesses to documents and settings, and answers them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def to_document(context: str, images: Sequence[ImageSource], style: str = "plain
     """A question as a document whose last segment is open.
 
     Args:
-        context: the text; images stand where it has `<image>`, those that are left over in front of it.
-        images: in order.
-        style: "plain", the text as it is; "vqa", as the original asks questions; "chat", as a conversation.
+        context: the text. Images replace its `<image>` marks; those without a mark precede it.
+        images: the images in order.
+        style: "plain": the text only; "vqa": the original's prompt for questions; "chat": a conversation.
 
     Raises:
-        ValueError: there is no such style, or the text has more places for images than there are images.
+        ValueError: the style is unknown, or the text has more `<image>` marks than there are images.
     """
     if style not in STYLES:
         raise ValueError(f"there is no style '{style}'; styles are {', '.join(STYLES)}")
@@ -57,9 +57,9 @@ def to_document(context: str, images: Sequence[ImageSource], style: str = "plain
 
 
 def to_settings(arguments: Mapping[str, Any]) -> TextSettings:
-    """A harness's generation arguments: greedy unless it asks for beams, or for sampling with a temperature.
+    """Convert a harness's generation arguments: greedy, unless it requests beams or sampling with a temperature.
 
-    Unknown arguments are left alone: each task has its own, for other models.
+    Unknown arguments are ignored: tasks have some for other models.
     """
     temperature, beams = float(arguments.get("temperature") or 0), arguments.get("num_beams") or 1
     length_penalty = arguments.get("length_penalty")
@@ -73,19 +73,19 @@ def to_settings(arguments: Mapping[str, Any]) -> TextSettings:
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """What stands before the first of some texts."""
+    """The text before the first of some strings."""
     for stop in [until] if isinstance(until, str) else until or ():
         text = text.split(stop)[0] if stop else text
     return text.strip()
 
 
 class Answerer:
-    """A model that answers batches of questions.
+    """Answers batches of questions.
 
     Args:
-        loaded: model and processor.
-        batch_size: questions at a time.
-        seed: for sampling; every question has a seed of its own.
+        loaded: the model and its processor.
+        batch_size: number of questions in a batch.
+        seed: seed of sampling; each question has its own seed derived from it.
     """
 
     def __init__(self, loaded: Loaded, batch_size: int = 1, seed: int = 0) -> None:
@@ -95,10 +95,10 @@ class Answerer:
     def write(self, documents: Sequence[Document], settings: TextSettings, ids: Sequence[str]) -> Iterator[str]:
         """Answers to documents that end in an open text, in their order.
 
-        A document that leaves no room for an answer gets an empty one, and a warning.
+        A document that fills the model's context gets an empty answer, and a warning.
 
         Raises:
-            InputError: a document cannot be used, or is more than the model reads; says which, by its id.
+            InputError: a document cannot be used, or exceeds the model's context; the message has its id.
         """
         generator = InterleavedGenerator(self.model, self.processor, GenerationSettings(settings), progress=False)
         for begin in range(0, len(documents), self.batch_size):
@@ -114,7 +114,7 @@ class Answerer:
 
     @torch.no_grad()
     def score(self, documents: Sequence[Document], texts: Sequence[str]) -> Iterator[tuple[float, bool]]:
-        """Log-probability of each text after its document, and whether greedy search would write it."""
+        """Log-probability of each text after its document, and whether greedy search would generate it."""
         for begin in range(0, len(documents), self.batch_size):
             part = slice(begin, begin + self.batch_size)
             prompts = [self._prompt(document) for document in documents[part]]

@@ -4,7 +4,7 @@
     python -m lmms_eval --model mm_interleaved --model_args pretrained=FOLDER,style=vqa --tasks mme --batch_size 8
 
 lmms-eval finds it by the entry point `lmms_eval.models` of this package. Arguments: `pretrained` (`small`, `debug` or
-a folder), `style` (how questions are put; see `answering.to_document`), `dtype`, `seed`, `device`, `batch_size`.
+a folder), `style` (the format of questions; see `answering.to_document`), `dtype`, `seed`, `device`, `batch_size`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MANIFEST = ModelManifest("mm_interleaved", simple_class_path=f"{__name__}.MMInte
 
 
 class MMInterleavedLmms(lmms):
-    """What lmms-eval asks: `generate_until` and `loglikelihood`; questions of several rounds are refused."""
+    """The model class of lmms-eval: `generate_until` and `loglikelihood`, but no questions of several rounds."""
 
     is_simple = True
 
@@ -56,7 +56,7 @@ class MMInterleavedLmms(lmms):
         return list(found) if isinstance(found, (list, tuple)) else [found]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers. Requests of equal settings go through the model together."""
+        """Generate answers. Requests with equal settings form a batch."""
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -75,7 +75,7 @@ class MMInterleavedLmms(lmms):
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy search would write it) of every continuation."""
+        """(log-probability, whether greedy search would generate it) of every continuation."""
         documents, texts = [], []
         for request in requests:
             context, target, *rest = request.args
@@ -89,6 +89,6 @@ class MMInterleavedLmms(lmms):
         """Not supported.
 
         Raises:
-            NotImplementedError: always; these tasks ask back through functions of their own.
+            NotImplementedError: always; these tasks have their own functions for further rounds.
         """
         raise NotImplementedError("mm_interleaved does not answer tasks of several rounds; leave them out of --tasks")

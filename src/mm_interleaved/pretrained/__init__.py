@@ -1,4 +1,4 @@
-"""The models that come with the package, and one call that gives a working model and processor.
+"""The models of the package, and `load`, which returns a model and its processor.
 
 loaded = load("small")            # or "debug", or the folder of a checkpoint
 loaded.model, loaded.processor
@@ -20,11 +20,11 @@ from ..plugins import Registry
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 
 FOLDER = Path(__file__).parent
-TOKENIZER = FOLDER / "small" / "tokenizer.model"  # of every model here; a preset with random weights has no other
+TOKENIZER = FOLDER / "small" / "tokenizer.model"  # of all models here, also of presets with random weights
 MODELS: Registry[Path] = Registry(
     "mm_interleaved.models", "model", Path, {name: FOLDER / name for name in ("small", "debug")}
 )
-# What the libraries raise for files that are missing, damaged, or something else.
+# The libraries' errors for files that are missing, damaged, or of another kind.
 _UNUSABLE = (
     SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ArithmeticError,
 )  # fmt: skip
@@ -35,10 +35,10 @@ class Loaded:
     """A model ready for use.
 
     Attributes:
-        model: in evaluation mode.
-        processor: that fits it.
-        trained: False if the weights are random because none come with the package yet.
-        name: what it was loaded as, and how it is quantized.
+        model: the model, in evaluation mode.
+        processor: its processor.
+        trained: False: the weights are random, since the package has none yet.
+        name: the name it was loaded by, and its quantization.
     """
 
     model: MMInterleaved
@@ -51,18 +51,18 @@ def load(
     name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
     quantization: Quantization | None = None,
 ) -> Loaded:  # fmt: skip
-    """A model and its processor.
+    """Load a model and its processor.
 
     Args:
         name: `small`, `debug`, the name of a plug-in's model, or a folder that `save_pretrained` or
             `mmi convert` wrote.
-        dtype: type of the weights; None: float32 for a model with a name, for a folder as they are.
-        device: where to; None: the CPU.
+        dtype: type of the weights; None: float32 for a named model, the stored type for a folder.
+        device: the device; None: the CPU.
         quantization: "int8" or "fp8" for the language model's large matrices, see `quantize`; None: none.
 
     Raises:
-        ValueError: there is no such model, a file of it is missing or damaged (names the file), or it cannot be
-            quantized.
+        ValueError: the model does not exist, one of its files (which the message names) is missing or damaged, or it
+            cannot be quantized.
     """
     named = str(name) in MODELS
     folder = MODELS[str(name)] if named else Path(name)
@@ -89,7 +89,7 @@ def load(
 
 
 def _read(folder: Path, dtype: torch.dtype | str) -> tuple[MMInterleaved, MMInterleavedProcessor]:
-    MMInterleavedConfig.from_pretrained(folder)  # says what is wrong with it, before any weights are looked at
+    MMInterleavedConfig.from_pretrained(folder)  # raises for an invalid configuration before weights are read
     check_safetensors(folder)
     what = "weights"
     try:
@@ -103,7 +103,7 @@ def _read(folder: Path, dtype: torch.dtype | str) -> tuple[MMInterleaved, MMInte
 
 
 def _untrained(preset: str) -> tuple[MMInterleaved, MMInterleavedProcessor]:
-    """A preset with random weights, the same ones every time."""
+    """A preset with random weights of a fixed seed."""
     config = MMInterleavedConfig.preset(preset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
