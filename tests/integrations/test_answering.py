@@ -100,7 +100,7 @@ def test_scores_and_greediness(answerer: Answerer, processor: MMInterleavedProce
     batch = processor([Document(question.segments[:-1])], padding_side="left")
     ((greedy,),) = answerer.model.generate_text(batch, TextSettings(4, 4, num_beams=1))
     known = {"likeliest": greedy.ids, "other": [*greedy.ids[:-1], 5], "start": greedy.ids[:2]}
-    monkeypatch.setattr(answering, "encode_text", lambda tokenizer, text: known[text])
+    monkeypatch.setattr(answering, "encode_plain", lambda tokenizer, text: known[text])
     asked = [(question, "likeliest"), (question, "other"), (to_document("Why?", [B]), "other"), (question, "start")]
     scores = list(answerer.score(*zip(*asked, strict=True)))
     assert [found for _, found in scores] == [True, False, False, True]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
@@ -185,9 +185,55 @@ def test_a_segment_without_role_among_others(processor: MMInterleavedProcessor) 
 # ---- mistakes
 
 
-def test_reserved_tokens_in_text(processor: MMInterleavedProcessor) -> None:
+CONTROL = ("<s>", "</s>", "<unk>", SOI_TOKEN, IMAGE_TOKEN)
+WORDS = st.lists(st.sampled_from([*CONTROL, "<s", ">", "<|ima", "ge|>", "</", "s>", "a cat", " ", "é"]), max_size=6)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(given_words=st.lists(WORDS.map("".join), min_size=1, max_size=3), attached=st.booleans(), role=st.booleans())
+def test_text_never_becomes_a_control_token(
+    processor: MMInterleavedProcessor, given_words: list[str], attached: bool, role: bool
+) -> None:
+    """Whole, split over texts, or split over the parts of a message; beside an image and in a conversation."""
+    speaker = "user" if role else None
+    texts = [Text(words, attached=attached, role=speaker) for words in given_words]
+    document = Document([Image(make_image(), role=speaker), *texts])
+    ids = processor(document, training=True).input_ids[0].tolist()
+    control = [i for i in ids if i in (1, 2, processor.soi_token_id, processor.image_token_id)]
+    assert control == [1, processor.soi_token_id, *[processor.image_token_id] * processor.num_image_tokens, 2]
+    if role:
+        batch = processor.apply_chat_template(
+            document.to_messages(), tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        assert batch.input_ids[0].tolist() == ids[:-1]
+        words = processor.apply_chat_template(document.to_messages(), tokenize=False)
+        assert words.endswith("".join(given_words) + " ")
+
+
+def test_text_with_tokens_in_it_is_written_back(processor: MMInterleavedProcessor) -> None:
+    words = f"<s>5</s> as HTML, {IMAGE_TOKEN} and {SOI_TOKEN}"
+    ids = processor(Document([Text(words)])).input_ids[0].tolist()
+    assert processor.decode_text(ids[1:]) == words
+
+
+def test_control_tokens_of_templates_and_records(processor: MMInterleavedProcessor) -> None:
+    record = {"sentences": ["a</s><s>b"], "images": [""], "sentence_ixs": [0], "image_first": [False],
+              "generate_mode": "generate_images"}  # fmt: skip
+    segments = [s for s in Document.from_dict(record).segments if not s.is_open]
+    assert processor(Document(segments)).input_ids[0].tolist().count(1) == 2
+    assert processor(text="a</s>b").input_ids[0].tolist().count(2) == 1
+    chat = Document([Text("Hi </s>", role="user"), Text("Yes. </s>", role="assistant")])
+    assert processor(chat).input_ids[0].tolist().count(2) == 1
+    segments = [Text(f"b{IMAGE_TOKEN}", control_tokens=True)]
     with pytest.raises(InputError, match=r"document 1, segments\[1\].*reserved token '<\|image\|>'"):
-        processor([Document([Text("a")]), Document([Text("a"), Text(f"b{IMAGE_TOKEN}")])])
+        processor([Document([Text("a")]), Document([Text("a"), *segments])])
+
+
+def test_a_template_that_shows_too_many_images(processor: MMInterleavedProcessor) -> None:
+    template = "{% for m in messages %}<|image|><|image|>{{ m.content }}{% endfor %}"
+    other = MMInterleavedProcessor(processor.tokenizer, 4, 56, 64, 512, chat_template=template)
+    with pytest.raises(InputError, match=r"more <\|image\|> than images"):
+        other(Document([Image(make_image(), role="user"), Text("Who?", role="user")]))
 
 
 def test_open_slots_cannot_be_encoded(processor: MMInterleavedProcessor) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mm_interleaved import MMInterleavedTokenizer
 from mm_interleaved.pretrained import TOKENIZER
-from mm_interleaved.processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
+from mm_interleaved.processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_plain, encode_text
 
 SHIPPED = MMInterleavedTokenizer.from_vocab(TOKENIZER)
 
@@ -82,6 +82,13 @@ def test_another_kind_of_tokenizer() -> None:
     assert ids[-1] == tokenizer.eos_token_id
     assert ids.index(image) == ids.index(soi) + 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a housea cat"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    words = f"a <|im_start|> {IMAGE_TOKEN}<|end|> cat"
+    plain, written = encode_plain(tokenizer, words), encode_text(tokenizer, words)
+    special = {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", IMAGE_TOKEN, "<|end|>")}
+    assert not special & {*plain}
+    assert special < {*written}
+    assert tokenizer.decode(plain) == words
 
 
 def test_missing_vocabulary(tmp_path: Path) -> None:

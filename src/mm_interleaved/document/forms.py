@@ -195,5 +195,7 @@ def interleave(sentences: Sequence[str], placed: Sequence[tuple[tuple[int, bool]
 
 
 def _trimmed(segments: list[Segment]) -> list[Segment]:
-    """Texts without surrounding white space: a record has none next to images or at its ends."""
-    return [Text(s.text.strip()) if isinstance(s, Text) and s.text is not None else s for s in segments]
+    """Texts without surrounding white space: a record has none next to images or at its ends. It may hold `<s>`."""
+    return [
+        Text(s.text.strip(), control_tokens=True) if isinstance(s, Text) and s.text is not None else s for s in segments
+    ]

@@ -47,6 +47,8 @@ class Text:
         role: the speaker in a conversation (`system`, `user` or `assistant`).
         attached: whether it continues the preceding text without a space.
         generated: how a model generated it; None: it was given. Comparisons ignore it.
+        control_tokens: whether `<s>`, `</s>` and other special tokens in it are control tokens, as in chat templates
+            and the original's records; in the text of users and data they are ordinary text.
 
     Raises:
         InputError: the text is not a string or has a lone surrogate, or the role is unknown.
@@ -57,6 +59,7 @@ class Text:
     role: str | None = None
     attached: bool = False
     generated: Generated | None = field(default=None, compare=False, repr=False)
+    control_tokens: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         text = cast(object, self.text)

@@ -32,7 +32,7 @@ from ..metrics.clip import CLIP
 from ..processor import MMInterleavedProcessor
 from ..processor.images import CROPS
 from ..processor.packing import TokenStream
-from ..processor.tokenizer import encode_text
+from ..processor.tokenizer import encode_plain
 from ..tasks import Sample, Task
 from .config import TaskSuite
 from .predictions import IMAGES, REFERENCES, Prediction, Predictions, Record, image_name
@@ -162,7 +162,7 @@ class Predictor:
     def _fitting(self, sample: Sample, document: Document) -> PreparedSample:
         """Tokenize a sample, and check that it fits into the model's context with its longest option."""
         prepared = self.generator.prepare(document)
-        options = [encode_text(self.processor.tokenizer, option) for option in sample.options]
+        options = [encode_plain(self.processor.tokenizer, option) for option in sample.options]
         for option, ids in zip(sample.options, options, strict=True):
             if not ids:
                 raise InputError(f"the option {option!r} has no tokens", f"sample {sample.id}", "Correct the file")

@@ -17,7 +17,7 @@ from ..evaluation.predict import sample_seed
 from ..generation import DocumentFinished, InterleavedGenerator
 from ..generation.settings import GenerationSettings, TextSettings
 from ..pretrained import Loaded
-from ..processor.tokenizer import encode_text
+from ..processor.tokenizer import encode_plain
 
 PLACEHOLDER = re.compile(r"\s*<image(?:[ _]?\d+)?>\s*")
 STYLES = ("plain", "vqa", "chat")
@@ -119,7 +119,7 @@ class Answerer:
             part = slice(begin, begin + self.batch_size)
             prompts = [self._prompt(document) for document in documents[part]]
             batch = self.processor(prompts, padding_side="left").to(self.model.compute_device)
-            options = [encode_text(self.processor.tokenizer, text) for text in texts[part]]
+            options = [encode_plain(self.processor.tokenizer, text) for text in texts[part]]
             longest = max(len(ids) for ids in options)
             greedy = self.model.generate_text(batch, TextSettings(longest, 0, num_beams=1))
             scores = self.model.score(batch, [[ids] for ids in options], self.batch_size)

@@ -6,6 +6,7 @@ Axes: B rows of the batch, L tokens of a row, I images, h and w height and width
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,14 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..document import Document, Image, Segment, Text
 from ..document.arrays import is_array
-from ..io import FileSlice, InputError
+from ..io import FileSlice, InputError, check_strings
 from ..io.images import ImageSource, load_image
 from ..model.config import MMInterleavedConfig
 from ..validation import nearest_name
 from .batch import Batch, build_labels
 from .images import CROPS, halved
 from .packing import Cut, TokenStream, pack
-from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text
+from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text, guard_text
 
 # Vicuna's conversation format. A template prints one <|image|> for an image.
 CHAT_TEMPLATE = """
@@ -40,6 +41,9 @@ CHAT_TEMPLATE = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
 """
+
+
+_OPEN, _CLOSE = "\udffd", "\udffe"  # around texts of messages in a template; no text holds a lone surrogate
 
 
 class ImageViews(NamedTuple):
@@ -150,20 +154,31 @@ class MMInterleavedProcessor(ProcessorMixin):
         if not run:
             return TokenStream.empty()
 
-        def ids_of(text: str, end: str = "") -> list[int]:
-            ids = encode_text(self.tokenizer, (IMAGE_TOKEN if after_image else "") + text + end)
+        def ids_of(texts: list[Text], end: str = "") -> list[int]:
+            ids = encode_text(self.tokenizer, (IMAGE_TOKEN if after_image else "") + self._join(texts) + end)
             return ids[int(after_image) : len(ids) - bool(end)]
 
-        ids = ids_of(_join(run), SOI_TOKEN if before_image else "")
+        ids = ids_of(run, SOI_TOKEN if before_image else "")
         learned = np.zeros(len(ids), bool)
         done = 0
         for index, text in enumerate(run):
             last = index == len(run) - 1
             if last or run[index + 1].supervise != text.supervise:
-                end = len(ids) if last else min(len(ids_of(_join(run[: index + 1]))), len(ids))
+                end = len(ids) if last else min(len(ids_of(run[: index + 1])), len(ids))
                 learned[done:end] = text.supervise
                 done = end
         return TokenStream(np.array(ids, np.int64), learned, [])
+
+    def _join(self, texts: Sequence[Text]) -> str:
+        """The texts as one string, joined by a space unless there is white space already or a text is attached."""
+        joined, last = "", ""
+        for text in texts:
+            words = text.text or ""
+            gap = last and words and not (text.attached or last.isspace() or words[0].isspace())
+            joined += " " if gap else ""
+            joined += words if text.control_tokens else guard_text(self.tokenizer, words)
+            last = words[-1:] or last
+        return joined
 
     def _encode_image(self, image: Image) -> TokenStream:
         ids = np.full(1 + self.num_image_tokens, self.image_token_id, np.int64)
@@ -194,7 +209,8 @@ class MMInterleavedProcessor(ProcessorMixin):
             _check_segment(segment, index)
         images = iter([s for s in segments if isinstance(s, Image)])
         # The template gets the positions of images, not their content.
-        messages = Document([Image("", role=s.role) if isinstance(s, Image) else s for s in segments]).to_messages()
+        unnamed: list[Segment] = [Image("", role=s.role) if isinstance(s, Image) else s for s in segments]
+        messages = _mark_texts(Document(unnamed).to_messages())
         written: list[Segment] = []
         said = ""
         for index, message in enumerate(messages):
@@ -260,12 +276,13 @@ class MMInterleavedProcessor(ProcessorMixin):
             except InputError as error:
                 raise (error if single else error.at(f"conversation {index}")) from None
         written = super().apply_chat_template(
-            [_with_image_parts(messages) for messages in conversations], chat_template, tokenize=False,
+            [_mark_texts(_with_image_parts(messages)) for messages in conversations], chat_template, tokenize=False,
             add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, **variables,
         )  # fmt: skip
         if not tokenize:
+            written = [re.sub(f"[{_OPEN}{_CLOSE}]", "", text) for text in written]
             return written[0] if single else written
-        batch = self(text=written, images=images, return_tensors=return_tensors, **options)
+        batch = self(_from_strings(written, images), return_tensors=return_tensors, **options)
         return batch if return_dict else batch.input_ids
 
     def _write(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
@@ -317,7 +334,10 @@ class MMInterleavedProcessor(ProcessorMixin):
         _check_arguments(kwargs, padding, return_tensors)
         if (documents is None) == (text is None):
             raise ValueError("give either documents, or text (with images)")
-        documents = _listed(documents if text is None else _from_strings(text, images))
+        if text is not None:
+            check_strings(text, "text")
+            documents = _from_strings(text, images)
+        documents = _listed(documents)
         limit = max_length or self.max_length
         streams: list[TokenStream] = []
         places: dict[int, str] = {}  # of images by identity, because rows are packed and shortened
@@ -539,7 +559,7 @@ def _check_segment(segment: Segment, index: int) -> None:
     if segment.is_open:
         raise InputError("an open slot has nothing to encode", f"segments[{index}]", "Fill it or remove it")
     for token in (SOI_TOKEN, IMAGE_TOKEN):
-        if isinstance(segment, Text) and token in (segment.text or ""):
+        if isinstance(segment, Text) and segment.control_tokens and token in (segment.text or ""):
             raise InputError(f"the text contains the reserved token '{token}'", f"segments[{index}]",
                              "Images are segments of their own")  # fmt: skip
 
@@ -553,24 +573,45 @@ def _with_image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     ]
 
 
-def _join(texts: Sequence[Text]) -> str:
-    """The texts as one string, joined by a space unless there is white space already or a text is attached."""
-    joined = ""
-    for text in texts:
-        words = text.text or ""
-        gap = joined and words and not (text.attached or joined[-1].isspace() or words[0].isspace())
-        joined += (" " if gap else "") + words
-    return joined
+def _marked(text: str) -> str:
+    """The text of a message for a template, marked except for the white space around it, which templates may strip."""
+    words = text.strip()
+    return text.replace(words, f"{_OPEN}{words}{_CLOSE}", 1) if words else text
+
+
+def _mark_texts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with `_marked` texts."""
+
+    def marked(part: dict[str, Any]) -> dict[str, Any]:
+        return part | {"text": _marked(part["text"])} if part["type"] == "text" and part["text"] else part
+
+    return [
+        m | {"content": _marked(m["content"]) if isinstance(m["content"], str) else [marked(p) for p in m["content"]]}
+        for m in messages
+    ]
 
 
 def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Segment]:
-    """The segments of a text with one image token for each image."""
+    """The segments of what a template wrote: one image token for each image, and marked texts of messages.
+
+    Raises:
+        InputError: there are more image tokens than images.
+    """
     segments: list[Segment] = []
-    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
-        if index:
-            segments.append(replace(next(images), supervise=supervise, role=None))
-        if piece:
-            segments.append(Text(piece, supervise, attached=True))
+    for number, stretch in enumerate(re.split(f"(?s){_OPEN}(.*?){_CLOSE}", text)):
+        if number % 2:
+            segments.append(Text(stretch, supervise, attached=True))
+            continue
+        for index, piece in enumerate(re.sub(f"[{_OPEN}{_CLOSE}]", "", stretch).split(IMAGE_TOKEN)):
+            if index:
+                image = next(images, None)
+                if image is None:
+                    raise InputError(
+                        f"there are more {IMAGE_TOKEN} than images", fix=f"Write one {IMAGE_TOKEN} for each"
+                    )
+                segments.append(replace(image, supervise=supervise, role=None))
+            if piece:
+                segments.append(Text(piece, supervise, attached=True, control_tokens=True))
     return segments
 
 
@@ -589,7 +630,7 @@ def _from_strings(text: str | Sequence[str], images: Any) -> list[Document]:
     for index, (string, given) in enumerate(zip(texts, images, strict=True)):
         if not isinstance(string, str):
             raise InputError(f"a text must be a string, not {type(string).__name__}", f"document {index}")
-        slots = string.count(IMAGE_TOKEN)
+        slots = re.sub(f"(?s){_OPEN}.*?{_CLOSE}", "", string).count(IMAGE_TOKEN)
         if slots != len(given):
             raise InputError(
                 f"{slots} image slots, but {len(given)} images", f"document {index}",

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 SOI_TOKEN = "<|beginofimage|>"  # starts an image
 IMAGE_TOKEN = "<|image|>"  # one visual token of an image
+GUARD = "\udfff"  # breaks up what would be a token; it stands in no text, because lone surrogates are refused
 
 
 class MMInterleavedTokenizer(SentencePieceBackend):
@@ -76,8 +77,28 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return soi, image
 
 
+def guard_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """`text` of a user or of data, in which `encode_text` finds no special token, also not across its ends."""
+    if not text:
+        return text
+    starts = "|".join(map(re.escape, sorted(_special_tokens(tokenizer))))
+    return GUARD + re.sub(f"(?s)(?={starts})(.)", rf"\1{GUARD}", text) + GUARD
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text of a user or of data."""
+    return encode_text(tokenizer, guard_text(tokenizer, text))
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = cast("Iterable[AddedToken]", tokenizer.added_tokens_decoder.values())
+    return {*tokenizer.all_special_tokens, *(t.content for t in added if t.special), SOI_TOKEN, IMAGE_TOKEN}
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of `text`, without a leading `<s>`. Stretches between special and added tokens are encoded separately.
+
+    Special tokens in the text become control tokens, except in what `guard_text` returned.
 
     White space next to the image tokens is dropped; next to `<s>`, `</s>` and `<unk>` it is kept. Next to tokens that a
     user has added their `AddedToken` decides, and one space after them becomes the word-boundary mark.
@@ -87,14 +108,16 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     tokens = {t: AddedToken(t) for t in own} | _added_tokens(tokenizer, own)
     longest_first = sorted(tokens.values(), key=lambda token: -len(token.content))
     pieces = re.split(f"({'|'.join(_pattern(t) for t in longest_first)})", text)  # text, token, text, token, ..., text
+    is_sentencepiece = isinstance(tokenizer, SentencePieceBackend)
     ids: list[int] = []
     for index, piece in enumerate(pieces):
         if index % 2:
             ids.append(cast(int, tokenizer.convert_tokens_to_ids(piece)))
             continue
+        piece = piece.replace(GUARD, "")
         if index > 0 and tokens[pieces[index - 1]].rstrip:
             piece = piece.lstrip()
-        elif index > 0 and pieces[index - 1] not in own and piece.strip():
+        elif index > 0 and is_sentencepiece and pieces[index - 1] not in own and piece.strip():
             piece = piece.removeprefix(" ")  # SentencePiece adds the word-boundary mark
         if index + 1 < len(pieces) and tokens[pieces[index + 1]].lstrip:
             piece = piece.rstrip()
@@ -103,9 +126,10 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, own: list[str]) -> dict[str, AddedToken]:
-    """The image tokens, and the tokens added to a SentencePiece model; other tokenizers find added tokens."""
-    added = tokenizer.added_tokens_decoder.values() if isinstance(tokenizer, SentencePieceBackend) else ()
-    tokens = {t.content: t for t in cast("Iterable[AddedToken]", added) if t.content not in own}
+    """The image tokens and added tokens. Tokenizers other than SentencePiece's find those that are not special."""
+    every = isinstance(tokenizer, SentencePieceBackend)
+    added = cast("Iterable[AddedToken]", tokenizer.added_tokens_decoder.values())
+    tokens = {t.content: t for t in added if (every or t.special) and t.content not in own}
     return tokens | {t: AddedToken(t, lstrip=True, rstrip=True) for t in (SOI_TOKEN, IMAGE_TOKEN)}
 
 
@@ -119,4 +143,4 @@ def _encode_stretch(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return []
     if isinstance(tokenizer, SentencePieceBackend):
         return tokenizer.sp_model.encode(text)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
