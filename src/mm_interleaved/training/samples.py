@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils import make_image_grid
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -63,7 +64,7 @@ class Samples(TrainerCallback):
             done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
         self.model.train()
         folder = Path(self.config.output) / "samples"
-        rows = [_images(e.result, self.config.samples.count) for e in done]
+        rows = [_images(e.result) for e in done]
         texts = [_text(e.result) for e in done]
         write_atomic(folder / f"{step:07}.txt", "\n\n".join(texts) + "\n")
         sheet = _sheet(rows, self.processor.target_size)
@@ -76,7 +77,7 @@ class Samples(TrainerCallback):
                     writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
 
-def _images(document: Document, limit: int) -> list[PIL.Image.Image]:
+def _images(document: Document) -> list[PIL.Image.Image]:
     return [
         load_image(cast(ImageSource, s.source))
         for s in document.segments
@@ -93,8 +94,6 @@ def _sheet(rows: list[list[PIL.Image.Image]], side: int) -> PIL.Image.Image | No
     width = max((len(row) for row in rows), default=0)
     if width == 0:
         return None
-    sheet = PIL.Image.new("RGB", (width * side, len(rows) * side), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image.convert("RGB").resize((side, side)), (x * side, y * side))
-    return sheet
+    blank = PIL.Image.new("RGB", (side, side), "white")
+    padded = [image for row in rows for image in (*row, *[blank] * (width - len(row)))]
+    return make_image_grid(padded, len(rows), width, resize=side)
