@@ -98,7 +98,7 @@ class PartRunConfig(RunConfig):
         if self.data.folder is not None or self.eval_data.folder is not None:
             raise ValueError("a part learns from the toy world, whose scenes have labels; leave data.folder out")
         if min(self.data.batch_size, self.eval_data.batch_size) < 2:
-            raise ValueError("a part is told by how the scenes of a batch differ; data.batch_size must be at least 2")
+            raise ValueError("the loss needs scenes that differ within a batch; data.batch_size must be at least 2")
         if self.fsdp:
             raise ValueError(SMALL)
         if self.gradient_checkpointing:

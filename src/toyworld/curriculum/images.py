@@ -1,4 +1,4 @@
-"""Batches for the pre-training of single parts: scenes of the toy world, drawn or told, or the images of a folder."""
+"""Batches for the curriculum: images and captions of scenes of the toy world, or the images of a folder."""
 
 from __future__ import annotations
 

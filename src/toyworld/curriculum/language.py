@@ -1,15 +1,17 @@
-"""Pre-training of a small model's language model on text alone: it learns to write, and what a text asks to draw.
+"""Pre-training of the language model of a small model, on text alone.
 
-The release starts from a language model that has read a lot, and from an image decoder that drew from texts before; a
-small model starts from nothing, and the loss of its images alone teaches it very slowly what a caption means. So
-captions of scenes are read here without any image:
+The release starts from a trained language model and from an image decoder that is conditioned on text. A small model
+starts from nothing, and its image loss alone teaches it very slowly what a caption means. So this task reads captions
+of scenes, without images:
 
-    loss = cross-entropy of the next word + loss of the conditions + max(0, -ln spread)
+    loss = cross-entropy of the next token + loss of a linear probe on the conditioning tokens + max(0, -ln spread)
 
-Of the conditions of the image decoder (what `image_decoder.resampler` makes of a text) the n-th has to tell what the
-text states of the n-th object that it mentions, and the one after those of the objects which ground they stand on. One
-linear layer reads all of them alike, as the attention of the UNet will; it is thrown away. For standardisation and
-`spread` see `training.vision`.
+The conditioning tokens are the outputs of `image_decoder.resampler` for a text. From the n-th of them, the probe
+predicts what the text states of the n-th object that it mentions; from the one after the objects, the ground. One
+linear layer serves all tokens, since the attention of the UNet treats all of them alike, too. It is not kept.
+`curriculum.vision` describes standardisation and `spread`.
+
+Axes: B batch, L tokens, O objects (`OBJECTS`), F facts of an object (`len(TOLD)`).
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ PARTS = ("language_model", "lm_head", "context_proj", "soi_token", "image_decode
 
 @dataclass
 class LanguageOutput(ModelOutput):
-    """Losses of a batch and how often the reader of the conditions is right.
+    """Losses of a batch and the accuracy of the probe on the conditioning tokens.
 
     Attributes:
         loss: their sum.
-        loss_txt: of the next word, mean over the tokens.
-        loss_conditions: of the reader.
+        loss_txt: of the next token, mean over the tokens.
+        loss_conditions: of the probe.
         accuracy_kind, accuracy_color, accuracy_cell, accuracy_relation, accuracy_ground: of what texts state.
-        spread: of the conditions; see `training.vision`.
+        spread: of the conditioning tokens; see `curriculum.vision`.
     """
 
     loss: Tensor | None = None
@@ -54,13 +56,13 @@ class LanguageOutput(ModelOutput):
 
 
 class LanguageTask(nn.Module):
-    """The parts of a model that read and write text, with a reader of the conditions.
+    """The parts of a model that process text, with a probe on the conditioning tokens.
 
     Args:
         config: of the model that they are for.
 
     Raises:
-        ValueError: it has fewer conditions than there is to tell.
+        ValueError: it has fewer conditioning tokens than the probe needs.
     """
 
     def __init__(self, config: MMInterleavedConfig) -> None:
@@ -75,12 +77,12 @@ class LanguageTask(nn.Module):
         self.reader = SharedReader(resampler.hidden_size, {**TOLD, **GROUND})
 
     def forward(self, input_ids: Tensor, lengths: Tensor, told: Tensor, ground: Tensor) -> LanguageOutput:
-        """Losses of writing a text and of telling what it asks to draw.
+        """Return the losses of predicting texts, and what they state from the conditioning tokens.
 
         Args:
-            input_ids: [batch, length], `<s>`, the text and a begin-of-image token, padded on the right.
-            lengths: [batch] tokens of each row.
-            told: [batch, OBJECTS, len(TOLD)], ground: [batch]; what the texts state, see `training.told`.
+            input_ids: [B, L], `<s>`, the text and a begin-of-image token, padded on the right.
+            lengths: [B], tokens of each row.
+            told: [B, O, F], ground: [B]; what the texts state, see `curriculum.told`.
         """
         model, (batch, length) = self.model, input_ids.shape
         nothing = torch.empty(batch, length, 0, dtype=torch.long, device=input_ids.device)
@@ -101,7 +103,7 @@ class LanguageTask(nn.Module):
 
     def _next_word(self, hidden: Tensor, input_ids: Tensor, lengths: Tensor) -> Tensor:
         place = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
-        learned = place < lengths[:, None] - 2  # the begin-of-image token is not written by the model
+        learned = place < lengths[:, None] - 2  # the model does not learn to predict the begin-of-image token
         targets = torch.where(learned, input_ids[:, 1:], -100)
         logits = self.model.lm_head(hidden[:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,4 +1,4 @@
-"""What the pre-training of single parts shares: measures of what they tell, and the files that models start from."""
+"""What the tasks of the curriculum share: a linear probe, a measure of spread, and the files of trained parts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from ..scene import GRID
 
 
 def spread(vectors: Tensor) -> Tensor:
-    """How much of `vectors` [batch, count, width] differs within the batch, by the length of what does not."""
+    """Return the mean length of the deviations from the batch's mean, divided by the length of that mean.
+
+    Args:
+        vectors: [batch, count, width].
+    """
     common = vectors.mean(0)
     return (vectors - common).norm(dim=-1).mean() / common.norm(dim=-1).mean()
 
 
 class SharedReader(nn.Module):
-    """Reads vectors one by one, all with the same linear layer, and tells what each stands for.
+    """A linear probe: the same linear layer predicts several categories from every vector.
 
-    They are standardised first, each channel over the batch and all vectors alike: what vectors have in common tells
-    nothing, but left alone it grows until it drowns the rest.
+    Each channel is standardised over the batch and all vectors first; see `curriculum.vision` for the reason.
 
     Args:
         width: of a vector.
-        values: names of what is told, and in how many forms each comes.
+        values: the number of values of each category, by name.
     """
 
     def __init__(self, width: int, values: Mapping[str, int]) -> None:
@@ -39,11 +42,11 @@ class SharedReader(nn.Module):
         self.linear = nn.Linear(width, sum(values.values()))
 
     def forward(self, vectors: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over the names of the mean cross-entropies, and the share that is right of each.
+        """Return the sum of the categories' mean cross-entropies, and the accuracy of each by name.
 
         Args:
             vectors: [batch, count, width].
-            wanted: [batch, count, names]; -100: not asked.
+            wanted: [batch, count, categories], numbers of values; -100: ignored.
         """
         told = self.linear(self.standard(vectors.transpose(1, 2)).transpose(1, 2)).float()
         total, right = told.new_zeros(()), {}
@@ -56,19 +59,19 @@ class SharedReader(nn.Module):
 
 
 def report(outputs: ModelOutput, right: Mapping[str, Tensor]) -> None:
-    """Put what a reader has right into `outputs`, as far as there is an `accuracy_*` for it."""
+    """Set the fields `accuracy_*` that `outputs` has to the accuracies of a probe."""
     for name, share in right.items():
         if f"accuracy_{name}" in vars(type(outputs))["__dataclass_fields__"]:
             outputs[f"accuracy_{name}"] = share
 
 
 def cell_of(geometry: Tensor) -> Tensor:
-    """The cell [..., int64] in which the middle of a box lies; `geometry` [..., 4] as in `SceneBatches`."""
+    """Return the cell [...], int64, in which the middle of a box lies; `geometry` [..., 4] as in `SceneBatches`."""
     column, row = (geometry[..., :2] * GRID).long().clamp(0, GRID - 1).unbind(-1)
     return row * GRID + column
 
 
 def save_part(state: Mapping[str, Tensor], quality: Mapping[str, float], file: Path) -> None:
-    """The weights of a part, and `quality.json` beside them."""
+    """Write the weights of a part, and `quality.json` beside them."""
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, file)
     write_json(file.parent / "quality.json", dict(quality))

@@ -1,4 +1,4 @@
-"""What a text states of a scene, as numbers."""
+"""What a text states about a scene, as numbers: the targets of the probe on the conditioning tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ..language import Caption
 from ..language.phrases import CELL_NAMES
 from ..scene import GRID, GROUNDS, RELATIONS, SIZES
 
-OBJECTS = 5  # the most that a text tells of
+OBJECTS = 5  # the most that a text mentions
 _VALUES: dict[str, tuple[str, ...]] = {
     **TRAITS, "size": SIZES, "cell": tuple(CELL_NAMES[cell] for cell in range(GRID * GRID)), "relation": RELATIONS,
 }  # fmt: skip
 TOLD = {"there": 2, **{name: len(values) for name, values in _VALUES.items()}, "other": OBJECTS}
-"""What is told of an object, and in how many forms: whether there is one, its traits, how it stands to which other."""
+"""The number of values of each fact about an object: whether there is one, its traits, its relation to which other."""
 GROUND = {"ground": len(GROUNDS)}
 
 
 def told(text: Caption) -> tuple[Tensor, Tensor]:
-    """What a text states of the objects, in the order in which it mentions them, and of the ground.
+    """Return what a text states of the objects, in the order in which it mentions them, and of the ground.
 
     Returns:
-        int64 [OBJECTS, len(TOLD)] and a scalar: numbers of values, -100 for what it leaves open. Of several relations
-        of an object the first counts.
+        int64 [OBJECTS, len(TOLD)] and a scalar: numbers of values, -100 for what the text does not state. Of several
+        relations of an object the first counts.
     """
     order: dict[int | None, int] = {}
     for fact in text.facts:

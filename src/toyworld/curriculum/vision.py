@@ -1,17 +1,20 @@
-"""Pre-training of a small model's visual tokenizer: it learns to name what scenes hold before it learns to talk.
+"""Pre-training of the visual tokenizer of a small model: its outputs have to tell what a scene holds.
 
-The release starts from CLIP; a small model has nothing to start from, and the loss of the next word alone teaches it to
-see very slowly. Here every part that others read has to tell what is where:
+The release starts from CLIP. A small model starts from nothing, and the loss of the next token alone trains its visual
+tokenizer very slowly. So linear probes predict what is where, from every output that other parts of the model use:
 
-    loss = mean over the pyramid's maps of `toyworld.train_detector.loss` + loss of the visual tokens + max(0, -ln
-    spread)
+    loss = mean over the levels of the pyramid of `toyworld.train_detector.loss`
+           + loss of the probe on the visual tokens + max(0, -ln spread)
 
-Each map is brought to the labels' 16 x 16 and read by a 1 x 1 convolution. Of the visual tokens the first nine stand
-for the scene's 3 x 3 cells (fewer tokens, for as many), and one linear layer, the same for all of them, has to name the
-object in each: attention in the language model reads all tokens alike as well. The readers are thrown away.
+Each level is resized to the 16 x 16 map of the labels and read by a 1 x 1 convolution. The first nine visual tokens
+stand for the 3 x 3 cells of the scene, and one linear layer predicts the object in each cell. It is shared, since the
+attention of the language model treats all tokens alike, too. The probes are not kept.
 
-`spread` is how much of the tokens' length differs between images. What they have in common tells nothing, but left
-alone it grows until it drowns the rest; so the tokens are standardised before they are read, and the spread has a loss.
+`spread` is the mean length of the tokens' deviations from their mean over the images, divided by the length of that
+mean. The common part says nothing about an image, but without a loss it grows until it dominates. So the tokens are
+standardised before the probe, and a low spread has a loss.
+
+Axes: B batch, O objects (at most 9), h and w height and width.
 """
 
 from __future__ import annotations
@@ -36,14 +39,14 @@ from .parts import SharedReader, cell_of, report, spread
 
 @dataclass
 class VisionOutput(ModelOutput):
-    """Losses of a batch and how often the tokens' reader is right.
+    """Losses of a batch and the accuracy of the probe on the tokens.
 
     Attributes:
         loss: their sum.
-        loss_maps: mean over the maps.
-        loss_tokens: over the cells.
-        accuracy_kind, accuracy_color, accuracy_texture, accuracy_glyph: of the objects, as told from the tokens.
-        accuracy_maps: share of the objects whose kind and colour the finest map tells.
+        loss_maps: of the probes on the pyramid, mean over its levels.
+        loss_tokens: of the probe on the visual tokens, mean over the cells.
+        accuracy_kind, accuracy_color, accuracy_texture, accuracy_glyph: of the objects, predicted from the tokens.
+        accuracy_maps: share of the objects whose kind and colour the finest level predicts.
         spread: mean length of the tokens' deviation from their mean over the images, by the mean's length.
     """
 
@@ -59,7 +62,7 @@ class VisionOutput(ModelOutput):
 
 
 class VisionTask(nn.Module):
-    """A visual tokenizer with its readers.
+    """A visual tokenizer with its probes.
 
     Args:
         config: of the model that it is for.
@@ -72,17 +75,17 @@ class VisionTask(nn.Module):
         self.map_readers = module_list([nn.Conv2d(width, len(SIZES) * OUTPUTS, 1) for _ in range(levels)])
         values = {"there": 2, **{name: len(v) for name, v in TRAITS.items()}}
         self.token_reader = SharedReader(config.text_config.hidden_size, values)
-        with torch.no_grad():  # centres are rare; without this the first steps only learn that
+        with torch.no_grad():  # centres are rare; without this the first steps learn nothing else
             for reader in self.map_readers:
                 assert reader.bias is not None
                 reader.bias.view(len(SIZES), OUTPUTS)[:, 0] = -4.0
 
     def forward(self, images: Tensor, geometry: Tensor, traits: Tensor) -> VisionOutput:
-        """Losses of telling what is where.
+        """Return the losses of predicting what is where.
 
         Args:
-            images: uint8 [batch, 3, image_size, image_size].
-            geometry, traits: as `toyworld.train_detector.SceneBatches` has them.
+            images: uint8 [B, 3, h, w], of the model's image size.
+            geometry, traits: [B, O, 4] and [B, O, 6], see `toyworld.train_detector.SceneBatches`.
         """
         seen = self.visual_tokenizer(unit_range(images))
         maps = [
