@@ -1,4 +1,4 @@
-"""Recovers the objects from an image, drawn or generated, so that images can be scored without a human.
+"""A detector of objects in drawn or generated images, so that images can be scored without a human.
 
 A small convolutional net after CenterNet (Zhou et al., "Objects as Points", arXiv 1904.07850): a map of how likely a
 object's centre lies in each 8 x 8 pixels, and at each of them what the object would look like. Small and big objects
@@ -34,7 +34,7 @@ TRAITS: dict[str, tuple[str, ...]] = {
     "part": PARTS,
     "glyph": ("", *GLYPHS),
 }
-"""What is told apart, in the order of the net's outputs."""
+"""The values of each attribute, in the order of the outputs."""
 _GEOMETRY = 1 + 4  # how likely a centre; its shift within the cell of the map, x and y; box, width and height
 OUTPUTS = _GEOMETRY + sum(len(values) for values in TRAITS.values())
 
@@ -44,7 +44,7 @@ class Detection:
     """An object that was found in an image.
 
     Attributes:
-        look: what it looks like.
+        attributes: what it looks like.
         cell: row * GRID + column of the cell in which its centre lies.
         size: "small" or "big".
         box: x0, y0, x1, y1 in [0, 1] of the image, as if nothing hid it.
@@ -169,7 +169,7 @@ class Detector:
         return found
 
     def objects(self, outputs: torch.Tensor) -> list[list[Detection]]:
-        """The objects that the net's outputs [B, 2, OUTPUTS, 16, 16] stand for."""
+        """Return the objects that the outputs of the net [B, 2, OUTPUTS, 16, 16] stand for, by image."""
         centers, shifts, sides, traits = split(outputs)
         scores = centers.sigmoid()
         peaks = (F.max_pool2d(scores, 3, 1, 1) == scores) & (scores >= self.threshold)
@@ -187,7 +187,7 @@ class Detector:
 
 
 def _once(seen: list[Detection]) -> list[Detection]:
-    """Without what was found twice, as small and as big: the same kind and colour at almost the same place."""
+    """Drop objects that were found twice, as small and as big: same kind and colour, almost the same place."""
     kept: list[Detection] = []
     for one in seen:
         (x, y), key = one.center, (one.attributes.kind, one.attributes.color)
@@ -198,5 +198,5 @@ def _once(seen: list[Detection]) -> list[Detection]:
 
 
 def train_command(output: Path = WEIGHTS) -> str:
-    """How weights are made."""
+    """Return the command that trains weights."""
     return f"python -m toyworld.train_detector --output {output}"

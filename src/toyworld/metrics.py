@@ -26,7 +26,8 @@ BATCH = 64  # images read at a time
 class SceneImages:
     """How well images show the scenes that were asked for: the rates of `SceneScore`, in percent.
 
-    Of a story's frame, no relations are asked for (its text tells cells), but looks must be kept that no text tells.
+    Of a story's frame, no relations are compared (its text states cells), but attributes that no text states must be
+    kept.
 
     Attributes:
         weights: of the detector.

@@ -1,4 +1,4 @@
-"""Instructions that change an earlier image without telling again what is in it: one has to look."""
+"""Instructions that change an earlier image without stating again what it shows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .language.words import choose, say, sentence
 from .scene import COLORS, GLYPHS, GRID, GROUNDS, PARTS, TEXTURES, Scene, SceneObject
 
 Change = Callable[[Scene, int, str, np.random.Generator], tuple[str, Scene] | None]
-"""What to say, and the scene that it asks for; of object number `index`, called `who`. None if it cannot be."""
+"""Returns an instruction about object number `index`, called `who`, and the scene asked for; None: impossible."""
 
 
 def redrawn(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
-    """An instruction about the image of a scene and the scene that it asks for.
+    """Return an instruction about the image of a scene, and the scene that it asks for.
 
     Args:
         scene: each of its objects stands in a cell of its own.

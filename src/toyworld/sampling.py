@@ -1,4 +1,4 @@
-"""Chance: looks, scenes, and which split each scene belongs to."""
+"""Random attributes, objects and scenes, and the split that each scene belongs to."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _CHECKED = 96  # pixels at which that share is measured
 
 
 def split_of(scene: Scene) -> Split:
-    """The split that a scene belongs to, by its content alone: the objects' attributes, cells, sizes, places and hosts
-    in any order; not the ground, the offsets, the names, nor the seed of the drawing. So two splits share no
-    arrangement.
+    """Return the split of a scene.
+
+    It depends on the objects' attributes, cells, sizes, places and hosts in any order, and not on the ground, the
+    offsets, the names or the seed of the drawing. So two splits share no arrangement.
     """
     words = []
     for obj in scene.objects:
@@ -43,7 +44,7 @@ def split_of(scene: Scene) -> Split:
 
 
 def scene_rng(seed: int, split: Split, index: int) -> np.random.Generator:
-    """The source of chance for the scene number `index` of a split; the same for the same three, and no other."""
+    """Return the random generator of scene number `index` of a split: always the same for the same three arguments."""
     return np.random.default_rng((seed, SPLITS.index(split), index))
 
 
@@ -60,11 +61,11 @@ def random_attributes(
     with_part: float = WITH_PART,
     with_glyph: float = WITH_GLYPH,
 ) -> Attributes:
-    """A look by chance.
+    """Return random attributes.
 
     Args:
-        rng: source of chance.
-        size: of the object that will look so; only big ones get a glyph.
+        rng: random generator.
+        size: of the object that they are for; only big ones get a glyph.
         kinds: names to choose from; all if not given.
         textured: how likely it is to have a texture.
         with_part: how likely it is to wear something.
@@ -84,7 +85,7 @@ def random_attributes(
 def inside(
     rng: np.random.Generator, objects: Sequence[SceneObject], host: int, attributes: Attributes
 ) -> SceneObject | None:
-    """A small object of these attributes inside object number `host`; None if that is not hollow and big, wears
+    """Return a small object of these attributes inside object number `host`; None if that is not hollow and big, wears
     something (which leaves less room), has a glyph, or holds something already.
     """
     around = objects[host]
@@ -98,9 +99,10 @@ def inside(
 def behind(
     rng: np.random.Generator, objects: Sequence[SceneObject], host: int, attributes: Attributes
 ) -> SceneObject | None:
-    """A small object of these attributes partly hidden by object number `host`; None if no place is found at which it
-    is neither hidden too much or too little, nor cut off, nor in the way of other objects. Hosts are big and not
-    hollow.
+    """Return a small object of these attributes partly hidden by object number `host`; None: there is no place for it.
+
+    In its place it is not hidden too much or too little, not cut off, and not in the way of other objects. Hosts are
+    big and not hollow.
     """
     front = objects[host]
     if KINDS[front.attributes.kind].hollow or front.size != "big":
@@ -123,7 +125,7 @@ def _touch(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def _fresh(rng: np.random.Generator, used: Sequence[SceneObject], size: str, **shares: float) -> Attributes:
-    """A look of a kind that is not in the scene yet; one time in eight any kind, but not the same colour as well."""
+    """Return random attributes of a kind that is new in the scene; one time in eight of any kind in a new colour."""
     kinds = {obj.attributes.kind for obj in used}
     free = [name for name in KINDS if name not in kinds]
     while True:
@@ -133,7 +135,7 @@ def _fresh(rng: np.random.Generator, used: Sequence[SceneObject], size: str, **s
 
 
 def _hosted(rng: np.random.Generator, objects: list[SceneObject]) -> SceneObject | None:
-    """Something inside or behind one of the objects, by chance."""
+    """Return a random object inside or behind one of the objects; None: there is no place for one."""
     hollow = tuple(name for name, kind in KINDS.items() if kind.hollow)
     host = int(rng.integers(len(objects)))
     if rng.random() < 0.5:  # hollow objects are rare, so one is put there
@@ -166,17 +168,17 @@ def _any_scene(rng: np.random.Generator, objects: tuple[int, int]) -> Scene:
 
 
 def check_objects(objects: tuple[int, int]) -> None:
-    """Refuse what is not a range within 1 to 9."""
+    """Raise a `ValueError` if `objects` is not a range within 1 to 9."""
     if not 1 <= objects[0] <= objects[1] <= GRID * GRID:
         raise ValueError(f"objects={objects}: give the fewest and the most, within 1 to {GRID * GRID}")
 
 
 def random_scene(rng: np.random.Generator, *, objects: tuple[int, int] = (1, 5), split: Split | None = None) -> Scene:
-    """A scene by chance: kinds are mostly distinct, attributes always differ in kind or colour, no two objects share a
-    cell but those inside or behind each other.
+    """Return a random scene: kinds are mostly distinct, attributes always differ in kind or colour, and no two objects
+    share a cell but those inside or behind each other.
 
     Args:
-        rng: source of chance, for instance `scene_rng(...)`.
+        rng: random generator, for instance `scene_rng(...)`.
         objects: the fewest and the most objects.
         split: if given, drawn anew until the scene belongs to it.
 

@@ -41,7 +41,7 @@ class SceneObject:
     """An object in a scene.
 
     Attributes:
-        look: what it looks like.
+        attributes: what it looks like.
         cell: row * GRID + column of the cell that it stands in.
         size: of `SIZES`.
         offset: shift of its centre from the cell's centre, (x, y), in cells, each in [-0.5, 0.5].
@@ -81,7 +81,7 @@ class Scene:
     Attributes:
         objects: 1 to 5 objects; later ones are drawn over earlier ones, but what is behind its host is drawn before it.
         ground: the background, of `GROUNDS`.
-        seed: of what drawing leaves to chance (clouds, grass), so that a scene is always the same image.
+        seed: of the random parts of the image (clouds, grass), so that a scene always has the same image.
     """
 
     objects: tuple[SceneObject, ...] = field(default_factory=tuple)

@@ -1,4 +1,4 @@
-"""How well what was seen in an image agrees with the scene that was asked for."""
+"""How well the objects detected in an image agree with the scene that was asked for."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class SceneScore:
         glyphs_read: of those, found by kind and with that glyph.
         relations: relations asked for.
         relations_right: of those, that hold between the objects found for them.
-        unsaid: objects of a story whose attributes no text has told, so that it must be taken from an earlier image.
+        unsaid: objects of a story whose attributes no text states, so that only an earlier image shows them.
         kept: of those, found with their whole attributes.
         kept_kind, kept_color, kept_texture, kept_part, kept_glyph: of those, found with this trait.
-        extras: objects seen that nobody asked for, or not that often.
+        extras: detected objects that were not asked for, or not that often.
         perfect: images in which every object asked for has its kind and colour, every relation holds, and nothing else
             is seen.
         images: 1; the number of images after adding up.
@@ -98,7 +98,7 @@ def stated(scene: Scene) -> list[Relation]:
 
 
 def holds(relation: str, a: Detection, b: Detection) -> bool:
-    """Whether "a is <relation> b" is seen.
+    """Return whether "a is <relation> b" holds for two detected objects.
 
     Left of, right of, above, below: the middles of their boxes are at least `APART` apart in that direction.
     Inside: a is small, b big and hollow, and a's middle within `CENTERED` of b's in both directions.
@@ -129,7 +129,7 @@ def _covered(inner: tuple[float, ...], outer: tuple[float, ...]) -> float:
 
 
 def pair(scene: Scene, seen: Sequence[Detection]) -> dict[int, int]:
-    """Which of `seen` stands for which object of a scene: number of the object to number of the seen one.
+    """Assign detected objects to the objects of a scene: the number of the object to that of the detected one.
 
     Only pairs of the same kind. Greedy, the best pair first: the right colour, then the more of texture, part, glyph
     and size right, then the nearer to the cell asked for, then the order in which they are listed. No other assignment
@@ -170,13 +170,13 @@ def _distance(obj: SceneObject, one: Detection) -> float:
 
 def match(scene: Scene, seen: Sequence[Detection], relations: Sequence[Relation] | None = None,
           unsaid: Sequence[int] = ()) -> SceneScore:  # fmt: skip
-    """Compare what was asked for with what was seen.
+    """Compare the objects of a scene with those that were detected.
 
     Args:
         scene: what was asked for.
         seen: what a `Detector` found in the image.
         relations: those that were asked for; if not given, all that hold in the scene, each pair one way round.
-        unsaid: numbers of the objects whose attributes only an earlier image tells.
+        unsaid: numbers of the objects whose attributes only an earlier image shows.
 
     Returns:
         Counts for this image; see `SceneScore` for what each means, `pair` for which is compared with which and

@@ -48,7 +48,7 @@ class Stage:
         return Scene(tuple(self.objects), self.ground, self.seed)
 
     def unsaid(self) -> tuple[int, ...]:
-        """Objects whose attributes the text has not told."""
+        """Return the numbers of the objects whose attributes the text has not stated."""
         return tuple(i for i, t in enumerate(self.objects) if t.name and not self.known[t.name].issuperset(LOOKS))
 
     def characters(self) -> list[int]:
@@ -66,7 +66,7 @@ class Stage:
         return obj.name or f"the {obj.attributes.kind}"
 
     def change(self, index: int, **attributes: str) -> None:
-        """Change a character's look; the text tells it."""
+        """Change attributes of a character that the text states."""
         self.objects[index] = self.objects[index].with_attributes(**attributes)
         self.known[self.objects[index].name] |= attributes.keys()
 
@@ -228,7 +228,7 @@ def _returns(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
 
 
 def _appears(stage: Stage, index: int, rng: np.random.Generator) -> str | None:
-    """Something new is there, with its look."""
+    """Add a new object; the text states its attributes."""
     if len(stage.objects) >= MOST_THINGS:
         return None
     obj = prop(stage, rng)
@@ -263,7 +263,7 @@ def prop(stage: Stage, rng: np.random.Generator) -> SceneObject:
 
 
 def fresh_attributes(stage: Stage, rng: np.random.Generator, size: str, character: bool) -> Attributes:
-    """A look whose kind is not on the stage; characters are mostly someone, and rich in detail."""
+    """Return random attributes of a kind that is not on the stage; characters are mostly alive, and rich in detail."""
     used = {t.attributes.kind for t in (*stage.objects, *stage.away)}
     alive = character and chance(rng, 0.85)
     kinds = tuple(k.name for k in KINDS.values() if k.name not in used and (k.group in ("animal", "person")) >= alive)
@@ -273,7 +273,7 @@ def fresh_attributes(stage: Stage, rng: np.random.Generator, size: str, characte
 
 
 def described(obj: SceneObject) -> tuple[str, ...]:
-    """What is said of an object so that its look is known; what is big, plain or bare is not said to be."""
+    """Return the names of the attributes that a text states of an object: those without the default value."""
     names = [n for n in ATTRIBUTES if n not in ("size", "texture")]
     names += ["texture"] if obj.attributes.texture != "plain" else []
     return tuple(names + (["size"] if obj.size == "small" else []))

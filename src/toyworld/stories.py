@@ -16,7 +16,7 @@ NAMES = (
     "Mila", "Tom", "Ada", "Ben", "Ivo", "Lea", "Max", "Nia", "Otto", "Pia", "Rex", "Sam", "Tia", "Uma", "Vic", "Zoe",
     "Finn", "Gus", "Hana", "Kim", "Leo", "Nora", "Ole", "Ruby",
 )  # fmt: skip
-SHOWN = 0.5  # share of stories in which some character's look is not told
+SHOWN = 0.5  # share of stories that do not state all attributes of a character
 FEWEST_WORDS = 8  # of a frame; shorter ones are filled up with where everyone is
 CAST = ((1, 0), (1, 1), (1, 1), (1, 2), (2, 0), (2, 0), (2, 1), (2, 1), (3, 0))  # characters, other objects
 
@@ -28,7 +28,7 @@ class Frame:
     Attributes:
         text: with what came before, it determines the image; what it does not mention stays as it was.
         scene: the image.
-        unsaid: numbers of objects in it whose attributes no text up to here has told, so that an earlier image is
+        unsaid: numbers of objects in it whose attributes no text up to here has stated, so that an earlier image is
             needed.
     """
 
@@ -52,13 +52,13 @@ class Story:
 
 def story(rng: np.random.Generator, *, frames: tuple[int, int] = (2, 6), split: Split | None = None,
           shown: float = SHOWN) -> Story:  # fmt: skip
-    """A story by chance.
+    """Return a random story.
 
     Args:
         rng: makes every choice.
         frames: the fewest and the most frames.
         split: of the first image's arrangement; None: any.
-        shown: share of stories in which at least one character's look is only seen in the first image.
+        shown: share of stories in which only the first image shows the attributes of at least one character.
 
     Raises:
         ValueError: `frames` is not a range that begins with 1 or more.
@@ -91,7 +91,7 @@ def _opening_stage(rng: np.random.Generator) -> Stage:
 
 
 def _opening(stage: Stage, rng: np.random.Generator, hide: bool) -> str:
-    """Everyone and everything is introduced, with where it is. If `hide`, not all looks are told."""
+    """Return the text that introduces all objects and their places. With `hide`, it does not state all attributes."""
     characters = stage.characters()
     hidden = [i for i in characters if hide and chance(rng, 0.5)] or ([choose(rng, characters)] if hide else [])
     sentences = []
@@ -111,7 +111,7 @@ def _opening(stage: Stage, rng: np.random.Generator, hide: bool) -> str:
 
 
 def _said(obj: SceneObject, rng: np.random.Generator, hidden: bool) -> tuple[str, ...] | None:
-    """Which of its look and size are told; None: all. The size always is: "small", or nothing for big."""
+    """Return the names of the attributes to state; None: all. The size always is: "small", or nothing for big."""
     if not hidden:
         return None
     size = ("size",) if obj.size == "small" else ()
@@ -138,7 +138,7 @@ def _presented(obj: SceneObject, said: tuple[str, ...], rng: np.random.Generator
 
 
 def _happens(stage: Stage, rng: np.random.Generator) -> str:
-    """The text of the next frame, after one or two events have changed the stage."""
+    """Change the stage by one or two events, and return the text of the next frame."""
     before, ground = {stage.calls(i): t.cell for i, t in enumerate(stage.objects)}, stage.ground
     clauses: list[str] = []
     done: list[Event] = []

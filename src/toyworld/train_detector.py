@@ -101,7 +101,7 @@ def spoil(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Args:
         images: [B, 3, H, W] in [0, 1].
-        generator: source of chance, on their device.
+        generator: random generator, on their device.
     """
 
     def chance(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -252,7 +252,7 @@ def save(net: DetectorNet, path: Path) -> None:
 
 
 def paired(scene: Scene, seen: list[Detection]) -> list[tuple[SceneObject, Detection]]:
-    """Each object with the nearest that was seen within `NEAR`, nearest pairs first, same size before other size."""
+    """Assign to each object the nearest detected one within `NEAR`, nearest pairs and equal sizes first."""
     middles = [middle(box)[:2] for box in boxes(scene, PIXELS)]
     pairs = []
     for i, (x, y) in enumerate(middles):
