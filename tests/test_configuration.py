@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from mm_interleaved.configuration import load_config, to_yaml
 from mm_interleaved.validation import ConfigError, Positive, settings
@@ -43,6 +44,16 @@ class Schema:
     weights: dict[str, float] = field(default_factory=dict)
     mode: Literal["read", "write"] = "read"
     RENAMED: ClassVar[dict[str, str]] = {"streams": "It is now 'sources'", "scribble": "It is now 'write'"}
+
+
+@settings
+class Weights:
+    source: Annotated[str, Field(alias="from")]
+
+
+@settings
+class Model:
+    weights: list[Weights]
 
 
 def write(path: Path, text: str) -> Path:
@@ -98,6 +109,17 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.mktemp("yaml") / "b.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(path, Schema) == config
+
+
+def test_a_field_has_the_name_of_files(tmp_path: Path) -> None:
+    """`from` is no name in Python."""
+    path = write(tmp_path / "a.yaml", to_yaml(Model([Weights("x"), Weights(source="y")])))
+    assert "from: x" in path.read_text()
+    assert load_config(path, Model, ["weights.1.from=z"]) == Model([Weights("x"), Weights("z")])
+    with pytest.raises(ConfigError, match=r"unknown key 'form' in weights\[0\] .*Did you mean 'from'"):
+        load_config(path, Model, ["weights=[{form: x}]"])
+    with pytest.raises(ConfigError, match=r"^weights\[0\]\.from must be given"):
+        load_config(path, Model, ["weights=[{}]"])
 
 
 @pytest.mark.parametrize(
