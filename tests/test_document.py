@@ -243,7 +243,6 @@ def test_mistakes_are_named(tmp_path: Path, content: str, words: list[str]) -> N
         ({"sentence_ixs": [True, 1]}, ["sentence_ixs[0]", "whole number"]),
         ({"generate_mode": "generate_song"}, ["'generate_song'"]),
         ({"num_iter": 0}, ["num_iter", "at least 1"]),
-        ({"image_frist": []}, ["unknown field 'image_frist'", "Did you mean 'image_first'?"]),
     ],
 )
 def test_mistakes_in_records_are_named(tmp_path: Path, images: list[Path], change: dict, words: list[str]) -> None:
@@ -286,3 +285,69 @@ def test_record_needs_a_image_and_a_closed_middle() -> None:
         Document([Text("a")]).to_record()
     with pytest.raises(InputError, match="segments\\[0\\]"):
         Document([Image(), Text("a")]).to_record()
+
+
+ORIGINAL = {"sentences": ["A fox."], "images": ["assets/fox.png"], "sentence_ixs": [0], "image_first": [True]}
+
+
+def record_in(folder: Path, **changes: object) -> Path:
+    """A file with one of the original's records, whose image is relative to another folder."""
+    folder.mkdir(parents=True)
+    (folder / "records.json").write_text(json.dumps([ORIGINAL | changes]))
+    return folder / "records.json"
+
+
+def image_in(folder: Path) -> Path:
+    (folder / "assets").mkdir(parents=True)
+    make_image().save(folder / "assets/fox.png")
+    return folder / "assets/fox.png"
+
+
+def test_paths_relative_to_the_working_directory(tmp_path: Path) -> None:
+    """As in the original's own example file."""
+    records, image = record_in(tmp_path / "docs/examples"), image_in(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        load_documents(records)
+    (document,) = load_documents(records, look_in=[tmp_path])
+    assert document.images[0].source == image
+    nearer = image_in(records.parent)
+    assert load_documents(records, look_in=[tmp_path])[0].images[0].source == nearer
+
+
+def test_paths_relative_to_the_image_root(tmp_path: Path) -> None:
+    records, image = record_in(tmp_path / "docs"), image_in(tmp_path / "images")
+    assert load_documents(records, tmp_path / "images")[0].images[0].source == image.resolve()
+
+
+def test_all_places_that_were_looked_at_are_named(tmp_path: Path) -> None:
+    records = record_in(tmp_path / "docs")
+    places = "', '".join(str(tmp_path / name) for name in ("docs", "a", "b"))
+    with pytest.raises(InputError, match=f"none of '{places}'.*--image-root"):
+        load_documents(records, tmp_path / "a", look_in=[tmp_path / "b"])
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "assets/../../secret.png"])
+def test_no_folder_that_is_looked_in_can_be_left(tmp_path: Path, name: str) -> None:
+    make_image().save(tmp_path / "secret.png")
+    records = record_in(tmp_path / "docs", images=[name])
+    (tmp_path / "work").mkdir()
+    with pytest.raises(InputError):
+        load_documents(records, look_in=[tmp_path / "work"])
+
+
+def test_a_record_may_have_fields_that_are_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The original's outputs are its records with `generate_results` added."""
+    records = record_in(tmp_path / "docs", generate_results=[{"text": "x"}])
+    image_in(tmp_path / "docs")
+    assert len(load_documents(records)) == 1
+    assert "'generate_results'" in caplog.text
+
+
+def test_comments_as_in_the_examples_of_the_original(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('// a list\n[\n  {"segments": [{"text": "see http://x.org // y"}]} // the first\n]\n')
+    (document,) = load_documents(path)
+    assert document.segments[0].text == "see http://x.org // y"
+    path.write_text('[\n  {"segments": [}\n] // no JSON\n')
+    with pytest.raises(InputError, match="line 2"):
+        load_documents(path)

@@ -68,7 +68,7 @@ def generate(
     chosen = _settings(preset, image_preset, settings or [], seed)
     where = find_device(device)
     refuse_occupied(output_folder, resume, overwrite)
-    documents = load_documents(source, image_root)
+    documents = load_documents(source, image_root, look_in=[Path.cwd()])
     for document in documents:
         _check_images(document)
     loaded = load_model(model, kind, where, matrices)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +14,16 @@ from .folder import Folder
 _EXAMPLE = 'Write {"segments": [{"text": ...}, {"image": "path"}]}'
 
 
-def load_documents(path: str | Path, image_root: str | Path | None = None) -> list[Document]:
+def load_documents(
+    path: str | Path, image_root: str | Path | None = None, look_in: Sequence[Path] = ()
+) -> list[Document]:
     """The documents of a JSON or JSON-lines file.
 
     Args:
         path: a file with one document, a list of documents, or one document per line.
         image_root: the folder that images must stay in; None: the folder of the file. Paths are relative to the folder
-            of the file in both cases.
+            of the file, or else to `image_root`.
+        look_in: further folders that relative paths may be relative to, and must then stay in.
 
     Raises:
         InputError: the file is missing, empty or not JSON, or a document in it cannot be used. It names the record
@@ -27,7 +31,8 @@ def load_documents(path: str | Path, image_root: str | Path | None = None) -> li
     """
     path = Path(path)
     base = path.resolve().parent
-    folder = Folder(base, base if image_root is None else Path(image_root))
+    limit, others = (base, ()) if image_root is None else (Path(image_root), (Path(image_root),))
+    folder = Folder(base, limit, (*others, *look_in))
     documents: list[Document] = []
     for place, data in _read_records(path):
         try:
@@ -49,7 +54,7 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in lines:
             yield f"{path}, line {number}", parse_json(line, f"{path}, line {number}")
         return
-    data = parse_json(text, str(path))
+    data = parse_json(_without_comments(text), str(path))
     if not isinstance(data, list):
         yield str(path), data
         return
@@ -57,6 +62,11 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError("the list of documents is empty", str(path), _EXAMPLE)
     for index, record in enumerate(cast(list[Any], data)):
         yield f"{path}, record {index}", record
+
+
+def _without_comments(text: str) -> str:
+    """JSON without the `// ...` comments that the original's examples have; strings keep theirs."""
+    return re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda found: found[1] or "", text)
 
 
 def _is_json_object(line: str) -> bool:

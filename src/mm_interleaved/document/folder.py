@@ -12,6 +12,8 @@ import PIL.Image
 from ..io import InputError, check_type, find_file
 from ..io.images import open_image
 
+MISSING, OUTSIDE = "missing", "outside its folder"  # kinds of errors about files
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -21,10 +23,12 @@ class Folder:
         base: the folder that paths are relative to; None: paths are not checked.
         limit: for documents from other people, the folder that paths must stay in after symbolic links are followed;
             None: paths must stay in `base`, and symbolic links in it may point anywhere.
+        others: folders to look in for relative paths that are not in `base`; such a path must stay in that folder.
     """
 
     base: Path | None = None
     limit: Path | None = None
+    others: tuple[Path, ...] = ()
 
     def image(self, text: Any, where: str) -> Path | PIL.Image.Image:
         """The image that `text` names: the path of an existing file, or the image of a data URL.
@@ -40,9 +44,25 @@ class Folder:
         try:
             return find_file(self.base, text, where, self.limit)
         except InputError as error:
-            if error.kind == "outside its folder":
+            if (found := self._elsewhere(text)) is not None:
+                return found
+            stays = not Path(text).is_absolute() and ".." not in Path(text).parts
+            if error.kind == OUTSIDE and not (stays and self.others):
                 error = InputError(error.problem, where, f"{error.fix}, or allow a wider folder with --image-root")
+            elif error.kind in (MISSING, OUTSIDE) and self.others:
+                places = ", ".join(f"'{place}'" for place in (self.base, *self.others))
+                error = InputError(f"'{text}' is in none of {places}", where, "Correct the path, or name the folder "
+                                   "with --image-root", MISSING)  # fmt: skip
             raise error from None
+
+    def _elsewhere(self, text: str) -> Path | None:
+        """The file in one of the other folders; None: in none."""
+        for folder in self.others:
+            try:
+                return find_file(folder, text, "", folder)
+            except InputError:
+                continue
+        return None
 
 
 def _inline_image(url: str, where: str) -> PIL.Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ _MODES = {
 }  # fmt: skip
 
 
+log = logging.getLogger(__name__)
 Fields = dict[str, Any]  # of a `Document`, by its attributes' names
 
 
@@ -125,7 +127,8 @@ def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: st
 
 def _from_record(data: dict[str, Any], folder: Folder) -> Fields:
     """The original's record: images attached to sentences by number (docs/data_formats.md, "Original records")."""
-    check_fields(data, RECORD_FIELDS)
+    if unknown := [key for key in data if key not in RECORD_FIELDS]:
+        log.warning("a record has fields that are not used: %s", listed(unknown))
     missing = [key for key in RECORD_FIELDS[:4] if key not in data]
     if missing:
         raise InputError(f"the record lacks {listed(missing)}")
