@@ -261,7 +261,7 @@ class Halved(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("halved", "bounds"), [(False, (1e-5, 1e-5, 1e-3)), (True, (1e-3, 1e-3, 2e-2))])
-def test_a_recorded_step_computes_the_same(small: Loaded, halved: bool, bounds: tuple[float, ...]) -> None:
+def test_a_captured_step_computes_the_same(small: Loaded, halved: bool, bounds: tuple[float, ...]) -> None:
     """Losses and gradients through CUDA graphs, for batches of the recorded sizes and for one of others."""
     model = copy.deepcopy(small.model).to("cuda").train()
     called = Halved(model) if halved else model

@@ -53,7 +53,7 @@ class CapturedStep:
     ) -> None:
         self.shapes, self.world_size, self.compute = shapes, world_size, compute
         self.replayed, self.uncaptured = 0, 0
-        self._recording: _Capture | None = None
+        self._capture: _Capture | None = None
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> DistilledOutput:
         """The losses of `compute(model, inputs)`. `loss.backward()` must follow, unscaled.
@@ -62,9 +62,9 @@ class CapturedStep:
         """
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        if self._recording is None and self._fits(inputs):
-            self._recording = _Capture(model, inputs, self.compute)
-        capture = self._recording
+        if self._capture is None and self._fits(inputs):
+            self._capture = _Capture(model, inputs, self.compute)
+        capture = self._capture
         fits = capture is not None and capture.key == tuple(_key(inputs))
         self.replayed, self.uncaptured = self.replayed + fits, self.uncaptured + (not fits)
         if not fits and self.world_size == 1:
