@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.loss.loss_for_object_detection import box_iou
 
 from mm_interleaved.metrics.grounding import NOWHERE, grounding_accuracy, iou, parse_box
 
@@ -40,6 +43,17 @@ def test_overlap_by_hand() -> None:
     assert iou((0, 0, 1, 1), (1, 1, 2, 2)) == 0
     assert iou((5, 5, 5, 9), (5, 5, 5, 9)) == 0
     assert iou((4, 4, 2, 2), (2, 2, 4, 4)) == 0  # corners the wrong way round
+
+
+def test_overlap_is_that_of_transformers() -> None:
+    """A thousand pairs, of which many overlap."""
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 40, (2, 1000, 2))
+    pairs = torch.from_numpy(np.concatenate([corners, corners + rng.integers(1, 60, (2, 1000, 2))], -1)).float()
+    theirs = box_iou(*pairs)[0].diag()
+    ours = [iou(tuple(a), tuple(b)) for a, b in zip(*pairs.tolist(), strict=True)]
+    assert sum(overlap > 0 for overlap in ours) > 500
+    assert ours == pytest.approx(theirs.tolist(), abs=1e-6)
 
 
 @given(boxes, boxes, st.integers(1, 9))
