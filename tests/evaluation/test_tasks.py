@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,6 +174,8 @@ class TestEveryTaskIsWrittenAsSoonAsItIsScored:
         assert ("| gqa |" in table, "| vqav2 |" in table) == (True, False)
         again = run(*tasks)
         assert [again.speed[name]["samples"] for name in ("gqa", "vqav2", "okvqa")] == [0, 2, 4]
+        written = json.loads((tmp_path / "out/results.json").read_text())["speed"]
+        assert written["gqa"]["samples"] == 4  # of the run that predicted them
         run(*tasks, folder="whole")
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
         assert list(figures(tmp_path / "out").items()) == list(figures(tmp_path / "whole").items())

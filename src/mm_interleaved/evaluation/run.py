@@ -111,7 +111,7 @@ def evaluate(
     digest = weights or on_main(state, lambda: weights_digest(model))
     on_main(state, lambda: _start(config, tasks, folder, digest))
     results = Results({"name": name, "weights": digest, "trained": trained}, plain(config), {})
-    known = _earlier(config, folder, digest)
+    known, speeds = _earlier(config, folder, digest)
 
     def finish(task: Task, result: TaskResult) -> None:
         """Score a task and write all results so far."""
@@ -120,7 +120,7 @@ def evaluate(
                 _score(config, task, result, folder / task.name, model.compute_device, on_scored)
         known[task.name] = result
         results.tasks = {name: known[name] for name in map(task_name, config.tasks) if name in known}
-        _write(results, folder, state, model)
+        _write(results, speeds, folder, state, model)
 
     waiting = []
     for task in tasks:
@@ -304,21 +304,23 @@ def _scores_of(sample: str, scores: SampleScores) -> dict[str, dict[str, float]]
     return {metric: values for metric, values in found.items() if values}
 
 
-def _earlier(config: TaskSuite, folder: Path, digest: str) -> dict[str, TaskResult]:
-    """Results of the same weights and seed in `results.json`, so that tasks excluded by `only` keep their results."""
+def _earlier(config: TaskSuite, folder: Path, digest: str) -> tuple[dict[str, TaskResult], dict[str, Any]]:
+    """Results and speeds of the same weights and seed in `results.json`: what a run does not do again keeps its own."""
     try:
         found = read_json(folder / RESULTS)
         if (found["model"]["weights"], found["seed"]) != (digest, config.seed):
-            return {}
+            return {}, {}
         known = {name: TaskResult(**result) for name, result in found["tasks"].items()}
-        return {name: result for name, result in known.items() if result.samples and not result.failed}
+        good = {name: result for name, result in known.items() if result.samples and not result.failed}
+        return good, dict(found["speed"])
     except (ValueError, KeyError, TypeError):  # it is missing or of another program, and will be replaced
-        return {}
+        return {}, {}
 
 
-def _write(results: Results, folder: Path, state: PartialState, model: MMInterleaved) -> None:
-    """Write `results.json` and `results.md` with the results so far."""
+def _write(results: Results, speeds: dict[str, Any], folder: Path, state: PartialState, model: MMInterleaved) -> None:
+    """Write `results.json` and `results.md` so far; a task without anything left to predict keeps its earlier speed."""
     data = results.to_dict(state.num_processes, _device_name(model.compute_device))
+    data["speed"] = {name: now if now["samples"] else speeds.get(name, now) for name, now in results.speed.items()}
     write_json(folder / RESULTS, data)
     write_atomic(folder / TABLE, markdown(results.tasks, results.model))
 
