@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.io import InputError
-from mm_interleaved.processor.processor import _join
+from mm_interleaved.processor import MMInterleavedProcessor
+from mm_interleaved.processor.tokenizer import GUARD
 from mm_interleaved.tasks import TASKS, Task, TaskConfig, make_task, render
 
 from .conftest import FILES, PHASES, Written, first
@@ -300,12 +301,18 @@ def test_task_errors_are_document_errors() -> None:
 
 # ---- templates
 
+
+def joined(processor: MMInterleavedProcessor, texts: list[Text]) -> str:
+    """The texts as the processor joins them, without the marks that keep them plain."""
+    return processor._join(texts).replace(GUARD, "")
+
+
 WORDS = st.text("ab{}<> .?\n", max_size=8)
 
 
 @for_all(st.lists(st.one_of(WORDS, st.just(None)), max_size=6), st.text("xy {}", max_size=6))
 @settings(max_examples=200)
-def test_templates_lose_nothing(parts: list[str | None], value: str) -> None:
+def test_templates_lose_nothing(processor: MMInterleavedProcessor, parts: list[str | None], value: str) -> None:
     """The segments read as the template with its fields filled in, but for white space next to images and ends."""
     escaped = "".join("{image}" if p is None else p.replace("{", "{{").replace("}", "}}") + "{word}" for p in parts)
     segments = render(escaped, {"image": Image("x"), "word": value})
@@ -314,15 +321,15 @@ def test_templates_lose_nothing(parts: list[str | None], value: str) -> None:
     found, run = "", []
     for segment in segments:
         if isinstance(segment, Image):
-            found, run = found + _join(run) + "\0", []
+            found, run = found + joined(processor, run) + "\0", []
         else:
             run.append(segment)
-    assert found + _join(run) == wanted
+    assert found + joined(processor, run) == wanted
 
 
-def test_segments_keep_their_spaces() -> None:
+def test_segments_keep_their_spaces(processor: MMInterleavedProcessor) -> None:
     segments = render("say {shots} now", {"shots": [Text("a"), Image("x"), Text("b")]})
     texts = [s for s in segments if isinstance(s, Text)]
-    assert _join(texts[:2]) == "say a"
-    assert _join(texts[2:]) == "b now"
+    assert joined(processor, texts[:2]) == "say a"
+    assert joined(processor, texts[2:]) == "b now"
     assert Document(segments).images == [Image("x")]
