@@ -43,6 +43,15 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     return _validated(_load(Path(path), ()), schema, overrides, str(path), partial)
 
 
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file with overrides as plain data, which no schema has checked.
+
+    Raises:
+        ConfigError: the file or an override cannot be read.
+    """
+    return _plain(_load(Path(path), ()), overrides, str(path))
+
+
 def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] = (), where: str = "settings") -> T:
     """Plain data with overrides, as an instance of a settings class; like `load_config`, without a file.
 

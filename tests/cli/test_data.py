@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from mm_interleaved.configuration import read_settings
+from mm_interleaved.pretrained import TOKENIZER
 from toyworld.writers import write_dataset
 from toyworld.writers.base import Job
 
@@ -19,6 +23,7 @@ from .conftest import Outcome
 
 Mmi = Callable[..., Outcome]
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 DOCS = Path(__file__).parents[2] / "docs" / "guides" / "data.md"
 
 
@@ -96,6 +101,51 @@ def test_mistakes_are_explained(mmi: Mmi, folder: Path, change: str, message: st
     shown = mmi("data", "check", "config.yaml", change)
     assert shown.code == 1
     assert message in shown.err
+
+
+def folders(found: dict[str, Any]) -> set[str]:
+    """The folders that the model and the sources of a training run need."""
+    init = found["model"]["init_from"]
+    named = [init.get("checkpoint"), *(init.get("components") or {}).values()]
+    return {name for name in named if name} | {s["root"] for s in found["data"]["sources"] if "root" in s}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_project(
+    path: Path, mmi: Mmi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no folder exists, each missing one is named; what can be checked without them is checked."""
+    monkeypatch.chdir(tmp_path)
+    found = read_settings(path)
+    said = mmi("data", "check", path, "--seconds", "0", "--batches", "1", "--rows", "1")
+    if "tasks" in found:
+        assert said.code == 1
+        for task in found["tasks"]:
+            assert f"{task.get('name', task['task'])}: not complete" in said.out
+        assert said.out.count("does not exist") == len(found["tasks"])
+    elif "sources" in found["data"]:
+        for name in folders(found):
+            assert re.search(rf"(there is no folder|do not exist:) .*{re.escape(name)}", said.out), name
+        absent = [s for s in found["data"]["sources"] if "root" in s]
+        assert said.code == (1 if absent else 0)
+        assert ("documents" in table(said.out, "toyworld")) if not absent else "cannot be used" in said.err
+    else:
+        assert said.code == 1
+        assert "'data' has no 'sources'" in said.err
+
+
+def test_components_need_only_their_tokenizer(mmi: Mmi, folder: Path) -> None:
+    """Without weights and configurations the tokenizer of the language model is used, and its absence is stated."""
+    parts = [f"model.init_from.components.{name}={name}" for name in ("llm", "clip", "diffusion")]
+    arguments = ("data", "check", "config.yaml", "model.init_from.preset=null", *parts, "--seconds", "0")
+    shutil.copytree(TOKENIZER.parent, folder / "llm", ignore=shutil.ignore_patterns("model*", "config.json"))
+    shutil.copy(TOKENIZER, folder / "llm")
+    said = mmi(*arguments)
+    assert said.code == 0, said.err
+    assert "do not exist: llm/config.json, clip/config.json, diffusion/unet/config.json" in said.out
+    assert "the tokenizer" not in said.out
+    shutil.rmtree(folder / "llm")
+    assert "the tokenizer 'llm' does not exist" in mmi(*arguments).out
 
 
 class TestTasks:

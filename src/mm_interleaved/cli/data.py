@@ -32,20 +32,27 @@ def check(
     image of some rows. For tasks, reads all annotations and reports which files are missing or damaged and where to get
     them.
     """
-    from ..configuration import load_config, make_config
+    from ..configuration import load_config, make_config, read_settings
     from ..evaluation import EvaluateConfig
     from ..tasks import TASKS, TaskConfig
-    from .data_tasks import check_tasks, is_evaluation
+    from .data_tasks import check_tasks
     from .data_training import check_training
 
+    overrides = overrides or []
     if what in TASKS:
-        check_tasks([make_config({"task": what}, TaskConfig, overrides or [], f"task '{what}'")])
-    elif Path(what).suffix not in (".yaml", ".yml") and not Path(what).exists():
+        check_tasks([make_config({"task": what}, TaskConfig, overrides, f"task '{what}'")])
+        return
+    if Path(what).suffix not in (".yaml", ".yml") and not Path(what).exists():
         raise UsageError(f"'{what}' is neither a file nor a task: {TASKS.unknown(what)}")
-    elif is_evaluation(Path(what)):
-        check_tasks(load_config(what, EvaluateConfig, overrides or []).chosen())
+    found = read_settings(what, overrides)
+    if "tasks" in found and "data" not in found:
+        check_tasks(load_config(what, EvaluateConfig, overrides).chosen())
+    elif isinstance(found.get("data"), dict) and "sources" not in found["data"]:
+        keys = ", ".join(found["data"]) or "nothing"
+        raise UsageError(f"{what}: 'data' has no 'sources', only {keys}. This command checks files of mmi train "
+                         "and mmi evaluate")  # fmt: skip
     else:
-        check_training(Path(what), overrides or [], batches, seconds, sheet, rows)
+        check_training(Path(what), overrides, batches, seconds, sheet, rows)
 
 
 data.command()(prepare)

@@ -18,17 +18,6 @@ if TYPE_CHECKING:
     from ..tasks.facts import Facts
 
 
-def is_evaluation(path: Path) -> bool:
-    """Whether a YAML file describes an evaluation and not a training run. False for a file that cannot be read."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(data, dict) and "data" not in data and "tasks" in data
-
-
 def check_tasks(tasks: Sequence[TaskConfig]) -> None:
     """Check the files of tasks and print the findings.
 

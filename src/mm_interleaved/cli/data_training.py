@@ -35,8 +35,8 @@ def check_training(config: Path, overrides: list[str], batches: int, seconds: fl
     """Read a sample of every source of a training run."""
     checked = load_config(config, CheckConfig, overrides, partial=True)
     try:
-        processor = build_processor(checked.model, TOKENIZER)
-    except ValueError as error:
+        processor = _processor(checked.model)
+    except (ValueError, OSError) as error:  # the latter of libraries, for files that are damaged
         raise UsageError(str(error)) from None
     failed, samples = [], []
     for index, source in enumerate(checked.data.sources):
@@ -52,6 +52,35 @@ def check_training(config: Path, overrides: list[str], batches: int, seconds: fl
         raise UsageError(f"these sources cannot be used: {', '.join(failed)}")
     if seconds:
         _print_speed(checked.data, processor, seconds)
+
+
+def _processor(source: ModelConfig) -> MMInterleavedProcessor:
+    """The processor of a run. If files of its model are missing, a preset takes their place, which is printed.
+
+    Raises:
+        ValueError: the settings contradict each other, or a folder has unsuitable files.
+    """
+    init = source.init_from
+    configs: list[Path] = []  # the image sizes and the longest sequence are in them
+    tokenizer = init.checkpoint
+    if init.components is not None:
+        tokenizer = init.components.llm
+        configs = [Path(tokenizer, "config.json"), Path(init.components.clip, "config.json"),
+                   Path(init.components.diffusion, "unet", "config.json")]  # fmt: skip
+    elif init.checkpoint is not None:
+        configs = [Path(init.checkpoint, "config.json")]
+    missing = [path for path in configs if not path.is_file()]
+    preset = "release" if init.components is not None else "small"
+    if missing:
+        output.print(f"these files of the model do not exist: {', '.join(map(str, missing))}; sizes are those of the "
+                     f"preset '{preset}'", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        source = replace(source, init_from=InitConfig(preset=preset), weights=[])
+    tokenizer = source.tokenizer or tokenizer
+    if tokenizer is not None and not Path(tokenizer).exists():
+        output.print(f"the tokenizer '{tokenizer}' does not exist; tokens are those of this package's tokenizer",
+                     highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        tokenizer = None
+    return build_processor(replace(source, tokenizer=str(tokenizer or TOKENIZER)))
 
 
 def _sample(
