@@ -92,7 +92,7 @@ def show(
         except ValueError as error:  # the size
             raise UsageError(str(error)) from None
         sheet = contact_sheet(documents, cell=size)
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise UsageError(f"the folder '{out.parent}' does not exist")
     write_image(out, sheet)
     output.print(str(out), highlight=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..io import writing
 from .base import Row
 
 COLUMNS = ("line", "case", "value", "reference", "ratio", "bound", "of bound", "peak", "reference's peak", "held", "")
@@ -120,7 +121,8 @@ def plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             axes[0, 1].set(xlabel=across, ylabel="MiB", title="memory beyond its inputs")
         figure.tight_layout()
         written.append(folder / f"{stem}-{name}.png")
-        figure.savefig(written[-1], dpi=100)
+        with writing(written[-1]):
+            figure.savefig(written[-1], dpi=100)
         plt.close(figure)
     return written
 

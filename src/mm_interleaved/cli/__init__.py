@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from ..io import UserError
+from ..io import InputError, UserError, check_text
 from .bench import bench
 from .console import console
 from .convert import assemble, convert
 from .data import data
 from .download import download
+from .errors import UsageError
 from .evaluate import evaluate_command
 from .generate import generate
 from .info import info
@@ -59,6 +61,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. Errors that the user can correct are printed as one message, with exit status 1."""
     _quieten_libraries()
     try:
+        _check_names(sys.argv[1:] if arguments is None else arguments)
         return app(arguments)
     except UserError as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
@@ -72,6 +75,20 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_names(arguments: Sequence[str]) -> None:
+    """Refuse names that are not UTF-8 before work begins, because no results file could hold them.
+
+    Raises:
+        UsageError: an argument or the working directory has such a name.
+    """
+    for name in (*arguments, os.getcwd()):
+        try:
+            check_text(name)
+        except InputError:
+            raise UsageError(f"the name '{os.fsencode(name).decode(errors='replace')}' is not UTF-8; rename it, or "
+                             "make a link to it with another name") from None  # fmt: skip
 
 
 def _escaped(error: Exception) -> str:

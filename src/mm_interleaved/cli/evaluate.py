@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..io import OutputError, lock_folder
 from .console import console, output
 from .errors import UsageError
 from .models import find_dtype, load_model
@@ -45,7 +46,8 @@ def evaluate_command(
         raise UsageError(f"--device can only be cpu, not '{device}'; choose GPUs with CUDA_VISIBLE_DEVICES")
     state = start_processes(cpu=device == "cpu" or not torch.cuda.is_available())
     folder = Path(loaded.output)
-    with _once(state):
+    with _once(state), ExitStack() as stack:
+        on_main(state, lambda: stack.enter_context(lock_folder(folder)))
         if overwrite:
             on_main(state, lambda: remove_results(folder))
         dtype, quiet = find_dtype(loaded.dtype) if loaded.dtype else None, not state.is_main_process
@@ -70,7 +72,7 @@ def _once(state: PartialState) -> Iterator[None]:
     try:
         yield
         state.wait_for_everyone()
-    except ValueError:
+    except (ValueError, OutputError):
         if state.is_main_process:
             raise
         raise typer.Exit(1) from None

@@ -45,7 +45,6 @@ def write_gallery(given: ScoringInputs, scores: SampleScores, result: TaskResult
     rows = {s.id: (s, r) for s, r in zip(given.samples, given.records, strict=True)}
     folder = given.folder / IMAGES
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     value, ranking = main_scores(scores)
     chosen = choose(ranking, list(rows), limit)
     shown = [_entry(number, *rows[key], given, ranking.get(key)) for number, key in enumerate(chosen)]

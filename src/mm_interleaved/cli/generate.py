@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..io import InputError
+from ..io import InputError, lock_folder
 from .console import console, output
 from .errors import UsageError
 from .models import DTYPES, find_device, find_dtype, find_quantization, load_model
@@ -79,10 +79,11 @@ def generate(
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
-    folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
-    if not loaded.trained:
-        console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
-    _run(generator, prepared, folder, batch_size)
+    with lock_folder(output_folder):
+        folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
+        if not loaded.trained:
+            console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
+        _run(generator, prepared, folder, batch_size)
 
 
 def _settings(preset: str, image_preset: str, pairs: list[str], seed: int | None) -> GenerationSettings:

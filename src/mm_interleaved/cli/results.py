@@ -44,7 +44,7 @@ def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise UsageError("--resume keeps earlier results and --overwrite removes them; choose one")
-    if (folder / RESULTS).exists() and not (resume or overwrite):
+    if os.path.exists(folder / RESULTS) and not (resume or overwrite):
         raise UsageError(f"'{folder / RESULTS}' exists; continue it with --resume, replace it with --overwrite, "
                          "or name another folder")  # fmt: skip
 

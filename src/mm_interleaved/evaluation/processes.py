@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..io import OutputError
 from .config import EvaluationError
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def on_main(state: PartialState, action: Callable[[], T]) -> T:
     """Run `action` on the main process. Returns its result on all processes.
 
     Raises:
-        EvaluationError: `action` raised a `ValueError`; raised on all processes.
+        EvaluationError: `action` raised a `ValueError` or an `OutputError`; raised on all processes.
     """
     if state.num_processes == 1:
         return action()
@@ -52,7 +53,7 @@ def on_main(state: PartialState, action: Callable[[], T]) -> T:
     if state.is_main_process:
         try:
             outcome[0] = action()
-        except ValueError as error:
+        except (ValueError, OutputError) as error:
             outcome[1] = str(error)
     broadcast_object_list(outcome)
     if outcome[1]:

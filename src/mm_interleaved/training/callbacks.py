@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data import DocumentLoader
-from ..io import append, json_lines, parse_json, write_atomic, write_json
+from ..io import append, json_lines, parse_json, write_atomic, write_json, writing
 from .config import RunConfig
 from .trainer import RunTrainer
 
@@ -128,7 +128,8 @@ class Reporter(TrainerCallback):
             lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
             write_atomic(path, "".join(f"{line}\n" for line in lines))
         if self.config.tensorboard:
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.global_step + 1)
+            with writing(self.folder / "tensorboard"):
+                self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.global_step + 1)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -139,8 +140,9 @@ class Reporter(TrainerCallback):
             return
         append(self.folder / LOG, json_lines([{"step": state.global_step, **values}]))
         if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, state.global_step)
+            with writing(self.folder / "tensorboard"):
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, state.global_step)
         self.console.print(self._line(state.global_step, values), highlight=False)
 
     def on_train_end(
@@ -148,7 +150,8 @@ class Reporter(TrainerCallback):
     ) -> None:
         """Close the files."""
         if self.writer is not None:
-            self.writer.close()
+            with writing(self.folder / "tensorboard"):
+                self.writer.close()
 
     def _line(self, step: int, values: dict[str, float]) -> str:
         width = len(str(self.config.steps))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..configuration import to_yaml
 from ..data import DocumentLoader, build_loader
 from ..evaluation.processes import check_launch
 from ..generation import MMInterleaved
-from ..io import InputError, atomic_folder, read_json, write_atomic, write_json
+from ..io import InputError, atomic_folder, lock_folder, read_json, write_atomic, write_json
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
@@ -64,42 +65,42 @@ def train(
         TrainingError: a loss was not finite.
     """
     console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
-    resume = start_run(config)
-    args = training_arguments(config, device)
-    model, processor = build(config, default_tokenizer)
-    distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
-    if config.gradient_checkpointing:
-        enable_checkpointing(model, config.selective_checkpointing)
-    compile_regions(model, config.compile)
-    cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
-    ranks = {"rank": args.process_index, "world_size": args.world_size}
-    prepare = prepare_documents(model, config.losses, config.shapes)
+    with start_run(config) as resume:
+        args = training_arguments(config, device)
+        model, processor = build(config, default_tokenizer)
+        distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
+        if config.gradient_checkpointing:
+            enable_checkpointing(model, config.selective_checkpointing)
+        compile_regions(model, config.compile)
+        cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
+        ranks = {"rank": args.process_index, "world_size": args.world_size}
+        prepare = prepare_documents(model, config.losses, config.shapes)
 
-    def pipeline_of(data: Any, seed: int) -> BatchPipeline:
-        return BatchPipeline(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
+        def pipeline_of(data: Any, seed: int) -> BatchPipeline:
+            return BatchPipeline(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
 
-    evaluation = None
-    if config.eval_data is not None:
-        evaluation = lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
-    trainer = RunTrainer(
-        model, args, config, pipeline_of(config.data, config.seed), evaluation, processor.save_pretrained, cost,
-        distillation, branches_of(config) if config.fsdp else None,
-    )  # fmt: skip
-    if config.shapes.graph:
-        if args.device.type != "cuda" or config.fsdp or config.deepspeed:
-            raise ValueError(
-                f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model (no fsdp, no "
-                "deepspeed)"
-            )
-        trainer.captured = CapturedStep(config.shapes, args.world_size, trainer.compute_outputs)
-    loader = trainer.pipeline.loader
-    if isinstance(loader, DocumentLoader):
-        trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))
-    if config.sample_every and config.samples.documents and args.process_index == 0:
-        trainer.add_callback(Samples(trainer, config, model, processor))
-    if config.evaluate_every and config.evaluation is not None:
-        trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor))
-    return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
+        evaluation = None
+        if config.eval_data is not None:
+            evaluation = lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
+        trainer = RunTrainer(
+            model, args, config, pipeline_of(config.data, config.seed), evaluation, processor.save_pretrained, cost,
+            distillation, branches_of(config) if config.fsdp else None,
+        )  # fmt: skip
+        if config.shapes.graph:
+            if args.device.type != "cuda" or config.fsdp or config.deepspeed:
+                raise ValueError(
+                    f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model "
+                    "(no fsdp, no deepspeed)"
+                )
+            trainer.captured = CapturedStep(config.shapes, args.world_size, trainer.compute_outputs)
+        loader = trainer.pipeline.loader
+        if isinstance(loader, DocumentLoader):
+            trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))
+        if config.sample_every and config.samples.documents and args.process_index == 0:
+            trainer.add_callback(Samples(trainer, config, model, processor))
+        if config.evaluate_every and config.evaluation is not None:
+            trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor))
+        return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
 
 
 def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
@@ -110,16 +111,23 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
     return sharding.ForceAllBranches(bool(text), bool(image), bool(config.losses.conditions))
 
 
-def start_run(config: RunConfig) -> Path | None:
-    """Make the run's folder with its settings; returns the checkpoint to resume from."""
+@contextmanager
+def start_run(config: RunConfig) -> Iterator[Path | None]:
+    """Make the run's folder with its settings and hold it; yields the checkpoint to resume from.
+
+    Raises:
+        OutputError: another run holds the folder, or it cannot be written.
+    """
     check_launch()
     folder = Path(config.output)
-    resume = find_resume(folder, config.resume)
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_atomic(folder / "config.yaml", to_yaml(config))
-    if config.tf32 and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
-    return resume
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with lock_folder(folder) if is_first else nullcontext():
+        resume = find_resume(folder, config.resume)
+        if is_first:
+            write_atomic(folder / "config.yaml", to_yaml(config))
+        if config.tf32 and torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")
+        yield resume
 
 
 def run(

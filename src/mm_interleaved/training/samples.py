@@ -16,7 +16,7 @@ from ..document import Document, Image, Text, load_documents
 from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
-from ..io import write_atomic, write_image
+from ..io import write_atomic, write_image, writing
 from ..io.images import ImageSource, load_image
 from ..processor import MMInterleavedProcessor
 from .config import TrainConfig
@@ -71,7 +71,8 @@ class Samples(TrainerCallback):
         if sheet is not None:
             write_image(folder / f"{step:07}.png", sheet)
         if self.config.tensorboard:
-            with SummaryWriter(str(Path(self.config.output) / "tensorboard")) as writer:
+            board = Path(self.config.output) / "tensorboard"
+            with writing(board), SummaryWriter(str(board)) as writer:
                 writer.add_text("samples", "\n\n".join(texts), step)
                 if sheet is not None:
                     writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")

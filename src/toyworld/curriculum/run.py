@@ -120,24 +120,24 @@ def _train_part(
 ) -> str | None:
     """Train a part of a model on images: `make` makes it, with its losses, and `finish` writes its `final` folder."""
     console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
-    resume = start_run(config)
-    args = training_arguments(config, device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        task = make()
-    ranks = {"rank": args.process_index, "world_size": args.world_size}
+    with start_run(config) as resume:
+        args = training_arguments(config, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            task = make()
+        ranks = {"rank": args.process_index, "world_size": args.world_size}
 
-    def pipeline_of(data: ImagesConfig, seed: int) -> BatchPipeline:
-        return BatchPipeline(ImageLoader(data, images(data), **ranks), prepare, seed, args.device, **ranks)
+        def pipeline_of(data: ImagesConfig, seed: int) -> BatchPipeline:
+            return BatchPipeline(ImageLoader(data, images(data), **ranks), prepare, seed, args.device, **ranks)
 
-    trainer = RunTrainer(
-        task,
-        args,
-        config,
-        pipeline_of(config.data, config.seed),
-        lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches),
-    )
-    return run(trainer, config, resume, console, lambda folder: finish(trainer, folder))
+        trainer = RunTrainer(
+            task,
+            args,
+            config,
+            pipeline_of(config.data, config.seed),
+            lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches),
+        )
+        return run(trainer, config, resume, console, lambda folder: finish(trainer, folder))
 
 
 def finish_autoencoder(trainer: RunTrainer, task: AutoencoderTask, folder: Path) -> None:
