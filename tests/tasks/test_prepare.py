@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mm_interleaved.data.config import SourceConfig
+from mm_interleaved.data.readers import make_reader
+from mm_interleaved.data.report import DataError
 from mm_interleaved.io import InputError
 from mm_interleaved.tasks import TASKS, Sample, Task, TaskConfig, make_task
 from mm_interleaved.tasks.check import EXPECTED, check_task
@@ -194,6 +198,52 @@ class TestCheck:
         assert (found.missing, found.unreadable, found.samples) == (1, 2, 4)
         for index in range(3):
             assert any(sources[index].name in problem for problem in found.problems)
+
+    def test_frames_of_stories_are_counted(self, toy_task: Callable[..., Task]) -> None:
+        task = toy_task("pororo")
+        clips = {path for sample in task.samples() for path in sample.meta["clips"]}
+        found = check_task(task)
+        assert found.images == len(clips) > 0
+        assert found.frames == sum(PIL.Image.open(path).height // 128 for path in clips) > found.images
+
+    def test_narratives_are_counted_once(self, toy_task: Callable[..., Task]) -> None:
+        """Of LN-COCO, whose narratives are repeated until there are 30,000 samples."""
+        task = toy_task("lncoco", limit=50)
+        found = check_task(task)
+        lines = (Path(str(task.config.annotations)) / "coco_val_captions.jsonl").read_text().splitlines()
+        assert (found.samples, found.records, found.expected) == (50, len(lines), None)
+        assert check_task(toy_task("lncoco", images="nowhere")).expected == 8_573
+
+    @pytest.mark.parametrize(("name", "phase"), [("textvqa", "val"), ("refcoco+", "testA"), ("flickr30k", "test"),
+                                                 ("vist", "test"), ("flintstones", "test")])  # fmt: skip
+    def test_the_command_that_would_help_is_named(self, name: str, phase: str, tmp_path: Path) -> None:
+        kind, root = TASKS[name], str(tmp_path / "my sets")
+        found = check_task(make_task(TaskConfig(name, root=root, phase=phase)))
+        assert [("images in this folder" in p, "needs this file" in p) for p in found.problems] == [
+            (True, False),
+            (False, True),
+        ]
+        line = f"mmi data prepare {name} --source FOLDER --root '{root}' --phase {phase}"
+        assert found.command == line
+        (Path(root) / kind.images).mkdir(parents=True)
+        assert check_task(make_task(TaskConfig(name, root=root, phase=phase))).command == line
+
+    def test_no_command_where_none_would_help(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
+        assert check_task(make_task(TaskConfig("vqav2", root=str(tmp_path)))).command == ""
+        assert check_task(toy_task("textvqa", images=str(tmp_path / "nowhere"))).command == ""
+
+    def test_files_where_folders_are_needed(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
+        file = tmp_path / "file.json"
+        file.write_text("{}")
+        found = check_task(toy_task("vqav2", images=str(file)))
+        assert f"{file}: task 'vqav2' has its images in this folder, and this is a file" in found.problems[0]
+        questions = Path(str(toy_task("vqav2").config.annotations)) / "v2_OpenEnded_mscoco_val2014_questions.json"
+        found = check_task(toy_task("vqav2", annotations=str(questions)))
+        assert re.search(r"needs v2_OpenEnded\S+ and v2_mscoco\S+, and this is one file", found.problems[0])
+        with pytest.raises(InputError, match="this folder of official files is a file"):
+            prepare(TASKS["textvqa"], file, tmp_path, "")
+        with pytest.raises(DataError, match=r"file.json is a file, and a folder is needed"):
+            make_reader(SourceConfig("pairs", shards=["a"], root="file.json"), tmp_path)
 
     def test_files_that_cannot_be_read(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
         found = check_task(toy_task("gqa", annotations=str(tmp_path)))

@@ -19,7 +19,7 @@ def check(
         str, typer.Argument(help="The YAML file of a training run or of an evaluation, or the name of a task.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value; for a task its settings: root=datasets phase=test limit=100.")
+        list[str] | None, typer.Argument(help="key=value; for a task its settings: root=DIR phase=test limit=100.")
     ] = None,
     batches: Annotated[int, typer.Option(help="Training: batches to read of each source.", min=1)] = 8,
     seconds: Annotated[float, typer.Option(help="Training: how long to measure the speed; 0: do not.", min=0)] = 10.0,
@@ -35,12 +35,12 @@ def check(
     from ..configuration import load_config, make_config, read_settings
     from ..evaluation import EvaluateConfig
     from ..tasks import TASKS, TaskConfig
-    from .data_tasks import check_tasks
+    from .data_tasks import ROOT, check_tasks
     from .data_training import check_training
 
     overrides = overrides or []
     if what in TASKS:
-        check_tasks([make_config({"task": what}, TaskConfig, overrides, f"task '{what}'")])
+        check_tasks([make_config({"task": what, "root": ROOT}, TaskConfig, overrides, f"task '{what}'")])
         return
     if Path(what).suffix not in (".yaml", ".yml") and not Path(what).exists():
         raise UsageError(f"'{what}' is neither a file nor a task: {TASKS.unknown(what)}")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..tasks.facts import Facts
 
 
+ROOT = "datasets"  # the default folder of the documented tree
+
+
 def check_tasks(tasks: Sequence[TaskConfig]) -> None:
     """Check the files of tasks and print the findings.
 
@@ -44,18 +47,23 @@ def check_tasks(tasks: Sequence[TaskConfig]) -> None:
 
 def _print(name: str, found: TaskCheck, facts: Facts | None) -> None:
     counts = [f"{found.samples:,} samples", f"{found.images:,} images"]
+    counts += [f"{found.frames:,} frames"] if found.frames else []
     counts += [f"{found.missing:,} samples cannot be used"] if found.missing else []
     counts += [f"{found.unreadable:,} images cannot be read"] if found.unreadable else []
     mark = "[green]good[/]" if found.good else "[red]not complete[/]"
     output.print(f"[bold]{name}[/]: {mark}: {', '.join(counts)}", highlight=False)
     if facts is not None:
         output.print(f"  these are files of {facts.origin}", highlight=False, markup=False)
-    elif found.expected is not None and found.samples not in (0, found.expected):
-        output.print(f"  [yellow]the official set has {found.expected:,} samples[/]", highlight=False)
+    elif found.expected is not None and found.records not in (0, found.expected):
+        output.print(f"  [yellow]the official set has {found.expected:,} records, not {found.records:,}[/]",
+                     highlight=False)  # fmt: skip
     for problem in found.problems:
         output.print(f"  {problem}", highlight=False, markup=False)
     if not found.good and not any(found.fix in problem for problem in found.problems):
         output.print(f"  {found.fix}", highlight=False, markup=False)
+    if found.command:
+        output.print(f"  then convert the official files: {found.command}", highlight=False, markup=False,
+                     soft_wrap=True)  # fmt: skip
 
 
 def prepare(
@@ -67,7 +75,7 @@ def prepare(
         ),
     ],
     source: Annotated[Path, typer.Option(help="Folder of the official files.")],
-    root: Annotated[Path, typer.Option(help="Folder of the tree in docs/data_formats.md.")] = Path("datasets"),
+    root: Annotated[Path, typer.Option(help="Folder of the tree in docs/data_formats.md.")] = Path(ROOT),
     phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
 ) -> None:
     """Convert official files to the format that a task reads."""

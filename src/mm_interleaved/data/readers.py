@@ -352,7 +352,8 @@ def _of_files(reader: Callable[[SourceConfig, Shards, ImageFolder], Reader],
         image_root = root if config.image_root is None else folder / config.image_root
         for path in (root, image_root):
             if not path.is_dir():
-                raise DataError(f"source '{config.name}': there is no folder {path}")
+                why = f"{path} is a file, and a folder is needed" if path.is_file() else f"there is no folder {path}"
+                raise DataError(f"source '{config.name}': {why}")
         names = [name for pattern in config.shards for name in expand(pattern, root)]
         return reader(config, shards(root, names), ImageFolder(image_root.resolve(), config.probe_images))
 

@@ -18,6 +18,7 @@ from ..io import InputError, check_strings
 from ..validation import Count, Positive, Seed, nearest_name, settings
 from .files import Entry, ImageFolder, Source, checked, get, read_json
 
+NO_IMAGES = "no folder of images"  # the kind of an error
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 Makes = Literal["text", "image", "scores"]
@@ -318,19 +319,23 @@ class Task:
                             "Check the files and the phase")  # fmt: skip
         yield from odd
 
-    def source(self) -> Source:
+    def source(self, need_images: bool = True) -> Source:
         """The files of the task's phase.
 
+        Args:
+            need_images: whether the folder of images must exist.
+
         Raises:
-            InputError: the folder of images does not exist.
+            InputError: the folder of images does not exist, or is a file.
         """
         config, kind = self.config, self.kind
         root = Path(config.root)
         images = Path(config.images) if config.images is not None else root / kind.images
         annotations = Path(config.annotations) if config.annotations is not None else root / kind.annotations
-        if not images.is_dir():
-            raise InputError(f"task '{self.name}' has its images in this folder, which does not exist", str(images),
-                             kind.obtain)  # fmt: skip
+        if need_images and not images.is_dir():
+            why = "and this is a file" if images.is_file() else "which does not exist"
+            raise InputError(f"task '{self.name}' has its images in this folder, {why}", str(images), kind.obtain,
+                             NO_IMAGES)  # fmt: skip
         options = {name: values[0] if values else "" for name, values in kind.options.items()} | config.options
         phase = config.phase or kind.phases[0]
         return Source(self.name, ImageFolder(images), annotations, phase, kind.obtain, options, config.limit,

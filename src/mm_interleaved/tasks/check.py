@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..document import Image, Segment
 from ..io import InputError
 from ..io.images import load_image, open_image
-from .base import Sample, Task
+from .base import NO_IMAGES, Sample, Task
+from .files import NO_FILE
+from .prepare import CONVERTERS, command
+from .stories import FRAME
 
 NAMED = 20  # problems of one kind that are listed
 DECODED = 100  # images that are decoded; of the others only the header is read
 
-EXPECTED = {
+EXPECTED: dict[tuple[str, str], int | None] = {
     ("coco_karpathy", "test"): 5_000, ("flickr30k", "test"): 1_000, ("nocaps", "val"): 4_500,
     ("image2paragraph", "test"): 2_489, ("vqav2", "val"): 214_354, ("okvqa", "val"): 5_046,
     ("textvqa", "val"): 5_000, ("vizwiz_vqa", "val"): 4_319, ("visdial", "val"): 2_064, ("coco", "val"): 40_504,
+    ("lncoco", "val"): 8_573,
+    # not known
+    ("gqa", "testdev"): None, ("refcoco", "val"): None, ("refcoco+", "val"): None, ("refcocog", "val"): None,
+    ("vist", "test"): None, ("pororo", "test"): None, ("flintstones", "test"): None,
 }  # fmt: skip
-"""Numbers of samples of the official sets as published; filtered or extended sets have other numbers."""
+"""Numbers of records of the official sets as published; filtered or extended sets have other numbers."""
 
 
 @dataclass
@@ -28,25 +35,31 @@ class TaskCheck:
 
     Attributes:
         samples: number of samples.
+        records: number of different records; some records give several samples.
         images: number of different image files.
+        frames: number of frames in the files of clips.
         missing: number of samples that cannot be used, since an image is missing or a record is malformed.
         unreadable: number of image files that are not images.
-        expected: number of samples of the official set; None: unknown, or a limit was set.
+        expected: number of records of the official set; None: unknown, or a limit was set.
         problems: messages with places; a few of each kind.
         fix: where to get the files.
+        command: the command line that converts the official files, if that would help; "": it would not.
     """
 
     samples: int = 0
+    records: int = 0
     images: int = 0
+    frames: int = 0
     missing: int = 0
     unreadable: int = 0
     expected: int | None = None
     problems: list[str] = field(default_factory=list)
     fix: str = ""
+    command: str = ""
 
     @property
     def good(self) -> bool:
-        """Whether every sample can be evaluated. Does not compare the number of samples."""
+        """Whether every sample can be evaluated. Does not compare the number of records."""
         return not self.problems
 
 
@@ -61,13 +74,22 @@ def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCh
     expected = EXPECTED.get((task.kind.name, phase)) if task.config.limit is None else None
     found = TaskCheck(expected=expected, fix=task.kind.obtain)
     seen: dict[Path, str] = {}
+    records: set[str] = set()
+    kinds: set[str] = set()
     try:
         for sample in task.samples():
             found.samples += 1
+            records.add(sample.document.place or sample.id)
             _check_sample(sample, found, seen)
             advance()
     except InputError as error:
-        found.problems.insert(0, str(error))
+        errors = [error, *(_annotation_errors(task) if error.kind == NO_IMAGES else ())]
+        found.problems[:0] = [str(error) for error in errors]
+        kinds = {error.kind for error in errors}
+    found.records = len(records)
+    converter = CONVERTERS.get(task.kind.name) if task.config.annotations is None else None
+    if converter and (NO_FILE in kinds or (converter.images and (NO_IMAGES in kinds or found.missing))):
+        found.command = command(task.kind, task.config.root, phase)
     found.images = len(seen)
     for number, path in enumerate(sorted(path for path, problem in seen.items() if not problem)):
         if number % max(len(seen) // DECODED, 1) == 0:
@@ -78,13 +100,24 @@ def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCh
     return found
 
 
+def _annotation_errors(task: Task) -> list[InputError]:
+    """What is wrong with the annotations, of which the first record is read."""
+    try:
+        next(task.kind.read(task.source(need_images=False)), None)
+    except InputError as error:
+        return [error]
+    return []
+
+
 def _check_sample(sample: Sample, found: TaskCheck, seen: dict[Path, str]) -> None:
     if sample.problem:
         found.missing += 1
         if found.missing <= NAMED:
             found.problems.append(f"sample {sample.id}: {sample.problem}")
     segments: list[Segment] = [*sample.document.segments, *sample.answer]
-    for path in [s.source for s in segments if isinstance(s, Image) and isinstance(s.source, Path)]:
+    images = [s.source for s in segments if isinstance(s, Image) and isinstance(s.source, Path)]
+    clips: Sequence[Path] = sample.meta.get("clips", ())
+    for path in (*images, *clips):
         if path in seen:
             continue
         seen[path] = ""
@@ -92,10 +125,12 @@ def _check_sample(sample: Sample, found: TaskCheck, seen: dict[Path, str]) -> No
             seen[path] = sample.problem
             continue
         try:
-            open_image(path)
+            image = open_image(path)
         except InputError as error:
             seen[path] = str(error)
             _count_unreadable(found, str(error))
+        else:
+            found.frames += image.height // FRAME if path in clips else 0
 
 
 def _count_unreadable(found: TaskCheck, problem: str) -> None:

@@ -14,6 +14,7 @@ from ..io import InputError, check_type, find_file, parse_json, read_lines
 T = TypeVar("T")
 Entry = tuple[str, Callable[[], Any]]
 """The place of a record, and a function that reads it or raises `InputError`, so that one bad record stops no other."""
+NO_FILE = "no annotation file"  # the kind of an error
 _LAYOUT = "Compare the file with the data set's layout"
 
 
@@ -65,16 +66,24 @@ class Source:
     limit: int | None = None
     seed: int = 0
     compat: bool = False
+    _asked: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def file(self, name: str) -> Path:
         """The annotation file of that name; if `annotations` is a file, that file.
 
         Raises:
-            InputError: it does not exist.
+            InputError: it does not exist, or `annotations` is a file and the task needs several.
         """
-        path = self.annotations if self.annotations.is_file() else self.annotations / name
+        if self.annotations.is_file():
+            self._asked.extend(() if name in self._asked else [name])
+            if len(self._asked) > 1:
+                raise InputError(f"task '{self.task}' needs {' and '.join(self._asked)}, and this is one file",
+                                 str(self.annotations), "Give the folder of both", NO_FILE)  # fmt: skip
+            return self.annotations
+        path = self.annotations / name
         if not path.is_file():
-            raise InputError(f"task '{self.task}' needs this file, which does not exist", str(path), self.obtain)
+            why = "and this is a folder" if path.is_dir() else "which does not exist"
+            raise InputError(f"task '{self.task}' needs this file, {why}", str(path), self.obtain, NO_FILE)
         return path
 
 

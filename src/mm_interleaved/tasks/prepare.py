@@ -7,6 +7,7 @@ Files are written atomically and replace existing ones.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,20 @@ class Converter:
         description: its input and output, in one line.
         convert: the function; yields lines that state what was written.
         obtain: where to get the official files.
+        images: whether it makes images, too.
     """
 
     description: str
     convert: Callable[[Job], Lines]
     obtain: str
+    images: bool = False
+
+
+def command(kind: TaskType, root: str, phase: str) -> str:
+    """The command line that converts the official files of a task; "": they need no conversion."""
+    if kind.name not in CONVERTERS:
+        return ""
+    return shlex.join(["mmi", "data", "prepare", kind.name, "--source", "FOLDER", "--root", root, "--phase", phase])
 
 
 def prepare(kind: TaskType, source: Path, root: Path, phase: str) -> Lines:
@@ -89,7 +99,8 @@ def prepare(kind: TaskType, source: Path, root: Path, phase: str) -> Lines:
     if phase and phase not in kind.phases:
         raise InputError(f"there is no phase '{phase}'", f"task '{kind.name}'", f"Phases are {', '.join(kind.phases)}")
     if not source.is_dir():
-        raise InputError("this folder of official files does not exist", str(source), CONVERTERS[kind.name].obtain)
+        why = "is a file" if source.is_file() else "does not exist"
+        raise InputError(f"this folder of official files {why}", str(source), CONVERTERS[kind.name].obtain)
     job = Job(kind.name, source, root / kind.images, root / kind.annotations, phase or kind.phases[0])
     return CONVERTERS[kind.name].convert(job)
 
@@ -298,11 +309,11 @@ CONVERTERS: dict[str, Converter] = {
     "refcoco+": Converter("refs(unc).p to JSON lines", refer, _REFER),
     "refcocog": Converter("refs(umd).p to JSON lines", refer, _REFER),
     "ade20k": Converter("label maps to coloured maps, in place", ade20k,
-                        "Get ADEChallengeData2016 and give its folder"),
+                        "Get ADEChallengeData2016 and give its folder", images=True),
     "vist": Converter("*.story-in-sequence.json to turns by story, images to PNG", vist,
-                      "Get VIST's stories in sequence (SIS) and its images"),
+                      "Get VIST's stories in sequence (SIS) and its images", images=True),
     "vist_text": Converter("*.story-in-sequence.json to turns by story, images to PNG", vist,
-                           "Get VIST's stories in sequence (SIS) and its images"),
+                           "Get VIST's stories in sequence (SIS) and its images", images=True),
     "flintstones": Converter("videos (.npy) to strips of frames (.png)", flintstones,
-                             "Get FlintstonesSV as StoryDALL-E publishes it"),
+                             "Get FlintstonesSV as StoryDALL-E publishes it", images=True),
 }  # fmt: skip

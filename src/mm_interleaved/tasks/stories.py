@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,8 @@ def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]]
     rng = np.random.default_rng([source.seed, index])
     turns = [_clip(source, name, caption, rng) for name, caption in clips]
     drawn = len(turns) - 1 if source.options["protocol"] == "autoregressive" else 1
-    return _item(source, number, turns, drawn, where)
+    item = _item(source, number, turns, drawn, where)
+    return replace(item, meta={**item.meta, "clips": [source.images.find(name)[0] for name, _ in clips]})
 
 
 def _name(value: Any, where: str) -> str:
