@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tokenize
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,7 @@ ROOMS = [
     "auto", "__main__",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
+FSTRING = [getattr(tokenize, name) for name in ("FSTRING_MIDDLE",) if hasattr(tokenize, name)]  # Python 3.12
 
 
 def room(parts: tuple[str, ...]) -> str:
@@ -125,3 +127,58 @@ def test_the_toy_world_is_a_plugin() -> None:
             names += [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
             found += [f"{path.relative_to(SOURCE)}:{node.lineno}" for name in names if "toyworld" in name]
     assert not found
+
+
+# Words that this package used in senses of its own, and the plain ones (docs/internals/code.md, "Language"). A pattern
+# is here only if a regular expression can tell the sense. The toy world is not checked.
+FORMER = {
+    r"\b[Pp]ictures?\b|_pictures?\b|\bpictures?_": "image",
+    r"\beyes\b|\beyes_of\b|\bStaticEyes\b": "image encoder, encode_images",
+    r"\bStaticDecoder\b|\brecorded (graph|step)s?\b": "CUDA graph, captured",
+    r"\b_look\b|\b_say\b": "encode_images, compute_logits",
+    r"\bremember\w*\b": "image features, MMFS values",
+    r"\b[Tt]wins?\b": "reference implementation",
+    r"\b[Tt]old\b": "conditioning tokens, or the subject of the sentence",
+    r"\bdrawings?\b|\b[Dd]rawn (images?|slots?)\b": "generated image",
+    r"\bKeptConditions\b|\bForceTogether\b": "ConditionDistillation, ForceAllBranches",
+    r"\b(Feed|Served|Housekeeping|DataKeeper)\b": "BatchPipeline, BatchStats, TrainingLoopCallback, DataReportCallback",
+    r"\b_?folded\w*|\bFoldOnce\b|\bfolding\.py\b": "cached derived weights",
+    r"\btakes? leave\b": "destroy the process group",
+    r"\b(Scored|Made|Ready|Prepared|Together)\b(?=[\[(:])": "name the record by what it holds",
+    r"\b(can|to|would) mend\b": "correct, fix",
+}
+FORMER_EXCEPT = {
+    ("training/config.py", "pictures"),  # former settings, which error messages name
+    ("data/config.py", "_pictures"),
+}
+
+
+def words_of(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of the names, comments and docstrings of a file, and of its messages."""
+    with path.open("rb") as stream:
+        kinds = (tokenize.NAME, tokenize.COMMENT, tokenize.STRING, *FSTRING)
+        return [(token.start[0], token.string) for token in tokenize.tokenize(stream.readline) if token.type in kinds]
+
+
+def test_no_word_of_the_former_dialect_is_left() -> None:
+    found = [
+        f"{path.relative_to(SOURCE)}:{line}: '{match[0]}' (say: {instead})"
+        for path in FILES
+        for line, text in words_of(path)
+        for pattern, instead in FORMER.items()
+        for match in re.finditer(pattern, text)
+        if (str(path.relative_to(SOURCE)), match[0]) not in FORMER_EXCEPT
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_modules_of_tensors_name_their_axes() -> None:
+    """One letter for an axis, with a legend at the top of each module whose docstrings have shapes."""
+    shape = re.compile(r"\[[A-Z], [A-Za-z0-9, ]+\]")
+    lacking = [
+        str(path.relative_to(SOURCE))
+        for package in ("model", "ops", "generation")
+        for path in sorted((SOURCE / package).glob("*.py"))
+        if shape.search(text := path.read_text()) and "Axes:" not in (ast.get_docstring(ast.parse(text)) or "")
+    ]
+    assert not lacking

@@ -64,8 +64,8 @@ def drawn_scenes(samples: Sequence[Sample], facts: Facts | None) -> dict[tuple[s
     job = _job(facts)
     found: dict[tuple[str, int], Scene | Frame] = {}
     for sample in samples:
-        if "drawn" in sample.meta:
-            found |= {(sample.id, slot): _frame(job, name) for slot, name in enumerate(sample.meta["drawn"])}
+        if "generated" in sample.meta:
+            found |= {(sample.id, slot): _frame(job, name) for slot, name in enumerate(sample.meta["generated"])}
         else:
             photo = sample.reference["photo"] if isinstance(sample.reference, dict) else sample.reference[0]
             found[sample.id, 0] = _scene(job, str(photo))

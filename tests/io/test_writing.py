@@ -47,7 +47,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomic(path, "before")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(
-        OutputError, match=rf"a\.txt: no space left in {tmp_path}\. Make room; the same command goes on"
+        OutputError, match=rf"a\.txt: no space left in {tmp_path}\. Free some space; the same command resumes"
     ):
         write_atomic(path, "afterwards")
     assert path.read_text() == "before"

@@ -349,8 +349,8 @@ def test_training_folds_the_query_side(halved: bool) -> None:
         mmfs.dynamic_offset_mask.__class__ = kind
         query = torch.randn(2, 20, 10)
         with torch.autocast("cpu", torch.bfloat16, enabled=halved):
-            assert (mmfs._folded_for(query, 2) is None) == (kind is Adapted)
-            assert mmfs._folded_for(query[:, :12], 2) is None
+            assert (mmfs._derived_for(query, 2) is None) == (kind is Adapted)
+            assert mmfs._derived_for(query[:, :12], 2) is None
             values = mmfs.project(torch.randn(3, 20, 6))
             visible = VisibleImages.build(torch.tensor([[1, 0], [2, -1]]), 3)
             out = mmfs(query, values, visible, [(4, 4), (2, 2)], torch.full((1, 20, 2), 0.5), 2)

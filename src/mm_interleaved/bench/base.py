@@ -74,7 +74,7 @@ class Sizes:
         tokens: number of decoded tokens; `reference_tokens` for the reference implementation, which is slower.
         beams: number of beams.
         length, images: size of the prompt of the prefill.
-        drawing: (tokens, images) of the context of a generated image; `steps` denoising steps.
+        image_context: (tokens, images) of the context of a generated image; `steps` denoising steps.
         rounds, round_tokens: size of a session; `reference_rounds` for its reference implementation.
         batch, batch_length, batch_images: size of a training step.
         captions: batch size of the evaluation of captions.
@@ -88,7 +88,7 @@ class Sizes:
     beams: int = 5
     length: int = 2048
     images: int = 15
-    drawing: tuple[int, int] = (400, 3)
+    image_context: tuple[int, int] = (400, 3)
     steps: int = 30
     rounds: int = 10
     round_tokens: int = 60
@@ -103,10 +103,10 @@ class Sizes:
 
 SIZES = {
     "release": Sizes(),
-    "small": Sizes(texts=((200, 2), (600, 5)), tokens=32, reference_tokens=32, length=512, images=5, drawing=(200, 2),
-                   rounds=4, round_tokens=16, reference_rounds=4, batch=2, batch_length=256, batch_images=3, repeats=5,
-                   counts=(1, 5, 15, 30)),
-    "debug": Sizes(texts=((60, 2),), tokens=4, reference_tokens=4, beams=2, length=60, images=2, drawing=(40, 1),
+    "small": Sizes(texts=((200, 2), (600, 5)), tokens=32, reference_tokens=32, length=512, images=5,
+                   image_context=(200, 2), rounds=4, round_tokens=16, reference_rounds=4, batch=2, batch_length=256,
+                   batch_images=3, repeats=5, counts=(1, 5, 15, 30)),
+    "debug": Sizes(texts=((60, 2),), tokens=4, reference_tokens=4, beams=2, length=60, images=2, image_context=(40, 1),
                    steps=2, rounds=2, round_tokens=3, reference_rounds=2, batch=1, batch_length=64, batch_images=2,
                    captions=3, counts=(1, 3), repeats=2),
 }  # fmt: skip

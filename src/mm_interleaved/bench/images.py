@@ -25,7 +25,7 @@ def image(bench: Bench) -> Iterator[Row]:
     With and without an earlier image, then with faster schedulers, and with a compiled UNet if requested.
     """
     sizes, settings = bench.sizes, ImageSettings(num_inference_steps=bench.sizes.steps)
-    length, images = sizes.drawing
+    length, images = sizes.image_context
     state = prefilled(bench, length, images)
     case = f"{sizes.steps} steps, {length} tokens, {images} images"
     yield _drawn(bench, state, case, settings)
@@ -48,7 +48,7 @@ def _drawn(bench: Bench, state: GenerationState, case: str, settings: ImageSetti
     plain_peak = bench.clock.peak(work("dynamic")) if reference else None
     cost, steps = bench.cost, settings.num_inference_steps
     cost = replace(cost, steps=steps, draw_image=cost.draw_image + (steps - cost.steps) * cost.draw_step)
-    need = roofline.drawing(bench.model, cost)
+    need = roofline.image(bench.model, cost)
     return Row("image", case, "s", value, plain, bench.bound(need), peak, plain_peak)
 
 

@@ -29,7 +29,7 @@ def first_token(bench: Bench) -> Iterator[Row]:
         events = bench.model.generate_interleaved(document, bench.loaded.processor, GenerationSettings(text))
         next(event for event in events if isinstance(event, TextDelta))
 
-    need = roofline.reading(bench.model, bench.cost, given, count)
+    need = roofline.prefill(bench.model, bench.cost, given, count)
     value, peak = bench.clock.time(first, bench.sizes.repeats), bench.clock.peak(first)
     yield Row("first-token", f"{given} tokens, {count} images", "ms", 1e3 * value, bound=1e3 * bench.bound(need),
               peak_bytes=peak)  # fmt: skip

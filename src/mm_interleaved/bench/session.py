@@ -72,8 +72,8 @@ def session(bench: Bench) -> Iterator[Row]:
             plain.round()
         room += sizes.round_tokens + 1 + model.config.num_image_tokens
         bound += sizes.round_tokens * bench.bound(roofline.decoding(model, bench.cost, room, number))
-        bound += bench.bound(roofline.reading(model, bench.cost, 1 + model.config.num_image_tokens, 1))
-        bound += bench.bound(roofline.drawing(model, bench.cost))
+        bound += bench.bound(roofline.prefill(model, bench.cost, 1 + model.config.num_image_tokens, 1))
+        bound += bench.bound(roofline.image(model, bench.cost))
         same = fast.made[: len(plain.made)] == plain.made or _close(fast.made, plain.made)
         note = "" if not reference else "same document" if same else "another document"
         case = f"{number} rounds of {sizes.round_tokens} tokens and an image of {sizes.steps} steps"

@@ -36,7 +36,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
         reference, reference_peak = clock.time(plain, 1), clock.peak(plain)
     finally:
         model.set_mmfs_implementation("fast")
-    need = roofline.reading(model, bench.cost, sizes.length, sizes.images)
+    need = roofline.prefill(model, bench.cost, sizes.length, sizes.images)
     yield Row("prefill", f"{sizes.length} tokens, {sizes.images} images", "ms", 1e3 * value, 1e3 * reference,
               1e3 * bench.bound(need), peak, reference_peak)  # fmt: skip
 

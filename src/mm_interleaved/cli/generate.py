@@ -158,9 +158,9 @@ def _follow(
     for event in events:
         name = f"document {begin + event.document}"
         if isinstance(event, TextDelta):
-            progress.update(task, description=f"{name}: writing", total=None)
+            progress.update(task, description=f"{name}: generating text", total=None)
         elif isinstance(event, ImageProgress):
-            progress.update(task, description=f"{name}: drawing", total=event.total, completed=event.step)
+            progress.update(task, description=f"{name}: generating an image", total=event.total, completed=event.step)
         elif isinstance(event, SegmentFinished):
             for path in folder.save_candidates(begin + event.document, event.segment):
                 progress.console.print(f"{name}: {path}", highlight=False)

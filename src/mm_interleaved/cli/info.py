@@ -88,12 +88,12 @@ def _cost_table(config: MMInterleavedConfig, cost: Cost) -> Table:
     table = Table(title="cost", title_justify="left")
     table.add_column("of")
     table.add_column("multiply-accumulates", justify="right")
-    size, drawn = config.vision_config.image_size, config.image_decoder.image_size
+    size, pixels = config.vision_config.image_size, config.image_decoder.image_size
     table.add_row("a token, no image visible", _macs(cost.token))
     table.add_row(f"a token, {cost.images} images visible", _macs(cost.token_with_images))
-    table.add_row(f"seeing an image ({size} px)", _macs(cost.encode_image))
+    table.add_row(f"encoding an image ({size} px)", _macs(cost.encode_image))
     table.add_row("a denoising step with guidance", _macs(cost.draw_step))
-    table.add_row(f"drawing an image ({drawn} px, {cost.steps} steps)", _macs(cost.draw_image))
+    table.add_row(f"generating an image ({pixels} px, {cost.steps} steps)", _macs(cost.draw_image))
     return table
 
 

@@ -255,11 +255,11 @@ class _Parcels:
     def __next__(self) -> Parcel:
         batch = None
         while not self._done and batch is None:
-            drawn = self._mixture.next_batch()
-            if drawn is None:
+            mixed = self._mixture.next_batch()
+            if mixed is None:
                 self._done = True
                 return None, self._message()  # the report of the end of the epoch
-            batch = self._collate(drawn)
+            batch = self._collate(mixed)
         if batch is None:
             raise StopIteration
         return batch, self._message()
@@ -273,10 +273,10 @@ class _Parcels:
 
     # ---- images and tensors
 
-    def _collate(self, drawn: MixtureBatch) -> Batch | None:
+    def _collate(self, mixed: MixtureBatch) -> Batch | None:
         """The batch; None: no row is left, because its images cannot be read."""
         rows, views, sources = [], [], []
-        for index, row in zip(drawn.sources, drawn.rows, strict=True):
+        for index, row in zip(mixed.sources, mixed.rows, strict=True):
             found = self._load_images(row, index)
             if found is not None:
                 rows.append(found[0])
@@ -293,7 +293,7 @@ class _Parcels:
             pad_to=limit if self._config.pad_to_max_length else 0,
             eight_bit=True,
         )
-        batch.source = drawn.name
+        batch.source = mixed.name
         for name in ("loss_text_weight", "loss_image_weight"):
             if (weight := getattr(sources[0], name)) is not None:
                 batch[name] = weight

@@ -166,10 +166,10 @@ class Predictor:
         for option, ids in zip(sample.options, options, strict=True):
             if not ids:
                 raise InputError(f"the option {option!r} has no tokens", f"sample {sample.id}", "Correct the file")
-        room = self.generator.limit - max(map(len, options), default=0)
+        limit = self.generator.limit - max(map(len, options), default=0)
         tokens = sum(len(item) for item in prepared.plan if isinstance(item, TokenStream))
-        if tokens > room:
-            raise InputError(f"{tokens} tokens are more than the {room} of the model's context before an option",
+        if tokens > limit:
+            raise InputError(f"{tokens} tokens are more than the {limit} of the model's context before an option",
                                 document.name, "Shorten it")  # fmt: skip
         return PreparedSample(sample, prepared, options)
 

@@ -87,7 +87,7 @@ def skipped(tasks: Mapping[str, TaskResult]) -> list[str]:
         for metric, result in task.metrics.items():
             if "skipped" in result:
                 reasons.setdefault((metric, result["skipped"], result["fix"]), []).append(name)
-    return [f"{metric} of {', '.join(names)} skipped: {why}. To mend it: {fix}"
+    return [f"{metric} of {', '.join(names)} skipped: {why}. To fix it: {fix}"
             for (metric, why, fix), names in reasons.items()]  # fmt: skip
 
 

@@ -315,9 +315,9 @@ class InterleavedGenerator:
             if writing := self._waiting_for("text"):
                 yield from self._write(writing)
             yield from self._advance()
-            drawing = self._waiting_for("image")
-            for begin in range(0, len(drawing), size):
-                yield from self._draw(drawing[begin : begin + size])
+            waiting = self._waiting_for("image")
+            for begin in range(0, len(waiting), size):
+                yield from self._generate_images(waiting[begin : begin + size])
 
     def _waiting_for(self, turn: Turn) -> list[int]:
         return [i for i, row in enumerate(self.rows) if row.reason is None and row.next_turn == turn]
@@ -378,8 +378,8 @@ class InterleavedGenerator:
         for name, count, most in reached:
             if most is not None and count >= most:
                 return name
-        draws = row.next_turn == "image"
-        fits = self._fits(row, 1 + self.model.config.num_image_tokens if draws else 1, int(draws))
+        is_image = row.next_turn == "image"
+        fits = self._fits(row, 1 + self.model.config.num_image_tokens if is_image else 1, int(is_image))
         return None if fits else "context"
 
     # ---- text
@@ -457,7 +457,7 @@ class InterleavedGenerator:
 
     # ---- images
 
-    def _draw(self, chosen: list[int]) -> Iterator[Event]:
+    def _generate_images(self, chosen: list[int]) -> Iterator[Event]:
         self._announce(chosen)
         decoder, settings = self.model.image_decoder, self.settings.image
         with torch.no_grad():

@@ -68,8 +68,8 @@ def text_limits(state: GenerationState, settings: TextSettings) -> list[int]:
 
 def _within_context(state: GenerationState, settings: TextSettings, limits: Sequence[int] | None) -> list[int]:
     """`limits` of each row, cut to the rest of the context; None: `text_limits`."""
-    room = text_limits(state, settings)
-    return room if limits is None else [min(a, b) for a, b in zip(room, limits, strict=True)]
+    own = text_limits(state, settings)
+    return own if limits is None else [min(a, b) for a, b in zip(own, limits, strict=True)]
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def write_beams(
         settings, banned: as in `write`.
         limits: most tokens for each row; None: `text_limits`. Rows with the same limit are searched together.
     """
-    room = text_limits(state, settings)
+    own = text_limits(state, settings)
     limits = _within_context(state, settings, limits)
     copies = range(settings.num_return_sequences)  # empty texts for rows at the end of their context
     found: list[list[WrittenText]] = [[WrittenText([]) for _ in copies] for _ in range(state.rows)]
@@ -220,7 +220,7 @@ def write_beams(
             found[row] = best
     for row, limit in enumerate(limits):
         for text in found[row]:
-            text.at_context_end = text.end is None and limit == room[row] < settings.max_new_tokens
+            text.at_context_end = text.end is None and limit == own[row] < settings.max_new_tokens
     return found
 
 

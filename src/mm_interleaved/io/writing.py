@@ -53,7 +53,7 @@ class writing:
         folder, number = _existing(self.path), getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and (_mentions_full(error) or _is_full(folder))):
             raise OutputError(f"no space left in {folder}", str(self.path),
-                              "Make room; the same command goes on", "no space") from None  # fmt: skip
+                              "Free some space; the same command resumes", "no space") from None  # fmt: skip
         if isinstance(error, OSError):
             raise OutputError(f"cannot be written: {error.strerror or error}", str(self.path),
                               "Name another place", "unwritable") from None  # fmt: skip

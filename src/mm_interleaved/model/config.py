@@ -389,7 +389,7 @@ def _small_image_decoder() -> dict[str, Any]:
     return {
         "image_size": 128,
         "guidance_scale": 6.0,
-        # Most of the arithmetic where the things are: on the whole latents, which are a quarter of the side.
+        # Most of the arithmetic is at the resolution of the latents, a quarter of the side of the image.
         "unet": {
             "sample_size": 32,
             "down_block_types": ["CrossAttnDownBlock2D"] * 3,
@@ -402,8 +402,8 @@ def _small_image_decoder() -> dict[str, Any]:
             "norm_num_groups": 16,
         },
         "vae": _vae([32, 64, 96], 128, groups=16),
-        # Latents of drawn images are smooth: at most times the noise alone could be told without any condition,
-        # and the loss of the noise hardly depends on them. The velocity's does.
+        # Latents of these images are smooth: at most time steps the noise can be predicted without any condition,
+        # so the loss of the noise hardly depends on the conditions. The loss of the velocity does.
         "scheduler": {**SD_SCHEDULER, "prediction_type": "v_prediction"},
         "resampler": {
             "num_queries": 8, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,

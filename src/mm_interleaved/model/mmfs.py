@@ -212,7 +212,7 @@ class MMFS(nn.Module):
         used_bias = attention.bias.unflatten(0, (-1, points + 1))[:, :-1].flatten()
         return torch.cat([self.sampling_offsets.weight, used]), torch.cat([self.sampling_offsets.bias, used_bias])
 
-    def _folded_for(self, query: Tensor, slots: int) -> DerivedQuery | None:
+    def _derived_for(self, query: Tensor, slots: int) -> DerivedQuery | None:
         """The query maps as one linear layer with gradients, for the queries of a training step.
 
         None if that is not faster, or if the maps must be called as modules.
@@ -247,7 +247,7 @@ class MMFS(nn.Module):
     def _query_side(self, query: Tensor, slots: int, derived: DerivedQuery | None) -> QuerySide:
         """Offsets and logits of the queries, and the tables of both by slot."""
         points = self.config.num_points
-        derived = derived or self._folded_for(query, slots)
+        derived = derived or self._derived_for(query, slots)
         if derived is None:
             offsets, logits, offset_table, logit_table = self._separated(query, slots)
             logits, logit_table = (

@@ -50,19 +50,19 @@ def decoding(model: MMInterleavedModel, cost: Cost, columns: int, images: int, r
     language, text, mmfs = model.language_model, model.config.text_config, model.config.mmfs
     element = language.norm.weight.element_size()
     layers = synchronizers(language)
-    folded = mmfs.num_heads * mmfs.num_points * (2 + len(mmfs.levels))
-    looking = len(layers) * text.hidden_size * (folded * (images > 0) + mmfs.hidden_size) * element
+    outputs = mmfs.num_heads * mmfs.num_points * (2 + len(mmfs.levels))
+    derived = len(layers) * text.hidden_size * (outputs * (images > 0) + mmfs.hidden_size) * element
     samples = len(layers) * images * len(mmfs.levels) * mmfs.num_points * mmfs.hidden_size * 4
     attention = 2 * 2 * columns * text.num_attention_heads * text.head_dim * text.num_hidden_layers
     per_token = cost.token + (cost.token_with_images - cost.token) * (images > 0)
     return Need(
         operations=rows * (2 * per_token + attention),
-        bytes=_size(language.layers, language.norm, model.lm_head) - _size(*layers) + looking
+        bytes=_size(language.layers, language.norm, model.lm_head) - _size(*layers) + derived
         + (columns * cost.cache_per_token + rows * samples) * element,
     )  # fmt: skip
 
 
-def reading(model: MMInterleavedModel, cost: Cost, length: int, images: int) -> Need:
+def prefill(model: MMInterleavedModel, cost: Cost, length: int, images: int) -> Need:
     """The work of a prefill of `length` tokens, including the encoding of its images."""
     text = model.config.text_config
     head = text.hidden_size * model.config.vocab_size
@@ -71,7 +71,7 @@ def reading(model: MMInterleavedModel, cost: Cost, length: int, images: int) -> 
     return Need(2 * macs + attention, _size(model.language_model, model.visual_tokenizer))
 
 
-def drawing(model: MMInterleavedModel, cost: Cost) -> Need:
+def image(model: MMInterleavedModel, cost: Cost) -> Need:
     """The work of an image of `cost.steps` guided steps, from its context to its pixels."""
     decoder = model.image_decoder
     return Need(2 * cost.draw_image, cost.steps * _size(decoder.unet) + _size(decoder.vae, decoder.resampler))

@@ -286,7 +286,7 @@ class MMFSUNet(UNet2DConditionModel):
             values, maps = earlier.values or nothing, derived or nothing
             centres = earlier.centres or self._centres(sample.device)
             each = zip(self.synchronizers, [*skips, sample], values, maps, strict=True)
-            *skips, sample = (look(x, earlier, v, centres[look.side], d) for look, x, v, d in each)
+            *skips, sample = (module(x, earlier, v, centres[module.side], d) for module, x, v, d in each)
 
         for block in self.up_blocks:
             count = len(cast(nn.ModuleList, block.resnets))

@@ -98,9 +98,9 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every head starts looking in its own direction, every point one step further.
+        """Initially every head samples in its own direction, and each point one step further than the one before.
 
-        The release meant to and did not (its library's generic initialisation wiped the directions out), so that in
+        The original intended this, but its library's generic initialisation overwrote the directions, so that in
         released weights the points of a head coincide.
         """
         for linear in (self.sampling_offsets, self.attention_weights):

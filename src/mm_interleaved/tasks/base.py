@@ -381,8 +381,8 @@ class Shots:
     def _chosen(self, item: Item, index: int) -> list[Item]:
         if self.neighbours is None:
             rng = np.random.default_rng([self.config.seed, index])
-            drawn = rng.permutation(len(self.items))[: self.config.shots + 1].tolist()
-            others = [self.items[i] for i in drawn if self.items[i].id != item.id or self.config.shot_phase == "train"]
+            chosen = rng.permutation(len(self.items))[: self.config.shots + 1].tolist()
+            others = [self.items[i] for i in chosen if self.items[i].id != item.id or self.config.shot_phase == "train"]
             return others[: self.config.shots]
         where = f"{self.config.neighbours}, '{item.id}'"
         names = checked(self.neighbours.get(item.id), list, where)[: self.config.shots]

@@ -41,18 +41,18 @@ class Turn:
     name: str = ""
 
 
-def lay_out(turns: Sequence[Turn], context: str, drawn: int, learn: bool) -> list[Segment]:
-    """Captions and images alternately; the last `drawn` images are open slots.
+def lay_out(turns: Sequence[Turn], context: str, count: int, learn: bool) -> list[Segment]:
+    """Captions and images alternately; the last `count` images are open slots.
 
     Args:
         turns: the story.
         context: one of `CONTEXTS`: what is kept of the turns before the first slot.
-        drawn: number of images to generate, at the end.
+        count: number of images to generate, at the end.
         learn: whether captions and given images have a loss in training too.
     """
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
-        last = index >= len(turns) - drawn
+        last = index >= len(turns) - count
         if context != "image_only" and (last or context != "current"):
             segments.append(Text(turn.caption, supervise=learn))
         if last:
@@ -62,13 +62,13 @@ def lay_out(turns: Sequence[Turn], context: str, drawn: int, learn: bool) -> lis
     return segments
 
 
-def _item(source: Source, number: str, turns: list[Turn], drawn: int, where: str) -> Item:
+def _item(source: Source, number: str, turns: list[Turn], count: int, where: str) -> Item:
     context, learn = source.options["context"], source.phase == "train"
-    segments = lay_out(turns, "multi_modal" if learn else context, drawn, learn)
-    targets = [turn.image for turn in turns[len(turns) - drawn :]]
+    segments = lay_out(turns, "multi_modal" if learn else context, count, learn)
+    targets = [turn.image for turn in turns[len(turns) - count :]]
     meta: dict[str, Any] = {
         "captions": [t.caption for t in turns],
-        "drawn": [t.name for t in turns[len(turns) - drawn :]],
+        "generated": [t.name for t in turns[len(turns) - count :]],
     }
     if turns[0].frame is not None:
         meta["frames"] = [t.frame for t in turns]
@@ -114,8 +114,8 @@ def read_vist(source: Source) -> Iterator[Item]:
     def make(name: str, where: str, turns: list[Turn]) -> Iterator[Item]:
         for length in _prefixes(source, turns):
             number = name if source.options["rounds"] == "last" else f"{name}-{length}"
-            drawn = length - 1 if source.options["protocol"] == "autoregressive" and length > 1 else 1
-            yield _item(source, number, turns[:length], drawn, where)
+            count = length - 1 if source.options["protocol"] == "autoregressive" and length > 1 else 1
+            yield _item(source, number, turns[:length], count, where)
 
     return _vist(source, make)
 
@@ -172,8 +172,8 @@ def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]]
     """The item of a story, from its clips (image, caption)."""
     rng = np.random.default_rng([source.seed, index])
     turns = [_clip(source, name, caption, rng) for name, caption in clips]
-    drawn = len(turns) - 1 if source.options["protocol"] == "autoregressive" else 1
-    item = _item(source, number, turns, drawn, where)
+    count = len(turns) - 1 if source.options["protocol"] == "autoregressive" else 1
+    item = _item(source, number, turns, count, where)
     return replace(item, meta={**item.meta, "clips": [source.images.find(name)[0] for name, _ in clips]})
 
 
@@ -225,9 +225,9 @@ def read_flintstones(source: Source) -> Iterator[Item]:
     """`following_cache4.pkl`, `train-val-test_split.json` and `flintstones_annotations_v1-0.json`."""
     cache = source.file("following_cache4.pkl")
     split = source.file("train-val-test_split.json")
-    told = source.file("flintstones_annotations_v1-0.json")
+    descriptions = source.file("flintstones_annotations_v1-0.json")
     following = checked(read_pickle(cache), dict, str(cache))
-    captions, odd = grouped(entries(read_json(told), str(told)), "globalID", str)
+    captions, odd = grouped(entries(read_json(descriptions), str(descriptions)), "globalID", str)
     names = get(checked(read_json(split), dict, str(split)), source.phase, list, str(split))
     numbers, unnamed = usable(entries(names, str(split), str), lambda where, number: number)
     chosen = [number for number in sorted(numbers) if len(following.get(number, ())) == 4]
@@ -235,8 +235,8 @@ def read_flintstones(source: Source) -> Iterator[Item]:
     def make(where: str, number: str, index: int) -> Iterator[Item]:
         clips = []
         for name in [number, *(_name(v, where) for v in following[number])]:
-            place, record = only(captions, name, where, f"clip '{name}' has no description in {told}")
-            text = strings([get(record, "description", str, place)], f"{told}, clip '{name}'")[0]
+            place, record = only(captions, name, where, f"clip '{name}' has no description in {descriptions}")
+            text = strings([get(record, "description", str, place)], f"{descriptions}, clip '{name}'")[0]
             clips.append((f"video_frames_sampled_png/{name}.png", tidy(text, FLINTSTONES)))
         yield _clips(source, number, index, clips, where)
 

@@ -49,8 +49,8 @@ def read_narratives(source: Source) -> Iterator[Item]:
     many = Counter(numbers)
     weights = np.array([1 / many[number] for number in numbers])
     extra = max((source.limit or SAMPLES) - len(found), 0)
-    drawn = np.random.default_rng(source.seed).choice(len(found), extra, p=weights / weights.sum())
-    for index, which in enumerate([*range(len(found)), *drawn.tolist()]):
+    repeated = np.random.default_rng(source.seed).choice(len(found), extra, p=weights / weights.sum())
+    for index, which in enumerate([*range(len(found)), *repeated.tolist()]):
         where, number, text = found[int(which)]
         image, problem = source.images.find(f"val2017/{number.zfill(12)}.jpg")
         yield _item(str(index), text, image, problem, where)

@@ -42,12 +42,12 @@ def read_vqa(
 
     def read(source: Source) -> Iterator[Item]:
         asked = source.file(questions.format(phase=source.phase))
-        told = source.file(annotations.format(phase=source.phase))
-        answers, odd = grouped(_listed(told, "annotations"), "question_id", int)
+        answer_file = source.file(annotations.format(phase=source.phase))
+        answers, odd = grouped(_listed(answer_file, "annotations"), "question_id", int)
 
         def make(where: str, question: dict[str, Any], index: int) -> Iterator[Item]:
             number = get(question, "question_id", int, where)
-            place, annotation = only(answers, number, where, f"question {number} has no annotation in {told}")
+            place, annotation = only(answers, number, where, f"question {number} has no annotation in {answer_file}")
             people = _people(annotation, place)
             path, problem = source.images.find(image(source.phase, question, where))
             meta = {key: annotation[key] for key in ("question_type", "answer_type") if key in annotation}

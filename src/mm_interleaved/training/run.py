@@ -159,7 +159,7 @@ def run(
     if loop.stopped_by is not None and trainer.state.global_step < config.steps:
         console.print(
             f"stopped by {loop.stopped_by} at step {trainer.state.global_step} of {config.steps}; a checkpoint is "
-            f"saved, and the same command goes on from there"
+            f"saved, and the same command resumes from there"
         )
         return loop.stopped_by
     finish(folder)

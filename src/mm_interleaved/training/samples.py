@@ -47,9 +47,9 @@ class Samples(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Generate samples every `sample_every` steps."""
         if state.global_step % self.config.sample_every == 0:
-            self.draw(state.global_step)
+            self.generate(state.global_step)
 
-    def draw(self, step: int) -> None:
+    def generate(self, step: int) -> None:
         """Generate the samples of a step. The state of training and its random numbers do not change."""
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         self.model.eval()
