@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
+import PIL.Image
 
 from mm_interleaved.document import Document, Image, Segment, Text
 from mm_interleaved.tasks import captions, grounding, render, visdial, vqa
@@ -14,7 +15,17 @@ from mm_interleaved.tasks.base import Value
 from mm_interleaved.tasks.grounding import box_text, thousandths
 
 from .draw import boxes, draw, label_map
-from .language import caption, dialogue, grounded, paragraph, questions, referring, region_question, unanswerable
+from .language import (
+    Caption,
+    caption,
+    dialogue,
+    grounded,
+    paragraph,
+    questions,
+    referring,
+    region_question,
+    unanswerable,
+)  # fmt: skip
 from .language.words import chance
 from .redraw import redrawn
 from .sampling import Split, check_objects, random_scene, scene_rng
@@ -88,6 +99,30 @@ class DocumentMix:
 FORM_NAMES = tuple(f.name for f in fields(DocumentMix))
 
 
+class Painter:
+    """Makes the images of documents.
+
+    Args:
+        size: their side in pixels.
+
+    Raises:
+        ValueError: less than `SMALLEST` pixels.
+    """
+
+    def __init__(self, size: int = 256) -> None:
+        if size < SMALLEST:
+            raise ValueError(f"size={size}: images are at least {SMALLEST} pixels wide")
+        self.size = size
+
+    def scene(self, scene: Scene, caption: Caption | None = None) -> PIL.Image.Image | str:
+        """The source of a scene's image; `caption` is what the document says of it before, with its facts."""
+        return draw(scene, self.size)
+
+    def labels(self, scene: Scene) -> PIL.Image.Image | str:
+        """The source of a scene's coloured label map."""
+        return colored(label_map(scene, self.size))
+
+
 def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: DocumentMix | None = None,
                  objects: Count = (1, 5)) -> Document:  # fmt: skip
     """Document number `index` of a split; always the same for the same arguments.
@@ -105,18 +140,17 @@ def toy_document(seed: int, split: Split, index: int, *, size: int = 256, mix: D
     return document
 
 
-def random_document(rng: np.random.Generator, *, split: Split | None = None, size: int = 256,
+def random_document(rng: np.random.Generator, *, split: Split | None = None, size: int | Painter = 256,
                     mix: DocumentMix | None = None, objects: Count = (1, 5)) -> Document:  # fmt: skip
-    """A document by chance; its `id` is its form.
+    """A document by chance; its `id` is its form. `size` is the side of its images, or what makes them.
 
     Raises:
         ValueError: images of less than `SMALLEST` pixels, or `objects` is not a range within 1 to 9.
     """
     check_objects(objects)
-    if size < SMALLEST:
-        raise ValueError(f"size={size}: images are at least {SMALLEST} pixels wide")
+    painter = size if isinstance(size, Painter) else Painter(size)
     form = (mix or DocumentMix()).choose(rng)
-    return Document(FORMS[form](rng, split, size, objects), id=form)
+    return Document(FORMS[form](rng, split, painter, objects), id=form)
 
 
 def _box(box: tuple[int, ...], size: int) -> str:
@@ -124,41 +158,43 @@ def _box(box: tuple[int, ...], size: int) -> str:
     return box_text(thousandths(box, (size, size)))
 
 
-def _given(scene: Scene, size: int) -> Image:
-    return Image(draw(scene, size), supervise=False)
+def _given(scene: Scene, painter: Painter) -> Image:
+    return Image(painter.scene(scene), supervise=False)
 
 
-def _caption(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _caption(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.5):
-        return [*render(captions.PROMPT, {"image": _given(scene, size)}), Text(caption(scene, rng, bare=True).text)]
-    return [_given(scene, size), Text(caption(scene, rng).text)]
+        return [*render(captions.PROMPT, {"image": _given(scene, painter)}), Text(caption(scene, rng, bare=True).text)]
+    return [_given(scene, painter), Text(caption(scene, rng).text)]
 
 
-def _draw(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _draw(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
-    return [Text(caption(scene, rng, bare=chance(rng, 0.3)).text), Image(draw(scene, size))]
+    text = caption(scene, rng, bare=chance(rng, 0.3))
+    return [Text(text.text), Image(painter.scene(scene, text))]
 
 
-def _paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _paragraph(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.5):
         text = paragraph(scene, rng, bare=True).text
-        return [*render(captions.PARAGRAPH_PROMPT, {"image": _given(scene, size)}), Text(text)]
-    return [_given(scene, size), Text(paragraph(scene, rng).text)]
+        return [*render(captions.PARAGRAPH_PROMPT, {"image": _given(scene, painter)}), Text(text)]
+    return [_given(scene, painter), Text(paragraph(scene, rng).text)]
 
 
-def _draw_paragraph(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _draw_paragraph(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
-    return [Text(paragraph(scene, rng).text), Image(draw(scene, size))]
+    text = paragraph(scene, rng)
+    return [Text(text.text), Image(painter.scene(scene, text))]
 
 
-def _vqa(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _vqa(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     if chance(rng, 0.15):
-        return _vqa_unsure(scene, rng, size)
+        return _vqa_unsure(scene, rng, painter)
     first, *others = questions(scene, rng, 1 + int(rng.random() * 6))
-    image = _given(scene, size)
+    image = _given(scene, painter)
     if chance(rng, 0.5):
         segments = render(vqa.PROMPT, {"image": image, "question": first.question})
     else:
@@ -174,81 +210,87 @@ def _prompt(template: str, question: str) -> Text:
     return Text(template.format(question=question), supervise=False)
 
 
-def _vqa_unsure(scene: Scene, rng: np.random.Generator, size: int) -> list[Segment]:
+def _vqa_unsure(scene: Scene, rng: np.random.Generator, painter: Painter) -> list[Segment]:
     asked = unanswerable(scene, rng) if chance(rng, 0.3) else questions(scene, rng, 1)[0]
-    prompt = render(vqa.VIZWIZ_PROMPT, {"image": _given(scene, size), "question": asked.question})
+    prompt = render(vqa.VIZWIZ_PROMPT, {"image": _given(scene, painter), "question": asked.question})
     return [*prompt, Text(asked.answer)]
 
 
-def _dialogue(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _dialogue(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     told = dialogue(scene, rng, 2 + int(rng.random() * 7))
-    fields: dict[str, Value] = {"image": _given(scene, size), "caption": told.caption.text.removesuffix(".")}
+    fields: dict[str, Value] = {"image": _given(scene, painter), "caption": told.caption.text.removesuffix(".")}
     segments = render(f"{{image}}{visdial.CAPTION_PROMPT}", fields)
     for turn in told.rounds:
         segments += [_prompt(visdial.ROUND_PROMPT, turn.question.removesuffix("?")), Text(f"{turn.answer}.")]
     return segments
 
 
-def _story(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _story(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     """A first image that its text does not determine is given, not learned."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
         learned = bool(segments) or not frame.unsaid
-        segments += [Text(frame.text), Image(draw(frame.scene, size), supervise=learned)]
+        segments += [Text(frame.text), Image(painter.scene(frame.scene), supervise=learned)]
     return segments
 
 
-def _story_image_first(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _story_image_first(
+    rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count
+) -> list[Segment]:
     """No text tells what the next image shows, so the images are given."""
     segments: list[Segment] = []
     for frame in story(rng, split=split).frames:
-        segments += [_given(frame.scene, size), Text(frame.text)]
+        segments += [_given(frame.scene, painter), Text(frame.text)]
     return segments
 
 
-def _refer(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _refer(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     meant = referring(scene, rng)
-    prompt = render(grounding.GROUNDING, {"image": _given(scene, size), "caption": meant.text})
-    return [*prompt, Text(f"{_box(boxes(scene, size)[meant.index], size)}</box>", attached=True)]
+    prompt = render(grounding.GROUNDING, {"image": _given(scene, painter), "caption": meant.text})
+    return [*prompt, Text(f"{_box(boxes(scene, painter.size)[meant.index], painter.size)}</box>", attached=True)]
 
 
-def _region(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _region(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
     meant = referring(scene, rng)
-    fields: dict[str, Value] = {"image": _given(scene, size), "box": _box(boxes(scene, size)[meant.index], size)}
+    fields: dict[str, Value] = {
+        "image": _given(scene, painter),
+        "box": _box(boxes(scene, painter.size)[meant.index], painter.size),
+    }
     if chance(rng, 0.5):
         asked = region_question(scene, meant.index, rng)
         return [*render(grounding.REGION_VQA, {**fields, "question": asked.question}), Text(asked.answer)]
     return [*render(grounding.REFERRING, fields), Text(meant.text)]
 
 
-def _grounded(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _grounded(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
-    text = grounded(scene, [_box(box, size) for box in boxes(scene, size)], rng)
-    return [*render(grounding.GROUNDED_CAPTION, {"image": _given(scene, size)}), Text(text)]
+    text = grounded(scene, [_box(box, painter.size) for box in boxes(scene, painter.size)], rng)
+    return [*render(grounding.GROUNDED_CAPTION, {"image": _given(scene, painter)}), Text(text)]
 
 
-def _segmentation(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _segmentation(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
-    shown = Image(colored(label_map(scene, size)), supervise=False)
-    return [shown, Text(caption(scene, rng).text), Image(draw(scene, size))]
+    shown = Image(painter.labels(scene), supervise=False)
+    text = caption(scene, rng)
+    return [shown, Text(text.text), Image(painter.scene(scene, text))]
 
 
-def _redraw(rng: np.random.Generator, split: Split | None, size: int, objects: Count) -> list[Segment]:
+def _redraw(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     few = min(objects[0], 3), min(objects[1], 3)
     scene = random_scene(rng, objects=few, split=split)
     while any(t.place != "cell" for t in scene.objects):
         scene = random_scene(rng, objects=few, split=split)
-    segments: list[Segment] = [_given(scene, size)]
+    segments: list[Segment] = [_given(scene, painter)]
     for _ in range(2 if chance(rng, 0.4) else 1):
         text, scene = redrawn(scene, rng)
-        segments += [Text(text, supervise=False), Image(draw(scene, size))]
+        segments += [Text(text, supervise=False), Image(painter.scene(scene))]
     return segments
 
 
-FORMS: dict[str, Callable[[np.random.Generator, Split | None, int, Count], list[Segment]]] = {
+FORMS: dict[str, Callable[[np.random.Generator, Split | None, Painter, Count], list[Segment]]] = {
     "caption": _caption, "draw": _draw, "paragraph": _paragraph, "draw_paragraph": _draw_paragraph, "vqa": _vqa,
     "dialogue": _dialogue, "story": _story, "story_image_first": _story_image_first, "refer": _refer,
     "segmentation": _segmentation, "redraw": _redraw, "region": _region, "grounded": _grounded,

@@ -8,7 +8,7 @@ from PIL import Image
 from .grounds import ground, to_pil
 from .kinds import KINDS
 from .scene import GRID, GROUNDS, Scene, SceneObject
-from .sprites import Sprite, known, sprite
+from .sprites import Sprite, known, outline, sprite
 
 SCALES = {"small": 0.64, "big": 0.95}  # side of an object's square, in cells
 GROUND_LABELS = {name: 1 + i for i, name in enumerate(GROUNDS)}
@@ -48,14 +48,16 @@ def drawing_order(scene: Scene) -> list[int]:
     return order
 
 
-def _placed(obj: SceneObject, size: int) -> tuple[Sprite, int, int]:
-    """An object's sprite, and where its square's left upper corner is."""
+def _placed(obj: SceneObject, size: int, shape_only: bool = False) -> tuple[Sprite, int, int]:
+    """An object's sprite, or one of its shape in other colours, and where its square's left upper corner is."""
     known("size", obj.size, SCALES)
     cell = size / GRID
     pixels = round(SCALES[obj.size] * cell)
     x = (obj.column + 0.5 + obj.offset[0]) * cell - pixels / 2
     y = (obj.row + 0.5 + obj.offset[1]) * cell - pixels / 2
-    return sprite(obj.attributes, pixels), round(x), round(y)
+    own = obj.attributes
+    found = outline(own.kind, own.part, bool(own.glyph), pixels) if shape_only else sprite(own, pixels)
+    return found, round(x), round(y)
 
 
 def _overlap(x: int, y: int, pixels: int, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
@@ -100,7 +102,7 @@ def boxes(scene: Scene, size: int = 256) -> list[tuple[int, int, int, int]]:
     """
     found = []
     for obj in scene.objects:
-        one, x, y = _placed(obj, size)
+        one, x, y = _placed(obj, size, shape_only=True)
         edges = (x + one.box[0], y + one.box[1], x + one.box[2], y + one.box[3])
         found.append(tuple(min(max(edge, 0), size) for edge in edges))
     return found
@@ -110,7 +112,7 @@ def owners(scene: Scene, size: int = 256) -> np.ndarray:
     """Number of the object that is seen at each pixel, -1 for the ground; int16 [size, size]."""
     out = np.full((size, size), -1, np.int16)
     for i in drawing_order(scene):
-        one, x, y = _placed(scene.objects[i], size)
+        one, x, y = _placed(scene.objects[i], size, shape_only=True)
         where = _overlap(x, y, len(one.alpha), size)
         if where:
             out[where[0]][one.alpha[where[1]][..., 0] > 0.5] = i
@@ -120,7 +122,7 @@ def owners(scene: Scene, size: int = 256) -> np.ndarray:
 def visible(scene: Scene, size: int = 96) -> list[float]:
     """Share of each object's own shape that is seen: not hidden by others nor cut off by the image's edge."""
     seen = owners(scene, size)
-    whole = [int((_placed(obj, size)[0].alpha > 0.5).sum()) for obj in scene.objects]
+    whole = [int((_placed(obj, size, shape_only=True)[0].alpha > 0.5).sum()) for obj in scene.objects]
     return [int((seen == i).sum()) / area for i, area in enumerate(whole)]
 
 

@@ -198,3 +198,9 @@ def sprite(attributes: Attributes, pixels: int) -> Sprite:
     box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
     shadow, pad = _shadow(attributes.kind, attributes.part, pixels)
     return Sprite(color, alpha, shadow, pad, box)
+
+
+@lru_cache(maxsize=2048)
+def outline(kind: str, part: str, plate: bool, pixels: int) -> Sprite:
+    """A sprite of that shape, in whatever colours: there are a thousand of them, and many thousand sprites."""
+    return sprite(Attributes(kind, COLORS[0], part=part, glyph=GLYPHS[0] if plate else ""), pixels)

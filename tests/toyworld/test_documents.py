@@ -14,6 +14,7 @@ from toyworld.documents import (
     FORM_NAMES,
     FORMS,
     DocumentMix,
+    Painter,
     random_document,
     toy_document,
 )
@@ -186,7 +187,7 @@ def test_boxes_are_those_of_the_thing_that_is_meant() -> None:
     for index in range(40):
         rng = scene_rng(3, "train", index)
         scene = random_scene(rng, split="train")
-        _, prompt, answer = FORMS["refer"](scene_rng(3, "train", index), "train", 100, (1, 5))
+        _, prompt, answer = FORMS["refer"](scene_rng(3, "train", index), "train", Painter(100), (1, 5))
         prompt = prompt.text
         assert prompt.startswith("Provide the bounding box coordinate of the region this sentence describes. the ")
         assert prompt.endswith("<box>")
@@ -207,7 +208,7 @@ def test_the_colours_of_label_maps() -> None:
 def test_a_label_map_belongs_to_the_image_after_it() -> None:
     for index in range(5):
         scene = random_scene(scene_rng(3, "train", index), split="train")
-        shown, _, learned = FORMS["segmentation"](scene_rng(3, "train", index), "train", SIZE_PX, (1, 5))
+        shown, _, learned = FORMS["segmentation"](scene_rng(3, "train", index), "train", Painter(SIZE_PX), (1, 5))
         assert isinstance(shown, Image)
         assert shown.source.tobytes() == colored(label_map(scene, SIZE_PX)).tobytes()
         assert learned.source.tobytes() == draw(scene, SIZE_PX).tobytes()
