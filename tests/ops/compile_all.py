@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 
-from . import compile_group_norm, compile_kernels, compile_mmfs, compile_pointwise
+from . import compile_group_norm, compile_kernels, compile_mmfs, compile_pointwise, compile_small
 
 if __name__ == "__main__":
-    modules = (compile_kernels, compile_mmfs, compile_pointwise, compile_group_norm)
+    modules = (compile_kernels, compile_mmfs, compile_pointwise, compile_group_norm, compile_small)
     print(json.dumps({module.__name__.rpartition("compile_")[2]: module.sizes() for module in modules}))

@@ -14,7 +14,7 @@ import pytest
 from mm_interleaved.ops.mmfs_attention import HAS_TRITON
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"kernels": 27, "mmfs": 24, "pointwise": 18, "group_norm": 29}
+KERNELS = {"kernels": 27, "mmfs": 24, "pointwise": 18, "group_norm": 29, "small": 10}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`scripts/train_small`: its stages, with a Python that only notes what it was asked for."""
+"""`scripts/train_small_stages`: its stages, with a Python that only notes what it was asked for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def asked(folder: Path, gpus: int) -> list[list[str]]:
     python.chmod(0o755)
     (folder / "notes").write_text("")
     variables = {"PATH": f"{python.parent}:{os.environ['PATH']}", "NOTES": str(folder / "notes"), "GPUS": str(gpus)}
-    subprocess.run([ROOT / "scripts/train_small", folder / "runs"], env=variables, check=True, capture_output=True)
+    subprocess.run(
+        [ROOT / "scripts/train_small_stages", folder / "runs"], env=variables, check=True, capture_output=True
+    )
     lines = [line.split() for line in (folder / "notes").read_text().splitlines()]
     return [[line[0], *line[line.index("mm_interleaved.cli") + 1 :]] for line in lines]
 

@@ -256,15 +256,16 @@ class ViTAdapter(nn.Module):
                 hidden = layer(hidden, None)
             for extractor in (interaction.extractor, *interaction.extra_extractors):
                 stem = extractor(stem, hidden[:, 1:], stem_centres, shapes, g)
-            stages.append(hidden[:, 1:].transpose(1, 2).unflatten(2, (g, g)))
+            stages.append(hidden[:, 1:])
 
         maps = [
             m.transpose(1, 2).unflatten(2, s)
             for m, s in zip(stem.split([s * s for s in sides], 1), shapes, strict=True)
         ]
         maps = [c1 + self.upsample(maps[0]), *maps]
-        resized = [
-            F.interpolate(x, size=m.shape[-2:], mode="bilinear", align_corners=False)
-            for x, m in zip(stages, maps, strict=True)
-        ]
-        return hidden, [m + x for m, x in zip(maps, resized, strict=True)]
+        return hidden, [m + self.resized(x, m.shape[-1]) for x, m in zip(stages, maps, strict=True)]
+
+    def resized(self, tokens: Tensor, side: int) -> Tensor:
+        """Patch tokens [B, g * g, D] as a map [B, D, side, side]."""
+        patches = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return F.interpolate(patches, size=(side, side), mode="bilinear", align_corners=False)

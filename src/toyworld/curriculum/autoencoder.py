@@ -68,7 +68,7 @@ class AutoencoderTask(nn.Module):
             pixels: [images, 3, side, side] in [-1, 1].
             noise: normal, of the latents' shape.
         """
-        posterior = cast(AutoencoderKLOutput, self.vae.encode(pixels)).latent_dist
+        posterior = cast(AutoencoderKLOutput, self.vae.encode(pixels.to(self.vae.dtype))).latent_dist
         latents: Any = posterior.mean + posterior.std * noise.to(posterior.mean)
         made = cast(DecoderOutput, self.vae.decode(latents)).sample
         with torch.autocast(pixels.device.type, enabled=False):  # half precision loses differences of squares
