@@ -152,7 +152,7 @@ def run(
     if at_end and _trained_steps(folder) == config.steps:
         console.print(f"done already: {folder}")
         return None
-    if at_end:
+    if resume is not None and at_end:
         trainer.load_weights(resume)
     else:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
