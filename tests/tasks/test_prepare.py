@@ -129,32 +129,49 @@ def test_ade20k(tmp_path: Path) -> None:
     assert check_task(make_task(TaskConfig("ade20k", root=str(tmp_path / "datasets")))).good
 
 
-@pytest.mark.parametrize("name", ["vist", "vist_text"])
-def test_vist(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "sis"), [("vist", ""), ("vist", "sis"), ("vist_text", "sis")])
+def test_vist(name: str, sis: str, tmp_path: Path) -> None:
     """Turns of a story in their order; a story that lacks an image is left out."""
 
     def turn(story: str, order: int, image: str) -> list[dict[str, Any]]:
         return [{"story_id": story, "worker_arranged_photo_order": order, "photo_flickr_id": image,
                  "original_text": f"This is {image}.", "text": "this is [x] ."}]  # fmt: skip
 
-    turns = [turn("10", 1, "b"), turn("10", 0, "a"), turn("11", 0, "a"), turn("11", 1, "gone")]
-    write(tmp_path / "official/val.story-in-sequence.json", {"images": [], "annotations": turns})
+    turns = [turn("10", 1, "b"), turn("10", 0, "a"), turn("10", 2, "c"), turn("11", 0, "a"), turn("11", 1, "gone"),
+             turn("12", 0, "damaged")]  # fmt: skip
+    write(tmp_path / "official" / sis / "val.story-in-sequence.json", {"images": [], "annotations": turns})
     save(tmp_path / "official/val_images/a.jpg")
-    save(tmp_path / "official/val_images/b.png")
+    save(tmp_path / "official/images/val/b.PNG")
+    save(tmp_path / "official/c.gif")
+    (tmp_path / "official/damaged.gif").write_bytes(b"GIF89a")
     (sample,) = convert(name, tmp_path, "val")
-    assert (sample.id, sample.meta["captions"]) == ("10", ["This is a.", "This is b."])
+    assert (sample.id, sample.meta["captions"]) == ("10", ["This is a.", "This is b.", "This is c."])
 
 
 def test_flintstones(tmp_path: Path) -> None:
+    """Videos become strips, and the annotations come along; a second time nothing changes."""
+    clips = [f"s_01_e01_shot_{i}" for i in range(5)]
     frames = np.random.default_rng(0).integers(0, 255, (3, 128, 128, 3), dtype=np.uint8)
-    (tmp_path / "official/video_frames_sampled").mkdir(parents=True)
-    np.save(tmp_path / "official/video_frames_sampled/s_01_e01_shot_1.npy", frames)
-    prepare(TASKS["flintstones"], tmp_path / "official", tmp_path / "datasets", "")
-    strip = PIL.Image.open(tmp_path / "datasets/flintstones/video_frames_sampled_png/s_01_e01_shot_1.png")
+    official = tmp_path / "official"
+    (official / "video_frames_sampled").mkdir(parents=True)
+    for clip in clips:
+        np.save(official / f"video_frames_sampled/{clip}.npy", frames)
+    write(official / "train-val-test_split.json", {"train": [], "val": [], "test": [clips[0]]})
+    write(official / "flintstones_annotations_v1-0.json",
+          [{"globalID": clip, "description": f"Fred and number {i}."} for i, clip in enumerate(clips)])  # fmt: skip
+    with pytest.raises(InputError, match=r"following_cache4.pkl, which is not there"):
+        prepare(TASKS["flintstones"], official, tmp_path / "datasets", "")
+    assert not (tmp_path / "datasets").exists()
+    (official / "following_cache4.pkl").write_bytes(pickle.dumps({clips[0]: clips[1:]}))
+    (sample,) = convert("flintstones", tmp_path)
+    assert sample.meta["captions"] == [f"Fred and number {i}." for i in range(5)]
+    strip = PIL.Image.open(tmp_path / f"datasets/flintstones/video_frames_sampled_png/{clips[1]}.png")
     assert np.array_equal(np.asarray(strip).reshape(frames.shape), frames)
-    np.save(tmp_path / "official/video_frames_sampled/s_01_e01_shot_2.npy", frames[:, :64])
+    (official / "flintstones").symlink_to(".")  # the tree and the official files are one folder
+    assert len(prepare(TASKS["flintstones"], official, official, "")) == 4
+    np.save(official / "video_frames_sampled/s_01_e01_shot_9.npy", frames[:, :64])
     with pytest.raises(InputError, match=r"uint8 \[T, 128, 128, 3\], not uint8 \[3, 64, 128, 3\]"):
-        prepare(TASKS["flintstones"], tmp_path / "official", tmp_path / "datasets", "")
+        prepare(TASKS["flintstones"], official, tmp_path / "datasets", "")
 
 
 @pytest.mark.parametrize("name", CONVERTERS)

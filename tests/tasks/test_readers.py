@@ -155,6 +155,24 @@ def test_the_majority_is_learned(
     assert {s.answer[0].text for s in samples(make_task(config))} == {learned}
 
 
+def test_textvqa_in_the_form_of_vqa(written: Written, tmp_path: Path) -> None:
+    """Questions have an `image_id` and no `image`."""
+    folder = tmp_path / "textvqa"
+    shutil.copytree(written("textvqa"), folder)
+    path = folder / "textvqa_val_questions.json"
+    data = json.loads(path.read_text())
+    names = [question.pop("image") for question in data["questions"]]
+    for question, name in zip(data["questions"], names, strict=True):
+        question["image_id"] = f"id-{Path(name).stem}"
+        target = folder / "train_images" / f"id-{Path(name).stem}.jpg"
+        if not target.exists():
+            target.symlink_to(name)
+    path.write_text(json.dumps(data))
+    task = make_task(TaskConfig("textvqa", images=str(folder / "train_images"), annotations=str(folder)))
+    found = samples(task)
+    assert [Path(str(s.document.images[0].source)).stem for s in found] == [f"id-{Path(name).stem}" for name in names]
+
+
 def test_visdial(toy_task: ToyTask) -> None:
     for index, sample in enumerate(samples(toy_task("visdial"))):
         assert shows(sample.document.images[0].source, index)

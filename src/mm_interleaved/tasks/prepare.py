@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..io import InputError, write_image, write_json, write_json_lines
+from ..io import InputError, write_atomic, write_image, write_json, write_json_lines
 from ..io.images import load_image
 from .ade20k import color_maps
 from .base import TaskType
 from .files import checked, get, read_json, records, strings, trailing_number
 from .pickles import read_pickle
-from .stories import FRAME
+from .stories import FLINTSTONES_FILES, FRAME
 
 Lines = list[str]
 
@@ -231,11 +231,12 @@ def ade20k(job: Job) -> Lines:
 
 
 def vist(job: Job) -> Lines:
-    """`{phase}.story-in-sequence.json`, a list of single turns, to turns by story; JPEG images become PNG files.
+    """`{phase}.story-in-sequence.json`, a list of single turns, to turns by story; images of any format to PNG files.
 
-    Stories with a missing image are left out.
+    The images may lie in folders of up to two levels. Stories with a missing image are left out.
     """
-    path = job.file(f"{job.phase}.story-in-sequence.json")
+    name = f"{job.phase}.story-in-sequence.json"
+    path = job.file(name, f"sis/{name}")
     data = checked(read_json(path), dict, str(path))
     stories: dict[str, list[dict[str, Any]]] = {}
     for index, value in enumerate(checked(data.get("annotations"), list, f"{path}, 'annotations'")):
@@ -247,7 +248,9 @@ def vist(job: Job) -> Lines:
             stories.setdefault(get(turn, "story_id", str, where), []).append(entry)
     images = job.images / f"{job.phase}_images"
     needed = dict.fromkeys(turn["image_id"] for turns in stories.values() for turn in turns)
-    there = {name for name in needed if _as_png(job.source, images, name, job.phase)}
+    found = {path.stem: path for level in ("*/*/*", "*/*", "*") for path in sorted(job.source.glob(level))
+             if path.suffix.lower() in (".gif", ".jpeg", ".jpg", ".png")}  # fmt: skip
+    there = {name for name in needed if _as_png(found.get(name), images / f"{name}.png")}
     whole = {name: turns for name, turns in stories.items() if all(t["image_id"] in there for t in turns)}
     if not whole:
         raise InputError(f"no story has all its images, of {len(stories)}", str(job.source),
@@ -259,30 +262,34 @@ def vist(job: Job) -> Lines:
             f"{images}: {len(there)} of {len(needed)} images"]  # fmt: skip
 
 
-def _as_png(source: Path, target: Path, name: str, phase: str) -> bool:
+def _as_png(path: Path | None, target: Path) -> bool:
     """Convert an image to PNG, unless the PNG exists. Returns whether the PNG exists now."""
-    if Path(name).name != name:
-        return False  # no Flickr number
-    if (target / f"{name}.png").is_file():
+    if target.is_file():
         return True
-    for folder in (source / f"{phase}_images", source / "images" / phase, source):
-        for ending in ("png", "jpg", "jpeg"):
-            path = folder / f"{name}.{ending}"
-            if path.is_file():
-                try:
-                    write_image(target / f"{name}.png", load_image(path))
-                except InputError:
-                    return False
-                return True
-    return False
+    if path is None:
+        return False
+    try:
+        write_image(target, load_image(path))
+    except InputError:
+        return False
+    return True
 
 
 def flintstones(job: Job) -> Lines:
-    """Videos, `video_frames_sampled/*.npy` of frames [T, 128, 128, 3], to vertical strips as PNG."""
+    """Videos, `video_frames_sampled/*.npy` of frames [T, 128, 128, 3], to vertical strips as PNG.
+
+    The three files of annotations are copied.
+    """
     videos = sorted((job.source / "video_frames_sampled").glob("*.npy"))
     if not videos:
         raise InputError("there are no videos (video_frames_sampled/*.npy)", str(job.source),
                          CONVERTERS[job.task].obtain)  # fmt: skip
+    lines = []
+    for path in [job.file(name) for name in FLINTSTONES_FILES]:
+        copy = job.annotations / path.name
+        if not (copy.exists() and copy.samefile(path)):
+            write_atomic(copy, path.read_bytes())
+        lines.append(f"{copy}: {copy.stat().st_size:,} bytes")
     target = job.images / "video_frames_sampled_png"
     for path in videos:
         if (target / f"{path.stem}.png").is_file():
@@ -295,7 +302,7 @@ def flintstones(job: Job) -> Lines:
             raise InputError(f"frames must be uint8 [T, {FRAME}, {FRAME}, 3], not {frames.dtype} {list(frames.shape)}",
                              str(path), "Fetch it again")  # fmt: skip
         write_image(target / f"{path.stem}.png", PIL.Image.fromarray(frames.reshape(-1, FRAME, 3)))
-    return [f"{target}: {len(videos)} strips"]
+    return [*lines, f"{target}: {len(videos)} strips"]
 
 
 _REFER = "Get refcoco.zip, refcoco+.zip and refcocog.zip of the refer toolbox (lichengunc/refer on GitHub)"
@@ -314,6 +321,6 @@ CONVERTERS: dict[str, Converter] = {
                       "Get VIST's stories in sequence (SIS) and its images", images=True),
     "vist_text": Converter("*.story-in-sequence.json to turns by story, images to PNG", vist,
                            "Get VIST's stories in sequence (SIS) and its images", images=True),
-    "flintstones": Converter("videos (.npy) to strips of frames (.png)", flintstones,
+    "flintstones": Converter("videos (.npy) to strips of frames (.png); copies the annotations", flintstones,
                              "Get FlintstonesSV as StoryDALL-E publishes it", images=True),
 }  # fmt: skip

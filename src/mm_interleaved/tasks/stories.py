@@ -27,6 +27,7 @@ CONTEXTS = ("multi_modal", "image_only", "text_only", "current")
 FRAME = 128  # pixels of a frame's side in a strip
 PORORO_SPLITS = {"train": 0, "val": 1, "test": 2}
 PORORO = ("Pororo", "Loopy", "Eddy", "Harry", "Poby", "Tongtong", "Crong", "Rody", "Petty")
+FLINTSTONES_FILES = ("following_cache4.pkl", "train-val-test_split.json", "flintstones_annotations_v1-0.json")
 FLINTSTONES = ("Fred", "Barney", "Wilma", "Betty", "Pebbles", "Dino", "Slate")
 
 
@@ -223,9 +224,7 @@ def _pororo_caption(captions: dict[str, Any], name: str, where: str) -> str:
 
 def read_flintstones(source: Source) -> Iterator[Item]:
     """`following_cache4.pkl`, `train-val-test_split.json` and `flintstones_annotations_v1-0.json`."""
-    cache = source.file("following_cache4.pkl")
-    split = source.file("train-val-test_split.json")
-    descriptions = source.file("flintstones_annotations_v1-0.json")
+    cache, split, descriptions = (source.file(name) for name in FLINTSTONES_FILES)
     following = checked(read_pickle(cache), dict, str(cache))
     captions, odd = grouped(entries(read_json(descriptions), str(descriptions)), "globalID", str)
     names = get(checked(read_json(split), dict, str(split)), source.phase, list, str(split))

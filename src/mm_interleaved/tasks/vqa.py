@@ -31,8 +31,9 @@ def coco_image(phase: str, question: dict[str, Any], where: str) -> str:
 
 
 def named_image(phase: str, question: dict[str, Any], where: str) -> str:
-    """The path of the image of a TextVQA question, by its name."""
-    return get(question, "image", str, where)
+    """The path of the image of a TextVQA question: its name, or its id with `.jpg`."""
+    named = "image" in question
+    return get(question, "image", str, where) if named else f"{get(question, 'image_id', str, where)}.jpg"
 
 
 def read_vqa(
