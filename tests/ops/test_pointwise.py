@@ -139,4 +139,4 @@ def test_errors_say_why() -> None:
         rotary(x, x, x[:, :, 0], x[:, :, 0], "triton")
     if HAS_TRITON and DEVICE == "cpu":
         assert "even numbers" in why_not_pointwise(x.float(), head_dim=7)
-        assert "one of them at a time" in why_not_pointwise(x.float(), x.half())
+        assert "one at a time" in why_not_pointwise(x.float(), x.half())

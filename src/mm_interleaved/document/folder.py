@@ -51,7 +51,8 @@ class Folder:
                 error = InputError(error.problem, where, f"{error.fix}, or allow a wider folder with --image-root")
             elif error.kind in (MISSING, OUTSIDE) and self.others:
                 places = ", ".join(f"'{place}'" for place in (self.base, *self.others))
-                error = InputError(f"'{text}' is in none of {places}", where, "Correct the path, or name the folder "
+                problem = error.problem if error.kind == MISSING else f"the file '{text}' does not exist"
+                error = InputError(problem, where, f"It is in none of {places}. Correct the path, or name the folder "
                                    "with --image-root", MISSING)  # fmt: skip
             raise error from None
 
