@@ -64,6 +64,29 @@ def test_mmc4_images_stand_before_their_sentences(tmp_path: Path, processor: MMI
     assert images == [0, 2]
 
 
+@pytest.mark.parametrize(
+    "folder", ["{number}", "docs_no_face_shard_{number}_v2", "docs_no_face_shard_{number}_v2_images"]
+)
+def test_mmc4_images_lie_in_the_folders_of_their_shards(
+    folder: str, tmp_path: Path, processor: MMInterleavedProcessor
+) -> None:
+    """As MMC4's own program downloads them; both shards have an image of one name, and the first has one elsewhere."""
+    shards = [f"docs_no_face_shard_{number}_v2.jsonl" for number in (3, 11)]
+    write_images(tmp_path / "drawn", 4)
+    for index, (number, shard) in enumerate(zip((3, 11), shards, strict=True)):
+        with zipfile.ZipFile(tmp_path / f"{shard}.zip", "w") as archive:
+            found = [("a.png", 0, 0.3), ("b.png", 1, 0.3), ("gone.png", 1, 0.3), ("../drawn/3.png", 1, 0.3)]
+            archive.writestr(shard, json.dumps(mmc4(SENTENCES, found)) + "\n")
+        inside = tmp_path / "images" / folder.format(number=number)
+        inside.mkdir(parents=True)
+        (tmp_path / f"drawn/{index}.png").rename(inside / "a.png")
+    (tmp_path / "drawn/2.png").rename(tmp_path / "images/b.png")
+    options = {"image_root": str(tmp_path / "images"), "shuffle_shards": False}
+    _, images, report = read(processor, "mmc4", tmp_path, shards, **options)
+    assert images == [0, 2, 1, 2]
+    assert report.rejected("mmc4") == {"image missing": 2, "image outside its folder": 2}
+
+
 def test_mmc4_images_stand_after_their_sentences(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
     write_mmc4(tmp_path, [mmc4(SENTENCES, [("2.png", 2, 0.3), ("0.png", 0, 0.3)])])
     rows, images, _ = read(processor, "mmc4", tmp_path, ["docs_0.jsonl"], image_first_prob=0.0)

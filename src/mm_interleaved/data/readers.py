@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -154,13 +154,14 @@ class MMC4:
     config: SourceConfig
     shards: Shards
     images: ImageFolder
+    _folders: dict[int, list[str]] = field(default_factory=dict, repr=False)
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """Steps 1 to 8; what needs no image is decided before images are looked at."""
         where = self.shards.place(record)
         data = decode(record.payload, where)
         sentences = list_of(data, "text_list", str, where)
-        kept = self._kept(data, len(sentences), where, note)
+        kept = self._kept(data, len(sentences), record.shard, where, note)
         if not kept:
             raise Rejected("no image left", where)
         chosen = [kept[i] for i in rng.permutation(len(kept))[: self.config.max_images or 6]]
@@ -179,7 +180,7 @@ class MMC4:
         placed = [(spot, Image(path)) for spot, path in zip(sorted(spots), paths, strict=True)]
         return Document(interleave(sentences, placed), place=where)
 
-    def _kept(self, data: dict[str, Any], sentences: int, where: str, note: Note) -> list[tuple[int, Path]]:
+    def _kept(self, data: dict[str, Any], sentences: int, shard: int, where: str, note: Note) -> list[tuple[int, Path]]:
         """(sentence, path) of every image that may be used, in the order of the file."""
         infos = list_of(data, "image_info", dict, where)
         matrix = data.get("similarity_matrix")
@@ -196,10 +197,30 @@ class MMC4:
                     raise Rejected("similarity too low", example)
                 if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < sentences:
                     raise Rejected("sentence index out of range", f"{example}: {place} of {sentences}")
-                kept.append((place, self.images.find(info.get("image_name"), where)))
+                kept.append((place, self._find(info.get("image_name"), shard, where)))
             except Rejected as rejected:
                 note(rejected.reason, rejected.example)
         return kept
+
+    def _find(self, name: Any, shard: int, where: str) -> Path:
+        """The path of an image, which lies in the folder of images or in the one of its shard there.
+
+        Raises:
+            Rejected: it is in neither, or as `ImageFolder.find`.
+        """
+        if shard not in self._folders:
+            stem = Path(self.shards.names[shard]).name.partition(".jsonl")[0]
+            number = re.search(r"shard_(\d+)", stem)
+            names = [stem, f"{stem}_images", *([number[1]] if number else [])]
+            self._folders[shard] = [name for name in names if (self.images.root / name).is_dir()]
+        for folder in self._folders[shard]:
+            try:
+                path = find_file(self.images.root / folder, name)
+            except InputError:
+                continue
+            self.images.check(path, f"{where}: {folder}/{name}")
+            return path
+        return self.images.find(name, where)
 
 
 def _is_number(value: Any) -> bool:
