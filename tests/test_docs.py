@@ -65,3 +65,14 @@ def test_every_page_is_in_the_index() -> None:
     pages = [page.relative_to(ROOT / "docs") for page in tracked("docs/*.md") if page.name != "README.md"]
     assert pages
     assert not [page for page in pages if f"({page})" not in index]
+
+
+def test_pages_that_code_names_exist() -> None:
+    named = re.compile(r"\b(?:docs|dev)/[\w/.-]+\.(?:md|png|json)\b")
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in tracked("*.py", "*.yaml", "*.toml")
+        for name in named.findall(path.read_text())
+        if not (ROOT / name).exists()
+    ]
+    assert not wrong
