@@ -54,6 +54,58 @@ def test_end_to_end(name: str, task: MakeTask, run: Run, tmp_path: Path) -> None
     assert figures(tmp_path / "out")[name]["evaluated"] == 4
 
 
+def without_answers(name: str, phase: str, source: Path, folder: Path) -> str:
+    """Write a phase as it is published, without answers. Returns the folder of its images."""
+    folder.mkdir()
+    old = {"vqav2": "val2014", "vizwiz_vqa": "val", "textvqa": "train_images", "nocaps": "images"}[name]
+    new = {"vqav2": "test2015", "vizwiz_vqa": "test", "textvqa": "test_images", "nocaps": "images"}[name]
+    (folder / new).mkdir()
+    for image in (source / old).iterdir():
+        (folder / new / image.name.replace(old, new)).symlink_to(image)
+    if name == "vizwiz_vqa":
+        records = json.loads((source / "val.json").read_text())
+        data = [{"image": r["image"].replace("val", "test"), "question": r["question"]} for r in records]
+        (folder / "test.json").write_text(json.dumps(data))
+        return str(folder)
+    files = {"vqav2": ("v2_OpenEnded_mscoco_val2014_questions.json", f"v2_OpenEnded_mscoco_{phase}2015_questions.json"),
+             "textvqa": ("textvqa_val_questions.json", "textvqa_test_questions.json"),
+             "nocaps": ("nocaps_val_4500_captions.json", "nocaps_test_image_info.json")}[name]  # fmt: skip
+    data = json.loads((source / files[0]).read_text())
+    data.pop("annotations", None)
+    (folder / files[1]).write_text(json.dumps(data))
+    return str(folder if name == "vqav2" else folder / new)
+
+
+@pytest.mark.parametrize(("name", "phase", "keys"), [
+    ("vqav2", "test-dev", ("question_id", "answer")), ("vqav2", "test", ("question_id", "answer")),
+    ("textvqa", "test", ("question_id", "answer")), ("vizwiz_vqa", "test", ("image", "answer")),
+    ("nocaps", "test", ("image_id", "caption")),
+])  # fmt: skip
+def test_phases_without_answers_give_a_submission(
+    name: str, phase: str, keys: tuple[str, str], task: MakeTask, run: Run, tmp_path: Path
+) -> None:
+    """In the official form; the sample whose image is missing has an empty text, as none may be left out."""
+    images = without_answers(name, phase, Path(str(task(name).annotations)), tmp_path / "blind")
+    config = task(name, phase=phase, images=images, annotations=str(tmp_path / "blind"), limit=None)
+    samples = list(make_task(config).samples())
+    Path(str(samples[0].document.images[0].source)).unlink()
+    result = run(config, max_unreadable=0.5).tasks[name]
+    assert not result.failed
+    assert 0 < result.evaluated < len(samples)
+    for metric in result.metrics.values():
+        assert metric["values"] == {}
+        assert metric["skipped"] == f"the answers of phase '{phase}' are not published"
+        assert str(tmp_path / "out" / name / "submission.json") in metric["fix"]
+    written = json.loads((tmp_path / "out" / name / "submission.json").read_text())
+    made = {r["id"]: r.get("prediction", "") for r in lines(tmp_path / "out" / name / "predictions.jsonl")}
+    ids = [s.meta["image"] if name == "vizwiz_vqa" else int(s.id) for s in samples]
+    assert written == [{keys[0]: key, keys[1]: made[s.id]} for key, s in zip(ids, samples, strict=True)]
+    assert written[0][keys[1]] == ""
+    assert any(entry[keys[1]] for entry in written)
+    with pytest.raises(InputError, match="Use a phase that has answers"):
+        list(make_task(config).documents())
+
+
 STORIES = {"vist": {}, "pororo": {"protocol": "autoregressive"}, "flintstones": {"protocol": "last"}}
 
 

@@ -272,7 +272,7 @@ def test_regions_of_one_image(own: Callable) -> None:
     [
         ({"task": "vqa2"}, "Did you mean 'vqav2'"),
         ({"task": "xyz"}, "unknown task 'xyz'. Known: coco_karpathy"),
-        ({"task": "vqav2", "phase": "test"}, "there is no phase 'test'. Phases are val, train"),
+        ({"task": "okvqa", "phase": "test"}, "there is no phase 'test'. Phases are val, train"),
         ({"task": "vist", "options": {"contxt": "current"}}, "Did you mean 'context'"),
         ({"task": "vist", "options": {"context": "all"}}, "cannot be 'all'. Values are multi_modal"),
         ({"task": "vist", "generation": {"beams": 2}}, "unknown setting 'beams'"),

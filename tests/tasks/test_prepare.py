@@ -78,6 +78,15 @@ def test_textvqa(tmp_path: Path) -> None:
     assert set(told) == {"info", "task_type", "data_type", "data_subtype", "license", "questions"}
 
 
+def test_textvqa_of_the_test(tmp_path: Path) -> None:
+    """It has no answers, and images in another folder."""
+    record = {"question_id": 34602, "question": "what is the brand?", "image_id": "003a8ae2ef43b901"}
+    write(tmp_path / "official/TextVQA_0.5.1_test.json", {"dataset_type": "test", "data": [record]})
+    save(tmp_path / "datasets/textvqa/test_images/003a8ae2ef43b901.jpg")
+    (sample,) = convert("textvqa", tmp_path, "test")
+    assert (sample.id, sample.reference, list(sample.answer)) == ("34602", None, [])
+
+
 @pytest.mark.parametrize(("name", "refs"), [("refcoco", "refs(unc).p"), ("refcoco+", "refs(unc).p"),
                                             ("refcocog", "refs(umd).p")])  # fmt: skip
 def test_refcoco(name: str, refs: str, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def remove_results(folder: Path) -> None:
     """Remove the files of an evaluation from a folder, and nothing else."""
     for run in sorted(folder.glob(f"*/{RUN}")):
-        for name in (RUN, PREDICTIONS, "scores.jsonl", "gallery.html"):
+        for name in (RUN, PREDICTIONS, "scores.jsonl", "gallery.html", "submission.json"):
             (run.parent / name).unlink(missing_ok=True)
         for part in run.parent.glob(PARTS):
             part.unlink()

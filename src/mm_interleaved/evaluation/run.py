@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +35,7 @@ from .scoring import NAMED, SampleScores, ScoringInputs, TaskResult, score_task
 
 FORMAT = 2  # version of the output folder; a run in a folder of another version is not resumed
 RESULTS, TABLE, SCORES = "results.json", "results.md", "scores.jsonl"
+SUBMISSION = "submission.json"
 PACKAGES = ("mm-interleaved", "torch", "transformers", "diffusers", "accelerate", "numpy", "pillow", "pycocoevalcap")
 ELSEWHERE = ("root", "images", "annotations", "shot_images", "shot_annotations", "neighbours")
 OnScored = Callable[[ScoringInputs, SampleScores, TaskResult], object]  # its result is ignored
@@ -292,9 +293,22 @@ def _score(config: TaskSuite, task: Task, result: TaskResult, folder: Path, devi
     facts = find_facts(task)
     result.origin = facts.origin if facts is not None else ""
     given = ScoringInputs(task, [s for s, _ in good], [r for _, r in good], folder, config.metrics, device, facts)
-    result.metrics, scores = score_task(given, config.seed)
+    if task.kind.submission is not None and _phase(task) in task.kind.blind:
+        path, scores = folder / SUBMISSION, {}
+        write_json(path, submission(task, samples, records))
+        why = f"the answers of phase '{_phase(task)}' are not published"
+        result.metrics = {name: {"values": {}, "skipped": why, "fix": f"submit {path}"} for name in task.metrics}
+    else:
+        result.metrics, scores = score_task(given, config.seed)
     write_json_lines(folder / SCORES, ({"id": s.id, "scores": _scores_of(s.id, scores)} for s, _ in good))
     on_scored(given, scores, result)
+
+
+def submission(task: Task, samples: Sequence[Sample], records: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The official list of results. Samples that cannot be read have an empty text, since no sample may be missing."""
+    assert task.kind.submission is not None
+    return [task.kind.submission(sample.id, sample.meta, records[index].get("prediction", ""))
+            for index, sample in enumerate(samples) if sample.meta]  # fmt: skip
 
 
 def _scores_of(sample: str, scores: SampleScores) -> dict[str, dict[str, float]]:

@@ -151,6 +151,8 @@ class TaskType:
         crop: how images become square: boxes need "squash".
         select: which of several generated images is evaluated: the first, or the most similar one by CLIP.
         images, annotations: paths of the files in the documented tree.
+        blind: phases without published answers, and the path of their images in the tree ("": `images`).
+        submission: the entry of a sample in the official file of results, from its id, meta and text.
         obtain: where to get the files, for messages.
     """
 
@@ -169,6 +171,8 @@ class TaskType:
     select: Literal["first", "clip"] = "first"
     images: str = ""
     annotations: str = ""
+    blind: Mapping[str, str] = field(default_factory=dict)
+    submission: Callable[[str, Mapping[str, Any], str], dict[str, Any]] | None = None
     obtain: str = ""
 
 
@@ -330,22 +334,25 @@ class Task:
         """
         config, kind = self.config, self.kind
         root = Path(config.root)
-        images = Path(config.images) if config.images is not None else root / kind.images
+        phase = config.phase or kind.phases[0]
+        images = Path(config.images) if config.images is not None else root / (kind.blind.get(phase) or kind.images)
         annotations = Path(config.annotations) if config.annotations is not None else root / kind.annotations
         if need_images and not images.is_dir():
             why = "and this is a file" if images.is_file() else "which does not exist"
             raise InputError(f"task '{self.name}' has its images in this folder, {why}", str(images), kind.obtain,
                              NO_IMAGES)  # fmt: skip
         options = {name: values[0] if values else "" for name, values in kind.options.items()} | config.options
-        phase = config.phase or kind.phases[0]
         return Source(self.name, ImageFolder(images), annotations, phase, kind.obtain, options, config.limit,
-                      config.seed, config.compat)  # fmt: skip
+                      config.seed, config.compat, phase in kind.blind)  # fmt: skip
 
     def _shot_source(self) -> Source:
         config, source = self.config, self.source()
         images = source.images if config.shot_images is None else ImageFolder(Path(config.shot_images))
+        if config.images is None and config.shot_images is None:
+            images = ImageFolder(Path(config.root) / (self.kind.blind.get(config.shot_phase) or self.kind.images))
         annotations = source.annotations if config.shot_annotations is None else Path(config.shot_annotations)
-        return replace(source, images=images, annotations=annotations, phase=config.shot_phase, limit=None)
+        return replace(source, images=images, annotations=annotations, phase=config.shot_phase, limit=None,
+                       blind=config.shot_phase in self.kind.blind)  # fmt: skip
 
 
 class Shots:

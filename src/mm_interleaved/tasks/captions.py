@@ -5,7 +5,7 @@ Files, prompts and settings: docs/data_formats.md, "Captions".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..document import Text
@@ -43,25 +43,33 @@ def read_karpathy(source: Source) -> Iterator[Item]:
     return each(entries(read_json(path), str(path)), make)
 
 
-def read_coco_form(name: str) -> Callable[[Source], Iterator[Item]]:
-    """A reader of COCO's format: {images: [{id, file_name}], annotations: [{image_id, caption}]}."""
+def read_coco_form(name: str, blind_name: str = "") -> Callable[[Source], Iterator[Item]]:
+    """A reader of COCO's format: {images: [{id, file_name}], annotations: [{image_id, caption}]}.
+
+    Args:
+        name: name of the file.
+        blind_name: name of the file of phases without captions, which has only images.
+    """
 
     def read(source: Source) -> Iterator[Item]:
-        path = source.file(name)
+        path = source.file(blind_name if source.blind else name)
         data = checked(read_json(path), dict, str(path))
-        captions, odd = grouped(entries(data.get("annotations"), f"{path}, 'annotations'"), "image_id", int)
+        captions, odd = ({}, []) if source.blind else grouped(
+            entries(data.get("annotations"), f"{path}, 'annotations'"), "image_id", int
+        )  # fmt: skip
         known: set[int] = set()
 
         def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
             number = get(record, "id", int, where)
             known.add(number)
             image, problem = source.images.find(get(record, "file_name", str, where))
-            texts = _texts(captions.get(number, ()), f"{where}, captions of image {number}")
+            found = captions.get(number, ())
+            texts = None if source.blind else _texts(found, f"{where}, captions of image {number}")
             meta = {"image_id": str(number)}
             if "domain" in record:
                 meta["domain"] = get(record, "domain", str, where)
-            yield Item(str(number), {"image": given(image)}, texts, [Text(texts[0].lower())], meta=meta,
-                       problem=problem, place=where)  # fmt: skip
+            answer = [] if texts is None else [Text(texts[0].lower())]
+            yield Item(str(number), {"image": given(image)}, texts, answer, meta=meta, problem=problem, place=where)
 
         yield from each(entries(data.get("images"), f"{path}, 'images'"), make)
         yield from odd
@@ -100,6 +108,10 @@ def read_paragraphs(source: Source) -> Iterator[Item]:
     yield from odd
 
 
+def _caption_entry(number: str, meta: Mapping[str, Any], text: str) -> dict[str, Any]:
+    return {"image_id": int(number), "caption": text}
+
+
 _SHARED: dict[str, Any] = {"makes": "text", "prompt": PROMPT, "metrics": METRICS, "settings": SETTINGS,
                            "example": EXAMPLE}  # fmt: skip
 TASKS = (
@@ -110,8 +122,9 @@ TASKS = (
     TaskType("flickr30k", "captions of Flickr30k's 1,000 test images", read_coco_form("test1k.token.coco_format"),
              phases=("test",), images="flickr30k/flickr30k-images", annotations="flickr30k",
              obtain="Ask the Flickr30k site for the images; write Karpathy's test split in COCO's form", **_SHARED),
-    TaskType("nocaps", "captions of objects that COCO does not have", read_coco_form("nocaps_val_4500_captions.json"),
-             images="nocaps/images", annotations="nocaps",
+    TaskType("nocaps", "captions of objects that COCO does not have",
+             read_coco_form("nocaps_val_4500_captions.json", "nocaps_test_image_info.json"), phases=("val", "test"),
+             blind={"test": ""}, submission=_caption_entry, images="nocaps/images", annotations="nocaps",
              obtain="Get the annotations from nocaps.org and the images that they list from Open Images", **_SHARED),
     TaskType("image2paragraph", "paragraphs about Visual Genome images", read_paragraphs,
              makes="text", prompt=PARAGRAPH_PROMPT, metrics=METRICS,

@@ -55,6 +55,7 @@ class Source:
         limit: maximum number of samples; None: all.
         seed: seed of random choices.
         compat: whether to restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks").
+        blind: whether the phase has no published answers.
     """
 
     task: str
@@ -66,6 +67,7 @@ class Source:
     limit: int | None = None
     seed: int = 0
     compat: bool = False
+    blind: bool = False
     _asked: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def file(self, name: str) -> Path:

@@ -151,13 +151,14 @@ def image2paragraph(job: Job) -> Lines:
 
 
 def textvqa(job: Job) -> Lines:
-    """TextVQA 0.5.1 (one file) to VQA's two files."""
+    """TextVQA 0.5.1 (one file) to VQA's two files. The test has no answers, and so no second file."""
+    answered = job.phase != "test"
     path = job.file(f"TextVQA_0.5.1_{job.phase}.json")
     data = checked(read_json(path), dict, str(path))
     questions, annotations = [], []
     for where, record in records(data.get("data"), f"{path}, 'data'"):
         number, image = get(record, "question_id", int, where), get(record, "image_id", str, where)
-        people = strings(record.get("answers"), f"{where}, 'answers'")
+        people = strings(record.get("answers"), f"{where}, 'answers'") if answered else []
         asked = get(record, "question", str, where)
         questions.append({"question_id": number, "image_id": image, "image": f"{image}.jpg", "question": asked})
         answers = [{"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(people, 1)]
@@ -168,6 +169,8 @@ def textvqa(job: Job) -> Lines:
     asked_file = job.annotations / f"textvqa_{job.phase}_questions.json"
     told_file = job.annotations / f"textvqa_{job.phase}_annotations.json"
     write_json(asked_file, {**about, "questions": questions})
+    if not answered:
+        return [f"{asked_file}: {len(questions)} questions"]
     write_json(told_file, {**about, "annotations": annotations})
     return [f"{asked_file}: {len(questions)} questions", f"{told_file}: {len(annotations)} times ten answers"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ SETTINGS = GenerationSettings(text=TEXT_PRESETS["vqa"])
 
 
 def coco_image(phase: str, question: dict[str, Any], where: str) -> str:
-    """The path of a COCO image, by its number."""
-    return f"{phase}2014/COCO_{phase}2014_{get(question, 'image_id', int, where):012d}.jpg"
+    """The path of a COCO image, by its number. All phases of the test share one folder."""
+    folder = "test2015" if phase.startswith("test") else f"{phase}2014"
+    return f"{folder}/COCO_{folder}_{get(question, 'image_id', int, where):012d}.jpg"
 
 
 def named_image(phase: str, question: dict[str, Any], where: str) -> str:
@@ -39,23 +40,31 @@ def named_image(phase: str, question: dict[str, Any], where: str) -> str:
 def read_vqa(
     questions: str, annotations: str, image: Callable[[str, dict[str, Any], str], str]
 ) -> Callable[[Source], Iterator[Item]]:
-    """A reader of VQA's two files: questions, and annotations with ten answers each."""
+    """A reader of VQA's two files: questions, and annotations with ten answers each. Blind phases have questions only.
+
+    `{phase}` and `{year}` in the names of the files are replaced.
+    """
 
     def read(source: Source) -> Iterator[Item]:
-        asked = source.file(questions.format(phase=source.phase))
-        answer_file = source.file(annotations.format(phase=source.phase))
-        answers, odd = grouped(_listed(answer_file, "annotations"), "question_id", int)
+        names = {"phase": source.phase, "year": "2015" if source.blind else "2014"}
+        asked = source.file(questions.format(**names))
+        answer_file = None if source.blind else source.file(annotations.format(**names))
+        answers, odd = ({}, []) if answer_file is None else grouped(
+            _listed(answer_file, "annotations"), "question_id", int
+        )  # fmt: skip
 
         def make(where: str, question: dict[str, Any], index: int) -> Iterator[Item]:
-            number = get(question, "question_id", int, where)
+            number, asks = get(question, "question_id", int, where), get(question, "question", str, where)
+            path, problem = source.images.find(image(source.phase, question, where))
+            fields = {"image": given(path), "question": asks}
+            if answer_file is None:
+                yield Item(str(number), fields, meta={"question": asks}, problem=problem, place=where)
+                return
             place, annotation = only(answers, number, where, f"question {number} has no annotation in {answer_file}")
             people = _people(annotation, place)
-            path, problem = source.images.find(image(source.phase, question, where))
             meta = {key: annotation[key] for key in ("question_type", "answer_type") if key in annotation}
-            asks = get(question, "question", str, where)
-            yield Item(str(number), {"image": given(path), "question": asks}, people,
-                       [Text(_majority(annotation, people))], meta={"question": asks, **meta}, problem=problem,
-                       place=where)  # fmt: skip
+            yield Item(str(number), fields, people, [Text(_majority(annotation, people))],
+                       meta={"question": asks, **meta}, problem=problem, place=where)  # fmt: skip
 
         yield from each(_listed(asked, "questions"), make)
         yield from odd
@@ -91,14 +100,23 @@ def read_vizwiz(source: Source) -> Iterator[Item]:
 
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         name, asks = get(record, "image", str, where), get(record, "question", str, where)
-        people = _people(record, where)
+        people = None if source.blind else _people(record, where)
         image, problem = source.images.find(f"{source.phase}/{name}")
         meta = {"question": asks, "image": name, "answer_type": record.get("answer_type"),
                 "answerable": record.get("answerable")}  # fmt: skip
         yield Item(str(trailing_number(name, where)), {"image": given(image), "question": asks}, people,
-                   [Text(_majority(record, people))], meta=meta, problem=problem, place=where)  # fmt: skip
+                   [] if people is None else [Text(_majority(record, people))], meta=meta, problem=problem,
+                   place=where)  # fmt: skip
 
     return each(entries(read_json(path), str(path)), make)
+
+
+def _answer_entry(number: str, meta: Mapping[str, Any], text: str) -> dict[str, Any]:
+    return {"question_id": int(number), "answer": text}
+
+
+def _vizwiz_entry(number: str, meta: Mapping[str, Any], text: str) -> dict[str, Any]:
+    return {"image": meta["image"], "answer": text}
 
 
 def read_gqa(source: Source) -> Iterator[Item]:
@@ -120,24 +138,27 @@ def read_gqa(source: Source) -> Iterator[Item]:
     return each(((where, partial(checked, value, dict, where)) for where, value in places.items()), make)
 
 
-_SHARED: dict[str, Any] = {"makes": "text", "settings": SETTINGS, "example": EXAMPLE, "phases": ("val", "train")}
-_VQA: dict[str, Any] = {"prompt": PROMPT, "metrics": ("vqa_accuracy",), **_SHARED}
+_SHARED: dict[str, Any] = {"makes": "text", "settings": SETTINGS, "example": EXAMPLE}
+_VQA: dict[str, Any] = {"prompt": PROMPT, "metrics": ("vqa_accuracy",), "submission": _answer_entry, **_SHARED}
 TASKS = (
     TaskType("vqav2", "questions about COCO images",
-             read_vqa("v2_OpenEnded_mscoco_{phase}2014_questions.json", "v2_mscoco_{phase}2014_annotations.json",
+             read_vqa("v2_OpenEnded_mscoco_{phase}{year}_questions.json", "v2_mscoco_{phase}{year}_annotations.json",
                       coco_image),
-             images="coco", annotations="VQAv2", obtain="Get questions and annotations from visualqa.org", **_VQA),
+             phases=("val", "train", "test-dev", "test"), blind={"test-dev": "", "test": ""}, images="coco",
+             annotations="VQAv2", obtain="Get questions and annotations from visualqa.org", **_VQA),
     TaskType("okvqa", "questions about COCO images that need knowledge",
              read_vqa("OpenEnded_mscoco_{phase}2014_questions.json", "mscoco_{phase}2014_annotations.json",
                       coco_image),
-             images="coco", annotations="OK-VQA", obtain="Get questions and annotations from okvqa.allenai.org",
-             **_VQA),
+             phases=("val", "train"), images="coco", annotations="OK-VQA",
+             obtain="Get questions and annotations from okvqa.allenai.org", **_VQA),
     TaskType("textvqa", "questions about text in images",
              read_vqa("textvqa_{phase}_questions.json", "textvqa_{phase}_annotations.json", named_image),
+             phases=("val", "train", "test"), blind={"test": "textvqa/test_images"},
              images="textvqa/train_images", annotations="textvqa",
              obtain="Get TextVQA 0.5.1 from textvqa.org and convert it to VQA's two files", **_VQA),
     TaskType("vizwiz_vqa", "questions that blind people asked", read_vizwiz, prompt=VIZWIZ_PROMPT,
-             metrics=("vizwiz_accuracy",), images="VizWiz", annotations="VizWiz",
+             metrics=("vizwiz_accuracy",), phases=("val", "train", "test"), blind={"test": ""},
+             submission=_vizwiz_entry, images="VizWiz", annotations="VizWiz",
              obtain="Get annotations and images from vizwiz.org", **_SHARED),
     TaskType("gqa", "questions made from scene graphs", read_gqa, prompt=PROMPT, metrics=("gqa_accuracy",),
              makes="text", settings=SETTINGS, example=EXAMPLE, phases=("testdev", "val", "train"),
