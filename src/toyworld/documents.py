@@ -218,10 +218,10 @@ def _vqa_unsure(scene: Scene, rng: np.random.Generator, painter: Painter) -> lis
 
 def _dialogue(rng: np.random.Generator, split: Split | None, painter: Painter, objects: Count) -> list[Segment]:
     scene = random_scene(rng, objects=objects, split=split)
-    told = dialogue(scene, rng, 2 + int(rng.random() * 7))
-    fields: dict[str, Value] = {"image": _given(scene, painter), "caption": told.caption.text.removesuffix(".")}
+    conversation = dialogue(scene, rng, 2 + int(rng.random() * 7))
+    fields: dict[str, Value] = {"image": _given(scene, painter), "caption": conversation.caption.text.removesuffix(".")}
     segments = render(f"{{image}}{visdial.CAPTION_PROMPT}", fields)
-    for turn in told.rounds:
+    for turn in conversation.rounds:
         segments += [_prompt(visdial.ROUND_PROMPT, turn.question.removesuffix("?")), Text(f"{turn.answer}.")]
     return segments
 

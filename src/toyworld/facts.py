@@ -19,7 +19,7 @@ from .scene import Scene
 from .stories import Frame
 from .writers import ABOUT
 from .writers.base import VERSION, Job
-from .writers.stories import PLACES, told_by
+from .writers.stories import PLACES, story_of
 
 SHOWN = ("coco_karpathy", "flickr30k", "nocaps", "image2paragraph")  # tasks that describe the scene they are shown
 DRAWN = ("coco", "lncoco", "ade20k", "vist", "pororo", "flintstones")  # tasks that draw scenes
@@ -88,7 +88,7 @@ def _scene(job: Job, image: str) -> Scene:
 
 def _frame(job: Job, image: str) -> Frame:
     number, place = divmod(_number(image), PLACES)
-    return told_by(job, (number - 1) % NUMBERS)[0].frames[place]
+    return story_of(job, (number - 1) % NUMBERS)[0].frames[place]
 
 
 def _number(image: str) -> int:

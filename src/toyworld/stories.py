@@ -71,10 +71,10 @@ def story(rng: np.random.Generator, *, frames: tuple[int, int] = (2, 6), split: 
         stage = _opening_stage(rng)
     names = tuple(t.name for t in stage.objects if t.name)
     text = _opening(stage, rng, hide=chance(rng, shown))
-    told = [Frame(text, stage.scene(), stage.unsaid())]
+    frames = [Frame(text, stage.scene(), stage.unsaid())]
     for _ in range(number - 1):
-        told.append(Frame(_happens(stage, rng), stage.scene(), stage.unsaid()))
-    return Story(tuple(told), names)
+        frames.append(Frame(_happens(stage, rng), stage.scene(), stage.unsaid()))
+    return Story(tuple(frames), names)
 
 
 def _opening_stage(rng: np.random.Generator) -> Stage:
@@ -118,8 +118,8 @@ def _said(obj: SceneObject, rng: np.random.Generator, hidden: bool) -> tuple[str
     if chance(rng, 0.35):
         return size  # not even what it is
     has = [n for n in ATTRIBUTES if n != "size" and attribute(obj, n) != NOTHING.get(n)]
-    told = shuffled(rng, has)[: int(rng.random() * len(has))]  # at least one is left out
-    return ("kind", *size, *told)
+    named = shuffled(rng, has)[: int(rng.random() * len(has))]  # at least one is left out
+    return ("kind", *size, *named)
 
 
 def _presented(obj: SceneObject, said: tuple[str, ...], rng: np.random.Generator) -> str:

@@ -25,7 +25,7 @@ from ..sampling import Split, random_scene, scene_rng
 from ..scene import Scene
 from ..train_detector import labels
 from .config import ImagesConfig
-from .told import told
+from .stated import stated_facts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Item = dict[str, Tensor]
@@ -71,7 +71,7 @@ class ToyScenes(Dataset[Item]):
 
 class ToyTexts(Dataset[Item]):
     """What texts ask to draw: `input_ids` [length] with `<s>` and a begin-of-image token around a caption or a
-    paragraph, padded on the right; `lengths`, how many of them; `told` and `ground`, what it states (see `told`).
+    paragraph, padded on the right; `lengths`, how many of them; `stated` and `ground`, what it states (see `stated`).
 
     Args:
         config: which scenes.
@@ -92,10 +92,10 @@ class ToyTexts(Dataset[Item]):
         text, ids = self._written(scene, rng)
         while len(ids) > self.length:
             text, ids = self._written(scene, rng)
-        stated, ground = told(text)
+        stated, ground = stated_facts(text)
         padded = torch.full((self.length,), cast(int, self.tokenizer.pad_token_id))
         padded[: len(ids)] = torch.tensor(ids)
-        return {"input_ids": padded, "lengths": torch.tensor(len(ids)), "told": stated, "ground": ground}
+        return {"input_ids": padded, "lengths": torch.tensor(len(ids)), "stated": stated, "ground": ground}
 
     def _written(self, scene: Scene, rng: np.random.Generator) -> tuple[Caption, list[int]]:
         text = paragraph(scene, rng) if chance(rng, 0.5) else caption(scene, rng, bare=chance(rng, 0.3))

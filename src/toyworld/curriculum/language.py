@@ -11,7 +11,7 @@ predicts what the text states of the n-th object that it mentions; from the one 
 linear layer serves all tokens, since the attention of the UNet treats all of them alike, too. It is not kept.
 `curriculum.vision` describes standardisation and `spread`.
 
-Axes: B batch, L tokens, O objects (`OBJECTS`), F facts of an object (`len(TOLD)`).
+Axes: B batch, L tokens, O objects (`OBJECTS`), F facts of an object (`len(STATED)`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mm_interleaved.model import MMInterleavedConfig, MMInterleavedModel
 from mm_interleaved.model.layout import ImagePositions
 
 from .parts import SharedReader, report, spread
-from .told import GROUND, OBJECTS, TOLD
+from .stated import GROUND, OBJECTS, STATED
 
 PARTS = ("language_model", "lm_head", "context_proj", "soi_token", "image_decoder.resampler")
 
@@ -74,15 +74,15 @@ class LanguageTask(nn.Module):
         self.model = MMInterleavedModel(config)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith(PARTS) and ".synchronizer." not in name)
-        self.reader = SharedReader(resampler.hidden_size, {**TOLD, **GROUND})
+        self.reader = SharedReader(resampler.hidden_size, {**STATED, **GROUND})
 
-    def forward(self, input_ids: Tensor, lengths: Tensor, told: Tensor, ground: Tensor) -> LanguageOutput:
+    def forward(self, input_ids: Tensor, lengths: Tensor, stated: Tensor, ground: Tensor) -> LanguageOutput:
         """Return the losses of predicting texts, and what they state from the conditioning tokens.
 
         Args:
             input_ids: [B, L], `<s>`, the text and a begin-of-image token, padded on the right.
             lengths: [B], tokens of each row.
-            told: [B, O, F], ground: [B]; what the texts state, see `curriculum.told`.
+            stated: [B, O, F], ground: [B]; what the texts state, see `curriculum.stated`.
         """
         model, (batch, length) = self.model, input_ids.shape
         nothing = torch.empty(batch, length, 0, dtype=torch.long, device=input_ids.device)
@@ -92,8 +92,8 @@ class LanguageTask(nn.Module):
         rows = torch.arange(batch, device=input_ids.device)
         context, mask = model.image_context(hidden, ImagePositions(rows, lengths - 1, torch.zeros_like(rows)), length)
         conditions = model.image_decoder.resampler(context, mask)
-        wanted = torch.full((batch, OBJECTS + 1, len(TOLD) + 1), -100, device=told.device)
-        wanted[:, :OBJECTS, :-1], wanted[:, OBJECTS, -1] = told, ground
+        wanted = torch.full((batch, OBJECTS + 1, len(STATED) + 1), -100, device=stated.device)
+        wanted[:, :OBJECTS, :-1], wanted[:, OBJECTS, -1] = stated, ground
         loss_conditions, right = self.reader(conditions[:, : OBJECTS + 1], wanted)
         outputs.loss_conditions = loss_conditions
         report(outputs, right)

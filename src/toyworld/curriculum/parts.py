@@ -48,9 +48,9 @@ class SharedReader(nn.Module):
             vectors: [batch, count, width].
             wanted: [batch, count, categories], numbers of values; -100: ignored.
         """
-        told = self.linear(self.standard(vectors.transpose(1, 2)).transpose(1, 2)).float()
-        total, right = told.new_zeros(()), {}
-        parts = told.split(list(self.values.values()), dim=-1)
+        stated = self.linear(self.standard(vectors.transpose(1, 2)).transpose(1, 2)).float()
+        total, right = stated.new_zeros(()), {}
+        parts = stated.split(list(self.values.values()), dim=-1)
         for name, part, truth in zip(self.values, parts, wanted.unbind(-1), strict=True):
             asked = (truth >= 0).sum().clamp(min=1)
             total = total + F.cross_entropy(part.flatten(0, 1), truth.flatten(), reduction="sum") / asked

@@ -157,12 +157,12 @@ def paragraph(scene: Scene, rng: np.random.Generator, *, bare: bool = False) -> 
         sentences.append(_introduced(teller, index, done, stated))
         done.append(index)
     pairs = [(x, y) for x in done for y in done if x != y and scene.relation(x, y)]
-    told = {(f.obj, f.other) for f in teller.facts if f.name == "relation"}
-    left = [p for p in pairs if p not in told and p[::-1] not in told]
+    related = {(f.obj, f.other) for f in teller.facts if f.name == "relation"}
+    left = [p for p in pairs if p not in related and p[::-1] not in related]
     for first, second in shuffled(rng, left)[: 1 + int(rng.random() * 2)]:
-        if (first, second) not in told and (second, first) not in told:
+        if (first, second) not in related and (second, first) not in related:
             sentences.append(_related(teller, first, second, stated).strip())
-            told.add((first, second))
+            related.add((first, second))
     text = " ".join(s for s in sentences if s)
     return Caption(text[:1].lower() + text[1:] if bare else text, tuple(teller.facts))
 

@@ -80,8 +80,8 @@ def dialogue(scene: Scene, rng: np.random.Generator, rounds: int = 10) -> Dialog
         if question and (topic, name) not in asked:
             asked.add((topic, name))
             found.append((question, answer))
-    told = caption(scene, rng)
-    return Dialogue(told, tuple(_round(question, answer, rng) for question, answer in found))
+    described = caption(scene, rng)
+    return Dialogue(described, tuple(_round(question, answer, rng) for question, answer in found))
 
 
 def _other(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:

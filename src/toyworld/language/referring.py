@@ -58,13 +58,13 @@ def grounded(scene: Scene, boxes: Sequence[str], rng: np.random.Generator) -> st
     """A caption after a list of what it is about: `<ref>the fox</ref><box>...</box>: A fox in the snow.` or so.
 
     Args:
-        scene: what is told.
+        scene: what the text describes.
         boxes: of each of its objects, as they are to be written.
         rng: source of chance.
     """
     phrases = [the(scene, index, rng) or obj.attributes.kind for index, obj in enumerate(scene.objects)]
-    told = [f"<ref>{phrase}</ref><box>{box}</box>" for phrase, box in zip(phrases, boxes, strict=True)]
-    return f"{', '.join(told)}: {caption(scene, rng).text}"
+    marked = [f"<ref>{phrase}</ref><box>{box}</box>" for phrase, box in zip(phrases, boxes, strict=True)]
+    return f"{', '.join(marked)}: {caption(scene, rng).text}"
 
 
 def _by_relation(scene: Scene, index: int, rng: np.random.Generator) -> str | None:

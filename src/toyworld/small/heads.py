@@ -16,7 +16,7 @@ from mm_interleaved.model import MMInterleavedConfig
 from mm_interleaved.model.typed_modules import module_list
 
 from ..curriculum.parts import SharedReader, spread
-from ..curriculum.told import GROUND, OBJECTS, TOLD
+from ..curriculum.stated import GROUND, OBJECTS, STATED
 from ..curriculum.vision import cell_traits
 from ..detector import MAP, OUTPUTS, TRAITS, split
 from ..scene import GRID, SIZES
@@ -108,7 +108,7 @@ class Readers(nn.Module):
         self.tokens = SharedReader(
             config.text_config.hidden_size, {"there": 2, **{name: len(v) for name, v in TRAITS.items()}}
         )
-        self.conditions = SharedReader(config.image_decoder.resampler.hidden_size, {**TOLD, **GROUND})
+        self.conditions = SharedReader(config.image_decoder.resampler.hidden_size, {**STATED, **GROUND})
 
     def of_images(
         self, tokens: Tensor, pyramid: list[Tensor], geometry: Tensor, traits: Tensor
@@ -126,10 +126,10 @@ class Readers(nn.Module):
         right |= {f"token_{name}": share for name, share in found.items()} | {"token_spread": apart}
         return total + loss + F.relu(-apart.log()), right
 
-    def of_conditions(self, conditions: Tensor, told: Tensor, ground: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_conditions(self, conditions: Tensor, stated: Tensor, ground: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of what the first conditions tell of what texts state."""
-        wanted = torch.full((len(told), OBJECTS + 1, len(TOLD) + 1), -100, device=told.device)
-        wanted[:, :OBJECTS, :-1], wanted[:, OBJECTS, -1] = told, ground
+        wanted = torch.full((len(stated), OBJECTS + 1, len(STATED) + 1), -100, device=stated.device)
+        wanted[:, :OBJECTS, :-1], wanted[:, OBJECTS, -1] = stated, ground
         loss, found = self.conditions(conditions[:, : OBJECTS + 1].float(), wanted)
         apart = spread(conditions.float())
         right = {f"condition_{name}": share for name, share in found.items()} | {"condition_spread": apart}

@@ -22,7 +22,7 @@ from mm_interleaved.processor import MMInterleavedProcessor
 from mm_interleaved.processor.batch import build_labels
 from mm_interleaved.processor.packing import TokenStream
 
-from ..curriculum.told import OBJECTS, TOLD, told
+from ..curriculum.stated import OBJECTS, STATED, stated_facts
 from ..documents import DocumentMix, Painter, random_document
 from ..language import Caption
 from ..sampling import Split, scene_rng
@@ -69,7 +69,7 @@ class RowBatch:
         layout: of the batch.
         image_loss_mask: float32 [I].
         geometry, traits: [I, 9, 4] and [I, 9, 6], what the images show; see `train_detector.SceneBatches`.
-        told, ground: [T, OBJECTS, len(TOLD)] and [T], what the text before each target states; -100: nothing.
+        stated, ground: [T, OBJECTS, len(STATED)] and [T], what the text before each target states; -100: nothing.
         pictures: what is to be composed.
         documents, tokens, images, lost_labels: how many there are, and labels that there was no room for.
     """
@@ -80,7 +80,7 @@ class RowBatch:
     image_loss_mask: Tensor
     geometry: Tensor
     traits: Tensor
-    told: Tensor
+    stated: Tensor
     ground: Tensor
     pictures: LayeredImages
     documents: int
@@ -281,11 +281,11 @@ def _labelled(shown: list[tuple[Scene, Caption | None, bool]], count: int) -> tu
 
 
 def _told(captions: list[Caption | None]) -> tuple[Tensor, Tensor]:
-    found = torch.full((len(captions), OBJECTS, len(TOLD)), -100)
+    found = torch.full((len(captions), OBJECTS, len(STATED)), -100)
     ground = torch.full((len(captions),), -100)
     for i, text in enumerate(captions):
         if text is not None:
-            found[i], ground[i] = told(text)
+            found[i], ground[i] = stated_facts(text)
     return found, ground
 
 

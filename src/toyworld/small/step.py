@@ -84,7 +84,7 @@ class DocumentTask(nn.Module):
             total = total + self.asking * weights.images * loss
             measures |= {"images": loss, **right}
         if weights.conditions:
-            loss, right = self.readers.of_conditions(self._conditions[0], batch.told, batch.ground)
+            loss, right = self.readers.of_conditions(self._conditions[0], batch.stated, batch.ground)
             total = total + self.asking * weights.conditions * loss
             measures |= {"conditions": loss, **right}
         return {"loss": total, **{name: value for name, value in measures.items() if value is not None}}

@@ -57,7 +57,7 @@ def write_dataset(name: str, out: str | Path, job: Job, *, workers: int = 1,
         out: the folder; it must not exist, or be empty.
         job: what to write. The same job makes the same files, however many processes write them.
         workers: processes.
-        progress: told after each batch how many samples it had.
+        progress: called after each batch with the number of its samples.
 
     Raises:
         WriteError: something asked for is not possible, or the folder is occupied or cannot be made.

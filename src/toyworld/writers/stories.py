@@ -33,7 +33,7 @@ SPLITS = ("train", "val", "test")
 Clip = tuple[str, str]  # name, text
 
 
-def told_by(job: Job, index: int) -> tuple[Story, np.random.Generator]:
+def story_of(job: Job, index: int) -> tuple[Story, np.random.Generator]:
     """The story of sample number `index`, and what to make further choices with."""
     rng = job.rng(index)
     return story(rng, frames=(LENGTH, LENGTH), split=job.split), rng
@@ -43,10 +43,10 @@ def write(job: Job, indices: range, folder: Path, *, images: str, cast: str = ""
     """Images; returns the clips of each story."""
     found = []
     for index in indices:
-        told, rng = told_by(job, index)
-        names = dict(zip(told.characters, CAST.get(cast, told.characters), strict=False))
+        story, rng = story_of(job, index)
+        names = dict(zip(story.characters, CAST.get(cast, story.characters), strict=False))
         clips = []
-        for place, frame in enumerate(told.frames):
+        for place, frame in enumerate(story.frames):
             name = images.format(split=job.split, number=PLACES * job.number(index) + place)
             path = folder / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +94,8 @@ def finish_flintstones(job: Job, results: list[list[list[Clip]]], folder: Path) 
     (folder / "following_cache4.pkl").write_bytes(pickle.dumps(following))
     split = {part: [name for clips in stories for name, _ in clips] if part == job.split else [] for part in SPLITS}
     write_json(split, folder / "train-val-test_split.json")
-    told = [{"globalID": name, "description": text} for clips in stories for name, text in clips]
-    write_json(told, folder / "flintstones_annotations_v1-0.json")
+    described = [{"globalID": name, "description": text} for clips in stories for name, text in clips]
+    write_json(described, folder / "flintstones_annotations_v1-0.json")
 
 
 FORMATS = (

@@ -21,8 +21,8 @@ def write(job: Job, indices: range, folder: Path) -> list[tuple[int, int, Dialog
         scene, rng = job.scene(index)
         part = f"VisualDialog_{_phase(job)}2018"
         write_image(scene, job.size, folder / part / f"{part}_{job.number(index):012d}.jpg")
-        told = dialogue(scene, rng)
-        found.append((job.number(index), int(rng.random() * len(told.rounds)), told))
+        conversation = dialogue(scene, rng)
+        found.append((job.number(index), int(rng.random() * len(conversation.rounds)), conversation))
     return found
 
 
@@ -31,16 +31,16 @@ def finish(job: Job, results: list[list[tuple[int, int, Dialogue]]], folder: Pat
     questions: dict[str, int] = {}
     answers: dict[str, int] = {}
     dialogs, dense = [], []
-    for number, chosen, told in (sample for batch in results for sample in batch):
+    for number, chosen, conversation in (sample for batch in results for sample in batch):
         rounds = []
-        for turn in told.rounds:
+        for turn in conversation.rounds:
             options = [answers.setdefault(text, len(answers)) for text in turn.candidates]
             asked = questions.setdefault(turn.question.rstrip("?"), len(questions))
             rounds.append({"question": asked, "answer": options[turn.index], "answer_options": options,
                            "gt_index": turn.index})  # fmt: skip
-        caption = told.caption.text.rstrip(".")
+        caption = conversation.caption.text.rstrip(".")
         dialogs.append({"image_id": number, "caption": caption, "dialog": rounds})
-        relevance = list(told.rounds[chosen].relevance)
+        relevance = list(conversation.rounds[chosen].relevance)
         dense.append({"image_id": number, "round_id": chosen + 1, "gt_relevance": relevance})
     data: dict[str, Any] = {"dialogs": dialogs, "questions": list(questions), "answers": list(answers)}
     whole = {"version": "1.0", "split": f"{_phase(job)}2018", "data": data}

@@ -63,9 +63,9 @@ def finish_vqa(job: Job, results: list[Any], folder: Path, *, name: str, files: 
     for number, image, file, question in _asked(results):
         record: dict[str, Any] = {"question_id": number, "image_id": image, "question": question.question}
         asked.append(record | ({"image": file} if name == "textvqa" else {}))
-        told = {"question_id": number, "image_id": image, "question_type": question.type,
+        record = {"question_id": number, "image_id": image, "question_type": question.type,
                 "answer_type": question.answer_type, "answers": _answers(question)}  # fmt: skip
-        annotations.append(told | ({"multiple_choice_answer": question.answer} if name == "vqav2" else {}))
+        annotations.append(record | ({"multiple_choice_answer": question.answer} if name == "vqav2" else {}))
     header = {**HEADER, "data_subtype": f"{phase(job)}2014"}
     write_json({**header, "questions": asked}, folder / files[0].format(phase=phase(job)))
     write_json({**header, "annotations": annotations}, folder / files[1].format(phase=phase(job)))

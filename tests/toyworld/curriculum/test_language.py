@@ -20,7 +20,7 @@ from toyworld.curriculum.images import ImageLoader, ToyTexts, prepare_texts
 from toyworld.curriculum.language import LanguageTask
 from toyworld.curriculum.parts import SharedReader
 from toyworld.curriculum.run import train_language
-from toyworld.curriculum.told import OBJECTS, TOLD, told
+from toyworld.curriculum.stated import OBJECTS, STATED, stated_facts
 from toyworld.detector import TRAITS
 from toyworld.language import caption, paragraph
 from toyworld.language.phrases import CELL_NAMES
@@ -39,12 +39,12 @@ def settings(output: Path, *changes: str) -> PartRunConfig:
 @pytest.mark.parametrize("tell", [caption, paragraph])
 def test_what_is_told_is_true_and_complete(tell) -> None:
     """Against the scene, and against the facts that the text lists."""
-    names = list(TOLD)
+    names = list(STATED)
     for index in range(60):
         rng = scene_rng(4, "val", index)
         scene = random_scene(rng, split="val")
         text = tell(scene, rng)
-        numbers, ground = told(text)
+        numbers, ground = stated_facts(text)
         order = list(dict.fromkeys(f.obj for f in text.facts if f.name == "object"))
         assert numbers[:, 0].tolist() == [1] * len(order) + [0] * (OBJECTS - len(order))
         count = 0
@@ -63,7 +63,7 @@ def test_what_is_told_is_true_and_complete(tell) -> None:
         assert count == len(stated)
         grounds = [f.value for f in text.facts if f.name == "ground"]
         assert [GROUNDS[int(ground)]] == grounds if grounds else ground == -100
-    assert len(CELL_NAMES) == TOLD["cell"]
+    assert len(CELL_NAMES) == STATED["cell"]
 
 
 def test_a_run_learns_and_hands_its_weights_to_a_model(tmp_path: Path) -> None:

@@ -14,23 +14,23 @@ OBJECTS = 5  # the most that a text mentions
 _VALUES: dict[str, tuple[str, ...]] = {
     **TRAITS, "size": SIZES, "cell": tuple(CELL_NAMES[cell] for cell in range(GRID * GRID)), "relation": RELATIONS,
 }  # fmt: skip
-TOLD = {"there": 2, **{name: len(values) for name, values in _VALUES.items()}, "other": OBJECTS}
+STATED = {"there": 2, **{name: len(values) for name, values in _VALUES.items()}, "other": OBJECTS}
 """The number of values of each fact about an object: whether there is one, its traits, its relation to which other."""
 GROUND = {"ground": len(GROUNDS)}
 
 
-def told(text: Caption) -> tuple[Tensor, Tensor]:
+def stated_facts(text: Caption) -> tuple[Tensor, Tensor]:
     """Return what a text states of the objects, in the order in which it mentions them, and of the ground.
 
     Returns:
-        int64 [OBJECTS, len(TOLD)] and a scalar: numbers of values, -100 for what the text does not state. Of several
+        int64 [OBJECTS, len(STATED)] and a scalar: numbers of values, -100 for what the text does not state. Of several
         relations of an object the first counts.
     """
     order: dict[int | None, int] = {}
     for fact in text.facts:
         if fact.name == "object" and len(order) < OBJECTS:
             order.setdefault(fact.obj, len(order))
-    names, found = list(TOLD), torch.full((OBJECTS, len(TOLD)), -100)
+    names, found = list(STATED), torch.full((OBJECTS, len(STATED)), -100)
     found[:, 0] = torch.arange(OBJECTS) < len(order)
     ground = torch.tensor(-100)
     for fact in text.facts:
