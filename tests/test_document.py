@@ -280,7 +280,7 @@ def test_images_in_memory_have_no_path() -> None:
         Document([Image(PIL.Image.new("RGB", (2, 2)))]).to_dict()
 
 
-def test_record_needs_a_image_and_a_closed_middle() -> None:
+def test_record_needs_an_image_and_a_closed_middle() -> None:
     with pytest.raises(InputError, match="at least one image"):
         Document([Text("a")]).to_record()
     with pytest.raises(InputError, match="segments\\[0\\]"):

@@ -371,7 +371,7 @@ def test_forced_texts_replace_what_was_written(model: MMInterleaved, processor: 
     assert generator.rows[0].ids.count(soi) == 2
 
 
-def test_a_forced_text_can_ask_for_a_image(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+def test_a_forced_text_can_ask_for_an_image(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     document = replace(one()[0], forced_texts=["a cat<|beginofimage|>"], max_turns=2)
     (made,), _ = run(InterleavedGenerator(model, processor, replace(GREEDY, replace_texts=True)), [document])
     assert isinstance(made[1], PIL.Image.Image)

@@ -186,7 +186,7 @@ BLOCKS = {
 @with_triton
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("queries", [1, 23])
-def test_many_queries_of_a_image(blocks: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_queries_of_an_image(blocks: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a block of them, some of which come near a tile and some not; tokens, and maps of queries."""
     from mm_interleaved.ops import mmfs_triton_backward
 

@@ -58,7 +58,7 @@ def test_continued_documents_have_no_start() -> None:
 
 
 @pytest.mark.parametrize("offset", range(N + 2))
-def test_every_way_to_cut_a_image(offset: int) -> None:
+def test_every_way_to_cut_an_image(offset: int) -> None:
     words = "w" * offset
     rows = packed(["si" + words + "i"], 1 + 5 + 3)
     assert "".join(rows).replace("s", "") == "i" + words + "i"
@@ -83,7 +83,7 @@ def test_the_end_of_the_stream() -> None:
     assert packed(["siw"], 7, keep_last=False) == ["siw"]
 
 
-def test_a_row_too_short_for_a_image() -> None:
+def test_a_row_too_short_for_an_image() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         packed(["siw"], 4)
 

@@ -248,7 +248,7 @@ def test_too_long(processor: MMInterleavedProcessor) -> None:
     assert processor(document, truncation=True).input_ids.shape == (1, 512)
 
 
-def test_truncation_does_not_cut_a_image(processor: MMInterleavedProcessor) -> None:
+def test_truncation_does_not_cut_an_image(processor: MMInterleavedProcessor) -> None:
     batch = processor(Document([Text("a b"), Image(make_image())]), truncation=True, max_length=6)
     assert batch.input_ids.shape == (1, 3)
     assert len(batch.pixel_values) == 0

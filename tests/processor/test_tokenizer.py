@@ -21,7 +21,7 @@ def pieces(text: str) -> list[str]:
     return SHIPPED.convert_ids_to_tokens(encode_text(SHIPPED, text))
 
 
-def test_the_text_after_a_image_starts_with_a_word_boundary(tokenizer: MMInterleavedTokenizer) -> None:
+def test_the_text_after_an_image_starts_with_a_word_boundary(tokenizer: MMInterleavedTokenizer) -> None:
     """The acceptance example: "a", SOI, 64 image tokens, "b"."""
     ids = tokenizer("a" + SOI_TOKEN + 64 * IMAGE_TOKEN + "b").input_ids
     a, b = tokenizer.convert_tokens_to_ids(["▁a", "▁b"])
