@@ -22,6 +22,7 @@ from rich.console import Console
 from mm_interleaved import Document, __version__
 from mm_interleaved.document import Folder
 from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.io.writing import LOCK
 from mm_interleaved.pretrained import load
 
 from ..conftest import make_image
