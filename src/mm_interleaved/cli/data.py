@@ -1,4 +1,4 @@
-"""`mmi data`: checks the data of training and of tasks, and converts official files."""
+"""`mmi data`: checks the data of training and of tasks, converts official files, and lists few-shot examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .data_tasks import prepare
+from .data_tasks import neighbours, prepare
 from .errors import UsageError
 
 data = typer.Typer(no_args_is_help=True, help="Check the data of training and of tasks; convert official files.")
@@ -56,3 +56,4 @@ def check(
 
 
 data.command()(prepare)
+data.command()(neighbours)

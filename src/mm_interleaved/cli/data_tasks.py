@@ -93,3 +93,35 @@ def prepare(
         output.print(line, highlight=False, markup=False)
     output.print(f"to check them: mmi data check {task} root={root}" + (f" phase={phase}" if phase else ""),
                  highlight=False, markup=False)  # fmt: skip
+
+
+def neighbours(
+    task: Annotated[str, typer.Argument(help="A task with few-shot examples, such as vqav2 or coco_karpathy.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, its settings: root=DIR phase=val shot_phase=train.")
+    ] = None,
+    clip: Annotated[Path, typer.Option(help="Folder of a CLIP model.")] = Path("models/clip-vit-large-patch14"),
+    count: Annotated[int, typer.Option(help="Number of examples of each sample.", min=1)] = 16,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("neighbours.json"),
+    device: Annotated[str, typer.Option(help="Where CLIP runs: cpu or cuda.")] = "cpu",
+) -> None:
+    """List the most similar few-shot examples of each sample by CLIP, for the setting `neighbours` (RICES)."""
+    from ..configuration import make_config
+    from ..io import write_json
+    from ..metrics.clip import CLIP
+    from ..metrics.result import MissingRequirement
+    from ..tasks import TaskConfig, make_task
+    from ..tasks.neighbours import find_neighbours
+
+    made = make_task(make_config({"task": task, "root": ROOT}, TaskConfig, overrides or [], f"task '{task}'"))
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} images"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        shown = progress.add_task(task, total=None)
+        try:
+            found = find_neighbours(made, CLIP(clip, device), count,
+                                    lambda words: progress.update(shown, advance=1, description=words))  # fmt: skip
+        except MissingRequirement as error:
+            raise UsageError(error.reason, "--clip", error.fix) from None
+    write_json(out, found, indent=None)
+    output.print(f"{out}: {count} examples for each of {len(found):,} samples. To use it: neighbours: {out}",
+                 highlight=False, markup=False, soft_wrap=True)  # fmt: skip

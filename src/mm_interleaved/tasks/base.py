@@ -254,9 +254,8 @@ class Task:
         """
         shots = None
         if self.config.shots:
-            items = self._read(self._shot_source())
-            shots = Shots(self.config, self.kind, [item for item in items if not item.problem])
-        for index, item in enumerate(self._items()):
+            shots = Shots(self.config, self.kind, self.examples())
+        for index, item in enumerate(self.items()):
             if not item.fields:
                 document = Document(
                     [Image() if self.makes == "image" else Text()], id=item.id, place=item.place or None
@@ -300,8 +299,20 @@ class Task:
                 item = Item.unusable(item.place or f"{self.name}, item {number}", error.problem)
             yield item
 
-    def _items(self) -> Iterator[Item]:
-        """The items. An item with the id of an earlier one cannot be used."""
+    def examples(self) -> list[Item]:
+        """The items that few-shot examples are chosen from.
+
+        Raises:
+            InputError: a file is missing or malformed.
+        """
+        return [item for item in self._read(self._shot_source()) if not item.problem]
+
+    def items(self) -> Iterator[Item]:
+        """The items of the phase. An item with the id of an earlier one cannot be used.
+
+        Raises:
+            InputError: a file is missing or malformed, or none of its records can be used.
+        """
         places: dict[str, str] = {}
         odd: list[Item] = []  # yielded after the first usable item: if there is none, the files have another layout
         good, source = 0, self.source()
