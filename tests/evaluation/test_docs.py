@@ -50,7 +50,7 @@ def test_one_after_the_other(mmi: Callable[..., Outcome], tmp_path: Path, monkey
 def test_the_other_commands_exist() -> None:
     evaluate = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
     assert {"--device", "--overwrite"} <= {o for p in evaluate.params for o in p.opts}
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     assert "torchrun --nproc-per-node=2 -m mm_interleaved.cli evaluate first.yaml" in TEXT
 
 
