@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from mm_interleaved.configuration import load_config
 from mm_interleaved.evaluation.processes import start_processes
 from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training.checkpoints import ASIDE, MANIFEST, find_damage, find_resume, list_checkpoints
-from mm_interleaved.training.config import TrainConfig
+from mm_interleaved.training.config import TrainConfig, TrainingError
 from mm_interleaved.training.run import train
 
 from .conftest import ROOT, arguments, logged, start, start_new
@@ -205,3 +206,44 @@ def test_tasks_of_slurm_that_do_not_know_each_other_are_refused(
     with pytest.raises(ValueError, match=r"srun started 8 tasks.*torchrun"):
         start_processes(cpu=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_saves_nothing(settings, tmp_path: Path) -> None:
+    """No line is logged before the first save and before `final`, so only the checks of these notice it."""
+    for save_every, steps in ((2, 4), (0, 2)):
+        run = tmp_path / f"run{save_every}"
+        wild = settings(
+            "optimizer.lr=1e30", f"steps={steps}", "schedule.warmup_steps=0", "log_every=100",
+            f"save_every={save_every}", "precision=float32", run=run.name,
+        )  # fmt: skip
+        with pytest.raises(TrainingError, match=r"not finite"):
+            train(wild, TOKENIZER, "cpu")
+        assert not (run / "final").exists()
+        for checkpoint in list_checkpoints(run):
+            assert all(torch.isfinite(tensor).all() for tensor in weights(checkpoint).values())
+
+
+def test_final_says_the_step_of_its_weights(settings, tmp_path: Path) -> None:
+    for steps in (2, 1):
+        train(settings(f"steps={steps}", "save_every=2"), TOKENIZER, "cpu")
+        assert json.loads((tmp_path / "run/final/trained.json").read_text())["steps"] == 2
+
+
+def test_a_finished_run_keeps_the_settings_that_trained_it(
+    settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(settings("steps=1", "save_every=1", "optimizer.lr=1e-5"), TOKENIZER, "cpu")
+    before = (tmp_path / "run/config.yaml").read_text()
+    train(settings("steps=1", "save_every=1", "optimizer.lr=2e-5"), TOKENIZER, "cpu")
+    assert (tmp_path / "run/config.yaml").read_text() == before
+    assert "'optimizer.lr' was 1e-05 and is now 2e-05" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit_the_saved_state_are_named(settings) -> None:
+    train(settings("steps=1", "save_every=1"), TOKENIZER, "cpu")
+    for change, words in (
+        ("optimizer.kind=muon", '\'optimizer.kind\' was "adamw" and is now "muon"'),
+        ("data.seed=4", "'seed' was 0 and is now 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(settings("steps=2", change), TOKENIZER, "cpu")

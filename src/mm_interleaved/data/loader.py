@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from ..configuration import describe_differences
 from ..io import InputError
 from ..processor import Batch, MMInterleavedProcessor
 from ..processor.packing import TokenStream
@@ -242,9 +243,11 @@ class _Parcels:
         self._identity = [config.seed, epoch, place.consumer, place.consumers, sources]
         if state is not None:
             if state["identity"] != self._identity:
+                names = ("seed", "epoch", "process", "processes", "sources")
+                old, new = (dict(zip(names, identity, strict=True)) for identity in (state["identity"], self._identity))
                 raise DataError(
-                    "the saved state belongs to other data settings: seed, epoch, process, processes and sources were "
-                    f"{state['identity']}, but are {self._identity}"
+                    f"the saved state belongs to other data settings: {describe_differences(old, new)}. Keep these "
+                    "settings, or start a new run from the weights with model.init_from.checkpoint"
                 )
             self._mixture.load_state_dict(state["mixture"])
             self._done = state["done"]

@@ -13,10 +13,14 @@ import re
 import shutil
 from pathlib import Path
 
+from ..configuration import describe_differences, read_settings
 from ..io import InputError, read_json, write_json
+from ..validation import parse
+from .config import OptimizerConfig
 
 ASIDE = "checkpoint.incomplete"
 MANIFEST = "manifest.json"
+SETTINGS = "config.yaml"
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -116,6 +120,30 @@ def step_of(checkpoint: Path) -> int:
         return int(read_json(path)["global_step"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{path}' cannot be read ({error}); resume from another checkpoint") from None
+
+
+def check_groups(checkpoint: Path, config: OptimizerConfig) -> None:
+    """Check that the optimizer's state in a checkpoint belongs to the same kind of optimizer and parameter groups.
+
+    Raises:
+        ValueError: the settings that determine them differ; names them.
+    """
+    path = checkpoint / SETTINGS
+    if not path.is_file():
+        return
+    old = parse(read_settings(path)["optimizer"], OptimizerConfig, str(path))
+    if changes := describe_differences(_group_settings(old), _group_settings(config)):
+        raise ValueError(
+            f"the optimizer's state in '{checkpoint}' does not fit: {changes}. Keep these settings, or start a new run "
+            "from its weights with model.init_from.checkpoint"
+        )
+
+
+def _group_settings(config: OptimizerConfig) -> dict[str, object]:
+    """The settings that determine the optimizer's kind and its parameter groups."""
+    muon = {"plain": list(config.muon.plain)} if config.kind == "muon" else None
+    groups = [group.pattern for group in config.groups]
+    return {"optimizer": {"kind": config.kind, "groups": groups, "no_decay": list(config.no_decay), "muon": muon}}
 
 
 def prune(run: Path, keep: int) -> None:

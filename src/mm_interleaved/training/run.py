@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from torch import nn
 
 from .. import __version__
-from ..configuration import to_yaml
+from ..configuration import describe_differences, read_settings, to_yaml
 from ..data import DocumentLoader, build_loader
 from ..evaluation.processes import check_launch
 from ..generation import MMInterleaved
@@ -24,7 +25,7 @@ from . import sharding
 from .building import build
 from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
-from .checkpoints import find_resume, step_of
+from .checkpoints import SETTINGS, find_resume, step_of
 from .config import RunConfig, TrainConfig
 from .distillation import ConditionDistillation
 from .flops import step_cost
@@ -62,7 +63,7 @@ def train(
 
     Raises:
         ValueError: settings do not fit together, or the run cannot be resumed.
-        TrainingError: a loss was not finite.
+        TrainingError: a loss or a trained weight is not finite.
     """
     console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
     with start_run(config) as resume:
@@ -123,8 +124,9 @@ def start_run(config: RunConfig) -> Iterator[Path | None]:
     is_first = int(os.environ.get("RANK", "0")) == 0
     with lock_folder(folder) if is_first else nullcontext():
         resume = find_resume(folder, config.resume)
-        if is_first:
-            write_atomic(folder / "config.yaml", to_yaml(config))
+        at_end = resume is not None and step_of(resume) >= config.steps
+        if is_first and not (at_end and (folder / SETTINGS).is_file()):  # the settings that trained the weights stay
+            write_atomic(folder / SETTINGS, to_yaml(config))
         if config.tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
         yield resume
@@ -139,7 +141,7 @@ def run(
     if config.fsdp:
         trainer.add_callback(sharding.ShardingCallback(console))
     folder = Path(config.output) / FINAL
-    at_end = resume is not None and step_of(resume) >= config.steps
+    last = 0 if resume is None else step_of(resume)
     if trainer.args.process_index == 0:
         trainer.add_callback(Reporter(config, console))
         assert trainer.model is not None
@@ -149,25 +151,37 @@ def run(
     if resume is not None:
         trainer.load_run_state(resume)
         console.print(f"going on from {resume}")
-    if at_end and _trained_steps(folder) == config.steps:
-        console.print(f"done already: {folder}")
-        return None
-    if resume is not None and at_end:
+    if resume is not None and last >= config.steps:
+        if trainer.args.process_index == 0:
+            _tell_changes(config, console)
+        if _trained_steps(folder) == last:
+            console.print(f"done already: {folder}")
+            return None
         trainer.load_weights(resume)
     else:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        last = trainer.state.global_step
     if loop.stopped_by is not None and trainer.state.global_step < config.steps:
         console.print(
             f"stopped by {loop.stopped_by} at step {trainer.state.global_step} of {config.steps}; a checkpoint is "
             f"saved, and the same command resumes from there"
         )
         return loop.stopped_by
+    trainer.check_finite(last)
     finish(folder)
     if trainer.args.process_index == 0:
-        about = {"steps": config.steps, "seed": config.seed, "version": __version__}
+        about = {"steps": last, "seed": config.seed, "version": __version__}
         write_json(folder / TRAINED, about)
     console.print(f"done: {folder}")
     return None
+
+
+def _tell_changes(config: RunConfig, console: Console) -> None:
+    """Print which settings of a run at its end have no effect, because its weights were trained with others."""
+    path = Path(config.output) / SETTINGS
+    changes = describe_differences(read_settings(path), yaml.safe_load(to_yaml(config)))
+    if changes:
+        console.print(f"nothing is left to train, so settings that differ from {path} have no effect: {changes}")
 
 
 def _trained_steps(folder: Path) -> int | None:

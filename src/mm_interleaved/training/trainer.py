@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..configuration import to_yaml
@@ -30,6 +31,9 @@ from .optimizer import build_optimizer
 from .pipeline import BatchPipeline
 
 SCHEDULERS = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup", "linear": "linear"}
+ADVICE = (
+    "A lower learning rate, more warm-up or precision=float32 may help; checkpoints in the run's folder are from before"
+)
 PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # prefixes of the outputs that are logged separately
 
 
@@ -207,11 +211,16 @@ class RunTrainer(Trainer):
         return str(self._aside or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write everything to a temporary folder, rename it, and remove the oldest checkpoints."""
+        """Write everything to a temporary folder, rename it, and remove the oldest checkpoints.
+
+        Raises:
+            TrainingError: a loss or a weight is not finite; nothing is written.
+        """
         run = self._run_folder()
         name = f"checkpoint-{self.state.global_step}"
         if run / name in checkpoints.list_checkpoints(run):
             return
+        self.check_finite(self.state.global_step)
         self._aside = run / checkpoints.ASIDE
         if self.args.should_save:
             shutil.rmtree(self._aside, ignore_errors=True)
@@ -226,7 +235,7 @@ class RunTrainer(Trainer):
                 self._barrier()
                 if self.args.should_save:
                     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                    write_atomic(folder / "config.yaml", to_yaml(self.config))
+                    write_atomic(folder / checkpoints.SETTINGS, to_yaml(self.config))
                     checkpoints.write_manifest(folder)
                     shutil.rmtree(run / name, ignore_errors=True)  # a damaged one of that name
                     os.replace(folder, run / name)
@@ -264,8 +273,9 @@ class RunTrainer(Trainer):
         """Restore the state that the Trainer does not handle: the pipeline and the average.
 
         Raises:
-            ValueError: the checkpoint was written with another number of processes.
+            ValueError: the checkpoint was written with another number of processes, or for other parameter groups.
         """
+        checkpoints.check_groups(folder, self.config.optimizer)
         path = folder / self._pipeline_file()
         if not path.is_file():
             count = len(list(folder.glob("feed_*.pt")))
@@ -285,7 +295,26 @@ class RunTrainer(Trainer):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 
-    # ---- losses that are not finite
+    # ---- losses and weights that are not finite
+
+    def check_finite(self, step: int) -> None:
+        """Refuse to save what a diverged run leaves.
+
+        Args:
+            step: the step after which the weights are saved.
+
+        Raises:
+            TrainingError: a loss since the last log line, or a trained weight, is NaN or infinite.
+        """
+        self._check_losses()
+        assert self.model is not None
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        own = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in trained.items()}
+        bad = [name for name, weight in own.items() if not torch.isfinite(weight).all()]
+        if bad:
+            raise TrainingError(
+                f"{len(bad)} of {len(own)} trained tensors are not finite after step {step}, first '{bad[0]}'. {ADVICE}"
+            )
 
     def _check_losses(self) -> None:
         back = self.window.first_bad()
@@ -295,15 +324,11 @@ class RunTrainer(Trainer):
         numbers = dict(self.pipeline.recent)
         number = self.pipeline.number - back
         step = self.state.global_step - (back - 1) // self.config.accumulation
-        if number not in numbers:
-            raise TrainingError(
-                f"the loss of step {step} is not finite; its batch is no longer at hand (log more often)"
-            )
-        dump_batch(numbers[number], folder, {"step": step, "batch": number, "rank": self.args.process_index})
-        raise TrainingError(
-            f"the loss of step {step} is not finite. The batch is in '{folder}'. A lower learning rate, more warm-up "
-            "or precision=float32 may help; the last checkpoint is from before"
-        )
+        place = "Its batch is no longer at hand (log more often)"
+        if number in numbers:
+            dump_batch(numbers[number], folder, {"step": step, "batch": number, "rank": self.args.process_index})
+            place = f"The batch is in '{folder}'"
+        raise TrainingError(f"the loss of step {step} is not finite. {place}. {ADVICE}")
 
 
 def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
