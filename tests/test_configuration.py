@@ -43,6 +43,7 @@ class Schema:
     fast: bool = False
     weights: dict[str, float] = field(default_factory=dict)
     mode: Literal["read", "write"] = "read"
+    betas: Annotated[list[float], Field(min_length=2, max_length=3)] = field(default_factory=lambda: [0.9, 0.99])
     RENAMED: ClassVar[dict[str, str]] = {"streams": "It is now 'sources'", "scribble": "It is now 'write'"}
 
 
@@ -131,7 +132,10 @@ def test_a_field_has_the_name_of_files(tmp_path: Path) -> None:
         ("name: a\nsources: [{}, {typ: x}]", "unknown key 'typ' in sources[1] ({file}). Did you mean 'type'?"),
         ("name: a\nextra: {qqqqq: 1}", "unknown key 'qqqqq' in extra ({file}). Known: lr, steps, clip"),
         ("name: a\noptimizer: {steps: soon}", "optimizer.steps must be a whole number, not 'soon' ({file})"),
-        ("name: a\noptimizer: {steps: true}", "optimizer.steps must be a whole number, not True ({file})"),
+        ("name: a\noptimizer: {steps: true}", "optimizer.steps must be a whole number, not true ({file})"),
+        ("name: a\noptimizer: {steps: null}", "optimizer.steps must be a whole number, not null ({file})"),
+        ("name: a\nbetas: []", "betas must have at least 2 items, not 0 ({file})"),
+        ("name: a\nbetas: [1, 2, 3, 4]", "betas must have at most 3 items, not 4 ({file})"),
         ("name: a\noptimizer: {steps: 2.5}", "optimizer.steps must be a whole number, not 2.5 ({file})"),
         ("name: a\noptimizer: 3", "optimizer must be a mapping, not 3 ({file})"),
         ("name: a\nsources: [{weight: heavy}]", "sources[0].weight must be a number, not 'heavy' ({file})"),
@@ -150,7 +154,8 @@ def test_a_field_has_the_name_of_files(tmp_path: Path) -> None:
         ("hello", "unknown key 'hello'"),
         ("name: a\nfast: [1, 2\nx: 3", "not YAML"),
         ("name: a\nname: b", "line 2, column 1: not YAML: found duplicate key name"),
-        ("name: ${nowhere}", "nowhere"),
+        ("name: ${nowhere}", "Interpolation key 'nowhere' not found (name in {file})"),
+        ("name: a\noptimizer: {lr: '${nowhere}'}", "'nowhere' not found (optimizer.lr in {file})"),
         ("name: ${oc.shell:ls}", "oc.shell"),
         ("name: !!python/object/apply:os.system [ls]", "not YAML"),
     ],
@@ -183,12 +188,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("optimizer.lrr=1", "unknown key 'lrr' in optimizer ({o}). Did you mean 'lr'?"),
         ("sources.0.wieght=1", "unknown key 'wieght' in sources[0] ({o}). Did you mean 'weight'?"),
         ("sources.7.weight=1", "there is no such list item"),
+        ("sources.first.weight=1", "there is no such list item"),
+        (".name=3", "must have the form key=value"),
+        ("optimizer..lr=3", "must have the form key=value"),
+        ("optimizer=[1]", "gives a list in place of a mapping"),
+        ("name.first=3", "name must be a string, not {'first': 3} ({file} with {o})"),
+        ("optimizer.steps=13", "13 steps bring bad luck (optimizer in {file} with {o})"),
+        ("name=${nowhere}", "'nowhere' not found (name in {o})"),
         ("optimizer.lr=fast", "optimizer.lr must be a number, not 'fast' ({o})"),
         ("optimizer={lr: 1, stops: 2}", "unknown key 'stops' in optimizer ({o}). Did you mean 'steps'?"),
     ],
 )
 def test_bad_overrides_are_explained(file: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message.replace("{o}", f"override '{override}'"))) as raised:
+    message = message.replace("{o}", f"override '{override}'").replace("{file}", str(file))
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         load_config(file, Schema, [override])
     assert f"override '{override}'" in str(raised.value)
 
@@ -213,6 +226,22 @@ def test_extends_merges_mappings_and_replaces_lists(file: Path, tmp_path: Path) 
     assert config.name == "run"
     several = write(tmp_path / "c.yaml", "extends: [a.yaml, sub/b.yaml]\nname: c\n")
     assert load_config(several, Schema) == Schema("c", config.optimizer, config.sources, weights={"x": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: a.yaml\noptimizer: [1, 2]", "optimizer must be a mapping, not [1, 2] ({file})"),
+        ("extends: a.yaml\nsources: {a: 1}", "sources must be a list, not {'a': 1} ({file})"),
+        ("extends: 3", "extends must be the path of a file or a list of them, not 3 ({file})"),
+        ("extends: {a: b}", "extends must be the path of a file or a list of them, not {'a': 'b'} ({file})"),
+        ("extends: [a.yaml, 3]", "extends must be the path of a file or a list of them, not ['a.yaml', 3] ({file})"),
+    ],
+)
+def test_files_that_cannot_extend_others(file: Path, text: str, message: str) -> None:
+    path = write(file.with_name("b.yaml"), text)
+    with pytest.raises(ConfigError, match=re.escape(message.replace("{file}", str(path)))):
+        load_config(path, Schema)
 
 
 def test_a_part_of_a_larger_file(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_any_json_is_read_or_refused_with_words(tmp_path: Path, data: Any, name:
     [
         ("", ["empty"]),
         ("   \n", ["empty"]),
-        ("{", ["not JSON", "line 1"]),
+        ("{", ["not JSON", "column 2"]),
         ("[]", ["list of documents is empty"]),
         ("7", ["must be an object", "a whole number"]),
         ('{"segmets": []}', ["'segments'", "'segmets'"]),

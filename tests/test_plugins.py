@@ -81,7 +81,7 @@ def test_a_plugin_takes_no_name_of_this_package(site: Path) -> None:
         ("import nothing_of_that_name", "cannot be imported: ModuleNotFoundError: .*nothing_of_that_name"),
         ("ONE =", "cannot be imported: SyntaxError"),
         ("TWO = 2", "cannot be imported: AttributeError"),
-        ("ONE = 'one'", "is a str and must be a int"),
+        ("ONE = 'one'", "is of type str and must be of type int"),
     ],
 )
 def test_a_broken_plugin_is_reported_by_name(site: Path, source: str, reason: str) -> None:

@@ -12,19 +12,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigIndexError, OmegaConfBaseException
+from omegaconf.errors import ConfigIndexError, ConfigTypeError, OmegaConfBaseException
 from pydantic import TypeAdapter
 
-from .validation import ConfigError, parse
+from .validation import ConfigError, parse, short
 
 T = TypeVar("T")
 EXTENDS = "extends"
+_PART = r"[^\s.\[\]]+"
+_KEY = rf"({_PART}|\[{_PART}\])(\.{_PART}|\[{_PART}\])*"  # of an override
 
 
 def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = (), partial: bool = False) -> T:
@@ -49,7 +51,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     Raises:
         ConfigError: the file or an override cannot be read.
     """
-    return _plain(_load(Path(path), ()), overrides, str(path))
+    return _plain(_load(Path(path), ()), overrides, _origin(overrides, str(path)))
 
 
 def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] = (), where: str = "settings") -> T:
@@ -63,7 +65,7 @@ def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] 
     Raises:
         ConfigError: as `load_config`.
     """
-    return _validated(OmegaConf.create(data), schema, overrides, where)
+    return _validated(data, schema, overrides, where)
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: one of them is not written so.
     """
-    return _plain(OmegaConf.create({}), overrides, "the arguments")
+    return _plain({}, overrides, _origin(overrides, "the arguments"))
 
 
 def to_yaml(config: Any) -> str:
@@ -81,66 +83,95 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _validated(merged: DictConfig, schema: type[T], overrides: Sequence[str], where: str, partial: bool = False) -> T:
-    data = _plain(merged, overrides, where)
+def _validated(
+    given: dict[str, Any], schema: type[T], overrides: Sequence[str], where: str, partial: bool = False
+) -> T:
+    origin = _origin(overrides, where)
+    data = _plain(given, overrides, origin)
     if partial:
         known = [field.name for field in dataclasses.fields(cast(Any, schema))]
         data = {key: value for key, value in data.items() if key in known}
+    return parse(data, schema, origin)
 
-    def source(path: Sequence[str | int]) -> str:
-        """The last override that sets what lies at `path`, else the file."""
+
+def _origin(overrides: Sequence[str], where: str) -> Callable[[Sequence[str | int]], str]:
+    """A function that names what sets the value at a path: an override, the file, or both."""
+
+    def origin(path: Sequence[str | int]) -> str:
         names = [str(key) for key in path]
-        setting = (o for o in reversed(overrides) if (parts := _parts(o)) == names[: len(parts)])
-        return next((f"override '{override}'" for override in setting), where)
+        for override in reversed(overrides):
+            parts = _parts(override)
+            if parts == names[: len(parts)]:
+                return f"override '{override}'"
+            if names and names == parts[: len(names)]:
+                return f"{where} with override '{override}'"
+        return where
 
-    return parse(data, schema, source)
+    return origin
 
 
-def _plain(merged: DictConfig, overrides: Sequence[str], where: str) -> dict[str, Any]:
+def _plain(
+    given: dict[str, Any], overrides: Sequence[str], origin: Callable[[Sequence[str | int]], str]
+) -> dict[str, Any]:
     """The data with overrides and references resolved."""
-    merged = merged.copy()
+    merged = OmegaConf.create(given)
     for override in overrides:
         _apply(merged, override)
     try:
         return cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{_first_line(error)} ({where})") from None
+        key = error.full_key or ""
+        place = f"{key} in " if key else ""
+        raise ConfigError(f"{_first_line(error)} ({place}{origin(_parts(key))})") from None
 
 
 def _apply(merged: DictConfig, override: str) -> None:
     where = f"override '{override}'"
     key = override.partition("=")[0].strip()
-    if "=" not in override or not key or re.search(r"\s", key):
+    if "=" not in override or not re.fullmatch(_KEY, key):
         raise ConfigError(f"{where} must have the form key=value or key.sub=value")
     try:
         merged.merge_with_dotlist([override.strip()])
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {where} is not YAML: {_first_line(error)}") from None
-    except (ConfigIndexError, ValueError):
-        raise ConfigError(f"there is no such list item: {where}") from None
+    except ConfigTypeError:
+        raise ConfigError(f"{where} gives a list in place of a mapping, or a mapping in place of a list") from None
+    except (ConfigIndexError, ValueError, TypeError):  # TypeError: the key of a list's item is not a number
+        raise ConfigError(f"there is no such list item: {where}. Items are named by number, from 0") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_first_line(error)} ({where})") from None
 
 
 def _parts(override: str) -> list[str]:
-    """`sources[0].type=x` as `["sources", "0", "type"]`."""
+    """The keys of `sources[0].type=x` or of `sources[0].type`: `["sources", "0", "type"]`."""
     return [part for part in re.split(r"[.\[\]]+", override.partition("=")[0].strip()) if part]
 
 
-def _load(path: Path, above: tuple[Path, ...]) -> DictConfig:
+def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """A file, merged over those that it extends."""
     if path.resolve() in above:
         raise ConfigError(f"{path} extends itself through {' and '.join(p.name for p in above)}")
     data = _read(path)
-    extends = data.pop(EXTENDS, None) or []
-    bases = [extends] if isinstance(extends, str) else list(extends)
-    if not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{EXTENDS} must be the path of a file or a list of them ({path})")
-    loaded = [_load(path.parent / base, (*above, path.resolve())) for base in bases]
-    return cast(DictConfig, OmegaConf.merge(*loaded, data))
+    extends = data.pop(EXTENDS, None)
+    bases = [extends] if isinstance(extends, str) else [] if extends is None else extends
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{EXTENDS} must be the path of a file or a list of them, not {short(extends)} ({path})")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, _load(path.parent / base, (*above, path.resolve())))
+    return _merge(merged, data)
 
 
-def _read(path: Path) -> DictConfig:
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`: mappings are merged key by key, all else is replaced, also by other types."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
@@ -158,7 +189,7 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: must be a mapping of keys to values, not a list")
     if not data:
         raise ConfigError(f"{path}: the file is empty")
-    return data
+    return cast("dict[str, Any]", OmegaConf.to_container(data))
 
 
 def _first_line(error: Exception) -> str:

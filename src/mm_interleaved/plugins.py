@@ -14,13 +14,12 @@ A plug-in is imported when its name is looked up, not before. docs/guides/plugin
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar, cast
 
-from .io import InputError
+from .io import InputError, nearest_name, sentences
 
 T = TypeVar("T")
 INSTALL = (
@@ -94,8 +93,8 @@ class Registry(Mapping[str, T]):
         except _BROKEN as error:
             raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
         if not (callable(value) if self.kind is None else isinstance(value, self.kind)):
-            wanted = "callable" if self.kind is None else f"a {self.kind.__name__}"
-            raise PluginError(f"{where} is a {type(value).__name__} and must be {wanted}")
+            wanted = "callable" if self.kind is None else f"of type {self.kind.__name__}"
+            raise PluginError(f"{where} is of type {type(value).__name__} and must be {wanted}")
         return value
 
     def __contains__(self, name: object) -> bool:
@@ -124,10 +123,7 @@ class Registry(Mapping[str, T]):
             name: the unknown name.
             others: other accepted names.
         """
-        names = [*others, *self]
-        close = difflib.get_close_matches(name, names, n=1)
-        known = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names) or 'none'}."
-        return f"unknown {self.noun} '{name}'. {known} {INSTALL}"
+        return sentences(f"unknown {self.noun} '{name}'", nearest_name(name, [*others, *self]), INSTALL)
 
     def plugin(self, name: str) -> EntryPoint | None:
         """The entry point that adds a name, not imported; None: no plug-in adds it."""

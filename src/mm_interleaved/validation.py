@@ -12,19 +12,19 @@ A NumPy or PyTorch integer is also an integer, but a bool is not. Floats are fin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
+import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, dataclass_transform, overload
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from .io import InputError
+from .io import InputError, close_name, nearest_name, sentences
 
 T = TypeVar("T")
 Path = Sequence[str | int]
@@ -124,16 +124,16 @@ def explain(error: ValidationError, schema: type, source: str | Callable[[Path],
         message, advice = str(problem.get("ctx", {})["error"]), ""
         origin = " in ".join(part for part in (_dotted(path), origin) if part)
     else:
-        words = problem["msg"]
+        words = re.sub(r"^\w+ should ", " must ", problem["msg"]).replace(" after validation", "")
         for theirs, ours in _WORDS.items():
             words = words.replace(theirs, ours)
-        wanted = words.removeprefix("Input should be ")
-        message = f"{_dotted(path)} must be {wanted}, not {short(value)}"
-        message = message if wanted != words else f"{_dotted(path)}: {words}"
+        message = f"{_dotted(path)}{words if words.startswith(' must ') else f': {words}'}"
+        if words.startswith(" must ") and ", not " not in words:  # which says how many items a list has
+            is_json = origin and (value is None or isinstance(value, bool))  # not an argument in Python
+            message += f", not {json.dumps(value) if is_json else short(value)}"
         choices = typing.get_args(_type_at(schema, path)) if kind == "literal_error" else ()
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        advice = _former(owner, value) or (f"Did you mean '{close[0]}'?" if close else "")
-    return message + (f" ({origin})" if origin else "") + (f". {advice}" if advice else "")
+        advice = _former(owner, value) or close_name(str(value), choices)
+    return sentences(message + (f" ({origin})" if origin else ""), advice)
 
 
 # Replacements for words in pydantic's messages.
@@ -174,13 +174,6 @@ def _fields(kind: Any) -> dict[str, FieldInfo] | None:
 
 def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """A sentence about the unknown name `name`: the nearest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known) or 'none'}"
 
 
 def short(value: Any) -> str:

@@ -359,7 +359,7 @@ def test_an_interrupt_in_the_middle_of_an_image(mmi: Mmi, tmp_path: Path, how: s
 
 BAD_INPUTS = {
     "empty file": ("", "empty"),
-    "not JSON": ("{'a': 1}", "not JSON: .* line 1, column 2"),
+    "not JSON": ("{'a': 1}", "not JSON: .* at column 2"),
     "empty list": ("[]", "empty"),
     "unknown field": (
         '[{"segments": [{"text": "A."}]}, {"segments": [{"txt": "A."}]}]',

@@ -130,7 +130,7 @@ def test_another_run_is_refused_and_overwritten_if_asked(
         ("dtype=int8", "dtype must be 'float32'"),
         ("quantization=int3", "quantization must be 'int8' or 'fp8'"),
         ("max_unreadable=2", "max_unreadable must be at most 1, not 2"),
-        ("tasks=[]", "tasks: List should have at least 1 item"),
+        ("tasks=[]", "tasks must have at least 1 item, not 0"),
         ("tasks=[{task: gqa}, {task: gqa}]", "two of 'tasks' are called 'gqa'"),
         ("tasks.0.name=../other", "becomes a folder's"),
     ],

@@ -66,7 +66,8 @@ def test_errors_name_the_key() -> None:
     [
         (b"", "empty", "empty"),
         (b" \n\t", "empty", "empty"),
-        (b'{"a": 1', r"not JSON: .* at line 1, column 8", "not JSON"),
+        (b'{"a": 1', r"not JSON: .* at column 8\.", "not JSON"),
+        (b'{"a": "b', r"not JSON: Unterminated string starting at column 7\.", "not JSON"),
         (b'{\n"a": 1}\n{"b": 2}', r"not JSON: Extra data at line 3, column 1", "not JSON"),
         (b'{"a": 1} x', "not JSON: Extra data", "not JSON"),
         (b'{"a": "\xe9"}', r"not UTF-8 text \(byte 7\)", "not UTF-8"),
@@ -118,7 +119,7 @@ def test_lines(tmp_path: Path) -> None:
     ("content", "problem"),
     [
         (b'{"a": 1}\n[1]', "line 2: must be an object, not a list"),
-        (b'{"a": 1}\n{"a"', "line 2: not JSON"),
+        (b'{"a": 1}\n{"a"', r"line 2: not JSON: .* delimiter at column 5\."),
         (b'{"a": 1}{"a": 2}', "line 1: not JSON: Extra data"),
         (b'{"a": 1}\n\n{"a": "\xff"}', "line 3: not UTF-8"),
         (rb'{"a": "\ud83d"}', "line 1, a: lone surrogate"),
@@ -157,4 +158,5 @@ def test_errors_travel_between_processes() -> None:
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), vars(copy)) == (str(error), vars(error))
     assert str(InputError("problem", "b").at("a")) == "a, b: problem"
+    assert str(InputError("problem?", "b", "fix")) == "b: problem? fix"  # no second full stop
     assert not issubclass(OutputError, ValueError)  # a full disk must not count as a bad sample

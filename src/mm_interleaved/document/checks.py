@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from ..io import InputError, check_type
+from ..io import InputError, check_type, nearest_name
 
 
 def check_fields(data: dict[str, Any], known: Sequence[str], where: str = "") -> None:
     """Raise an `InputError` for a field that is not in `known`; the message suggests the most similar known field."""
     for key in data:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            fix = f"Did you mean '{close[0]}'?" if close else f"Known fields: {', '.join(known)}"
-            raise InputError(f"unknown field '{key}'", where, fix)
+            raise InputError(f"unknown field '{key}'", where, nearest_name(str(key), known))
 
 
 def listed(names: Any) -> str:

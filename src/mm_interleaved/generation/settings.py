@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from ..io import nearest_name
 from ..model.image_settings import CacheImplementation, ImageSettings
-from ..validation import Count, Positive, Seed, nearest_name, settings
+from ..validation import Count, Positive, Seed, settings
 
 
 def _warm(temperature: float) -> float:

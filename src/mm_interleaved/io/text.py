@@ -138,7 +138,7 @@ def parse_json(data: str | bytes, where: str = "", *, strict: bool = True) -> An
 
     Raises:
         InputError: it is not UTF-8, empty, not exactly one JSON value, nested too deeply, or has a number of too many
-            digits; the message names the line and the column.
+            digits; the message names the line, if there are several, and the column.
     """
     text = decode_text(data, where) if isinstance(data, bytes) else data
     if not text.strip():
@@ -146,7 +146,8 @@ def parse_json(data: str | bytes, where: str = "", *, strict: bool = True) -> An
     try:
         value = json.loads(text, object_pairs_hook=_distinct if strict else None)
     except json.JSONDecodeError as error:
-        problem = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""  # `where` names the line of a JSON-lines file
+        problem = f"not JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}"
         raise InputError(
             problem, where, "Correct it; if it is cut short, write or fetch it again", "not JSON"
         ) from None

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..document import Document, Image, Segment, Text
 from ..document.arrays import is_array
-from ..io import FileSlice, InputError, check_strings
+from ..io import FileSlice, InputError, check_strings, nearest_name
 from ..io.images import ImageSource, load_image
 from ..model.config import MMInterleavedConfig
-from ..validation import nearest_name
 from .batch import Batch, build_labels
 from .images import CROPS, halved
 from .packing import Cut, TokenStream, pack

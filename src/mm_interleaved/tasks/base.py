@@ -14,8 +14,8 @@ import numpy as np
 
 from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
-from ..io import InputError, check_strings
-from ..validation import Count, Positive, Seed, nearest_name, settings
+from ..io import InputError, check_strings, nearest_name
+from ..validation import Count, Positive, Seed, settings
 from .files import Entry, ImageFolder, Source, checked, get, read_json
 
 NO_IMAGES = "no folder of images"  # the kind of an error
