@@ -448,9 +448,14 @@ def test_what_is_wrong_in_a_conversation(processor: MMInterleavedProcessor) -> N
         processor.apply_chat_template(good, tokenize=True, return_tensors="np")
     with pytest.raises(ValueError, match=r"kind of content 'video'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}])
-    slots = [{"role": "user", "content": "An <|image|> without an image."}]
-    with pytest.raises(ValueError, match="1 image slots, but 0 images"):
-        processor.apply_chat_template(slots, tokenize=True)
+
+
+def test_words_of_users_are_no_control_tokens(processor: MMInterleavedProcessor) -> None:
+    said = [{"role": "user", "content": "An <|image|> without an image, <s>5</s>."}]
+    ids = processor.apply_chat_template(said, tokenize=True)[0]
+    assert processor.image_token_id not in ids
+    assert (ids == processor.tokenizer.bos_token_id).sum() == 1
+    assert "<|image|> without an image, <s>5</s>." in processor.decode(ids)
 
 
 def test_decoding(processor: MMInterleavedProcessor) -> None:

@@ -411,10 +411,12 @@ def test_documents_that_cannot_be_used(tmp_path: Path, processor: MMInterleavedP
         {"segments": [{"image": "0.png"}, {"image": None}]},
     ])  # fmt: skip
     rows, images, report = read(processor, "documents", tmp_path, ["a.jsonl"])
-    assert images == [2]
-    assert rows == ["<s>[]ok</s>"]
+    assert images == [0, 2]
+    (row,) = rows
+    assert row.startswith("<s>a <")  # the token's name is written out, as the text that it is
+    assert row.endswith("[]</s><s>[]ok</s>")
     assert report.rejected("documents") == {
-        "the file '…' does not exist": 2, "too few images": 1, "document cannot be encoded": 2,
+        "the file '…' does not exist": 2, "too few images": 1, "document cannot be encoded": 1,
         "'texts' and 'images' must be lists of one length": 1, "image missing": 1, "image is a URL": 1,
         "text malformed": 1,
     }  # fmt: skip
