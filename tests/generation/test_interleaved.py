@@ -528,7 +528,7 @@ def test_generate_wrongly(model: MMInterleaved, arguments: tuple, words: str) ->
 def test_settings_that_are_not_there(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     with pytest.raises(ValueError, match="max_length is not supported"):
         model.generate(processor(one()), max_length=3)
-    with pytest.raises(ValueError, match="no setting 'stepps'"):
+    with pytest.raises(ValueError, match="unknown setting 'stepps'"):
         model.generate_interleaved(one(), processor, stepps=3)
 
 

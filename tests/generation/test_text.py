@@ -235,8 +235,8 @@ def test_presets_are_the_originals() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"num_beams": 2, "do_sample": True}, "do_sample needs num_beams=1"),
-        ({"temperature": 0}, "temperature must be at least 1e-06, not 0.0; use do_sample=False"),
-        ({"top_p": 0}, "top_p must be at most 1.0 and greater than 0.0"),
+        ({"temperature": 0}, "temperature must be at least 1e-6, not 0.0. Set do_sample=False"),
+        ({"top_p": 0}, "top_p must be greater than 0, not 0"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 needs as many beams"),
     ],
@@ -250,7 +250,7 @@ def test_override_finds_the_right_place() -> None:
     settings = override(GenerationSettings(), seed=9, top_p=0.5, guidance_scale=2.0, max_turns=3, temperature=None)
     assert (settings.seed, settings.image.seed, settings.text.top_p) == (9, 9, 0.5)
     assert (settings.image.guidance_scale, settings.max_turns, settings.text.temperature) == (2.0, 3, 1.0)
-    with pytest.raises(ValueError, match="no setting 'colour'"):
+    with pytest.raises(ValueError, match="unknown setting 'colour'"):
         override(settings, colour=1)
     with pytest.raises(ValueError, match="no generation argument 'max_tokens'"):
         from_original(max_tokens=3)

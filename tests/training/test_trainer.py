@@ -159,6 +159,7 @@ def test_every_configuration_of_the_repository_can_be_read() -> None:
             "evaluate.yaml",
             "release_tasks.yaml",
             "release_finetuned.yaml",
+            "recipe.yaml",  # of scripts/train_small
         ):  # read by their own tests
             load_config(path, of_parts.get(path.name, TrainConfig))
 
@@ -379,5 +380,5 @@ def test_batches_without_earlier_images_are_recorded_too(monkeypatch: pytest.Mon
     expected = small.model(**inputs).loss
     assert torch.equal(step(small.model, inputs).loss, expected)
     assert step.replayed == 1
-    with pytest.raises(ValueError, match=r"shapes\.graph needs every size but that of conditioning"):
+    with pytest.raises(ValueError, match=r"graph needs every size but that of conditioning"):
         ShapesConfig(1, images=1, targets=1, labelled=20, visible=1, graph=True)
