@@ -1,6 +1,6 @@
 """YAML files and `key=value` overrides as validated settings.
 
-    config = load_config("configs/small.yaml", TrainConfig, ["optimizer.lr=1e-4", "data.sources.0.seed=7"])
+    config = load_config("configs/debug.yaml", TrainConfig, ["optimizer.lr=1e-4", "data.sources.0.seed=7"])
 
 A file may have `extends: other.yaml` (a path, or a list of paths, relative to it) and only the values that differ:
 mappings are merged key by key, lists are replaced. `${other.key}` refers to another value, `${oc.env:NAME}` to the
@@ -51,7 +51,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     Raises:
         ConfigError: the file or an override cannot be read.
     """
-    return _plain(_load(Path(path), ()), overrides, _origin(overrides, str(path)))
+    return _resolved(_load(Path(path), ()), overrides, _origin(overrides, str(path)))
 
 
 def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] = (), where: str = "settings") -> T:
@@ -74,7 +74,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: one of them is not written so.
     """
-    return _plain({}, overrides, _origin(overrides, "the arguments"))
+    return _resolved({}, overrides, _origin(overrides, "the arguments"))
 
 
 def to_yaml(config: Any) -> str:
@@ -87,7 +87,7 @@ def _validated(
     given: dict[str, Any], schema: type[T], overrides: Sequence[str], where: str, partial: bool = False
 ) -> T:
     origin = _origin(overrides, where)
-    data = _plain(given, overrides, origin)
+    data = _resolved(given, overrides, origin)
     if partial:
         known = [field.name for field in dataclasses.fields(cast(Any, schema))]
         data = {key: value for key, value in data.items() if key in known}
@@ -110,7 +110,7 @@ def _origin(overrides: Sequence[str], where: str) -> Callable[[Sequence[str | in
     return origin
 
 
-def _plain(
+def _resolved(
     given: dict[str, Any], overrides: Sequence[str], origin: Callable[[Sequence[str | int]], str]
 ) -> dict[str, Any]:
     """The data with overrides and references resolved."""

@@ -5,8 +5,8 @@
 | `mm_interleaved.sources` | `data.sources.SOURCES` | a `SourceType`: the settings and the reader of a type of source |
 | `mm_interleaved.tasks` | `tasks.TASKS` | a `TaskType` |
 | `mm_interleaved.tasks.facts` | `tasks.facts.FACTS` | a function that returns the `Facts` of a task, or None |
-| `mm_interleaved.metrics` | `evaluation.scoring.METRICS` | a function from predictions and references to a result |
-| `mm_interleaved.commands` | `cli.COMMANDS` | a Typer app or a function: `mmi NAME` |
+| `mm_interleaved.metrics` | `evaluation.scoring.METRICS` | a function from `ScoringInputs` to a `MetricResult` |
+| `mm_interleaved.commands` | `cli.plugins.COMMANDS` | a Typer app or a function: `mmi NAME` |
 | `mm_interleaved.models` | `pretrained.MODELS` | the folder of a checkpoint |
 
 A plug-in is imported when its name is looked up, not before. docs/guides/plugins.md shows how to write one.

@@ -170,14 +170,14 @@ def known(what: str, value: str, options: Iterable[str]) -> None:
 
 @lru_cache(maxsize=1024)
 def sprite(attributes: Attributes, pixels: int) -> Sprite:
-    """Draw a look.
+    """Draw an object.
 
     Args:
-        look: what it looks like.
+        attributes: its attributes.
         pixels: side of the square that it fills, at least 8.
 
     Raises:
-        ValueError: the attributes has something that there is not, or it is too small to draw.
+        ValueError: an attribute has an unknown value, or the object is too small to draw.
     """
     for name, options in (("kind", KINDS), ("color", COLORS), ("texture", TEXTURES), ("part", PARTS)):
         known(name, getattr(attributes, name), options)

@@ -44,7 +44,8 @@ def asked(folder: Path, gpus: int) -> list[list[str]]:
 def test_every_stage_has_settings_that_work(tmp_path: Path, gpus: int) -> None:
     stages = asked(tmp_path, gpus)
     made = set()
-    for devices, command, file, *settings in stages:
+    for devices, *words in stages:
+        command, file, *settings = words[words[0] == "toyworld" :]
         config = load_config(ROOT / file, KINDS[command], settings)
         assert config.schedule.kind in ("constant", "cosine", "linear")
         made.add(Path(config.output).name)

@@ -91,8 +91,6 @@ class SourceConfig:
     compat: list[SourceCompat] = field(default_factory=list)
 
     RENAMED: ClassVar[dict[str, str]] = {
-        "split": "It is now one of 'options'",
-        "documents": "It is now one of 'options'",
         "BUG-1": "It is now 'strict_json'",
         "BUG-2": "It is now 'merge_without_effect'",
         "BUG-3": "It is now 'listed_image_order'",

@@ -157,7 +157,7 @@ class MMC4:
     _folders: dict[int, list[str]] = field(default_factory=dict, repr=False)
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
-        """Steps 1 to 8; what needs no image is decided before images are looked at."""
+        """The steps listed there; what needs no image is decided before images are read."""
         where = self.shards.place(record)
         data = decode(record.payload, where)
         sentences = list_of(data, "text_list", str, where)

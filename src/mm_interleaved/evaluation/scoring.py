@@ -1,4 +1,4 @@
-"""Scores of the predictions of a task: maps the metric names of tasks to metric classes.
+"""Scores of the predictions of a task: maps the metric names of tasks to functions.
 
 A metric that cannot run gives its reason and a fix; the others still run.
 """

@@ -41,7 +41,10 @@ CHAT_TURNS = 4  # most texts and images of an answer in a conversation
 
 @dataclass
 class TextDelta:
-    """New text of a document's current slot."""
+    """New text of a document's current slot; only without beam search (`num_beams=1`).
+
+    The texts of beams are known when they end: then `SegmentFinished` has the whole text.
+    """
 
     document: int
     text: str
@@ -103,7 +106,7 @@ class PreparedDocument:
     plan: Sequence[TokenStream | Turn]
 
 
-def _plain(ids: Sequence[int]) -> TokenStream:
+def _text_stream(ids: Sequence[int]) -> TokenStream:
     """A stream of text tokens."""
     return TokenStream(np.array(ids, np.int64), np.zeros(len(ids), bool), [])
 
@@ -438,7 +441,7 @@ class InterleavedGenerator:
                 return
         if forced is not None or config.bos_token_id in ids:  # after <s> earlier images are invisible
             self.state.truncate(index, start)
-        row.unread = _plain(ids[self.state.lengths[index] - start :])
+        row.unread = _text_stream(ids[self.state.lengths[index] - start :])
         row.ids += ids
         row.tokens += len(text.all_ids)
         generated = Generated(row.turns, ids=tuple(text.all_ids), text=written)

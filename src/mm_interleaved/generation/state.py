@@ -365,12 +365,12 @@ class GenerationState:
         """Restore the state if the block fails, so that the rows can still be extended."""
         lengths, visible, pyramids = list(self.lengths), list(self.visible), list(self.pyramids)
         row_images = [list(images) for images in self.row_images]
-        read = False
+        succeeded = False
         try:
             yield
-            read = True
+            succeeded = True
         finally:
-            if not read:
+            if not succeeded:
                 self.visible, self.row_images, self.pyramids = visible, row_images, pyramids
                 self.workspace.cache.set_lengths(lengths)
                 self._show_images()

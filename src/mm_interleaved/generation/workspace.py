@@ -119,6 +119,7 @@ class Workspace:
         model: the model, of which only a weak reference is kept.
         capacity: its capacity.
         captured: whether decode steps are captured in CUDA graphs, each on first use.
+        state: the state of the modules that the captured steps fit (`state_of`), and which kernels are in use.
 
     Attributes:
         cache: the KV cache of R rows.

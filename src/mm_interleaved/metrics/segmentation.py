@@ -35,6 +35,7 @@ def areas(predicted: np.ndarray, label: np.ndarray, classes: int = CLASSES) -> n
     Args:
         predicted: 1 to `classes` (0: nothing), integers [H, W]; not counted where the label is 0.
         label: 0 (unlabelled) to `classes`, integers [H, W].
+        classes: the number of classes.
 
     Raises:
         ValueError: the shapes differ, or a number is out of range.

@@ -109,8 +109,8 @@ _PARTS = tuple(field.name for field in dataclasses.fields(_Parts))
 _RESTORE = "restore it from its source, or convert the checkpoint again"
 
 
-def _plain(part: Any) -> Any:
-    """A part as plain data."""
+def _as_dict(part: Any) -> Any:
+    """A part as a dictionary."""
     return dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
 
 
@@ -194,7 +194,7 @@ class MMInterleavedConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**self.text_config)
         if isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**self.vision_config)
-        parts = parse({name: _plain(getattr(self, name)) for name in _PARTS}, _Parts, "model configuration")
+        parts = parse({name: _as_dict(getattr(self, name)) for name in _PARTS}, _Parts, "model configuration")
         for name in _PARTS:
             setattr(self, name, getattr(parts, name))
         self.frozen = list(RELEASE_FROZEN if self.frozen is None else self.frozen)
@@ -290,7 +290,7 @@ class MMInterleavedConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain data."""
         tree = super().to_dict()
-        tree |= {name: _plain(tree.get(name)) for name in _PARTS}
+        tree |= {name: _as_dict(tree.get(name)) for name in _PARTS}
         return tree
 
     @classmethod

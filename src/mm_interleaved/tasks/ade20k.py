@@ -22,7 +22,7 @@ _DIGITS = np.stack([_LEVELS // 36, _LEVELS % 36 // 6, _LEVELS % 6], 1)
 PALETTE = np.concatenate([np.zeros((1, 3)), 255 - 42 * _DIGITS]).astype(np.uint8)  # by label; 0 is black
 _OBTAIN = (
     "Get ADEChallengeData2016, write captions as [{image_id, caption}], and colour the label maps with "
-    "mm_interleaved.tasks.ade20k.color_maps"
+    "`mmi data prepare ade20k`"
 )
 
 

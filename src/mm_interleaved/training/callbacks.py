@@ -165,8 +165,8 @@ class Reporter(TrainerCallback):
             shown.append(f"{_count(values.get('tokens_per_second', 0))} tok/s")
             shown.append(f"{_count(values.get('images_per_second', 0))} img/s")
             shown.append(f"wait {values.get('data_wait_share', 0):.0%}")
-        if "recorded_share" in values:
-            shown.append(f"captured {values['recorded_share']:.0%}")
+        if "captured_share" in values:
+            shown.append(f"captured {values['captured_share']:.0%}")
         if "mfu" in values:
             shown.append(f"MFU {values['mfu']:.1%}")
         if "peak_memory_gib" in values:

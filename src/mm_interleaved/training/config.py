@@ -236,7 +236,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if any(entry.source == FRESH for entry in self.weights) and self.init_from.checkpoint is None:
-            raise ValueError("from: fresh names what is not taken from a checkpoint; give init_from.checkpoint")
+            raise ValueError(
+                "'from: fresh' gives parameters of a checkpoint new random values, and there is no checkpoint; "
+                "set init_from.checkpoint or remove the entry"
+            )
 
 
 @settings

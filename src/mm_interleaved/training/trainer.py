@@ -92,7 +92,7 @@ class RunTrainer(Trainer):
         return self.pipeline
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the configured groups."""
+        """AdamW or Muon over the configured groups."""
         if self.optimizer is None:
             trained = self.model if model is None else model
             assert trained is not None
@@ -158,7 +158,7 @@ class RunTrainer(Trainer):
             logs["steps_per_second"] = steps / (self.window.begin - seconds_begin)
             self._window_step = self.state.global_step
             if self.captured is not None:
-                logs["recorded_share"] = self.captured.take_share()
+                logs["captured_share"] = self.captured.take_share()
             for group in self.optimizer.param_groups:
                 logs[f"lr/{group.get('name', 'all')}"] = group["lr"]
         super().log(logs, start_time)

@@ -70,13 +70,16 @@ class ToyScenes(Dataset[Item]):
 
 
 class ToyTexts(Dataset[Item]):
-    """What texts ask to draw: `input_ids` [length] with `<s>` and a begin-of-image token around a caption or a
-    paragraph, padded on the right; `lengths`, how many of them; `stated` and `ground`, what it states (see `stated`).
+    """Texts and what they state.
+
+    An item has `input_ids` [length] with `<s>` and a begin-of-image token around a caption or a paragraph, padded on
+    the right; `lengths`, the number of its tokens; `stated` and `ground`, what the text states (see `stated`).
 
     Args:
         config: which scenes.
-        tokenizer: with the begin-of-image token `soi`.
-        length: tokens that a text has room for; a longer one is written anew.
+        tokenizer: the tokenizer of the texts.
+        soi: the id of the begin-of-image token.
+        length: most tokens of a text; a longer one is written again.
     """
 
     def __init__(self, config: ImagesConfig, tokenizer: PreTrainedTokenizerBase, soi: int, length: int = 128) -> None:

@@ -82,7 +82,8 @@ class LanguageTask(nn.Module):
         Args:
             input_ids: [B, L], `<s>`, the text and a begin-of-image token, padded on the right.
             lengths: [B], tokens of each row.
-            stated: [B, O, F], ground: [B]; what the texts state, see `curriculum.stated`.
+            stated: [B, O, F], what the texts state about objects (`curriculum.stated`).
+            ground: [B], what they state about the ground.
         """
         model, (batch, length) = self.model, input_ids.shape
         nothing = torch.empty(batch, length, 0, dtype=torch.long, device=input_ids.device)

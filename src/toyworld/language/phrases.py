@@ -102,8 +102,8 @@ def noun(obj: SceneObject, stated: Collection[str], rng: np.random.Generator, pl
     """For instance "big striped red fox with a crown", without an article.
 
     Args:
-        object: what to name.
-        stated: which of `ATTRIBUTES` are said; what it has none of ("none", no glyph) is passed over.
+        obj: the object.
+        stated: the `ATTRIBUTES` that the phrase states; attributes without a value ("none", no glyph) are left out.
         rng: chooses among equivalent words.
         plural: "big red foxes with crowns".
     """
