@@ -97,9 +97,9 @@ def test_a_broken_plugin_is_reported_by_name(site: Path, source: str, reason: st
 def test_an_unknown_name_gets_the_nearest_and_how_to_install_plugins() -> None:
     with pytest.raises(KeyError):
         numbers()["three"]
-    assert numbers().unknown("zeros").startswith("unknown number 'zeros'. Did you mean 'zero'?")
-    assert numbers().unknown("three").startswith("unknown number 'three'. Known: zero, cpus.")
-    assert "pip install" in numbers().unknown("three")
+    assert str(numbers().unknown("zeros")).startswith("unknown number 'zeros'. Did you mean 'zero'?")
+    assert str(numbers().unknown("three")).startswith("unknown number 'three'. Known: zero, cpus.")
+    assert "pip install" in numbers().unknown("three").fix
 
 
 def test_registries_import_neither_torch_nor_numpy() -> None:

@@ -116,14 +116,15 @@ class Registry(Mapping[str, T]):
             raise PluginError(f"there is a {self.noun} '{name}' already; choose another name")
         self._values[name] = value
 
-    def unknown(self, name: str, others: Iterable[str] = ()) -> str:
-        """The message about an unknown name: the nearest name or all names, and how to install more.
+    def unknown(self, name: str, others: Iterable[str] = ()) -> InputError:
+        """The error about an unknown name: the nearest name or all names, and how to install more.
 
         Args:
             name: the unknown name.
             others: other accepted names.
         """
-        return sentences(f"unknown {self.noun} '{name}'", nearest_name(name, [*others, *self]), INSTALL)
+        fix = sentences(nearest_name(name, [*others, *self]), INSTALL)
+        return InputError(f"unknown {self.noun} '{name}'", fix=fix)
 
     def plugin(self, name: str) -> EntryPoint | None:
         """The entry point that adds a name, not imported; None: no plug-in adds it."""

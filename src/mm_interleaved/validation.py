@@ -121,7 +121,8 @@ def explain(error: ValidationError, schema: type, source: str | Callable[[Path],
     elif kind == "missing":
         message, advice = f"{_dotted(path)} must be given", ""
     elif kind == "value_error":
-        message, advice = str(problem.get("ctx", {})["error"]), ""
+        found = problem.get("ctx", {})["error"]
+        message, advice = (found.problem, found.fix) if isinstance(found, InputError) else (str(found), "")
         origin = " in ".join(part for part in (_dotted(path), origin) if part)
     else:
         words = re.sub(r"^\w+ should ", " must ", problem["msg"]).replace(" after validation", "")

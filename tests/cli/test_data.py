@@ -93,14 +93,24 @@ def test_reasons_show_their_examples(mmi: Mmi, folder: Path) -> None:
             "data.sources.0.rot=x",
             "unknown key 'rot' in data.sources[0] (override 'data.sources.0.rot=x'). Did you mean 'root'?",
         ),
-        ("data.sources.0.type=parquet", "unknown source type 'parquet'. Known: mmc4, pairs"),
-        ("model.init_from.preset=tiny", "no preset 'tiny'"),
+        (
+            "data.sources.0.type=parquet",
+            "unknown source type 'parquet' (data.sources[0] in config.yaml with override 'data.sources.0.ty",
+        ),
+        ("model.init_from.preset=smal", "'small' or 'debug', not 'smal' (override 'model.init_from.preset=smal'). Did"),
+        ("model.tokenizer=config.yaml", "'config.yaml' holds no tokenizer: "),
     ],
 )
 def test_mistakes_are_explained(mmi: Mmi, folder: Path, change: str, message: str) -> None:
     shown = mmi("data", "check", "config.yaml", change)
     assert shown.code == 1
     assert message in shown.err
+
+
+def test_the_reason_why_a_source_cannot_be_used_is_shown(mmi: Mmi, folder: Path) -> None:
+    shown = mmi("data", "check", "config.yaml", "data.sources.0.max_length=3")
+    assert shown.code == 1
+    assert "source 'captions': an image of 5 tokens does not " in shown.out
 
 
 def folders(found: dict[str, Any]) -> set[str]:
@@ -207,6 +217,13 @@ class TestTasks:
         said = mmi("data", "check", *arguments)
         assert said.code == 1
         assert words in said.err
+
+    def test_an_evaluation_with_a_mistyped_key(self, mmi: Mmi, tmp_path: Path) -> None:
+        (tmp_path / "e.yaml").write_text("output: x\ntaks: [{task: gqa}]\n")
+        said = mmi("data", "check", tmp_path / "e.yaml")
+        assert said.code == 1
+        assert "has neither 'data'" in said.err
+        assert "unknown key 'taks'. Did you mean 'tasks'?" in said.err
 
     def test_prepare(self, mmi: Mmi, tmp_path: Path) -> None:
         (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [

@@ -486,6 +486,7 @@ BAD_OPTIONS = {
     "no such setting of images": (["image.step=3"], 1, "unknown key 'step'.*Known: num_inference_steps"),
     "a part that is no mapping": (["text=short"], 1, "text must be a mapping of settings, not 'short'"),
     "no setting at all": (["quick"], 1, "override 'quick' must have the form key=value"),
+    "a setting without a value": (["max_new_tokens="], 1, "'max_new_tokens' has no value"),
     "no such preset": (["--preset", "poem"], 1, "--preset must be one of .*caption.*, not .poem."),
     "no such image preset": (["--image-preset", "quick"], 1, "--image-preset must be one of .*unipc-20, not .quick."),
     "no such scheduler": (["scheduler=Magic"], 1, "'Magic'.*DDPMScheduler"),
@@ -520,7 +521,7 @@ def test_the_output_folder_cannot_be_written(mmi: Mmi, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = mmi("generate", write(tmp_path, story(1)), "-o", tmp_path / "file" / "out", *QUICK)
     assert done.code == 1
-    assert "cannot be written" in done.err
+    assert f"{tmp_path / 'file' / 'out'}: cannot be written: '{tmp_path / 'file'}' is a file" in done.err
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -529,7 +530,11 @@ def test_models_that_are_not_there(mmi: Mmi, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     write(tmp_path / "odd", {"model_type": "bert"}, "config.json")
-    for folder, words in (("none", "is not a folder"), ("empty", "has no config.json"), ("odd", "cannot be loaded")):
+    for folder, words in (
+        ("none", "no folder has this name"),
+        ("empty", "has no config.json"),
+        ("odd", "cannot be loaded"),
+    ):
         done = mmi("generate", source, "-o", tmp_path / "out", "--model", tmp_path / folder)
         assert done.code == 1
         assert words in done.err, done.err

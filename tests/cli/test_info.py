@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,4 +75,6 @@ def test_help_names_the_commands(mmi: Mmi) -> None:
 
 
 def test_an_unknown_command(mmi: Mmi) -> None:
-    assert mmi("draw").code == 2
+    shown = mmi("evalute")
+    assert shown.code == 2  # as of a wrong option
+    assert "unknown command 'evalute'. Did you mean 'evaluate'?" in " ".join(re.sub("[│╭╮╰╯─]", " ", shown.err).split())

@@ -124,9 +124,12 @@ def test_another_run_is_refused_and_overwritten_if_asked(
             "tasks.0.phases=val",
             "unknown key 'phases' in tasks[0] (override 'tasks.0.phases=val'). Did you mean 'phase'?",
         ),
-        ("tasks.0.task=vqa2", "unknown task 'vqa2'. Did you mean 'vqav2'?"),
+        (
+            "tasks.0.task=vqa2",
+            "unknown task 'vqa2' (tasks[0] in {file} with override 'tasks.0.task=vqa2'). Did you",
+        ),
         ("only=[okvqa]", "'only' names 'okvqa', which is not among the tasks: vqav2"),
-        ("model=nowhere", "model 'nowhere' is not a folder"),
+        ("model=nowhere", "error: unknown model 'nowhere', and no folder has this name. Known: small, debug"),
         ("dtype=int8", "dtype must be 'float32'"),
         ("quantization=int3", "quantization must be 'int8' or 'fp8'"),
         ("max_unreadable=2", "max_unreadable must be at most 1, not 2"),
@@ -137,9 +140,20 @@ def test_another_run_is_refused_and_overwritten_if_asked(
 )
 def test_settings_that_cannot_be_used(change: str, words: str, task: MakeTask, settings_file: Callable[..., Path],
                                       mmi: Command) -> None:  # fmt: skip
-    said = mmi("evaluate", settings_file(task("vqav2")), change, "--device", "cpu")
+    file = settings_file(task("vqav2"))
+    said = mmi("evaluate", file, change, "--device", "cpu")
     assert said.code == 1
-    assert words in said.err
+    assert words.replace("{file}", str(file)) in said.err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_gpus_are_not_chosen_by_name(
+    command: str, task: MakeTask, settings_file: Callable[..., Path], mmi: Command
+) -> None:
+    file = settings_file(task("vqav2")) if command == "evaluate" else ROOT / "configs/debug.yaml"
+    said = mmi(command, file, "--device", "cuda")
+    assert said.code == 1
+    assert "--device can only be cpu, not 'cuda'; choose GPUs with CUDA_VISIBLE_DEVICES" in said.err
 
 
 def test_a_failed_task_ends_in_an_error(task: MakeTask, settings_file: Callable[..., Path], mmi: Command) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..io import close_name, sentences
 from .data_tasks import neighbours, prepare
 from .errors import UsageError
 
@@ -35,6 +37,7 @@ def check(
     from ..configuration import load_config, make_config, read_settings
     from ..evaluation import EvaluateConfig
     from ..tasks import TASKS, TaskConfig
+    from ..training.config import TrainConfig
     from .data_tasks import ROOT, check_tasks
     from .data_training import check_training
 
@@ -47,6 +50,11 @@ def check(
     found = read_settings(what, overrides)
     if "tasks" in found and "data" not in found:
         check_tasks(load_config(what, EvaluateConfig, overrides).chosen())
+    elif "tasks" not in found and "data" not in found:
+        known = {f.name for schema in (TrainConfig, EvaluateConfig) for f in fields(schema)}
+        unknown = [f"unknown key '{key}'. {close_name(key, known)}" for key in found if key not in known]
+        raise UsageError("has neither 'data', as files of mmi train have, nor 'tasks', as those of mmi evaluate have",
+                         what, sentences(*unknown[:1]))  # fmt: skip
     elif isinstance(found.get("data"), dict) and "sources" not in found["data"]:
         keys = ", ".join(found["data"]) or "nothing"
         raise UsageError(f"{what}: 'data' has no 'sources', only {keys}. This command checks files of mmi train "

@@ -79,16 +79,13 @@ def prepare(
     phase: Annotated[str, typer.Option(help="Part of the data set; default: the task's first.")] = "",
 ) -> None:
     """Convert official files to the format that a task reads."""
-    from ..tasks import TASKS, InputError
+    from ..tasks import TASKS
     from ..tasks.prepare import prepare as convert
 
     if task not in TASKS:
-        raise UsageError(TASKS.unknown(task))
-    try:
-        with console.status(f"converting {task}"):
-            lines = convert(TASKS[task], source, root, phase)
-    except InputError as error:
-        raise UsageError(str(error)) from None
+        raise TASKS.unknown(task)
+    with console.status(f"converting {task}"):
+        lines = convert(TASKS[task], source, root, phase)
     for line in lines:
         output.print(line, highlight=False, markup=False)
     output.print(f"to check them: mmi data check {task} root={root}" + (f" phase={phase}" if phase else ""),

@@ -98,7 +98,8 @@ def _sample(
         for batch in itertools.islice(loader, batches):
             found.append(batch)
     except DataError as error:
-        return found, loader.report(), str(error).partition(":")[0]
+        first, *_ = str(error).splitlines()  # the others are counts, which the table has
+        return found, loader.report(), first.removesuffix(":")
     return found, loader.report(), ""
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..io import OutputError, lock_folder
 from .console import console, output
 from .errors import UsageError
-from .models import find_dtype, load_model
+from .models import check_cpu, find_dtype, load_model
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -42,8 +42,7 @@ def evaluate_command(
     from .gallery import write_gallery
 
     loaded = load_config(config, EvaluateConfig, settings or [])
-    if device not in (None, "cpu"):
-        raise UsageError(f"--device can only be cpu, not '{device}'; choose GPUs with CUDA_VISIBLE_DEVICES")
+    check_cpu(device)
     state = start_processes(cpu=device == "cpu" or not torch.cuda.is_available())
     folder = Path(loaded.output)
     with _once(state), ExitStack() as stack:

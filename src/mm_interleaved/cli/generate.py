@@ -94,7 +94,10 @@ def _settings(preset: str, image_preset: str, pairs: list[str], seed: int | None
     for option, name, known in (("--preset", preset, TEXT_PRESETS), ("--image-preset", image_preset, IMAGE_PRESETS)):
         if name not in known:
             raise UsageError(f"{option} must be one of {', '.join(known)}, not '{name}'")
-    changes = {"seed": seed, **read_overrides(pairs)}
+    given = read_overrides(pairs)
+    if empty := [name for name, value in given.items() if value is None]:
+        raise UsageError(f"'{empty[0]}' has no value; give one, or leave it out to keep that of the preset")
+    changes = {"seed": seed, **given}
     if changes.get("num_beams") not in (None, 1):
         changes.setdefault("do_sample", False)  # presets sample, and beam search does not
     try:

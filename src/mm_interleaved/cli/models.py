@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from ..io import InputError
 from .console import console
 from .errors import UsageError
 
@@ -68,6 +69,16 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def check_cpu(device: str | None) -> None:
+    """Check the device of a command that may run on several GPUs: the CPU, or None for the GPUs of its processes.
+
+    Raises:
+        UsageError: another one is named.
+    """
+    if device not in (None, "cpu"):
+        raise UsageError(f"--device can only be cpu, not '{device}'; choose GPUs with CUDA_VISIBLE_DEVICES")
+
+
 def load_model(
     name: str,
     dtype: torch.dtype | None,
@@ -92,5 +103,7 @@ def load_model(
     try:
         with nullcontext() if quiet else console.status(f"loading {escape(name)}"):
             return load(name, dtype, device, quantization)
+    except InputError:
+        raise
     except (ValueError, RuntimeError, OSError) as error:  # the libraries' errors for folders that they cannot load
         raise UsageError(f"model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -10,7 +10,6 @@ import typer
 from typer.core import TyperGroup
 
 from ..plugins import PluginError, Registry
-from .errors import UsageError
 
 COMMANDS: Registry[Callable[..., Any]] = Registry("mm_interleaved.commands", "command")
 
@@ -39,10 +38,10 @@ class CommandGroup(TyperGroup):
         """Return the called command, which is imported, and the remaining arguments.
 
         Raises:
-            UsageError: there is no such command.
+            click's UsageError: there is no such command.
         """
         if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise UsageError(COMMANDS.unknown(args[0], self.commands))
+            ctx.fail(str(COMMANDS.unknown(args[0], self.commands)))
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and name not in self.commands:
             command = _command(name, COMMANDS[name])

@@ -84,8 +84,6 @@ class ResultsFolder:
             "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         }
         self.records: list[dict[str, Any]] = []
-        write_atomic(folder / ".writable", "")
-        (folder / ".writable").unlink()
         self._take_over(resume, overwrite)
 
     def _take_over(self, resume: bool, overwrite: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
+from .models import check_cpu
 
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replaces a setting of the file.")]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of a run; see configs/.", metavar="CONFIG")]
@@ -24,6 +25,7 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
     from ..training.config import TrainConfig
 
     loaded = load_config(config, TrainConfig, settings or [])
+    check_cpu(device)
     with training() as run:
         run.train(loaded, TOKENIZER, device)
 

@@ -101,7 +101,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.type not in SOURCES:
-            raise ValueError(SOURCES.unknown(self.type))
+            raise SOURCES.unknown(self.type)
         object.__setattr__(self, "name", self.name or self.type)
         if SOURCES[self.type].has_files != bool(self.shards):
             wanted = "has no files and takes no" if self.shards else "needs"

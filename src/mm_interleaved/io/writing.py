@@ -55,7 +55,10 @@ class writing:
             raise OutputError(f"no space left in {folder}", str(self.path),
                               "Free some space; the same command resumes", "no space") from None  # fmt: skip
         if isinstance(error, OSError):
-            raise OutputError(f"cannot be written: {error.strerror or error}", str(self.path),
+            file = next((p for p in (self.path, *self.path.parents) if os.path.isfile(p)), None)
+            in_the_way = file is not None and number in (errno.EEXIST, errno.ENOTDIR)
+            reason = f"'{file}' is a file" if in_the_way else error.strerror or error
+            raise OutputError(f"cannot be written: {reason}", str(self.path),
                               "Name another place", "unwritable") from None  # fmt: skip
 
 

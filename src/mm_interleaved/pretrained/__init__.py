@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from ..checkpoints.checkpoint import check_safetensors
 from ..checkpoints.quantization import Quantization, quantize
 from ..generation import MMInterleaved
+from ..io import InputError
 from ..model import MMInterleavedConfig
 from ..plugins import Registry
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
@@ -79,7 +80,8 @@ def load(
     elif named or folder.is_dir():
         raise ValueError(f"model '{name}' has no config.json in '{folder}'; give the folder of a checkpoint")
     else:
-        raise ValueError(f"model '{name}' is not a folder, and no name either: {MODELS.unknown(str(name))}")
+        unknown = MODELS.unknown(str(name))
+        raise InputError(f"{unknown.problem}, and no folder has this name", fix=unknown.fix)
     if quantization is not None:
         quantize(model, quantization)
     if device is not None:

@@ -219,6 +219,12 @@ class TaskConfig:
     seed: Seed = 0
     compat: bool = False
 
+    def __post_init__(self) -> None:
+        from . import TASKS  # which imports this module
+
+        if self.task not in TASKS:
+            raise TASKS.unknown(self.task)
+
 
 class Task:
     """A task with its settings.

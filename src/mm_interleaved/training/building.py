@@ -97,7 +97,7 @@ def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizer
         if (folder / "tokenizer_config.json").is_file():
             return AutoTokenizer.from_pretrained(folder)
         return MMInterleavedTokenizer.from_vocab(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: SentencePiece cannot parse the file
         raise ValueError(f"'{folder}' holds no tokenizer: {str(error).splitlines()[0]}") from None
 
 

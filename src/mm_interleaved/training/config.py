@@ -174,7 +174,7 @@ class InitConfig:
         components: base models to combine.
     """
 
-    preset: str | None = None
+    preset: Literal["release", "small", "debug"] | None = None
     checkpoint: str | None = None
     components: ComponentsConfig | None = None
 
