@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; only tests of kernels choose Triton
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
+from mm_interleaved.model.mmfs import VisibleImages
 from mm_interleaved.pretrained import TOKENIZER
 
 # The same examples every time, so that what fails is what was changed; HYPOTHESIS_PROFILE=explore tries new ones.
@@ -166,3 +167,17 @@ def images(tmp_path: Path) -> list[Path]:
     for i, path in enumerate(paths):
         make_image(i).save(path)
     return paths
+
+
+def visible_in_mask(mask: torch.Tensor) -> VisibleImages:
+    """Visible images of a dense mask [B, Q, n], 1 = visible, where row b has the images b * n to b * n + n - 1.
+
+    There are B * Q groups of one query each.
+    """
+    batch, queries, n = mask.shape
+    newest_first = mask.bool().flip(-1).view(batch * queries, n)
+    slots = max(int(newest_first.sum(-1).max()), 0) if newest_first.numel() else 0
+    order = torch.argsort(newest_first.int(), dim=-1, descending=True, stable=True)[:, :slots]
+    first = (torch.arange(batch, device=mask.device) * n).repeat_interleave(queries)[:, None]
+    images = torch.where(newest_first.gather(1, order), first + n - 1 - order, -1)
+    return VisibleImages.build(images, batch * n)

@@ -87,7 +87,7 @@ class Registry(Mapping[str, T]):
         return self._values[name]
 
     def _load(self, point: EntryPoint) -> object:
-        where = f"the {self.noun} '{point.name}' of package {_package(point)} ({point.value})"
+        where = f"{self.describe(point.name)} ({point.value})"
         try:
             value = point.load()
         except _BROKEN as error:
@@ -125,6 +125,11 @@ class Registry(Mapping[str, T]):
         """
         fix = sentences(nearest_name(name, [*others, *self]), INSTALL)
         return InputError(f"unknown {self.noun} '{name}'", fix=fix)
+
+    def describe(self, name: str) -> str:
+        """The noun and the name of a value; for a plug-in's value also its package."""
+        point = self._plugins.get(name)
+        return f"the {self.noun} '{name}'" + (f" of package {_package(point)}" if point is not None else "")
 
     def plugin(self, name: str) -> EntryPoint | None:
         """The entry point that adds a name, not imported; None: no plug-in adds it."""

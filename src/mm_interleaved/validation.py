@@ -70,7 +70,7 @@ def settings(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) 
     @functools.wraps(validated_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            validated_init(self, *map(_python_number, args), **{name: _python_number(value) for name, value in kwargs.items()})
+            validated_init(self, *map(_number, args), **{name: _number(value) for name, value in kwargs.items()})
         except ValidationError as error:
             raise ConfigError(explain(error, made)) from None
 
@@ -78,7 +78,7 @@ def settings(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) 
     return made
 
 
-def _python_number(value: Any) -> Any:
+def _number(value: Any) -> Any:
     """Convert a NumPy or PyTorch number to a Python number."""
     return value.item() if getattr(value, "shape", None) == () else value
 

@@ -15,7 +15,8 @@ import torch
 
 from mm_interleaved.data import DataError, SourceConfig
 from mm_interleaved.data.readers import make_reader
-from mm_interleaved.data.shards import expand
+from mm_interleaved.data.shards import NumberedRecords, expand
+from mm_interleaved.data.sources import SOURCES, SourceType
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.processor import IMAGE_TOKEN, SOI_TOKEN, MMInterleavedProcessor
 from mm_interleaved.processor.tokenizer import encode_text
@@ -537,3 +538,20 @@ def test_wild_cards(tmp_path: Path) -> None:
     assert expand("*.gz", tmp_path) == ["a.gz", "b.gz"]
     with pytest.raises(DataError, match=r"no file in .* matches '\*.tar'"):
         expand("*.tar", tmp_path)
+
+
+class Silent:
+    """A plug-in's reader that forgets to return its documents."""
+
+    def __init__(self, config: SourceConfig, options: None, folder: Path) -> None:
+        self.shards = NumberedRecords("silent", 3)
+
+    def document(self, *_: object) -> None: ...
+
+
+def test_a_reader_without_a_document_is_named_with_the_record(
+    processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(SOURCES._values, "silent", SourceType(Silent, has_files=False))
+    with pytest.raises(DataError, match=r"source 'mine', silent.*the source type 'silent' gave a NoneType in place of"):
+        list(loader(processor, SourceConfig("silent", name="mine", batch_size=1, root=str(tmp_path))))

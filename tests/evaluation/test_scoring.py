@@ -224,3 +224,29 @@ def test_intervals_of_ratios_use_the_weights() -> None:
     scores, weights = {"a": {1: 100.0, 2: 0.0}}, {"a": {1: 5.0, 2: 0.0}}
     data = as_data(MetricResult.of_means(scores, weights), seed=0, resamples=50)
     assert data == {"values": {"a": 100.0}, "intervals": {"a": [100.0, 100.0]}}
+
+
+def _without_key(given: ScoringInputs) -> MetricResult:
+    return MetricResult(given.by_id("no_such_key"))
+
+
+def _no_result(given: ScoringInputs) -> dict[str, float]:
+    return {"half": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (_without_key, "the metric 'own' raised KeyError: 'no_such_key'"),
+        (_no_result, "the metric 'own' raised TypeError: it returned a dict, not a MetricResult"),
+    ],
+)
+def test_a_mistake_in_a_metric_spoils_this_metric_only(
+    metric: Callable, said: str, scored: Callable[..., ScoringInputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS._values, "own", metric)
+    given = scored("vqav2", lambda s, _: {"prediction": "yes"})
+    given.task.metrics = ("own", *given.task.metrics)
+    results, _ = score_task(given, 0)
+    assert results["own"] == {"values": {}, "failed": said}
+    assert results["vqa_accuracy"]["values"]

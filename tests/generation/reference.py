@@ -91,6 +91,17 @@ class ReferenceState:
         self.ids = [list(self.ids[r]) for r in rows.tolist()]
 
 
+class RowBeams(Hypotheses):
+    """The finished texts of a row, and whether the search of the row has ended."""
+
+    done = False
+
+    def check(self, best_running: float, length: int) -> None:
+        """Set `done` if no running beam can beat the worst finished text."""
+        if len(self.finished) == self.size:
+            self.done = self.done or self.finished[-1].score >= best_running / length**self.length_penalty
+
+
 @torch.no_grad()
 def reference_beams(
     state: ReferenceState, settings: TextSettings, banned: Sequence[int] = ()
@@ -100,7 +111,7 @@ def reference_beams(
     ends, pad = end_tokens(model), model.config.pad_token_id
     processors = score_processors(model, settings, torch.device("cpu"), banned)
     beams = state.branch(range(batch), width)
-    rows = [Hypotheses(width, settings.length_penalty) for _ in range(batch)]
+    rows = [RowBeams(width, settings.length_penalty) for _ in range(batch)]
     history = torch.full((batch * width, 1), model.config.bos_token_id)
     scores = torch.full((batch, width), -1e9)
     scores[:, 0] = 0

@@ -19,7 +19,7 @@ from mm_interleaved import (
     Text,
     TextSettings,
 )
-from mm_interleaved.generation.settings import GenerationSettings, from_original, override
+from mm_interleaved.generation.settings import GenerationSettings, override
 from mm_interleaved.generation.text import write
 
 from ..conftest import make_image
@@ -140,9 +140,9 @@ def test_end_tokens_are_blocked_for_the_first_seven(scripted, processor: MMInter
     model = scripted(lambda step: {EOS: 9.0, soi: 8.0, 10: 0.0})
     text = model.generate_text(processor(Document([Text("a")])), TextSettings(num_beams=1))[0][0]
     assert (text.ids, text.end) == ([10] * 7, EOS)
-    text = model.generate_text(processor(Document([Text("a")])), from_original(min_length=8, num_beams=2).text)[0][0]
+    text = model.generate_text(processor(Document([Text("a")])), TextSettings(num_beams=2))[0][0]
     assert (text.ids, text.end) == ([10] * 7, EOS)
-    text = model.generate_text(processor(Document([Text("a")])), from_original(min_length=0, num_beams=1).text)[0][0]
+    text = model.generate_text(processor(Document([Text("a")])), TextSettings(num_beams=1, min_new_tokens=0))[0][0]
     assert (text.ids, text.end) == ([], EOS)
 
 
@@ -222,11 +222,10 @@ def test_presets_are_the_originals() -> None:
     assert table.keys() == TEXT_PRESETS.keys()
     for name, (longest, shortest, beams, length, repetition) in table.items():
         preset = TEXT_PRESETS[name]
-        sampled = {"use_nucleus_sampling": True} if name == "interleaved" else {}
-        assert preset == from_original(
-            max_length=longest, min_length=shortest, num_beams=beams, length_penalty=length,
-            repetition_penalty=repetition, **sampled,
-        ).text  # fmt: skip
+        assert preset == TextSettings(
+            max_new_tokens=longest, min_new_tokens=max(shortest - 1, 0), num_beams=beams, length_penalty=length,
+            repetition_penalty=repetition, do_sample=name == "interleaved",
+        )  # fmt: skip
     assert (TEXT_PRESETS["interleaved"].top_p, TEXT_PRESETS["interleaved"].top_k) == (0.9, 50)
 
 
@@ -252,5 +251,3 @@ def test_override_finds_the_right_place() -> None:
     assert (settings.image.guidance_scale, settings.max_turns, settings.text.temperature) == (2.0, 3, 1.0)
     with pytest.raises(ValueError, match="unknown setting 'colour'"):
         override(settings, colour=1)
-    with pytest.raises(ValueError, match="no generation argument 'max_tokens'"):
-        from_original(max_tokens=3)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from mm_interleaved.checkpoints.original import NameTable, config_from_original, derived_tensors
-from mm_interleaved.generation import MMInterleaved
+from mm_interleaved.generation import GenerationSettings, ImageSettings, MMInterleaved, TextSettings
 from mm_interleaved.model import MMInterleavedConfig
 from mm_interleaved.processor import Batch
 
@@ -31,6 +32,31 @@ def kind(name: str) -> Callable:
         return function
 
     return mark
+
+
+RENAMED = {
+    "max_length": ("text", "max_new_tokens"),
+    "num_beams": ("text", "num_beams"),
+    "use_nucleus_sampling": ("text", "do_sample"),
+    "top_p": ("text", "top_p"),
+    "temperature": ("text", "temperature"),
+    "repetition_penalty": ("text", "repetition_penalty"),
+    "length_penalty": ("text", "length_penalty"),
+    "num_captions": ("text", "num_return_sequences"),
+    "num_inference_steps": ("image", "num_inference_steps"),
+    "guidance_scale": ("image", "guidance_scale"),
+    "num_validation_images": ("image", "num_candidates"),
+}
+"""By argument of the original's generation: the part of the settings and the setting."""
+
+
+def from_original(**arguments: Any) -> GenerationSettings:
+    """The settings that the original's generation arguments mean. Its `min_length` counts `<s>`."""
+    chosen: dict[str, dict[str, Any]] = {"text": {}, "image": {}}
+    for name, value in arguments.items():
+        part, ours = ("text", "min_new_tokens") if name == "min_length" else RENAMED[name]
+        chosen[part][ours] = max(value - 1, 0) if name == "min_length" else value
+    return GenerationSettings(TextSettings(**chosen["text"]), ImageSettings(**chosen["image"]))
 
 
 class CaseTensors(dict[str, Tensor]):

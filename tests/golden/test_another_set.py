@@ -16,10 +16,9 @@ from mm_interleaved.checkpoints.checkpoint import convert_from_original, convert
 from mm_interleaved.checkpoints.original import config_from_original
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.generation import SegmentFinished
-from mm_interleaved.generation.settings import from_original
 
 from ..conftest import awaken, golden_bytes
-from .golden_set import CaseTensors, GoldenSet
+from .golden_set import CaseTensors, GoldenSet, from_original
 from .test_golden import test_state_dict_is_used_completely as check_state_dict
 from .test_golden_generation import _generator
 

@@ -20,7 +20,7 @@ from mm_interleaved.model.unet import EarlierImages
 from mm_interleaved.ops import deformable_attention, deformable_attention_reference
 from mm_interleaved.processor import build_labels
 
-from ..conftest import golden_bytes
+from ..conftest import golden_bytes, visible_in_mask
 from . import test_golden_generation
 from .golden_set import GoldenSet, kind, strided
 
@@ -99,7 +99,7 @@ def test_mmfs(golden: GoldenSet, case: str, form: str) -> None:
         x.leave("sampling_locations|attention_weights")
         flat = features.flatten(0, 1)
         derived = module.derive_query() if form == "derived" else None
-        visible = VisibleImages.from_mask(_dense_mask(x["in.mask"], length))
+        visible = visible_in_mask(_dense_mask(x["in.mask"], length))
         points = reference.expand(batch, -1, -1).reshape(-1, 1, 2)
         given = module.project(flat), visible, shapes, points, base, derived
         out = module(query.reshape(-1, 1, width), *given).view(query.shape)

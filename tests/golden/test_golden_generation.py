@@ -13,14 +13,14 @@ from torch import Tensor
 from mm_interleaved import MMInterleaved
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.generation import InterleavedGenerator, SegmentFinished
-from mm_interleaved.generation.settings import GenerationSettings, from_original
+from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.generation.text import end_tokens, write
 from mm_interleaved.model.layout import find_images, previous_images
 from mm_interleaved.processor import Batch
-from mm_interleaved.processor.images import center_crop, to_array, to_pil
+from mm_interleaved.processor.images import center_crop, to_pil
 from mm_interleaved.processor.packing import TokenStream
 
-from .golden_set import GoldenSet, kind, strided
+from .golden_set import GoldenSet, from_original, kind, strided
 
 
 @kind("texts")
@@ -115,6 +115,11 @@ def test_scores(golden: GoldenSet, case: str) -> None:
     golden.close(case, "scores", torch.tensor(scores), x["out.scores"])
 
 
+def _cropped(image: PIL.Image.Image, size: int) -> Tensor:
+    """The central square, [3, size, size] in [0, 1]."""
+    return torch.from_numpy(center_crop(image, size).transpose(2, 0, 1).astype("float32") / 255)
+
+
 class _PixelsOnly:
     """Stands in for a processor where there are ids but no tokenizer."""
 
@@ -124,7 +129,7 @@ class _PixelsOnly:
         self.first: Batch | None = None
 
     def pixels(self, images: list[PIL.Image.Image]) -> Tensor:
-        found = [torch.from_numpy(to_array(center_crop(p, self.size))) for p in images]
+        found = [_cropped(p, self.size) for p in images]
         return torch.stack(found) if found else torch.zeros(0, 3, self.size, self.size)
 
     def decode_text(self, ids: list[int]) -> str:
@@ -190,8 +195,7 @@ def _check_turn(
         golden.close(case, flags, torch.tensor([follows, stopped]), x[f"out.{flags}"])
         return follows
     golden.close(case, f"{turn}_image_strided", *strided(torch.cat(drawn), x[f"out.{turn}_image_strided"]))
-    images = [to_array(center_crop(image, image.width)) for image in generated.candidates]
-    pixels = torch.stack([torch.from_numpy(image * 255) for image in images])
+    pixels = torch.stack([_cropped(image, image.width) * 255 for image in generated.candidates])
     _pixels_equal(pixels.round(), x[f"out.{turn}_image_u8"])
     shown = _PixelsOnly(golden).pixels(generated.candidates[:1])[0]
     _pixels_equal((shown * 255).round(), x[f"out.{turn}_new_image_tensor_u8"])

@@ -12,7 +12,7 @@ from mm_interleaved.model.config import MMFSConfig
 from mm_interleaved.model.mmfs import MMFS, VisibleImages, mmfs_reference
 from mm_interleaved.ops import softmax_plus_one
 
-from ..conftest import awaken
+from ..conftest import awaken, visible_in_mask
 
 CONFIG = MMFSConfig(hidden_size=8, levels=[4, 2], num_heads=2, num_points=3, max_images=6, base_size=2)
 SHAPES = [(4, 4), (2, 2)]
@@ -32,7 +32,7 @@ def run(mmfs: MMFS, query: Tensor, features: Tensor, mask: Tensor, form: str, sh
         return mmfs_reference(mmfs, query, mmfs.project(features), mask, shapes, centre, 2)[0]
     dense = mask[:, None].expand(-1, length, -1) if mask.dim() == 2 else mask
     dense = dense if dense.shape[1] == length else dense[:, -1:].expand(-1, length, -1)
-    visible = VisibleImages.from_mask(dense)
+    visible = visible_in_mask(dense)
     flat = features.flatten(0, 1)
     derived = mmfs.derive_query() if form == "derived" else None
     assert (derived is None) == (form != "derived")
@@ -116,7 +116,7 @@ def test_gradcheck_of_all_parameters() -> None:
 
     def function(*values: Tensor) -> Tensor:
         parameters = dict(zip(names, values[2:], strict=True))
-        visible, flat = VisibleImages.from_mask(mask), values[1].flatten(0, 1)
+        visible, flat = visible_in_mask(mask), values[1].flatten(0, 1)
 
         def call(module_: MMFS) -> Tensor:
             return module_(values[0].reshape(-1, 1, 10), module_.project(flat), visible, SHAPES, CENTRE, 2)

@@ -17,14 +17,16 @@ def write(
     """Write the files of the task dots: images, and answers.jsonl with the number of dots of each."""
     import numpy as np
 
+    from mm_interleaved.io import atomic_folder
+
     from .source import draw_dots
 
     rng = np.random.default_rng(seed)
-    out.mkdir(parents=True)
     lines = []
-    for index in range(count):
-        number = int(rng.integers(1, 10))
-        draw_dots(number, rng).save(out / f"{index}.png")
-        lines.append(json.dumps({"image": f"{index}.png", "count": number}) + "\n")
-    (out / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    with atomic_folder(out) as folder:  # refuses a folder with files, and leaves none that is incomplete
+        for index in range(count):
+            number = int(rng.integers(1, 10))
+            draw_dots(number, rng).save(folder / f"{index}.png")
+            lines.append(json.dumps({"image": f"{index}.png", "count": number}) + "\n")
+        (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
     typer.echo(out)

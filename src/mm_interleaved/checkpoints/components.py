@@ -143,7 +143,7 @@ def _check_components(config: MMInterleavedConfig, llm: Path, clip: Path, diffus
             for k in wanted.keys() & found.keys()
             if k != "sample_size" or name == "unet"  # the VAE's value has no effect
         ]
-    wrong = [f"{name} is {a!r}, but the component says {b!r}" for name, a, b in pairs if _comparable(a) != _comparable(b)]
+    wrong = [f"{name} is {a!r}, but the component says {b!r}" for name, a, b in pairs if _as_list(a) != _as_list(b)]
     kept = config.vocab_size - config.num_new_tokens
     if text.vocab_size < kept:
         wrong.append(
@@ -153,7 +153,7 @@ def _check_components(config: MMInterleavedConfig, llm: Path, clip: Path, diffus
         raise CheckpointError("the components do not fit the configuration: " + "; ".join(wrong))
 
 
-def _comparable(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     """The value, a tuple as a list: JSON has lists only."""
     return list(value) if isinstance(value, tuple) else value
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..document import Document
 from ..io import InputError
 from ..processor import MMInterleavedProcessor
 from ..processor.packing import Cut, PackingRules, TokenStream
@@ -25,6 +26,7 @@ from .config import SourceConfig
 from .readers import Reader
 from .report import DataError, DataReport, Rejected
 from .shards import Record
+from .sources import SOURCES
 
 PLAIN_WINDOW = 64  # records read at a time without shuffling
 
@@ -263,6 +265,11 @@ class SourceStream:
         rng = generator(Purpose.DOCUMENT, *self._keys, passes, record.shard, record.line)
         name = self.config.name
         document = self.reader.document(record, rng, lambda reason, example: report.reject(name, reason, example))
+        if not isinstance(document, Document):  # a plug-in's mistake
+            where = f"source '{name}', {self.reader.shards.place(record)}"
+            given = f"{SOURCES.describe(self.config.type)} gave a {type(document).__name__} in place of a document"
+            raise DataError(given, where, "'document' of its reader must return a Document, or raise Rejected to leave "
+                            "the record out")  # fmt: skip
         try:
             stream = self.processor.encode(self.processor.render(document), close=True)
         except InputError as error:

@@ -5,6 +5,7 @@ A metric that cannot run gives its reason and a fix; the others still run.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ from ..tasks.facts import Facts
 from .config import EvaluationError, MetricConfig
 from .predictions import Record
 
+logger = logging.getLogger(__name__)
+
+# Errors of a metric: unsuitable data and weights that cannot be loaded, then mistakes in the code of a plug-in.
+UNSUITABLE = (ValueError, OSError, RuntimeError)
+MISTAKES = (LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError, ImportError)
 NAMED = 20  # unreadable samples that the results of a failed task list
 
 
@@ -237,8 +243,15 @@ def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any
             raise EvaluationError(f"task '{given.task.name}': {METRICS.unknown(name)}")
         try:
             result = METRICS[name](given)
-        except (ValueError, OSError, RuntimeError) as error:  # unsuitable data, weights that cannot be loaded
+            if not isinstance(result, MetricResult):
+                raise TypeError(f"it returned a {type(result).__name__}, not a MetricResult")
+        except UNSUITABLE as error:
             results[name] = {"values": {}, "failed": " ".join(str(error).split()) or type(error).__name__}
+            continue
+        except MISTAKES as error:
+            problem = f"{METRICS.describe(name)} raised {type(error).__name__}: {' '.join(str(error).split())}"
+            logger.warning("%s", problem, exc_info=error)
+            results[name] = {"values": {}, "failed": problem}
             continue
         results[name] = as_data(result, seed, given.metrics.resamples)
         if result.skipped is not None and name in SETTINGS:

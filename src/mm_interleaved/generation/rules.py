@@ -135,7 +135,6 @@ class Hypotheses:
     def __init__(self, size: int, length_penalty: float) -> None:
         self.size, self.length_penalty = size, length_penalty
         self.finished: list[WrittenText] = []
-        self.done = False
 
     def add(self, ids: list[int], end: int | None, log_probability: float) -> None:
         """Add a finished text; `ids` start with `<s>`, which counts for the length."""
@@ -145,8 +144,3 @@ class Hypotheses:
         self.finished.append(WrittenText(ids[1:], end, score))
         self.finished.sort(key=lambda text: -_score(text))
         del self.finished[self.size :]
-
-    def check(self, best_running: float, length: int) -> None:
-        """Set `done` if no running beam can beat the worst finished text."""
-        if len(self.finished) == self.size:
-            self.done = self.done or self.finished[-1].score >= best_running / length**self.length_penalty

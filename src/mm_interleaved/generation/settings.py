@@ -125,39 +125,6 @@ IMAGE_PRESETS = {
 }  # DPM-Solver++: arXiv 2211.01095; UniPC: arXiv 2302.04867
 
 
-def from_original(**arguments: Any) -> GenerationSettings:
-    """Settings from the original's generation arguments (`max_length`, `min_length`, `num_captions`, ...).
-
-    Raises:
-        ValueError: an argument is not one of the original's.
-    """
-    renamed = {
-        "max_length": ("text", "max_new_tokens"),
-        "num_beams": ("text", "num_beams"),
-        "use_nucleus_sampling": ("text", "do_sample"),
-        "top_p": ("text", "top_p"),
-        "temperature": ("text", "temperature"),
-        "repetition_penalty": ("text", "repetition_penalty"),
-        "length_penalty": ("text", "length_penalty"),
-        "num_captions": ("text", "num_return_sequences"),
-        "num_inference_steps": ("image", "num_inference_steps"),
-        "guidance_scale": ("image", "guidance_scale"),
-        "num_validation_images": ("image", "num_candidates"),
-    }
-    chosen: dict[str, dict[str, Any]] = {"text": {}, "image": {}}
-    for name, value in arguments.items():
-        if name == "min_length":
-            chosen["text"]["min_new_tokens"] = max(TextSettings(min_new_tokens=value).min_new_tokens - 1, 0)
-        elif name in renamed:
-            part, ours = renamed[name]
-            chosen[part][ours] = value
-        else:
-            raise ValueError(
-                f"the original has no generation argument '{name}'; it has min_length, {', '.join(renamed)}"
-            )
-    return GenerationSettings(TextSettings(**chosen["text"]), ImageSettings(**chosen["image"]))
-
-
 def override(settings: GenerationSettings, **changes: Any) -> GenerationSettings:
     """`settings` with the changes whose value is not None; names of `text` and `image` settings are allowed too.
 

@@ -60,20 +60,6 @@ class VisibleImages:
         """With routes for `images` [G, R], once for all layers; not on CUDA devices, where that would synchronise."""
         return cls(images, None if images.is_cuda else image_routes(images, num_images))
 
-    @classmethod
-    def from_mask(cls, mask: Tensor) -> VisibleImages:
-        """From a dense mask [B, Q, n], 1 = visible, where row b has the images b * n to b * n + n - 1.
-
-        There are B * Q groups of one query each.
-        """
-        batch, queries, n = mask.shape
-        newest_first = mask.bool().flip(-1).view(batch * queries, n)
-        slots = max(int(newest_first.sum(-1).max()), 0) if newest_first.numel() else 0
-        order = torch.argsort(newest_first.int(), dim=-1, descending=True, stable=True)[:, :slots]
-        first = (torch.arange(batch, device=mask.device) * n).repeat_interleave(queries)[:, None]
-        images = torch.where(newest_first.gather(1, order), first + n - 1 - order, -1)
-        return cls.build(images, batch * n)
-
     def mask(self, num_images: int) -> Tensor:
         """The dense mask [G, num_images], 1 = visible."""
         numbers = torch.arange(num_images, device=self.images.device)

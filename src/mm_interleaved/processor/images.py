@@ -46,11 +46,6 @@ def squash(image: PIL.Image.Image, size: int) -> np.ndarray:
 CROPS = {"center": center_crop, "squash": squash}
 
 
-def to_array(image: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] to float32 [3, height, width] in [0, 1]."""
-    return image.transpose(2, 0, 1).astype(np.float32) / 255
-
-
 def to_pil(values: np.ndarray) -> PIL.Image.Image:
     """float [3, height, width] in [0, 1] to an image; rounds half up, as the original does."""
     pixels = (values.astype(np.float32) * 255 + 0.5).clip(0, 255).astype(np.uint8)
