@@ -71,10 +71,10 @@ def story(rng: np.random.Generator, *, frames: tuple[int, int] = (2, 6), split: 
         stage = _opening_stage(rng)
     names = tuple(t.name for t in stage.objects if t.name)
     text = _opening(stage, rng, hide=chance(rng, shown))
-    frames = [Frame(text, stage.scene(), stage.unsaid())]
+    found = [Frame(text, stage.scene(), stage.unsaid())]
     for _ in range(number - 1):
-        frames.append(Frame(_happens(stage, rng), stage.scene(), stage.unsaid()))
-    return Story(tuple(frames), names)
+        found.append(Frame(_happens(stage, rng), stage.scene(), stage.unsaid()))
+    return Story(tuple(found), names)
 
 
 def _opening_stage(rng: np.random.Generator) -> Stage:
