@@ -39,6 +39,12 @@ def test_an_option_without_tokens_is_refused(model: MMInterleaved, batch: Batch,
         model.score(batch, options)
 
 
+@pytest.mark.parametrize("number", [-1, 99999999])
+def test_an_id_outside_the_vocabulary_is_named(model: MMInterleaved, batch: Batch, number: int) -> None:
+    with pytest.raises(ValueError, match=rf"option 1 of row 0 has the id {number}, but the vocabulary has \d+ tokens"):
+        model.score(batch, [[[1], [1, number]], [[4]]])
+
+
 def test_the_prompt_and_its_image_are_read_once(model: MMInterleaved, batch: Batch) -> None:
     images, tokens = [], []
     hooks = [

@@ -375,3 +375,13 @@ def test_context_longer_than_the_table(model: MMInterleaved, processor: MMInterl
     batch = processor(Document([Text("a " * 520), Image(make_image())]), training=True, max_length=600)
     with pytest.raises(ValueError, match=r"an image has 52\d tokens, but the model has 512 positions"):
         model(**batch)
+
+
+@torch.no_grad()
+def test_the_next_step_takes_the_tokens_that_the_cache_lacks(model: MMInterleaved) -> None:
+    cache = model(torch.tensor([[1, 5, 6]]), use_cache=True).past_key_values
+    for new in (0, 1, 2):
+        ids = torch.arange(1, 4 + new)[None]
+        step = model.prepare_inputs_for_generation(ids, cache, torch.ones_like(ids))
+        assert torch.equal(step["input_ids"], ids[:, 3:])
+        assert torch.equal(step["position_ids"], torch.arange(3, 3 + new)[None])

@@ -144,7 +144,7 @@ class MMInterleaved(MMInterleavedModel):
             For each row the sum of log p over each option's tokens.
 
         Raises:
-            ValueError: an option has no tokens.
+            ValueError: an option has no tokens, or an id outside the vocabulary.
         """
         return score_options(self.prefill(batch), options, batch_size)
 

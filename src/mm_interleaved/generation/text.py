@@ -316,12 +316,17 @@ def score_options(
         For each row the sum of log p over each option's tokens.
 
     Raises:
-        ValueError: an option has no tokens, or does not fit into the context.
+        ValueError: an option has no tokens or an id outside the vocabulary, or does not fit into the context.
     """
+    size = state.model.config.vocab_size
     for row, row_options in enumerate(options):
         for number, ids in enumerate(row_options):
             if not len(ids):
                 raise ValueError(f"option {number} of row {row} has no tokens, and so no probability")
+            if outside := [i for i in ids if not 0 <= i < size]:
+                raise ValueError(
+                    f"option {number} of row {row} has the id {outside[0]}, but the vocabulary has {size} tokens"
+                )
     pad = state.model.config.pad_token_id
     jobs = [(row, ids) for row, row_options in enumerate(options) for ids in row_options]
     totals: list[float] = []

@@ -122,10 +122,13 @@ class ImageDecoder(nn.Module):
             ValueError: it does not support that many steps, or this noise schedule.
         """
         trained = self.scheduler.config["num_train_timesteps"]
+        too_many = (f"{settings.scheduler} does not support num_inference_steps={settings.num_inference_steps}; "
+                    f"the model has {trained}, take fewer")  # fmt: skip
+        if settings.num_inference_steps > trained:
+            raise ValueError(too_many)
         try:
             scheduler = find_scheduler(settings.scheduler).from_config(self.scheduler.config)
-            # too many steps are an error below; limited here, because they could take all memory
-            scheduler.set_timesteps(min(settings.num_inference_steps, trained + 1), device=device)
+            scheduler.set_timesteps(settings.num_inference_steps, device=device)
         except (ValueError, TypeError, LookupError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"scheduler '{settings.scheduler}' cannot be used with num_inference_steps="
                              f"{settings.num_inference_steps}: {error}") from None  # fmt: skip
@@ -135,9 +138,8 @@ class ImageDecoder(nn.Module):
             )
         times = scheduler.timesteps
         falls = len(times) == 1 or times[0] > times[-1]
-        if settings.num_inference_steps > trained or times.max() >= trained or not falls:
-            raise ValueError(f"{settings.scheduler} does not support num_inference_steps="
-                             f"{settings.num_inference_steps}; the model has {trained}, take fewer")  # fmt: skip
+        if times.max() >= trained or not falls:
+            raise ValueError(too_many)
         return scheduler
 
     def settled(self, settings: ImageSettings) -> ImageSettings:
