@@ -16,7 +16,7 @@ import torch
 from mm_interleaved import MMInterleaved
 from mm_interleaved.checkpoints.checkpoint import read_weights
 from mm_interleaved.checkpoints.original import NameTable, derived_tensors
-from mm_interleaved.pretrained import TOKENIZER
+from mm_interleaved.pretrained import TOKENIZER, load
 
 from ..conftest import GOLDEN_DATA, awaken, golden_bytes
 from .conftest import EXAMPLES, Outcome
@@ -140,6 +140,13 @@ def test_what_cannot_be_converted(
     assert "Traceback" not in done.err
     assert {p.name for p in tmp_path.iterdir()} == {"source"}
     assert not Path("/tmp/mmi_was_here").exists()
+
+
+def test_what_is_converted_already_is_refused(mmi: Mmi, tmp_path: Path) -> None:
+    load("debug").model.save_pretrained(tmp_path / "own")
+    done = mmi("convert", tmp_path / "own", tmp_path / "ours", "--config", "debug")
+    assert done.code == 1
+    assert "is a checkpoint of this package already; --to-original converts back" in done.err
 
 
 def test_what_is_there_is_not_written_over(mmi: Mmi, tmp_path: Path, original: Path) -> None:

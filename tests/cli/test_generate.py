@@ -576,6 +576,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a wrong pattern": (change_config("frozen", value=["("]), "config.json'.*frozen.*regular expression"),
     "no layer sees images": (change_config("mmfs_every", value=0), "config.json'.*mmfs_every"),
     "tokenizer cut": (cut("tokenizer.model", 20), "processor of .*tokenizer.model"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "lacks a vocabulary .tokenizer.model"),
+    "no processor": (lambda folder: (folder / "processor_config.json").unlink(), "lacks processor_config"),
+    "generation_config of half": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_tok'), "generation_config"
+    ),
+    "a misspelled key": (change_config("mmfs_evry", value=2), "config.json'.*'mmfs_evry'. Did you mean 'mmfs_every'"),
+    "another kind": (change_config("model_type", value="llama"), "config.json'.*model_type is 'llama'"),
+    "another shape": (change_config("mmfs", "max_images", value=9), r"another shape.*: \[\d+, \d+\] instead of \[9, "),
     "processor is a list": (lambda folder: write(folder, [], "processor_config.json"), "the processor of"),
 }  # fmt: skip
 

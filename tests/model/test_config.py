@@ -59,6 +59,11 @@ def change(path: str, value: object) -> dict:
         ("image_decoder.resampler.num_heads", 0, "image_decoder.resampler.num_heads must be at least 1, not 0"),
         ("mmfs_implementation", "magic", "'fast' or 'reference'"),
         ("soi_token_id", 9999, "outside the vocabulary of 2050"),
+        ("mmfs_every", "two", "mmfs_every must be a whole number, not 'two' (model configuration)"),
+        ("mmfs_evry", 2, "unknown key 'mmfs_evry'. Did you mean 'mmfs_every'?"),
+        ("model_type", "llama", "model_type is 'llama', but this model's is 'mm_interleaved'"),
+        ("text_config.hidden_size", "big", "text_config: Field 'hidden_size' expected int, got str (value: 'big')"),
+        ("text_config.hidden_size", 33, "text_config: The hidden size (33) is not a multiple"),
         ("adapter", 7, "adapter must be a mapping, not 7 (model configuration)"),
     ],
 )  # fmt: skip
@@ -78,3 +83,9 @@ def test_missing_key_is_named() -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="no preset 'tiny'; there are release, small, debug"):
         MMInterleavedConfig.preset("tiny")
+
+
+def test_further_keys_of_transformers_are_taken(tmp_path: Path) -> None:
+    further = {"use_cache": False, "sep_token_id": 2, "torch_dtype": "float32", "auto_map": {}}
+    MMInterleavedConfig(**(_debug() | further)).save_pretrained(tmp_path)
+    assert MMInterleavedConfig.from_pretrained(tmp_path).sep_token_id == 2

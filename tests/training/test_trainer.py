@@ -15,7 +15,7 @@ from mm_interleaved.cli import main
 from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training import graphs
-from mm_interleaved.training.building import build
+from mm_interleaved.training.building import build, build_config
 from mm_interleaved.training.config import (
     EMAConfig,
     LossConfig,
@@ -145,6 +145,50 @@ def test_only_one_part_is_trained_where_the_other_is_frozen(settings, tmp_path: 
 def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "configs/debug.yaml", TrainConfig, arguments(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("text_config.hiden_size=32", "unknown key 'text_config.hiden_size'. Did you mean 'hidden_size'"),
+        (
+            "image_decoder.unet.layer_per_block=1",
+            "unknown key .*unet.layer_per_block'. Did you mean 'layers_per_block'",
+        ),
+        ("mmfs_evry=2", "unknown key 'mmfs_evry'. Did you mean 'mmfs_every'"),
+        ("text_config.hidden_size=33", r"text_config: The hidden size \(33\) is not a multiple"),
+        ("text_config.hidden_size=big", "text_config: Field 'hidden_size' expected int"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(settings, change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(settings(f"model.overrides.{change}").model, TOKENIZER)
+
+
+def test_overrides_may_set_what_a_library_knows(settings) -> None:
+    model = settings(
+        "model.overrides.text_config.rope_parameters.rope_theta=5000.0",
+        "model.overrides.image_decoder.unet.dropout=0.1",
+    )
+    config = build_config(model.model, TOKENIZER)
+    assert config.text_config.rope_parameters["rope_theta"] == 5000.0
+    assert config.image_decoder.unet["dropout"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "model.safetensors' is damaged or cut short"),
+        ("generation_config.json", "generation_config.json"),
+        ("tokenizer.model", "holds no tokenizer"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(settings, tmp_path: Path, name: str, message: str) -> None:
+    _, changes = whole_model(tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if path.is_file() else b"{")
+    with pytest.raises(ValueError, match=message):
+        build(settings(*changes), TOKENIZER)
 
 
 def test_every_configuration_of_the_repository_can_be_read() -> None:

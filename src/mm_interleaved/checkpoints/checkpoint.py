@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..io import InputError, atomic_folder, read_json, write_json
 from ..model.config import MMInterleavedConfig
@@ -133,12 +134,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_safetensors(source: Path) -> None:
-    """Read the headers of a folder's `.safetensors` files, and check that the files are complete.
+def check_folder(source: Path) -> None:
+    """Check the files of a model's folder that libraries read without useful errors, before they read them.
 
     Raises:
-        CheckpointError: there are no weights, or a file is missing, damaged or cut short.
+        ValueError: there are no weights, or a file is missing, damaged or cut short; names it.
     """
+    if (generation := source / GENERATION_CONFIG_NAME).is_file():
+        read_json(generation, dict)  # transformers would silently take defaults instead
     for path in weight_files(source):
         if path.suffix == ".safetensors":
             try:
@@ -147,6 +150,20 @@ def check_safetensors(source: Path) -> None:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"'{path}' is damaged or cut short: {error}; fetch or convert the checkpoint "
                                       "again") from None  # fmt: skip
+
+
+def check_tokenizer(source: Path) -> None:
+    """Check that a folder has the files of a tokenizer.
+
+    Raises:
+        CheckpointError: it lacks one; names it.
+    """
+    names = ("tokenizer.model", "tokenizer.json", "vocab.json")
+    lacks = [name for name in ("tokenizer_config.json",) if not (source / name).is_file()]
+    if not any((source / name).is_file() for name in names):
+        lacks.append("a vocabulary (tokenizer.model, tokenizer.json or vocab.json)")
+    if lacks:
+        raise CheckpointError(f"'{source}' lacks {' and '.join(lacks)}; fetch or convert the whole checkpoint")
 
 
 # ---- writing
@@ -297,8 +314,13 @@ def convert_from_original(
         The configuration of the written checkpoint.
 
     Raises:
-        CheckpointError: a key is missing, unexpected or of another shape; nothing is written then.
+        CheckpointError: a key is missing, unexpected or of another shape, or the source is one of ours; nothing is
+            written then.
     """
+    if (source / "config.json").is_file():
+        kind = read_json(source / "config.json", dict).get("model_type")
+        if kind == MMInterleavedConfig.model_type:
+            raise CheckpointError(f"'{source}' is a checkpoint of this package already; --to-original converts back")
     expected = expected_parameters(config)
     files = weight_files(source)
     progress("checking", 0, len(files))

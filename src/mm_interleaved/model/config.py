@@ -8,9 +8,11 @@ is a transformers decoder (Llama, Mistral, Qwen2, Qwen3), `vision_config` is a C
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
@@ -98,20 +100,53 @@ class ImageDecoderConfig:
 
 
 @settings
-class _Parts:
+class _Own:
+    """The keys that are not of transformers."""
+
     adapter: AdapterConfig
     visual_resampler: ResamplerConfig
     mmfs: MMFSConfig
     image_decoder: ImageDecoderConfig
+    mmfs_every: Positive
+    mmfs_implementation: Literal["fast", "reference"]
+    max_context_length: Positive
+    bos_token_id: Count | None
+    eos_token_id: Count | None
+    pad_token_id: Count | None
+    soi_token_id: Count
+    image_token_id: Count
+    num_new_tokens: Count
+    frozen: list[str] | None
+    loss_text_weight: float
+    loss_image_weight: float
+    normalize_image_loss: bool
+    isolate_documents: bool
 
 
-_PARTS = tuple(field.name for field in dataclasses.fields(_Parts))
+_OWN = tuple(field.name for field in dataclasses.fields(_Own))
+_PARTS = ("adapter", "visual_resampler", "mmfs", "image_decoder")
+_SIMILAR = 0.88  # of a key to one of ours: a misspelling. Below: a further key of transformers or of another program
 _RESTORE = "restore it from its source, or convert the checkpoint again"
 
 
 def _as_dict(part: Any) -> Any:
     """A part as a dictionary."""
     return dataclasses.asdict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
+
+
+def _library_config(name: str, make: Callable[..., Any], tree: Any) -> Any:
+    """The part `name` as a configuration of transformers.
+
+    Raises:
+        ValueError: one of its values cannot be used; names the part.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    try:
+        return make(**tree)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        words = " ".join(str(error).split()).rpartition("Error: ")[2]  # without the names of the inner errors
+        raise ValueError(f"{name}: {words}") from None
 
 
 def _check_parts(path: Path) -> None:
@@ -190,13 +225,12 @@ class MMInterleavedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:  # transformers builds empty configurations to find the defaults
             return super().__post_init__(**kwargs)
-        if isinstance(self.text_config, dict):
-            self.text_config = AutoConfig.for_model(**self.text_config)
-        if isinstance(self.vision_config, dict):
-            self.vision_config = CLIPVisionConfig(**self.vision_config)
-        parts = parse({name: _as_dict(getattr(self, name)) for name in _PARTS}, _Parts, "model configuration")
+        self._refuse_other_keys(kwargs)
+        self.text_config = _library_config("text_config", AutoConfig.for_model, self.text_config)
+        self.vision_config = _library_config("vision_config", CLIPVisionConfig, self.vision_config)
+        own = parse({name: _as_dict(getattr(self, name)) for name in _OWN}, _Own, "model configuration")
         for name in _PARTS:
-            setattr(self, name, getattr(parts, name))
+            setattr(self, name, getattr(own, name))
         self.frozen = list(RELEASE_FROZEN if self.frozen is None else self.frozen)
         for pattern in self.frozen:
             try:
@@ -206,6 +240,15 @@ class MMInterleavedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_sizes()
         return None
+
+    def _refuse_other_keys(self, others: dict[str, Any]) -> None:
+        """Check the keys without a field: the type of another model, and misspelled keys of this one."""
+        if (kind := others.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(f"config: model_type is '{kind}', but this model's is '{self.model_type}'")
+        for name in others:
+            close = difflib.get_close_matches(name, (*_OWN, "text_config", "vision_config"), n=1, cutoff=_SIMILAR)
+            if close:
+                raise ValueError(f"config: unknown key '{name}'. Did you mean '{close[0]}'?")
 
     @property
     def grid_size(self) -> int:
@@ -233,8 +276,6 @@ class MMInterleavedConfig(PreTrainedConfig):
         sides = self.pyramid_sides
         heads = {"mmfs": self.mmfs, "image_decoder.mmfs": decoder.mmfs}
         checks = [
-            (self.mmfs_every >= 1, f"mmfs_every must be at least 1, not {self.mmfs_every}"),
-            (self.max_context_length >= 1, f"max_context_length must be at least 1, not {self.max_context_length}"),
             (text.model_type in SUPPORTED_DECODERS, f"text_config.model_type '{text.model_type}' is not one of "
              f"{', '.join(SUPPORTED_DECODERS)}"),
             (vision.image_size % vision.patch_size == 0, "vision_config.image_size must be a multiple of patch_size"),
@@ -255,8 +296,6 @@ class MMInterleavedConfig(PreTrainedConfig):
              f"{decoder.image_size} gives latents of side {decoder.latent_size}, which the UNet cannot halve evenly"),
             (decoder.previous_images < decoder.mmfs.max_images, "image_decoder.previous_images must be smaller than "
              "image_decoder.mmfs.max_images"),
-            (self.mmfs_implementation in ("fast", "reference"), "mmfs_implementation must be 'fast' or 'reference', "
-             f"not '{self.mmfs_implementation}'"),
             (max(self.soi_token_id, self.image_token_id) < text.vocab_size, "the image tokens lie outside the "
              f"vocabulary of {text.vocab_size}"),
         ]  # fmt: skip

@@ -177,9 +177,11 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         """As everywhere in transformers, but weights must be safetensors, and complete.
 
         Raises:
-            ValueError: a weight is missing or unexpected.
+            ValueError: a weight is missing, unexpected or of another shape.
         """
         kwargs.setdefault("use_safetensors", True)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs["ignore_mismatched_sizes"] = True  # transformers' own error does not name the weight
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -187,6 +189,10 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             keys = sorted(info[f"{kind}_keys"])
             if keys:
                 raise ValueError(f"the checkpoint has {len(keys)} {kind} weights, among them {', '.join(keys[:3])}")
+        if info["mismatched_keys"] and not may_differ:
+            name, found, wanted = sorted(info["mismatched_keys"])[0]
+            raise ValueError(f"the checkpoint has {len(info['mismatched_keys'])} weights of another shape, among them "
+                             f"{name}: {list(found)} instead of {list(wanted)}")  # fmt: skip
         model.freeze()  # loading makes new parameters
         return (model, info) if wants_info else model
 
@@ -588,10 +594,10 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_PROMPT}
         new = input_ids.shape[1] - past
         return {
-            "input_ids": input_ids[:, -new:],
+            "input_ids": input_ids[:, past:],
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
-            "position_ids": None if position_ids is None else position_ids[:, -new:],
+            "position_ids": None if position_ids is None else position_ids[:, position_ids.shape[1] - new :],
             **kwargs,
         }
 
@@ -661,7 +667,7 @@ def _refuse_unsupported(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be [batch, length], not of shape {list(attention_mask.shape)}")
     if output_attentions:
-        raise ValueError("output_attentions is not supported; leave it out (`mm_interleaved.inspection` shows MMFS)")
+        raise ValueError("output_attentions is not supported; leave it out")
     if output_hidden_states:
         raise ValueError("output_hidden_states is not supported; leave it out and take last_hidden_state")
     if return_dict is not None and not return_dict:

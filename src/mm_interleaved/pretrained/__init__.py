@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import PROCESSOR_NAME
 
-from ..checkpoints.checkpoint import check_safetensors
+from ..checkpoints.checkpoint import check_folder, check_tokenizer
 from ..checkpoints.quantization import Quantization, quantize
 from ..generation import MMInterleaved
 from ..io import InputError
@@ -92,7 +93,10 @@ def load(
 
 def _read(folder: Path, dtype: torch.dtype | str) -> tuple[MMInterleaved, MMInterleavedProcessor]:
     MMInterleavedConfig.from_pretrained(folder)  # raises for an invalid configuration before weights are read
-    check_safetensors(folder)
+    check_folder(folder)
+    check_tokenizer(folder)
+    if not (folder / PROCESSOR_NAME).is_file():  # transformers would silently take defaults instead
+        raise ValueError(f"'{folder}' lacks {PROCESSOR_NAME}; fetch or convert the whole checkpoint")
     what = "weights"
     try:
         model = MMInterleaved.from_pretrained(folder, dtype=dtype)

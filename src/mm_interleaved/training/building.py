@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,16 +10,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, PreTrainedTokenizerBase
 
-from ..checkpoints.checkpoint import read_weights, weight_files
+from ..checkpoints.checkpoint import check_folder, check_tokenizer, read_weights, weight_files
 from ..checkpoints.components import config_from_components, from_components
 from ..generation import MMInterleaved
 from ..io import read_json
 from ..model import MMInterleavedConfig
+from ..model.config import SUPPORTED_DECODERS
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
+from ..validation import nearest_name
 from .config import FRESH, ModelConfig, TrainConfig, WeightsConfig
 
 
@@ -95,6 +99,7 @@ def _tokenizer(source: ModelConfig, default: Path | None) -> PreTrainedTokenizer
         raise ValueError(f"the tokenizer's folder '{folder}' does not exist")
     try:
         if (folder / "tokenizer_config.json").is_file():
+            check_tokenizer(folder)
             return AutoTokenizer.from_pretrained(folder)
         return MMInterleavedTokenizer.from_vocab(folder)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: SentencePiece cannot parse the file
@@ -117,7 +122,7 @@ def _model_config(source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> MM
         tree["text_config"]["vocab_size"] = len(tokenizer)
         tree |= {"soi_token_id": soi, "image_token_id": image}
         tree |= {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    _merge(tree, source.overrides, "model.overrides")
+    _merge(tree, source.overrides)
     for entry in source.weights:
         if (vae := _vae_config(Path(entry.source))) is not None:
             tree["image_decoder"]["vae"] = vae
@@ -129,14 +134,30 @@ def _model_config(source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> MM
     return MMInterleavedConfig(**tree)
 
 
-def _merge(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any], place: str = "") -> None:
+    """Replace values of a tree by those of `changes`; `place` is the path of the tree in the configuration."""
+    known = _known_keys(place, tree | dict(changes))
     for key, value in changes.items():
+        inner = f"{place}.{key}".removeprefix(".")
+        if known is not None and key not in known:
+            raise ValueError(f"model.overrides has the unknown key '{inner}'. {nearest_name(key, sorted(known))}")
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value, f"{where}.{key}")
-        elif key not in tree and where == "model.overrides":
-            raise ValueError(f"{where}: the model's configuration has no key '{key}'; it has {', '.join(sorted(tree))}")
+            _merge(tree[key], value, inner)
         else:
             tree[key] = value
+
+
+def _known_keys(place: str, tree: Mapping[str, Any]) -> set[str] | None:
+    """The keys of the part `place` of the configuration; None: what reads the part checks its keys."""
+    if not place:
+        return set(MMInterleavedConfig.preset("debug").to_dict())
+    if place == "vision_config":
+        return set(CLIPVisionConfig().to_dict())
+    if place == "text_config" and tree["model_type"] in SUPPORTED_DECODERS:
+        return set(AutoConfig.for_model(tree["model_type"]).to_dict())
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
+    network = networks.get(place.removeprefix("image_decoder."))
+    return None if network is None else set(inspect.signature(network.__init__).parameters)
 
 
 def _vae_config(folder: Path) -> dict[str, Any] | None:
@@ -169,6 +190,7 @@ def initial_model(source: ModelConfig, config: MMInterleavedConfig) -> MMInterle
         folders = (Path(init.components.llm), Path(init.components.clip), Path(init.components.diffusion))
         model = cast(MMInterleaved, from_components(config, *folders, torch.float32, MMInterleaved))
     elif init.checkpoint is not None and source.mmfs.llm and source.mmfs.unet and not fresh:
+        check_folder(Path(init.checkpoint))
         model = MMInterleaved.from_pretrained(init.checkpoint, config=config, dtype=torch.float32)
     else:
         model = MMInterleaved(config)
