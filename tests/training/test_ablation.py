@@ -82,7 +82,7 @@ def test_what_is_fresh_has_to_be_there(tmp_path: Path) -> None:
         build(load_config(file, TrainConfig, [source, "model.weights=[{from: fresh, parameters: synchronizer}]"]))
     with pytest.raises(ConfigError, match=r"parameters '\[' is not a regular expression"):
         load_config(file, TrainConfig, [source, "model.weights=[{from: fresh, parameters: '['}]"])
-    with pytest.raises(ConfigError, match=r"give init_from\.checkpoint \(model in .*debug.yaml\)"):
+    with pytest.raises(ConfigError, match=r"set init_from\.checkpoint or remove the entry \(model in .*debug.yaml"):
         load_config(ROOT / "configs/debug.yaml", TrainConfig, ["model.weights=[{from: fresh, parameters: gate}]"])
 
 
