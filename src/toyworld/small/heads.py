@@ -1,7 +1,8 @@
-"""Readers that ask parts of the model what images show and what texts ask for, beside the losses of the model itself.
+"""Auxiliary classifiers (readers) of what images show and what texts state, whose losses are added to those of the model.
 
-A small model starts from nothing: no CLIP that knows what it sees, no UNet that has drawn from texts. Without being
-asked, its image features and its conditions lose what nobody reads yet. The readers are thrown away.
+The small model starts from random weights: neither its CLIP nor its UNet is trained before. Without these losses the
+image features and the conditioning tokens lose the content that no other part uses yet. The classifiers are not part of
+the trained model.
 
 All sizes are fixed, so that they can be part of a captured step. Axes: B images, N objects, D channels.
 """

@@ -1,14 +1,14 @@
 """Trains the small model by its recipe: `python -m toyworld.small.run OUTPUT --minutes N`.
 
-Each call goes on where the last one stopped and ends in time: it writes the averaged weights in bfloat16 and what is
-left to do. Documents follow from the seed of the part. On the same machine the optimizer goes on as well; where its
-file is missing it begins anew from the weights, with a short warm-up. OUTPUT holds
+Each call continues where the last one stopped, and ends within its minutes: it writes the averaged weights in bfloat16
+and its state. The seed of the part determines its documents. If the file of the optimizer is missing (on another
+machine), the optimizer starts again from the weights, with a short warm-up. OUTPUT has
 
-    state.json         the stage, its step, and what each part did: seed, steps, seconds, SHA-256 of the weights
-    log.jsonl          losses every 50 steps, and what the held-out documents gave
+    state.json         the stage, its step, and for each part the seed, steps, seconds and SHA-256 of the weights
+    log.jsonl          losses every 50 steps, and the results on held-out documents
     autoencoder/       the autoencoder, a diffusers folder
-    model/             the model and its processor, and the readers
-    optimizer.safetensors    float32 originals and moments; need not be handed over
+    model/             the model, its processor and the auxiliary classifiers
+    optimizer.safetensors    float32 weights and moments; not needed on another machine
 """
 
 from __future__ import annotations
