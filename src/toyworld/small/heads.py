@@ -1,4 +1,4 @@
-"""Auxiliary classifiers (readers) of what images show and what texts state, whose losses are added to those of the model.
+"""Auxiliary classifiers (readers) of what images show and texts state; their losses are added to those of the model.
 
 The small model starts from random weights: neither its CLIP nor its UNet is trained before. Without these losses the
 image features and the conditioning tokens lose the content that no other part uses yet. The classifiers are not part of
