@@ -174,7 +174,7 @@ def test_the_order_can_be_left_to_chance(tmp_path: Path, processor: MMInterleave
     ("text", "message"),
     [
         ("sources: []", "sources needs at least one source"),
-        ("sources: [{type: mmc5, shards: [a]}]", "unknown source type 'mmc5'. Did you mean 'mmc4'?"),
+        ("sources: [{type: mmc5, shards: [a]}]", "unknown source type 'mmc5' (sources[0] in "),
         ("sources: [{type: mmc4}]", "source 'mmc4' of type 'mmc4' needs 'shards'"),
         ("sources: [{shards: [a]}]", "sources[0].type must be given"),
         ("sources: [{type: pairs, shards: [a]}, {type: pairs, shards: [b]}]", "two sources are called 'pairs'"),
