@@ -125,6 +125,7 @@ RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "s
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_every_configuration_of_the_project(
     path: Path, mmi: Mmi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_auto_classes_know_the_model_in_both_orders(first: str) -> None:
     assert done.stdout.split() == ["MMInterleavedConfig", "MMInterleaved", "MMInterleavedProcessor"], done.stderr
 
 
+@pytest.mark.slow
 def test_names_in_the_help_are_those_there_are() -> None:
     """Help is written out, since looking the names up would import PyTorch."""
     shown = {

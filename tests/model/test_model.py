@@ -314,6 +314,7 @@ def test_compile(model: MMInterleaved, batch: Batch) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_offloading_to_disk(
     model: MMInterleaved, processor: MMInterleavedProcessor, batch: Batch, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_run_at_its_end_trains_no_further(settings, tmp_path: Path) -> None:
         assert all(torch.equal(whole[name], tensor) for name, tensor in weights(run / "final").items())
 
 
+@pytest.mark.slow
 def test_final_of_a_shorter_run_is_replaced(settings, tmp_path: Path) -> None:
     """The run is made longer and killed before it writes `final` anew."""
     train(settings("steps=2", "save_every=2", "schedule.kind=constant"), TOKENIZER, "cpu")
