@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -52,6 +53,48 @@ def test_the_whole_with_java() -> None:
     assert result.skipped is None
     assert result.values == pytest.approx(VALUES, rel=1e-6)
     assert result.per_sample == {"cider": pytest.approx(PER_SAMPLE, rel=1e-6)}
+
+
+def varied_captions(count: int) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Captions with odd punctuation, cases, numbers and lengths, each with one to five references that vary them."""
+    rng = random.Random(4711)
+    words = [word for sample in SAMPLES for text in sample["references"] for word in text.split()]
+    odd = ["don't", "U.S.", "-", "...", "\"quoted\"", "(left)", "20,000", "café", "A", "a/b", "it's", "&", "😀", "\n", "top-left", "3.5%"]  # fmt: skip
+
+    def say() -> str:
+        found = [rng.choice(odd) if rng.random() < 0.08 else rng.choice(words) for _ in range(rng.randint(1, 18))]
+        return " ".join(found) + rng.choice(["", ".", " .", "!", "?", ";"])
+
+    def like(text: str) -> str:
+        kept = [rng.choice(words) if rng.random() < 0.3 else word for word in text.split(" ") if rng.random() < 0.9]
+        return " ".join(kept) or "nothing"
+
+    predictions = {f"{i}": say() for i in range(count)}
+    references = {key: [like(text) for _ in range(rng.randint(1, 5))] for key, text in predictions.items()}
+    return predictions, references
+
+
+@pytest.mark.slow
+def test_varied_captions_have_the_values_of_the_official_tool() -> None:
+    """1,200 captions through `COCOEvalCap`'s own steps: its tokenizer for each side, then its scorers."""
+    try:
+        captions.require_java()
+    except MissingRequirement as missing:
+        pytest.skip(str(missing))
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    predictions, references = varied_captions(1200)
+    said = PTBTokenizer().tokenize({key: [{"caption": text}] for key, text in predictions.items()})
+    wanted = PTBTokenizer().tokenize({k: [{"caption": text} for text in texts] for k, texts in references.items()})
+    (cider, each), (bleu, _) = Cider().compute_score(wanted, said), Bleu(4).compute_score(wanted, said, verbose=0)
+    result = caption_scores(predictions, references)
+    assert result.values == pytest.approx({"cider": 100 * cider, "bleu_4": 100 * bleu[3]}, rel=1e-9)
+    assert result.per_sample["cider"] == pytest.approx(
+        {k: 100 * v for k, v in zip(wanted, each, strict=True)}, rel=1e-9
+    )
+    assert len(set(result.per_sample["cider"].values())) > 1000
 
 
 def executable(folder: Path, script: str) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from ..io import atomic_folder, read_json
+from ..io import atomic_folder, close_name, read_json
 from .console import console, output
 from .errors import UsageError
 from .models import DTYPES, find_dtype
@@ -85,7 +85,8 @@ def read_config(name: str) -> MMInterleavedConfig:
         return MMInterleavedConfig.preset(name)
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise UsageError(f"--config '{name}' is neither a preset ({', '.join(PRESETS)}) nor a file")
+        presets = ", ".join(PRESETS)
+        raise UsageError(f"--config '{name}' is neither a preset ({presets}) nor a file", fix=close_name(name, PRESETS))
     try:
         data = read_json(path, dict)
         return config_from_original(data) if "model" in data else MMInterleavedConfig.from_dict(data)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ..io import close_name
 from .console import console, output
 from .errors import UsageError
 
@@ -51,7 +52,10 @@ def _config(model: str) -> MMInterleavedConfig:
     if model in PRESETS:
         return MMInterleavedConfig.preset(model)
     if not (Path(model) / "config.json").is_file():
-        raise UsageError(f"'{model}' is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
+        presets = ", ".join(PRESETS)
+        raise UsageError(
+            f"'{model}' is neither a preset ({presets}) nor a folder with a config.json", fix=close_name(model, PRESETS)
+        )
     try:
         return MMInterleavedConfig.from_pretrained(model)
     except (ValueError, OSError) as error:
