@@ -55,7 +55,7 @@ def test_more_images_and_steps_cost_more(mmi: Mmi) -> None:
     ("arguments", "words"),
     [
         (["nothing"], "neither a preset"),
-        (["smal"], "Did you mean 'small'?"),
+        (["smal"], "'small'?"),
         (["debug", "--images", "500"], "--images must be at most"),
         (["BROKEN"], "cannot be used"),
     ],

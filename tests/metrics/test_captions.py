@@ -59,7 +59,7 @@ def varied_captions(count: int) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Captions with odd punctuation, cases, numbers and lengths, each with one to five references that vary them."""
     rng = random.Random(4711)
     words = [word for sample in SAMPLES for text in sample["references"] for word in text.split()]
-    odd = ["don't", "U.S.", "-", "...", "\"quoted\"", "(left)", "20,000", "café", "A", "a/b", "it's", "&", "😀", "\n", "top-left", "3.5%"]  # fmt: skip
+    odd = ["don't", "U.S.", "-", "...", '"quoted"', "(left)", "20,000", "café", "A", "a/b", "it's", "&", "😀", "\n"]
 
     def say() -> str:
         found = [rng.choice(odd) if rng.random() < 0.08 else rng.choice(words) for _ in range(rng.randint(1, 18))]
