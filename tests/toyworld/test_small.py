@@ -25,10 +25,10 @@ from toyworld.sampling import random_scene, scene_rng
 from toyworld.scene import SIZES
 from toyworld.small import fast
 from toyworld.small.compose import Composer, compose_reference
-from toyworld.small.config import Shape
 from toyworld.small.heads import MapReader, Readers
 from toyworld.small.layers import Atlas, LayeredImages
 from toyworld.small.optimizer import CapturableOptimizer, OptimizerSettings, Rule
+from toyworld.small.ranks import Ranks
 from toyworld.small.recipe import Recipe, Stage
 from toyworld.small.rows import RowBatch, Sizes, ToyRows, tensors_of
 from toyworld.small.run import Run, new_model
@@ -36,15 +36,14 @@ from toyworld.small.step import DocumentTask, TrainStep, Weights
 from toyworld.train_detector import labels
 from toyworld.train_detector import loss as scene_loss
 
+from ..programs import run_together
+from .two_ranks import TINY, stepped
+
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = 128
 SIZES_OF_ROWS = Sizes(rows=2, length=256, images=10, targets=4, samples=1, conditioning=3, context=240, labels=400)
 MIX = {"rest": 0.0, "caption": 1.0, "draw": 2.0, "story": 1.0, "redraw": 1.0, "segmentation": 1.0}
-TINY = Shape(
-    vae=[16, 16, 16, 16], unet=[32, 32], crossing=[True, False], text=32, text_layers=4, text_inner=32, vision_layers=4,
-    extractors=0, conditions=6, image_tokens=9,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +290,22 @@ def test_a_batch_of_other_sizes_is_refused(
         step[0](next(iter(other)), 1e-3)
 
 
+def test_two_processes_with_half_a_batch_update_as_one_with_all_of_it(tmp_path: Path) -> None:
+    well, said = run_together(2, "tests.toyworld.two_ranks", "step", tmp_path, OMP_NUM_THREADS="1")
+    assert well, said[-3000:]
+    alone = stepped(Ranks(torch.device("cpu")))
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sizes\.targets: 4 cannot be divided among 3 processes"):
+        replace(SIZES_OF_ROWS, rows=3, images=9).shared(Ranks(torch.device("cpu"), 0, 3))
+
+
 def test_rates_rise_again_only_for_a_new_optimizer() -> None:
     stage = Stage("a", "images", 1000, OptimizerSettings(rate=2.0), warmup=100, cooldown=0.5)
     assert stage.rate(0, 0) == pytest.approx(0.02)
@@ -304,9 +319,23 @@ def test_the_recipe_is_a_model_of_at_most_15_million_parameters() -> None:
     with torch.device("meta"):
         model = MMInterleaved(recipe.shape.config())
     assert sum(p.numel() for p in model.parameters()) <= 15_000_000
-    assert [stage.name for stage in recipe.stages] == ["autoencoder", "documents"]
+    assert [stage.name for stage in recipe.stages] == ["autoencoder", "documents", "further"]
     assert recipe.stages[1].phase(0).objects == [1, 1]
     assert recipe.stages[1].phase(recipe.stages[1].steps - 1).objects == [1, 5]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    well, said = run_together(2, "tests.toyworld.two_ranks", "run", tmp_path, OMP_NUM_THREADS="1")
+    assert well, said[-3000:]
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert [part["to"] for part in state["parts"]] == [2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "step" in line] == [2, 3]
+    assert all(line["processes_apart"] == 0 for line in lines if "processes_apart" in line)
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert MMInterleaved.from_pretrained(tmp_path / "model") is not None
 
 
 @pytest.mark.slow
@@ -317,7 +346,7 @@ def test_a_run_stops_in_time_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     recipe = Recipe(TINY, 1, [Stage("autoencoder", "images", 2, images=2), document])
 
     def call(limit: int) -> bool:
-        run = Run(recipe, tmp_path, 1e6, torch.device("cpu"), workers=0)
+        run = Run(recipe, tmp_path, 1e6, Ranks(torch.device("cpu")), workers=0)
         steps = iter([1.0] * limit)
         monkeypatch.setattr(Run, "left", property(lambda self: 100.0 * next(steps, 0.0)))
         return run.go()

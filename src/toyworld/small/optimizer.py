@@ -93,6 +93,7 @@ class CapturableOptimizer:
     Attributes:
         weights: the parameters, in the order of the vectors.
         rate: the learning rate, a tensor that the host fills before a step.
+        gradient: float32, of all weights; processes that train together average it between `take` and `update`.
     """
 
     def __init__(self, module: nn.Module, settings: OptimizerSettings) -> None:
@@ -131,13 +132,22 @@ class CapturableOptimizer:
             self.weights[0].device
         )
 
-    @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Update the weights with gradients in the order of `weights`; the norm of all of them."""
-        settings, cut = self.settings, self.muon
+        self.take(gradients)
+        return self.update()
+
+    @torch.no_grad()
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Put gradients in the order of `weights` into `gradient`."""
         given = [torch.zeros_like(p) if g is None else g for p, g in zip(self.weights, gradients, strict=True)]
         for run in self.runs:
             self.gradient[run.numbers].copy_(torch.cat([g.flatten() for g in given[run.weights]]))
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """Update the weights with `gradient`; its norm."""
+        settings, cut = self.settings, self.muon
         norm = self.gradient.norm()
         self.gradient *= (settings.clip / (norm + 1e-6)).clamp(max=1.0)
         self.steps += 1

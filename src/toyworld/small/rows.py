@@ -29,6 +29,7 @@ from ..sampling import Split, scene_rng
 from ..scene import Scene
 from ..train_detector import labels as scene_labels
 from .layers import Atlas, LayeredImages
+from .ranks import Ranks
 
 LOOKAHEAD = 24  # documents among which one is sought that fits into what is left of a row
 
@@ -58,6 +59,11 @@ class Sizes:
     context: int = 320
     labels: int = 16384
     visible: int = 6
+
+    def shared(self, ranks: Ranks) -> Sizes:
+        """The sizes of the part of a batch that each process has."""
+        divided = ("rows", "images", "targets", "conditioning", "labels")
+        return replace(self, **{name: ranks.share(getattr(self, name), f"sizes.{name}") for name in divided})
 
 
 @dataclass

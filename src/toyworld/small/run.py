@@ -2,7 +2,8 @@
 
 Each call continues where the last one stopped, and ends within its minutes: it writes the averaged weights in bfloat16
 and its state. The seed of the part determines its documents. If the file of the optimizer is missing (on another
-machine), the optimizer starts again from the weights, with a short warm-up. OUTPUT has
+machine), the optimizer starts again from the weights, with a short warm-up. Under torchrun the processes share each
+batch, one GPU each; the first writes the files. OUTPUT has
 
     state.json         the stage, its step, and for each part the seed, steps, seconds and SHA-256 of the weights
     log.jsonl          losses every 50 steps, and the results on held-out documents
@@ -47,6 +48,7 @@ from .fast import quicken
 from .heads import Readers
 from .layers import Atlas
 from .optimizer import CapturableOptimizer
+from .ranks import Ranks
 from .recipe import Recipe, Stage
 from .rows import ToyRows
 from .scenes import ToyScenes
@@ -83,18 +85,20 @@ class Run:
         recipe: what to do.
         output: where it stands.
         seconds: that this call may take.
-        device: where to compute.
-        workers: processes that make documents.
+        ranks: this process, among those that train together.
+        workers: processes that make documents, for each of `ranks`.
     """
 
-    def __init__(self, recipe: Recipe, output: Path, seconds: float, device: torch.device, workers: int) -> None:
-        self.recipe, self.output, self.device, self.workers = recipe, output, device, workers
+    def __init__(self, recipe: Recipe, output: Path, seconds: float, ranks: Ranks, workers: int) -> None:
+        self.recipe, self.output, self.ranks, self.workers = recipe, output, ranks, workers
+        device = self.device = ranks.device
         self.begun, self.seconds = time.monotonic(), seconds
         output.mkdir(parents=True, exist_ok=True)
         path = output / "state.json"
         self.state = State(**json.loads(path.read_text())) if path.is_file() else State()
         self.atlas = Atlas(SIZE)
         self.composer = Composer(self.atlas, device)
+        ranks.wait()  # nobody writes before all have read where the run stands
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     @property
@@ -105,7 +109,7 @@ class Run:
     def go(self) -> bool:
         """Do what there is time for; whether everything is done."""
         while self.state.stage < len(self.recipe.stages):
-            if self.left < STARTING:
+            if not self.ranks.agree(self.left >= STARTING):
                 return False
             stage = self.recipe.stages[self.state.stage]
             (self._images if stage.kind == "images" else self._documents)(stage)
@@ -126,12 +130,15 @@ class Run:
             load_autoencoder(task.task.vae, folder)
         task.to(self.device, self.dtype).train()
         optimizer = CapturableOptimizer(task, stage.optimizer)
+        own, count = seed_of(part["seed"], self.ranks.rank), self.ranks.share(stage.images, "images")
 
         def batches(seed: int, split: Any = "train") -> Iterator[Any]:
-            return self._loader(ToyScenes(stage.images, self.atlas, seed, split))
+            return self._loader(ToyScenes(count, self.atlas, seed, split))
 
-        self._train(stage, part, task, optimizer, lambda step: batches(part["seed"]), lambda step: None)
+        self._train(stage, part, task, optimizer, lambda step: batches(seed_of(own, step)), lambda step: None)
         optimizer.load_averages()
+        if not self.ranks.first:
+            return self._end(part, optimizer)
         with torch.no_grad():
             pixels = self.composer(next(batches(self.recipe.seed, "val")).pictures)
             encoded = task.task.vae.encode((pixels.float() / 127.5 - 1).to(self.dtype))
@@ -140,7 +147,8 @@ class Run:
         nn.Module.to(vae, torch.bfloat16)
         vae.load_state_dict(task.task.vae.state_dict())
         save_autoencoder(vae, latent_scale(latents), folder)
-        self._end(part, folder, self._held_out(task, batches(self.recipe.seed, "val"), optimizer))
+        found = self._held_out(task, batches(self.recipe.seed, "val"))
+        return self._end(part, optimizer, folder, found)
 
     def _documents(self, stage: Stage) -> None:
         """Train everything else."""
@@ -152,24 +160,27 @@ class Run:
             quicken(model)
         task = DocumentTask(model.to(self.device, self.dtype).train(), readers.to(self.device), stage.weights)
         optimizer = CapturableOptimizer(task, stage.optimizer)
+        own, sizes = seed_of(part["seed"], self.ranks.rank), stage.sizes.shared(self.ranks)
 
         def batches(step: int, seed: int, split: Any = "train") -> Iterator[Any]:
             phase = stage.phase(step)
             few, many = phase.objects
-            rows = ToyRows(stage.sizes, processor, self.atlas, seed, phase.mix, (few, many), split)
+            rows = ToyRows(sizes, processor, self.atlas, seed, phase.mix, (few, many), split)
             return self._loader(rows)
 
         def before(step: int) -> None:
             task.asking.fill_(stage.asking(step))
 
         self._train(
-            stage, part, task, optimizer, lambda step: batches(step, seed_of(part["seed"], step)), before,
+            stage, part, task, optimizer, lambda step: batches(step, seed_of(own, step)), before,
             starts=[int(phase.until * stage.steps) for phase in stage.phases],
         )  # fmt: skip
         optimizer.load_averages()
-        found = self._held_out(task, batches(stage.steps - 1, self.recipe.seed, "val"), optimizer)
+        if not self.ranks.first:
+            return self._end(part, optimizer)
+        found = self._held_out(task, batches(stage.steps - 1, self.recipe.seed, "val"))
         self._save(model, readers, processor, folder)
-        self._end(part, folder, found)
+        return self._end(part, optimizer, folder, found)
 
     def _train(
         self, stage: Stage, part: dict[str, Any], task: Callable[[Any, Tensor], Measures],
@@ -178,23 +189,25 @@ class Run:
     ) -> None:  # fmt: skip
         """Steps until the stage or the time is over; `starts` are steps at which another loader begins."""
         batches, kept = loader(self.state.step), []
-        step = TrainStep(task, optimizer, self.composer, next(batches))
+        step = TrainStep(task, optimizer, self.composer, next(batches), self.ranks)
         begun = self._resumed(stage, optimizer)
         since, counted, rows = time.monotonic(), self.state.step, 0
-        while self.state.step < stage.steps and self.left > 0:
+        while self.state.step < stage.steps and self.ranks.agree(self.left > 0):
             number = self.state.step
             if number in (starts or []) and number > part["from"]:
                 batches = loader(number)
             before(number)
             batch = next(batches)
             found = step(batch, stage.rate(number, begun))
-            rows += getattr(batch, "documents", stage.images)
+            rows += getattr(batch, "documents", stage.images // self.ranks.world)
             kept.append({name: value.clone() for name, value in found.items()})
             self.state.step += 1
             if self.state.step % LOG_EVERY == 0 or self.state.step == stage.steps:
                 losses, now = means(kept), time.monotonic()
-                kept = []
-                speed = {"steps_s": (self.state.step - counted) / (now - since), "documents_s": rows / (now - since)}
+                losses = {name: self.ranks.total(value) / self.ranks.world for name, value in losses.items()}
+                kept, documents = [], self.ranks.total(rows)
+                speed = {"steps_s": (self.state.step - counted) / (now - since),
+                         "documents_s": documents / (now - since)}  # fmt: skip
                 since, counted, rows = now, self.state.step, 0
                 self._log(stage=stage.name, step=self.state.step, rate=stage.rate(number, begun), **speed, **losses)
                 if not losses["loss"] < float("inf"):
@@ -216,6 +229,8 @@ class Run:
         return self.state.step
 
     def _keep_optimizer(self, stage: Stage, optimizer: CapturableOptimizer, begun: int) -> None:
+        if not self.ranks.first:
+            return
         path = self.output / OPTIMIZER
         path.unlink(missing_ok=True)
         if self.state.step < stage.steps:
@@ -223,7 +238,7 @@ class Run:
             save_file({name: value.cpu() for name, value in optimizer.state().items()}, path, about)
 
     @torch.no_grad()
-    def _held_out(self, task: nn.Module, batches: Iterator[Any], optimizer: CapturableOptimizer) -> dict[str, float]:
+    def _held_out(self, task: nn.Module, batches: Iterator[Any]) -> dict[str, float]:
         """Means over some held-out batches; of documents also the image loss with the conditions of other images."""
         task.eval()
         kept = []
@@ -291,25 +306,38 @@ class Run:
 
     def _begin(self, stage: Stage) -> dict[str, Any]:
         seed = seed_of(self.recipe.seed, self.state.stage, len(self.state.parts))
-        torch.manual_seed(seed)
-        self._log(stage=stage.name, begins=self.state.step, seed=seed, device=device_name(self.device))
+        torch.manual_seed(seed_of(seed, self.ranks.rank))
+        self._log(
+            stage=stage.name, begins=self.state.step, seed=seed, device=device_name(self.device),
+            processes=self.ranks.world,
+        )  # fmt: skip
         return {"stage": stage.name, "seed": seed, "from": self.state.step, "at": time.monotonic() - self.begun}
 
-    def _end(self, part: dict[str, Any], folder: Path, held_out: dict[str, float]) -> None:
-        """Note what a part did, and the sums of what it wrote."""
-        sums = {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))
-        }
-        seconds = time.monotonic() - self.begun - part.pop("at")
-        done = {**part, "to": self.state.step, "seconds": round(seconds, 1), "sha256": sums}
+    def _end(
+        self, part: dict[str, Any], optimizer: CapturableOptimizer, folder: Path | None = None,
+        held_out: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Note what a part did, and the sums of what the first process wrote to `folder`."""
+        weights = optimizer.master.double().mean()
+        apart = float((weights - self.ranks.average_(weights.clone())).abs())
+        done = {**part, "to": self.state.step, "seconds": round(time.monotonic() - self.begun - part["at"], 1)}
+        del done["at"]
+        if folder is not None:
+            paths = sorted(folder.glob("*.safetensors"))
+            done["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
         self.state.parts.append(done)
-        self._log(**done, **held_out)
+        self._log(**done, processes_apart=apart, **(held_out or {}))
         self._keep_state()
+        self.ranks.wait()  # the next part of all reads what the first has written
 
     def _keep_state(self) -> None:
+        if not self.ranks.first:
+            return
         write_json(self.output / "state.json", asdict(self.state))
 
     def _log(self, **entry: Any) -> None:
+        if not self.ranks.first:
+            return
         entry = {"second": round(time.monotonic() - self.begun, 1), **entry}
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()})
         with (self.output / "log.jsonl").open("a") as file:
@@ -354,12 +382,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="that this call may take, all in all")
     parser.add_argument("--recipe", type=Path, default=Path("configs/small2/recipe.yaml"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=14, help="processes that make documents")
+    parser.add_argument("--workers", type=int, default=14, help="processes that make documents, for each GPU")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
     options = parser.parse_intermixed_args()
     recipe = load_config(options.recipe, Recipe, options.changes)
-    run = Run(recipe, options.output, 60 * options.minutes, torch.device(options.device), options.workers)
-    print("done" if run.go() else f"goes on with stage {run.state.stage}, step {run.state.step}: the same command")
+    begun = time.monotonic()
+    with Ranks.joined(options.device) as ranks:
+        left = 60 * options.minutes - (time.monotonic() - begun)
+        run = Run(recipe, options.output, left, ranks, options.workers)
+        done = run.go()
+    if ranks.first:
+        print("done" if done else f"goes on with stage {run.state.stage}, step {run.state.step}: the same command")
 
 
 if __name__ == "__main__":
