@@ -20,7 +20,7 @@ class SourceConfig:
     """One source of documents (docs/data_formats.md, "Training sources").
 
     Attributes:
-        type: `mmc4`, `pairs`, `webdataset`, `documents`, or a plug-in's.
+        type: `mmc4`, `pairs`, `webdataset`, `documents`, `task`, or a plug-in's.
         name: name of the source in batches and reports; "": the type.
         shards: files of the source: names or patterns (`docs_{0..99}.jsonl`, `*.tar`), relative to `root`. A shard may
             be plain, `.gz` or `.zip`; MMC4's `NAME` is also found as `NAME.zip`.
@@ -32,8 +32,8 @@ class SourceConfig:
             `document` for pairs, otherwise `image`.
         max_images_per_sequence: most images in a row; None: no limit.
         keep_remainder: whether the rest at the end of a pass becomes a (short) row.
-        keep_text_only: whether rows without an image are kept.
-        min_images: documents with fewer images are rejected.
+        keep_text_only: whether rows without an image are kept; None: for samples for fine-tuning (`task`).
+        min_images: documents with fewer images are rejected; None: 0 for samples for fine-tuning, otherwise 1.
         max_images: most images of a document, chosen at random; None: 6 for mmc4, otherwise no limit.
         single_image_prob: probability that a document with exactly one image is rejected; None: 0.5 for mmc4, else 0.
         sim_threshold: least similarity of an mmc4 image to its sentence; others are dropped.
@@ -68,8 +68,8 @@ class SourceConfig:
     cut: Literal["image", "document"] | None = None
     max_images_per_sequence: Positive | None = None
     keep_remainder: bool = False
-    keep_text_only: bool = False
-    min_images: Count = 1
+    keep_text_only: bool | None = None
+    min_images: Count | None = None
     max_images: Positive | None = None
     single_image_prob: Share | None = None
     sim_threshold: float = 0.24
@@ -103,11 +103,19 @@ class SourceConfig:
         if self.type not in SOURCES:
             raise SOURCES.unknown(self.type)
         object.__setattr__(self, "name", self.name or self.type)
+        for field_name, value in (("keep_text_only", self.samples), ("min_images", 0 if self.samples else 1)):
+            if getattr(self, field_name) is None:
+                object.__setattr__(self, field_name, value)
         if SOURCES[self.type].has_files != bool(self.shards):
             wanted = "has no files and takes no" if self.shards else "needs"
             raise ValueError(f"source '{self.name}' of type '{self.type}' {wanted} 'shards'")
         if self.few_shot_merge_prob and not self.few_shot_merge_sizes:
             raise ValueError("few_shot_merge_prob needs few_shot_merge_sizes")
+
+    @property
+    def samples(self) -> bool:
+        """Whether its documents are samples for fine-tuning, which are used whole and may lack images."""
+        return SOURCES[self.type].samples
 
     @property
     def is_pairs(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from ..processor.packing import TokenStream
 from ..processor.processor import ImageViews
 from .config import DataConfig
 from .mixture import Mixture, MixtureBatch
-from .readers import LITERAL, make_reader
+from .readers import LITERAL, Reader, make_reader
 from .report import DataError, DataReport
 from .stream import Place, SourceStream
 
@@ -58,8 +58,6 @@ def build_loader(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size}")
-    for source in config.sources:
-        make_reader(source, Path(folder))  # raises errors here instead of in a worker
     return DocumentLoader(config, processor, rank, world_size, Path(folder))
 
 
@@ -74,6 +72,7 @@ class DocumentLoader:
     ) -> None:
         self.config = config
         self._dataset = _PackedRows(config, processor, rank, world_size, folder)
+        self._dataset.readers()  # raises errors here instead of in a worker
         self._report = DataReport()
         self._batches = 0  # of this epoch
         self._barren: dict[str, set[int]] = {}
@@ -181,6 +180,12 @@ def _as_it_is(parcel: Parcel) -> Parcel:
     return parcel
 
 
+def _size(reader: Reader) -> list[int]:
+    """How many documents a pass has; empty: unknown."""
+    size = getattr(reader, "size", None)
+    return [] if size is None else [size]
+
+
 class _PackedRows(IterableDataset):
     """The data set of a worker process: sources, mixture, images, tensors."""
 
@@ -189,13 +194,24 @@ class _PackedRows(IterableDataset):
     ) -> None:
         self.config, self.processor, self.rank, self.world_size = config, processor, rank, world_size
         self.folder, self.epoch = folder, 0
+        self._readers: list[Reader] = []
         self._current: _Parcels | None = None
         self._resume: dict[str, Any] | None = None
+
+    def readers(self) -> list[Reader]:
+        """The readers of the sources. Workers that are forked have those of the main process, with what they read."""
+        if not self._readers:
+            self._readers = [make_reader(source, self.folder) for source in self.config.sources]
+        return self._readers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are spawned, which make readers of their own."""
+        return self.__dict__ | {"_readers": []}
 
     def __iter__(self) -> _Parcels:
         worker = get_worker_info()
         place = Place(self.rank, self.world_size, *((worker.id, worker.num_workers) if worker else (0, 1)))
-        self._current = _Parcels(self.config, self.processor, self.epoch, place, self.folder, self._resume)
+        self._current = _Parcels(self.config, self.processor, self.epoch, place, self.readers(), self._resume)
         self._resume = None
         return self._current
 
@@ -217,13 +233,12 @@ class _Parcels:
         processor: MMInterleavedProcessor,
         epoch: int,
         place: Place,
-        folder: Path,
+        readers: Sequence[Reader],
         state: dict[str, Any] | None,
     ) -> None:
         self._config, self._processor, self._place = config, processor, place
         self._report = DataReport()
         self._done = False
-        readers = [make_reader(source, folder) for source in config.sources]
         streams = [
             SourceStream(
                 source,
@@ -239,7 +254,7 @@ class _Parcels:
             for index, (source, reader) in enumerate(zip(config.sources, readers, strict=True))
         ]
         self._mixture = Mixture(config, streams, epoch, place)
-        sources = [[s.name, len(r.shards.names)] for s, r in zip(config.sources, readers, strict=True)]
+        sources = [[s.name, len(r.shards.names), *_size(r)] for s, r in zip(config.sources, readers, strict=True)]
         self._identity = [config.seed, epoch, place.consumer, place.consumers, sources]
         if state is not None:
             if state["identity"] != self._identity:

@@ -94,6 +94,13 @@ class ImageFolder:
         self.check(path, f"{where}: {name}")
         return path
 
+    def check_all(self, document: Document, where: str) -> None:
+        """Refuse a document with a file that is no image, as far as its header tells."""
+        for image in document.images:
+            for source in (image.source, image.target):
+                if isinstance(source, Path):
+                    self.check(source, f"{where}: {source}")
+
     def check(self, source: Path | FileSlice, example: str) -> None:
         """Refuse what is no image, as far as its header tells."""
         size = source.length if isinstance(source, FileSlice) else source.stat().st_size
@@ -167,7 +174,7 @@ class MMC4:
         chosen = [kept[i] for i in rng.permutation(len(kept))[: self.config.max_images or 6]]
         chosen.sort(key=lambda item: item[0])
         first = rng.random(len(chosen)) < self.config.image_first_prob
-        if len(chosen) < self.config.min_images:
+        if len(chosen) < (self.config.min_images or 0):
             raise Rejected("too few images", where)
         drop = 0.5 if self.config.single_image_prob is None else self.config.single_image_prob
         if len(chosen) == 1 and rng.random() < drop:
@@ -311,7 +318,7 @@ class Documents:
             document = self._own(data, where)
         self._choose(document, rng)
         count = len(document.images)
-        if count < self.config.min_images:
+        if count < (self.config.min_images or 0):
             raise Rejected("too few images", where)
         if count == 1 and rng.random() < (self.config.single_image_prob or 0):
             raise Rejected("only one image", where)
@@ -321,12 +328,9 @@ class Documents:
         try:
             document = Document.from_dict(data, Folder(self.images.root))
         except InputError as error:
-            raise Rejected(_kind(error.problem), f"{where}: {error}") from None
+            raise Rejected(kind_of(error.problem), f"{where}: {error}") from None
         document.place = where
-        for image in document.images:
-            for source in (image.source, image.target):
-                if isinstance(source, Path):
-                    self.images.check(source, f"{where}: {source}")
+        self.images.check_all(document, where)
         return document
 
     def _parallel(self, data: dict[str, Any], where: str, note: Note) -> list[Segment]:
@@ -356,7 +360,7 @@ class Documents:
             document.segments = [s for i, s in enumerate(document.segments) if i not in dropped]
 
 
-def _kind(problem: str) -> str:
+def kind_of(problem: str) -> str:
     """A message without the parts that differ from record to record."""
     return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'…'", problem))
 

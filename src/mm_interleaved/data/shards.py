@@ -60,24 +60,26 @@ class Shards(Protocol):
 
 
 class NumberedRecords:
-    """Shards of a source without files: one, whose records are the numbers from 0.
+    """Shards of a source without files, whose records are the numbers from 0.
 
     Args:
-        name: of the shard, for messages.
+        name: of the shards, for messages.
         count: how many records a pass has.
+        size: how many records a shard has; None: all are in one.
     """
 
-    def __init__(self, name: str, count: int) -> None:
-        self.names: Sequence[str] = [name]
-        self.count = count
+    def __init__(self, name: str, count: int, size: int | None = None) -> None:
+        self.name, self.count, self.size = name, count, size or max(count, 1)
+        self.names: Sequence[str] = [name] * max(-(-count // self.size), 1)
 
     def place(self, record: Record) -> str:
         """Name and number."""
-        return f"{self.names[0]}, document {record.line}"
+        return f"{self.name}, document {record.payload}"
 
     def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
-        """Numbers from `offset` on."""
-        return (Record(shard, n, n, n + 1, n) for n in range(offset, self.count))
+        """Numbers of the shard from its `offset` on."""
+        first = shard * self.size
+        return (Record(shard, n, n, n + 1, first + n) for n in range(offset, min(self.size, self.count - first)))
 
 
 def expand(pattern: str, root: Path) -> list[str]:

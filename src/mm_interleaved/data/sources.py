@@ -23,11 +23,13 @@ class SourceType:
             raises `DataError` if they cannot be used.
         options: class of the options that only this type has, a dataclass; None: it has none.
         has_files: whether `shards` names files that it reads.
+        samples: whether its documents are samples for fine-tuning, which are used whole and may lack images.
     """
 
     reader: Callable[[SourceConfig, Any, Path], Reader]
     options: type | None = None
     has_files: bool = True
+    samples: bool = False
 
 
 SOURCES: Registry[SourceType] = Registry("mm_interleaved.sources", "source type", SourceType, {
@@ -35,4 +37,5 @@ SOURCES: Registry[SourceType] = Registry("mm_interleaved.sources", "source type"
     "pairs": "mm_interleaved.data.readers:PAIRS_TYPE",
     "webdataset": "mm_interleaved.data.readers:WEBDATASET_TYPE",
     "documents": "mm_interleaved.data.readers:DOCUMENTS_TYPE",
+    "task": "mm_interleaved.data.task_source:TYPE",
 })  # fmt: skip

@@ -274,7 +274,15 @@ class SourceStream:
             stream = self.processor.encode(self.processor.render(document), close=True)
         except InputError as error:
             raise Rejected("document cannot be encoded", f"{document.place}: {error}") from None
+        if not self._teaches(stream):
+            raise Rejected("nothing to learn", f"{document.place}: no text and no image in it is supervised")
         return self._shortened(stream) if self.config.is_pairs else stream
+
+    def _teaches(self, stream: TokenStream) -> bool:
+        """Whether a text, of which `</s>` alone is not one, or an image of the stream is learned."""
+        tokens = self.processor.tokenizer
+        empty = np.isin(stream.ids, [self.processor.image_token_id, tokens.bos_token_id, tokens.eos_token_id])
+        return bool((stream.learned & ~empty).any())
 
     def _shortened(self, stream: TokenStream) -> TokenStream:
         """A pair shortened to the length of a row: the caption is cut, never the image."""

@@ -13,6 +13,7 @@ Paths are relative to the file and must stay in its folder. `data:image/...;base
 """
 
 from ..io import InputError
+from .boxes import Box
 from .document import Document
 from .files import load_documents
 from .folder import Folder
@@ -22,6 +23,6 @@ from .segments import ROLES, Generated, Image, Segment, Text
 DocumentError = InputError  # its name in version 0.1
 
 __all__ = [
-    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Document", "DocumentError", "Folder", "Generated",
+    "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Box", "Document", "DocumentError", "Folder", "Generated",
     "Image", "Segment", "Text", "interleave", "load_documents",
 ]  # fmt: skip

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import PIL.Image
 
 from ..io import FileSlice, InputError, check_text
 from .arrays import image_from_array, is_array
+from .boxes import WIDTH, Box
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +51,10 @@ class Text:
         generated: how a model generated it; None: it was given. Comparisons ignore it.
         control_tokens: whether `<s>`, `</s>` and other special tokens in it are control tokens, as in chat templates
             and the original's records; in the text of users and data they are ordinary text.
+        boxes: the boxes that the text states, each with the position of its first character.
 
     Raises:
-        InputError: the text is not a string or has a lone surrogate, or the role is unknown.
+        InputError: the text is not a string or has a lone surrogate, the role is unknown, or a box is not in the text.
     """
 
     text: str | None = None
@@ -60,6 +63,7 @@ class Text:
     attached: bool = False
     generated: Generated | None = field(default=None, compare=False, repr=False)
     control_tokens: bool = field(default=False, compare=False, repr=False)
+    boxes: tuple[tuple[int, Box], ...] = ()
 
     def __post_init__(self) -> None:
         text = cast(object, self.text)
@@ -68,6 +72,31 @@ class Text:
                 raise InputError(f"a text must be a string or None, not {type(text).__name__}")
             check_text(text)
         _check_role(self.role)
+        for start, box in self.boxes:
+            if start < 0 or (self.text or "")[start : start + WIDTH] != str(box):
+                raise InputError(f"the text does not state the box {box} at character {start}",
+                                 fix="Make such texts with Text.of")  # fmt: skip
+
+    @classmethod
+    def of(cls, *parts: str | Box, supervise: bool = True, role: str | None = None, attached: bool = False) -> Self:
+        """The text of strings and boxes, which follow each other without spaces.
+
+        Text.of("<ref>a dog</ref><box>", box, "</box>")
+        """
+        text = ""
+        boxes: list[tuple[int, Box]] = []
+        for part in parts:
+            if isinstance(part, Box):
+                boxes.append((len(text), part))
+            text += str(part)
+        return cls(text, supervise, role, attached, boxes=tuple(boxes))
+
+    def move_boxes(self, change: Callable[[Box], Box]) -> Self:
+        """The text with other boxes in the places of its own."""
+        text, moved = self.text or "", [(start, change(box)) for start, box in self.boxes]
+        for start, box in moved:
+            text = text[:start] + str(box) + text[start + WIDTH :]
+        return replace(self, text=text, boxes=tuple(moved)) if moved else self
 
     @property
     def is_open(self) -> bool:

@@ -6,13 +6,14 @@ import logging
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from ..document import Document, Image, Segment, Text
+from ..document import Box, Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
 from ..io import InputError, check_strings, nearest_name
 from ..validation import Count, Positive, Seed, settings
@@ -22,7 +23,8 @@ NO_IMAGES = "no folder of images"  # the kind of an error
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 Makes = Literal["text", "image", "scores"]
-Value = str | Segment | Sequence[Segment]
+Value = str | Box | Segment | Sequence[Segment]
+TRAIN_PHASES = ("train", "training")  # the names of phases for training
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,15 @@ class Item:
 
     Attributes:
         id: unique in its task.
-        fields: values for the prompt template, by name: a text, an image, or several segments.
+        fields: values for the prompt template, by name: a text, a box, an image, or several segments.
         reference: the reference for metrics; plain data.
         answer: the training targets of the open slots, in order.
         options: the candidate answers to rank, for tasks that rank them.
         meta: other values for metrics and galleries.
         problem: why it cannot be evaluated (its image is missing, its record is malformed); "": it can.
         place: its file and line or record.
+        vary: returns the item with random choices, such as another caption or frame, for a training document; may
+            raise `InputError`. None: there is nothing to choose.
     """
 
     id: str
@@ -48,11 +52,19 @@ class Item:
     meta: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     place: str = ""
+    vary: Callable[[np.random.Generator], Item] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def unusable(cls, place: str, problem: str) -> Item:
         """An item for a record that cannot be used. Its id is its place, without the folder."""
         return cls(place.rpartition("/")[2], {}, problem=problem, place=place)
+
+
+def choose_answer(item: Item, answers: Sequence[Sequence[Segment]]) -> Item:
+    """The item with one of several answers, each equally likely: another one in each epoch of training."""
+    if len(answers) < 2:
+        return item
+    return replace(item, vary=lambda rng: replace(item, answer=answers[int(rng.integers(len(answers)))]))
 
 
 def each(entries: Iterable[Entry], make: Callable[[str, Any, int], Iterable[Item]]) -> Iterator[Item]:
@@ -175,6 +187,11 @@ class TaskType:
     submission: Callable[[str, Mapping[str, Any], str], dict[str, Any]] | None = None
     obtain: str = ""
 
+    @property
+    def train(self) -> str:
+        """The name of its phase for training; "": it has none."""
+        return next((phase for phase in self.phases if phase in TRAIN_PHASES), "")
+
 
 @settings
 class TaskConfig:
@@ -188,7 +205,8 @@ class TaskConfig:
         annotations: folder of the annotation files, or the only such file; None: the type's folder in the tree.
         phase: part of the data set; "": the type's default.
         limit: number of samples, from the start; None: all.
-        prompt: template that replaces the type's own.
+        prompt: template that replaces the type's own; of several, the first is for evaluation, and each training
+            document has one at random.
         generation: settings that differ, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
         options: the type's own settings.
         shots: number of few-shot examples. They replace `{examples}` in the prompt, or precede a prompt without it.
@@ -207,7 +225,7 @@ class TaskConfig:
     annotations: str | None = None
     phase: str = ""
     limit: Positive | None = None
-    prompt: str | None = None
+    prompt: str | list[str] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
     shots: Count = 0
@@ -224,6 +242,8 @@ class TaskConfig:
 
         if self.task not in TASKS:
             raise TASKS.unknown(self.task)
+        if self.prompt == []:
+            raise ValueError("'prompt' is an empty list; write one template or several, or null for the task's own")
 
 
 class Task:
@@ -241,7 +261,8 @@ class Task:
         _check(kind, config)
         self.kind, self.config = kind, config
         self.name = config.name or kind.name
-        self.prompt = config.prompt or kind.prompt
+        given_prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
+        self.prompts = given_prompts or [kind.prompt]
         self.makes, self.metrics, self.crop, self.select = kind.makes, kind.metrics, kind.crop, kind.select
         try:
             self.settings = override(kind.settings, **config.generation)
@@ -252,35 +273,43 @@ class Task:
         """The post-processed text that metrics use."""
         return self.kind.post(text)
 
+    @property
+    def prompt(self) -> str:
+        """The prompt template of evaluation."""
+        return self.prompts[0]
+
     def samples(self) -> Iterator[Sample]:
         """The samples, in a fixed order. Those that cannot be evaluated have a `problem`.
 
         Raises:
             InputError: a file is missing or malformed, or none of its records can be used.
         """
-        shots = None
-        if self.config.shots:
-            shots = Shots(self.config, self.kind, self.examples())
         for index, item in enumerate(self.items()):
-            if not item.fields:
-                document = Document(
-                    [Image() if self.makes == "image" else Text()], id=item.id, place=item.place or None
-                )
-                yield Sample(item.id, document, problem=item.problem)
-                continue
-            fields = dict(item.fields)
-            template = self.prompt
-            if shots is not None:
-                fields["examples"] = shots.before(item, index)
-                template = template if "{examples}" in template else "{examples} " + template
-            segments = render(template, fields, item.place or self.name)
-            if not any(segment.is_open for segment in segments):
-                segments.append(Image() if self.makes == "image" else Text())
+            segments = self._prompted(item, self.prompt, self._shots and self._shots.before(item, index))
             document = Document(segments, id=item.id, place=item.place or None)
             yield Sample(item.id, document, item.reference, item.meta, item.answer, item.options, item.problem)
 
+    def document(self, item: Item, rng: np.random.Generator | None = None) -> Document:
+        """The training document of an item: a prompt, and the answers in its slots, which alone are supervised.
+
+        Args:
+            item: an item without a problem.
+            rng: makes the random choices: of the prompt, of examples, and those of the item; None: the prompt of
+                evaluation and the item as it is.
+
+        Raises:
+            InputError: the item has no answer for a slot, a part of it cannot be read, or the prompt does not fit.
+        """
+        prompt, examples = self.prompt, None
+        if rng is not None:
+            prompt = self.prompts[int(rng.integers(len(self.prompts)))] if len(self.prompts) > 1 else prompt
+            examples = self._shots and self._shots.draw(item, rng)
+            item = item if item.vary is None else item.vary(rng)
+        segments = self._prompted(item, prompt, examples)
+        return Document(_answered(segments, item), id=item.id, place=item.place or None)
+
     def documents(self) -> Iterator[Document]:
-        """The samples as training documents: the answers in the slots have a loss.
+        """The samples as training documents without random choices.
 
         Samples with a problem are left out, with a warning that states their number.
 
@@ -288,13 +317,29 @@ class Task:
             InputError: as `samples`, or a sample has no answer.
         """
         problems = []
-        for sample in self.samples():
-            if sample.problem:
-                problems.append(sample.problem)
+        for item in self.items():
+            if item.problem:
+                problems.append(item.problem)
             else:
-                yield _answered(sample)
+                yield self.document(item)
         if problems:
             logger.warning("task '%s': %d samples are left out; the first: %s", self.name, len(problems), problems[0])
+
+    def _prompted(self, item: Item, template: str, examples: Sequence[Segment] | None) -> list[Segment]:
+        """The prompt of an item, with an open slot for each answer."""
+        slot = Image() if self.makes == "image" else Text()
+        if not item.fields:
+            return [slot]
+        fields = dict(item.fields)
+        if examples is not None:
+            fields["examples"] = examples
+            template = template if "{examples}" in template else "{examples} " + template
+        segments = render(template, fields, item.place or self.name)
+        return segments if any(segment.is_open for segment in segments) else [*segments, slot]
+
+    @cached_property
+    def _shots(self) -> Shots | None:
+        return Shots(self.config, self.kind, self.examples()) if self.config.shots else None
 
     def _read(self, source: Source) -> Iterator[Item]:
         """The items of the files; one whose strings hold a lone surrogate cannot be used."""
@@ -395,18 +440,22 @@ class Shots:
             self.neighbours = checked(read_json(Path(config.neighbours)), dict, config.neighbours)
 
     def before(self, item: Item, index: int) -> list[Segment]:
-        """The segments of the examples for an item."""
+        """The segments of the examples for an item of an evaluation, by its number."""
+        return self.draw(item, np.random.default_rng([self.config.seed, index]))
+
+    def draw(self, item: Item, rng: np.random.Generator) -> list[Segment]:
+        """The segments of random examples for an item, or of its neighbours."""
         separator = "" if self.config.compat else " "
-        chosen = self._chosen(item, index)
+        chosen = self._chosen(item, rng)
         template = separator.join(f"{{{i}}}" for i in range(len(chosen)))
         parts = {str(i): render(self.template, _with_answer(one), one.place) for i, one in enumerate(chosen)}
         return render(template, parts, item.place)
 
-    def _chosen(self, item: Item, index: int) -> list[Item]:
+    def _chosen(self, item: Item, rng: np.random.Generator) -> list[Item]:
         if self.neighbours is None:
-            rng = np.random.default_rng([self.config.seed, index])
             chosen = rng.permutation(len(self.items))[: self.config.shots + 1].tolist()
-            others = [self.items[i] for i in chosen if self.items[i].id != item.id or self.config.shot_phase == "train"]
+            apart = self.config.shot_phase in TRAIN_PHASES and self.config.phase != self.config.shot_phase
+            others = [self.items[i] for i in chosen if apart or self.items[i].id != item.id]
             return others[: self.config.shots]
         where = f"{self.config.neighbours}, '{item.id}'"
         names = checked(self.neighbours.get(item.id), list, where)[: self.config.shots]
@@ -424,34 +473,43 @@ def render(template: str, fields: Mapping[str, Value], where: str = "") -> list[
         InputError: the template has an unknown field, or is malformed.
     """
     segments: list[Segment] = []
-    run = ""
+    run: list[str | Box] = []  # of the next text
 
-    def close() -> None:
-        nonlocal run
-        run = run.lstrip() if not segments or isinstance(segments[-1], Image) else run
-        if run:
+    def close(before_image: bool) -> None:
+        if not segments or isinstance(segments[-1], Image):
+            _strip(run, str.lstrip, 0)
+        if before_image:
+            _strip(run, str.rstrip, -1)
+        if any(str(part) for part in run):
             joined = bool(segments) and isinstance(segments[-1], Text)
-            segments.append(Text(run, supervise=False, attached=joined))
-        run = ""
+            segments.append(Text.of(*run, supervise=False, attached=joined))
+        run.clear()
 
     for literal, name in _parts(template, where):
-        run += literal
+        run.append(literal)
         if name is None:
             continue
         if name not in fields:
             raise InputError(f"the prompt '{template}' has a field {{{name}}}; there is {', '.join(fields)}", where,
                              "Correct the prompt")  # fmt: skip
         value = fields[name]
-        if isinstance(value, str):
-            run += value
+        if isinstance(value, (str, Box)):
+            run.append(value)
             continue
         for segment in [value] if isinstance(value, (Text, Image)) else value:
-            run = run.rstrip() if isinstance(segment, Image) else run
-            close()
+            close(before_image=isinstance(segment, Image))
             segments.append(segment)
-    run = run.rstrip()
-    close()
+    close(before_image=True)  # nor white space at the end
     return segments
+
+
+def _strip(run: list[str | Box], strip: Callable[[str], str], end: Literal[0, -1]) -> None:
+    """Remove white space at one end of a run, and strings that are then empty."""
+    while run and isinstance(part := run[end], str):
+        run[end] = strip(part)
+        if run[end]:
+            return
+        run.pop(end)
 
 
 def _parts(template: str, where: str) -> list[tuple[str, str | None]]:
@@ -466,15 +524,14 @@ def _with_answer(item: Item) -> dict[str, Value]:
     return {"answer": answer, "caption": answer, **item.fields}
 
 
-def _answered(sample: Sample) -> Document:
-    """The document with its slots filled by the answer."""
-    slots = [segment.is_open for segment in sample.document.segments]
-    if sum(slots) != len(sample.answer):
-        raise InputError(f"{sum(slots)} slots, but {len(sample.answer)} answers to learn", sample.document.name,
+def _answered(segments: Sequence[Segment], item: Item) -> list[Segment]:
+    """The segments with the slots filled by the answer of the item."""
+    slots = sum(segment.is_open for segment in segments)
+    if slots != len(item.answer):
+        raise InputError(f"{slots} slots, but {len(item.answer)} answers to learn", item.place or f"sample {item.id}",
                          "Use a phase that has answers, or a prompt without slots of its own")  # fmt: skip
-    answers = iter(sample.answer)
-    segments = [next(answers) if segment.is_open else segment for segment in sample.document.segments]
-    return replace(sample.document, segments=segments)
+    answers = iter(item.answer)
+    return [next(answers) if segment.is_open else segment for segment in segments]
 
 
 def _check(kind: TaskType, config: TaskConfig) -> None:
