@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from mm_interleaved import MMInterleaved, MMInterleavedConfig
 from mm_interleaved.configuration import load_config
+from mm_interleaved.training.arguments import training_arguments
 from mm_interleaved.training.config import (
     GroupConfig,
     MuonConfig,
@@ -22,7 +23,6 @@ from mm_interleaved.training.config import (
 )
 from mm_interleaved.training.muon import Muon
 from mm_interleaved.training.optimizer import build_optimizer, parameter_groups, torch_groups, undecayed
-from mm_interleaved.training.trainer import training_arguments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -1,4 +1,4 @@
-"""Fetching the release and its base components from the model hub: what there is, how large, under which licence."""
+"""The model hub: fetching the release and its base components, and pushing a trained model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from .checkpoint import CheckpointError
 
@@ -155,3 +155,40 @@ def _is_intact(path: Path, file: RepoSibling) -> bool:
         return True
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256
+
+
+def check_push(repository: str) -> None:
+    """Check what can be checked before there is a model to push.
+
+    Raises:
+        CheckpointError: the name is no name of a repository, or nobody is logged in.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise CheckpointError(f"push_to_hub.repo: {str(error).splitlines()[0]}") from None
+    if get_token() is None:
+        raise CheckpointError("push_to_hub needs an account of the hub: log in with `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Push the files of a model's folder as one commit. Returns the address of the repository.
+
+    Args:
+        folder: folder of the model.
+        repository: `OWNER/NAME`; created if it does not exist.
+        private: whether only its owner sees it.
+
+    Raises:
+        CheckpointError: the hub cannot be reached or refuses; or the repository is public and should be private.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise CheckpointError(f"the repository {repository} is public, and push_to_hub.private is true; make it "
+                                  "private, or set push_to_hub.private: false")  # fmt: skip
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload the trained model")
+    except (*_FAILURES, HfHubHTTPError) as error:
+        raise CheckpointError(f"{repository}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    return str(address)

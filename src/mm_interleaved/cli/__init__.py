@@ -21,6 +21,7 @@ from .evaluate import evaluate_command
 from .generate import generate
 from .info import info
 from .plugins import CommandGroup
+from .run_report import report
 from .train import train
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command()(convert)
 app.command()(download)
 app.command()(assemble)
 app.command()(train)
+app.command()(report)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
 

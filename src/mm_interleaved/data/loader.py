@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,6 +95,16 @@ class DocumentLoader:
     def report(self) -> DataReport:
         """The report of what was read and left out so far, in the batches that were yielded."""
         return DataReport(self._report.to_dict())
+
+    def count_batches(self, report: Callable[[int], object] = lambda number: None) -> int:
+        """The number of batches of the first epoch of this process, as if every image could be read.
+
+        Documents are read and packed, their images are not. The position of the loader does not change.
+
+        Args:
+            report: called with the number so far after each batch.
+        """
+        return self._dataset.count_batches(max(self.config.num_workers, 1), report)
 
     def __iter__(self) -> Iterator[Batch]:
         self._loader = self._make_loader()
@@ -215,6 +225,17 @@ class _PackedRows(IterableDataset):
         self._resume = None
         return self._current
 
+    def count_batches(self, workers: int, report: Callable[[int], object]) -> int:
+        """The batches of the first epoch, of all workers of this process together."""
+        number = 0
+        for worker in range(workers):
+            place = Place(self.rank, self.world_size, worker, workers)
+            parcels = _Parcels(self.config, self.processor, 0, place, self.folder, None)
+            for _ in parcels.plan():
+                number += 1
+                report(number)
+        return number
+
     def state_dict(self) -> dict[str, Any]:
         """For StatefulDataLoader, after each parcel."""
         return {} if self._current is None else self._current.position()
@@ -281,6 +302,10 @@ class _Parcels:
         if batch is None:
             raise StopIteration
         return batch, self._message()
+
+    def plan(self) -> Iterator[MixtureBatch]:
+        """The rows of every batch, without their images."""
+        return iter(self._mixture.next_batch, None)
 
     def _message(self) -> dict[str, Any]:
         return {"worker": self._place.worker, "report": self._report.drain(), "barren": self._mixture.barren}

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data import DocumentLoader
 from ..io import append, json_lines, parse_json, write_atomic, write_json, writing
 from .config import RunConfig
+from .report import write_run_report
 from .trainer import RunTrainer
 
 LOG = "log.jsonl"
 _SAME = 2.0  # seconds within which two signals count as one: `timeout` signals a process, then its group
+FIRST_REPORT = 20.0  # seconds until the page of a run is written for the first time
 _AGREE_EVERY = 10  # steps between two checks whether another rank wants to stop
 
 
@@ -38,8 +41,11 @@ class TrainingLoopCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Install the signal handlers."""
+        """Install the signal handlers; correct what a resumed run takes over."""
         self.trainer.start_window()
+        _follow_schedule(kwargs.get("lr_scheduler"))
+        if self.trainer.is_world_process_zero():
+            self.trainer.link_checkpoints()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
 
@@ -49,7 +55,7 @@ class TrainingLoopCallback(TrainerCallback):
             self.trainer.ema.update(state.global_step)
         due = self.config.eval_every and state.global_step % self.config.eval_every == 0
         control.should_evaluate = bool(due and self.trainer.eval_pipeline is not None)
-        if self._agreed(state.global_step):
+        if self._agreed(state):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(
@@ -68,17 +74,30 @@ class TrainingLoopCallback(TrainerCallback):
         self.stopped_by, self._stopped_at = signal.Signals(number).name, time.monotonic()
         self.console.print(f"{self.stopped_by}: saving after this step; send it again to stop at once")
 
-    def _agreed(self, step: int) -> bool:
+    def _agreed(self, state: TrainerState) -> bool:
         """Whether any rank got a signal to stop; all ranks agree on the step."""
+        step = state.global_step
         if not (dist.is_available() and dist.is_initialized()):
             return self.stopped_by is not None
-        if step % _AGREE_EVERY and step != self.config.steps:
+        if step % _AGREE_EVERY and step != state.max_steps:
             return False
         wish = torch.tensor(float(self.stopped_by is not None), device=self.trainer.args.device)
         dist.all_reduce(wish)
         if wish.item() and self.stopped_by is None:
             self.stopped_by = "another process"
         return bool(wish.item())
+
+
+def _follow_schedule(scheduler: Any) -> None:
+    """Set the learning rates to those of the schedule at the present step.
+
+    A resumed optimizer has the rates of the run before, which may have had fewer steps.
+    """
+    if isinstance(scheduler, LambdaLR):
+        rates = [base * share(scheduler.last_epoch)
+                 for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 class DataReportCallback(TrainerCallback):
@@ -117,12 +136,15 @@ class Reporter(TrainerCallback):
         self.folder = Path(config.output)
         self.writer: SummaryWriter | None = None
         self._began: tuple[float, int] = (0.0, 0)
+        self._steps = 0
+        self._report_due = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the files. Entries that an interrupted run logged after its last checkpoint are removed."""
-        self._began = (time.time(), state.global_step)
+        self._began, self._steps = (time.time(), state.global_step), state.max_steps
+        self._report_due = time.monotonic() + FIRST_REPORT
         path = self.folder / LOG
         if path.is_file():
             lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
@@ -144,18 +166,30 @@ class Reporter(TrainerCallback):
                 for name, value in values.items():
                     self.writer.add_scalar(name, value, state.global_step)
         self.console.print(self._line(state.global_step, values), highlight=False)
+        self._write_report()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the files."""
+        write_run_report(self.folder)
         if self.writer is not None:
             with writing(self.folder / "tensorboard"):
                 self.writer.close()
 
+    def _write_report(self) -> None:
+        """Write the page of the run, but use at most a twentieth of the time for it."""
+        begin = time.monotonic()
+        if begin >= self._report_due:
+            write_run_report(self.folder)
+            now = time.monotonic()
+            self._report_due = now + 20 * (now - begin)
+
     def _line(self, step: int, values: dict[str, float]) -> str:
-        width = len(str(self.config.steps))
-        shown = [f"step {step:{width}}/{self.config.steps}"]
+        width = len(str(self._steps))
+        shown = [f"step {step:{width}}/{self._steps}"]
+        if "epochs" in values:
+            shown.append(f"epoch {values['epochs']:.2f}")
         shown += [f"{k} {v:.4g}" for k, v in values.items() if k.startswith(("loss", "psnr", "eval_"))]
         for key, name in (("grad_norm", "grad"), ("learning_rate", "lr")):
             if key in values:
@@ -179,7 +213,7 @@ class Reporter(TrainerCallback):
         begin, first = self._began
         if step <= first:
             return "?"
-        seconds = math.ceil((time.time() - begin) / (step - first) * (self.config.steps - step))
+        seconds = math.ceil((time.time() - begin) / (step - first) * (self._steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 

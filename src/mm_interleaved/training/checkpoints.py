@@ -7,20 +7,24 @@ The manifest shows whether a file was damaged or changed since it was written, b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ..configuration import describe_differences, read_settings
-from ..io import InputError, read_json, write_json
+from ..io import InputError, read_json, write_json, writing
 from ..validation import parse
-from .config import OptimizerConfig
+from .config import OptimizerConfig, RunConfig
 
 ASIDE = "checkpoint.incomplete"
 MANIFEST = "manifest.json"
 SETTINGS = "config.yaml"
+BEST, LAST = "best", "last"  # stand for one of the checkpoints
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -122,7 +126,7 @@ def step_of(checkpoint: Path) -> int:
         raise ValueError(f"'{path}' cannot be read ({error}); resume from another checkpoint") from None
 
 
-def check_groups(checkpoint: Path, config: OptimizerConfig) -> None:
+def check_groups(checkpoint: Path, config: RunConfig) -> None:
     """Check that the optimizer's state in a checkpoint belongs to the same kind of optimizer and parameter groups.
 
     Raises:
@@ -131,22 +135,61 @@ def check_groups(checkpoint: Path, config: OptimizerConfig) -> None:
     path = checkpoint / SETTINGS
     if not path.is_file():
         return
-    old = parse(read_settings(path)["optimizer"], OptimizerConfig, str(path))
-    if changes := describe_differences(_group_settings(old), _group_settings(config)):
+    settings = read_settings(path)
+    old = parse(settings["optimizer"], OptimizerConfig, str(path))
+    before, now = _group_settings(old, settings.get("trainer", {})), _group_settings(config.optimizer, config.trainer)
+    if changes := describe_differences(before, now):
         raise ValueError(
             f"the optimizer's state in '{checkpoint}' does not fit: {changes}. Keep these settings, or start a new run "
             "from its weights with model.init_from.checkpoint"
         )
 
 
-def _group_settings(config: OptimizerConfig) -> dict[str, object]:
+def _group_settings(config: OptimizerConfig, trainer: dict[str, Any]) -> dict[str, object]:
     """The settings that determine the optimizer's kind and its parameter groups."""
     muon = {"plain": list(config.muon.plain)} if config.kind == "muon" else None
     groups = [group.pattern for group in config.groups]
-    return {"optimizer": {"kind": config.kind, "groups": groups, "no_decay": list(config.no_decay), "muon": muon}}
+    own = {"kind": config.kind, "groups": groups, "no_decay": list(config.no_decay), "muon": muon}
+    return {"optimizer": own, "trainer": {"optim": trainer.get("optim")}}
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints."""
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the `keep` newest checkpoints and that of step `best`."""
     for folder in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+        if folder.name != f"checkpoint-{best}":
+            shutil.rmtree(folder)
+
+
+def point(link: Path, target: str) -> None:
+    """Let `link` stand for the folder `target` beside it, also if it stands for another one.
+
+    It is a relative symbolic link. On a file system without them it is a copy, whose files are hard links if possible.
+    """
+    aside = link.with_name(f".{link.name}.incomplete")
+    _remove(aside)
+    with writing(link):
+        try:
+            aside.symlink_to(target, target_is_directory=True)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES):
+                raise
+            shutil.copytree(link.with_name(target), aside, copy_function=_hard_link)
+        if not link.is_symlink() and link.is_dir():
+            shutil.rmtree(link)
+        if link.is_symlink() and not aside.is_symlink():
+            link.unlink()
+        aside.replace(link)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _hard_link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links either
+        shutil.copy2(source, target)

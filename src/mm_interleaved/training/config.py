@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ..data.config import DataConfig
-from ..evaluation.config import TaskSuite
+from ..evaluation.config import TaskSuite, task_name
 from ..validation import Count, Decay, NonNegativeFloat, Positive, PositiveFloat, Seed, Share, settings
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -94,7 +94,9 @@ class RunConfig:
 
     Attributes:
         output: folder of the run: `config.yaml`, `log.jsonl`, TensorBoard files, `checkpoint-N`, `final`.
-        steps: number of optimizer steps.
+        steps: number of optimizer steps. Exactly one of `steps` and `epochs` is given.
+        epochs: number of passes over the data, also a fraction of one. It becomes a number of steps before training
+            begins: the batches of the first epoch are counted, from texts and image headers only.
         seed: seed of the initialisation and of all random choices.
         accumulation: number of batches in a step.
         precision: type of matrix products. Trainable weights are always stored in float32.
@@ -108,10 +110,13 @@ class RunConfig:
         selective_checkpointing: keep some of the activations, see `enable_checkpointing`.
         peak_tflops: peak of one device, for the MFU; None: the known peak of common devices, else no MFU is shown.
         tensorboard: write TensorBoard files.
+        trainer: further settings of transformers' `TrainingArguments` by name (`report_to`, `optim`,
+            `lr_scheduler_type`, ...), without those that have a setting of their own here.
     """
 
     output: str
-    steps: Positive
+    steps: Positive | None = None
+    epochs: PositiveFloat | None = None
     seed: Seed = 0
     accumulation: Positive = 1
     precision: Precision = "bfloat16"
@@ -133,8 +138,12 @@ class RunConfig:
     fsdp: dict[str, Any] = field(default_factory=dict)
     peak_tflops: PositiveFloat | None = None
     tensorboard: bool = True
+    trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither" if self.steps is None else "both"
+            raise ValueError(f"give one of 'steps' and 'epochs', not {given}; the other is null")
         if self.deepspeed and self.fsdp:
             raise ValueError("give 'deepspeed' or 'fsdp', not both")
         if self.ema.decay and (self.deepspeed or self.fsdp):
@@ -333,6 +342,47 @@ class ShapesConfig:
 SIZES = ("images", "targets", "conditioning", "context", "labelled", "visible")
 
 
+@settings
+class EarlyStoppingConfig:
+    """The task metric by which the best checkpoint is chosen, and when a run stops because it no longer improves.
+
+    Attributes:
+        metric: `TASK/VALUE`: the name of a task in `evaluation`, and one of its main values (`vqav2/accuracy`).
+        patience: the run stops after this number of evaluations without improvement; null: it never stops early, and
+            only the best checkpoint is kept.
+        min_delta: an improvement is larger than this.
+        mode: whether the `max` or the `min` is best; null: `min` for values that are errors (FID, ranks), else `max`.
+    """
+
+    metric: str
+    patience: Positive | None = 3
+    min_delta: NonNegativeFloat = 0.0
+    mode: Literal["max", "min"] | None = None
+
+    def __post_init__(self) -> None:
+        task, slash, value = self.metric.rpartition("/")
+        if not (task and slash and value):
+            raise ValueError(f"'metric' is TASK/VALUE, as vqav2/accuracy, not '{self.metric}'")
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return self.metric.rpartition("/")[0]
+
+
+@settings
+class HubConfig:
+    """A repository of a model hub that gets the final model.
+
+    Attributes:
+        repo: `OWNER/NAME`; created if it does not exist.
+        private: whether only its owner sees it. A public repository is refused where this is true.
+    """
+
+    repo: str
+    private: bool = True
+
+
 @settings(kw_only=True)
 class TrainConfig(RunConfig):
     """The settings of `mmi train`.
@@ -347,6 +397,8 @@ class TrainConfig(RunConfig):
         shapes: sizes to which batches are padded.
         evaluation: tasks for evaluations during training, as in the file of an evaluation.
         evaluate_every: steps between two evaluations; 0: never.
+        early_stopping: the task metric that chooses the best checkpoint and ends a run that no longer improves.
+        push_to_hub: the repository that gets the final model.
     """
 
     model: ModelConfig
@@ -358,9 +410,15 @@ class TrainConfig(RunConfig):
     samples: SampleConfig = field(default_factory=SampleConfig)
     evaluation: TaskSuite | None = None
     evaluate_every: Count = 0
+    early_stopping: EarlyStoppingConfig | None = None
+    push_to_hub: HubConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.epochs is not None and self.data.sampling == "forever":
+            raise ValueError("'epochs' needs data that end, and 'data.sampling: forever' never does; give 'steps'")
+        if self.early_stopping is not None:
+            self._check_stopping(self.early_stopping)
         if self.shapes.graph and (self.accumulation > 1 or self.precision == "float16"):
             raise ValueError("shapes.graph needs accumulation: 1 and no scaling of the loss, which float16 has")
         if self.shapes.graph and self.gradient_checkpointing:
@@ -378,3 +436,11 @@ class TrainConfig(RunConfig):
         if self.evaluate_every and self.fsdp:
             raise ValueError("'evaluate_every' needs whole weights, which a process does not have with 'fsdp'; "
                              "evaluate the checkpoints with mmi evaluate")  # fmt: skip
+
+    def _check_stopping(self, stopping: EarlyStoppingConfig) -> None:
+        if self.evaluation is None or not self.evaluate_every:
+            raise ValueError("'early_stopping' follows a task metric: give 'evaluation' and 'evaluate_every'")
+        names = [task_name(task) for task in self.evaluation.chosen()]
+        if stopping.task not in names:
+            raise ValueError(f"early_stopping.metric '{stopping.metric}': 'evaluation' has no task '{stopping.task}', "
+                             f"only {', '.join(names)}")  # fmt: skip

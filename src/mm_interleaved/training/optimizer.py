@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -121,8 +123,17 @@ def hidden_matrices(model: nn.Module, config: MuonConfig) -> set[str]:
     return {name for name in names if not any(p.search(name) for p in patterns)}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or Muon over the groups; AdamW is fused if all parameters are on a CUDA device.
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    own: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer over the groups; AdamW is fused if all parameters are on a CUDA device.
+
+    Args:
+        model: the trained model.
+        config: kind and groups.
+        own: class and arguments of another optimizer, from the Trainer's `optim`; None: AdamW or Muon.
 
     Raises:
         ValueError: nothing is trainable, or a group's pattern does not fit.
@@ -130,7 +141,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = torch_groups(model, config)
     if not groups:
         raise ValueError("no parameter of the model is trainable; see model.overrides.frozen")
+    if own is not None:
+        kind, options = own
+        if options.get("optim_bits") == 8 and find_spec("bitsandbytes"):
+            _keep_embeddings(model)
+        return kind(groups, **options)
     fused = all(p.device.type == "cuda" for g in groups for p in g["params"])
     kind = Muon if config.kind == "muon" else torch.optim.AdamW
     first, second = config.betas
     return kind(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)
+
+
+def _keep_embeddings(model: nn.Module) -> None:
+    """Keep the state of embeddings in 32 bits, as the Trainer does with bitsandbytes: 8 bits are unstable there."""
+    manager = import_module("bitsandbytes").optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})

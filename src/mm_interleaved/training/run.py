@@ -22,18 +22,22 @@ from ..io import InputError, atomic_folder, lock_folder, read_json, write_atomic
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
+from .arguments import training_arguments
 from .building import build
 from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
-from .checkpoints import SETTINGS, find_resume, step_of
+from .checkpoints import BEST, SETTINGS, find_resume, step_of
 from .config import RunConfig, TrainConfig
 from .distillation import ConditionDistillation
+from .epochs import length_of_run
 from .flops import step_cost
 from .graphs import CapturedStep
 from .pipeline import BatchPipeline, Loader, prepare_documents
+from .publishing import Push
 from .samples import Samples
+from .stopping import EarlyStopping
 from .tasks import Tasks
-from .trainer import RunTrainer, training_arguments
+from .trainer import RunTrainer
 
 FINAL = "final"
 TRAINED = "trained.json"  # in that folder: the steps, seed and version that made it
@@ -76,6 +80,7 @@ def train(
         cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
         ranks = {"rank": args.process_index, "world_size": args.world_size}
         prepare = prepare_documents(model, config.losses, config.shapes)
+        pushed = Push(config.push_to_hub, Path(config.output)) if config.push_to_hub is not None else None
 
         def pipeline_of(data: Any, seed: int) -> BatchPipeline:
             return BatchPipeline(make_loader(data, processor, **ranks), prepare, seed, args.device, **ranks)
@@ -83,10 +88,19 @@ def train(
         evaluation = None
         if config.eval_data is not None:
             evaluation = lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
+        pipeline = pipeline_of(config.data, config.seed)
+        length = length_of_run(config, pipeline.loader, args, console)
+        args.max_steps = length.steps
         trainer = RunTrainer(
-            model, args, config, pipeline_of(config.data, config.seed), evaluation, processor.save_pretrained, cost,
+            model, args, config, pipeline, evaluation, processor.save_pretrained, cost,
             distillation, branches_of(config) if config.fsdp else None,
         )  # fmt: skip
+        trainer.steps_per_epoch = length.steps_per_epoch
+        finish = lambda folder: save_final(trainer, model, processor, folder)  # noqa: E731
+        trainer.write_best = finish
+        if config.early_stopping is not None:
+            trainer.stopping = EarlyStopping(config.early_stopping)
+            trainer.add_callback(trainer.stopping)
         if config.shapes.graph:
             if args.device.type != "cuda" or config.fsdp or config.deepspeed:
                 raise ValueError(
@@ -100,8 +114,11 @@ def train(
         if config.sample_every and config.samples.documents and args.process_index == 0:
             trainer.add_callback(Samples(trainer, config, model, processor))
         if config.evaluate_every and config.evaluation is not None:
-            trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor))
-        return run(trainer, config, resume, console, lambda folder: save_final(trainer, model, processor, folder))
+            trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor, trainer.stopping))
+        stopped = run(trainer, config, resume, console, finish)
+        if stopped is None and pushed is not None and args.process_index == 0:
+            pushed.send(Path(config.output) / FINAL, console)
+        return stopped
 
 
 def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
@@ -124,9 +141,6 @@ def start_run(config: RunConfig) -> Iterator[Path | None]:
     is_first = int(os.environ.get("RANK", "0")) == 0
     with lock_folder(folder) if is_first else nullcontext():
         resume = find_resume(folder, config.resume)
-        at_end = resume is not None and step_of(resume) >= config.steps
-        if is_first and not (at_end and (folder / SETTINGS).is_file()):  # the settings that trained the weights stay
-            write_atomic(folder / SETTINGS, to_yaml(config))
         if config.tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
         yield resume
@@ -140,9 +154,9 @@ def run(
     trainer.add_callback(loop)
     if config.fsdp:
         trainer.add_callback(sharding.ShardingCallback(console))
-    folder = Path(config.output) / FINAL
+    folder, steps, is_main = Path(config.output) / FINAL, trainer.args.max_steps, trainer.args.process_index == 0
     last = 0 if resume is None else step_of(resume)
-    if trainer.args.process_index == 0:
+    if is_main:
         trainer.add_callback(Reporter(config, console))
         assert trainer.model is not None
         count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -151,8 +165,14 @@ def run(
     if resume is not None:
         trainer.load_run_state(resume)
         console.print(f"going on from {resume}")
-    if resume is not None and last >= config.steps:
-        if trainer.args.process_index == 0:
+    is_over = last >= steps or (trainer.stopping is not None and trainer.stopping.is_over)
+    settings = folder.with_name(SETTINGS)
+    if is_main and not (resume is not None and is_over and settings.is_file()):  # those that trained the weights stay
+        if resume is not None:
+            _tell_new_length(resume, steps, console)
+        write_atomic(settings, to_yaml(config))
+    if resume is not None and is_over:
+        if is_main:
             _tell_changes(config, console)
         if _trained_steps(folder) == last:
             console.print(f"done already: {folder}")
@@ -161,19 +181,36 @@ def run(
     else:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         last = trainer.state.global_step
-    if loop.stopped_by is not None and trainer.state.global_step < config.steps:
+    if loop.stopped_by is not None and last < steps and not (trainer.stopping is not None and trainer.stopping.is_over):
         console.print(
-            f"stopped by {loop.stopped_by} at step {trainer.state.global_step} of {config.steps}; a checkpoint is "
-            f"saved, and the same command resumes from there"
+            f"stopped by {loop.stopped_by} at step {last} of {steps}; a checkpoint is saved, and the same command "
+            f"resumes from there"
         )
         return loop.stopped_by
     trainer.check_finite(last)
     finish(folder)
-    if trainer.args.process_index == 0:
+    if is_main:
         about = {"steps": last, "seed": config.seed, "version": __version__}
         write_json(folder / TRAINED, about)
+    if trainer.stopping is not None:
+        _tell_best(trainer.stopping, last, steps, folder.parent, console)
     console.print(f"done: {folder}")
     return None
+
+
+def _tell_new_length(checkpoint: Path, steps: int, console: Console) -> None:
+    """Print what a number of steps means that is not that of the resumed checkpoint."""
+    before = read_json(checkpoint / "trainer_state.json").get("max_steps")
+    if before != steps:
+        console.print(f"the run had {before:,} steps and now has {steps:,}: from here on the learning rate is that of "
+                      f"a schedule of {steps:,} steps")  # fmt: skip
+
+
+def _tell_best(stopping: EarlyStopping, last: int, steps: int, folder: Path, console: Console) -> None:
+    if last < steps:
+        console.print(f"stopped early at step {last} of {steps}: no improvement in {stopping.waited} evaluations; "
+                      "a larger 'early_stopping.patience' goes on")  # fmt: skip
+    console.print(f"{stopping.describe()}: {folder / BEST}", highlight=False)
 
 
 def _tell_changes(config: RunConfig, console: Console) -> None:

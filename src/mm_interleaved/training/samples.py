@@ -24,7 +24,10 @@ from .trainer import RunTrainer
 
 
 class Samples(TrainerCallback):
-    """Fills the open slots of documents every `sample_every` steps: a strip of images (PNG) and a text file."""
+    """Fills the open slots of documents before the first step and every `sample_every` steps.
+
+    Each time with the same seeds, so that only the weights differ. Writes a grid of images (PNG) and a text file.
+    """
 
     def __init__(
         self, trainer: RunTrainer, config: TrainConfig, model: MMInterleaved, processor: MMInterleavedProcessor
@@ -43,6 +46,13 @@ class Samples(TrainerCallback):
                 cache_implementation=plain,
             ),
         )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Generate the samples of the untrained weights."""
+        if state.global_step == 0:
+            self.generate(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Generate samples every `sample_every` steps."""

@@ -12,10 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..evaluation import Results, TaskSuite, evaluate
 from ..evaluation.predictions import remove_results
 from ..evaluation.processes import on_main
+from ..evaluation.report import shown_values
 from ..generation import MMInterleaved
 from ..processor import MMInterleavedProcessor
 from ..tasks import make_task
 from .config import TrainConfig
+from .stopping import EarlyStopping
 from .trainer import RunTrainer
 
 FOLDER = "evaluation"
@@ -29,6 +31,7 @@ class Tasks(TrainerCallback):
         config: settings of the run.
         suite: the tasks.
         model, processor: the trained model and its processor.
+        stopping: gets the values of each evaluation; None: none.
 
     Raises:
         InputError: a task's files cannot be read. This is checked before the first step.
@@ -41,8 +44,9 @@ class Tasks(TrainerCallback):
         suite: TaskSuite,
         model: MMInterleaved,
         processor: MMInterleavedProcessor,
+        stopping: EarlyStopping | None = None,
     ) -> None:
-        self.trainer, self.config, self.suite = trainer, config, suite
+        self.trainer, self.config, self.suite, self.stopping = trainer, config, suite, stopping
         self.model, self.processor = model, processor
         for task in suite.chosen():
             next(make_task(task).samples())
@@ -51,11 +55,16 @@ class Tasks(TrainerCallback):
         """Evaluate every `evaluate_every` steps."""
         if state.global_step % self.config.evaluate_every == 0:
             due = control.should_log
-            self.run(state.global_step)
+            values = self.run(state.global_step)
             control.should_log = due  # logging the scores resets this, and the losses of this step would be lost
+            if self.stopping is not None:
+                self.stopping.judge(state.global_step, values, control)
 
-    def run(self, step: int) -> None:
-        """Evaluate and log. The state of training and its random numbers do not change."""
+    def run(self, step: int) -> dict[str, float]:
+        """Evaluate and log. Returns all main values on every process, by `TASK/VALUE`.
+
+        The state of training and its random numbers do not change.
+        """
         folder = Path(self.config.output) / FOLDER / f"{step:07}"
         processes = PartialState()
         # Remove results of a run that was interrupted after this step, because its weights may differ.
@@ -76,6 +85,7 @@ class Tasks(TrainerCallback):
         self.model.train()
         if found is not None:
             trainer.log(main_values(found))
+        return on_main(processes, lambda: {} if found is None else all_values(found))
 
 
 def main_values(results: Results) -> dict[str, float]:
@@ -86,3 +96,8 @@ def main_values(results: Results) -> dict[str, float]:
         for result in task.metrics.values()
         for key in list(result["values"])[:1]
     }
+
+
+def all_values(results: Results) -> dict[str, float]:
+    """The values of all metrics, by `TASK/VALUE`, without means over a part of the samples."""
+    return {f"{name}/{key}": value for name, task in results.tasks.items() for key, value, _ in shown_values(task)}

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +28,8 @@ from .graphs import CapturedStep
 from .meters import Window
 from .optimizer import build_optimizer
 from .pipeline import BatchPipeline
+from .stopping import EarlyStopping
 
-SCHEDULERS = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup", "linear": "linear"}
 ADVICE = (
     "A lower learning rate, more warm-up or precision=float32 may help; checkpoints in the run's folder are from before"
 )
@@ -56,6 +55,9 @@ class RunTrainer(Trainer):
 
     Attributes:
         captured: runs captured training steps; None: steps are not captured.
+        stopping: follows a task metric; None: no checkpoint is the best.
+        write_best: writes a model folder with the averaged weights; used for the best one where there is an average.
+        steps_per_epoch: for the log; None: not known.
     """
 
     def __init__(
@@ -74,6 +76,9 @@ class RunTrainer(Trainer):
         self.distillation, self.branches = distillation, branches
         self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
         self.captured: CapturedStep | None = None
+        self.stopping: EarlyStopping | None = None
+        self.write_best: Callable[[Path], object] = lambda folder: None
+        self.steps_per_epoch: float | None = None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
         if config.fsdp:
@@ -92,11 +97,12 @@ class RunTrainer(Trainer):
         return self.pipeline
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW or Muon over the configured groups."""
+        """AdamW, Muon or the optimizer in `trainer.optim` over the configured groups."""
         if self.optimizer is None:
             trained = self.model if model is None else model
             assert trained is not None
-            self.optimizer = build_optimizer(trained, self.config.optimizer)
+            own = self.get_optimizer_cls_and_kwargs(self.args) if "optim" in self.config.trainer else None
+            self.optimizer = build_optimizer(trained, self.config.optimizer, own)
         return self.optimizer
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -159,6 +165,8 @@ class RunTrainer(Trainer):
             self._window_step = self.state.global_step
             if self.captured is not None:
                 logs["captured_share"] = self.captured.take_share()
+            if self.steps_per_epoch is not None:
+                logs["epochs"] = self.state.global_step / self.steps_per_epoch
             for group in self.optimizer.param_groups:
                 logs[f"lr/{group.get('name', 'all')}"] = group["lr"]
         super().log(logs, start_time)
@@ -237,14 +245,31 @@ class RunTrainer(Trainer):
                     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                     write_atomic(folder / checkpoints.SETTINGS, to_yaml(self.config))
                     checkpoints.write_manifest(folder)
+                    if self._is_best() and self.ema is not None:
+                        self.write_best(run / checkpoints.BEST)
                     shutil.rmtree(run / name, ignore_errors=True)  # a damaged one of that name
                     os.replace(folder, run / name)
-                    checkpoints.prune(run, self.config.keep_checkpoints)
+                    self.link_checkpoints()
+                    best = None if self.stopping is None else self.stopping.best_step
+                    checkpoints.prune(run, self.config.keep_checkpoints, best)
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._aside, ignore_errors=True)  # an incomplete folder, after a full disk
             self._aside = None
         self._barrier()
+
+    def _is_best(self) -> bool:
+        return self.stopping is not None and self.stopping.best_step == self.state.global_step
+
+    def link_checkpoints(self) -> None:
+        """Let `last` stand for the newest checkpoint, and `best` for the best one; first process only."""
+        run = self._run_folder()
+        own = checkpoints.list_checkpoints(run)
+        if own:
+            checkpoints.point(run / checkpoints.LAST, own[-1].name)
+        best = None if self.stopping is None else run / f"checkpoint-{self.stopping.best_step}"
+        if best in own and self.ema is None:
+            checkpoints.point(run / checkpoints.BEST, best.name)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights and all other files of a loadable model folder."""
@@ -275,7 +300,7 @@ class RunTrainer(Trainer):
         Raises:
             ValueError: the checkpoint was written with another number of processes, or for other parameter groups.
         """
-        checkpoints.check_groups(folder, self.config.optimizer)
+        checkpoints.check_groups(folder, self.config)
         path = folder / self._pipeline_file()
         if not path.is_file():
             count = len(list(folder.glob("feed_*.pt")))
@@ -284,6 +309,8 @@ class RunTrainer(Trainer):
                 "start a new run from its weights with model.init_from.checkpoint"
             )
         self.pipeline.load_state_dict(torch.load(path, weights_only=True))
+        if self.stopping is not None:
+            self.stopping.load(folder)
         if self.ema is not None:
             self.ema.load(folder)
 
@@ -339,56 +366,3 @@ def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
     shapes = {k: list(v.shape) for k, v in tensors.items()}
     about = {**about, "source": getattr(batch, "source", None), "shapes": shapes}
     write_json(folder / "batch.json", about)
-
-
-def training_arguments(config: RunConfig, device: str | None = None) -> TrainingArguments:
-    """The Trainer's own settings for a run.
-
-    Raises:
-        ValueError: DeepSpeed or FSDP is asked for, and is not installed or was not started with torchrun.
-    """
-    if config.deepspeed and find_spec("deepspeed") is None:
-        raise ValueError("'deepspeed' is set, but DeepSpeed is not installed: pip install 'mm-interleaved[deepspeed]'")
-    if config.deepspeed and not Path(config.deepspeed).is_file():
-        raise ValueError(f"deepspeed: '{config.deepspeed}' does not exist")
-    if config.fsdp and "RANK" not in os.environ:
-        raise ValueError("'fsdp' needs several processes: torchrun --nproc-per-node=N -m mm_interleaved.cli train ...")
-    options: dict[str, Any] = {}
-    if config.ddp.static_graph:
-        if "ddp_static_graph" not in TrainingArguments.__dataclass_fields__:
-            raise ValueError("'ddp.static_graph' needs a newer transformers")
-        options["ddp_static_graph"] = True
-    args = TrainingArguments(
-        output_dir=config.output,
-        max_steps=config.steps,
-        gradient_accumulation_steps=config.accumulation,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        learning_rate=config.optimizer.lr,
-        lr_scheduler_type=SCHEDULERS[config.schedule.kind],
-        lr_scheduler_kwargs={"min_lr_rate": config.schedule.min_share} if config.schedule.kind == "cosine" else {},
-        warmup_steps=config.schedule.warmup_steps,
-        bf16=config.precision == "bfloat16",
-        fp16=config.precision == "float16",
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # it synchronises in every step
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 1,
-        eval_strategy="no",  # a callback requests it
-        report_to=[],
-        disable_tqdm=True,
-        ignore_data_skip=True,  # the pipeline restores its own position
-        remove_unused_columns=False,
-        seed=config.seed,
-        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
-        ddp_find_unused_parameters=config.ddp.find_unused_parameters,
-        ddp_bucket_cap_mb=config.ddp.bucket_cap_mb,
-        ddp_broadcast_buffers=False,
-        deepspeed=config.deepspeed,
-        fsdp="full_shard" if config.fsdp else None,
-        fsdp_config=config.fsdp or None,
-        accelerator_config={"even_batches": False, "dispatch_batches": False},
-        **options,
-    )
-    if args.n_gpu > 1:  # without torchrun the Trainer would use DataParallel over all devices
-        args._n_gpu = 1
-    return args

@@ -12,11 +12,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mm_interleaved.io import atomic_folder, write_json
+from mm_interleaved.training.arguments import training_arguments
 from mm_interleaved.training.building import build_config, build_tokenizer, initial_model
 from mm_interleaved.training.config import ModelConfig
 from mm_interleaved.training.pipeline import BatchPipeline, Prepare
 from mm_interleaved.training.run import compile_regions, run, start_run
-from mm_interleaved.training.trainer import RunTrainer, training_arguments
+from mm_interleaved.training.trainer import RunTrainer
 
 from .autoencoder import STATISTICS_BATCHES, AutoencoderTask, latent_scale, save_autoencoder
 from .config import AutoencoderRunConfig, ImagesConfig, PartRunConfig
