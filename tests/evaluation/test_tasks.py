@@ -21,10 +21,11 @@ from toyworld.draw import draw
 from toyworld.facts import drawn_scenes, find
 from toyworld.metrics import SceneImages
 
+from ..tasks.conftest import TOY_FILES
 from .conftest import QUICK, MakeTask, Run, contents, figures, lines
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "llava_conversations"])
+@pytest.mark.parametrize("name", [name for name in TOY_FILES if name != "llava_conversations"])
 def test_end_to_end(name: str, task: MakeTask, run: Run, tmp_path: Path) -> None:
     result = run(task(name)).tasks[name]
     records = lines(tmp_path / "out" / name / "predictions.jsonl")

@@ -13,10 +13,12 @@ from toyworld.scene import Scene
 from toyworld.writers import write_dataset
 from toyworld.writers.base import Job
 
+from .official import OFFICIAL
+
 SIZE, COUNT, SEED = 64, 4, 0
 
 # For each task: the toy world's format, and where its images lie.
-FILES = {
+TOY_FILES = {
     "coco_karpathy": ("coco", ""), "flickr30k": ("flickr30k", "flickr30k-images"), "nocaps": ("nocaps", "images"),
     "image2paragraph": ("image2paragraph", "images"), "vqav2": ("vqav2", ""), "okvqa": ("okvqa", ""),
     "textvqa": ("textvqa", "train_images"), "vizwiz_vqa": ("vizwiz_vqa", ""), "gqa": ("gqa", "images"),
@@ -27,22 +29,27 @@ FILES = {
     "pororo": ("pororo", ""), "flintstones": ("flintstones", ""), "llava_instruct": ("llava", "images"),
     "llava_conversations": ("llava", "images"),
 }  # fmt: skip
+FILES = TOY_FILES | {name: (name, images) for name, (_, images, _) in OFFICIAL.items()}
 PHASES = {
     "flickr30k": "test", "ade20k": "validation", "grit_grounding": "train", "llava_instruct": "train",
     "llava_conversations": "train",
-}  # fmt: skip
+} | {name: phase for name, (_, _, phase) in OFFICIAL.items()}  # fmt: skip
 
 Written = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """The folder of a format's toy data; shared, leave it alone."""
+    """The folder of a format's data; shared, leave it alone."""
     folders: dict[tuple[str, str], Path] = {}
 
     def write(form: str, split: str = "val") -> Path:
         if (form, split) not in folders:
             folder = tmp_path_factory.mktemp("toy") / form
+            if form in OFFICIAL:
+                OFFICIAL[form][0](folder)
+                folders[form, split] = folder
+                return folder
             write_dataset(form, folder, Job(COUNT, split, SEED, SIZE))  # type: ignore[arg-type]
             folders[form, split] = folder
         return folders[form, split]

@@ -47,6 +47,10 @@ GOLDEN = {
     "pororo": "{0}IMG {1}IMG {2}IMG {3}IMG {4}IMG",
     "flintstones": "{0}IMG {1}IMG {2}IMG {3}IMG {4}IMG",
     "llava_instruct": VQA,
+    **dict.fromkeys(
+        ("chartqa", "docvqa", "infovqa", "st_vqa", "est_vqa", "ocrvqa", "dvqa"),
+        "Based on the image, please answer the question. IMG{question} The answer is:",
+    ),
 }
 IMAGE = SOI_TOKEN + 64 * IMAGE_TOKEN
 

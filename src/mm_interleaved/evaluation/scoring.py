@@ -23,6 +23,7 @@ from ..metrics.dialogue import DialogueReference, dialogue_ranking
 from ..metrics.grounding import grounding_accuracy
 from ..metrics.images import FID
 from ..metrics.segmentation import CLASSES, SegmentedMeanIoU, Segmenter
+from ..metrics.text_answers import ANLS, EXACT_MATCH, RELAXED_ACCURACY
 from ..metrics.vqa import VQAAccuracy, VQAReference, gqa_accuracy, vizwiz_score
 from ..plugins import Registry
 from ..tasks import Sample, Task
@@ -84,18 +85,23 @@ class ScoringInputs:
 # ---- one function for each metric name of tasks
 
 
+def _with_parts(metric: Callable[..., MetricResult], given: ScoringInputs, key: str) -> MetricResult:
+    """A metric of texts over all samples, and over those of each value that `meta` has under a key."""
+    predictions, references = given.by_id("prediction"), given.references()
+    result = metric(predictions, references)
+    parts: dict[str, list[str]] = defaultdict(list)
+    for sample in given.samples:
+        if key in sample.meta:
+            parts[str(sample.meta[key])].append(sample.id)
+    for name, ids in sorted(parts.items()):
+        part = metric({i: predictions[i] for i in ids}, {i: references[i] for i in ids})
+        result.values.update({f"{value}/{key}={name}": found for value, found in part.values.items()})
+    return result
+
+
 def captions(given: ScoringInputs) -> MetricResult:
     """Caption metrics over all samples, and over each domain if the samples have one."""
-    predictions, references = given.by_id("prediction"), given.references()
-    result = caption_scores(predictions, references)
-    domains: dict[str, list[str]] = defaultdict(list)
-    for sample in given.samples:
-        if "domain" in sample.meta:
-            domains[str(sample.meta["domain"])].append(sample.id)
-    for domain, ids in sorted(domains.items()):
-        part = caption_scores({i: predictions[i] for i in ids}, {i: references[i] for i in ids})
-        result.values.update({f"{name}/domain={domain}": value for name, value in part.values.items()})
-    return result
+    return _with_parts(caption_scores, given, "domain")
 
 
 def vqa_accuracy(given: ScoringInputs) -> MetricResult:
@@ -111,6 +117,21 @@ def vizwiz_accuracy(given: ScoringInputs) -> MetricResult:
 def gqa(given: ScoringInputs) -> MetricResult:
     """Exact match with the answers of GQA."""
     return gqa_accuracy(given.by_id("prediction"), given.references())
+
+
+def anls(given: ScoringInputs) -> MetricResult:
+    """ANLS, for documents and scene text."""
+    return _with_parts(ANLS, given, "subset")
+
+
+def relaxed_accuracy(given: ScoringInputs) -> MetricResult:
+    """Relaxed accuracy, for ChartQA, also of its questions by people and by a machine."""
+    return _with_parts(RELAXED_ACCURACY, given, "subset")
+
+
+def exact_match(given: ScoringInputs) -> MetricResult:
+    """Exact match, for OCR-VQA and DVQA."""
+    return _with_parts(EXACT_MATCH, given, "subset")
 
 
 def ranking(given: ScoringInputs) -> MetricResult:
@@ -156,7 +177,8 @@ def miou(given: ScoringInputs) -> MetricResult:
 
 METRICS: Registry[Callable[[ScoringInputs], MetricResult]] = Registry("mm_interleaved.metrics", "metric", built_in={
     "captions": captions, "vqa_accuracy": vqa_accuracy, "vizwiz_accuracy": vizwiz_accuracy, "gqa_accuracy": gqa,
-    "dialogue_ranking": ranking, "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
+    "anls": anls, "relaxed_accuracy": relaxed_accuracy, "exact_match": exact_match, "dialogue_ranking": ranking,
+    "grounding_accuracy": grounding, "fid": fid, "text_similarity": text_similarity,
     "image_similarity": image_similarity, "miou": miou,
 })  # fmt: skip
 SETTINGS = {"fid": "inception", "text_similarity": "clip", "image_similarity": "clip", "miou": "segmenter"}

@@ -9,6 +9,7 @@
 |---|---|---|
 | `captions` | `caption_scores` | captions |
 | `vqa` | `VQAAccuracy`, `gqa_accuracy` | `VQAReference`; the answer |
+| `text_answers` | `ANLS`, `RELAXED_ACCURACY`, `EXACT_MATCH` | right answers |
 | `dialogue` | `dialogue_ranking` | `DialogueReference` |
 | `grounding` | `grounding_accuracy` | boxes in 1/999 of the image |
 | `segmentation` | `MeanIoU`, `SegmentedMeanIoU` | label maps |

@@ -25,10 +25,16 @@ class ImageFolder:
     root: Path
     _seen: dict[str, tuple[Path, str]] = field(default_factory=dict, repr=False)
 
-    def find(self, name: str) -> tuple[Path, str]:
-        """The path of an image, and why it cannot be used ("": it can). Does not decode it."""
+    def find(self, name: str, *others: str) -> tuple[Path, str]:
+        """The path of an image, and why it cannot be used ("": it can). Does not decode it.
+
+        Args:
+            name: its name.
+            others: names that it may have instead, where releases of a data set differ.
+        """
         if name not in self._seen:
-            self._seen[name] = self._find(name)
+            found = (found for other in (name, *others) if not (found := self._find(other))[1])
+            self._seen[name] = next(found, self._find(name))
         return self._seen[name]
 
     def _find(self, name: str) -> tuple[Path, str]:
@@ -70,8 +76,12 @@ class Source:
     blind: bool = False
     _asked: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str, *others: str) -> Path:
         """The annotation file of that name; if `annotations` is a file, that file.
+
+        Args:
+            name: its name.
+            others: names that it may have instead, where releases of a data set differ.
 
         Raises:
             InputError: it does not exist, or `annotations` is a file and the task needs several.
@@ -82,7 +92,8 @@ class Source:
                 raise InputError(f"task '{self.task}' needs {' and '.join(self._asked)}, and this is one file",
                                  str(self.annotations), "Give the folder of both", NO_FILE)  # fmt: skip
             return self.annotations
-        path = self.annotations / name
+        paths = [self.annotations / other for other in (name, *others)]
+        path = next((path for path in paths if path.is_file()), paths[0])
         if not path.is_file():
             why = "and this is a folder" if path.is_dir() else "which does not exist"
             raise InputError(f"task '{self.task}' needs this file, {why}", str(path), self.obtain, NO_FILE)

@@ -63,7 +63,7 @@ def read_vqa(
             place, annotation = only(answers, number, where, f"question {number} has no annotation in {answer_file}")
             people = _people(annotation, place)
             meta = {key: annotation[key] for key in ("question_type", "answer_type") if key in annotation}
-            yield Item(str(number), fields, people, [Text(_majority(annotation, people))],
+            yield Item(str(number), fields, people, [Text(_target(annotation, people))],
                        meta={"question": asks, **meta}, problem=problem, place=where)  # fmt: skip
 
         yield from each(_listed(asked, "questions"), make)
@@ -87,11 +87,16 @@ def _people(annotation: dict[str, Any], where: str) -> list[str]:
     return strings(texts, f"{where}, 'answers'")
 
 
-def _majority(annotation: dict[str, Any], people: list[str]) -> str:
-    """The training target: VQAv2's `multiple_choice_answer`, else the most frequent answer, or the first of several."""
+def majority(answers: list[str]) -> str:
+    """The most frequent answer that is not blank, or the first of several."""
+    said = [text for text in answers if text.strip()]
+    return max(said, key=said.count)
+
+
+def _target(annotation: dict[str, Any], people: list[str]) -> str:
+    """The training target: VQAv2's `multiple_choice_answer`, else the majority's answer."""
     chosen = annotation.get("multiple_choice_answer")
-    said = [text for text in people if text.strip()]
-    return chosen if isinstance(chosen, str) and chosen.strip() else max(said, key=said.count)
+    return chosen if isinstance(chosen, str) and chosen.strip() else majority(people)
 
 
 def read_vizwiz(source: Source) -> Iterator[Item]:
@@ -105,7 +110,7 @@ def read_vizwiz(source: Source) -> Iterator[Item]:
         meta = {"question": asks, "image": name, "answer_type": record.get("answer_type"),
                 "answerable": record.get("answerable")}  # fmt: skip
         yield Item(str(trailing_number(name, where)), {"image": given(image), "question": asks}, people,
-                   [] if people is None else [Text(_majority(record, people))], meta=meta, problem=problem,
+                   [] if people is None else [Text(_target(record, people))], meta=meta, problem=problem,
                    place=where)  # fmt: skip
 
     return each(entries(read_json(path), str(path)), make)

@@ -1,0 +1,134 @@
+"""Small files in the official layouts of data sets that the toy world does not write, in all their phases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+COUNT = 4
+SIDE = 24
+COLORS = ("red", "green", "blue", "white")
+
+
+def image(path: Path, color: str = "red", size: tuple[int, int] = (SIDE, SIDE)) -> None:
+    """Write an image of one color."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", size, color).save(path)
+
+
+def write(path: Path, data: Any) -> None:
+    """Write JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def cases() -> Iterable[tuple[int, str]]:
+    return enumerate(COLORS[:COUNT])
+
+
+def chartqa(folder: Path) -> None:
+    for phase in ("train", "val", "test"):
+        for subset, colors in (("human", COLORS[:2]), ("augmented", COLORS[2:])):
+            for color in colors:
+                image(folder / phase / "png" / f"{color}.png", color)
+            records = [{"imgname": f"{c}.png", "query": f"How high is the {c} bar?", "label": "12.5"} for c in colors]
+            write(folder / phase / f"{phase}_{subset}.json", records)
+
+
+def docvqa(folder: Path) -> None:
+    for start, phase in ((0, "train"), (100, "val"), (200, "test")):
+        records = []
+        for i, color in cases():
+            image(folder / phase / "documents" / f"{color}{i}_1.png", color)
+            records.append({
+                "questionId": start + i, "question": f"What is the {color} date?", "question_types": ["handwritten"],
+                "image": f"documents/{color}{i}_1.png", "docId": 7, "ucsf_document_id": f"{color}{i}",
+                "ucsf_document_page_no": "1", "answers": ["2 May 1970", "May 2, 1970"], "data_split": phase,
+            })  # fmt: skip
+        _without_answers(phase, records)
+        write(folder / f"{phase}_v1.0.json", {
+            "dataset_name": "docvqa", "dataset_version": "1.0", "dataset_split": phase, "data": records,
+        })  # fmt: skip
+
+
+def infovqa(folder: Path) -> None:
+    for start, phase in ((0, "train"), (100, "val"), (200, "test")):
+        records = []
+        for i, color in cases():
+            image(folder / "infographicsvqa_images" / f"{start + i}.jpeg", color)
+            records.append({
+                "questionId": start + i, "question": f"How many are {color}?", "image_local_name": f"{start + i}.jpeg",
+                "image_url": f"https://example.org/{i}", "ocr_output_file": f"{start + i}.json", "answers": ["3"],
+                "data_split": phase,
+            })  # fmt: skip
+        _without_answers(phase, records)
+        name = "infographicsVQA_val_v1.0_withQT.json" if phase == "val" else f"infographicsVQA_{phase}_v1.0.json"
+        write(folder / name, {"dataset_name": "infographicVQA", "dataset_split": phase, "data": records})
+
+
+def _without_answers(phase: str, records: list[dict[str, Any]]) -> None:
+    for record in records if phase == "test" else ():
+        del record["answers"]
+
+
+def st_vqa(folder: Path) -> None:
+    for start, phase in ((0, "train"), (100, "test")):
+        records = []
+        for i, color in cases():
+            image(folder / "coco-text" / f"COCO_{phase}_{i}.jpg", color)
+            records.append({
+                "question_id": start + i, "question": f"What does the {color} sign say?", "answers": ["stop", "STOP"],
+                "file_path": f"coco-text/COCO_{phase}_{i}.jpg", "file_name": f"COCO_{phase}_{i}.jpg",
+                "dataset": "coco-text", "set_name": phase,
+            })  # fmt: skip
+        _without_answers(phase, records)
+        write(folder / f"{phase}_task_3.json", {"dataset_name": "st_vqa", "version": "1.0", "data": records})
+
+
+def est_vqa(folder: Path) -> None:
+    records = []
+    for i, color in cases():
+        image(folder / "images/train" / f"{i}.jpg", color)
+        asked = "这家店的名字是什么?" if i % 2 else f"What's written in {color}?"
+        found = {"question": asked, "answer": "LOVE", "evidence": ["1", "2", "3", "2", "3", "4", "1", "4"]}
+        records.append({"image": f"{i}.jpg", "annotation": [found]})
+    write(folder / "annotations/train.json", records)
+
+
+def ocrvqa(folder: Path) -> None:
+    books = {}
+    for split in (1, 2, 3):
+        for i, color in cases():
+            extension = ".gif" if i == 0 else ".jpg"
+            key = f"{split}0000{i}"
+            image(folder / "images" / f"{key}{extension}", color)
+            books[key] = {
+                "imageURL": f"http://ecx.images-amazon.com/images/I/5{i}{extension}", "title": f"The {color} book",
+                "questions": ["Who wrote this book?", f"Is this book about {color}?"], "answers": ["Ann Lee", "Yes"],
+                "authorName": "Ann Lee", "genre": "Travel", "split": split,
+            }  # fmt: skip
+    write(folder / "dataset.json", books)
+
+
+def dvqa(folder: Path) -> None:
+    for phase in ("train", "val_easy", "val_hard"):
+        records = []
+        for i, color in cases():
+            image(folder / "images" / f"bar_{phase}_{i:08d}.png", color)
+            records.append({
+                "image": f"bar_{phase}_{i:08d}.png", "question": f"What is the value of {color}?", "answer": "7",
+                "question_type": "data", "bbox_answer": [], "question_id": i,
+            })  # fmt: skip
+        write(folder / f"{phase}_qa.json", records)
+
+
+# For each task: what writes its files, where its images lie, and the phase to test.
+OFFICIAL: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "chartqa": (chartqa, "", "val"), "docvqa": (docvqa, "", "val"), "infovqa": (infovqa, "", "val"),
+    "st_vqa": (st_vqa, "", "train"), "est_vqa": (est_vqa, "", "train"), "ocrvqa": (ocrvqa, "", "val"),
+    "dvqa": (dvqa, "", "val_easy"),
+}  # fmt: skip
