@@ -147,7 +147,7 @@ def test_a_field_has_the_name_of_files(tmp_path: Path) -> None:
         ("name: a\noptimizer: {steps: 13}", "13 steps bring bad luck (optimizer in {file})"),
         ("name: a\noptimizer: {steps: x, stops: 3}", "unknown key 'stops' in optimizer"),
         ("fast: true", "name must be given ({file})"),
-        ("name: a\nfast: ???", "Missing mandatory value: fast"),
+        ("name: a\nfast: ???", "fast must be given ({file}). Add fast=VALUE"),
         ("", "the file is empty"),
         ("# nothing\n", "the file is empty"),
         ("- a\n- b\n", "must be a mapping of keys to values"),

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigIndexError, ConfigTypeError, OmegaConfBaseException
+from omegaconf.errors import ConfigIndexError, ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter
 
 from .validation import ConfigError, parse, short
@@ -29,7 +29,13 @@ _PART = r"[^\s.\[\]]+"
 _KEY = rf"({_PART}|\[{_PART}\])(\.{_PART}|\[{_PART}\])*"  # of an override
 
 
-def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = (), partial: bool = False) -> T:
+def load_config(
+    path: str | Path,
+    schema: type[T],
+    overrides: Sequence[str] = (),
+    partial: bool = False,
+    over: Sequence[str | Path] = (),
+) -> T:
     """A YAML file with overrides, as an instance of a settings class.
 
     Args:
@@ -38,11 +44,15 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
         overrides: `key.sub=value`; list items are named by number (`sources.0.type` or `sources[0].type`), values are
             YAML.
         partial: ignore top-level keys that the schema lacks, since the file belongs to a larger schema.
+        over: further files, whose values replace those of the file, each those of the ones before.
 
     Raises:
         ConfigError: the file or an override cannot be read, or a key is unknown, missing or of the wrong type.
     """
-    return _validated(_load(Path(path), ()), schema, overrides, str(path), partial)
+    data = _load(Path(path), ())
+    for other in over:
+        data = _merge(data, _load(Path(other), ()))
+    return _validated(data, schema, overrides, str(path), partial)
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -52,6 +62,15 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         ConfigError: the file or an override cannot be read.
     """
     return _resolved(_load(Path(path), ()), overrides, _origin(overrides, str(path)))
+
+
+def list_keys(path: str | Path) -> list[str]:
+    """The top-level keys of a YAML file and of those that it extends.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    return list(_load(Path(path), ()))
 
 
 def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] = (), where: str = "settings") -> T:
@@ -119,6 +138,9 @@ def _resolved(
         _apply(merged, override)
     try:
         return cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{key} must be given ({origin(_parts(key))}). Add {key}=VALUE") from None
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         place = f"{key} in " if key else ""

@@ -54,8 +54,9 @@ def settings(*, frozen: bool = True, kw_only: bool = False) -> Callable[[type[T]
 def settings(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) -> Any:
     """Make a class a validated dataclass.
 
-    A class attribute `RENAMED` maps former keys and values to an error message. A `ValueError` from `__post_init__` is
-    reported with its place.
+    A class attribute `RENAMED` maps former keys and values to an error message. A static method `suggest` of the class
+    that a file is parsed as returns a sentence about an unknown key anywhere in the file, or "". A `ValueError` from
+    `__post_init__` is reported with its place.
 
     Args:
         cls: class with annotated fields.
@@ -117,7 +118,8 @@ def explain(error: ValidationError, schema: type, source: str | Callable[[Path],
     if kind == "unexpected_keyword_argument":
         place = f" in {_dotted(path[:-1])}" if len(path) > 1 else ""
         message = f"unknown key '{path[-1]}'{place}"
-        advice = _former(owner, path[-1]) or nearest_name(str(path[-1]), _fields(owner) or ())
+        name = str(path[-1])
+        advice = _former(owner, name) or _suggestion(schema, name) or nearest_name(name, _fields(owner) or ())
     elif kind == "missing":
         message, advice = f"{_dotted(path)} must be given", ""
     elif kind == "value_error":
@@ -147,6 +149,12 @@ def _former(owner: Any, name: Any) -> str:
     """The message about a former key or value of a class."""
     renamed: Mapping[str, str] = getattr(owner, "RENAMED", {})
     return renamed.get(name, "") if isinstance(name, str) else ""
+
+
+def _suggestion(schema: type, name: str) -> str:
+    """What the schema says about a key that none of its parts knows; "": nothing."""
+    suggest: Callable[[str], str] | None = getattr(schema, "suggest", None)
+    return suggest(name) if suggest is not None else ""
 
 
 def _dotted(path: Path) -> str:

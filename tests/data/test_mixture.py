@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mm_interleaved.configuration import load_config, to_yaml
-from mm_interleaved.data import DataConfig, SourceConfig
-from mm_interleaved.data.mixture import Mixture
+from mm_interleaved.data import DataConfig, ReplayConfig, SourceConfig
+from mm_interleaved.data.mixture import Mixture, source_weights
 from mm_interleaved.data.stream import Place
 from mm_interleaved.processor import MMInterleavedProcessor
 from mm_interleaved.processor.packing import TokenStream
@@ -218,3 +218,30 @@ def test_settings_are_written_and_read(tmp_path: Path) -> None:
     )
     (tmp_path / "a.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "a.yaml", DataConfig) == config
+
+
+REPLAY = ReplayConfig([SourceConfig("documents", name="old", shards=["a"])], share=0.25)
+
+
+def test_replayed_sources_get_their_share() -> None:
+    own = DataConfig([SourceConfig("documents", name=n, shards=["a"], batch_size=1) for n in "ab"],
+                     probabilities=[3.0, 1.0], sampling="forever")  # fmt: skip
+    assert source_weights(own.with_replay(REPLAY)) == pytest.approx([3.0, 1.0, 4 / 3])
+
+
+@pytest.mark.parametrize("sampling", ["longest", "sum", "shortest"])
+@pytest.mark.parametrize("replayed", [2, 60])
+def test_a_replayed_source_does_not_decide_when_an_epoch_ends(
+    tmp_path: Path, processor: MMInterleavedProcessor, sampling: str, replayed: int
+) -> None:
+    """It starts again if it is short, and is not read to its end if it is long."""
+    own, old = sources(tmp_path, 12, replayed)
+    found = list(loader(processor, own, replace(old, replay=True), sampling=sampling, replay_share=0.5))
+    assert sorted(numbers([b for b in found if b.source == "a"])) == list(range(12))
+    assert 3 <= sum(b.source == "b" for b in found) <= 40
+
+
+def test_replay_needs_another_name_than_the_data() -> None:
+    data = DataConfig([SourceConfig("documents", name="old", shards=["a"])])
+    with pytest.raises(ConfigError, match="two sources are called 'old'"):
+        data.with_replay(REPLAY)

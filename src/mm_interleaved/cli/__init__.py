@@ -18,6 +18,7 @@ from .data import data
 from .download import download
 from .errors import UsageError
 from .evaluate import evaluate_command
+from .finetune import finetune
 from .generate import generate
 from .info import info
 from .plugins import CommandGroup
@@ -37,6 +38,7 @@ app.command()(convert)
 app.command()(download)
 app.command()(assemble)
 app.command()(train)
+app.command()(finetune)
 app.command()(report)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ..configuration import load_config
-from ..data import DataConfig, DataError, DataReport, build_loader
+from ..data import DataConfig, DataError, DataReport, ReplayConfig, build_loader
 from ..data.report import COUNTS
 from ..data.sheet import contact_sheet
 from ..io import write_image
@@ -28,20 +28,22 @@ class CheckConfig:
     """The part of a training configuration that describes the data."""
 
     data: DataConfig
+    replay: ReplayConfig | None = None
     model: ModelConfig = field(default_factory=lambda: ModelConfig(InitConfig(preset="small")))
 
 
 def check_training(config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int) -> None:
     """Read a sample of every source of a training run."""
     checked = load_config(config, CheckConfig, overrides, partial=True)
+    data = checked.data if checked.replay is None else checked.data.with_replay(checked.replay)
     try:
-        processor = _processor(checked.model)
+        processor = find_processor(checked.model)
     except (ValueError, OSError) as error:  # the latter of libraries, for files that are damaged
         raise UsageError(str(error)) from None
     failed, samples = [], []
-    for index, source in enumerate(checked.data.sources):
+    for index, source in enumerate(data.sources):
         with console.status(f"reading {source.name}"):
-            found, report, problem = _sample(checked.data, index, processor, batches)
+            found, report, problem = sample_source(data, index, processor, batches)
         _print_source(source.name, found, report, problem)
         failed += [source.name] if problem else []
         samples += found[:rows]
@@ -51,10 +53,10 @@ def check_training(config: Path, overrides: list[str], batches: int, seconds: fl
     if failed:
         raise UsageError(f"these sources cannot be used: {', '.join(failed)}")
     if seconds:
-        _print_speed(checked.data, processor, seconds)
+        _print_speed(data, processor, seconds)
 
 
-def _processor(source: ModelConfig) -> MMInterleavedProcessor:
+def find_processor(source: ModelConfig) -> MMInterleavedProcessor:
     """The processor of a run. If files of its model are missing, a preset takes their place, which is printed.
 
     Raises:
@@ -83,12 +85,13 @@ def _processor(source: ModelConfig) -> MMInterleavedProcessor:
     return build_processor(replace(source, tokenizer=str(tokenizer or TOKENIZER)))
 
 
-def _sample(
+def sample_source(
     config: DataConfig, index: int, processor: MMInterleavedProcessor, batches: int
 ) -> tuple[list[Batch], DataReport, str]:
     """The first batches of one source, its report, and its error."""
-    one = replace(config, sources=[config.sources[index]], probabilities=[], sampling="sum", mix="batch", num_workers=0,
-                  pin_memory=False, compat=[])  # fmt: skip
+    source = replace(config.sources[index], replay=False)
+    one = replace(config, sources=[source], probabilities=[], replay_share=0.0, sampling="sum", mix="batch",
+                  num_workers=0, pin_memory=False, compat=[])  # fmt: skip
     found: list[Batch] = []
     try:
         loader = build_loader(one, processor)
@@ -108,7 +111,7 @@ def _print_source(name: str, batches: list[Batch], report: DataReport, problem: 
     table = Table(title=f"{name}: a sample", title_justify="left", show_header=False)
     for what in COUNTS:
         table.add_row(what, f"{counts.get(what, 0):,}", "")
-    for what, value in _statistics(batches).items():
+    for what, value in batch_statistics(batches).items():
         table.add_row(what, value, "")
     for reason, number in sorted(rejected.items(), key=lambda item: -item[1]):
         table.add_row(f"[yellow]{reason}[/]", f"{number:,}", examples[reason].replace("[", r"\["))
@@ -117,7 +120,7 @@ def _print_source(name: str, batches: list[Batch], report: DataReport, problem: 
         output.print(f"[bold red]{problem}[/]", highlight=False)
 
 
-def _statistics(batches: list[Batch]) -> dict[str, str]:
+def batch_statistics(batches: list[Batch]) -> dict[str, str]:
     """Means over the rows of the batches."""
     if not batches:
         return {}

@@ -15,8 +15,9 @@ from ..io.images import load_image
 SHOWN_SIDE = 640  # longest side of an image in the report, in pixels
 
 
-def _data_url(path: Path) -> str:
-    image = load_image(path)
+def image_url(image: PIL.Image.Image) -> str:
+    """The image, reduced to at most `SHOWN_SIDE` pixels, as the URL of an HTML file that needs no other file."""
+    image = image.copy()
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), PIL.Image.Resampling.LANCZOS)
     kind = "PNG" if image.width * image.height <= 256 * 256 else "JPEG"
     return f"data:image/{kind.lower()};base64,{base64.b64encode(encode_image(image, kind, quality=88)).decode()}"
@@ -30,8 +31,8 @@ def write_report(records: list[dict[str, Any]], folder: Path, run: dict[str, Any
         for segment in record["segments"]:
             shown = dict(segment)
             if "image" in segment:
-                shown["url"] = _data_url(folder / segment["image"])
-                shown["others"] = [_data_url(folder / name) for name in segment.get("candidates", [])[1:]]
+                shown["url"] = image_url(load_image(folder / segment["image"]))
+                shown["others"] = [image_url(load_image(folder / name)) for name in segment.get("candidates", [])[1:]]
             segments.append(shown)
         documents.append({
             "number": number + 1,

@@ -1,10 +1,10 @@
 """Training data: sources, rows, mixtures and batches."""
 
-from .config import DataConfig, SourceConfig
+from .config import DataConfig, ReplayConfig, SourceConfig
 from .loader import DocumentLoader, build_loader, leave_process_group
 from .report import DataError, DataReport
 
 __all__ = [
-    "DataConfig", "DataError", "DataReport", "DocumentLoader", "SourceConfig", "build_loader",
+    "DataConfig", "DataError", "DataReport", "DocumentLoader", "ReplayConfig", "SourceConfig", "build_loader",
     "leave_process_group",
 ]  # fmt: skip

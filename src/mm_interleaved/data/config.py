@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -52,6 +53,8 @@ class SourceConfig:
         probe_images: whether the header of an image is read before its document is used. Otherwise unreadable images
             are found later, and their row becomes shorter.
         draft_jpeg: whether to decode large JPEGs at a fraction of their size; faster, but with other pixels.
+        replay: whether the source repeats earlier training: it starts again as often as needed, does not decide when an
+            epoch ends, and gets `replay_share` of the mixture.
         options: settings of this type of source.
         compat: mistakes of the original to reproduce: `strict_json` (pairs must be strict JSON), `merge_without_effect`
             (merging pairs changes nothing), `listed_image_order` (images of one sentence keep their listed order),
@@ -87,6 +90,7 @@ class SourceConfig:
     loss_text_weight: float | None = None
     probe_images: bool = True
     draft_jpeg: bool = False
+    replay: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     compat: list[SourceCompat] = field(default_factory=list)
 
@@ -124,17 +128,32 @@ class SourceConfig:
 
 
 @settings
+class ReplayConfig:
+    """Sources of earlier training that are mixed into a fine-tuning.
+
+    Attributes:
+        sources: the sources, all equally probable.
+        share: their share of the batches (or rows, with `mix: row`).
+    """
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+@settings
 class DataConfig:
     """Sources and their mixture.
 
     Attributes:
         sources: the sources.
-        probabilities: relative probability of each source; empty: all equal.
+        root: folder where relative paths of the sources start.
+        probabilities: relative probability of each source without `replay`; empty: all equal.
         sampling: when an epoch ends: when every source was exhausted once, where exhausted ones start again
             (`longest`); when all are exhausted (`sum`); when the first is exhausted (`shortest`); never (`forever`, for
             several ranks, whose epochs would end at different times).
         mix: whether a source is chosen for each whole `batch` or for each `row`.
         batch_size: rows of a batch with `mix: row`.
+        replay_share: share of the sources with `replay`.
         fix_sampling_ratio: whether all ranks and workers draw the same number, and each rank takes the source that many
             places further, so that every step has the same mixture. Needs equal probabilities.
         seed: seed of all random numbers.
@@ -148,10 +167,12 @@ class DataConfig:
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
+    root: str = "."
     probabilities: list[float] = field(default_factory=list)
     sampling: Literal["longest", "sum", "shortest", "forever"] = "longest"
     mix: Literal["batch", "row"] = "batch"
     batch_size: Positive = 4
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fix_sampling_ratio: bool = False
     seed: Seed = 0
     num_workers: Count = 0
@@ -174,10 +195,29 @@ class DataConfig:
             raise ValueError(f"two sources are called '{twice[0]}'; give each a name")
         self._check_mixture()
 
+    @property
+    def own_sources(self) -> list[SourceConfig]:
+        """The sources without `replay`."""
+        return [source for source in self.sources if not source.replay]
+
+    def with_replay(self, replay: ReplayConfig) -> DataConfig:
+        """These data with the sources of a replay.
+
+        Raises:
+            ConfigError: two sources have the same name.
+        """
+        sources = [dataclasses.replace(source, replay=True) for source in replay.sources]
+        return dataclasses.replace(self, sources=[*self.sources, *sources], replay_share=replay.share)
+
     def _check_mixture(self) -> None:
         shares = self.probabilities
-        if shares and len(shares) != len(self.sources):
-            raise ValueError(f"{len(shares)} 'probabilities' are given for {len(self.sources)} sources")
+        number = len(self.own_sources)
+        if not number:
+            raise ValueError("all sources are marked as 'replay'; at least one must decide when an epoch ends")
+        if (number < len(self.sources)) != bool(self.replay_share):
+            raise ValueError("'replay_share' is the share of sources with 'replay'; give both or none")
+        if shares and len(shares) != number:
+            raise ValueError(f"{len(shares)} 'probabilities' are given for {number} sources")
         if shares and (min(shares) < 0 or sum(shares) <= 0):
             raise ValueError(f"'probabilities' must not be negative, nor all 0, not {shares}")
         if self.fix_sampling_ratio and len(set(shares)) > 1:

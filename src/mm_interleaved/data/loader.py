@@ -51,14 +51,14 @@ def build_loader(
         processor: the model's processor.
         rank: number of this training process; each process reads its own part.
         world_size: number of training processes.
-        folder: folder that relative paths of the sources start from.
+        folder: folder that a relative `config.root` starts from.
 
     Raises:
         DataError: a folder does not exist, or no file matches a pattern.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size}")
-    return DocumentLoader(config, processor, rank, world_size, Path(folder))
+    return DocumentLoader(config, processor, rank, world_size, Path(folder, config.root))
 
 
 class DocumentLoader:

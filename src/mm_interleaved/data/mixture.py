@@ -26,6 +26,17 @@ class MixtureBatch(NamedTuple):
     rows: list[TokenStream]
 
 
+def source_weights(config: DataConfig) -> list[float]:
+    """The relative probability of each source: `probabilities`, with `replay_share` for the sources with `replay`."""
+    own = iter(config.probabilities or [1.0] * len(config.own_sources))
+    weights = [0.0 if source.replay else next(own) for source in config.sources]
+    if config.replay_share:
+        total = sum(weights) * config.replay_share / (1 - config.replay_share)
+        each = total / (len(config.sources) - len(config.own_sources))
+        weights = [each if source.replay else w for source, w in zip(config.sources, weights, strict=True)]
+    return weights
+
+
 class Mixture:
     """Chooses sources by probability until the epoch is over.
 
@@ -39,7 +50,8 @@ class Mixture:
     def __init__(self, config: DataConfig, streams: Sequence[SourceStream], epoch: int, place: Place) -> None:
         self.config, self.streams = config, streams
         self._place, self._epoch = place, epoch
-        self._weights = config.probabilities or [1.0] * len(streams)
+        self._weights = source_weights(config)
+        self._replayed = {i for i, source in enumerate(config.sources) if source.replay}
         self._active = [i for i, weight in enumerate(self._weights) if weight > 0]
         self._names = [s.name for s in config.sources]
         self._finished: set[int] = set()  # exhausted at least once
@@ -67,7 +79,7 @@ class Mixture:
 
     def _rows(self, number: int | None) -> MixtureBatch | None:
         """That many rows of a randomly chosen source; None: the batch size of the source."""
-        while self._active and not self._is_over():
+        while set(self._active) - self._replayed and not self._is_over():
             source = self._draw()
             stream, wanted = self.streams[source], number or self.config.sources[source].batch_size
             rows: list[TokenStream] = []
@@ -82,9 +94,10 @@ class Mixture:
         return None
 
     def _is_over(self) -> bool:
+        finished = self._finished - self._replayed
         if self.config.sampling == "longest":
-            return self._finished >= set(self._active)
-        return self.config.sampling == "shortest" and bool(self._finished)
+            return finished >= set(self._active) - self._replayed
+        return self.config.sampling == "shortest" and bool(finished)
 
     def _draw(self) -> int:
         """The first active source whose cumulative probability reaches a uniform number."""
@@ -107,9 +120,10 @@ class Mixture:
             self._finished.add(source)
         else:
             self._barren.add(source)
-        if not gave or self.config.sampling == "sum":
+        replayed = source in self._replayed
+        if not gave or (self.config.sampling == "sum" and not replayed):
             self._active.remove(source)
-        elif self.config.sampling != "shortest":
+        elif self.config.sampling != "shortest" or replayed:
             self.streams[source].restart()
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,9 +18,12 @@ MAX_HEIGHT = 520  # most pixels of one row of tokens; longer ones end in "..."
 INK, PALE, RULE, LEARNED, GIVEN = "#202020", "#9a9a9a", "#d0d0d0", "#2e7d32", "#b0b0b0"
 
 
+END = "</s>"  # the content of a piece that ends a document
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A word, an image, or the start of a document."""
+    """A text, an image, the end of a document (`END`), or its start (None)."""
 
     content: str | PIL.Image.Image | None
     learned: bool
@@ -38,7 +41,7 @@ def contact_sheet(batches: Sequence[Batch], processor: MMInterleavedProcessor, r
     for batch in batches:
         for row in range(min(rows, len(batch.input_ids))):
             title = f"{batch.source or 'batch'}, row {row}: {int(batch.attention_mask[row].sum())} tokens"
-            panels.append((title, _pieces(batch, row, processor)))
+            panels.append((title, _small_pieces(row_pieces(batch, row, processor))))
     return draw_panels(panels)
 
 
@@ -60,28 +63,52 @@ def draw_panels(panels: Iterable[tuple[str, Iterable[Piece]]], max_height: int =
     return sheet
 
 
-def _pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterator[Piece]:
+def row_pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Iterator[Piece]:
+    """Return the parts of a row: runs of text with a loss or without, `</s>`, images as they are fed, and starts.
+
+    Args:
+        batch: a batch of the loader.
+        row: number of the row.
+        processor: that made the batch.
+    """
     mask = batch.attention_mask[row].bool()
     ids = batch.input_ids[row][mask].tolist()
     learned = ((batch.labels[row][mask] != -100).numpy() if "labels" in batch else np.ones(len(ids), bool)).tolist()
     images = iter(np.flatnonzero(batch.image_rows.numpy() == row).tolist())
+    tokens = processor.tokenizer
+    borders = (None, processor.soi_token_id, tokens.bos_token_id, tokens.eos_token_id)
     run: list[int] = []
-    flag = False
+    flag, before = False, None
     for token, is_learned in [*zip(ids, learned, strict=True), (None, False)]:
-        special = token is None or token in (processor.soi_token_id, processor.tokenizer.bos_token_id)
-        if run and (special or is_learned != flag):
-            yield from (Piece(word, flag) for word in processor.decode_text(run).split())
+        if run and (token in borders or is_learned != flag):
+            yield Piece(processor.decode_text(run), flag)
             run = []
-        if token == processor.tokenizer.bos_token_id:
+        if token == tokens.bos_token_id:
             yield Piece(None, False)
+        elif token == tokens.eos_token_id:
+            yield Piece(END, is_learned)
         elif token == processor.soi_token_id:
             index = next(images)
             supervised = "image_loss_mask" not in batch or bool(batch.image_loss_mask[index])
-            image = PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy())
-            yield Piece(image.resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BICUBIC), supervised)
+            supervised &= before != tokens.bos_token_id  # an image that nothing precedes has no loss
+            yield Piece(PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy()), supervised)
         elif token is not None and token != processor.image_token_id:
             run.append(token)
             flag = is_learned
+        before = token
+
+
+def _small_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces with texts as single words and images as thumbnails, without `</s>`."""
+    for piece in pieces:
+        content = piece.content
+        if isinstance(content, PIL.Image.Image):
+            size = (THUMBNAIL, THUMBNAIL)
+            yield Piece(content.resize(size, PIL.Image.Resampling.BICUBIC), piece.learned)
+        elif content is None:
+            yield piece
+        elif content != END:
+            yield from (Piece(word, piece.learned) for word in content.split())
 
 
 def _panel(title: str, pieces: Iterable[Piece], max_height: int) -> PIL.Image.Image:

@@ -18,8 +18,15 @@ _BOX = re.compile(r"\(([^(),]*),([^(),]*)\)\(([^(),]*),([^(),]*)\)")
 def parse_box(text: str) -> Box:
     """The first "(x1,y1)(x2,y2)" in a text, in 1/999 of the image; (0, 0, 0, 0) if there is none."""
     found = _BOX.search(text)
-    if found is None:
-        return NOWHERE
+    return NOWHERE if found is None else _numbers(found)
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """All "(x1,y1)(x2,y2)" in a text, in 1/999 of the image."""
+    return [box for found in _BOX.finditer(text) if (box := _numbers(found)) != NOWHERE]
+
+
+def _numbers(found: re.Match[str]) -> Box:
     try:
         x1, y1, x2, y2 = (float(part) for part in found.groups())
     except ValueError:

@@ -20,14 +20,16 @@ from ..generation import MMInterleaved
 from ..io import read_json
 from ..model import MMInterleavedConfig
 from ..model.config import SUPPORTED_DECODERS
+from ..model.cost import Part, count_parts
+from ..pretrained import TOKENIZER
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from ..validation import nearest_name
-from .config import FRESH, ModelConfig, TrainConfig, WeightsConfig
+from .config import FRESH, ModelConfig, ModelPart, TrainConfig, WeightsConfig
 
 
 def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
-    """Build the model and the processor of a run.
+    """Build the model and the processor of a run. The parts of `freeze` are frozen.
 
     Trainable weights are float32. Frozen ones have the run's `precision`, and those of the VAE `losses.vae_dtype`.
 
@@ -42,6 +44,7 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = initial_model(source, model_config)
+    freeze_parts(model, config.freeze)
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
@@ -74,6 +77,35 @@ def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) 
     """
     tokenizer = _tokenizer(source, default_tokenizer)
     return MMInterleavedProcessor.for_model(_model_config(replace(source, weights=[]), tokenizer), tokenizer)
+
+
+# Names of the parameters of a part (`freeze`): regular expressions, matched at the start.
+PARTS: dict[ModelPart, str] = {
+    "llm": r"(language_model|lm_head)\.(?!.*\.synchronizer\.)",
+    "vision": r"visual_tokenizer\.",
+    "image_decoder": r"image_decoder\.(?!.*\.synchronizers\.)",
+    "mmfs": r".*\.synchronizers?\.",
+}
+
+
+def freeze_parts(model: nn.Module, parts: Sequence[ModelPart]) -> None:
+    """Set `requires_grad` of the parameters of these parts to False; the model's configuration does not change."""
+    patterns = [re.compile(PARTS[part]) for part in parts]
+    for name, parameter in model.named_parameters():
+        if any(pattern.match(name) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def count_trained(config: TrainConfig) -> list[Part]:
+    """The parameters of a run's model by part, and how many of them are trained. No weight is allocated.
+
+    Raises:
+        ValueError: the settings contradict each other, or a folder has unsuitable files.
+    """
+    with torch.device("meta"):
+        model = MMInterleaved(build_config(config.model, TOKENIZER))
+    freeze_parts(model, config.freeze)
+    return count_parts(model)
 
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ..data.config import DataConfig
+from ..data.config import DataConfig, ReplayConfig
 from ..evaluation.config import TaskSuite, task_name
 from ..validation import Count, Decay, NonNegativeFloat, Positive, PositiveFloat, Seed, Share, settings
+from . import familiar
 
 Precision = Literal["float32", "bfloat16", "float16"]
+ModelPart = Literal["llm", "vision", "image_decoder", "mmfs"]
 
 
 FRESH = "fresh"
@@ -389,7 +391,10 @@ class TrainConfig(RunConfig):
 
     Attributes:
         model: the model.
+        freeze: parts that are not trained: `llm` (language model and text head), `vision` (visual tokenizer),
+            `image_decoder` (resampler and UNet), each without its synchronizers, and `mmfs` (all synchronizers).
         data: the training data.
+        replay: documents of earlier training that are mixed in, so that the model forgets less.
         eval_data: held-out data for the loss shown as `eval_loss`.
         eval_batches: how many batches of it are used.
         losses: the losses and their weights.
@@ -402,7 +407,9 @@ class TrainConfig(RunConfig):
     """
 
     model: ModelConfig
+    freeze: list[ModelPart] = field(default_factory=list)
     data: DataConfig
+    replay: ReplayConfig | None = None
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     eval_data: DataConfig | None = None
     eval_batches: Positive = 20
@@ -413,8 +420,16 @@ class TrainConfig(RunConfig):
     early_stopping: EarlyStoppingConfig | None = None
     push_to_hub: HubConfig | None = None
 
+    suggest = staticmethod(familiar.suggest)
+
+    @property
+    def training_data(self) -> DataConfig:
+        """`data` with the sources of `replay`."""
+        return self.data if self.replay is None else self.data.with_replay(self.replay)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.training_data  # raises an error if names are equal
         if self.epochs is not None and self.data.sampling == "forever":
             raise ValueError("'epochs' needs data that end, and 'data.sampling: forever' never does; give 'steps'")
         if self.early_stopping is not None:

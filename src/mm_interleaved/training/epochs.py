@@ -90,7 +90,7 @@ def _counted(config: TrainConfig, loader: Any, args: TrainingArguments, console:
 
 def _digest(config: TrainConfig, processes: int) -> str:
     """What the number of batches depends on, without the files themselves."""
-    data = json.dumps([dataclasses.asdict(config.data), processes], sort_keys=True, default=str)
+    data = json.dumps([dataclasses.asdict(config.training_data), processes], sort_keys=True, default=str)
     return hashlib.sha256(data.encode()).hexdigest()
 
 

@@ -88,7 +88,7 @@ def train(
         evaluation = None
         if config.eval_data is not None:
             evaluation = lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
-        pipeline = pipeline_of(config.data, config.seed)
+        pipeline = pipeline_of(config.training_data, config.seed)
         length = length_of_run(config, pipeline.loader, args, console)
         args.max_steps = length.steps
         trainer = RunTrainer(
@@ -123,7 +123,7 @@ def train(
 
 def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
     """The branches of the model that any batch of the run takes."""
-    sources = [s for data in (config.data, config.eval_data) if data is not None for s in data.sources]
+    sources = [s for data in (config.training_data, config.eval_data) if data is not None for s in data.sources]
     text = config.losses.text or any(s.loss_text_weight for s in sources)
     image = config.losses.image or any(s.loss_image_weight for s in sources)
     return sharding.ForceAllBranches(bool(text), bool(image), bool(config.losses.conditions))
