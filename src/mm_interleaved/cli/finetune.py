@@ -80,7 +80,8 @@ def _check(recipe: str, config: TrainConfig) -> None:
         samples.append(SourceSample(source.name, about, batches, report, problem, batch_statistics(batches)))
     with console.status("counting parameters"):
         trained = [(part.name, part.total, part.trainable) for part in count_trained(config)]
-    facts = {"run in": config.output, "steps": f"{config.steps:,}", "learning rate": f"{config.optimizer.lr:g}"}
+    length = {"steps": f"{config.steps:,}"} if config.steps is not None else {"epochs": f"{config.epochs:g}"}
+    facts = {"run in": config.output, **length, "learning rate": f"{config.optimizer.lr:g}"}
     page = RowsPage(recipe, facts, [], samples, trained, to_yaml(config))
     path = Path(config.output) / PAGE
     write_atomic(path, page.render(processor))

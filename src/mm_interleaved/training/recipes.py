@@ -59,14 +59,18 @@ def load_recipe(
     Raises:
         InputError: the recipe or the model does not exist, or a setting cannot be used.
     """
-    path = find_recipe(name)
+    path, named = find_recipe(name), read_overrides(overrides)
     given = [] if model is None else [_model(model)]
-    if not given and "model" not in [*read_overrides(overrides), *list_keys(path)]:
+    if not given and "model" not in [*named, *list_keys(path)]:
         raise InputError(
             "no model is given", fix="Add --model small, or --model FOLDER with the folder of a checkpoint"
         )
     is_packaged = model is not None and model in MODELS and MODELS[model].parent == PACKAGED
     over = [FOLDER / "_small.yaml"] if is_packaged else []
+    # A recipe has one of the two, and an override of the other replaces it.
+    given += [
+        f"{other}=null" for one, other in (("steps", "epochs"), ("epochs", "steps")) if named.get(one) is not None
+    ]
     if lora is not None:
         over.append(FOLDER / "_lora.yaml")
         given.append(f"adapter.preset={lora}")
