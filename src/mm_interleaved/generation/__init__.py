@@ -3,14 +3,9 @@
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from ..model import MMInterleavedConfig
-from .interleaved import (
-    DocumentFinished,
-    Event,
-    ImageProgress,
-    InterleavedGenerator,
-    SegmentFinished,
-    TextDelta,
-)
+from .continuous import ContinuousGenerator
+from .events import DocumentFinished, Event, ImageProgress, SegmentFinished, TextDelta
+from .interleaved import InterleavedGenerator
 from .mm_interleaved import MMInterleaved
 from .rules import WrittenText
 from .settings import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, ImagePreset, ImageSettings, TextSettings
@@ -22,6 +17,7 @@ AutoModelForImageTextToText.register(MMInterleavedConfig, MMInterleaved, exist_o
 __all__ = [
     "IMAGE_PRESETS",
     "TEXT_PRESETS",
+    "ContinuousGenerator",
     "DocumentFinished",
     "Event",
     "GenerationSettings",

@@ -50,9 +50,9 @@ class _Arrivals:
 
     @classmethod
     def of(
-        cls, model: MMInterleavedModel, ids: Tensor, mask: Tensor, visible: Sequence[Images], first: int
+        cls, model: MMInterleavedModel, ids: Tensor, mask: Tensor, visible: Sequence[Images], places: Sequence[int]
     ) -> _Arrivals:
-        """For `ids` and `mask` [B, L] on the CPU, after `visible` of earlier tokens; new images count from `first`."""
+        """For `ids` and `mask` [B, L] on the CPU, after `visible` of earlier tokens; `places` are the new images'."""
         config = model.config
         begins = (ids == config.soi_token_id) & (mask == 1)
         followed = torch.cat([ids[:, 1:] == config.image_token_id, torch.zeros_like(begins[:, :1])], dim=1)
@@ -61,7 +61,8 @@ class _Arrivals:
         restarted = (ids == config.bos_token_id).cumsum(1) > 0
         known = _padded(visible)[:, None].masked_fill(restarted[..., None], -1)
         known = known.expand(-1, ids.shape[1], -1)
-        images = _newest_first(torch.cat([torch.where(images >= 0, images + first, -1), known], dim=-1))
+        numbers = torch.tensor([*places, -1])  # the last one for "none"
+        images = _newest_first(torch.cat([numbers[images], known], dim=-1))
         images = images.masked_fill(mask[..., None] == 0, -1)
         after = [list(v) for v in visible]
         for row, tokens in enumerate(mask):
@@ -235,14 +236,14 @@ class GenerationState:
         self._check_length(longest)
         if self.graphs and not count and ids.shape[1] <= SHORT and not (ids == self.model.config.bos_token_id).any():
             return self._prefill_by_steps(ids, mask, chosen)
-        first = len(self.pyramids)
-        new = _Arrivals.of(self.model, ids, mask, [self.visible[r] for r in chosen], first)
-        self._reserve(longest, max(new.images.shape[-1], *(len(v) for v in new.visible), 0), first + count)
+        places = self._places(count)
+        new = _Arrivals.of(self.model, ids, mask, [self.visible[r] for r in chosen], places)
+        self._reserve(longest, max(new.images.shape[-1], *(len(v) for v in new.visible), 0), self._needed(places))
         ids = send(ids, self.device)
         with self._undone_on_error():
             features = None
             if pixel_values is not None and count:
-                features = self._encode(pixel_values, [chosen[r] for r in new.rows])
+                features = self._encode(pixel_values, [chosen[r] for r in new.rows], places)
             embeds = self.model.embed(ids, features.tokens if features else None, checked=True)
             hidden = self._forward(embeds, mask, new.images, rows)
         for row, visible in zip(chosen, new.visible, strict=True):
@@ -272,15 +273,15 @@ class GenerationState:
         Raises:
             ValueError: a row becomes longer than the model's context, or gets more images than the model distinguishes.
         """
-        count, first = self.model.config.num_image_tokens, len(self.pyramids)
+        count, places = self.model.config.num_image_tokens, self._places(len(rows))
         visible = list(self.visible)
-        for offset, row in enumerate(rows):
-            visible[row] = [first + offset, *visible[row]]
+        for place, row in zip(places, rows, strict=True):
+            visible[row] = [place, *visible[row]]
         longest = max(self.lengths[r] for r in rows) + count
         self._check_length(longest)
-        self._reserve(longest, max(len(v) for v in visible), first + len(rows))
+        self._reserve(longest, max(len(v) for v in visible), self._needed(places))
         with self._undone_on_error():
-            tokens = self._encode(pixel_values, list(rows)).tokens
+            tokens = self._encode(pixel_values, list(rows), places).tokens
             self.visible = visible
             self._show_images()
             if self.graphs:
@@ -303,14 +304,15 @@ class GenerationState:
         self._logits_known = True
 
     @torch.no_grad()
-    def decode_step(self, tokens: Tensor, reading: Tensor) -> Tensor:
+    def decode_step(self, tokens: Tensor, reading: Tensor, count: bool = False) -> Tensor:
         """Process one text token in some rows.
 
-        With CUDA graphs there is no synchronisation, and `lengths` are not updated until `settle`.
+        With CUDA graphs there is no synchronisation, and `lengths` are not updated until `settle`, but with `count`.
 
         Args:
             tokens: [R]; arbitrary in rows that get no token.
             reading: [R] bool, the rows that get a token.
+            count: whether `lengths` are updated in any case; `reading` is then on the CPU.
 
         Returns:
             The logits of the next tokens [R, V], as `next_logits`.
@@ -319,7 +321,7 @@ class GenerationState:
         workspace.tokens.copy_(send(tokens, self.device))
         workspace.reading.copy_(send(reading, self.device))
         workspace.step(len(self.pyramids), max(map(len, self.visible)))
-        if not self.graphs:
+        if count or not self.graphs:
             workspace.cache.lengths = [a + b for a, b in zip(self.lengths, reading.long().tolist(), strict=True)]
         self.tokens_read += self.rows
         self._logits_known = True
@@ -345,15 +347,26 @@ class GenerationState:
         self._logits_known = False
 
     def evict(self, row: int) -> None:
-        """Empty a row, so that it can take another document; the other rows do not change.
+        """Empty a row, so that it can take another document; the other rows do not change."""
+        self.rewind(row, 0, 0)
 
-        The memory of its images is reused only after the state is freed.
+    def rewind(self, row: int, length: int, images: int) -> bool:
+        """Keep the first `length` tokens of a row, with its first `images` images; the other rows do not change.
+
+        The kept tokens must hold one `<s>` at most, at the start, and no part of another image.
+
+        Returns:
+            Whether that was possible. It is not, and nothing changes, if the features of an image that the image
+            decoder would need are not kept any more.
         """
-        self.workspace.cache.truncate(row, 0)
-        self.visible[row], self.row_images[row] = [], []
-        self.last[row] = 0
+        kept = self.row_images[row][:images]
+        needed = kept[max(images - self.model.config.image_decoder.previous_images, 0) :]
+        if any(self.pyramids[image] is None for image in needed):
+            return False
+        self.row_images[row], self.visible[row] = kept, kept[::-1]
+        self.truncate(row, length)
         self._show_images()
-        self._logits_known = False
+        return True
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i by row `rows[i]`; both must be copies of one row (see `branch`)."""
@@ -396,20 +409,31 @@ class GenerationState:
         self._logits_known = False
         return hidden
 
-    def _encode(self, pixel_values: Tensor, rows: list[int]) -> VisualFeatures:
+    def _places(self, count: int) -> list[int]:
+        """Numbers for `count` new images: those of images that no row has any more, then new ones."""
+        used = {image for images in self.row_images for image in images}
+        unused = [place for place in range(len(self.pyramids)) if place not in used][:count]
+        return [*unused, *range(len(self.pyramids), len(self.pyramids) + count - len(unused))]
+
+    def _needed(self, places: Sequence[int]) -> int:
+        """The number of images that memory is needed for, with new ones at `places`."""
+        return max(len(self.pyramids), max(places, default=-1) + 1)
+
+    def _encode(self, pixel_values: Tensor, rows: list[int], places: Sequence[int]) -> VisualFeatures:
         """Encode images of `rows`, and store their features for later tokens and for the image decoder."""
         features = encode_images(self.model, pixel_values, self.graphs)
-        first = len(self.pyramids)
+        index = send(torch.tensor(places), self.device)
         maps = image_features(self.model.config, features.pyramid).features
         values = self.workspace.images.values
         assert values is not None
         for kept, synchronizer in zip(values, synchronizers(self.model.language_model), strict=True):
-            kept[first : first + len(maps)] = synchronizer.project(maps)
+            kept[index.to(kept.device)] = synchronizer.project(maps).to(kept)
         self.images_read += len(rows)
         keep = self.model.config.image_decoder.previous_images
-        for offset, row in enumerate(rows):
-            self.row_images[row].append(first + offset)
-            self.pyramids.append([m[offset] for m in features.pyramid])
+        self.pyramids += [None] * (self._needed(places) - len(self.pyramids))
+        for offset, (row, place) in enumerate(zip(rows, places, strict=True)):
+            self.row_images[row].append(place)
+            self.pyramids[place] = [m[offset] for m in features.pyramid]
         needed = {image for images in self.row_images for image in images[-keep:]}
         self.pyramids = [p if i in needed else None for i, p in enumerate(self.pyramids)]
         return features

@@ -9,9 +9,9 @@ Axes: R rows, L tokens, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .rules import (
 from .settings import TextSettings
 from .state import GenerationState
 
+T = TypeVar("T")
 STEPS_AHEAD = 3  # decode steps launched ahead with CUDA graphs; without graphs more than one has no advantage
 
 
@@ -215,7 +216,7 @@ def write_beams(
     found: list[list[WrittenText]] = [[WrittenText([]) for _ in copies] for _ in range(state.rows)]
     for limit in sorted(set(limits) - {0}):
         rows = [r for r in range(state.rows) if limits[r] == limit]
-        texts = _search(state, rows, replace(settings, max_new_tokens=limit), banned)
+        texts = _last(search(state, rows, replace(settings, max_new_tokens=limit), banned))
         for row, best in zip(rows, texts, strict=True):
             found[row] = best
     for row, limit in enumerate(limits):
@@ -224,11 +225,23 @@ def write_beams(
     return found
 
 
+def _last(steps: Generator[None, None, T]) -> T:
+    """What a generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return ended.value
+
+
 @torch.no_grad()
-def _search(
+def search(
     state: GenerationState, rows: Sequence[int], settings: TextSettings, banned: Sequence[int]
-) -> list[list[WrittenText]]:
-    """Beam search in some rows. Beams share common columns and are reordered by index."""
+) -> Generator[None, None, list[list[WrittenText]]]:
+    """Beam search in some rows: yields after every step, and returns the best texts of each, best first.
+
+    Beams share common columns and are reordered by index. `state` does not change, and may change meanwhile.
+    """
     model, device, width, most = state.model, state.device, settings.num_beams, settings.max_new_tokens
     batch, pad, count = len(rows), model.config.pad_token_id, beam_candidates(model, settings.num_beams)
     processors = score_processors(model, settings, device, banned)
@@ -266,6 +279,7 @@ def _search(
             break
         beams.reorder(parents)
         logits = beams.decode_step(tokens, everyone)
+        yield
     return _texts(finished, trace, scores, history, settings)
 
 

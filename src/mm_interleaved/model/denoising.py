@@ -30,7 +30,7 @@ class GraphedUNet:
     Args:
         unet: the UNet, of which only a weak reference is kept. On a CUDA device its convolutions become channels last.
         latents: [B, C, side, side] of the shape and type of later calls.
-        timestep: a scalar of the type of later calls.
+        timestep: a scalar or [B], of the shape and type of later calls.
         conditions: [B, L, cross_attention_dim].
         earlier: earlier images with values.
         captured: whether to capture the step in a CUDA graph; None: if the device is a CUDA device.
@@ -53,7 +53,7 @@ class GraphedUNet:
         self.latents = latents.clone()
         if device.type == "cuda":
             self.latents = self.latents.contiguous(memory_format=LAYOUT)
-        self.timestep = torch.zeros((), dtype=timestep.dtype, device=device)
+        self.timestep = torch.zeros(timestep.shape, dtype=timestep.dtype, device=device)
         self.conditions = conditions.clone()
         with torch.no_grad():
             self.text = {k: (key.clone(), value.clone()) for k, (key, value) in unet.prepare_text(conditions).items()}
@@ -79,7 +79,7 @@ class GraphedUNet:
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """The UNet's prediction for `latents` at `timestep`."""
         self.latents.copy_(latents)
-        self.timestep.fill_(timestep.item())
+        self.timestep.copy_(timestep, non_blocking=True)
         (self.replay or self._step)()
         assert self.prediction is not None  # the step has set it
         return self.prediction.clone()

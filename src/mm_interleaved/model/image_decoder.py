@@ -268,7 +268,7 @@ class ImageDecoder(nn.Module):
                 scaled = scheduler.scale_model_input(latents, timestep)
                 prediction = predict(scaled.to(self.dtype), timestep).to(work)
                 due = settings.preview_every and index % settings.preview_every == 0 and index < total
-                preview = self.decode(self._clean(scaled, prediction, timestep)) if due else None
+                preview = self.decode(self.clean(scaled, prediction, timestep)) if due else None
                 latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
                 yield DenoisingStep(index, total, int(timestep), latents, prediction, preview)
 
@@ -285,7 +285,7 @@ class ImageDecoder(nn.Module):
             conditions = torch.cat([negative, conditions])
             earlier = earlier.for_guidance(settings.unconditional_sees_images)
         earlier = self.unet.prepare(earlier)
-        if not self._static(settings, conditions.device):
+        if not self.is_static(settings, conditions.device):
             call = partial(self._call, conditions=conditions, earlier=earlier, derived=self.unet.derive())
             yield self._guided(call, scale) if guided else call
             return
@@ -305,7 +305,7 @@ class ImageDecoder(nn.Module):
     ) -> Tensor:
         return self.unet(latents, timestep, conditions, earlier, derived=derived)
 
-    def _static(self, settings: ImageSettings, device: torch.device) -> bool:
+    def is_static(self, settings: ImageSettings, device: torch.device) -> bool:
         """Whether steps go through a `GraphedUNet`.
 
         Raises:
@@ -333,7 +333,7 @@ class ImageDecoder(nn.Module):
 
         return predict
 
-    def _clean(self, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+    def clean(self, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
         """The latents without the predicted noise (DDPM eq. 15), for previews."""
         alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep.long().cpu()].to(latents)
         if self.scheduler.config["prediction_type"] == "v_prediction":
