@@ -230,7 +230,7 @@ class _PackedRows(IterableDataset):
         number = 0
         for worker in range(workers):
             place = Place(self.rank, self.world_size, worker, workers)
-            parcels = _Parcels(self.config, self.processor, 0, place, self.folder, None)
+            parcels = _Parcels(self.config, self.processor, 0, place, self.readers(), None)
             for _ in parcels.plan():
                 number += 1
                 report(number)
