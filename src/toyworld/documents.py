@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import PIL.Image
 
-from mm_interleaved.document import Document, Image, Segment, Text
+from mm_interleaved.document import Box, Document, Image, Segment, Text
 from mm_interleaved.tasks import captions, grounding, render, visdial, vqa
 from mm_interleaved.tasks.ade20k import colored
 from mm_interleaved.tasks.base import Value
-from mm_interleaved.tasks.grounding import box_text, thousandths
 
 from .draw import boxes, draw, label_map
 from .language import (
@@ -155,7 +154,7 @@ def random_document(rng: np.random.Generator, *, split: Split | None = None, siz
 
 def _box(box: tuple[int, ...], size: int) -> str:
     """Return a box in pixels of a square image as the prompts of grounding write it."""
-    return box_text(thousandths(box, (size, size)))
+    return str(Box.from_pixels(box, (size, size)))
 
 
 def _given(scene: Scene, painter: Painter) -> Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mm_interleaved import MMInterleavedConfig, MMInterleavedProcessor, MMInterleavedTokenizer
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.document import Box, Document, Image, Text
 from mm_interleaved.io import InputError
 from mm_interleaved.processor.tokenizer import IMAGE_TOKEN, SOI_TOKEN, encode_text
 from mm_interleaved.tasks import TASKS, Sample, Task, grounding, render, visdial
@@ -123,7 +123,7 @@ def test_two_prompts_word_for_word() -> None:
         "caption: a dog. question: is it big? answer: no. question: what color is it? answer:"
     )
     assert render(grounding.GROUNDING, fields)[1].text.endswith("describes. a dog<box>")
-    assert grounding.box_text(grounding.thousandths((8, 10.2, 640, 480), (640, 480))) == "(012,021)(999,999)"
+    assert grounding.thousandths(Box.from_pixels((8, 10.2, 640, 480), (640, 480))) == [12, 21, 999, 999]
 
 
 SETTINGS = {

@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 
 from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.document.boxes import SCALE
 from mm_interleaved.tasks.ade20k import colored
-from mm_interleaved.tasks.grounding import SCALE
 from toyworld.documents import (
     FORM_NAMES,
     FORMS,

@@ -42,7 +42,7 @@ class TaskReader:
                             f"{', '.join(kind.phases)}. Name one of them as 'phase' to train on it")  # fmt: skip
         try:
             self.task = make_task(replace(_rooted(options, folder / config.root), phase=phase))
-            self.items = [_without_reference(item) for item in self.task.items()]
+            self.items = [_without_reference(item) for item in self.task.items(training=True)]
         except InputError as error:
             raise DataError(f"source '{config.name}': {error}") from None
         self.crop, self.size = self.task.crop, len(self.items)

@@ -70,9 +70,8 @@ def read(source: Source) -> Iterator[Item]:
         problem = next((p for _, p in found if p), "")
         if unmade and problem == unmade:
             problem += f" ({_OBTAIN})"
-        # The map has no image loss: its context is empty, since its caption follows it.
         shown: list[Segment] = [given(shown_map)]
-        text: list[Segment] = [Text(f"{caption}.", supervise=source.phase == "training")]
+        text: list[Segment] = [Text(f"{caption}.", supervise=False)]
         layout = text + shown if source.options["layout"] == "text_first" else shown + text
         reference = {"labels": str(labels), "photo": str(photo), "fit": "stretch" if source.compat else "center"}
         yield Item(name, {"scene": layout, "image": shown, "caption": caption}, reference, [Image(photo)],

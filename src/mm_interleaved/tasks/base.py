@@ -358,15 +358,18 @@ class Task:
         """
         return [item for item in self._read(self._shot_source()) if not item.problem]
 
-    def items(self) -> Iterator[Item]:
+    def items(self, training: bool = False) -> Iterator[Item]:
         """The items of the phase. An item with the id of an earlier one cannot be used.
+
+        Args:
+            training: whether they become training documents; only then may they lack what their `vary` makes.
 
         Raises:
             InputError: a file is missing or malformed, or none of its records can be used.
         """
         places: dict[str, str] = {}
         odd: list[Item] = []  # yielded after the first usable item: if there is none, the files have another layout
-        good, source = 0, self.source()
+        good, source = 0, replace(self.source(), training=training)
         for number, item in enumerate(islice(self._read(source), self.config.limit)):
             if item.id in places:
                 problem = f"id {item.id} stands in {places[item.id] or 'it'} as well"

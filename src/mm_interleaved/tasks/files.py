@@ -62,6 +62,7 @@ class Source:
         seed: seed of random choices.
         compat: whether to restore the original's quirks (docs/data_formats.md, "Quirks of the original's tasks").
         blind: whether the phase has no published answers.
+        training: whether the items become training documents, so that what their `vary` makes may be missing.
     """
 
     task: str
@@ -74,6 +75,7 @@ class Source:
     seed: int = 0
     compat: bool = False
     blind: bool = False
+    training: bool = False
     _asked: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def file(self, name: str, *others: str) -> Path:

@@ -2,18 +2,19 @@
 
 Files and prompts: docs/data_formats.md, "Boxes and regions".
 
-Boxes are text, in thousandths of the image's sides: `(012,045)(678,999)`. Images are stretched to squares, not cropped.
+Texts state boxes in thousandths of the image's sides, `(012,045)(678,999)`, and carry them as data, so that a transform
+of the image can move them. Images are stretched to squares, not cropped.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..document import Text
+from ..document import Box, Text
 from ..io import InputError
 from ..io.images import open_image
 from .base import Item, TaskType, each, given
@@ -23,19 +24,12 @@ GROUNDING = "{image}Provide the bounding box coordinate of the region this sente
 REFERRING = "{image}Provide a short description for this <ref>region</ref><box>{box}</box>."
 REGION_VQA = "{image}Answer this question according to the <ref>region</ref><box>{box}</box>. {question}"
 GROUNDED_CAPTION = "{image}Generate the caption with grounding."
-SCALE = 999
 _TAGGED = re.compile(r"<box>\((-?[\d.]+),(-?[\d.]+)\)\((-?[\d.]+),(-?[\d.]+)\)</box>")
 
 
-def thousandths(pixels: Sequence[float], size: tuple[int, int]) -> list[int]:
-    """A box in pixels of an image (width, height) as integers from 0 to 999, rounded down."""
-    return [int(side / size[i % 2] * SCALE) for i, side in enumerate(pixels)]
-
-
-def box_text(sides: list[int]) -> str:
-    """For instance "(012,045)(678,999)"."""
-    x1, y1, x2, y2 = sides
-    return f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
+def thousandths(box: Box) -> list[int]:
+    """The box as integers from 0 to 999, as its text states them."""
+    return [int(side) for side in re.findall(r"\d+", str(box))]
 
 
 @lru_cache(maxsize=100_000)
@@ -43,11 +37,11 @@ def _size(path: Path) -> tuple[int, int]:
     return open_image(path).size
 
 
-def _region(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int], list[int]]:
+def _region(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int], Box]:
     """The image of a record, why it cannot be used, its size, and the region."""
     pixels = box(record.get("bbox"), f"{where}, 'bbox'")
     image, problem, size = _image(source, record, where)
-    return image, problem, size, thousandths(pixels, size)
+    return image, problem, size, Box(0, 0, 1, 1) if problem else Box.from_pixels(pixels, size)
 
 
 def _image(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int]]:
@@ -63,22 +57,27 @@ def _image(source: Source, record: dict[str, Any], where: str) -> tuple[Path, st
 
 def read_expressions(source: Source, name: str) -> Iterator[Item]:
     """JSON lines of {image, bbox in pixels, sent, optional confidence}; those of low confidence are skipped."""
-    threshold = _threshold(source)
+    least = threshold(source)
 
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
-        if "confidence" in record and get(record, "confidence", float, where) < threshold:
+        if "confidence" in record and get(record, "confidence", float, where) < least:
             return
         caption = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
-        image, problem, size, sides = _region(source, record, where)
-        yield Item(str(index), {"image": given(image), "caption": caption}, sides,
-                   [Text(f"{box_text(sides)}</box>", attached=True)],
+        image, problem, size, region = _region(source, record, where)
+        yield Item(str(index), {"image": given(image), "caption": caption}, thousandths(region),
+                   [Text.of(region, "</box>", attached=True)],
                    meta={"caption": caption, "width": size[0], "height": size[1]}, problem=problem,
                    place=where)  # fmt: skip
 
     return each(line_entries(source.file(name.format(phase=source.phase))), make)
 
 
-def _threshold(source: Source) -> float:
+def threshold(source: Source) -> float:
+    """The least confidence of a box that is used, from the option `confidence`.
+
+    Raises:
+        InputError: it is no number.
+    """
     text = source.options.get("confidence") or "0"
     try:
         return float(text)
@@ -93,9 +92,10 @@ def read_regions(source: Source) -> Iterator[Item]:
 
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         caption = strings([get(record, "caption", str, where)], f"{where}, 'caption'")
-        image, problem, _, sides = _region(source, record, where)
-        yield Item(str(index), {"image": given(image), "box": box_text(sides)}, caption, [Text(caption[0])],
-                   meta={"image_id": record.get("image_id"), "box": sides}, problem=problem, place=where)  # fmt: skip
+        image, problem, _, region = _region(source, record, where)
+        meta = {"image_id": record.get("image_id"), "box": thousandths(region)}
+        yield Item(str(index), {"image": given(image), "box": region}, caption, [Text(caption[0])], meta=meta,
+                   problem=problem, place=where)  # fmt: skip
 
     return each(entries(data.get("annotations"), f"{path}, 'annotations'"), make)
 
@@ -105,12 +105,24 @@ def read_region_questions(source: Source) -> Iterator[Item]:
 
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         answer = strings([get(record, "answer", str, where)], f"{where}, 'answer'")
-        image, problem, _, sides = _region(source, record, where)
-        fields = {"image": given(image), "box": box_text(sides), "question": get(record, "question", str, where)}
-        meta = {"question": fields["question"], "box": sides}
+        image, problem, _, region = _region(source, record, where)
+        asks = get(record, "question", str, where)
+        fields = {"image": given(image), "box": region, "question": asks}
+        meta = {"question": asks, "box": thousandths(region)}
         yield Item(str(index), fields, answer[0], [Text(answer[0])], meta=meta, problem=problem, place=where)
 
     return each(line_entries(source.file(f"vgvqa_{source.phase}.jsonl")), make)
+
+
+def _grounded(sent: str, size: tuple[int, int], where: str) -> Text:
+    """A caption whose boxes are in pixels of an image of that size."""
+    parts: list[str | Box] = []
+    end = 0
+    for found in _TAGGED.finditer(sent):
+        pixels = box([float(side) for side in found.groups()], where)
+        parts += [sent[end : found.start()], "<box>", Box.from_pixels(pixels, size), "</box>"]
+        end = found.end()
+    return Text.of(*parts, sent[end:])
 
 
 def read_grounded_captions(source: Source) -> Iterator[Item]:
@@ -119,13 +131,8 @@ def read_grounded_captions(source: Source) -> Iterator[Item]:
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         sent = strings([get(record, "sent", str, where)], f"{where}, 'sent'")[0]
         image, problem, size = _image(source, record, where)
-
-        def scaled(found: re.Match[str]) -> str:
-            pixels = box([float(side) for side in found.groups()], where)
-            return f"<box>{box_text(thousandths(pixels, size))}</box>"
-
-        text = _TAGGED.sub(scaled, sent)
-        yield Item(str(index), {"image": given(image)}, [text], [Text(text)], problem=problem, place=where)
+        text = Text(sent) if problem else _grounded(sent, size, where)
+        yield Item(str(index), {"image": given(image)}, [text.text], [text], problem=problem, place=where)
 
     return each(line_entries(source.file(f"{source.phase}.jsonl")), make)
 

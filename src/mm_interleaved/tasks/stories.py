@@ -19,7 +19,7 @@ import PIL.Image
 from ..document import Image, Segment, Text
 from ..io import InputError
 from ..io.images import load_image
-from .base import Item, TaskType, each, grouped, only, usable
+from .base import Item, TaskType, each, given, grouped, only, usable
 from .files import Source, checked, entries, get, read_json, records, strings
 from .pickles import read_npy, read_pickle
 
@@ -42,30 +42,28 @@ class Turn:
     name: str = ""
 
 
-def lay_out(turns: Sequence[Turn], context: str, count: int, learn: bool) -> list[Segment]:
+def lay_out(turns: Sequence[Turn], context: str, count: int) -> list[Segment]:
     """Captions and images alternately; the last `count` images are open slots.
 
     Args:
         turns: the story.
         context: one of `CONTEXTS`: what is kept of the turns before the first slot.
         count: number of images to generate, at the end.
-        learn: whether captions and given images have a loss in training too.
     """
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
         last = index >= len(turns) - count
         if context != "image_only" and (last or context != "current"):
-            segments.append(Text(turn.caption, supervise=learn))
+            segments.append(Text(turn.caption, supervise=False))
         if last:
             segments.append(Image())
         elif context in ("multi_modal", "image_only"):
-            segments.append(Image(turn.image, supervise=learn))
+            segments.append(given(turn.image))
     return segments
 
 
 def _item(source: Source, number: str, turns: list[Turn], count: int, where: str) -> Item:
-    context, learn = source.options["context"], source.phase == "train"
-    segments = lay_out(turns, "multi_modal" if learn else context, count, learn)
+    segments = lay_out(turns, source.options["context"], count)
     targets = [turn.image for turn in turns[len(turns) - count :]]
     meta: dict[str, Any] = {
         "captions": [t.caption for t in turns],
@@ -102,7 +100,7 @@ def _vist(source: Source, make: Callable[[str, str, list[Turn]], Iterator[Item]]
 
 def _prefixes(source: Source, turns: list[Turn]) -> list[int]:
     """The numbers of turns of the samples of a story. With `compat` the whole story is missing, as in the original."""
-    if source.options["rounds"] == "last" or source.phase == "train":
+    if source.options["rounds"] == "last":
         return [len(turns)]
     if source.compat:
         return list(range(1, len(turns)))
@@ -128,7 +126,7 @@ def read_vist_text(source: Source) -> Iterator[Item]:
     def make(name: str, where: str, turns: list[Turn]) -> Iterator[Item]:
         for length in _prefixes(source, turns):
             *before, last = turns[:length]
-            segments = [] if context == "current" else lay_out(before, context, 0, False)
+            segments = [] if context == "current" else lay_out(before, context, 0)
             if context != "text_only":
                 segments.append(Image(last.image, supervise=False))
             problem = next((t.problem for t in turns[:length] if t.problem), "")
@@ -140,7 +138,7 @@ def read_vist_text(source: Source) -> Iterator[Item]:
     return _vist(source, make)
 
 
-# ---- clips: one frame of each is chosen at random, the same one for the same seed
+# ---- clips: one frame of each is chosen by the seed for evaluation, and anew for each training document
 
 
 def tidy(caption: str, characters: Sequence[str]) -> str:
@@ -151,31 +149,40 @@ def tidy(caption: str, characters: Sequence[str]) -> str:
     return re.sub(r"[\n\t\r]", "", text).strip()
 
 
-def _clip(source: Source, name: str, caption: str, rng: np.random.Generator) -> Turn:
-    """One frame of a vertical strip."""
-    path, problem = source.images.find(name)
-    called = Path(name).stem
-    if problem:
-        return Turn(caption, path, problem, 0, called)
-    try:
-        strip = load_image(path)
-    except InputError as error:
-        return Turn(caption, path, str(error), 0, called)
+def _frame(path: Path, rng: np.random.Generator) -> tuple[PIL.Image.Image, int]:
+    """A random frame of a vertical strip, and its number.
+
+    Raises:
+        InputError: the file cannot be read, or is no strip.
+    """
+    strip = load_image(path)
     if strip.width != FRAME or strip.height < FRAME:
-        problem = f"'{path}' is no strip of frames of {FRAME} x {FRAME} pixels; convert the clip"
-        return Turn(caption, path, problem, 0, called)
+        raise InputError(f"'{path}' is no strip of frames of {FRAME} x {FRAME} pixels", fix="Convert the clip")
     frame = int(rng.integers(strip.height // FRAME))
-    image: PIL.Image.Image = strip.crop((0, frame * FRAME, FRAME, (frame + 1) * FRAME))
-    return Turn(caption, image, "", frame, called)
+    return strip.crop((0, frame * FRAME, FRAME, (frame + 1) * FRAME)), frame
 
 
 def _clips(source: Source, number: str, index: int, clips: list[tuple[str, str]], where: str) -> Item:
-    """The item of a story, from its clips (image, caption)."""
+    """The item of a story, from its clips (image, caption). For training, its frames are chosen when it is varied."""
+    found = [source.images.find(name) for name, _ in clips]
+    problem = next((problem for _, problem in found if problem), "")
+    count = len(clips) - 1 if source.options["protocol"] == "autoregressive" else 1
+
+    def with_frames(rng: np.random.Generator, problem: str = "") -> Item:
+        turns = []
+        for (name, caption), (path, _) in zip(clips, found, strict=True):
+            image, frame = (path, 0) if problem else _frame(path, rng)
+            turns.append(Turn(caption, image, "", frame, Path(name).stem))
+        item = _item(source, number, turns, count, where)
+        return replace(item, meta={**item.meta, "clips": [path for path, _ in found]}, problem=problem)
+
+    if source.training and not problem:
+        return Item(number, {"story": ()}, place=where, vary=with_frames)
     rng = np.random.default_rng([source.seed, index])
-    turns = [_clip(source, name, caption, rng) for name, caption in clips]
-    count = len(turns) - 1 if source.options["protocol"] == "autoregressive" else 1
-    item = _item(source, number, turns, count, where)
-    return replace(item, meta={**item.meta, "clips": [source.images.find(name)[0] for name, _ in clips]})
+    try:
+        return with_frames(rng, problem)
+    except InputError as error:
+        return with_frames(rng, str(error))
 
 
 def _name(value: Any, where: str) -> str:
