@@ -53,16 +53,17 @@ def folder() -> Iterator[Path]:
         yield folder
 
 
-def config(folder: Path, **options: Any) -> DataConfig:
-    """All of them mixed."""
+def config(folder: Path, packing: str = "stream", **options: Any) -> DataConfig:
+    """All of them mixed; all but the pairs are packed by `packing`."""
     shared = {"max_length": ROW, "shuffle": 5}
     sources = [
         SourceConfig("pairs", root=str(folder / "pairs"), shards=["{0..2}.jsonl"], batch_size=2,
                      few_shot_merge_prob=0.5, max_images_per_sequence=2, **shared),
         SourceConfig("mmc4", root=str(folder / "mmc4"), shards=["docs_{0..4}.jsonl"], batch_size=1, keep_remainder=True,
-                     image_root=str(folder / "mmc4/images"), single_image_prob=0.2, **{**shared, "max_length": 40}),
+                     image_root=str(folder / "mmc4/images"), single_image_prob=0.2, packing=packing,
+                     **{**shared, "max_length": 40}),
         SourceConfig("webdataset", root=str(folder / "tar"), shards=["*.tar"], batch_size=1, keep_remainder=True,
-                     **shared),
+                     packing=packing, **shared),
     ]  # fmt: skip
     return DataConfig(sources=sources, **{"pin_memory": False, "seed": 3, **options})
 
@@ -94,14 +95,15 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
         }
     ),
     shuffle=st.sampled_from([0, 1, 3, 100]),
+    packing=st.sampled_from(["stream", "samples", "single"]),
     num_samples=st.sampled_from([None, 4, 50]),
     split=st.sampled_from([(0, 1), (1, 2), (2, 4)]),
 )
 def test_going_on_equals_an_unbroken_run(
     folder: Path, processor: MMInterleavedProcessor, stops: list[int], epoch: int, options: dict[str, Any],
-    shuffle: int, num_samples: int | None, split: tuple[int, int],
+    shuffle: int, packing: str, num_samples: int | None, split: tuple[int, int],
 ) -> None:  # fmt: skip
-    settings = config(folder, **options)
+    settings = config(folder, packing, **options)
     sources = [replace(source, shuffle=shuffle, num_samples=num_samples) for source in settings.sources]
     settings = replace(settings, sources=sources)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mm_interleaved.model.layout import (
-    document_mask,
+    block_mask,
     find_images,
     previous_images,
     reversed_context,
@@ -116,7 +116,7 @@ def test_no_images() -> None:
 def test_documents_can_be_kept_apart(text: str) -> None:
     """`isolate_documents`, which is off by default."""
     tokens, mask = ids(text)
-    allowed = document_mask(tokens, mask, BOS, torch.float32)[0, 0] == 0
+    allowed = block_mask(tokens == BOS, mask, torch.float32)[0, 0] == 0
     documents = [text[: t + 1].count("s") for t in range(len(text))]
     for t in range(len(text)):
         for u in range(len(text)):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ..processor.packing import Packing
 from ..validation import Count, Positive, Seed, Share, settings
 from .sources import SOURCES
 
@@ -29,11 +30,19 @@ class SourceConfig:
         image_root: folder of the images, which no path may leave; None: `root`.
         batch_size: rows of a batch.
         max_length: longest row in tokens; None: the model's.
-        cut: where a row ends whose last image does not fit: before that `image`, or before its `document`; None:
-            `document` for pairs, otherwise `image`.
+        packing: how documents become rows: `stream` (joined, and cut anywhere between images), `samples` (whole
+            documents are joined as long as they fit), `single` (one document a row); None: `samples` for samples for
+            fine-tuning, otherwise `stream`.
+        attention: whether the documents of a row attend to the whole `row` before them, or to their own `sample` only;
+            None: `sample` for packing `samples`, otherwise `row`.
+        too_long: whether a document that is longer than a row is counted and left out (`drop`), or an `error`. A
+            `stream` cuts it instead.
+        cut: where a row of a `stream` ends whose last image does not fit: before that `image`, or before its
+            `document`; None: `document` for pairs, otherwise `image`.
         max_images_per_sequence: most images in a row; None: no limit.
-        keep_remainder: whether the rest at the end of a pass becomes a (short) row.
-        keep_text_only: whether rows without an image are kept; None: for samples for fine-tuning (`task`).
+        keep_remainder: whether the rest at the end of a pass becomes a (short) row, and an incomplete batch is used.
+            Whole documents always become rows.
+        keep_text_only: whether rows of a `stream` without an image are kept; None: for samples for fine-tuning.
         min_images: documents with fewer images are rejected; None: 0 for samples for fine-tuning, otherwise 1.
         max_images: most images of a document, chosen at random; None: 6 for mmc4, otherwise no limit.
         single_image_prob: probability that a document with exactly one image is rejected; None: 0.5 for mmc4, else 0.
@@ -68,6 +77,9 @@ class SourceConfig:
     image_root: str | None = None
     batch_size: Positive = 4
     max_length: Annotated[int, Field(ge=2)] | None = None
+    packing: Packing | None = None
+    attention: Literal["sample", "row"] | None = None
+    too_long: Literal["drop", "error"] = "drop"
     cut: Literal["image", "document"] | None = None
     max_images_per_sequence: Positive | None = None
     keep_remainder: bool = False
@@ -113,8 +125,22 @@ class SourceConfig:
         if SOURCES[self.type].has_files != bool(self.shards):
             wanted = "has no files and takes no" if self.shards else "needs"
             raise ValueError(f"source '{self.name}' of type '{self.type}' {wanted} 'shards'")
+        self._set_packing()
         if self.few_shot_merge_prob and not self.few_shot_merge_sizes:
             raise ValueError("few_shot_merge_prob needs few_shot_merge_sizes")
+
+    def _set_packing(self) -> None:
+        """Replace None by the defaults, and check the settings that only a stream has."""
+        object.__setattr__(self, "packing", self.packing or ("samples" if self.samples else "stream"))
+        by_default = "sample" if self.packing == "samples" else "row"
+        object.__setattr__(self, "attention", self.attention or by_default)
+        streams = {"cut": self.cut, "few_shot_merge_prob": self.few_shot_merge_prob}
+        if self.packing != "stream" and (given := next((name for name, value in streams.items() if value), None)):
+            raise ValueError(f"'{given}' of source '{self.name}' is for rows of 'packing: stream', and 'packing' is "
+                             f"{self.packing}; leave it out")  # fmt: skip
+        if self.packing == "stream" and self.too_long == "error":
+            raise ValueError(f"'too_long: error' of source '{self.name}' has no effect, because 'packing: stream' cuts "
+                             "long documents; take 'packing: samples' or leave it out")  # fmt: skip
 
     @property
     def samples(self) -> bool:

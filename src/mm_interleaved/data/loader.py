@@ -335,6 +335,7 @@ class _Parcels:
             views=views,
             pad_to=limit if self._config.pad_to_max_length else 0,
             eight_bit=True,
+            separate_samples=[s.attention == "sample" for s in sources],
         )
         batch.source = mixed.name
         for name in ("loss_text_weight", "loss_image_weight"):
@@ -354,9 +355,15 @@ class _Parcels:
                 views.append(None)
         seen = [view for view in views if view is not None]
         if len(seen) < len(views):
-            row, seen = self._without(row, views, whole_documents=source.is_pairs)
-            if not row.images and not (source.keep_text_only and len(row)):
+            whole = source.packing != "stream"
+            before = row.starts.sum()
+            row, seen = self._without(row, views, whole_documents=source.is_pairs or whole)
+            if whole:
+                lost = int(before - row.starts.sum())
+                self._report.reject(source.name, "document with a damaged image", number=lost)
+            elif not row.images and not (source.keep_text_only and len(row)):
                 self._report.reject(source.name, "row without an image")
+            if not len(row) or not (row.images or whole or source.keep_text_only):
                 return None
         self._report.count(source.name, "rows")
         self._report.count(source.name, "tokens", len(row))
@@ -368,18 +375,14 @@ class _Parcels:
     ) -> tuple[TokenStream, list[ImageViews]]:
         """A row without the images that have no view, or without their documents."""
         starts = np.flatnonzero(row.ids == self._processor.soi_token_id)
-        borders = np.flatnonzero(row.ids == self._processor.tokenizer.bos_token_id)
         kept = np.ones(len(row), bool)
         for start, view in zip(starts.tolist(), views, strict=True):
             if view is not None:
                 continue
-            first, last = start, start + self._processor.num_image_tokens + 1
             if whole_documents:
-                number = int(np.searchsorted(borders, start, side="right"))
-                first = int(borders[number - 1]) if number else 0
-                last = int(borders[number]) if number < len(borders) else len(row)
-            kept[first:last] = False
+                kept &= row.samples != row.samples[start]
+            else:
+                kept[start : start + self._processor.num_image_tokens + 1] = False
         stay = [i for i, start in enumerate(starts.tolist()) if kept[start]]
-        images = [row.images[i] for i in stay]
         seen = [view for i in stay if (view := views[i]) is not None]
-        return TokenStream(row.ids[kept], row.learned[kept], images), seen
+        return row.select(kept, [row.images[i] for i in stay]), seen

@@ -343,6 +343,8 @@ class Documents:
                 try:
                     segments.append(Image(self.images.find(image, where)))
                 except Rejected as rejected:
+                    if self.config.packing != "stream":  # a whole document or none
+                        raise
                     note(rejected.reason, rejected.example)
             if isinstance(text, str):
                 segments += [Text(text)] if text else []

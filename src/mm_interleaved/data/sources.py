@@ -23,7 +23,8 @@ class SourceType:
             raises `DataError` if they cannot be used.
         options: class of the options that only this type has, a dataclass; None: it has none.
         has_files: whether `shards` names files that it reads.
-        samples: whether its documents are samples for fine-tuning, which are used whole and may lack images.
+        samples: whether its documents are samples for fine-tuning, which are used whole (`packing: samples`) and may
+            lack images.
     """
 
     reader: Callable[[SourceConfig, Any, Path], Reader]

@@ -21,7 +21,7 @@ import numpy as np
 from ..document import Document
 from ..io import InputError
 from ..processor import MMInterleavedProcessor
-from ..processor.packing import Cut, PackingRules, TokenStream
+from ..processor.packing import Cut, Packing, PackingRules, TokenStream
 from .config import SourceConfig
 from .readers import Reader
 from .report import DataError, DataReport, Rejected
@@ -106,7 +106,9 @@ class SourceStream:
             processor.soi_token_id,
             config.max_images_per_sequence,
             cast(Cut, config.cut) if config.cut else "document" if config.is_pairs else "image",
+            cast(Packing, config.packing),
         )
+        self._whole = config.packing != "stream"
         self._buffer = TokenStream.empty()
         self._waiting: deque[tuple[list[int], int]] = deque()  # record and number of tokens, for each in the buffer
         self._skip = 0  # tokens of the first of them that are used
@@ -163,7 +165,7 @@ class SourceStream:
                 self._waiting.append(([self.passes, record.shard, record.offset, record.line], len(stream)))
             elif self._loops and self._documents and (self._pass_rows or not self._pass_dropped):
                 self._begin_pass()
-            elif self.config.keep_remainder and len(self._buffer):
+            elif (self.config.keep_remainder or self._whole) and len(self._buffer) and not self._draining:
                 self._draining = True
             else:
                 self._drop_remainder()
@@ -173,19 +175,21 @@ class SourceStream:
 
     def _take(self) -> TokenStream | None:
         """A row from the buffer; None: the buffer is too short."""
-        while len(self._buffer) >= (1 if self._draining else self._rules.length):
+        while True:
             try:
-                row, self._buffer = self._rules.take(self._buffer)
+                taken = self._rules.take(self._buffer, last=self._draining)
             except ValueError as error:
                 raise DataError(f"source '{self.config.name}': {error}") from None
+            if taken is None:
+                return None
+            row, self._buffer = taken
             self._skip += len(row)
             while self._waiting and self._skip >= self._waiting[0][1]:
                 self._skip -= self._waiting.popleft()[1]
-            if row.images or self.config.keep_text_only:
+            if row.images or self.config.keep_text_only or self._whole:
                 return self._merged(row)
             self._pass_dropped += 1
             self.report.reject(self.config.name, "row without an image")
-        return None
 
     def _drop_remainder(self) -> None:
         if len(self._buffer):
@@ -209,7 +213,7 @@ class SourceStream:
         gone = places[np.arange(1, len(places) + 1) % size != 0]
         kept = np.ones(len(row), bool)
         kept[gone] = kept[gone + 1] = False
-        return TokenStream(row.ids[kept], row.learned[kept], row.images)
+        return row.select(kept, row.images)
 
     # ---- documents
 
@@ -276,7 +280,13 @@ class SourceStream:
             raise Rejected("document cannot be encoded", f"{document.place}: {error}") from None
         if not self._teaches(stream):
             raise Rejected("nothing to learn", f"{document.place}: no text and no image in it is supervised")
-        return self._shortened(stream) if self.config.is_pairs else stream
+        if self._whole and (excess := self._rules.excess(stream)) is not None:
+            where = self.reader.shards.place(record)
+            if self.config.too_long == "drop":
+                raise Rejected("document longer than a row", f"{where}: {excess}")
+            advice = "Shorten it, raise the limit, or leave such documents out with 'too_long: drop'"
+            raise DataError(f"the document has {excess}", f"source '{name}', {where}", advice)
+        return self._shortened(stream) if self.config.is_pairs and not self._whole else stream
 
     def _teaches(self, stream: TokenStream) -> bool:
         """Whether a text, of which `</s>` alone is not one, or an image of the stream is learned."""
@@ -290,9 +300,10 @@ class SourceStream:
         if len(stream) <= length:
             return stream
         if stream.ids[1] == self._rules.soi_token_id:
-            return TokenStream(stream.ids[:length], stream.learned[:length], stream.images)
-        ids, learned = (np.concatenate([a[: length - tail], a[-tail:]]) for a in (stream.ids, stream.learned))
-        return TokenStream(ids, learned, stream.images)
+            return stream.select(slice(length), stream.images)
+        kept = np.ones(len(stream), bool)
+        kept[length - tail : -tail] = False
+        return stream.select(kept, stream.images)
 
     # ---- saving and resuming
 

@@ -47,6 +47,32 @@ def build_language_model(config: MMInterleavedConfig) -> LanguageModel:
     return model
 
 
+def attention_window(config: Any, length: int) -> int | None:
+    """The number of columns that a token of a row attends to, for a mask of our own; None: all columns.
+
+    Args:
+        config: the decoder's configuration.
+        length: tokens of the row.
+
+    Raises:
+        ValueError: the decoder takes no mask of our own.
+    """
+    if "flash" in (config._attn_implementation or ""):
+        raise ValueError(
+            f"attn_implementation='{config._attn_implementation}' cannot keep the samples of a row apart; take 'sdpa', "
+            "or rows of one sample (packing: single)"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= length:
+        return None
+    if len(kinds := set(getattr(config, "layer_types", None) or ["sliding_attention"])) > 1:
+        raise ValueError(
+            f"some layers of this decoder attend to {window} columns and others to all, so that samples cannot be kept "
+            f"apart in rows of {length} tokens; take shorter rows, or rows of one sample (packing: single)"
+        )
+    return None if kinds == {"full_attention"} else window
+
+
 def synchronizers(model: LanguageModel) -> list[Synchronizer]:
     """The synchronizers of a language model, in the order of their layers."""
     return [layer.synchronizer for layer in model.layers if layer.synchronizer is not None]

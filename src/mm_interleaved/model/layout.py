@@ -144,6 +144,7 @@ def plan(
     target_images: Tensor | None = None,
     repeats: int = 1,
     routes: bool = True,
+    sample_ids: Tensor | None = None,
 ) -> Layout:
     """The layout of a batch.
 
@@ -157,22 +158,26 @@ def plan(
         target_images: [T] numbers of the images of the image loss; None: all.
         repeats: noise samples of each of them.
         routes: whether to sort tokens and target images by their visible images; see `VisibleImages.routes`.
+        sample_ids: [B, L] number of each token's sample, -1 at padding; a document ends with its sample. None: a row is
+            a sample.
 
     Raises:
         ValueError: `document_starts` does not have one number for each image.
     """
-    positions = find_images(input_ids, attention_mask, soi_token_id, document_starts)
+    positions = find_images(input_ids, attention_mask, soi_token_id, document_starts, sample_ids)
     if len(positions.starts) != len(positions.rows):
         raise ValueError(f"document_starts has {len(positions.starts)} entries for {len(positions.rows)} images")
-    images = visible_images(input_ids, attention_mask, bos_token_id, soi_token_id)
+    images = visible_images(input_ids, attention_mask, bos_token_id, soi_token_id, sample_ids)
     if target_images is None:
         target_images = torch.arange(len(positions.rows), device=input_ids.device)
     targets = positions[target_images]
     conditioning, earlier = _conditioning(previous_images(positions, previous)[target_images], repeats, routes)
+    if labels is not None and sample_ids is not None:  # no token predicts the first one of another sample
+        labels = labels.masked_fill(sample_starts(sample_ids), -100)
     label_positions, label_ids = _label_targets(labels)
     visible = VisibleImages(
         images.flatten(0, 1),
-        token_routes(input_ids, attention_mask, images, positions, bos_token_id) if routes else None,
+        token_routes(input_ids, attention_mask, images, positions, bos_token_id, sample_ids) if routes else None,
     )
     return Layout(
         visible=visible,
@@ -203,23 +208,51 @@ def _label_targets(labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]
     return positions, wanted[positions]
 
 
+def sample_starts(sample_ids: Tensor) -> Tensor:
+    """[B, L] whether a sample, or a row, starts at the token; `sample_ids` is [B, L]."""
+    return F.pad(sample_ids[:, 1:] != sample_ids[:, :-1], (1, 0), value=True)
+
+
+def sample_positions(sample_ids: Tensor) -> Tensor:
+    """[B, L] position of each token in its sample; `sample_ids` is [B, L]."""
+    column = torch.arange(sample_ids.shape[1], device=sample_ids.device)
+    return column - torch.where(sample_starts(sample_ids), column, 0).cummax(1).values
+
+
+def starts_of_blocks(input_ids: Tensor, bos_token_id: int | None, sample_ids: Tensor | None) -> Tensor:
+    """[B, L] whether a token is the first of a sample, or is a `<s>`, where a document starts.
+
+    Args:
+        input_ids: [B, L].
+        bos_token_id: id of `<s>`; None: only samples count.
+        sample_ids: [B, L] number of each token's sample; None: a row is a sample.
+    """
+    starts = torch.zeros_like(input_ids, dtype=torch.bool) if bos_token_id is None else input_ids == bos_token_id
+    return starts if sample_ids is None else starts | sample_starts(sample_ids)
+
+
 def token_routes(
-    input_ids: Tensor, attention_mask: Tensor, images: Tensor, positions: ImagePositions, bos_token_id: int
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    images: Tensor,
+    positions: ImagePositions,
+    bos_token_id: int,
+    sample_ids: Tensor | None = None,
 ) -> Tensor:
     """`VisibleImages.routes` of `images` [B, L, K] from `visible_images`, without sorting.
 
     An image is visible to the tokens after its SOI up to the end of its document.
     """
-    slots, length = images.shape[2], input_ids.shape[1]
-    rows, number = positions.rows, torch.arange(len(positions.rows), device=input_ids.device)
+    slots, length, device = images.shape[2], input_ids.shape[1], input_ids.device
+    rows, number = positions.rows, torch.arange(len(positions.rows), device=device)
     if slots == 0:
-        return input_ids.new_zeros(len(rows), 0)
-    place = torch.arange(length, device=input_ids.device)
-    starts = torch.where(input_ids == bos_token_id, place, length)
-    following = starts.flip(1).cummin(1).values.flip(1)  # the next `<s>` at or after each column
+        return rows.new_zeros(len(rows), 0)
+    place = torch.arange(length, device=device)
+    starts = starts_of_blocks(input_ids, bos_token_id, sample_ids)
+    following = torch.where(starts, place, length).flip(1).cummin(1).values.flip(1)  # the next start, from each column
     ends = following[rows, positions.columns]
     longest = int((ends - positions.columns).max()) - 1
-    columns = positions.columns[:, None] + 1 + torch.arange(longest, device=input_ids.device)
+    columns = positions.columns[:, None] + 1 + torch.arange(longest, device=device)
     inside = columns < ends[:, None]
     columns = columns.clamp(max=length - 1)
     inside &= attention_mask[rows[:, None], columns] != 0
@@ -228,7 +261,11 @@ def token_routes(
 
 
 def find_images(
-    input_ids: Tensor, attention_mask: Tensor, soi_token_id: int, document_starts: Tensor | None
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    soi_token_id: int,
+    document_starts: Tensor | None,
+    sample_ids: Tensor | None = None,
 ) -> ImagePositions:
     """The images of `input_ids` [B, L].
 
@@ -236,26 +273,36 @@ def find_images(
         input_ids: [B, L].
         attention_mask: [B, L], 0 at padding.
         soi_token_id: id of the begin-of-image token.
-        document_starts: [I] column of the `<s>` before each image; None: the first real column of its row.
+        document_starts: [I] column of the `<s>` before each image; None: the first real column of its row or sample.
+        sample_ids: [B, L] number of each token's sample; None: a row is a sample.
     """
     rows, columns = (input_ids == soi_token_id).nonzero(as_tuple=True)
     if document_starts is None:
         document_starts = attention_mask.long().argmax(1)[rows]
+    if sample_ids is not None:
+        own = columns - sample_positions(sample_ids)[rows, columns]
+        document_starts = torch.maximum(document_starts, own)
     return ImagePositions(rows, columns, document_starts)
 
 
-def visible_images(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int, soi_token_id: int) -> Tensor:
+def visible_images(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    bos_token_id: int,
+    soi_token_id: int,
+    sample_ids: Tensor | None = None,
+) -> Tensor:
     """The visible images of each token, for MMFS: those of its document whose SOI precedes it.
 
-    An image is visible to its own image tokens, but not to its SOI.
+    An image is visible to its own image tokens, but not to its SOI. A document ends with its sample.
 
     Returns:
         [B, L, K] image numbers, most recent first, -1 where there is none. K is the largest number of visible images.
     """
     is_soi = (input_ids == soi_token_id).long()
     before = is_soi.cumsum(1) - is_soi  # images of the row that began before this token
-    is_bos = input_ids == bos_token_id
-    hidden = torch.where(is_bos, before, 0).cummax(1).values  # those of them that belong to earlier documents
+    starts = starts_of_blocks(input_ids, bos_token_id, sample_ids)
+    hidden = torch.where(starts, before, 0).cummax(1).values  # those of them that belong to earlier documents
     real = attention_mask.bool()
     count = torch.where(real, before - hidden, 0)
     per_row = is_soi.sum(1)
@@ -304,14 +351,22 @@ def reversed_context(hidden: Tensor, positions: ImagePositions, longest: int | N
     return hidden[positions.rows[:, None], columns], mask
 
 
-def document_mask(input_ids: Tensor, attention_mask: Tensor, bos_token_id: int, dtype: torch.dtype) -> Tensor:
-    """Additive causal mask [B, 1, L, L] that keeps the documents of a packed row apart."""
-    length = input_ids.shape[1]
-    document = (input_ids == bos_token_id).cumsum(1)
-    causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
-    same = document[:, :, None] == document[:, None, :]
-    allowed = causal & same & attention_mask.bool()[:, None, :]
-    allowed |= torch.eye(length, dtype=torch.bool, device=input_ids.device)  # padding attends to itself
-    return torch.zeros(allowed.shape, dtype=dtype, device=input_ids.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]
+def block_mask(starts: Tensor, attention_mask: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """Additive causal mask [B, 1, L, L] for rows of blocks whose tokens attend to their own block only.
+
+    Args:
+        starts: [B, L] whether a block starts at the token.
+        attention_mask: [B, L], 0 at padding.
+        dtype: type of the mask.
+        window: number of columns that a token attends to, with its own; None: all before it.
+    """
+    length, block = starts.shape[1], starts.cumsum(1)
+    near = torch.ones(length, length, dtype=torch.bool, device=starts.device).tril()
+    if window is not None:
+        near = near.triu(1 - window)
+    same = block[:, :, None] == block[:, None, :]
+    allowed = near & same & attention_mask.bool()[:, None, :]
+    allowed |= torch.eye(length, dtype=torch.bool, device=starts.device)  # padding attends to itself
+    return torch.zeros(allowed.shape, dtype=dtype, device=starts.device).masked_fill(~allowed, torch.finfo(dtype).min)[
+        :, None
+    ]

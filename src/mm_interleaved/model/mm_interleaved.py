@@ -27,8 +27,17 @@ from ..ops import promote
 from .config import MMInterleavedConfig
 from .image_decoder import ImageDecoder, LearnedTokens, NoiseSamples
 from .kv_cache import KVCache
-from .language_model import build_language_model, image_features, synchronizers
-from .layout import ImagePositions, Layout, document_mask, plan, reversed_context, visible_images
+from .language_model import attention_window, build_language_model, image_features, synchronizers
+from .layout import (
+    ImagePositions,
+    Layout,
+    block_mask,
+    plan,
+    reversed_context,
+    sample_positions,
+    starts_of_blocks,
+    visible_images,
+)
 from .mmfs import VisibleImages
 from .placement import compute_device
 from .positions import PositionTable
@@ -87,11 +96,13 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     Arguments of `forward`; all but `input_ids` are optional:
         input_ids: [B, L].
         attention_mask: [B, L], or [B, columns of the cache + L], 0 at padding; None: no padding.
-        position_ids: [B, L]; None: counted from the columns of the cache, or from 0.
+        position_ids: [B, L]; None: counted from the columns of the cache, or from 0 in each row or sample.
         pixel_values: [I, 3, h, w] in [0, 1], or uint8 in [0, 255], in the order of their SOI tokens; with a `layout`,
             more images may follow, which are visible to no token (see `Layout.filled`).
         document_starts: [I] column of the `<s>` that starts each image's document; None: the start of its row.
         image_rows: [I] the row of each image; only compared with `input_ids`.
+        sample_ids: [B, L] number of each token's sample, -1 at padding: tokens attend to their own sample only, also
+            to its images, and positions restart with it. None: a row is a sample. Not with a cache.
         labels: [B, L] the token expected at each position, -100 where none is (the shift is done here).
         target_pixel_values: [I, 3, h, w] in the same ranges, the targets of the image decoder.
         image_loss_mask: [I] weight of each image in the image loss; None: all 1.
@@ -350,7 +361,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, pixel_values: Tensor | None = None,
-        document_starts: Tensor | None = None, image_rows: Tensor | None = None,
+        document_starts: Tensor | None = None, image_rows: Tensor | None = None, sample_ids: Tensor | None = None,
         labels: Tensor | None = None, target_pixel_values: Tensor | None = None, image_loss_mask: Tensor | None = None,
         loss_text_weight: float | None = None, loss_image_weight: float | None = None,
         num_items_in_batch: Tensor | int | None = None, num_images_in_batch: Tensor | int | None = None,
@@ -371,18 +382,26 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states, return_dict
         )
         assert input_ids is not None  # or it was refused
-        cache = self._cache(past_key_values, use_cache, input_ids)
+        cache = self._cache(past_key_values, use_cache, input_ids, sample_ids)
         past = _columns(cache)
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         planned = layout is not None
         if layout is None:
             per_image = (pixel_values, target_pixel_values, image_loss_mask, image_rows)
-            layout = self._plan_checked(input_ids, attention_mask[:, past:], document_starts, labels, *per_image)
+            layout = self._plan_checked(
+                input_ids, attention_mask[:, past:], document_starts, labels, sample_ids, *per_image
+            )
 
         features, images = self._encode_for(pixel_values, cache)
         embeds = self.embed(input_ids, features.tokens if features else None, checked=planned)
-        hidden = self._hidden_states(embeds, input_ids, attention_mask, position_ids, layout, images, cache)
+        if sample_ids is not None and position_ids is None:
+            position_ids = sample_positions(sample_ids)
+        visible = self._visible_images(input_ids, layout, cache)
+        mask = self._mask(input_ids, attention_mask, layout, embeds.dtype, past, sample_ids)
+        hidden = self.decode(embeds, images, visible, mask, position_ids, cache)
+        if cache is not None:
+            self._keep_cached_images(cache, input_ids, attention_mask[:, past:], images)
 
         text_weight = self.config.loss_text_weight if loss_text_weight is None else loss_text_weight
         image_weight = self.config.loss_image_weight if loss_image_weight is None else loss_image_weight
@@ -419,6 +438,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         target_images: Tensor | None = None,
         repeats: int = 1,
         routes: bool = True,
+        sample_ids: Tensor | None = None,
     ) -> Layout:
         """The layout of a batch, for `forward`; see `layout.plan`. On the CPU it needs no device synchronisation."""
         return plan(
@@ -432,6 +452,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             target_images=target_images,
             repeats=repeats,
             routes=routes,
+            sample_ids=sample_ids,
         )
 
     def _plan_checked(
@@ -440,6 +461,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         attention_mask: Tensor,
         document_starts: Tensor | None,
         labels: Tensor | None,
+        sample_ids: Tensor | None,
         pixel_values: Tensor | None,
         target_pixel_values: Tensor | None,
         image_loss_mask: Tensor | None,
@@ -463,10 +485,11 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         for name, value in {
             "attention_mask, after the columns of the cache,": attention_mask,
             "labels": labels,
+            "sample_ids": sample_ids,
         }.items():
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(f"{name} is {list(value.shape)}, but input_ids is {list(input_ids.shape)}")
-        return self.plan(input_ids, attention_mask, document_starts, labels)
+        return self.plan(input_ids, attention_mask, document_starts, labels, sample_ids=sample_ids)
 
     # ---- encode
 
@@ -493,33 +516,18 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
 
     # ---- language model
 
-    def _hidden_states(
-        self,
-        embeds: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None,
-        layout: Layout,
-        images: ImageFeatures,
-        cache: Cache | None,
-    ) -> Tensor:
-        """[B, L, D] after the language model's last norm; a cache is extended, also by the visible images."""
-        past = _columns(cache)
-        visible = self._visible_images(input_ids, layout, cache)
-        mask = self._mask(input_ids, attention_mask, layout, embeds.dtype, past)
-        hidden = self.decode(embeds, images, visible, mask, position_ids, cache)
-        if cache is not None:
-            self._keep_cached_images(cache, input_ids, attention_mask[:, past:], images)
-        return hidden
-
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None, input_ids: Tensor) -> Cache | None:
+    def _cache(
+        self, past_key_values: Cache | None, use_cache: bool | None, input_ids: Tensor, sample_ids: Tensor | None
+    ) -> Cache | None:
         """The cache to read and extend; None: none.
 
         Raises:
-            ValueError: documents of one row must not attend to each other, and a cache cannot separate them.
+            ValueError: samples or documents of one row must not attend to each other, and a cache cannot separate them.
         """
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config.text_config)
+        if past_key_values is not None and sample_ids is not None:
+            raise ValueError("sample_ids cannot be used with a cache; put one sample into each row and leave them out")
         if past_key_values is not None and self.config.isolate_documents:
             documents = (input_ids == self.config.bos_token_id).sum(1) + (_columns(past_key_values) > 0)
             if int(documents.max()) > 1:
@@ -527,11 +535,19 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         return past_key_values
 
     def _mask(
-        self, input_ids: Tensor, attention_mask: Tensor, layout: Layout, dtype: torch.dtype, past: int
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        layout: Layout,
+        dtype: torch.dtype,
+        past: int,
+        sample_ids: Tensor | None,
     ) -> Tensor | None:
         """The attention mask of tokens [B, L] after `past` columns: 2D, additive 4D, or None."""
-        if self.config.isolate_documents and not past:
-            return document_mask(input_ids, attention_mask, self.config.bos_token_id, dtype)
+        isolated = self.config.bos_token_id if self.config.isolate_documents else None
+        if (isolated is not None or sample_ids is not None) and not past:
+            window = attention_window(self.config.text_config, input_ids.shape[1])
+            return block_mask(starts_of_blocks(input_ids, isolated, sample_ids), attention_mask, dtype, window)
         return attention_mask if past or layout.padded else None
 
     def _visible_images(self, input_ids: Tensor, layout: Layout, cache: Cache | None) -> VisibleImages | Tensor:

@@ -25,10 +25,12 @@ class Batch(BatchFeature):
     Keys:
         input_ids: [B, L] int64.
         attention_mask: [B, L] int64, 1 = real, 0 = padding.
-        position_ids: [B, L] int64, number of real tokens before this one.
+        position_ids: [B, L] int64, number of real tokens before this one, in its sample if there are `sample_ids`.
         pixel_values: [I, 3, h, w] float32 in [0, 1], or uint8 in [0, 255] from loaders.
         image_rows: [I] int64, the row of each image.
         document_starts: [I] int64, column of the `<s>` that starts each image's document.
+        sample_ids: [B, L] int64, number of each token's sample in its row, -1 at padding; only where a row has several
+            samples that attend to themselves only.
 
     Keys of training batches:
         labels: [B, L] int64, the token to learn at each position or -100.
@@ -46,6 +48,7 @@ class Batch(BatchFeature):
     pixel_values: Tensor
     image_rows: Tensor
     document_starts: Tensor
+    sample_ids: Tensor
     labels: Tensor
     target_pixel_values: Tensor
     image_loss_mask: Tensor

@@ -6,7 +6,7 @@ A pair that is longer than a row is shortened before packing, by `data/stream.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from ..document import Image
 
 Cut = Literal["image", "document"]
+Packing = Literal["stream", "samples", "single"]
 
 
 @dataclass
@@ -24,31 +25,45 @@ class TokenStream:
         ids: int64 [L]; each image is one begin-of-image id and `num_image_tokens` image ids.
         learned: bool [L], whether training learns the token.
         images: the images in the order of their begin-of-image ids.
+        starts: bool [L], whether a sample starts at the token; all False if it is not given.
     """
 
     ids: np.ndarray
     learned: np.ndarray
     images: list[Image]
+    starts: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    def __post_init__(self) -> None:
+        if len(self.starts) < len(self.ids):
+            self.starts = np.zeros(len(self.ids), bool)
 
     @classmethod
     def empty(cls) -> TokenStream:
         """A stream without tokens."""
         return cls(np.zeros(0, np.int64), np.zeros(0, bool), [])
 
+    @property
+    def samples(self) -> np.ndarray:
+        """int64 [L], the number of each token's sample; tokens before the first start are a sample, too."""
+        numbers = self.starts.cumsum()
+        return numbers - numbers[:1]
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __add__(self, other: TokenStream) -> TokenStream:
-        ids, learned = (np.concatenate(p) for p in ((self.ids, other.ids), (self.learned, other.learned)))
-        return TokenStream(ids, learned, self.images + other.images)
+        pairs = ((self.ids, other.ids), (self.learned, other.learned), (self.starts, other.starts))
+        ids, learned, starts = (np.concatenate(p) for p in pairs)
+        return TokenStream(ids, learned, self.images + other.images, starts)
+
+    def select(self, tokens: np.ndarray | slice, images: list[Image]) -> TokenStream:
+        """Some of the tokens, with the images that they hold."""
+        return TokenStream(self.ids[tokens], self.learned[tokens], images, self.starts[tokens])
 
     def split(self, at: int, soi_token_id: int) -> tuple[TokenStream, TokenStream]:
         """The part before position `at` and the rest; an image belongs to the part of its begin-of-image id."""
         count = int((self.ids[:at] == soi_token_id).sum())
-        return (
-            TokenStream(self.ids[:at], self.learned[:at], self.images[:count]),
-            TokenStream(self.ids[at:], self.learned[at:], self.images[count:]),
-        )
+        return self.select(slice(at), self.images[:count]), self.select(slice(at, None), self.images[count:])
 
 
 def pack(
@@ -78,32 +93,76 @@ def pack(
         keep_last: whether the rest at the end becomes a row, however short it is.
     """
     rules = PackingRules(length, num_image_tokens, bos_token_id, soi_token_id, max_images, cut)
-    buffer = TokenStream.empty()
-    for document in documents:
-        buffer = buffer + document
-        while len(buffer) >= length:
-            row, buffer = rules.take(buffer)
-            if row.images:
-                yield row
-    while keep_last and len(buffer):
-        row, buffer = rules.take(buffer)
-        if row.images:
-            yield row
+    rows = rules.rows(documents, keep_last)
+    yield from (row for row in rows if row.images)
 
 
 @dataclass(frozen=True)
 class PackingRules:
-    """The rules that decide where rows end; for the fields see `pack`."""
+    """The rules that decide where rows end; for the other fields see `pack`.
+
+    Attributes:
+        packing: rows end anywhere between images (`stream`), only between samples (`samples`), or after each sample
+            (`single`). For the last two each sample must fit into a row, see `excess`.
+    """
 
     length: int
     num_image_tokens: int
     bos_token_id: int
     soi_token_id: int
-    max_images: int | None
-    cut: Cut
+    max_images: int | None = None
+    cut: Cut = "image"
+    packing: Packing = "stream"
 
-    def take(self, buffer: TokenStream) -> tuple[TokenStream, TokenStream]:
-        """The next row and the rest of `buffer`. The row is never empty."""
+    def rows(self, documents: Iterable[TokenStream], keep_last: bool = True) -> Iterator[TokenStream]:
+        """The rows of `documents`; `keep_last`: whether the rest at the end becomes a row."""
+        buffer = TokenStream.empty()
+        for document in documents:
+            buffer = buffer + document
+            while (taken := self.take(buffer)) is not None:
+                row, buffer = taken
+                yield row
+        while keep_last and (taken := self.take(buffer, last=True)) is not None:
+            row, buffer = taken
+            yield row
+
+    def excess(self, sample: TokenStream) -> str | None:
+        """Why a sample does not fit into a row; None: it fits."""
+        if len(sample) > self.length:
+            return f"{len(sample)} tokens, but rows have {self.length}"
+        if self.max_images is not None and len(sample.images) > self.max_images:
+            return f"{len(sample.images)} images, but rows have at most {self.max_images}"
+        return None
+
+    def take(self, buffer: TokenStream, last: bool = False) -> tuple[TokenStream, TokenStream] | None:
+        """The next row, which is never empty, and the rest of `buffer`; None: the row needs more documents.
+
+        Args:
+            buffer: documents without a row so far.
+            last: whether no more documents follow.
+
+        Raises:
+            ValueError: an image does not fit into a row.
+        """
+        if self.packing == "stream":
+            return self._cut(buffer) if len(buffer) >= (1 if last else self.length) else None
+        ends = np.append(np.flatnonzero(buffer.starts)[1:], len(buffer))
+        if not len(buffer):
+            return None
+        count = 1 if self.packing == "single" else self._fitting(buffer, ends)
+        if count == len(ends) and self.packing == "samples" and not last and len(buffer) < self.length:
+            return None  # another sample may fit
+        return buffer.split(int(ends[count - 1]), self.soi_token_id)
+
+    def _fitting(self, buffer: TokenStream, ends: np.ndarray) -> int:
+        """The number of samples of `buffer` that fit into one row; `ends` are their ends."""
+        fits = ends <= self.length
+        if self.max_images is not None:
+            fits &= (buffer.ids == self.soi_token_id).cumsum()[ends - 1] <= self.max_images
+        return int(fits.sum())
+
+    def _cut(self, buffer: TokenStream) -> tuple[TokenStream, TokenStream]:
+        """The next row of a stream that is cut between images, and the rest."""
         end = min(self.length, len(buffer))
         soi = np.flatnonzero(buffer.ids[:end] == self.soi_token_id)
         complete = soi[soi + self.num_image_tokens < end]

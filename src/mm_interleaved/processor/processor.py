@@ -22,9 +22,10 @@ from ..document.arrays import is_array
 from ..io import FileSlice, InputError, check_strings, nearest_name
 from ..io.images import ImageSource, load_image
 from ..model.config import MMInterleavedConfig
+from ..model.layout import sample_positions
 from .batch import Batch, build_labels
 from .images import CROPS, halved
-from .packing import Cut, TokenStream, pack
+from .packing import Cut, PackingRules, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text, guard_text
 
 # Vicuna's conversation format. A template prints one <|image|> for an image.
@@ -143,6 +144,8 @@ class MMInterleavedProcessor(ProcessorMixin):
         stream = stream + self._encode_run(run, after_image, before_image=False)
         if close:
             stream = stream + self._token(self.tokenizer.eos_token_id, bool(segments) and segments[-1].supervise)
+        if start:
+            stream.starts[0] = True
         return stream
 
     def _token(self, token_id: int, learned: bool) -> TokenStream:
@@ -297,7 +300,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         images: Any = None,
         training: bool = False,
         padding_side: Literal["left", "right"] = "right",
-        packing: bool = False,
+        packing: bool | Literal["samples"] = False,
         cut: Cut = "image",
         max_images: int | None = None,
         max_length: int | None = None,
@@ -315,8 +318,9 @@ class MMInterleavedProcessor(ProcessorMixin):
             images: ... and the images, in order: a list for one string, a list of lists for several.
             training: whether to append `</s>` to documents and to add labels, targets and the image-loss mask.
             padding_side: where shorter rows are padded; left for text generation.
-            packing: whether to pack documents into rows of `max_length` tokens instead of one row each.
-            cut: with packing, where rows end; see `packing.pack`.
+            packing: whether to pack documents into rows of `max_length` tokens instead of one row each: True joins
+                them and cuts rows between images; "samples" joins whole documents, which attend to themselves only.
+            cut: with `packing=True`, where rows end; see `packing.pack`.
             max_images: with packing, most images in a row.
             max_length: longest row; None: the model's.
             truncation: whether to cut longer rows (before an image that does not fit) instead of an error.
@@ -348,12 +352,25 @@ class MMInterleavedProcessor(ProcessorMixin):
             numbers = (i for i, segment in enumerate(document.segments) if isinstance(segment, Image))
             for number, image in zip(numbers, streams[-1].images, strict=True):
                 places.setdefault(id(image), f"{_name(index, document)}, segments[{number}]")
-        if packing:
+        if packing == "samples":
+            streams = self._join_samples(streams, documents, limit, max_images)
+        elif packing:
             streams = self._pack(streams, limit, cut, max_images)
         else:
             streams = [self._fit(s, i, documents[i], limit, truncation) for i, s in enumerate(streams)]
         views = [self.views(image, training, where=places[id(image)]) for stream in streams for image in stream.images]
-        return self.collate(streams, training, padding_side, ignore_text_before_image, views)
+        apart = packing == "samples"
+        return self.collate(streams, training, padding_side, ignore_text_before_image, views, separate_samples=apart)
+
+    def _join_samples(
+        self, streams: list[TokenStream], documents: Sequence[Document], limit: int, max_images: int | None
+    ) -> list[TokenStream]:
+        ids = (self.num_image_tokens, self.tokenizer.bos_token_id, self.soi_token_id)
+        rules = PackingRules(limit, *ids, max_images, packing="samples")
+        for index, stream in enumerate(streams):
+            if (excess := rules.excess(stream)) is not None:
+                raise InputError(f"the document has {excess}", _name(index, documents[index]), "Shorten it")
+        return list(rules.rows(streams))
 
     def _pack(self, streams: list[TokenStream], limit: int, cut: Cut, max_images: int | None) -> list[TokenStream]:
         rows = list(
@@ -392,6 +409,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         views: Sequence[ImageViews] | None = None,
         pad_to: int = 0,
         eight_bit: bool = False,
+        separate_samples: bool | Sequence[bool] = False,
     ) -> Batch:
         """Rows of tokens as a batch.
 
@@ -403,19 +421,23 @@ class MMInterleavedProcessor(ProcessorMixin):
             views: the images as `views` returns them; None: they are read here.
             pad_to: least length of the rows.
             eight_bit: whether images stay uint8, which takes a quarter of the memory.
+            separate_samples: whether the samples of a row attend to themselves only, for all rows or for each. The
+                batch has `sample_ids` if any such row has several samples.
 
         Raises:
             InputError: an image cannot be read; names its row and its number in the row.
         """
         longest = max(pad_to, *(len(s) for s in streams))
         ids = np.full((len(streams), longest), self.tokenizer.pad_token_id, np.int64)
-        mask, learned = np.zeros_like(ids), np.zeros(ids.shape, bool)
+        mask, learned, samples = np.zeros_like(ids), np.zeros(ids.shape, bool), np.full_like(ids, -1)
+        apart = np.broadcast_to(separate_samples, len(streams))
         starts: list[int] = []
         for row, stream in enumerate(streams):
             first = longest - len(stream) if padding_side == "left" else 0
             place = slice(first, first + len(stream))
             ids[row, place], mask[row, place], learned[row, place] = stream.ids, 1, stream.learned
-            bos = np.flatnonzero(stream.ids == self.tokenizer.bos_token_id)
+            samples[row, place] = stream.samples if apart[row] else 0
+            bos = np.flatnonzero((stream.ids == self.tokenizer.bos_token_id) | (apart[row] & stream.starts))
             for soi in np.flatnonzero(stream.ids == self.soi_token_id):
                 before = bos[bos < soi]
                 starts.append(first + (int(before[-1]) if len(before) else 0))
@@ -436,6 +458,9 @@ class MMInterleavedProcessor(ProcessorMixin):
             image_rows=torch.tensor(rows, dtype=torch.long),
             document_starts=torch.tensor(starts, dtype=torch.long),
         )
+        if samples.max(initial=0) > 0:
+            batch["sample_ids"] = torch.from_numpy(samples)
+            batch["position_ids"] = sample_positions(batch["sample_ids"])
         if training:
             batch["labels"] = build_labels(
                 input_ids,

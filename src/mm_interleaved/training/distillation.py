@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..model import MMInterleavedModel
 from ..model.mm_interleaved import MMInterleavedOutput
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values", "document_starts", "layout")
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values", "document_starts", "sample_ids", "layout")
 
 
 @dataclass

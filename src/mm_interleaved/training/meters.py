@@ -54,7 +54,7 @@ class Window:
         seconds = time.perf_counter() - self.begin
         names = sorted(self.sums)
         host = [float(self.counts[n]) for n in names]
-        host += [stats.tokens, stats.images, stats.noise_samples, stats.wait]
+        host += [stats.tokens, stats.images, stats.noise_samples, stats.places, stats.wait]
         sums = [self.sums[n].double() for n in names]
         row = torch.cat([torch.stack(sums), torch.tensor(host, device=self.device).double()]) if sums else None
         if row is None:
@@ -66,12 +66,14 @@ class Window:
         values = row.tolist()
         n = len(names)
         found = {name: values[i] / values[n + i] for i, name in enumerate(names) if values[n + i]}
-        tokens, images, noise_samples, wait = values[2 * n :]
+        tokens, images, noise_samples, places, wait = values[2 * n :]
         found |= {
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
             "data_wait_share": wait / ranks / seconds,
         }
+        if places:
+            found["padding_share"] = 1 - tokens / places
         if cost is not None and peak is not None:
             found["mfu"] = cost.of(tokens, images, noise_samples) / seconds / (peak * ranks)
         if self.device.type == "cuda":

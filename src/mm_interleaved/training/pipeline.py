@@ -54,12 +54,14 @@ class BatchStats:
         tokens: real tokens.
         images: images for the visual tokenizer.
         noise_samples: noise samples of target images.
+        places: tokens with padding.
         wait: seconds spent waiting for the loader.
     """
 
     tokens: int = 0
     images: int = 0
     noise_samples: int = 0
+    places: int = 0
     wait: float = 0.0
 
 
@@ -118,7 +120,7 @@ class BatchPipeline:
         self.number += 1
         arguments = self.prepare(batch, seed, self.device)
         stats = arguments.pop("stats")
-        for name in ("tokens", "images", "noise_samples"):
+        for name in ("tokens", "images", "noise_samples", "places"):
             setattr(self.stats, name, getattr(self.stats, name) + getattr(stats, name))
         return arguments
 
@@ -165,13 +167,13 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
                 own = tensors[name]
                 tensors[name] = torch.cat([own, own.new_zeros(fill, *own.shape[1:])])
         if not layout.padded:
-            tensors.pop("position_ids", None)  # the model's default, from 0 in each row, is the same
+            tensors.pop("position_ids", None)  # the model's default, from 0 in each row or sample, is the same
         return {
             **tensors,
             **weights,
             "layout": layout.to(device, non_blocking=True),
             "noise_samples": model.image_decoder.sample_noise(count, generator) if count else None,
-            "stats": BatchStats(int(batch.attention_mask.sum()), images, count),
+            "stats": BatchStats(int(batch.attention_mask.sum()), images, count, batch.attention_mask.numel()),
         }
 
     return prepare
@@ -194,6 +196,7 @@ def _planned(
         target_images,
         repeats,
         routes=device.type != "cuda" or not HAS_TRITON,
+        sample_ids=batch.get("sample_ids"),
     )
     return layout.filled(
         _size(len(batch.pixel_values), shapes.images, shapes),

@@ -89,7 +89,8 @@ class ForceAllBranches:
         layout = inputs.get("layout")
         if layout is None:
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            layout = model.plan(inputs["input_ids"], mask, inputs.get("document_starts"), inputs.get("labels"))
+            planned = (inputs["input_ids"], mask, inputs.get("document_starts"), inputs.get("labels"))
+            layout = model.plan(*planned, sample_ids=inputs.get("sample_ids"))
         config, idle = model.config, set()
         if not _count(inputs, "pixel_values"):
             inputs["pixel_values"] = _black(config.vision_config.image_size, inputs)
