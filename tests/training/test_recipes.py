@@ -21,7 +21,7 @@ LEAST = {"output": "run", "steps": 2, "model": MODEL, "data": DATA}
         ("gradient_accumulation_steps=8", "accumulation"),
         ("freeze_vit=true", "freeze=[vision]"),
         ("optimizer.learning_rate=1", "optimizer.lr"),
-        ("data.cutoff_len=512", "data.sources[0].max_length"),
+        ("data.cutoff_len=512", "data.max_length"),
         ("lora-rank=8", "adapter.rank"),
     ],
 )

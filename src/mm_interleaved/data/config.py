@@ -173,6 +173,7 @@ class DataConfig:
     Attributes:
         sources: the sources.
         root: folder where relative paths of the sources start.
+        max_length: longest row in tokens, of sources without a `max_length` of their own; None: the model's.
         probabilities: relative probability of each source without `replay`; empty: all equal.
         sampling: when an epoch ends: when every source was exhausted once, where exhausted ones start again
             (`longest`); when all are exhausted (`sum`); when the first is exhausted (`shortest`); never (`forever`, for
@@ -194,6 +195,7 @@ class DataConfig:
 
     sources: list[SourceConfig] = field(default_factory=list)
     root: str = "."
+    max_length: Annotated[int, Field(ge=2)] | None = None
     probabilities: list[float] = field(default_factory=list)
     sampling: Literal["longest", "sum", "shortest", "forever"] = "longest"
     mix: Literal["batch", "row"] = "batch"
@@ -219,6 +221,9 @@ class DataConfig:
         names = [s.name for s in self.sources]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two sources are called '{twice[0]}'; give each a name")
+        if self.max_length is not None:
+            sources = [dataclasses.replace(s, max_length=s.max_length or self.max_length) for s in self.sources]
+            object.__setattr__(self, "sources", sources)
         self._check_mixture()
 
     @property

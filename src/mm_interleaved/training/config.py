@@ -289,12 +289,15 @@ class SampleConfig:
 
     Attributes:
         documents: a file of documents with open slots, as for `mmi generate`.
+        from_data: without `documents`: take documents of `eval_data`, or else of `data`, and generate the last part of
+            each that has a loss.
         count: how many of its documents are used.
         num_inference_steps, guidance_scale: settings of an image; None: the model's guidance.
         max_new_tokens: maximum length of a text.
     """
 
     documents: str | None = None
+    from_data: bool = False
     count: Count = 4
     num_inference_steps: Positive = 20
     guidance_scale: float | None = None

@@ -33,7 +33,7 @@ _NAMES: dict[str, str] = {  # ours: theirs
     "data.sources": "dataset datasets train_dataset train_file train_files data_path",
     "data.root": "dataset_dir data_dir root",
     f"{_SOURCE}.image_root": "media_dir image_folder image_dir",
-    f"{_SOURCE}.max_length": "cutoff_len max_seq_length max_seq_len sequence_len model_max_length max_length",
+    "data.max_length": "cutoff_len max_seq_length max_seq_len sequence_len model_max_length max_length",
     f"{_SOURCE}.packing": "packing sample_packing",
     f"{_SOURCE}.attention": "neat_packing",
     f"{_SOURCE}.too_long": "truncation_strategy excess_length_strategy",

@@ -18,6 +18,7 @@ from .checkpoints import BEST, list_checkpoints
 
 LOG, PLOT, PAGE, SAMPLES, FINAL_NOTE = "log.jsonl", "loss.png", "report.html", "samples", "final/trained.json"
 LOSSES = ("loss", "eval_loss")  # prefixes of what is plotted as a loss
+SHOWN_STEPS = 6  # of samples, on the page
 TASK = "eval_"  # prefix of the values of tasks, which have a '/' in their names
 
 
@@ -28,7 +29,7 @@ class RunRecord:
     Attributes:
         entries: the log, by step.
         losses, tasks: (step, value) of every loss and of every main value of a task.
-        samples: for each step with samples the name of its image (or None) and its texts.
+        samples: for each step with samples its documents: the segments that are given, and those that are generated.
         best: the metric of `early_stopping` with its best value and step, or {}.
         steps: steps of the run so far.
         finished: whether there is a final model.
@@ -65,15 +66,26 @@ def read_run(folder: Path) -> RunRecord:
                 run.losses.setdefault(name, []).append((entry["step"], value))
             elif name.startswith(TASK) and "/" in name:
                 run.tasks.setdefault(name.removeprefix(TASK), []).append((entry["step"], value))
-    run.samples = [_sample(path) for path in sorted((folder / SAMPLES).glob("*.txt"))]
+    run.samples = [_sample(path) for path in sorted((folder / SAMPLES).glob("*.json"))]
     run.best = _best(folder)
     return run
 
 
-def _sample(texts: Path) -> dict[str, Any]:
-    image = texts.with_suffix(".png")
-    name = f"{SAMPLES}/{image.name}" if image.is_file() else None
-    return {"step": int(texts.stem), "image": name, "texts": texts.read_text().strip().split("\n\n")}
+def _sample(path: Path) -> dict[str, Any]:
+    """The documents of a step, with the paths of their images relative to the folder of the run."""
+    documents = []
+    for entry in read_json(path, list):
+        segments = [s | {"image": f"{SAMPLES}/{s['image']}"} if "image" in s else s for s in entry["segments"]]
+        given = [s for s in segments if not s["generated"]]
+        documents.append({"given": given, "generated": [s for s in segments if s["generated"]]})
+    return {"step": int(path.stem), "documents": documents}
+
+
+def _few(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most `SHOWN_STEPS` of the steps, the first and the last among them."""
+    last = len(samples) - 1
+    kept = sorted({round(i * last / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)}) if samples else []
+    return [samples[i] for i in kept]
 
 
 def _best(folder: Path) -> dict[str, Any]:
@@ -97,6 +109,7 @@ def write_run_report(folder: Path) -> Path | None:
     page = environment.get_template("run.html").render(
         name=folder.name,
         run=run,
+        samples=_few(run.samples),
         plot=PLOT if (folder / PLOT).is_file() else None,
         steps=steps,
         tasks={name: dict(points) for name, points in run.tasks.items()},

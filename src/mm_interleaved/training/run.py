@@ -111,7 +111,8 @@ def train(
         loader = trainer.pipeline.loader
         if isinstance(loader, DocumentLoader):
             trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))
-        if config.sample_every and config.samples.documents and args.process_index == 0:
+        has_samples = config.samples.documents is not None or config.samples.from_data
+        if config.sample_every and has_samples and args.process_index == 0:
             trainer.add_callback(Samples(trainer, config, model, processor))
         if config.evaluate_every and config.evaluation is not None:
             trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor, trainer.stopping))

@@ -1,7 +1,17 @@
-"""Images and texts generated from a few fixed documents during training."""
+"""Images and texts generated from a few fixed documents during training.
+
+The folder `samples` has for each step
+
+STEP.json           the documents: their segments, as text or as the name of an image, and whether they are generated
+STEP_D_S.png        the generated image of segment S of document D
+STEP.png, STEP.txt  all images in a grid, and all texts
+given_D_S.png       the images that are given, once
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -12,15 +22,21 @@ from diffusers.utils import make_image_grid
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data import SourceConfig
+from ..data.readers import make_reader
+from ..data.report import Rejected
 from ..document import Document, Image, Text, load_documents
 from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
-from ..io import write_atomic, write_image, writing
+from ..io import InputError, write_atomic, write_image, write_json, writing
 from ..io.images import ImageSource, load_image
 from ..processor import MMInterleavedProcessor
 from .config import TrainConfig
 from .trainer import RunTrainer
+
+FOLDER = "samples"
+MAX_SIDE = 512  # of the saved images, in pixels
 
 
 class Samples(TrainerCallback):
@@ -34,7 +50,7 @@ class Samples(TrainerCallback):
     ) -> None:
         self.trainer, self.config, self.model, self.processor = trainer, config, model, processor
         settings = config.samples
-        self.documents = load_documents(str(settings.documents))[: settings.count]
+        self.documents = sample_documents(config)
         plain: Final = "dynamic"  # captured graphs would keep memory and change the memory format of trained weights
         self.settings = GenerationSettings(
             text=TextSettings(
@@ -59,6 +75,13 @@ class Samples(TrainerCallback):
         if state.global_step % self.config.sample_every == 0:
             self.generate(state.global_step)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Generate the samples of the trained weights, if the last step was not one of the others."""
+        if state.global_step >= state.max_steps and state.global_step % self.config.sample_every:
+            self.generate(state.global_step)
+
     def generate(self, step: int) -> None:
         """Generate the samples of a step. The state of training and its random numbers do not change."""
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -73,7 +96,8 @@ class Samples(TrainerCallback):
             events = self.model.generate_interleaved(self.documents, self.processor, self.settings, progress=False)
             done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
         self.model.train()
-        folder = Path(self.config.output) / "samples"
+        folder = Path(self.config.output) / FOLDER
+        _save_documents([e.result for e in done], folder, step)
         rows = [_images(e.result) for e in done]
         texts = [_text(e.result) for e in done]
         write_atomic(folder / f"{step:07}.txt", "\n\n".join(texts) + "\n")
@@ -86,6 +110,69 @@ class Samples(TrainerCallback):
                 writer.add_text("samples", "\n\n".join(texts), step)
                 if sheet is not None:
                     writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+
+def sample_documents(config: TrainConfig) -> list[Document]:
+    """The documents of `samples`, with open slots.
+
+    Raises:
+        InputError: the file or the data cannot be read, or have no document with a part to generate.
+    """
+    settings = config.samples
+    if settings.documents is not None:
+        return load_documents(settings.documents)[: settings.count]
+    data = config.eval_data or config.data
+    readers = [iter(_records(source, Path(data.root))) for source in data.own_sources]
+    found: list[Document] = []
+    while readers and len(found) < settings.count:  # one of each source in turn
+        for reader in list(readers):
+            document = next(reader, None)
+            if document is None:
+                readers.remove(reader)
+            elif len(found) < settings.count:
+                found.append(document)
+    if not found:
+        raise InputError("samples.from_data: the data have no document with a part to generate",
+                         fix="Give 'samples.documents', or set 'sample_every' to 0")  # fmt: skip
+    return found
+
+
+def _records(source: SourceConfig, root: Path) -> Iterator[Document]:
+    """The documents of a source, each up to its last part with a loss, which is open."""
+    reader = make_reader(source, root)
+    for shard in range(len(reader.shards.names)):
+        for record in reader.shards.records(shard, 0, 0):
+            try:
+                document = reader.document(record, np.random.default_rng(0), lambda reason, example: None)
+            except Rejected:
+                continue
+            learned = [i for i, segment in enumerate(document.segments) if segment.supervise]
+            if learned:
+                last = document.segments[learned[-1]]
+                slot = (
+                    dataclasses.replace(last, text=None, boxes=()) if isinstance(last, Text) else Image(role=last.role)
+                )
+                yield dataclasses.replace(document, segments=[*document.segments[: learned[-1]], slot], max_turns=None)
+
+
+def _save_documents(documents: Sequence[Document], folder: Path, step: int) -> None:
+    """Write the images of the documents, and their segments as JSON."""
+    entries = []
+    for number, document in enumerate(documents):
+        segments: list[dict[str, Any]] = []
+        for place, segment in enumerate(document.segments):
+            generated = segment.generated is not None
+            if isinstance(segment, Text):
+                segments.append({"text": segment.text or "", "generated": generated})
+            elif segment.source is not None:
+                name = f"{step:07}_{number}_{place}.png" if generated else f"given_{number}_{place}.png"
+                if generated or not (folder / name).exists():
+                    image = load_image(cast(ImageSource, segment.source))
+                    image.thumbnail((MAX_SIDE, MAX_SIDE))
+                    write_image(folder / name, image)
+                segments.append({"image": name, "generated": generated})
+        entries.append({"segments": segments})
+    write_json(folder / f"{step:07}.json", entries)
 
 
 def _images(document: Document) -> list[PIL.Image.Image]:
