@@ -75,9 +75,12 @@ def _sample(path: Path) -> dict[str, Any]:
     """The documents of a step, with the paths of their images relative to the folder of the run."""
     documents = []
     for entry in read_json(path, list):
-        segments = [s | {"image": f"{SAMPLES}/{s['image']}"} if "image" in s else s for s in entry["segments"]]
-        given = [s for s in segments if not s["generated"]]
-        documents.append({"given": given, "generated": [s for s in segments if s["generated"]]})
+        parts = {
+            name: [s | {"image": f"{SAMPLES}/{s['image']}"} if "image" in s else s for s in entry[name]]
+            for name in ("segments", "wanted")
+        }
+        given, generated = ([s for s in parts["segments"] if s["generated"] == made] for made in (False, True))
+        documents.append({"given": given, "generated": generated, "wanted": parts["wanted"]})
     return {"step": int(path.stem), "documents": documents}
 
 

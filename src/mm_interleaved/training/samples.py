@@ -2,10 +2,11 @@
 
 The folder `samples` has for each step
 
-STEP.json           the documents: their segments, as text or as the name of an image, and whether they are generated
+STEP.json           the documents: their segments, as text or as the name of an image, whether these are generated, and
+                    what the data have in the place of the last one
 STEP_D_S.png        the generated image of segment S of document D
 STEP.png, STEP.txt  all images in a grid, and all texts
-given_D_S.png       the images that are given, once
+given_D_S.png       the images that are given, once; wanted_D.png: those that the data have
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..data import SourceConfig
 from ..data.readers import make_reader
 from ..data.report import Rejected
-from ..document import Document, Image, Text, load_documents
+from ..document import Document, Image, Segment, Text, load_documents
 from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
@@ -50,7 +51,8 @@ class Samples(TrainerCallback):
     ) -> None:
         self.trainer, self.config, self.model, self.processor = trainer, config, model, processor
         settings = config.samples
-        self.documents = sample_documents(config)
+        found = sample_documents(config)
+        self.documents, self.wanted = [document for document, _ in found], [wanted for _, wanted in found]
         plain: Final = "dynamic"  # captured graphs would keep memory and change the memory format of trained weights
         self.settings = GenerationSettings(
             text=TextSettings(
@@ -97,7 +99,7 @@ class Samples(TrainerCallback):
             done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
         self.model.train()
         folder = Path(self.config.output) / FOLDER
-        _save_documents([e.result for e in done], folder, step)
+        _save_documents([e.result for e in done], self.wanted, folder, step)
         rows = [_images(e.result) for e in done]
         texts = [_text(e.result) for e in done]
         write_atomic(folder / f"{step:07}.txt", "\n\n".join(texts) + "\n")
@@ -112,33 +114,33 @@ class Samples(TrainerCallback):
                     writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
 
-def sample_documents(config: TrainConfig) -> list[Document]:
-    """The documents of `samples`, with open slots.
+def sample_documents(config: TrainConfig) -> list[tuple[Document, Segment | None]]:
+    """The documents of `samples`, with open slots, and what the data have in the slot.
 
     Raises:
         InputError: the file or the data cannot be read, or have no document with a part to generate.
     """
     settings = config.samples
     if settings.documents is not None:
-        return load_documents(settings.documents)[: settings.count]
+        return [(document, None) for document in load_documents(settings.documents)[: settings.count]]
     data = config.eval_data or config.data
     readers = [iter(_records(source, Path(data.root))) for source in data.own_sources]
-    found: list[Document] = []
+    found: list[tuple[Document, Segment | None]] = []
     while readers and len(found) < settings.count:  # one of each source in turn
         for reader in list(readers):
-            document = next(reader, None)
-            if document is None:
+            sample = next(reader, None)
+            if sample is None:
                 readers.remove(reader)
             elif len(found) < settings.count:
-                found.append(document)
+                found.append(sample)
     if not found:
         raise InputError("samples.from_data: the data have no document with a part to generate",
                          fix="Give 'samples.documents', or set 'sample_every' to 0")  # fmt: skip
     return found
 
 
-def _records(source: SourceConfig, root: Path) -> Iterator[Document]:
-    """The documents of a source, each up to its last part with a loss, which is open."""
+def _records(source: SourceConfig, root: Path) -> Iterator[tuple[Document, Segment]]:
+    """The documents of a source, each up to its last part with a loss, which is open; and that part."""
     reader = make_reader(source, root)
     for shard in range(len(reader.shards.names)):
         for record in reader.shards.records(shard, 0, 0):
@@ -152,27 +154,35 @@ def _records(source: SourceConfig, root: Path) -> Iterator[Document]:
                 slot = (
                     dataclasses.replace(last, text=None, boxes=()) if isinstance(last, Text) else Image(role=last.role)
                 )
-                yield dataclasses.replace(document, segments=[*document.segments[: learned[-1]], slot], max_turns=None)
+                before = document.segments[: learned[-1]]
+                yield dataclasses.replace(document, segments=[*before, slot], max_turns=None), last
 
 
-def _save_documents(documents: Sequence[Document], folder: Path, step: int) -> None:
+def _save_documents(documents: Sequence[Document], wanted: Sequence[Segment | None], folder: Path, step: int) -> None:
     """Write the images of the documents, and their segments as JSON."""
     entries = []
-    for number, document in enumerate(documents):
-        segments: list[dict[str, Any]] = []
+    for number, (document, right) in enumerate(zip(documents, wanted, strict=True)):
+        segments = []
         for place, segment in enumerate(document.segments):
-            generated = segment.generated is not None
-            if isinstance(segment, Text):
-                segments.append({"text": segment.text or "", "generated": generated})
-            elif segment.source is not None:
-                name = f"{step:07}_{number}_{place}.png" if generated else f"given_{number}_{place}.png"
-                if generated or not (folder / name).exists():
-                    image = load_image(cast(ImageSource, segment.source))
-                    image.thumbnail((MAX_SIDE, MAX_SIDE))
-                    write_image(folder / name, image)
-                segments.append({"image": name, "generated": generated})
-        entries.append({"segments": segments})
+            prefix = "given" if segment.generated is None else f"{step:07}"
+            segments += _saved(segment, folder / f"{prefix}_{number}_{place}.png")
+        in_data = [] if right is None else _saved(right, folder / f"wanted_{number}.png")
+        entries.append({"segments": segments, "wanted": in_data})
     write_json(folder / f"{step:07}.json", entries)
+
+
+def _saved(segment: Segment, path: Path) -> list[dict[str, Any]]:
+    """The segment as plain data, and its image as a file, unless it was given and is there already; []: it is open."""
+    if segment.is_open:
+        return []
+    generated = segment.generated is not None
+    if isinstance(segment, Text):
+        return [{"text": segment.text, "generated": generated}]
+    if generated or not path.exists():
+        image = load_image(cast(ImageSource, segment.source))
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        write_image(path, image)
+    return [{"image": path.name, "generated": generated}]
 
 
 def _images(document: Document) -> list[PIL.Image.Image]:
