@@ -50,7 +50,7 @@ def test_a_debug_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     assert set(logged(run, "eval_loss")) == {10, 20}
     assert (run / "samples/0000020.png").is_file()
     assert (run / "samples/0000020.txt").read_text().strip()
-    assert [len(json.loads((run / f"samples/{step:07}.json").read_text())) for step in (0, 20)] == [1, 1]
+    assert [len(json.loads((run / f"samples/{step:07}.json").read_text())) for step in (0, 20)] == [2, 2]
     assert list((run / "tensorboard").iterdir())
     (given,) = (v for k, v in json.loads((run / "data-rank0.json").read_text()).items() if k != "step")
     assert given["counts"]["documents"] > 0
