@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -23,6 +24,8 @@ class FakeHub:
         sent: for each file, the byte ranges (first, count) that were sent, in order.
         break_after: for each file, after how many bytes its next transfer breaks off, once.
         wrong: files that arrive with other bytes than the hub says they have.
+        public: repositories that everybody sees.
+        refuse: the status that the hub answers to a commit; 0: it takes it.
     """
 
     def __init__(self, root: Path, licence: str = "apache-2.0") -> None:
@@ -30,6 +33,8 @@ class FakeHub:
         self.sent: dict[str, list[tuple[int, int]]] = {}
         self.break_after: dict[str, int] = {}
         self.wrong: set[str] = set()
+        self.public: set[str] = set()
+        self.refuse = 0
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -56,6 +61,42 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        """The requests of a push: a new repository, how files are sent (here all of them inline), and a commit."""
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts == ["api", "repos", "create"]:
+            self._create(json.loads(data))
+        elif parts[4] == "preupload":
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                     for f in json.loads(data)["files"]]  # fmt: skip
+            self._send(200, json.dumps({"files": files}).encode(), {"Content-Type": "application/json"})
+        elif self.hub.refuse:
+            self._send(self.hub.refuse, b"{}", {})
+        else:
+            self._commit(self.hub.root / parts[2] / parts[3], data)
+
+    def _create(self, asked: dict[str, object]) -> None:
+        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else str(asked["name"])
+        folder = self.hub.root / name
+        status = 409 if folder.is_dir() else 200
+        if status == 200:
+            folder.mkdir(parents=True)
+            if asked.get("visibility") != "private" and not asked.get("private"):  # former versions say the latter
+                self.hub.public.add(name)
+        url = {"url": f"{self.hub.address}/{name}"}
+        self._send(status, json.dumps(url).encode(), {"Content-Type": "application/json"})
+
+    def _commit(self, folder: Path, data: bytes) -> None:
+        for line in map(json.loads, data.splitlines()):
+            if line["key"] == "file":
+                path = folder / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        name = folder.relative_to(self.hub.root)
+        found = {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.hub.address}/{name}/commit/{COMMIT}"}
+        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
     def _answer(self, body: bool) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"] and "tree" in parts[4:5]:  # what snapshot_download asks for
@@ -78,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             files.append(entry)
         card = {"license": self.hub.licence}
         info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "cardData": card, "tags": [],
-                "downloads": 0, "likes": 0, "private": False, "createdAt": "2024-01-01T00:00:00.000Z"}  # fmt: skip
+                "downloads": 0, "likes": 0, "private": name not in self.hub.public,
+                "createdAt": "2024-01-01T00:00:00.000Z"}  # fmt: skip
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _tree(self, folder: Path) -> None:

@@ -217,7 +217,10 @@ def _tell_best(stopping: EarlyStopping, last: int, steps: int, folder: Path, con
 def _tell_changes(config: RunConfig, console: Console) -> None:
     """Print which settings of a run at its end have no effect, because its weights were trained with others."""
     path = Path(config.output) / SETTINGS
-    changes = describe_differences(read_settings(path), yaml.safe_load(to_yaml(config)))
+    before, now = read_settings(path), yaml.safe_load(to_yaml(config))
+    for settings in (before, now):
+        settings.pop("push_to_hub", None)  # it has an effect after the end
+    changes = describe_differences(before, now)
     if changes:
         console.print(f"nothing is left to train, so settings that differ from {path} have no effect: {changes}")
 
