@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from ..ops import MMFSInputs, deformable_attention_reference, image_routes, promote
 from ..ops.deformable import Shapes
+from ..ops.devices import chooses_kernels
 from ..ops.mmfs_attention import Backend, mmfs_output, why_no_kernel
 from .config import MMFSConfig
 from .weights import is_plain
@@ -58,7 +59,7 @@ class VisibleImages:
     @classmethod
     def build(cls, images: Tensor, num_images: int) -> VisibleImages:
         """With routes for `images` [G, R], once for all layers; not on CUDA devices, where that would synchronise."""
-        return cls(images, None if images.is_cuda else image_routes(images, num_images))
+        return cls(images, None if chooses_kernels(images.device) else image_routes(images, num_images))
 
     def mask(self, num_images: int) -> Tensor:
         """The dense mask [G, num_images], 1 = visible."""

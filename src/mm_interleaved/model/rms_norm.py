@@ -9,6 +9,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from ..ops.devices import chooses_kernels
 from .weights import plain_class
 
 LibraryNorm = LlamaRMSNorm | MistralRMSNorm | Qwen2RMSNorm | Qwen3RMSNorm
@@ -30,6 +31,6 @@ class RMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D], normalised."""
-        if hidden_states.device.type != "cuda" or hidden_states.dtype != self.weight.dtype:
+        if not chooses_kernels(hidden_states.device) or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)  # under autocast the result is float32, as in transformers
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .deformable import Shapes, deformable_attention
+from .devices import chooses_kernels
 from .mmfs_attention import Backend, MMFSInputs, mmfs_attention, why_not_triton
 
 _LARGEST = 8.0
@@ -46,7 +47,7 @@ def deformable_attention_around(
     Raises:
         ValueError: backend="triton", but the kernels cannot run.
     """
-    fits = value.device.type == "cuda" and why_not_triton(value, logits.shape[-1]) is None
+    fits = chooses_kernels(value.device) and why_not_triton(value, logits.shape[-1]) is None
     if backend == "triton" or (backend == "auto" and fits):
         return _by_level(value, shapes, offsets, logits, reference)
     weights = logits.flatten(-2).softmax(-1).view_as(logits)

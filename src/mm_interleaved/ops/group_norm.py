@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .devices import chooses_kernels, shapes_only
 from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, Backend, on_triton
 
 KERNELS = True  # False: "auto" uses PyTorch's operators everywhere, and the memory format of maps is not changed
@@ -30,7 +31,7 @@ KERNELS = True  # False: "auto" uses PyTorch's operators everywhere, and the mem
 
 def why_not_group_norm(x: Tensor) -> str | None:
     """Why the kernels cannot run on `x` [B, C, ...]; None: they can."""
-    if not HAS_TRITON:
+    if not HAS_TRITON and not shapes_only():
         return "Triton is not installed"
     if not on_triton(x.device):
         return f"the kernels are for CUDA devices, and the map is on {x.device}"
@@ -41,7 +42,7 @@ def why_not_group_norm(x: Tensor) -> str | None:
 
 def channels_last(x: Tensor) -> Tensor:
     """`x` [B, C, h, w] in channels-last memory format if the kernels can run on it, otherwise unchanged."""
-    if KERNELS and x.is_cuda and why_not_group_norm(x) is None:
+    if KERNELS and chooses_kernels(x.device) and why_not_group_norm(x) is None:
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
@@ -81,7 +82,12 @@ def group_norm(
 def _on_kernels(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: Backend) -> bool:
     """Whether to run the kernels. "auto" uses them on CUDA devices only, not in Triton's interpreter."""
     if backend == "auto":
-        wanted = KERNELS and x.is_cuda and not torch.compiler.is_compiling() and x.movedim(1, -1).is_contiguous()
+        wanted = (
+            KERNELS
+            and chooses_kernels(x.device)
+            and not torch.compiler.is_compiling()
+            and x.movedim(1, -1).is_contiguous()
+        )
     else:
         wanted = backend == "triton"
     if not wanted:
@@ -114,10 +120,13 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-        from .group_norm_triton import group_norm as fused
-
         x = _rows(x)
-        out, stats = fused(x, groups, weight, bias, eps, silu)
+        if shapes_only():
+            out, stats = torch.empty_like(x), x.new_empty((2, len(x), groups), dtype=torch.float32)
+        else:
+            from .group_norm_triton import group_norm as fused
+
+            out, stats = fused(x, groups, weight, bias, eps, silu)
         ctx.silu = silu
         ctx.save_for_backward(x, stats, weight, bias)
         return out
@@ -127,10 +136,13 @@ class _Kernels(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # of one result
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        from .group_norm_triton import group_norm_backward as fused
-
         x, stats, weight, bias = ctx.saved_tensors
-        of_x, sums = fused(_rows(grad), x, stats, weight, bias, ctx.silu)
+        if shapes_only():
+            of_x, sums = torch.empty_like(x), stats.new_empty((2, *x.shape[:2]))
+        else:
+            from .group_norm_triton import group_norm_backward as fused
+
+            of_x, sums = fused(_rows(grad), x, stats, weight, bias, ctx.silu)
         of_weight = sums[1].sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         of_bias = sums[0].sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         return of_x, None, of_weight, of_bias, None, None

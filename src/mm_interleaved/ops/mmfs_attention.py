@@ -35,6 +35,7 @@ from torch.library import custom_op
 from torch.nn import Parameter
 
 from .deformable import Shapes, deformable_attention, promote
+from .devices import chooses_kernels, shapes_only
 
 Backend = Literal["auto", "triton", "plain"]
 
@@ -45,7 +46,7 @@ LARGEST_DIM, MOST_POINTS = 128, 16
 
 def on_triton(device: torch.device) -> bool:
     """Whether Triton kernels run on `device`: a CUDA device, or a CPU with Triton's interpreter (for tests)."""
-    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return chooses_kernels(device) or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def why_not_triton(values: Tensor, points: int) -> str | None:
@@ -61,7 +62,7 @@ def why_not_triton(values: Tensor, points: int) -> str | None:
 
 def why_no_kernel(dtype: torch.dtype, head_dim: int, points: int) -> str | None:
     """Why there is no Triton kernel for values of this type and size, on any device; None: there is one."""
-    if not HAS_TRITON:
+    if not HAS_TRITON and not shapes_only():
         return "Triton is not installed"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels support {', '.join(str(d) for d in KERNEL_DTYPES)}, not {dtype}"
@@ -158,7 +159,7 @@ class MMFSInputs:
         reason = why_not_triton(self.values, self.points)
         if backend == "triton" and reason is not None:
             raise ValueError(f"MMFS attention cannot run through Triton: {reason}")
-        return backend == "triton" or (reason is None and self.values.device.type == "cuda")
+        return backend == "triton" or (reason is None and chooses_kernels(self.values.device))
 
 
 def mmfs_attention(inputs: MMFSInputs, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:

@@ -18,13 +18,14 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from .decoding import WIDEST_HEAD, rotate
+from .devices import chooses_kernels, shapes_only
 from .mmfs_attention import HAS_TRITON, KERNEL_DTYPES, Backend, on_triton
 
 
 def why_not_pointwise(*tensors: Tensor, head_dim: int = 2) -> str | None:
     """Why the kernels cannot run on `tensors`, in heads of `head_dim` channels; None: they can."""
     first = tensors[0]
-    if not HAS_TRITON:
+    if not HAS_TRITON and not shapes_only():
         return "Triton is not installed"
     if not on_triton(first.device):
         return f"the kernels are for CUDA devices, and the tensors are on {first.device}"
@@ -38,7 +39,7 @@ def why_not_pointwise(*tensors: Tensor, head_dim: int = 2) -> str | None:
 
 def _on_kernels(backend: Backend, *tensors: Tensor, head_dim: int = 2) -> bool:
     """Whether to run the kernels. "auto" uses them on CUDA devices only, not in Triton's interpreter."""
-    if backend == "plain" or (backend == "auto" and tensors[0].device.type != "cuda"):
+    if backend == "plain" or (backend == "auto" and not chooses_kernels(tensors[0].device)):
         return False
     reason = why_not_pointwise(*tensors, head_dim=head_dim)
     if reason is not None and backend == "triton":
