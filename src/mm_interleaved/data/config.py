@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ..processor.packing import Packing
 from ..validation import Count, Positive, Seed, Share, settings
+from .augmentation import AugmentConfig
 from .sources import SOURCES
 
 PAIR_TYPES = ("pairs", "webdataset")
@@ -64,6 +65,7 @@ class SourceConfig:
         draft_jpeg: whether to decode large JPEGs at a fraction of their size; faster, but with other pixels.
         replay: whether the source repeats earlier training: it starts again as often as needed, does not decide when an
             epoch ends, and gets `replay_share` of the mixture.
+        augment: random changes of the images, which boxes and the words "left" and "right" follow.
         options: settings of this type of source.
         compat: mistakes of the original to reproduce: `strict_json` (pairs must be strict JSON), `merge_without_effect`
             (merging pairs changes nothing), `listed_image_order` (images of one sentence keep their listed order),
@@ -103,6 +105,7 @@ class SourceConfig:
     probe_images: bool = True
     draft_jpeg: bool = False
     replay: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     options: dict[str, Any] = field(default_factory=dict)
     compat: list[SourceCompat] = field(default_factory=list)
 

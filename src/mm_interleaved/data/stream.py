@@ -22,6 +22,7 @@ from ..document import Document
 from ..io import InputError
 from ..processor import MMInterleavedProcessor
 from ..processor.packing import Cut, Packing, PackingRules, TokenStream
+from .augmentation import augment
 from .config import SourceConfig
 from .readers import Reader
 from .report import DataError, DataReport, Rejected
@@ -275,6 +276,7 @@ class SourceStream:
             raise DataError(given, where, "'document' of its reader must return a Document, or raise Rejected to leave "
                             "the record out")  # fmt: skip
         try:
+            document = augment(document, self.config.augment, rng, getattr(self.reader, "crop", None))
             stream = self.processor.encode(self.processor.render(document), close=True)
         except InputError as error:
             raise Rejected("document cannot be encoded", f"{document.place}: {error}") from None

@@ -18,11 +18,12 @@ from .document import Document
 from .files import load_documents
 from .folder import Folder
 from .forms import ORIGINAL_TURNS, SEGMENT_FIELDS, interleave
-from .segments import ROLES, Generated, Image, Segment, Text
+from .segments import ROLES, Generated, Image, Segment, Text, squash_boxed
+from .transform import Transform
 
 DocumentError = InputError  # its name in version 0.1
 
 __all__ = [
     "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Box", "Document", "DocumentError", "Folder", "Generated",
-    "Image", "Segment", "Text", "interleave", "load_documents",
+    "Image", "Segment", "Text", "Transform", "interleave", "load_documents", "squash_boxed",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -14,6 +14,7 @@ import PIL.Image
 from ..io import FileSlice, InputError, check_text
 from .arrays import image_from_array, is_array
 from .boxes import WIDTH, Box
+from .transform import Transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +116,8 @@ class Image:
         role: the speaker in a conversation who shows it.
         target: the image that the image decoder learns to generate instead of this one; None: this one.
         generated: as in `Text`.
+        transform: which part of the image (and of its target) is used, and how it becomes square; None: all of it, and
+            the processor's setting.
 
     Raises:
         InputError: the source or target has another type, or is an array of an unsupported shape or range, or the role
@@ -126,6 +129,7 @@ class Image:
     role: str | None = None
     target: str | Path | FileSlice | PIL.Image.Image | np.ndarray | Tensor | None = None
     generated: Generated | None = field(default=None, compare=False, repr=False)
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", _checked_source(self.source))
@@ -139,6 +143,28 @@ class Image:
 
 
 Segment = Text | Image
+
+
+def squash_boxed(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments; images that boxes are in are stretched to squares, since boxes are shares of the whole image.
+
+    Raises:
+        InputError: such an image is to be cropped to its central square, or there is no image of that number.
+    """
+    places = [place for place, segment in enumerate(segments) if isinstance(segment, Image)]
+    numbers = {box.image for segment in segments if isinstance(segment, Text) for _, box in segment.boxes}
+    changed = list(segments)
+    for number in sorted(numbers):
+        if number >= len(places):
+            raise InputError(f"a box is in image {number}, but there are {len(places)} images",
+                             fix="Images are numbered from 0")  # fmt: skip
+        image = cast(Image, changed[places[number]])
+        transform = image.transform or Transform()
+        if transform.square == "center":
+            raise InputError("the image of a box would be cropped to its central square", f"segments[{places[number]}]",
+                             "Use squash, which keeps all of it")  # fmt: skip
+        changed[places[number]] = replace(image, transform=replace(transform, square="squash"))
+    return changed
 
 
 def _check_role(role: Any) -> None:

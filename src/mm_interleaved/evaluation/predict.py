@@ -17,20 +17,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import PIL.Image
 import torch
 
-from ..document import Document, Image, Text
+from ..document import Document, Image, Text, squash_boxed
 from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved
 from ..generation.interleaved import PreparedDocument
 from ..generation.settings import override
 from ..io import InputError
-from ..io.images import ImageSource, load_image
+from ..io.images import load_image
 from ..metrics.clip import CLIP
 from ..processor import MMInterleavedProcessor
-from ..processor.images import CROPS
 from ..processor.packing import TokenStream
 from ..processor.tokenizer import encode_plain
 from ..tasks import Sample, Task
@@ -152,10 +151,10 @@ class Predictor:
     def _opened(self, document: Document) -> Document:
         """A document whose images are reduced to the size that the model sees."""
         segments = []
-        for segment in document.segments:
+        for segment in squash_boxed(document.segments):
             if isinstance(segment, Image) and segment.source is not None:
-                seen = CROPS[self.task.crop](load_image(cast(ImageSource, segment.source)), self.processor.image_size)
-                segment = replace(segment, source=PIL.Image.fromarray(seen))
+                seen = self.processor.views(segment, training=False).input
+                segment = replace(segment, source=PIL.Image.fromarray(seen), transform=None)
             segments.append(segment)
         return replace(document, segments=segments)
 

@@ -28,6 +28,7 @@ _DECODER_ERRORS = (ArithmeticError, AssertionError, AttributeError, BufferError,
                    NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, Warning, struct.error,
                    zlib.error)  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag
+_QUARTER_TURNS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
 
 
 def open_image(source: ImageSource, where: str = "") -> PIL.Image.Image:
@@ -52,6 +53,21 @@ def open_image(source: ImageSource, where: str = "") -> PIL.Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise PIL.Image.DecompressionBombError
         return image
+
+
+def upright_size(source: ImageSource, where: str = "") -> tuple[int, int]:
+    """Width and height of an image in its upright orientation, which boxes refer to. Reads only the header.
+
+    Raises:
+        InputError: as `open_image`.
+    """
+    image = open_image(source, where)
+    try:
+        width, height = image.size
+        return (height, width) if _turn(image) in _QUARTER_TURNS else (width, height)
+    finally:
+        if image is not source:
+            image.close()
 
 
 def load_pixels(source: ImageSource, where: str = "", draft: int | None = None) -> PIL.Image.Image:

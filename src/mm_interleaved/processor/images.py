@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import PIL.Image
 
+from ..document.transform import WHOLE, Region, Transform
 from ..io.images import MAX_PIXELS
 
 
@@ -38,12 +41,43 @@ def center_crop(image: PIL.Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def squash(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """The whole image, resized bicubically to a square: uint8 [size, size, 3]. Relative boxes stay valid."""
-    return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC))
+def squash(image: PIL.Image.Image, size: int, region: Region | None = None) -> np.ndarray:
+    """The whole image, or a region in pixels, resized bicubically to a square: uint8 [size, size, 3].
+
+    Boxes in shares of the image's sides stay valid.
+    """
+    return np.asarray(image.resize((size, size), PIL.Image.Resampling.BICUBIC, box=region))
 
 
 CROPS = {"center": center_crop, "squash": squash}
+
+
+def transformed(
+    image: PIL.Image.Image, sizes: Sequence[int], crop: str, transform: Transform | None = None
+) -> list[np.ndarray]:
+    """An image as square arrays of several sizes, all with the same transform.
+
+    Args:
+        image: an upright RGB image.
+        sizes: their sides in pixels.
+        crop: how it becomes square if the transform does not say: a key of `CROPS`.
+        transform: the transform; None: the whole image.
+
+    Returns:
+        uint8 [size, size, 3] for every size.
+    """
+    transform = transform or Transform()
+    sides = (image.width, image.height, image.width, image.height)
+    x1, y1, x2, y2 = (share * side for share, side in zip(transform.region, sides, strict=True))
+    if (transform.square or crop) == "squash":
+        made = [squash(image, size, (x1, y1, x2, y2)) for size in sizes]
+    else:
+        if transform.region != WHOLE:  # at least one pixel
+            left, top = min(round(x1), image.width - 1), min(round(y1), image.height - 1)
+            image = image.crop((left, top, max(round(x2), left + 1), max(round(y2), top + 1)))
+        image = halved(image, max(sizes))  # all sizes share the first halvings
+        made = [center_crop(image, size) for size in sizes]
+    return [np.ascontiguousarray(pixels[:, ::-1]) for pixels in made] if transform.flip else made
 
 
 def to_pil(values: np.ndarray) -> PIL.Image.Image:

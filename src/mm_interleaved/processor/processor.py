@@ -6,6 +6,7 @@ Axes: B rows of the batch, L tokens of a row, I images, h and w height and width
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,14 +18,15 @@ import PIL.Image
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..document import Document, Image, Segment, Text
+from ..document import Document, Image, Segment, Text, squash_boxed
 from ..document.arrays import is_array
+from ..document.transform import WHOLE, Transform
 from ..io import FileSlice, InputError, check_strings, nearest_name
 from ..io.images import ImageSource, load_image
 from ..model.config import MMInterleavedConfig
 from ..model.layout import sample_positions
 from .batch import Batch, build_labels
-from .images import CROPS, halved
+from .images import CROPS, transformed
 from .packing import Cut, PackingRules, TokenStream, pack
 from .tokenizer import IMAGE_TOKEN, SOI_TOKEN, add_image_tokens, encode_text, guard_text
 
@@ -192,13 +194,16 @@ class MMInterleavedProcessor(ProcessorMixin):
     def render(self, document: Document) -> list[Segment]:
         """The segments of a document; a conversation is rendered by the chat template.
 
+        Images that boxes are in are stretched to squares, and never cropped.
+
         Only the messages of the assistant are learned. A conversation that ends with the user, or with open slots of
         the assistant, gets the generation prompt of the template.
 
         Raises:
-            InputError: only some segments have roles, or an open slot is not at the end.
+            InputError: only some segments have roles, an open slot is not at the end, or an image that a box is in
+                would be cropped.
         """
-        segments = list(document.segments)
+        segments = squash_boxed(document.segments)
         roles = [s.role is not None for s in segments]
         if not any(roles):
             return segments
@@ -493,21 +498,17 @@ class MMInterleavedProcessor(ProcessorMixin):
         Raises:
             InputError: the image cannot be read.
         """
-        crop, least = CROPS[self.crop], max(self.image_size, self.target_size) if draft else None
+        sizes = [self.image_size, self.target_size] if training else [self.image_size]
+        least = _least_side(image.transform, max(self.image_size, self.target_size)) if draft else None
         opened = load_image(cast("ImageSource", image.source), where, least)
-        if self.crop == "center" and training:
-            opened = halved(opened, max(self.image_size, self.target_size))  # both views share the first halvings
-        seen = crop(opened, self.image_size)
-        if not training:
-            return ImageViews(seen, None)
-        target = (
-            opened
-            if image.target is None
-            else load_image(cast("ImageSource", image.target), f"{where}, target" if where else "target", least)
-        )
-        if image.target is None and self.target_size == self.image_size:
-            return ImageViews(seen, seen)
-        return ImageViews(seen, crop(target, self.target_size))
+        if image.target is None or not training:
+            made = transformed(opened, sorted(set(sizes)), self.crop, image.transform)
+            views = dict(zip(sorted(set(sizes)), made, strict=True))
+            return ImageViews(views[self.image_size], views[self.target_size] if training else None)
+        place = f"{where}, target" if where else "target"
+        target = load_image(cast("ImageSource", image.target), place, least)
+        pairs = zip((opened, target), sizes, strict=True)
+        return ImageViews(*(transformed(one, [size], self.crop, image.transform)[0] for one, size in pairs))
 
     # ---- and back
 
@@ -537,6 +538,12 @@ class MMInterleavedProcessor(ProcessorMixin):
             elif token != self.image_token_id:
                 run.append(token)
         return Document(segments)
+
+
+def _least_side(transform: Transform | None, size: int) -> int:
+    """The least side in pixels that an image may be decoded at, so that the region of its transform keeps `size`."""
+    x1, y1, x2, y2 = WHOLE if transform is None else transform.region
+    return math.ceil(size / min(x2 - x1, y2 - y1))
 
 
 def _stack(images: Sequence[np.ndarray], size: int, eight_bit: bool = False) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..document import Box, Text
 from ..io import InputError
-from ..io.images import open_image
+from ..io.images import upright_size
 from .base import Item, TaskType, each, given
 from .files import Source, box, checked, entries, get, line_entries, read_json, strings
 
@@ -34,7 +34,7 @@ def thousandths(box: Box) -> list[int]:
 
 @lru_cache(maxsize=100_000)
 def _size(path: Path) -> tuple[int, int]:
-    return open_image(path).size
+    return upright_size(path)
 
 
 def _region(source: Source, record: dict[str, Any], where: str) -> tuple[Path, str, tuple[int, int], Box]:
