@@ -23,6 +23,7 @@ from .generate import generate
 from .info import info
 from .plugins import CommandGroup
 from .run_report import report
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command()(assemble)
 app.command()(train)
 app.command()(finetune)
 app.command()(report)
+app.command()(serve)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
 

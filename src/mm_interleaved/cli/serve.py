@@ -1,0 +1,105 @@
+"""`mmi serve`: an HTTP server with OpenAI's protocols."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import console
+from .errors import UsageError
+from .models import DTYPES, find_device, find_dtype, find_quantization, load_model
+
+if TYPE_CHECKING:
+    from ..serving.config import ServeConfig
+    from ..serving.engine import Engine
+
+NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client", "httpx2": "httpx2"}
+
+
+def serve(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE...", help="Settings of the server, such as rows=16 limits.output_tokens=256."
+        ),
+    ] = None,
+    *,
+    model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
+    config_file: Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: that of its folder.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at; default: this machine only.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen at; default: 8000.", min=0, max=65535)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Quantize the language model to 8 bits (not lossless): int8, fp8.")
+    ] = None,
+    stub: Annotated[bool, typer.Option("--stub", help="Serve a stub without a model, to test clients.")] = False,
+) -> None:
+    """Serve a model over HTTP: /v1/responses, /v1/chat/completions, /v1/images/generations, /v1/completions.
+
+    API keys come from the setting `keys`, or from the environment variable MMI_API_KEYS (separated by commas).
+    """
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise UsageError(f"mmi serve needs {', '.join(missing)}", fix="pip install 'mm-interleaved[serve]'")
+    chosen = _settings(config_file, settings or [], host, port)
+    kind = find_dtype(dtype) if dtype else None
+    matrices = find_quantization(quantization)
+    if stub:
+        from ..serving.stub import StubEngine
+
+        engine: Engine = StubEngine(name or "stub", rows=chosen.rows, queue=chosen.waiting)
+    else:
+        from ..serving.model import ModelEngine
+
+        loaded = load_model(model, kind, find_device(device), matrices)
+        if not loaded.trained:
+            console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
+        engine = ModelEngine(loaded.model, loaded.processor, name or Path(model).name, rows=chosen.rows,
+                             waiting=chosen.waiting, tokens=chosen.tokens,
+                             images_together=chosen.images_together)  # fmt: skip
+    _run(engine, chosen)
+
+
+def _settings(path: Path | None, pairs: list[str], host: str | None, port: int | None) -> ServeConfig:
+    """The settings of a file with the changes of the command line and of the environment."""
+    import os
+
+    from ..configuration import load_config, make_config, read_overrides
+    from ..serving.config import ServeConfig
+
+    changes = [*pairs, *([f"host={host}"] if host is not None else []), *([f"port={port}"] if port is not None else [])]
+    if path is None:
+        chosen = make_config(read_overrides(changes), ServeConfig)
+    else:
+        chosen = load_config(path, ServeConfig, changes)
+    keys = [key for key in os.environ.get("MMI_API_KEYS", "").split(",") if key]
+    if keys:
+        from dataclasses import replace
+
+        chosen = replace(chosen, keys=[*chosen.keys, *keys])
+    return chosen
+
+
+def _run(engine: Engine, config: ServeConfig) -> None:
+    """Serve until the process is asked to end."""
+    import socket
+
+    from ..serving.app import create_app
+    from ..serving.server import make_server
+
+    server = make_server(create_app(engine, config), config)
+    try:
+        listener = socket.create_server((config.host, config.port), backlog=2048, reuse_port=False)
+    except OSError as error:
+        raise UsageError(f"cannot listen at {config.host}:{config.port}: {error.strerror}",
+                         fix="Choose another --port") from None  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    console.print(f"serving '{engine.model}' at http://{host}:{port}/v1 (end with Ctrl+C)")
+    if not config.keys and host not in ("127.0.0.1", "::1"):
+        console.print("[yellow]note:[/] other machines can reach this server, and no key is needed; see 'keys'")
+    server.run(sockets=[listener])

@@ -1,0 +1,7 @@
+"""An HTTP server of ordered text and images: OpenAI's protocols in front of an engine.
+
+app          create_app: the routes, over any engine
+engine       the interface of an engine, and its events
+model        the engine of a model, with continuous batching in a thread of its own
+stub         a deterministic engine without a model, for tests of everything else
+"""

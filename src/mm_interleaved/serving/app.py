@@ -1,0 +1,57 @@
+"""`create_app`: the HTTP API over an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from .. import __version__
+from . import chat, plain, responses
+from .app_state import Services
+from .config import MIB, ServeConfig
+from .engine import Engine
+from .errors import add_handlers
+from .metrics import Measured, Metrics
+from .middleware import Guard
+from .remote import RemoteImages
+from .store import ResponseStore
+
+
+def create_app(engine: Engine, config: ServeConfig | None = None) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        engine: what generates; it is started and stopped with the application.
+        config: the settings; None: the defaults.
+    """
+    config = config or ServeConfig()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        yield
+        for stored in found.store.in_progress():
+            assert stored.task is not None
+            stored.task.cancel()
+        await engine.stop(config.grace_seconds)
+
+    app = FastAPI(
+        title="MM-Interleaved", version=__version__, lifespan=lifespan, redirect_slashes=False,
+        description="Ordered text and images over OpenAI's protocols", docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    metrics = Metrics(engine)
+    remote = RemoteImages(config.allow_hosts, config.limits.body_mib * MIB)
+    found = Services(config, engine, ResponseStore(config.store), remote, metrics)
+    app.state.services, app.state.config = found, config
+    for router in (responses.router, chat.router, plain.router):
+        app.include_router(router)
+    add_handlers(app)
+    app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(Guard, config=config)
+    if config.allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["*"], allow_headers=["*"],
+                           expose_headers=["x-request-id"])  # fmt: skip
+    return app

@@ -1,0 +1,104 @@
+"""The settings of `mmi serve`."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..validation import Count, Positive, PositiveFloat, settings
+
+MIB = 2**20
+
+
+@settings
+class LimitConfig:
+    """What a request may ask for; requests can ask for less.
+
+    Attributes:
+        body_mib: size of a body.
+        receipt_seconds: time in which a request must have arrived, headers and body.
+        request_seconds: time in which a request must be finished, waiting included.
+        json_depth: depth of JSON.
+        parts: texts and images of a request.
+        images: images of a request.
+        pixels: pixels of all images of a request together.
+        aspect: ratio of the longer to the shorter side of an image.
+        output_tokens: `max_output_tokens`, and its value if a request has none.
+        output_images: images of an answer.
+        steps: denoising steps.
+        candidates: candidates of an image, or images of `/v1/images/generations`.
+        beams: beams of a text.
+    """
+
+    body_mib: Positive = 64
+    receipt_seconds: PositiveFloat = 30.0
+    request_seconds: PositiveFloat = 600.0
+    json_depth: Positive = 32
+    parts: Positive = 256
+    images: Positive = 16
+    pixels: Positive = 64_000_000
+    aspect: PositiveFloat = 50.0
+    output_tokens: Positive = 512
+    output_images: Positive = 8
+    steps: Positive = 100
+    candidates: Positive = 4
+    beams: Positive = 5
+
+
+@settings
+class StoreConfig:
+    """Stored responses, in memory.
+
+    Attributes:
+        responses: most of them; the oldest are forgotten.
+        mib: memory of their images.
+    """
+
+    responses: Positive = 1000
+    mib: Positive = 1024
+
+
+@settings
+class ServeConfig:
+    """The settings of a server.
+
+    Attributes:
+        host, port: where it listens.
+        keys: accepted API keys; empty: no key is needed.
+        allow_origins: origins of other web pages that may use the API; empty: none.
+        allow_hosts: names of hosts (`name` or `name:port`) from which images may be fetched; empty: none.
+        template: `document`: messages are joined to one document; `chat`: the model's chat template.
+        rows: most requests that run at a time.
+        waiting: most requests that wait; more are refused with status 429.
+        tokens: most tokens of a document with its answer; None: the model's context.
+        images_together: most images that are denoised in one call.
+        num_inference_steps: denoising steps if a request has none; None: the model's default.
+        keep_alive_seconds: time between comments in a stream without events.
+        preview_kib: size of a preview.
+        grace_seconds: time for running requests when the server ends.
+        limits: what a request may ask for.
+        store: stored responses.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, lt=65536)] = 8000
+    keys: list[str] = field(default_factory=list)
+    allow_origins: list[str] = field(default_factory=list)
+    allow_hosts: list[str] = field(default_factory=list)
+    template: Literal["document", "chat"] = "document"
+    rows: Positive = 8
+    waiting: Count = 64
+    tokens: Positive | None = None
+    images_together: Positive = 8
+    num_inference_steps: Positive | None = None
+    keep_alive_seconds: PositiveFloat = 10.0
+    preview_kib: Positive = 64
+    grace_seconds: PositiveFloat = 30.0
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        if any(not key or key != key.strip() for key in self.keys):
+            raise ValueError("'keys' must not be empty or begin or end with white space")

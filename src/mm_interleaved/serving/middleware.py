@@ -1,0 +1,188 @@
+"""What holds for every request before any route: a key, an id, a limit of size, and a deadline for its receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import re
+import secrets
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .config import MIB, ServeConfig
+from .errors import ApiError
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+OPEN_PATHS = ("/health",)
+
+
+class Guard:
+    """The outermost layer.
+
+    Args:
+        app: what it guards.
+        config: keys, limits.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
+        self.app, self.config = app, config
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        name = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = name
+        begun = False
+
+        async def tagged(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                found = MutableHeaders(scope=message)
+                found["x-request-id"] = name
+                found["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        try:
+            self._check_key(scope, headers)
+            counted = self._counted(headers, receive)
+            await self.app(scope, counted, tagged)
+        except ApiError as error:
+            if begun:
+                raise
+            answer = error.response()
+            if error.status in (408, 413):  # the rest of the body is not read
+                answer.headers["connection"] = "close"
+            await answer(scope, receive, tagged)
+
+    def _check_key(self, scope: Scope, headers: Headers) -> None:
+        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+        known = [hmac.compare_digest(digest, own) for own in self._keys]  # all of them, whichever fits
+        if scheme.lower() != "bearer" or not any(known):
+            raise ApiError("Incorrect API key provided.", status=401, type="authentication_error",
+                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+
+    def _counted(self, headers: Headers, receive: Receive) -> Receive:
+        """`receive` that ends with an error when the body is too long or takes too long."""
+        limits = self.config.limits
+        most, left = limits.body_mib * MIB, limits.receipt_seconds
+        too_large = ApiError(f"the body has more than {limits.body_mib} MiB", status=413, code="request_too_large")
+        declared = headers.get("content-length", "0")
+        if not declared.isdigit() or int(declared) > most:
+            raise too_large
+        until = asyncio.get_running_loop().time() + left
+        size, complete = 0, False
+
+        async def counted() -> Message:
+            nonlocal size, complete
+            if complete:  # from here on it waits for the client to leave
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(f"the request did not arrive within {left:g} s", status=408,
+                               code="request_timeout") from None  # fmt: skip
+            if message["type"] == "http.request":
+                size += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if size > most:
+                    raise too_large
+            return message
+
+        return counted
+
+
+class JsonRequest(Request):
+    """A request whose JSON is parsed by our rules."""
+
+    async def json(self) -> Any:
+        """The body.
+
+        Raises:
+            ApiError: it is not JSON, is nested too deeply, or has a lone surrogate.
+        """
+        if not hasattr(self, "_json"):
+            kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise ApiError("send the body as content-type: application/json", status=415,
+                               code="unsupported_media_type")  # fmt: skip
+            self._json = parse(await self.body(), self.app.state.config.limits.json_depth)
+        return self._json
+
+
+def parse(body: bytes, depth: int) -> Any:
+    """JSON whose lists and objects are nested at most `depth` times.
+
+    Raises:
+        ApiError: it is something else.
+    """
+    try:
+        text = body.decode("utf-8")
+        if _depth(text) > depth:
+            raise ApiError(f"the JSON is nested more than {depth} times", code="invalid_json")
+        data = json.loads(text, parse_constant=_refuse)
+        data_text = json.dumps(data, ensure_ascii=False) if "\\u" in text else ""
+        data_text.encode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError):
+        raise ApiError("the body is not UTF-8, or has half a character", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ApiError(f"We could not parse the JSON body of your request{where}.", code="invalid_json") from None
+    return data
+
+
+def _depth(text: str) -> int:
+    """How often lists and objects are nested, without parsing them."""
+    deepest = now = 0
+    for mark in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
+        if mark in "[{":
+            now += 1
+            deepest = max(deepest, now)
+        elif mark in "]}":
+            now -= 1
+    return deepest
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(name)
+
+
+class JsonRoute(APIRoute):
+    """A route whose requests are `JsonRequest`s."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler."""
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await handle(JsonRequest(request.scope, request.receive))
+            except RequestValidationError as error:
+                raise self._with_known(error) from None
+
+        return handler
+
+    def _with_known(self, error: RequestValidationError) -> RequestValidationError:
+        """The error, where an unknown field comes with the known ones."""
+        known: Sequence[str] = ()
+        if self.body_field is not None:
+            known = tuple(getattr(self.body_field.field_info.annotation, "model_fields", ()))
+        found = [{**e, "ctx": {"known": known}} if e["type"] == "extra_forbidden" else e for e in error.errors()]
+        return RequestValidationError(found)

@@ -1,0 +1,409 @@
+"""The engine of a model: continuous batching in one thread, which alone touches the model.
+
+Requests wait in a queue until a row of the generation state is free. A turn of the thread lets requests join and leave,
+gives every text a few tokens and every image a denoising step, and hands the events to the event loop. Texts get about
+as much time as images, so that text goes on while images are denoised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from ..document import Document, Image, Text
+from ..generation import ContinuousGenerator, MMInterleaved
+from ..generation import events as generation
+from ..generation.rows import PreparedDocument
+from ..generation.rules import end_tokens
+from ..io import InputError
+from ..processor import MMInterleavedProcessor
+from ..processor.tokenizer import encode_plain
+from .engine import (
+    DeadlineExceeded,
+    Done,
+    Engine,
+    EngineError,
+    Event,
+    GenerationRequest,
+    ImageDone,
+    ImageProgress,
+    Limits,
+    Load,
+    Overloaded,
+    Reason,
+    ScoredText,
+    Started,
+    Stream,
+    TextDelta,
+    TextDone,
+    Usage,
+)
+
+log = logging.getLogger(__name__)
+MOST_TOKENS_A_TURN = 8  # decode steps beside one denoising step
+IDLE = 0.5  # seconds after which an idle thread looks whether it should end
+REASONS: dict[str, Reason] = {
+    "slots": "end", "eos": "end", "turns": "end", "segments": "end", "tokens": "length", "context": "length",
+    "images": "images",
+}  # fmt: skip
+
+
+class _ModelStream(Stream):
+    """A stream whose events come from the thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stop: Callable[[_Job], None]) -> None:
+        super().__init__()
+        self._loop, self._stop = loop, stop
+        self.job: _Job | None = None
+
+    def send(self, event: Event | Exception) -> None:
+        """`put` from the thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.put, event)
+
+    def cancel(self) -> None:
+        if self.job is not None and not self.ended:
+            self._stop(self.job)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request in the engine.
+
+    Attributes:
+        request: the request.
+        prepared: its document as tokens.
+        stream: where its events go.
+        until: monotonic time at which it must be finished.
+        truncated: whether its last text ended by a limit.
+    """
+
+    request: GenerationRequest
+    prepared: PreparedDocument
+    stream: _ModelStream
+    until: float
+    truncated: bool = False
+    output_tokens: int = 0
+    output_images: int = 0
+    cached: int = 0
+
+
+@dataclass
+class _Scoring:
+    """A text to score."""
+
+    prepared: PreparedDocument
+    ids: list[int]
+    adapter: str | None
+    answer: Callable[[list[float] | Exception], None]
+
+
+@dataclass
+class _Command:
+    """Work for the thread between two turns."""
+
+    run: Callable[[], None] = field(repr=False)
+
+
+class ModelEngine(Engine):
+    """Serves a model.
+
+    Args:
+        model: the model; adapters that it has (PEFT) are chosen by name.
+        processor: its processor.
+        name: the name under which it is served.
+        rows: most requests that run at a time.
+        waiting: most requests that wait.
+        tokens: most tokens of a document; None: the model's context.
+        images_together: most images of one call of the UNet.
+        use_adapter: lets the model use an adapter by name (None: none).
+        adapters: the names of the adapters.
+    """
+
+    def __init__(
+        self,
+        model: MMInterleaved,
+        processor: MMInterleavedProcessor,
+        name: str,
+        *,
+        rows: int = 8,
+        waiting: int = 64,
+        tokens: int | None = None,
+        images_together: int = 8,
+        adapters: Mapping[str, Callable[[], None]] | None = None,
+        without_adapter: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.adapters = name, tuple(adapters or {})
+        self._model, self._processor = model, processor
+        self._rows, self._most_waiting, self._tokens, self._together = rows, waiting, tokens, images_together
+        self._switches = {None: without_adapter, **(adapters or {})}
+        self._adapter: str | None = None
+        config, decoder = model.config, model.image_decoder
+        context = min(tokens or model.context_length, model.context_length)
+        self.limits = Limits(context, config.mmfs.max_images - 1, decoder.config.image_size,
+                             decoder.scheduler.config["num_train_timesteps"])  # fmt: skip
+        self.load = Load(rows=rows)
+        self._generator = self._new_generator()
+        self._waiting: deque[_Job] = deque()
+        self._running: dict[int, _Job] = {}
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._accepts, self._ends = False, False
+        self._failure: str | None = None
+        self._helpers = ThreadPoolExecutor(2, "prepare")
+
+    def _new_generator(self) -> ContinuousGenerator:
+        return ContinuousGenerator(self._model, self._processor, self._rows, tokens=self._tokens,
+                                   images_together=self._together)  # fmt: skip
+
+    # ---- on the event loop
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread is not None and self._thread.is_alive() and self._failure is None
+
+    async def start(self) -> None:
+        """Start the thread."""
+        self._accepts = True
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new requests, finish those that there are for `grace` seconds, and end the thread."""
+        self._accepts = False
+        until = time.monotonic() + grace
+        while self.alive and (self._waiting or self._running) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        self._ends = True
+        self._commands.put(_Command(lambda: None))
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 30)
+        self._helpers.shutdown(wait=False, cancel_futures=True)
+
+    async def submit(self, request: GenerationRequest) -> Stream:
+        """Start a request."""
+        self._check_room()
+        if request.adapter not in self._switches:
+            raise InputError(f"there is no adapter '{request.adapter}'")
+        loop = asyncio.get_running_loop()
+        stream = _ModelStream(loop, self._cancel)
+        self.load.waiting += 1
+        try:
+            prepared = await loop.run_in_executor(self._helpers, self._prepare, request)
+        except BaseException:
+            self.load.waiting -= 1
+            raise
+        until = time.monotonic() + request.seconds if request.seconds is not None else float("inf")
+        job = stream.job = _Job(request, prepared, stream, until)
+        self._commands.put(_Command(lambda: self._waiting.append(job)))
+        return stream
+
+    async def score(self, document: Document, text: str, adapter: str | None = None) -> ScoredText:
+        """Log-probabilities of `text` after a document."""
+        self._check_room()
+        loop = asyncio.get_running_loop()
+        ids = encode_plain(self._processor.tokenizer, text)
+        if not ids:
+            raise InputError("the text has no tokens")
+        prepared = await loop.run_in_executor(self._helpers, self._generator.prepare, document)
+        future: asyncio.Future[list[float]] = loop.create_future()
+
+        def answer(found: list[float] | Exception) -> None:
+            def finish() -> None:
+                if future.cancelled():
+                    return
+                if isinstance(found, Exception):
+                    future.set_exception(found)
+                else:
+                    future.set_result(found)
+
+            loop.call_soon_threadsafe(finish)
+
+        self._commands.put(_Command(lambda: self._score(_Scoring(prepared, ids, adapter, answer))))
+        values = await future
+        return ScoredText([self._processor.tokenizer.decode([i]) for i in ids], values)
+
+    def _check_room(self) -> None:
+        if not self._accepts or not self.alive:
+            raise Overloaded(self._failure or "the server is shutting down", 30)
+        if self.load.waiting >= self._most_waiting:
+            raise Overloaded(f"{self.load.waiting} requests are waiting", min(1 + self.load.waiting // self._rows, 120))
+
+    def _prepare(self, request: GenerationRequest) -> PreparedDocument:
+        return self._generator.prepare(request.document)
+
+    def _cancel(self, job: _Job) -> None:
+        self._commands.put(_Command(lambda: self._drop(job, EngineError("cancelled"))))
+
+    # ---- in the thread
+
+    def _work(self) -> None:
+        try:
+            while not self._ends:
+                self._take_commands()
+                self._turn()
+        finally:
+            if not self._ends:  # an error that nobody expects, which the interpreter prints
+                self._failure = "the engine stopped because of an error; the server's log has it"
+            for job in [*self._running.values(), *self._waiting]:
+                job.stream.send(EngineError(self._failure or "the server is shutting down"))
+
+    def _take_commands(self) -> None:
+        """Run the commands that wait; without any other work, wait for one."""
+        idle = not self._running and not self._waiting
+        try:
+            self._commands.get(timeout=IDLE if idle else 0).run() if idle else self._commands.get_nowait().run()
+            while True:
+                self._commands.get_nowait().run()
+        except queue.Empty:
+            pass
+
+    def _turn(self) -> None:
+        """Let requests join, and give every text and every image some steps."""
+        self._expire()
+        self._admit()
+        try:
+            begun = time.monotonic()
+            self._deliver(self._generator.step_images())
+            spent = time.monotonic() - begun
+            for _ in range(MOST_TOKENS_A_TURN):
+                begun = time.monotonic()
+                if not self._generator.writes:
+                    break
+                self._deliver(self._generator.step_texts())
+                spent -= time.monotonic() - begun
+                if spent <= 0 or not self._commands.empty():
+                    break
+        except torch.OutOfMemoryError:
+            log.exception("out of memory; all requests that run are ended")
+            self._restart(EngineError("the server ran out of memory"))
+        except (ValueError, RuntimeError) as error:
+            log.exception("a step failed; all requests that run are ended")
+            self._restart(EngineError(f"generation failed ({type(error).__name__})"))
+
+    def _restart(self, error: EngineError) -> None:
+        """End all requests that run, and start with empty memory."""
+        for job in list(self._running.values()):
+            self.load.failed += 1
+            self._drop(job, error)
+        self._generator = self._new_generator()
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for job in [j for j in [*self._running.values(), *self._waiting] if j.until < now]:
+            self._drop(job, DeadlineExceeded(f"not finished within {job.request.seconds:g} s"))
+
+    def _admit(self) -> None:
+        """Let the requests at the front of the queue join while there are rows, and no other adapter is in use."""
+        while self._waiting and len(self._running) < self._rows:
+            job = self._waiting[0]
+            if job.request.adapter != self._adapter:
+                if self._running:
+                    return
+                self._use(job.request.adapter)
+            self._waiting.popleft()
+            before = self._generator.tokens_reused
+            try:
+                self._generator.join(id(job), job.prepared, job.request.settings)
+            except (InputError, ValueError) as error:
+                job.stream.send(error if isinstance(error, InputError) else InputError(str(error)))
+                self.load.waiting -= 1
+                continue
+            job.cached = self._generator.tokens_reused - before
+            self._running[id(job)] = job
+            self.load.waiting, self.load.running = self.load.waiting - 1, self.load.running + 1
+            job.stream.send(Started())
+
+    def _use(self, adapter: str | None) -> None:
+        """Use an adapter; what was processed without it is forgotten."""
+        self._switches[adapter]()
+        self._adapter = adapter
+        self._generator = self._new_generator()
+
+    def _drop(self, job: _Job, error: EngineError) -> None:
+        """End a request before its time."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self.load.waiting -= 1
+        elif self._running.pop(id(job), None) is not None:
+            self.load.running -= 1
+            self._generator.leave(id(job))
+        else:
+            return
+        self.load.cancelled += 1
+        job.stream.send(error)
+
+    def _deliver(self, events: Iterator[tuple[Hashable, generation.Event]]) -> None:
+        for key, event in events:
+            assert isinstance(key, int)
+            job = self._running.get(key)
+            if job is None:
+                continue
+            for translated in self._translate(job, event):
+                job.stream.send(translated)
+            if isinstance(event, generation.DocumentFinished):
+                del self._running[key]
+                self.load.running -= 1
+
+    def _translate(self, job: _Job, event: generation.Event) -> list[Event]:
+        """An event of generation as events for clients."""
+        if isinstance(event, generation.TextDelta):
+            return [TextDelta(event.text)]
+        if isinstance(event, generation.ImageProgress):
+            return [ImageProgress(event.step, event.total, event.preview, event.candidate)]
+        if isinstance(event, generation.SegmentFinished):
+            return [self._finished(job, event)]
+        reason = REASONS[event.reason]
+        if reason == "end" and job.truncated:
+            reason = "length"
+        document = job.prepared
+        given = [part for part in document.plan if not isinstance(part, str)]
+        usage = Usage(sum(map(len, given)), job.cached, job.output_tokens, sum(len(part.images) for part in given),
+                      job.output_images)  # fmt: skip
+        return [Done(reason, usage)]
+
+    def _finished(self, job: _Job, event: generation.SegmentFinished) -> Event:
+        segment = event.segment
+        generated = segment.generated
+        assert generated is not None  # a segment that was just generated
+        if isinstance(segment, Text):
+            job.output_tokens += len(generated.ids)
+            self.load.tokens += len(generated.ids)
+            job.truncated = not generated.ids or generated.ids[-1] not in end_tokens(self._model)
+            return TextDone(segment.text or "", job.truncated)
+        assert isinstance(segment, Image)
+        job.truncated = False
+        job.output_tokens += self._model.config.num_image_tokens
+        job.output_images += 1
+        self.load.images += 1
+        return ImageDone(generated.candidates)
+
+    @torch.no_grad()
+    def _score(self, job: _Scoring) -> None:
+        """Log-probabilities of each token; in a state of its own, between two turns."""
+        try:
+            if job.adapter != self._adapter and self._running:
+                raise Overloaded("another adapter is in use", 5)
+            if job.adapter != self._adapter:
+                self._use(job.adapter)
+            first = job.prepared.plan[0]
+            assert not isinstance(first, str)
+            batch = self._processor.collate([first], padding_side="left")
+            state = self._model.prefill(batch, "dynamic", len(job.ids))
+            tokens = torch.tensor([job.ids])
+            before = state.last[:, None].clone()
+            hidden = state.prefill(tokens, torch.ones_like(tokens))
+            logits = self._model.compute_logits(torch.cat([before, hidden[:, :-1]], dim=1)).float().log_softmax(-1)
+            job.answer(logits[0].gather(-1, tokens[0, :, None].to(logits.device))[:, 0].tolist())
+        except (Overloaded, InputError, ValueError, RuntimeError) as error:
+            job.answer(error)

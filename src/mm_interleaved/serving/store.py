@@ -1,0 +1,104 @@
+"""Stored responses, in memory: the oldest are forgotten when there are too many, or their images take too much."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import PIL.Image
+
+from ..document import Image, Segment, Text
+from .config import MIB, StoreConfig
+from .errors import ApiError
+
+
+@dataclass(eq=False)
+class StoredResponse:
+    """A response.
+
+    Attributes:
+        response: as clients get it; changes while it is in progress.
+        input_items: the items of its request, as `GET .../input_items` lists them.
+        segments: its document: everything given before and in its request, and what was generated.
+        task: what generates it in the background; None: nothing does.
+        items: what each generated item stands for, by its id.
+    """
+
+    response: dict[str, Any]
+    input_items: list[dict[str, Any]] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+    items: dict[str, Segment] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        texts = sum(len(s.text or "") for s in self.segments if isinstance(s, Text))
+        sources = [s.source for s in self.segments if isinstance(s, Image)]
+        pixels = sum(3 * i.width * i.height for i in sources if isinstance(i, PIL.Image.Image))
+        results = sum(len(item.get("result") or "") for item in self.response["output"])
+        return texts + pixels + results + sum(len(str(item)) for item in self.input_items)
+
+
+class ResponseStore:
+    """The stored responses of a server.
+
+    Args:
+        config: how many, and how much memory.
+    """
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.config = config
+        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    def keep(self, stored: StoredResponse) -> None:
+        """Keep a response, and forget old ones if need be; those in progress stay."""
+        self._kept[stored.response["id"]] = stored
+        self._kept.move_to_end(stored.response["id"])
+        sizes = {name: found.size for name, found in self._kept.items()}
+        total = sum(sizes.values())
+        for name in list(self._kept):
+            if len(self._kept) <= self.config.responses and total <= self.config.mib * MIB:
+                return
+            if self._kept[name].response["status"] not in ("queued", "in_progress"):
+                del self._kept[name]
+                total -= sizes[name]
+
+    def get(self, name: str, param: str | None = None) -> StoredResponse:
+        """A response by its id.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if name in self._kept:
+            return self._kept[name]
+        code = "previous_response_not_found" if param == "previous_response_id" else "not_found"
+        raise ApiError(f"Response with id '{name}' not found.", status=400 if param else 404, param=param, code=code)
+
+    def delete(self, name: str) -> StoredResponse:
+        """Forget a response.
+
+        Raises:
+            ApiError: there is none.
+        """
+        found = self.get(name)
+        del self._kept[name]
+        return found
+
+    def item(self, name: str, param: str) -> Segment:
+        """What an item of a stored response stands for.
+
+        Raises:
+            ApiError: there is none.
+        """
+        for stored in reversed(self._kept.values()):
+            if name in stored.items:
+                return stored.items[name]
+        raise ApiError(f"Item with id '{name}' not found.", status=404, param=param, code="item_not_found")
+
+    def in_progress(self) -> Sequence[StoredResponse]:
+        """The responses that are generated in the background."""
+        return [s for s in self._kept.values() if s.task is not None and not s.task.done()]
