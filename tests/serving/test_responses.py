@@ -82,7 +82,8 @@ def test_a_failure_ends_the_stream(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(
     ("choice", "kinds"),
-    [("none", ["message"]), ("required", ["image_generation_call"]), ({"type": "image_generation"}, ["image_generation_call"])],
+    [("none", ["message"]), ("required", ["image_generation_call"]),
+     ({"type": "image_generation"}, ["image_generation_call"])],
 )  # fmt: skip
 def test_the_tool_choice_decides(client: openai.OpenAI, choice: Any, kinds: list[str]) -> None:
     response = client.responses.create(model="stub", input="x", tools=[IMAGE_TOOL], tool_choice=choice, extra_body=OWN)

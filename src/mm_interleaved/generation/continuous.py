@@ -6,6 +6,8 @@ nothing but rounding. The reference implementation is `InterleavedGenerator` wit
 
 The row of a finished document stays until another document needs it. A document that begins like one of them continues
 its row: in a conversation the earlier rounds are not processed again.
+
+Axes: R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class _Searching:
 
 
 @dataclass
-class _Drawing:
+class _Denoising:
     """An image that is being generated.
 
     Attributes:
@@ -82,7 +84,7 @@ class _Drawing:
     done: list[PIL.Image.Image] = field(default_factory=list)
 
 
-Work = _Writing | _Searching | _Drawing
+Work = _Writing | _Searching | _Denoising
 _EMPTY = Row(Document([]), GenerationSettings(), deque(), 0, False, torch.Generator(), 0, reason="")
 
 
@@ -168,7 +170,7 @@ class ContinuousGenerator(DocumentRows):
             return
         index = self.keys.index(key)
         work = self._work.pop(index, None)
-        if isinstance(work, _Drawing):
+        if isinstance(work, _Denoising):
             self.denoiser.remove(work.job)
         if isinstance(work, _Searching):
             work.steps.close()
@@ -248,15 +250,15 @@ class ContinuousGenerator(DocumentRows):
     @torch.no_grad()
     def step_images(self) -> Iterator[tuple[Hashable, Event]]:
         """One denoising step of every image."""
-        yield from self._keyed(self._draw())
+        yield from self._keyed(self._denoise())
 
     @property
     def writes(self) -> bool:
         """Whether there is something to do for `step_texts`."""
-        return bool(self._between) or any(not isinstance(work, _Drawing) for work in self._work.values())
+        return bool(self._between) or any(not isinstance(work, _Denoising) for work in self._work.values())
 
     @property
-    def draws(self) -> bool:
+    def denoises(self) -> bool:
         """Whether there is something to do for `step_images`."""
         return bool(self.denoiser.jobs)
 
@@ -273,14 +275,14 @@ class ContinuousGenerator(DocumentRows):
         due, self._between = self._between, []
         yield from self._advance(due)
         due = [index for index in due if self.rows[index].reason is None]
-        drawing = [index for index in due if self.rows[index].next_turn == "image"]
-        if drawing:
-            self._announce(drawing)
-            conditions = self.model.image_decoder.resampler(*self.state.image_context(drawing))
-            for index, own in zip(drawing, conditions.split(1), strict=True):
-                self._work[index] = _Drawing(own, self._job(index, own, 0))
+        denoising = [index for index in due if self.rows[index].next_turn == "image"]
+        if denoising:
+            self._announce(denoising)
+            conditions = self.model.image_decoder.resampler(*self.state.image_context(denoising))
+            for index, own in zip(denoising, conditions.split(1), strict=True):
+                self._work[index] = _Denoising(own, self._job(index, own, 0))
         for index in due:
-            if index not in drawing:
+            if index not in denoising:
                 self._work[index] = self._text(index)
 
     def _text(self, index: int) -> Work:
@@ -370,19 +372,19 @@ class ContinuousGenerator(DocumentRows):
         generator = torch.Generator().manual_seed(row.noise_seed(candidate))
         return self.denoiser.add(conditions, self.state.earlier_images([index]), row.settings.image, generator)
 
-    def _draw(self) -> Iterator[Event]:
+    def _denoise(self) -> Iterator[Event]:
         """One denoising step of every image."""
-        drawing = {id(work.job): index for index, work in self._work.items() if isinstance(work, _Drawing)}
-        if not drawing:
+        denoising = {id(work.job): index for index, work in self._work.items() if isinstance(work, _Denoising)}
+        if not denoising:
             return
         done = []
         for job in self.denoiser.step():
-            index = drawing[id(job)]
+            index = denoising[id(job)]
             step = job.last
             assert step is not None  # it has just been made
             preview = None if step.preview is None else to_pil(step.preview[0].float().cpu().numpy())
             work = self._work[index]
-            assert isinstance(work, _Drawing)
+            assert isinstance(work, _Denoising)
             yield ImageProgress(index, len(work.done), step.index, step.total, preview)
             if job.is_done:
                 done.append(index)
@@ -392,7 +394,7 @@ class ContinuousGenerator(DocumentRows):
         """Decode the latents of finished candidates, and go on with the next candidate or the next turn."""
         for index in done:
             work, settings = self._work[index], self.rows[index].settings.image
-            assert isinstance(work, _Drawing)
+            assert isinstance(work, _Denoising)
             values = self.model.image_decoder.decode(work.job.latents, settings.decode_dtype == "bfloat16")
             work.done.append(to_pil(values[0].float().cpu().numpy()))
             if len(work.done) < settings.num_candidates:

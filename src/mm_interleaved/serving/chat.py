@@ -61,11 +61,11 @@ class ChatAnswer:
         """The deltas that follow from an event of the engine."""
         if isinstance(event, events.TextDelta):
             self._shown += event.text
-            return self._say(event.text)
+            return self._more_text(event.text)
         if isinstance(event, events.TextDone):
             rest = event.text[len(self._shown) :] if event.text.startswith(self._shown) else ""
             self._shown = ""
-            return self._say(rest) if rest else []
+            return self._more_text(rest) if rest else []
         if isinstance(event, events.ImageDone):
             url = f"data:image/png;base64,{encode(event.images[0])}"
             image = {"type": "image_url", "index": len(self.images), "position": len(self.text),
@@ -77,7 +77,7 @@ class ChatAnswer:
             self.usage = chat_usage(event.usage)
         return []
 
-    def _say(self, text: str) -> list[dict[str, Any]]:
+    def _more_text(self, text: str) -> list[dict[str, Any]]:
         self.text += text
         return [{"content": text}]
 

@@ -198,14 +198,15 @@ class ModelEngine(Engine):
         loop = asyncio.get_running_loop()
         stream = _ModelStream(loop, self._cancel)
         self.load.waiting += 1
+        accepted = False
         try:
             prepared = await loop.run_in_executor(self._helpers, self._prepare, request)
-        except BaseException:
-            self.load.waiting -= 1
-            raise
-        until = time.monotonic() + request.seconds if request.seconds is not None else float("inf")
-        job = stream.job = _Job(request, prepared, stream, until)
-        self._commands.put(_Command(lambda: self._waiting.append(job)))
+            until = time.monotonic() + request.seconds if request.seconds is not None else float("inf")
+            job = stream.job = _Job(request, prepared, stream, until)
+            self._commands.put(_Command(lambda: self._waiting.append(job)))
+            accepted = True
+        finally:
+            self.load.waiting -= not accepted
         return stream
 
     async def score(self, document: Document, text: str, adapter: str | None = None) -> ScoredText:
