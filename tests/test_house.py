@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
     "io", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
-    "generation", "metrics", "tasks", "data", "pretrained", "evaluation", "training", "serving", "bench", "integrations", "cli",
-    "auto", "__main__",
+    "adapters", "generation", "metrics", "tasks", "data", "pretrained", "pipeline", "evaluation", "training",
+    "serving", "bench", "integrations", "cli", "auto", "__main__",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 FSTRING = [getattr(tokenize, name) for name in ("FSTRING_MIDDLE",) if hasattr(tokenize, name)]  # Python 3.12

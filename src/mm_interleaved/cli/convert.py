@@ -11,7 +11,7 @@ from rich.progress import Progress
 from ..io import atomic_folder, close_name, read_json
 from .console import console, output
 from .errors import UsageError
-from .models import DTYPES, find_dtype
+from .models import DTYPES, AllowOtherBase, find_dtype, load_model
 
 if TYPE_CHECKING:
     from ..model import MMInterleavedConfig
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="The original's folder or file; with --to-original one of ours.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write; must not exist yet.")],
+    source: Annotated[
+        Path, typer.Argument(help="The original's folder or file; with --to-original one of ours.", metavar="[SOURCE]")
+    ],
+    target: Annotated[
+        Path | None, typer.Argument(help="The folder to write; must not exist yet.", metavar="TARGET")
+    ] = None,
     config: Annotated[
         str, typer.Option(help="release, small, debug, or a JSON file: our config.json or the original's settings.")
     ] = "release",
@@ -34,8 +38,27 @@ def convert(
     to_original: Annotated[
         bool, typer.Option("--to-original", help="Convert one of ours to the original's format.")
     ] = False,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Folder of an adapter to merge into --model; several are added up.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --merge: the base of the adapters.")] = None,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
-    """Convert the original release's checkpoint, tensor by tensor, or write one of ours as the original's."""
+    """Convert the original release's checkpoint, tensor by tensor, or write one of ours as the original's.
+
+    mmi convert --merge ADAPTER --model BASE TARGET writes a model with the adapter's updates in its weights.
+    """
+    if merge:
+        if target is not None or to_original or tokenizer is not None or image_upscale is not None:
+            raise UsageError("--merge takes --model, --dtype and one folder, the one to write")
+        if model is None:
+            raise UsageError("--merge needs the base of the adapters: --model small, or --model FOLDER")
+        _merge(merge, model, source, dtype, allow_other_base)
+        return
+    if model is not None or allow_other_base:
+        raise UsageError("--model and --allow-other-base belong to --merge")
+    if target is None:
+        raise UsageError("name the folder to write: mmi convert SOURCE TARGET")
     from ..checkpoints.checkpoint import CheckpointError, convert_from_original, convert_to_original
     from ..processor import MMInterleavedProcessor
 
@@ -69,6 +92,23 @@ def convert(
     output.print(f"written: {target}")
     if not to_original and tokenizer is None:
         console.print("[yellow]note:[/] without --tokenizer the folder holds no processor; add one before generating")
+
+
+def _merge(adapters: list[Path], base: str, target: Path, dtype: str | None, allow_other_base: bool) -> None:
+    """Write the model `base` with adapters in its weights."""
+    from ..adapters.loading import load_adapters, merge_adapters
+
+    with atomic_folder(target) as folder:
+        loaded = load_model(base, None, None, None)
+        with console.status("merging"):
+            load_adapters(loaded.model, adapters, loaded.processor, allow_other_base, keep_float32=True)
+            merge_adapters(loaded.model)
+            if dtype is not None:
+                loaded.model.to(find_dtype(dtype))
+                loaded.model.image_decoder.vae.float()  # it always computes in float32
+            loaded.model.save_pretrained(folder)
+            loaded.processor.save_pretrained(folder)
+    output.print(f"written: {target}")
 
 
 def read_config(name: str) -> MMInterleavedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from ..io import OutputError, lock_folder
 from .console import console, output
 from .errors import UsageError
-from .models import check_cpu, find_dtype, load_model
+from .models import Adapters, check_cpu, find_dtype, load_model
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -28,6 +29,7 @@ Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replaces 
 def evaluate_command(
     config: Annotated[Path, typer.Argument(help="YAML file of an evaluation; see configs/.", metavar="CONFIG")],
     settings: Settings = None,
+    adapter: Adapters = None,
     device: Annotated[str | None, typer.Option(help="cpu, or by default a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in the folder.")] = False,
 ) -> None:
@@ -42,6 +44,8 @@ def evaluate_command(
     from .gallery import write_gallery
 
     loaded = load_config(config, EvaluateConfig, settings or [])
+    if adapter:
+        loaded = replace(loaded, adapters=[*loaded.adapters, *map(str, adapter)])
     check_cpu(device)
     state = start_processes(cpu=device == "cpu" or not torch.cuda.is_available())
     folder = Path(loaded.output)
@@ -50,7 +54,8 @@ def evaluate_command(
         if overwrite:
             on_main(state, lambda: remove_results(folder))
         dtype, quiet = find_dtype(loaded.dtype) if loaded.dtype else None, not state.is_main_process
-        model = load_model(loaded.model, dtype, state.device, loaded.quantization, quiet)
+        model = load_model(loaded.model, dtype, state.device, loaded.quantization, quiet, loaded.adapters,
+                           loaded.allow_other_base)  # fmt: skip
         if not model.trained and state.is_main_process:
             console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: its outputs are noise")
         results = evaluate(

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..io import InputError, lock_folder
 from .console import console, output
 from .errors import UsageError
-from .models import DTYPES, find_device, find_dtype, find_quantization, load_model
+from .models import DTYPES, Adapters, AllowOtherBase, find_device, find_dtype, find_quantization, load_model
 
 if TYPE_CHECKING:
     from ..document import Document
@@ -35,6 +35,8 @@ def generate(
         Path, typer.Option("--output", "-o", help="Folder for images, results.json, report.html.")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
+    adapter: Adapters = None,
+    allow_other_base: AllowOtherBase = False,
     seed: Annotated[int | None, typer.Option(help="Seed of texts and images; the original's images have 42.")] = None,
     preset: Annotated[
         str, typer.Option(help="How text is generated: default, caption, vqa, paragraph, interleaved.")
@@ -71,7 +73,7 @@ def generate(
     documents = load_documents(source, image_root, look_in=[Path.cwd()])
     for document in documents:
         _check_images(document)
-    loaded = load_model(model, kind, where, matrices)
+    loaded = load_model(model, kind, where, matrices, adapters=adapter or [], allow_other_base=allow_other_base)
     try:
         generator = InterleavedGenerator(loaded.model, loaded.processor, chosen)
         prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used

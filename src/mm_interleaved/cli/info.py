@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..io import close_name
@@ -22,13 +23,20 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="release, small, debug, or the folder of a checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(help="release, small, debug, or the folder of a checkpoint or of an adapter.")
+    ],
     images: Annotated[int, typer.Option(help="Visible images in the cost of a token.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Denoising steps in the cost of an image.", min=1)] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show parameters by part, memory by type, and the cost of a token and of an image. Needs no weights."""
+    """Show parameters by part, memory by type, and the cost of a token and of an image; or what an adapter is."""
+    from ..adapters.folder import is_adapter
     from ..model.cost import measure
+
+    if is_adapter(Path(model)):
+        _show_adapter(Path(model), as_json)
+        return
 
     config = _config(model)
     if images >= config.mmfs.max_images:
@@ -43,6 +51,19 @@ def info(
     output.print(_parts_table(model, cost))
     output.print(_memory_table(cost))
     output.print(_cost_table(config, cost))
+
+
+def _show_adapter(folder: Path, as_json: bool) -> None:
+    from ..adapters.folder import describe_adapter, read_adapter
+
+    about = describe_adapter(read_adapter(folder))
+    if as_json:
+        print(json.dumps(about, indent=2, ensure_ascii=False))
+        return
+    table = Table(title=f"{folder}: a LoRA adapter", title_justify="left", show_header=False)
+    for name, value in about.items():
+        table.add_row(name, escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    output.print(table)
 
 
 def _config(model: str) -> MMInterleavedConfig:

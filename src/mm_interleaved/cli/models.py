@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.markup import escape
 
 from ..io import InputError
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
     from ..pretrained import Loaded
 
 DTYPES = ("float32", "bfloat16", "float16")
+Adapters = Annotated[
+    list[Path] | None, typer.Option("--adapter", help="Folder of an adapter for the model; several are added up.")
+]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Accept an adapter that was trained on another model.")
+]
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -85,8 +94,10 @@ def load_model(
     device: torch.device | None,
     quantization: Quantization | None,
     quiet: bool = False,
+    adapters: Sequence[str | Path] = (),
+    allow_other_base: bool = False,
 ) -> Loaded:
-    """Load a model and its processor.
+    """Load a model, its adapters and its processor.
 
     Args:
         name: a model of the package, or the folder of a checkpoint.
@@ -94,15 +105,17 @@ def load_model(
         device: device of the weights.
         quantization: one of `QUANTIZATIONS`; None: no quantization.
         quiet: whether to hide the progress.
+        adapters: folders of adapters, whose updates are added.
+        allow_other_base: accept adapters that were trained on another model.
 
     Raises:
-        UsageError: it cannot be loaded.
+        UsageError: it cannot be loaded, or an adapter cannot be used.
     """
     from ..pretrained import load
 
     try:
         with nullcontext() if quiet else console.status(f"loading {escape(name)}"):
-            return load(name, dtype, device, quantization)
+            return load(name, dtype, device, quantization, adapters, allow_other_base)
     except InputError:
         raise
     except (ValueError, RuntimeError, OSError) as error:  # the libraries' errors for folders that they cannot load

@@ -93,6 +93,8 @@ class EvaluateConfig(TaskSuite):
     Attributes:
         output: folder of the results.
         model: `small`, `debug`, or the folder of a checkpoint.
+        adapters: folders of adapters for the model, whose updates are added.
+        allow_other_base: accept adapters that were trained on another model with the same layers.
         dtype: type of the weights; None: their type in the checkpoint.
         quantization: int8 or fp8 for the language model's large matrices; None: none.
         gallery: number of samples in a task's gallery, half with the lowest scores, half spread over the rest; 0: none.
@@ -100,6 +102,8 @@ class EvaluateConfig(TaskSuite):
 
     output: str
     model: str = "small"
+    adapters: list[str] = field(default_factory=list)
+    allow_other_base: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantization: Quantization | None = None
     gallery: Count = 200

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from ..adapters.loading import adapter_settings
 from ..configuration import to_yaml
 from ..generation import MMInterleaved
 from ..io import InputError, read_json, write_atomic, write_json, write_json_lines
@@ -194,10 +195,12 @@ def identity(config: TaskSuite, task: Task, digest: str, samples: Sequence[Sampl
 
 
 def weights_digest(model: MMInterleaved) -> str:
-    """SHA-256 of the configuration and of all weights with their names and types."""
+    """SHA-256 of the configuration, of all weights with their names and types, and of how adapters are scaled."""
     tree = {
         k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")
     }
+    if adapters := adapter_settings(model):
+        tree["adapters"] = adapters
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

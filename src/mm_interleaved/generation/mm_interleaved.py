@@ -6,12 +6,16 @@ Axes: B rows of the batch, L tokens, I images, h and w height and width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
+from ..adapters.folder import read_adapter
+from ..adapters.loading import NAME, load_adapter
 from ..document import Document
 from ..model import MMInterleavedModel
 from ..model.layout import ImagePositions, find_images, previous_images, visible_images
@@ -58,6 +62,38 @@ class MMInterleaved(MMInterleavedModel):
                                 slots=min(of_a_row, self.config.mmfs.max_images - 1), images=images)  # fmt: skip
         state.prefill(batch["input_ids"], batch["attention_mask"], pixels)
         return state
+
+    def load_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]  # nothing is loaded without being checked
+        self,
+        peft_model_id: str | Path,
+        adapter_name: str | None = None,
+        *,
+        is_trainable: bool = False,
+        allow_other_base: bool = False,
+        load_config: object = None,
+        adapter_kwargs: object = None,
+    ) -> LoadStateDictInfo:
+        """Load a LoRA adapter, in place, and make it the active one, as in transformers.
+
+        `set_adapter`, `disable_adapters`, `delete_adapter` and `save_pretrained` are those of transformers.
+
+        Args:
+            peft_model_id: the folder of the adapter.
+            adapter_name: its name in the model; None: "default".
+            is_trainable: whether its weights are trained further.
+            allow_other_base: accept an adapter that was trained on another model with the same layers.
+            load_config, adapter_kwargs: passed by `from_pretrained`; a folder needs neither.
+
+        Returns:
+            That no weight is missing or unexpected.
+
+        Raises:
+            InputError: it cannot be used, or was trained on another model; this one is unchanged then.
+        """
+        load_adapter(self, read_adapter(Path(peft_model_id)), adapter_name or NAME, trainable=is_trainable,
+                     allow_other_base=allow_other_base)  # fmt: skip
+        return LoadStateDictInfo(missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), error_msgs=[],
+                                 conversion_errors={}, skipped_pp_keys=set())  # fmt: skip
 
     def generate_text(
         self, batch: Batch, settings: TextSettings | None = None, generator: torch.Generator | None = None

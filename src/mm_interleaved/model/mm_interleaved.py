@@ -204,16 +204,17 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             name, found, wanted = sorted(info["mismatched_keys"])[0]
             raise ValueError(f"the checkpoint has {len(info['mismatched_keys'])} weights of another shape, among them "
                              f"{name}: {list(found)} instead of {list(wanted)}")  # fmt: skip
-        model.freeze()  # loading makes new parameters
+        if not model._hf_peft_config_loaded:  # an adapter has its own frozen parameters
+            model.freeze()  # loading makes new parameters
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As everywhere in transformers.
+        """As everywhere in transformers; with an adapter, only that is written.
 
         Raises:
             ValueError: the weights are quantized, see `quantize`.
         """
-        if is_quantized(self):
+        if is_quantized(self) and not self._hf_peft_config_loaded:
             raise ValueError("quantized weights cannot be saved; keep the checkpoint and quantize it when it is loaded")
         super().save_pretrained(*args, **kwargs)
 

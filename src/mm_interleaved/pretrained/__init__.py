@@ -6,6 +6,7 @@ loaded.model, loaded.processor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import PROCESSOR_NAME
 
+from ..adapters.folder import is_adapter
+from ..adapters.loading import load_adapters
 from ..checkpoints.checkpoint import check_folder, check_tokenizer
 from ..checkpoints.quantization import Quantization, quantize
 from ..generation import MMInterleaved
@@ -40,7 +43,7 @@ class Loaded:
         model: the model, in evaluation mode.
         processor: its processor.
         trained: False: the weights are random, since the package has none yet.
-        name: the name it was loaded by, and its quantization.
+        name: the name it was loaded by, its adapters and its quantization.
     """
 
     model: MMInterleaved
@@ -51,9 +54,9 @@ class Loaded:
 
 def load(
     name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-    quantization: Quantization | None = None,
+    quantization: Quantization | None = None, adapters: Sequence[str | Path] = (), allow_other_base: bool = False,
 ) -> Loaded:  # fmt: skip
-    """Load a model and its processor.
+    """Load a model and its processor, and adapters for it.
 
     Args:
         name: `small`, `debug`, the name of a plug-in's model, or a folder that `save_pretrained` or
@@ -61,10 +64,13 @@ def load(
         dtype: type of the weights; None: float32 for a named model, the stored type for a folder.
         device: the device; None: the CPU.
         quantization: "int8" or "fp8" for the language model's large matrices, see `quantize`; None: none.
+        adapters: folders of adapters, whose updates are added to each other; the processor gets their crop and
+            template.
+        allow_other_base: accept adapters that were trained on another model with the same layers.
 
     Raises:
-        ValueError: the model does not exist, one of its files (which the message names) is missing or damaged, or it
-            cannot be quantized.
+        ValueError: the model does not exist, one of its files (which the message names) is missing or damaged, it
+            cannot be quantized, or an adapter does not belong to it.
     """
     named = str(name) in MODELS
     folder = MODELS[str(name)] if named else Path(name)
@@ -78,16 +84,21 @@ def load(
             model.to(dtype)
             model.image_decoder.vae.float()  # as in `from_pretrained`
         trained = False
+    elif is_adapter(folder):
+        raise InputError(f"'{name}' is an adapter, not a model",
+                         fix="Give its base as the model, and it with --adapter or load(base, adapters=[...])"
+                         )  # fmt: skip
     elif named or folder.is_dir():
         raise ValueError(f"model '{name}' has no config.json in '{folder}'; give the folder of a checkpoint")
     else:
         unknown = MODELS.unknown(str(name))
         raise InputError(f"{unknown.problem}, and no folder has this name", fix=unknown.fix)
+    load_adapters(model, [Path(adapter) for adapter in adapters], processor, allow_other_base)
     if quantization is not None:
         quantize(model, quantization)
     if device is not None:
         model.to(device)
-    shown = str(name) if quantization is None else f"{name} ({quantization})"
+    shown = " + ".join(map(str, (name, *adapters))) + ("" if quantization is None else f" ({quantization})")
     return Loaded(model.eval(), processor, trained, shown)
 
 

@@ -25,11 +25,12 @@ from ..pretrained import TOKENIZER
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from ..processor.tokenizer import add_image_tokens
 from ..validation import nearest_name
+from .adapters import attach_adapter
 from .config import FRESH, ModelConfig, ModelPart, TrainConfig, WeightsConfig
 
 
 def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
-    """Build the model and the processor of a run. The parts of `freeze` are frozen.
+    """Build the model and the processor of a run. The parts of `freeze` are frozen; with an adapter, all of the model.
 
     Trainable weights are float32. Frozen ones have the run's `precision`, and those of the VAE `losses.vae_dtype`.
 
@@ -45,6 +46,7 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
         torch.manual_seed(config.seed)
         model = initial_model(source, model_config)
     freeze_parts(model, config.freeze)
+    attach_adapter(model, config, frozen_layers(model, config.freeze))
     set_types(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
@@ -96,6 +98,12 @@ def freeze_parts(model: nn.Module, parts: Sequence[ModelPart]) -> None:
             parameter.requires_grad_(False)
 
 
+def frozen_layers(model: nn.Module, parts: Sequence[ModelPart]) -> set[str]:
+    """Names of the modules of these parts."""
+    patterns = [re.compile(PARTS[part]) for part in parts]
+    return {name for name, _ in model.named_modules() if any(pattern.match(name) for pattern in patterns)}
+
+
 def count_trained(config: TrainConfig) -> list[Part]:
     """The parameters of a run's model by part, and how many of them are trained. No weight is allocated.
 
@@ -105,6 +113,8 @@ def count_trained(config: TrainConfig) -> list[Part]:
     with torch.device("meta"):
         model = MMInterleaved(build_config(config.model, TOKENIZER))
     freeze_parts(model, config.freeze)
+    if config.adapter is not None and config.adapter.init_from is None:
+        attach_adapter(model, config, frozen_layers(model, config.freeze))
     return count_parts(model)
 
 

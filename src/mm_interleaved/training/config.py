@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ..adapters.settings import AdapterSettings
 from ..data.config import DataConfig, ReplayConfig
 from ..evaluation.config import TaskSuite, task_name
 from ..validation import Count, Decay, NonNegativeFloat, Positive, PositiveFloat, Seed, Share, settings
@@ -394,6 +395,7 @@ class TrainConfig(RunConfig):
 
     Attributes:
         model: the model.
+        adapter: the adapter that is trained in place of the model's own weights; None: these are trained.
         freeze: parts that are not trained: `llm` (language model and text head), `vision` (visual tokenizer),
             `image_decoder` (resampler and UNet), each without its synchronizers, and `mmfs` (all synchronizers).
         data: the training data.
@@ -410,6 +412,7 @@ class TrainConfig(RunConfig):
     """
 
     model: ModelConfig
+    adapter: AdapterSettings | None = None
     freeze: list[ModelPart] = field(default_factory=list)
     data: DataConfig
     replay: ReplayConfig | None = None
@@ -433,6 +436,8 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.training_data  # raises an error if names are equal
+        if self.adapter is not None:
+            self._check_adapted(self.model)
         if self.epochs is not None and self.data.sampling == "forever":
             raise ValueError("'epochs' needs data that end, and 'data.sampling: forever' never does; give 'steps'")
         if self.early_stopping is not None:
@@ -454,6 +459,16 @@ class TrainConfig(RunConfig):
         if self.evaluate_every and self.fsdp:
             raise ValueError("'evaluate_every' needs whole weights, which a process does not have with 'fsdp'; "
                              "evaluate the checkpoints with mmi evaluate")  # fmt: skip
+
+    @staticmethod
+    def _check_adapted(model: ModelConfig) -> None:
+        """An adapter belongs to the weights of one folder."""
+        if model.init_from.checkpoint is None:
+            raise ValueError("'adapter' needs a checkpoint as its base: give 'model.init_from.checkpoint' "
+                             "(mmi assemble makes one of base components)")  # fmt: skip
+        if model.weights or not (model.mmfs.llm and model.mmfs.unet):
+            raise ValueError("'adapter' needs the weights of the checkpoint as they are: leave out 'model.weights' and "
+                             "'model.mmfs'")  # fmt: skip
 
     def _check_stopping(self, stopping: EarlyStoppingConfig) -> None:
         if self.evaluation is None or not self.evaluate_every:

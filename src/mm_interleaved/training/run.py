@@ -22,6 +22,7 @@ from ..io import InputError, atomic_folder, lock_folder, read_json, write_atomic
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
+from .adapters import TrainedAdapter
 from .arguments import training_arguments
 from .building import build
 from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
@@ -91,10 +92,15 @@ def train(
         pipeline = pipeline_of(config.training_data, config.seed)
         length = length_of_run(config, pipeline.loader, args, console)
         args.max_steps = length.steps
+        adapter = TrainedAdapter.of(config, model, processor)
         trainer = RunTrainer(
-            model, args, config, pipeline, evaluation, processor.save_pretrained, cost,
+            model, args, config, pipeline, evaluation,
+            processor.save_pretrained if adapter is None else adapter.save_info, cost,
             distillation, branches_of(config) if config.fsdp else None,
         )  # fmt: skip
+        trainer.adapter = adapter
+        if adapter is not None:
+            console.print(adapter.describe(), highlight=False)
         trainer.steps_per_epoch = length.steps_per_epoch
         finish = lambda folder: save_final(trainer, model, processor, folder)  # noqa: E731
         trainer.write_best = finish
@@ -243,14 +249,17 @@ def destroy_process_group() -> None:
 
 
 def save_final(trainer: RunTrainer, model: MMInterleaved, processor: MMInterleavedProcessor, folder: Path) -> None:
-    """Write the trained model, with averaged weights if there are any, as a model folder."""
+    """Write the trained model or adapter, with averaged weights if there are any, as a folder of its own."""
     with trainer.averaged():
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             trainer.save_gathered(folder)
         elif trainer.args.should_save:
             with atomic_folder(folder, replace=True) as aside:
-                model.save_pretrained(aside)
-                processor.save_pretrained(aside)
+                if trainer.adapter is not None:
+                    trainer.adapter.save(aside)
+                else:
+                    model.save_pretrained(aside)
+                    processor.save_pretrained(aside)
 
 
 def compile_regions(model: nn.Module, which: str = "regional", backend: str = "inductor") -> None:

@@ -20,6 +20,7 @@ from ..configuration import to_yaml
 from ..io import put_in_place, write_atomic, write_json, writing
 from ..model import MMInterleavedModel
 from . import checkpoints, sharding
+from .adapters import TrainedAdapter
 from .config import RunConfig, TrainingError
 from .distillation import ConditionDistillation
 from .ema import EMA
@@ -40,7 +41,8 @@ class RunTrainer(Trainer):
     """Trains a model that returns `loss`, and optionally parts of it (`loss_*`) and measures.
 
     Besides the Trainer's public methods it overrides two that choose the folder of a checkpoint (`_save_checkpoint`,
-    `_get_output_dir`), because a checkpoint must not get its name before it is complete.
+    `_get_output_dir`), because a checkpoint must not get its name before it is complete, and one that loads its weights
+    (`_load_from_checkpoint`), because the Trainer knows no adapter that is a part of the model.
 
     Args:
         model: the model; frozen parameters stay frozen.
@@ -55,6 +57,7 @@ class RunTrainer(Trainer):
 
     Attributes:
         captured: runs captured training steps; None: steps are not captured.
+        adapter: the adapter that is trained; None: the model's own weights are.
         stopping: follows a task metric; None: no checkpoint is the best.
         write_best: writes a model folder with the averaged weights; used for the best one where there is an average.
         steps_per_epoch: for the log; None: not known.
@@ -76,6 +79,7 @@ class RunTrainer(Trainer):
         self.distillation, self.branches = distillation, branches
         self.cost, self.peak = cost, peak_flops(args.device, config.peak_tflops)
         self.captured: CapturedStep | None = None
+        self.adapter: TrainedAdapter | None = None
         self.stopping: EarlyStopping | None = None
         self.write_best: Callable[[Path], object] = lambda folder: None
         self.steps_per_epoch: float | None = None
@@ -289,6 +293,12 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
                 put_in_place(aside, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.adapter.load(Path(resume_from_checkpoint))
 
     def load_weights(self, folder: Path) -> None:
         """The weights of a checkpoint, where nothing is left to train."""
