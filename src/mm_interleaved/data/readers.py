@@ -370,22 +370,35 @@ def kind_of(problem: str) -> str:
 # ---- types
 
 
-def _of_files(reader: Callable[[SourceConfig, Shards, ImageFolder], Reader],
-              shards: Callable[[Path, Sequence[str]], Shards] = LineShards) -> SourceType:  # fmt: skip
+def folders(config: SourceConfig, folder: Path) -> tuple[Path, ImageFolder]:
+    """The folder of the files of a source, and that of its images.
+
+    Raises:
+        DataError: one of them does not exist.
+    """
+    root = folder / config.root
+    image_root = root if config.image_root is None else folder / config.image_root
+    for path in (root, image_root):
+        if not path.is_dir():
+            why = f"{path} is a file, and a folder is needed" if path.is_file() else f"there is no folder {path}"
+            raise DataError(f"source '{config.name}': {why}")
+    return root, ImageFolder(image_root.resolve(), config.probe_images)
+
+
+def of_files(
+    reader: Callable[[SourceConfig, Any, ImageFolder], Reader],
+    shards: Callable[[Path, Sequence[str]], Any] = LineShards,
+    samples: bool = False,
+) -> SourceType:
     """The type of sources whose records and images lie in files."""
 
     def make(config: SourceConfig, options: None, folder: Path) -> Reader:
-        root = folder / config.root
-        image_root = root if config.image_root is None else folder / config.image_root
-        for path in (root, image_root):
-            if not path.is_dir():
-                why = f"{path} is a file, and a folder is needed" if path.is_file() else f"there is no folder {path}"
-                raise DataError(f"source '{config.name}': {why}")
+        root, images = folders(config, folder)
         names = [name for pattern in config.shards for name in expand(pattern, root)]
-        return reader(config, shards(root, names), ImageFolder(image_root.resolve(), config.probe_images))
+        return reader(config, shards(root, names), images)
 
-    return SourceType(make)
+    return SourceType(make, samples=samples)
 
 
-MMC4_TYPE, PAIRS_TYPE, DOCUMENTS_TYPE = _of_files(MMC4), _of_files(Pairs), _of_files(Documents)
-WEBDATASET_TYPE = _of_files(WebDataset, TarShards)
+MMC4_TYPE, PAIRS_TYPE, DOCUMENTS_TYPE = of_files(MMC4), of_files(Pairs), of_files(Documents)
+WEBDATASET_TYPE = of_files(WebDataset, TarShards)

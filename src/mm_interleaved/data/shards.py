@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import itertools
+import json
 import re
 import tarfile
 import zipfile
@@ -20,6 +21,7 @@ from .report import DataError, Rejected
 DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError)
 _SAMPLE_FILE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -232,3 +234,102 @@ def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     else:
         with path.open("rb") as file:
             yield file
+
+
+class RecordFiles(LineShards):
+    """JSON lines as in `LineShards`, and files with one JSON list, whose items are the records.
+
+    A list is a file `.json` that begins with `[`. It is scanned once for the places of its items, and these are read
+    when they are needed.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        super().__init__(root, names)
+        self._places: dict[int, list[tuple[int, int]] | None] = {}
+
+    def place(self, record: Record) -> str:
+        """File and line, or number of the record in a list."""
+        if self._places.get(record.shard) is None:
+            return super().place(record)
+        return f"{self.names[record.shard]}, record {record.line}"
+
+    def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
+        """Records from `offset` on, which is that of `line`; raises `Rejected` as `LineShards.records`."""
+        with _guard(self.names[shard]):
+            places = self._list_places(shard)
+        if places is None:
+            yield from super().records(shard, offset, line)
+            return
+        with _guard(self.names[shard]), self._path(shard).open("rb") as file:
+            for number in range(line, len(places)):
+                start, end = places[number]
+                file.seek(start)
+                yield Record(shard, start, number, end, file.read(end - start))
+
+    def count(self) -> int:
+        """The number of records of all shards that can be read."""
+        total = 0
+        for shard in range(len(self.names)):
+            try:
+                with _guard(self.names[shard]):
+                    places = self._list_places(shard)
+                    total += sum(1 for _ in super().records(shard)) if places is None else len(places)
+            except Rejected:
+                continue  # it is counted as missing or damaged when it is read
+        return total
+
+    def _list_places(self, shard: int) -> list[tuple[int, int]] | None:
+        """Where the items of a list start and end, in bytes; None: the file has lines."""
+        if shard not in self._places:
+            path = self._path(shard)
+            self._places[shard] = _item_places(path.read_bytes()) if path.suffix == ".json" else None
+        return self._places[shard]
+
+
+def _item_places(data: bytes) -> list[tuple[int, int]] | None:
+    """Where the items of a JSON list start and end, in bytes; None: the data are no list.
+
+    Raises:
+        OSError: the list is damaged.
+    """
+    if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise OSError(f"byte {error.start} is not UTF-8") from None
+    scan = json.JSONDecoder().raw_decode
+    places: list[tuple[int, int]] = []
+    position = _after_space(text, text.index("[") + 1)
+    while text[position : position + 1] != "]":
+        try:
+            _, end = scan(text, position)
+        except (ValueError, RecursionError) as error:
+            raise OSError(f"the list is no JSON from item {len(places)} on: {error}") from None
+        places.append((position, end))
+        position = _after_space(text, end)
+        if text[position : position + 1] == ",":
+            position = _after_space(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise OSError(f"the list ends after item {len(places) - 1}")
+    if _after_space(text, position + 1) < len(text):
+        raise OSError("there is more after the end of the list")
+    return places if len(text) == len(data) else _in_bytes(text, places)
+
+
+def _after_space(text: str, position: int) -> int:
+    """The position of the next character that is no white space."""
+    found = _SPACE.match(text, position)
+    return position if found is None else found.end()
+
+
+def _in_bytes(text: str, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Places in the UTF-8 form of a text."""
+    done, at = 0, 0
+    found: list[tuple[int, int]] = []
+    for start, end in places:
+        first = at + len(text[done:start].encode())
+        at = first + len(text[start:end].encode())
+        found.append((first, at))
+        done = end
+    return found

@@ -39,4 +39,6 @@ SOURCES: Registry[SourceType] = Registry("mm_interleaved.sources", "source type"
     "webdataset": "mm_interleaved.data.readers:WEBDATASET_TYPE",
     "documents": "mm_interleaved.data.readers:DOCUMENTS_TYPE",
     "task": "mm_interleaved.data.task_source:TYPE",
+    "messages": "mm_interleaved.data.messages:TYPE",
+    "imagefolder": "mm_interleaved.data.image_folder:TYPE",
 })  # fmt: skip

@@ -165,6 +165,8 @@ def _segment_to_dict(segment: Segment, index: int) -> dict[str, Any]:
         data: dict[str, Any] = {"text": segment.text}
         if segment.attached:
             data["attached"] = True
+        if segment.boxes:
+            data["boxes"] = [{"at": start, "box": list(b.sides), "image": b.image} for start, b in segment.boxes]
     else:
         data = {"image": _path_text(segment.source, index)}
         if segment.target is not None:

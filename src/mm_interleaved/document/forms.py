@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from ..io import InputError, check_list, check_strings, check_type
+from .boxes import Box
 from .checks import check_fields, listed, positive
 from .folder import Folder
 from .segments import ROLES, Image, Segment, Text
 
-SEGMENT_FIELDS = ("text", "image", "supervise", "role", "attached", "target")
+SEGMENT_FIELDS = ("text", "image", "supervise", "role", "attached", "target", "boxes")
+MESSAGE_FIELDS = ("role", "content", "loss")
 DOCUMENT_FIELDS = ("segments", "id", "max_turns", "forced_texts", "stop_at_eos")
 RECORD_FIELDS = (
     "sentences", "images", "sentence_ixs", "image_first", "generate_mode", "num_iter", "multiround_context", "id",
@@ -59,9 +61,12 @@ def _from_segments(data: dict[str, Any], folder: Folder) -> Fields:
         role = _check_role(item.get("role"), f"{where}.role")
         if "text" in item:
             text = item["text"] if item["text"] is None else check_type(item["text"], str, f"{where}.text")
-            segments.append(
-                Text(text, supervise, role, check_type(item.get("attached", False), bool, f"{where}.attached"))
-            )
+            attached = check_type(item.get("attached", False), bool, f"{where}.attached")
+            boxes = _boxes(item.get("boxes", []), f"{where}.boxes")
+            try:
+                segments.append(Text(text, supervise, role, attached, boxes=boxes))
+            except InputError as error:
+                raise error.at(where) from None
             continue
         source, target = (
             None if item.get(key) is None else folder.image(item[key], f"{where}.{key}") for key in ("image", "target")
@@ -79,6 +84,23 @@ def _from_segments(data: dict[str, Any], folder: Folder) -> Fields:
     }
 
 
+def _boxes(value: Any, where: str) -> tuple[tuple[int, Box], ...]:
+    """The boxes of a text: [{"at": first character, "box": [x1, y1, x2, y2], "image": its number}]."""
+    found: list[tuple[int, Box]] = []
+    for index, item in enumerate(check_type(value, list, where)):
+        place = f"{where}[{index}]"
+        check_fields(check_type(item, dict, place), ("at", "box", "image"), place)
+        sides = check_list(item.get("box"), float, f"{place}.box")
+        if len(sides) != 4:
+            raise InputError(f"a box has 4 sides, not {len(sides)}", f"{place}.box", "Write [x1, y1, x2, y2]")
+        start, image = (check_type(item.get(key, 0), int, f"{place}.{key}") for key in ("at", "image"))
+        try:
+            found.append((start, Box(*sides, image=image)))
+        except InputError as error:
+            raise error.at(place) from None
+    return tuple(found)
+
+
 def _check_role(role: Any, where: str) -> str | None:
     if role is not None and check_type(role, str, where) not in ROLES:
         raise InputError(f"unknown role {role!r}", where, f"Roles are {', '.join(ROLES)}")
@@ -90,20 +112,30 @@ def _from_messages(data: dict[str, Any], folder: Folder) -> Fields:
     segments: list[Segment] = []
     for index, message in enumerate(check_type(data["messages"], list, "messages")):
         where = f"messages[{index}]"
-        check_fields(check_type(message, dict, where), ("role", "content"), where)
+        check_fields(check_type(message, dict, where), MESSAGE_FIELDS, where)
         role = _check_role(check_type(message.get("role"), str, f"{where}.role"), f"{where}.role")
+        learned = _is_learned(message.get("loss"), role, f"{where}.loss")
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part_index, part in enumerate(check_type(parts, list, f"{where}.content")):
             place = f"{where}.content[{part_index}]"
-            segments.append(_from_part(check_type(part, dict, place), role, folder, place))
+            segments.append(_from_part(check_type(part, dict, place), role, learned, folder, place))
     if not segments:
         raise InputError("a conversation needs at least one message", "messages")
     return {"segments": segments, "id": _name(data)}
 
 
-def _from_part(part: dict[str, Any], role: str | None, folder: Folder, where: str) -> Segment:
-    supervise = role == "assistant"
+def _is_learned(loss: Any, role: str | None, where: str) -> bool:
+    """Whether a message is learned: what the assistant says is, unless its `loss` is false."""
+    speaks = role == "assistant"
+    if loss is None:
+        return speaks
+    if check_type(loss, bool, where) and not speaks:
+        raise InputError(f"a message of the {role} cannot be learned", where, "Only the assistant's messages can")
+    return loss
+
+
+def _from_part(part: dict[str, Any], role: str | None, supervise: bool, folder: Folder, where: str) -> Segment:
     kind = check_type(part.get("type"), str, f"{where}.type", "Kinds are text, image and image_url")
     if kind == "text":
         return Text(check_type(part.get("text"), str, f"{where}.text"), supervise, role)

@@ -6,6 +6,7 @@ Axes: B rows of the batch, L tokens of a row, I images, h and w height and width
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -196,8 +197,8 @@ class MMInterleavedProcessor(ProcessorMixin):
 
         Images that boxes are in are stretched to squares, and never cropped.
 
-        Only the messages of the assistant are learned. A conversation that ends with the user, or with open slots of
-        the assistant, gets the generation prompt of the template.
+        Only the messages of the assistant are learned, without the segments that are not supervised. A conversation
+        that ends with the user, or with open slots of the assistant, gets the generation prompt of the template.
 
         Raises:
             InputError: only some segments have roles, an open slot is not at the end, or an image that a box is in
@@ -218,9 +219,10 @@ class MMInterleavedProcessor(ProcessorMixin):
         # The template gets the positions of images, not their content.
         unnamed: list[Segment] = [Image("", role=s.role) if isinstance(s, Image) else s for s in segments]
         messages = _mark_texts(Document(unnamed).to_messages())
+        spoken = [list(group) for _, group in itertools.groupby(segments, key=lambda segment: segment.role)]
         written: list[Segment] = []
         said = ""
-        for index, message in enumerate(messages):
+        for index, (message, parts) in enumerate(zip(messages, spoken, strict=True)):
             now = self._write(messages[: index + 1])
             if not now.startswith(said):
                 raise InputError("the chat template rewrites earlier messages; it must only add to them")
@@ -229,8 +231,12 @@ class MMInterleavedProcessor(ProcessorMixin):
             if speaks and index:
                 header = self._write(messages[:index], prompt=True)[len(said) :]
                 header = header if added.startswith(header) else ""
+            elif speaks:  # many templates cannot write the prompt of no messages
+                header = re.split(f"{_OPEN}|{re.escape(IMAGE_TOKEN)}", added, maxsplit=1)[0].rstrip()
             written += _with_images(header, images, supervise=False)
-            written += _with_images(added[len(header) :], images, supervise=speaks)
+            shown = [part for part in parts if isinstance(part, Image) or (part.text or "").strip()]
+            learned = [speaks and part.supervise for part in shown]
+            written += _with_images(added[len(header) :], images, supervise=learned or [speaks])
             said = now
         if slots or not messages or messages[-1]["role"] != "assistant":
             prompt = self._write(messages, prompt=True) if messages else ""
@@ -622,16 +628,25 @@ def _mark_texts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Segment]:
+def _with_images(text: str, images: Iterator[Image], supervise: bool | Sequence[bool]) -> list[Segment]:
     """The segments of what a template wrote: one image token for each image, and marked texts of messages.
+
+    Args:
+        text: what it wrote.
+        images: the images that are left.
+        supervise: whether this is learned, or for each marked text and image whether it is; what the template wrote
+            after one is as that one.
 
     Raises:
         InputError: there are more image tokens than images.
     """
     segments: list[Segment] = []
+    learned = [supervise] if isinstance(supervise, bool) else list(supervise)
+    current = learned[0]
     for number, stretch in enumerate(re.split(f"(?s){_OPEN}(.*?){_CLOSE}", text)):
         if number % 2:
-            segments.append(Text(stretch, supervise, attached=True))
+            current = learned.pop(0) if len(learned) > 1 else learned[0]
+            segments.append(Text(stretch, current, attached=True))
             continue
         for index, piece in enumerate(re.sub(f"[{_OPEN}{_CLOSE}]", "", stretch).split(IMAGE_TOKEN)):
             if index:
@@ -640,9 +655,10 @@ def _with_images(text: str, images: Iterator[Image], supervise: bool) -> list[Se
                     raise InputError(
                         f"there are more {IMAGE_TOKEN} than images", fix=f"Write one {IMAGE_TOKEN} for each"
                     )
-                segments.append(replace(image, supervise=supervise, role=None))
+                current = learned.pop(0) if len(learned) > 1 else learned[0]
+                segments.append(replace(image, supervise=current, role=None))
             if piece:
-                segments.append(Text(piece, supervise, attached=True, control_tokens=True))
+                segments.append(Text(piece, current, attached=True, control_tokens=True))
     return segments
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 
-from ..document import Image, Text
+from ..document import Box, Image, Text
 from ..io import InputError
 from ..metrics.clip import CLIP
 from ..metrics.image_files import rgb
@@ -65,7 +65,7 @@ def find_neighbours(
 def _image(item: Item, task: Task) -> Path:
     """The first image of an item."""
     for value in item.fields.values():
-        for segment in () if isinstance(value, str) else [value] if isinstance(value, Text | Image) else value:
+        for segment in () if isinstance(value, str | Box) else [value] if isinstance(value, Text | Image) else value:
             if isinstance(segment, Image) and isinstance(segment.source, Path):
                 return segment.source
     raise InputError("there is no image in a file to compare", item.place or task.name, "Choose another task")
