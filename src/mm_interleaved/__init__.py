@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from .io import InputError, OutputError
     from .model import MMInterleavedConfig
+    from .pipeline import MMInterleavedPipeline, PipelineOutput
     from .processor import Batch, MMInterleavedProcessor, MMInterleavedTokenizer
 
 try:
@@ -49,6 +50,7 @@ _PACKAGES = {
     ),
     "io": ("InputError", "OutputError"),
     "model": ("MMInterleavedConfig",),
+    "pipeline": ("MMInterleavedPipeline", "PipelineOutput"),
     "processor": ("Batch", "MMInterleavedProcessor", "MMInterleavedTokenizer"),
 }  # fmt: skip
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names}
@@ -66,9 +68,11 @@ __all__ = [
     "InputError",
     "MMInterleaved",
     "MMInterleavedConfig",
+    "MMInterleavedPipeline",
     "MMInterleavedProcessor",
     "MMInterleavedTokenizer",
     "OutputError",
+    "PipelineOutput",
     "SegmentFinished",
     "Text",
     "TextDelta",

@@ -12,6 +12,7 @@ import typer
 
 from ..io import InputError, UserError, check_text
 from .bench import bench
+from .chat import chat
 from .console import console
 from .convert import assemble, convert
 from .data import data
@@ -42,6 +43,7 @@ app.command()(train)
 app.command()(finetune)
 app.command()(report)
 app.command()(serve)
+app.command()(chat)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
 
