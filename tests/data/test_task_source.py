@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
+from mm_interleaved.configuration import ConfigError, make_config
 from mm_interleaved.data import DataConfig, DataError, DocumentLoader, SourceConfig, build_loader
 from mm_interleaved.document import Text
 from mm_interleaved.processor import MMInterleavedProcessor
@@ -21,7 +22,7 @@ from mm_interleaved.tasks import TASKS, Item, Source, TaskConfig, TaskType, give
 from mm_interleaved.tasks.base import choose_answer
 
 from .test_resume import same, through_file
-from .world import png, texts
+from .world import png, texts, write_pairs
 
 CAPTIONS = ("one", "two", "three")
 COUNT = 11
@@ -231,3 +232,27 @@ def test_a_choice_of_several_answers_is_even() -> None:
     assert 150 < drawn.count(Text("a")) < 250
     single = choose_answer(item, [[Text("a")]])
     assert single is item
+
+
+def test_sources_come_by_the_square_root_of_their_size(root: Path, processor: MMInterleavedProcessor) -> None:
+    """Nine items against one: three batches against one, for as long as one likes."""
+    sources = [source(root, name="many", prompt="{image}{word}", limit=9), source(root, name="few", limit=1)]
+    sources = [replace(s, packing="single") for s in sources]
+    made = loader(processor, *sources, probabilities="sqrt_size", sampling="forever")
+    assert made.config.probabilities == [3, 1]
+    names = [batch.source for batch in itertools.islice(made, 400)]
+    assert 270 < names.count("many") < 330
+
+
+def test_sizes_that_are_not_known_are_named(root: Path, processor: MMInterleavedProcessor) -> None:
+    names = write_pairs(root / "pairs", 3)
+    pairs = SourceConfig("pairs", root=str(root / "pairs"), shards=names)
+    with pytest.raises(DataError, match="documents of source 'pairs', which sources of type 'pairs' do not know"):
+        loader(processor, source(root), pairs, probabilities="sqrt_size")
+    with pytest.raises(ValueError, match="needs equal 'probabilities'"):
+        DataConfig(sources=[source(root)], probabilities="sqrt_size", fix_sampling_ratio=True)
+    with pytest.raises(ConfigError, match="probabilities"):
+        make_config({"sources": [], "probabilities": "size"}, DataConfig)
+    replayed = replace(pairs, replay=True)
+    made = loader(processor, source(root), replayed, probabilities="sqrt_size", replay_share=0.5)
+    assert made.config.probabilities == [pytest.approx(COUNT**0.5)]

@@ -177,7 +177,8 @@ class DataConfig:
         sources: the sources.
         root: folder where relative paths of the sources start.
         max_length: longest row in tokens, of sources without a `max_length` of their own; None: the model's.
-        probabilities: relative probability of each source without `replay`; empty: all equal.
+        probabilities: relative probability of each source without `replay`; `sqrt_size`: the square root of its number
+            of documents, for sources that know it (`task`, `messages`, `imagefolder`); empty: all equal.
         sampling: when an epoch ends: when every source was exhausted once, where exhausted ones start again
             (`longest`); when all are exhausted (`sum`); when the first is exhausted (`shortest`); never (`forever`, for
             several ranks, whose epochs would end at different times).
@@ -199,7 +200,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     root: str = "."
     max_length: Annotated[int, Field(ge=2)] | None = None
-    probabilities: list[float] = field(default_factory=list)
+    probabilities: list[float] | Literal["sqrt_size"] = field(default_factory=list)
     sampling: Literal["longest", "sum", "shortest", "forever"] = "longest"
     mix: Literal["batch", "row"] = "batch"
     batch_size: Positive = 4
@@ -244,7 +245,8 @@ class DataConfig:
         return dataclasses.replace(self, sources=[*self.sources, *sources], replay_share=replay.share)
 
     def _check_mixture(self) -> None:
-        shares = self.probabilities
+        by_size = isinstance(self.probabilities, str)
+        shares = [] if isinstance(self.probabilities, str) else self.probabilities
         number = len(self.own_sources)
         if not number:
             raise ValueError("all sources are marked as 'replay'; at least one must decide when an epoch ends")
@@ -254,7 +256,7 @@ class DataConfig:
             raise ValueError(f"{len(shares)} 'probabilities' are given for {number} sources")
         if shares and (min(shares) < 0 or sum(shares) <= 0):
             raise ValueError(f"'probabilities' must not be negative, nor all 0, not {shares}")
-        if self.fix_sampling_ratio and len(set(shares)) > 1:
+        if self.fix_sampling_ratio and (by_size or len(set(shares)) > 1):
             raise ValueError("'fix_sampling_ratio' needs equal 'probabilities'")
         weights = {(s.loss_image_weight, s.loss_text_weight) for s in self.sources}
         if self.mix == "row" and len(weights) > 1:

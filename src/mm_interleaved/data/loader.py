@@ -19,7 +19,7 @@ from ..processor import Batch, MMInterleavedProcessor
 from ..processor.packing import TokenStream
 from ..processor.processor import ImageViews
 from .config import DataConfig
-from .mixture import Mixture, MixtureBatch
+from .mixture import Mixture, MixtureBatch, with_sizes
 from .readers import LITERAL, Reader, make_reader
 from .report import DataError, DataReport
 from .stream import Place, SourceStream
@@ -70,9 +70,9 @@ class DocumentLoader:
     def __init__(
         self, config: DataConfig, processor: MMInterleavedProcessor, rank: int, world_size: int, folder: Path
     ) -> None:
-        self.config = config
         self._dataset = _PackedRows(config, processor, rank, world_size, folder)
-        self._dataset.readers()  # raises errors here instead of in a worker
+        readers = self._dataset.readers()  # raises errors here instead of in a worker
+        self.config = self._dataset.config = with_sizes(config, readers)
         self._report = DataReport()
         self._batches = 0  # of this epoch
         self._barren: dict[str, set[int]] = {}

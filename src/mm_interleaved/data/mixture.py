@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..processor.packing import TokenStream
 from .config import DataConfig
+from .readers import Reader
+from .report import DataError
 from .stream import Place, Purpose, SourceStream, generator
 
 
@@ -26,8 +30,30 @@ class MixtureBatch(NamedTuple):
     rows: list[TokenStream]
 
 
+def with_sizes(config: DataConfig, readers: Sequence[Reader]) -> DataConfig:
+    """The settings with numbers for `probabilities: sqrt_size`.
+
+    Raises:
+        DataError: a source does not know its number of documents.
+    """
+    if config.probabilities != "sqrt_size":
+        return config
+    sizes: list[float] = []
+    for source, reader in zip(config.sources, readers, strict=True):
+        if source.replay:
+            continue
+        size = getattr(reader, "size", None)
+        if size is None:
+            problem = f"'probabilities: sqrt_size' needs the number of documents of source '{source.name}'"
+            raise DataError(f"{problem}, which sources of type '{source.type}' do not know; write numbers")
+        sizes.append(math.sqrt(size))
+    return replace(config, probabilities=sizes)
+
+
 def source_weights(config: DataConfig) -> list[float]:
     """The relative probability of each source: `probabilities`, with `replay_share` for the sources with `replay`."""
+    if isinstance(config.probabilities, str):
+        raise ValueError(f"'{config.probabilities}' is replaced by numbers in with_sizes")
     own = iter(config.probabilities or [1.0] * len(config.own_sources))
     weights = [0.0 if source.replay else next(own) for source in config.sources]
     if config.replay_share:
