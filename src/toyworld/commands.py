@@ -40,6 +40,7 @@ def write(
     seed: Seed = 0,
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
     workers: Annotated[int, typer.Option(help="Processes; 0 for one a core. The data do not depend on it.")] = 0,
+    world: Annotated[str, typer.Option(help="base, or shifted: other objects, colors, grounds and words.")] = "base",
 ) -> None:
     """Write a data set in the files and folders of a published one."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -51,7 +52,7 @@ def write(
     from .writers import WriteError, write_dataset
     from .writers.base import Job
 
-    job = Job(count, cast(sampling.Split, split), seed, size)  # write_dataset checks the split
+    job = Job(count, cast(sampling.Split, split), seed, size, world)  # write_dataset checks split and world
     columns = (TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=count)

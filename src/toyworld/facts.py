@@ -17,6 +17,7 @@ from mm_interleaved.tasks.facts import Facts
 
 from .scene import Scene
 from .stories import Frame
+from .worlds import BASE, WORLDS, world_of
 from .writers import ABOUT
 from .writers.base import VERSION, Job
 from .writers.stories import PLACES, story_of
@@ -36,12 +37,12 @@ def find(task: Task) -> Facts | None:
                 about = read_json(path, dict)
             except InputError:
                 return None
-            if not isinstance(about, dict) or about.get("toyworld") != VERSION:
+            if about.get("toyworld") != VERSION or world_of(about) not in WORLDS:
                 return None
-            job = Job(int(about["count"]), about["split"], int(about["seed"]), int(about["size"]))
+            job = Job(int(about["count"]), about["split"], int(about["seed"]), int(about["size"]), world_of(about))
             name = task.kind.name
             metrics = ("scene_captions",) if name in SHOWN else ("scene_images",) if name in DRAWN else ()
-            return Facts("the toy world", metrics, job)
+            return Facts("the toy world" if job.world_name == BASE else f"the {job.world_name} toy world", metrics, job)
     return None
 
 

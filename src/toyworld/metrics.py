@@ -17,7 +17,9 @@ from .facts import drawn_scenes, shown_scenes
 from .language import score_caption
 from .scene import Scene
 from .score import SceneScore, match
+from .shifted import reading
 from .stories import Frame
+from .writers.base import Job
 
 BATCH = 64  # images read at a time
 
@@ -93,10 +95,43 @@ def caption_facts(predictions: Mapping[Hashable, str], references: Mapping[Hasha
 
 def scene_captions(given: ScoringInputs) -> MetricResult:
     """Return what captions say right of the scenes behind the images of a task."""
-    return caption_facts(given.by_id("prediction"), shown_scenes(given.samples, given.facts))
+    scenes = shown_scenes(given.samples, given.facts)
+    if _is_shifted(given):
+        return shifted_captions(given.by_id("prediction"), scenes)
+    return caption_facts(given.by_id("prediction"), scenes)
 
 
 def scene_images(given: ScoringInputs) -> MetricResult:
-    """Return what the detector finds in generated images, against the scenes that a task asks for."""
-    found = SceneImages(device=given.device)(given.images(), drawn_scenes(given.samples, given.facts))
-    return found.grouped(sample_of)
+    """Return what is found in generated images, against the scenes that a task asks for."""
+    scenes = drawn_scenes(given.samples, given.facts)
+    score = shifted_images if _is_shifted(given) else SceneImages(device=given.device)
+    return score(given.images(), scenes).grouped(sample_of)
+
+
+def _is_shifted(given: ScoringInputs) -> bool:
+    return given.facts is not None and isinstance(given.facts.data, Job) and given.facts.data.world_name == "shifted"
+
+
+def shifted_captions(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Scene]) -> MetricResult:
+    """How well texts name the objects of scenes of the shifted world: `objects_f1`, in percent.
+
+    Raises:
+        ValueError: the ids differ.
+    """
+    rows = aligned(predictions, references)
+    return _ratios({key: reading.score_text(text, scene) for key, text, scene in rows}, "objects_f1")
+
+
+def shifted_images(
+    predictions: Mapping[Hashable, ImageLike], references: Mapping[Hashable, Scene | Frame]
+) -> MetricResult:
+    """How well images show scenes of the shifted world: `found_kind_color` and its parts, in percent.
+
+    Raises:
+        ValueError: the ids differ.
+    """
+    found = {}
+    for key, image, asked in aligned(predictions, references):
+        scene = asked.scene if isinstance(asked, Frame) else asked
+        found[key] = reading.score_image(reading.read_image(rgb(image)), scene)
+    return _ratios(found, "found_kind_color")

@@ -123,13 +123,12 @@ def test_samples_show_the_model_before_and_while_it_is_trained(settings, tmp_pat
     run = tmp_path / "run"
     short = ["sample_every=1", "optimizer.lr=1e-30", f"samples.documents={ROOT / 'examples/demo.json'}"]
     train(settings("steps=1", *short), TOKENIZER, "cpu", Colors)
-    assert sorted(p.name for p in (run / "samples").iterdir()) == [
-        "0000000.png", "0000000.txt", "0000001.png", "0000001.txt"
-    ]  # fmt: skip
+    names = {p.name for p in (run / "samples").iterdir()}
+    assert {"0000000.png", "0000000.txt", "0000001.png", "0000001.txt"} <= names
     for kind in ("png", "txt"):  # the weights hardly changed, and the seeds did not
         assert (run / f"samples/0000000.{kind}").read_bytes() == (run / f"samples/0000001.{kind}").read_bytes()
     page = (run / "report.html").read_text()
-    assert page.index("samples/0000000.png") < page.index("samples/0000001.png")
+    assert page.index("samples/0000000_") < page.index("samples/0000001_")
     before = (run / "samples/0000000.png").stat().st_mtime_ns
     train(settings("steps=1", *short), TOKENIZER, "cpu", Colors)
     assert (run / "samples/0000000.png").stat().st_mtime_ns == before

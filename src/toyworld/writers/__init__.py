@@ -14,6 +14,7 @@ from typing import Any
 
 from ..documents import SMALLEST
 from ..sampling import SPLITS
+from ..worlds import BASE, WORLDS
 from . import (
     ade20k,
     captions,
@@ -89,6 +90,7 @@ def _write_into(form: Format, folder: Path, job: Job, workers: int, progress: Ca
             progress(len(batch))
     form.finish(job, results, folder)
     about = {"format": form.name, "count": job.count, "split": job.split, "seed": job.seed, "size": job.size}
+    about |= {} if job.world_name == BASE else {"world": job.world_name}
     (folder / ABOUT).write_text(json.dumps({"toyworld": VERSION, **about}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -121,6 +123,11 @@ def _write_batch(task: tuple[str, Job, range, Path]) -> Any:
 def _check(name: str, job: Job, workers: int) -> None:
     if name not in FORMATS:
         raise WriteError(f"there is no format '{name}'; formats are {', '.join(FORMATS)}")
+    if job.world_name not in WORLDS:
+        raise WriteError(f"there is no world '{job.world_name}'; worlds are {', '.join(WORLDS)}")
+    own = job.world.formats
+    if own is not None and name not in own:
+        raise WriteError(f"the world '{job.world_name}' is not written as '{name}', but as {', '.join(own)}")
     if job.split not in SPLITS:
         raise WriteError(f"there is no split '{job.split}'; splits are {', '.join(SPLITS)}")
     if not SMALLEST <= job.size <= LARGEST:

@@ -12,8 +12,6 @@ import PIL.Image
 
 from mm_interleaved.tasks.ade20k import colored
 
-from ..draw import label_map
-from ..language import caption
 from .base import Format, Job, write_image, write_json
 
 
@@ -23,14 +21,14 @@ def write(job: Job, indices: range, folder: Path) -> list[dict[str, str]]:
     for index in indices:
         scene, rng = job.scene(index)
         name = f"ADE_{job.split}_{job.number(index):08d}"
-        write_image(scene, job.size, folder / "images" / _phase(job) / f"{name}.jpg")
-        labels = label_map(scene, job.size)
+        write_image(job, scene, folder / "images" / _phase(job) / f"{name}.jpg")
+        labels = job.world.label_map(scene, job.size)
         images = {"annotations": PIL.Image.fromarray(labels), "annotations_with_color": colored(labels)}
         for part, image in images.items():
             path = folder / part / _phase(job) / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
-        found.append({"image_id": name, "caption": caption(scene, rng).text.rstrip(".")})
+        found.append({"image_id": name, "caption": job.world.caption(scene, rng).text.rstrip(".")})
     return found
 
 

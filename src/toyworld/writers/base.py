@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..draw import draw
-from ..sampling import SPLITS, Split, random_scene, scene_rng
+from ..sampling import SPLITS, Split, scene_rng
 from ..scene import Scene
+from ..worlds import BASE, WORLDS, World
 
 VERSION = 1  # of the toy world's contents: another version writes other data for the same seed
 
@@ -28,12 +28,19 @@ class Job:
         split: whose scenes.
         seed: of everything.
         size: side of the images in pixels.
+        world_name: of `worlds.WORLDS`.
     """
 
     count: int
     split: Split
     seed: int
     size: int
+    world_name: str = BASE
+
+    @property
+    def world(self) -> World:
+        """The world whose scenes are written."""
+        return WORLDS[self.world_name]
 
     def rng(self, index: int) -> np.random.Generator:
         """The source of chance of sample number `index`, whoever writes it."""
@@ -46,7 +53,7 @@ class Job:
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """The scene of sample number `index`, and what to make further choices with."""
         rng = self.rng(index)
-        return random_scene(rng, split=self.split), rng
+        return self.world.scene(rng, self.split), rng
 
 
 @dataclass(frozen=True)
@@ -82,10 +89,10 @@ def jpeg(image: PIL.Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_image(scene: Scene, size: int, path: Path) -> None:
+def write_image(job: Job, scene: Scene, path: Path) -> None:
     """Draw a scene into a JPEG file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(jpeg(draw(scene, size)))
+    path.write_bytes(jpeg(job.world.draw(scene, job.size)))
 
 
 def write_json(data: Any, path: Path) -> None:

@@ -22,7 +22,7 @@ def write(job: Job, indices: range, folder: Path, *, images: str, count: int) ->
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{job.number(index):010d}.jpg"
-        write_image(scene, job.size, folder / images / name)
+        write_image(job, scene, folder / images / name)
         texts = [caption(scene, rng).text for _ in range(count)]
         found.append({"id": job.number(index), "file_name": name, "captions": texts})
     return found

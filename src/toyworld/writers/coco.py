@@ -13,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..language import caption
 from .base import Format, Job, write_image, write_json
 
 CAPTIONS = 5  # of every image
@@ -27,8 +26,10 @@ def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
         scene, rng = job.scene(index)
         number = index + 1
         name = f"COCO_{part}_{number:012d}.jpg"
-        write_image(scene, job.size, folder / part / name)
-        found.append({"id": number, "file": name, "captions": [caption(scene, rng).text for _ in range(CAPTIONS)]})
+        write_image(job, scene, folder / part / name)
+        found.append(
+            {"id": number, "file": name, "captions": [job.world.caption(scene, rng).text for _ in range(CAPTIONS)]}
+        )
     return found
 
 

@@ -21,7 +21,7 @@ def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
             continue
         if index % 2:
             rounds.append(("Describe the picture in detail.", paragraph(scene, rng).text))
-        write_image(scene, job.size, folder / "images" / name)
+        write_image(job, scene, folder / "images" / name)
         where = "<image>\n{}" if index % 2 else "{}\n<image>"
         rounds[0] = (where.format(rounds[0][0]), rounds[0][1])
         found.append({"id": name.removesuffix(".jpg"), "image": name, "conversations": _turns(rounds)})

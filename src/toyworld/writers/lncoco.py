@@ -15,7 +15,7 @@ def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
     for index in indices:
         scene, rng = job.scene(index)
         number = job.number(index)
-        write_image(scene, job.size, folder / "val2017" / f"{number:012d}.jpg")
+        write_image(job, scene, folder / "val2017" / f"{number:012d}.jpg")
         for annotator in range(1 + index % 2):
             found.append({"dataset_id": "mscoco_val2017", "image_id": str(number), "annotator_id": annotator,
                           "caption": paragraph(scene, rng).text})  # fmt: skip

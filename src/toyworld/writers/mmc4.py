@@ -44,7 +44,7 @@ def _record(job: Job, index: int, images: Path) -> dict[str, Any]:
         name = f"{job.split}-{job.seed}-{index:08d}-{row}.jpg"
         scene = page[place][1]
         assert scene is not None
-        write_image(scene, job.size, images / name)
+        write_image(job, scene, images / name)
         info.append({"image_name": name, "raw_url": f"https://toyworld.invalid/{name}", "matched_text_index": place,
                      "matched_sim": float(similarity[row, place])})  # fmt: skip
     return {

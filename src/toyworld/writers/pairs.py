@@ -17,7 +17,7 @@ def write(job: Job, indices: range, folder: Path) -> None:
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{shard}/{index:09d}.jpg"
-        write_image(scene, job.size, folder / "images" / name)
+        write_image(job, scene, folder / "images" / name)
         records.append({"image": name, "caption": caption(scene, rng).text})
     (folder / f"{shard}.txt").write_text(json_lines(records), encoding="utf-8")
 

@@ -16,7 +16,7 @@ def write(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
         scene, rng = job.scene(index)
         number = job.number(index)
         name = f"VG_100K{'_2' if index % 2 else ''}/{number}.jpg"
-        write_image(scene, job.size, folder / "images" / name)
+        write_image(job, scene, folder / "images" / name)
         url = f"https://toyworld.invalid/images/{name}"
         found.append({"id": number, "image_id": number, "caption": paragraph(scene, rng).text, "url": url})
     return found

@@ -23,9 +23,9 @@ def write_refcoco(job: Job, indices: range, folder: Path) -> list[dict[str, Any]
     for index in indices:
         scene, rng = job.scene(index)
         name = f"COCO_train2014_{job.number(index):012d}.jpg"
-        write_image(scene, job.size, folder / "train2014" / name)
-        found_boxes = boxes(scene, job.size)
-        meant = {name: referring(scene, rng) for name in EXPRESSIONS}
+        write_image(job, scene, folder / "train2014" / name)
+        found_boxes = job.world.boxes(scene, job.size)
+        meant = {name: job.world.referring(scene, rng) for name in EXPRESSIONS}
         found.append({key: {"image": name, "bbox": list(found_boxes[said.index]), "sent": said.text}
                       for key, said in meant.items()})  # fmt: skip
     return found
@@ -50,7 +50,7 @@ def write_vg(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{job.number(index)}.jpg"
-        write_image(scene, job.size, folder / "images" / name)
+        write_image(job, scene, folder / "images" / name)
         said = referring(scene, rng)
         region = {"image": name, "bbox": list(boxes(scene, job.size)[said.index])}
         asked = region_question(scene, said.index, rng)
@@ -74,7 +74,7 @@ def write_grit(job: Job, indices: range, folder: Path) -> list[dict[str, Any]]:
     for index in indices:
         scene, rng = job.scene(index)
         name = f"{job.number(index):09d}.jpg"
-        write_image(scene, job.size, folder / "images" / name)
+        write_image(job, scene, folder / "images" / name)
         places = boxes(scene, job.size)
         tagged = grounded(scene, [f"({x1},{y1})({x2},{y2})" for x1, y1, x2, y2 in places], rng)
         said = referring(scene, rng)

@@ -21,7 +21,7 @@ import PIL.Image
 
 from ..draw import draw
 from ..scene import Scene
-from ..stories import Story, story
+from ..stories import Story
 from .base import Format, Job, write_json
 
 LENGTH = 5
@@ -36,7 +36,7 @@ Clip = tuple[str, str]  # name, text
 def story_of(job: Job, index: int) -> tuple[Story, np.random.Generator]:
     """The story of sample number `index`, and what to make further choices with."""
     rng = job.rng(index)
-    return story(rng, frames=(LENGTH, LENGTH), split=job.split), rng
+    return job.world.story(rng, LENGTH, job.split), rng
 
 
 def write(job: Job, indices: range, folder: Path, *, images: str, cast: str = "") -> list[list[Clip]]:
@@ -50,7 +50,9 @@ def write(job: Job, indices: range, folder: Path, *, images: str, cast: str = ""
             name = images.format(split=job.split, number=PLACES * job.number(index) + place)
             path = folder / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            (strip(frame.scene, 1 + int(rng.random() * 3)) if cast else draw(frame.scene, job.size)).save(path)
+            (strip(frame.scene, 1 + int(rng.random() * 3)) if cast else job.world.draw(frame.scene, job.size)).save(
+                path
+            )
             clips.append((name, re.sub("|".join(names), lambda found, n=names: n[found[0]], frame.text)))
         found.append(clips)
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..language import Dialogue, dialogue
+from ..language import Dialogue
 from .base import Format, Job, write_image, write_json
 
 
@@ -20,8 +20,8 @@ def write(job: Job, indices: range, folder: Path) -> list[tuple[int, int, Dialog
     for index in indices:
         scene, rng = job.scene(index)
         part = f"VisualDialog_{_phase(job)}2018"
-        write_image(scene, job.size, folder / part / f"{part}_{job.number(index):012d}.jpg")
-        conversation = dialogue(scene, rng)
+        write_image(job, scene, folder / part / f"{part}_{job.number(index):012d}.jpg")
+        conversation = job.world.dialogue(scene, rng)
         found.append((job.number(index), int(rng.random() * len(conversation.rounds)), conversation))
     return found
 

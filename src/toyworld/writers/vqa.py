@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..language import UNANSWERABLE, Question, questions, unanswerable
+from ..language import UNANSWERABLE, Question, unanswerable
 from .base import Format, Job, write_image, write_json
 
 ASKED = 2  # questions of an image, at most
@@ -34,10 +34,10 @@ def write(
     for index in indices:
         scene, rng = job.scene(index)
         name = image.format(phase=phase(job), number=job.number(index))
-        write_image(scene, job.size, folder / name)
+        write_image(job, scene, folder / name)
         lacks = lacking and index % lacking == lacking - 1
         found.append((job.number(index), Path(name).name,
-                      [unanswerable(scene, rng)] if lacks else questions(scene, rng, asked)))  # fmt: skip
+                      [unanswerable(scene, rng)] if lacks else job.world.questions(scene, rng, asked)))  # fmt: skip
     return found
 
 
