@@ -11,6 +11,7 @@ import pytest
 from mm_interleaved.evaluation import MetricConfig
 from mm_interleaved.evaluation.scoring import ScoringInputs
 from mm_interleaved.metrics import MetricResult
+from mm_interleaved.tasks import TASKS as TASK_TYPES
 from mm_interleaved.tasks import TaskConfig, make_task
 from mm_interleaved.tasks.facts import find_facts
 from toyworld import kinds, scene
@@ -119,6 +120,8 @@ def written(tmp_path_factory: pytest.TempPathFactory):
 def test_the_tasks_read_it(written, name: str) -> None:
     form, images, *phases = TASKS[name]
     for split, phase in zip(("train", "val"), phases, strict=True):
+        if phase not in TASK_TYPES[name].phases:
+            continue
         folder = written(form, split)
         task = make_task(TaskConfig(name, phase=phase, images=str(folder / images), annotations=str(folder)))
         assert len(list(task.samples())) >= 4

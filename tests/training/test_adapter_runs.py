@@ -89,7 +89,9 @@ def test_a_killed_run_continues_the_same_curve(settings, base: Path, tmp_path: P
 
 
 def test_groups_and_frozen_parts(settings, base: Path) -> None:
-    changes = on(base, "adapter.preset=all", "freeze=[vision]", "optimizer.groups=[{pattern: language_model, lr: 1e-5}]")
+    changes = on(
+        base, "adapter.preset=all", "freeze=[vision]", "optimizer.groups=[{pattern: language_model, lr: 1e-5}]"
+    )
     config = settings(*changes)
     model, _ = build(config, TOKENIZER)
     groups = parameter_groups(model, config.optimizer)

@@ -57,6 +57,14 @@ def test_epochs_become_steps(settings, tmp_path: Path, capsys: pytest.CaptureFix
     assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{-(-3 * batches // 2)}"
 
 
+def test_an_epoch_is_a_pass_over_the_data_without_replay(settings, capsys) -> None:
+    changes = ("steps=null", "epochs=1", "save_every=0", "data.sources.0.batch_size=1")
+    batches = build_loader(settings(*changes).data, load("debug").processor).count_batches()
+    old = "replay={share: 0.5, sources: [{type: toyworld, name: old, batch_size: 1, options: {size: 48}}]}"
+    train(settings(*changes, old), TOKENIZER, "cpu")
+    assert f"1 epoch of {2 * batches:,.1f} steps: {2 * batches} steps" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -46,7 +46,7 @@ def length_of_run(config: TrainConfig, loader: Any, args: TrainingArguments, con
 
     Args:
         config: settings of the run.
-        loader: loader of the training data of this process.
+        loader: loader of `config.data` of this process, without `replay`.
         args: knows the processes.
         console: shows progress.
 
@@ -56,10 +56,13 @@ def length_of_run(config: TrainConfig, loader: Any, args: TrainingArguments, con
     if config.epochs is None:
         assert config.steps is not None  # one of the two is given
         return Length(config.steps)
-    batches = _counted(config, loader, args, console)
+    batches = float(_counted(config, loader, args, console))
+    if config.replay is not None:  # an epoch is a pass over the run's own data, between which others are mixed
+        batches /= 1 - config.replay.share
     per_epoch = batches / (args.world_size * config.accumulation)
     steps = max(1, math.ceil(config.epochs * per_epoch - 1e-9))
-    console.print(f"{config.epochs:g} epochs of {per_epoch:,.1f} steps: {steps:,} steps")
+    many = "1 epoch" if config.epochs == 1 else f"{config.epochs:g} epochs"
+    console.print(f"{many} of {per_epoch:,.1f} steps: {steps:,} steps")
     return Length(steps, per_epoch)
 
 

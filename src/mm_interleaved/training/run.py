@@ -90,7 +90,8 @@ def train(
         if config.eval_data is not None:
             evaluation = lambda: (pipeline_of(config.eval_data, config.seed + 1), config.eval_batches)  # noqa: E731
         pipeline = pipeline_of(config.training_data, config.seed)
-        length = length_of_run(config, pipeline.loader, args, console)
+        own = pipeline.loader if config.replay is None else make_loader(config.data, processor, **ranks)
+        length = length_of_run(config, own, args, console)
         args.max_steps = length.steps
         adapter = TrainedAdapter.of(config, model, processor)
         trainer = RunTrainer(
