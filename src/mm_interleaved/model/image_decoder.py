@@ -63,6 +63,12 @@ class NoiseSamples:
         return NoiseSamples(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
+def divisor(count: Tensor | float, device: torch.device) -> Tensor:
+    """A count to divide a loss by: 1 where nothing was counted, so that a loss without items is 0."""
+    count = torch.as_tensor(count, device=device)
+    return torch.where(count > 0, count, 1)
+
+
 @dataclass
 class DenoisingStep:
     """State after one denoising step.
@@ -207,6 +213,7 @@ class ImageDecoder(nn.Module):
         noise_samples: NoiseSamples,
         image_loss_mask: Tensor | None = None,
         normalize: bool = False,
+        count: Tensor | float | None = None,
     ) -> Tensor:
         """Mean squared error of the predicted noise.
 
@@ -218,6 +225,7 @@ class ImageDecoder(nn.Module):
             noise_samples: the random numbers, for all images once or several times over; `earlier` likewise.
             image_loss_mask: [B] weights; None: all 1.
             normalize: divide by the images that count; else by all of them, as the release does.
+            count: number of images to divide by instead.
 
         Returns:
             A scalar in float32.
@@ -240,6 +248,8 @@ class ImageDecoder(nn.Module):
         if image_loss_mask is not None:
             weight = weight * image_loss_mask
         weight = weight.repeat(repeats)
+        if count is not None:
+            return (error * weight).sum() / (repeats * divisor(count, error.device))
         return (error * weight).sum() / (weight.sum().clamp(min=1) if normalize else len(weight))
 
     @torch.no_grad()

@@ -74,6 +74,11 @@ class Layout:
     label_ids: Tensor | None
     padded: bool
 
+    @property
+    def num_labels(self) -> int:
+        """The number of tokens to predict."""
+        return 0 if self.label_ids is None else int((self.label_ids != -100).sum())
+
     def filled(
         self, images: int = 0, visible: int = 0, conditioning_images: int = 0, context: int = 0, labels: int = 0
     ) -> Layout:

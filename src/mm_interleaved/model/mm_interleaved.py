@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from ..ops import promote
 from .config import MMInterleavedConfig
-from .image_decoder import ImageDecoder, LearnedTokens, NoiseSamples
+from .image_decoder import ImageDecoder, LearnedTokens, NoiseSamples, divisor
 from .kv_cache import KVCache
 from .language_model import attention_window, build_language_model, image_features, synchronizers
 from .layout import (
@@ -110,10 +110,11 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         num_items_in_batch: labels of all micro-batches of an optimizer step, as transformers' Trainer counts them. The
             text loss is then the sum over this micro-batch divided by that count, so that the micro-batches add up to
             the loss of the whole batch. None: the mean over this micro-batch.
-        num_images_in_batch: target images of all micro-batches, for the image loss. None, with `num_items_in_batch`:
-            the mean of this micro-batch times its share of the labels. The sum of the micro-batches is then the mean
-            of the whole batch if their shares of images and of labels agree, for instance if all have as many of both;
-            `training.counting.CountingTrainer` counts images for all other batches.
+        num_images_in_batch: target images of all micro-batches. The image loss is then the sum over this micro-batch
+            divided by that count. None, with `num_items_in_batch`: the mean of this micro-batch times its share of the
+            labels. The sum of the micro-batches is then the mean of the whole batch if their shares of images and of
+            labels agree, for instance if all have as many of both; `training.counting.CountingTrainer` counts images
+            for all other batches.
         noise_samples: random numbers of the image loss, for all of `layout.target_images` once or several times; None:
             sampled once, from `generator`, or else from PyTorch's global generator.
         layout: the result of `plan` for this batch, if it was computed before; nothing is checked then.
@@ -365,7 +366,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         document_starts: Tensor | None = None, image_rows: Tensor | None = None, sample_ids: Tensor | None = None,
         labels: Tensor | None = None, target_pixel_values: Tensor | None = None, image_loss_mask: Tensor | None = None,
         loss_text_weight: float | None = None, loss_image_weight: float | None = None,
-        num_items_in_batch: Tensor | int | None = None, num_images_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None, num_images_in_batch: Tensor | float | None = None,
         noise_samples: NoiseSamples | None = None, generator: torch.Generator | None = None,
         layout: Layout | None = None, return_logits: bool | None = None, return_conditions: bool = False,
         logits_to_keep: int | Tensor = 0, past_key_values: Cache | None = None, use_cache: bool | None = None,
@@ -410,12 +411,13 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         if layout.label_ids is not None and text_weight:
             loss_txt = self._text_loss(hidden, layout, num_items_in_batch)
         if target_pixel_values is not None and len(layout.target_images) and image_weight:
-            share = _image_share(layout, num_items_in_batch, num_images_in_batch)
             noise_samples = noise_samples or self.image_decoder.sample_noise(len(layout.target_images), generator)
             assert features is not None  # target images are among the encoded ones
-            loss_img = share * self._image_loss(
-                hidden, layout, features, target_pixel_values, image_loss_mask, noise_samples
+            loss_img = self._image_loss(
+                hidden, layout, features, target_pixel_values, image_loss_mask, noise_samples, num_images_in_batch
             )
+            if num_images_in_batch is None and num_items_in_batch is not None:
+                loss_img = _share_of_labels(layout, num_items_in_batch) * loss_img
         losses = [w * x for w, x in ((text_weight, loss_txt), (image_weight, loss_img)) if x is not None]
         wants_logits = not losses if return_logits is None else return_logits
         return MMInterleavedOutput(
@@ -630,8 +632,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         assert layout.label_positions is not None
         logits = self.compute_logits(hidden.flatten(0, 1)[layout.label_positions])  # only where something is learned
         total = F.cross_entropy(logits, layout.label_ids, reduction="sum")
-        count = torch.as_tensor(_num_labels(layout) if num_items is None else num_items, device=total.device)
-        return total / count.clamp(min=1)
+        return total / divisor(_num_labels(layout) if num_items is None else num_items, total.device)
 
     def _image_loss(
         self,
@@ -641,8 +642,9 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
         targets: Tensor,
         image_loss_mask: Tensor | None,
         noise_samples: NoiseSamples,
+        count: Tensor | float | None,
     ) -> Tensor:
-        """Mean squared error of the predicted noise; arguments as in `forward`."""
+        """Squared error of the predicted noise, the sum divided by `count` or the mean; arguments as in `forward`."""
         images = layout.target_images
         context, mask = self.image_context(hidden, layout.target_positions, layout.context_length)
         return self.image_decoder.loss(
@@ -653,6 +655,7 @@ class MMInterleavedModel(ResizableVocabulary, PreTrainedModel):
             noise_samples.to(self.compute_device),
             None if image_loss_mask is None else image_loss_mask[images],
             self.config.normalize_image_loss,
+            count,
         )
 
 
@@ -695,16 +698,12 @@ def _num_labels(layout: Layout) -> Tensor:
     return (layout.label_ids != -100).sum()
 
 
-def _image_share(layout: Layout, num_items: Tensor | int | None, num_images: Tensor | int | None) -> Tensor | float:
-    """This micro-batch's share of the image loss of an optimizer step; see `MMInterleavedModel`.
+def _share_of_labels(layout: Layout, num_items: Tensor | int) -> Tensor:
+    """This micro-batch's share of the labels of an optimizer step.
 
     Raises:
-        ValueError: only labels were counted, and this micro-batch has none.
+        ValueError: this micro-batch has no labels.
     """
-    if num_images is not None:
-        return len(layout.target_images) / num_images
-    if num_items is None:
-        return 1.0
     if layout.label_positions is None or not len(layout.label_positions):
         raise ValueError(
             "num_items_in_batch counts labels, and this batch has images to learn but no label. Pass "

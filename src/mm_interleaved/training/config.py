@@ -263,7 +263,11 @@ class LossConfig:
         image_fraction: fraction of a batch's images that the image decoder is trained on. They are chosen at random,
             first among those with an image loss.
         noise_samples_per_image: noise samples for each of them; the encoder, VAE and language model run once.
-        normalize_image_loss: divide by the number of images with a loss and not by the number of all images.
+        scale: what the losses are means over: `batch` (over the labels and the images of each batch, where batches and
+            processes have equal weight, as in the release) or `global` (over all labels, and all images with a loss, of
+            a step: of all its batches on all processes; the image decoder runs for images with a loss only).
+        normalize_image_loss: with `scale: batch`, divide by the number of images with a loss and not by the number of
+            all images.
         vae_dtype: type in which target images are encoded.
         conditions: weight of the distance of the image decoder's conditions from those of
             `model.init_from.checkpoint`; 0: they may change.
@@ -273,6 +277,7 @@ class LossConfig:
     image: NonNegativeFloat = 10.0
     image_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     noise_samples_per_image: Positive = 1
+    scale: Literal["global", "batch"] = "batch"
     normalize_image_loss: bool = False
     vae_dtype: Precision = "float32"
     conditions: NonNegativeFloat = 0.0
@@ -282,6 +287,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.text + self.image == 0:
             raise ValueError("the weights of text and image must not both be 0")
+        if self.scale == "global" and self.normalize_image_loss:
+            raise ValueError("'normalize_image_loss' is a choice of 'scale: batch'; 'scale: global' always divides by "
+                             "the images with a loss")  # fmt: skip
+        if self.scale == "global" and self.conditions:
+            raise ValueError("'conditions' is a mean over a batch; take 'scale: batch'")
 
 
 @settings

@@ -27,18 +27,25 @@ class Window:
 
     device: torch.device
     sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     begin: float = field(default_factory=time.perf_counter)
 
-    def add(self, loss: Tensor, parts: dict[str, Tensor | None]) -> None:
-        """Add the loss of one batch and its parts."""
+    def add(self, loss: Tensor, parts: dict[str, Tensor | None], items: dict[str, float] | None = None) -> None:
+        """Add the loss of one batch and its parts.
+
+        Args:
+            loss: the loss, which is checked.
+            parts: its parts by name; None: the batch has none.
+            items: the number of items that a part is the sum over, by its name; a part without a number is a mean over
+                the batch, and all batches have equal weight.
+        """
         self.losses.append(loss.detach())
         for name, value in parts.items():
             if value is None:
                 value, count = torch.zeros((), device=self.device), 0
             else:
-                value, count = value.detach().float(), 1
+                value, count = value.detach().float(), (items or {}).get(name, 1)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + count
 

@@ -16,8 +16,9 @@ from ..model.layout import Layout
 from ..ops import HAS_TRITON
 from ..processor import Batch
 from .config import LossConfig, ShapesConfig
+from .counting import LossCounts, image_weights, weighed
 
-_CHECKED_ONLY = {"image_rows"}  # used for checks only, which a batch with a layout does not need
+_PLANNED = {"image_rows", "labels"}  # not needed with a layout: used for checks, or part of it
 _PER_IMAGE = {"pixel_values", "target_pixel_values", "document_starts", "image_loss_mask"}
 KEPT_BATCHES = 16  # newest batches that are kept for a dump, in case a loss is not finite
 _STRIDE = 0x9E3779B97F4A7C15  # spreads neighbouring numbers over all seeds
@@ -149,19 +150,22 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
         losses: weights of the losses, and the share of images in the image loss.
         shapes: sizes that batches are padded to; None: no padding.
     """
-    shapes = shapes or ShapesConfig()
+    shapes, globally = shapes or ShapesConfig(), losses.scale == "global"
 
     def prepare(batch: Batch, seed: int, device: torch.device) -> dict[str, Any]:
         images = len(batch.pixel_values)
-        targets = choose_targets(images, losses.image_fraction, seed, shapes, batch.get("image_loss_mask"))
+        learned = image_weights(batch, model.config) if globally else batch.get("image_loss_mask")
+        targets = choose_targets(images, losses.image_fraction, seed, shapes, learned, learned_only=globally)
         layout = _planned(model, batch, targets, losses.noise_samples_per_image, shapes, device)
-        count = losses.noise_samples_per_image * (images if targets is None else len(targets))
+        count = losses.noise_samples_per_image * len(layout.target_images)
+        counts = None
+        if globally:
+            assert learned is not None
+            counts = LossCounts(layout.num_labels, float(learned[layout.target_images].sum()))
         generator = torch.Generator(device).manual_seed(seed)
         weights = {"loss_text_weight": losses.text, "loss_image_weight": losses.image}
         weights = {name: batch.get(name, weight) for name, weight in weights.items()}
-        tensors = {
-            n: x.to(device, non_blocking=True) for n, x in batch.items() if n not in _CHECKED_ONLY | weights.keys()
-        }
+        tensors = {n: x.to(device, non_blocking=True) for n, x in batch.items() if n not in _PLANNED | weights.keys()}
         if fill := _size(images, shapes.images, shapes) - images:
             for name in _PER_IMAGE & tensors.keys():
                 own = tensors[name]
@@ -173,6 +177,7 @@ def prepare_documents(model: MMInterleavedModel, losses: LossConfig, shapes: Sha
             **weights,
             "layout": layout.to(device, non_blocking=True),
             "noise_samples": model.image_decoder.sample_noise(count, generator) if count else None,
+            **({} if counts is None else {"counts": weighed(counts, weights, model.config)}),
             "stats": BatchStats(int(batch.attention_mask.sum()), images, count, batch.attention_mask.numel()),
         }
 
@@ -213,10 +218,19 @@ def _size(own: int, wanted: int, shapes: ShapesConfig) -> int:
 
 
 def choose_targets(
-    count: int, fraction: float, seed: int, shapes: ShapesConfig, weights: torch.Tensor | None = None
+    count: int,
+    fraction: float,
+    seed: int,
+    shapes: ShapesConfig,
+    weights: torch.Tensor | None = None,
+    learned_only: bool = False,
 ) -> torch.Tensor | None:
-    """Numbers of the target images among `count` images, in order; None: all. Images of weight 0 are chosen last."""
-    wanted = math.ceil(fraction * count)
+    """Numbers of the target images among `count` images, in order; None: all.
+
+    Images of weight 0 are chosen last; with `learned_only` they are chosen only to reach the size in `shapes`.
+    """
+    among = count if weights is None or not learned_only else int((weights != 0).sum())
+    wanted = math.ceil(fraction * among)
     wanted = wanted // shapes.multiple * shapes.multiple or wanted
     if 0 < shapes.targets <= count:
         wanted = shapes.targets

@@ -97,7 +97,7 @@ def train(
         trainer = RunTrainer(
             model, args, config, pipeline, evaluation,
             processor.save_pretrained if adapter is None else adapter.save_info, cost,
-            distillation, branches_of(config) if config.fsdp else None,
+            distillation, branches_of(config) if config.fsdp else None, config.losses.scale == "global",
         )  # fmt: skip
         trainer.adapter = adapter
         if adapter is not None:

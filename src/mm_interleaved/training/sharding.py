@@ -172,6 +172,26 @@ def take_part(module: FSDPModule) -> None:
     module.register_forward_hook(hook, prepend=True)  # before FSDP's hook, which frees the gathered weights
 
 
+def always_have_a_loss(model: nn.Module) -> None:
+    """Let the loss of every training batch depend on a trained weight; it is 0 for a batch without a loss.
+
+    The backward pass of such a batch would fail, and other processes would wait for its gradients, if it has nothing to
+    learn, or nothing that a trained weight has a part in (a text where only the image decoder is trained).
+    """
+    model.register_forward_hook(_with_a_loss)
+
+
+def _with_a_loss(module: nn.Module, inputs: Any, output: Any) -> Any:
+    if not (isinstance(output, dict) and module.training and torch.is_grad_enabled()):
+        return output
+    loss: Tensor | None = output.get("loss")
+    if loss is None or not loss.requires_grad:
+        trained = min((p for p in module.parameters() if p.requires_grad), key=Tensor.numel)
+        loss = torch.zeros((), device=trained.device) if loss is None else loss
+        output["loss"] = _TakePart.apply(loss, trained)
+    return output
+
+
 def _own_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Owners and names of the trainable parameters that are gathered with `module`; they change at each gathering."""
     own = [(module, name) for name, p in module.named_parameters(recurse=False) if p.requires_grad]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from ..configuration import to_yaml
 from ..io import put_in_place, write_atomic, write_json, writing
@@ -22,6 +23,7 @@ from ..model import MMInterleavedModel
 from . import checkpoints, sharding
 from .adapters import TrainedAdapter
 from .config import RunConfig, TrainingError
+from .counting import CountingTrainer, LossCounts
 from .distillation import ConditionDistillation
 from .ema import EMA
 from .flops import StepCost, peak_flops
@@ -37,7 +39,7 @@ ADVICE = (
 PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # prefixes of the outputs that are logged separately
 
 
-class RunTrainer(Trainer):
+class RunTrainer(CountingTrainer):
     """Trains a model that returns `loss`, and optionally parts of it (`loss_*`) and measures.
 
     Besides the Trainer's public methods it overrides two that choose the folder of a checkpoint (`_save_checkpoint`,
@@ -54,6 +56,8 @@ class RunTrainer(Trainer):
         cost: cost of a step, for the MFU; None: no MFU.
         distillation: adds its loss to the model's; None: no distillation.
         branches: completes batches for a sharded model; None: batches do not change.
+        counted: whether losses are means over a step (`losses.scale: global`), for which each batch of the pipeline has
+            its `counts`; otherwise they are means over a batch.
 
     Attributes:
         captured: runs captured training steps; None: steps are not captured.
@@ -74,6 +78,7 @@ class RunTrainer(Trainer):
         cost: StepCost | None = None,
         distillation: ConditionDistillation | None = None,
         branches: sharding.ForceAllBranches | None = None,
+        counted: bool = False,
     ) -> None:
         self.config, self.pipeline, self.eval_pipeline, self.save_extras = config, pipeline, eval_pipeline, save_extras
         self.distillation, self.branches = distillation, branches
@@ -87,9 +92,11 @@ class RunTrainer(Trainer):
         super().__init__(model=model, args=args)
         if config.fsdp:
             sharding.configure(self.accelerator, cast(MMInterleavedModel, model))
+        else:
+            sharding.always_have_a_loss(model)
         self.ema = EMA(model, config.ema) if config.ema.decay else None  # after the weights have got their final memory
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # losses are means over a batch
+        self.model_accepts_loss_kwargs = counted  # otherwise the Trainer takes the mean over the batches of a step
         self.window = Window(args.device)
 
     # ---- methods of the Trainer
@@ -113,6 +120,18 @@ class RunTrainer(Trainer):
         """0: arithmetic is computed from the counts of the pipeline instead."""
         return 0
 
+    def count(self, batch: Any) -> LossCounts:
+        """The counts that the pipeline has put into a batch."""
+        return batch["counts"]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a step and, if losses are means over a step, the numbers of its labels and images."""
+        if self.model_accepts_loss_kwargs:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -121,15 +140,15 @@ class RunTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss; its parts are stored for the log."""
+        inputs, counts = self._counted(inputs, num_items_in_batch)
         # accelerate adds autocast to models, but not with FSDP2
         with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
             if self.captured is not None and model.training:
                 outputs = self.captured(model, inputs)
             else:
                 outputs = self.compute_outputs(model, inputs)
-        parts = {name: value for name, value in outputs.items() if name.startswith(PARTS)}
         if model.training:
-            self.window.add(outputs["loss"], {**dict.fromkeys(self._part_names(outputs)), **parts})
+            self.window.add(outputs["loss"], *self._parts(outputs, inputs, counts))
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def compute_outputs(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -147,10 +166,41 @@ class RunTrainer(Trainer):
             outputs = type(outputs)(**{name: value for name, value in outputs.items() if name not in idle})
         return outputs
 
+    def _counted(
+        self, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> tuple[dict[str, Any], LossCounts | None]:
+        """The arguments of the model, with what it divides its losses by, and the batch's own counts.
+
+        Gradients are averaged over processes, so a process divides by its share of the items of all. Outside of
+        training a batch divides by its own.
+        """
+        inputs = dict(inputs)
+        counts: LossCounts | None = inputs.pop("counts", None)
+        if counts is None:
+            return inputs, None
+        labels, images = num_items, inputs.get("num_images_in_batch")
+        if labels is None or images is None:
+            labels, images = counts.labels, counts.images
+        elif self.args.average_tokens_across_devices:
+            labels, images = labels / self.args.world_size, images / self.args.world_size
+        return {**inputs, "num_items_in_batch": labels, "num_images_in_batch": images}, counts
+
     @staticmethod
-    def _part_names(outputs: Mapping[str, Any]) -> list[str]:
-        """All parts that such an output can have, so that every rank reduces the same ones."""
-        return [n for n in getattr(type(outputs), "__dataclass_fields__", {}) if n.startswith(PARTS)]
+    def _parts(
+        outputs: Mapping[str, Any], inputs: dict[str, Any], counts: LossCounts | None
+    ) -> tuple[dict[str, Tensor | None], dict[str, float]]:
+        """All parts that such an output can have, so that every rank reduces the same ones, and their items; see
+        `Window.add`.
+        """
+        names = [n for n in getattr(type(outputs), "__dataclass_fields__", {}) if n.startswith(PARTS)]
+        parts = {name: outputs.get(name) for name in (*names, *(n for n in outputs if n.startswith(PARTS)))}
+        if counts is None:
+            return parts, {}
+        divided_by = {"loss_txt": inputs["num_items_in_batch"], "loss_img": inputs["num_images_in_batch"]}
+        for name, number in divided_by.items():
+            value = parts.get(name)
+            parts[name] = None if value is None else value * number
+        return parts, {"loss_txt": counts.labels, "loss_img": counts.images}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the measurements of the window.
@@ -194,9 +244,10 @@ class RunTrainer(Trainer):
         model.eval()
         with self.uncompiled(), self.averaged(), torch.no_grad(), self.accelerator.autocast():
             for inputs, _number in zip(pipeline, range(count), strict=False):
-                outputs = self.compute_outputs(model, inputs)
-                parts = {n: outputs.get(n) for n in self._part_names(outputs)}
-                window.add(outputs["loss"], {"loss": outputs["loss"], **parts})
+                given, counts = self._counted(inputs, None)
+                outputs = self.compute_outputs(model, given)
+                parts, items = self._parts(outputs, given, counts)
+                window.add(outputs["loss"], {"loss": outputs["loss"], **parts}, items)
         model.train()
         measured = window.close(pipeline.take_stats(), None, None)
         logs = {f"eval_{n}": v for n, v in measured.items() if n.startswith(("loss", *PARTS))}
