@@ -126,9 +126,24 @@ def dvqa(folder: Path) -> None:
         write(folder / f"{phase}_qa.json", records)
 
 
+def textcaps(folder: Path) -> None:
+    for phase in ("train", "val", "test"):
+        records = []
+        for i, color in cases():
+            name = f"{phase}{i}a"
+            image(folder / ("test_images" if phase == "test" else "train_images") / f"{name}.jpg", color)
+            captions = [f"A {color} sign that says {n}" for n in range(5)]
+            about = {"image_id": name, "image_path": f"{phase}/{name}.jpg", "set_name": phase}
+            told = {} if phase == "test" else {"reference_strs": captions}
+            records += [about] if phase == "test" else [
+                about | told | {"caption_id": 5 * i + n, "caption_str": text} for n, text in enumerate(captions)
+            ]  # fmt: skip
+        write(folder / f"TextCaps_0.1_{phase}.json", {"dataset_name": "textcaps", "data": records})
+
+
 # For each task: what writes its files, where its images lie, and the phase to test.
 OFFICIAL: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "chartqa": (chartqa, "", "val"), "docvqa": (docvqa, "", "val"), "infovqa": (infovqa, "", "val"),
     "st_vqa": (st_vqa, "", "train"), "est_vqa": (est_vqa, "", "train"), "ocrvqa": (ocrvqa, "", "val"),
-    "dvqa": (dvqa, "", "val_easy"),
+    "dvqa": (dvqa, "", "val_easy"), "textcaps": (textcaps, "train_images", "val"),
 }  # fmt: skip

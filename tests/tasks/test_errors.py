@@ -44,6 +44,7 @@ ANNOTATIONS = {
     "chartqa": ["val/val_human.json", "val/val_augmented.json"], "docvqa": ["val_v1.0.json"],
     "infovqa": ["infographicsVQA_val_v1.0_withQT.json"], "st_vqa": ["train_task_3.json"],
     "est_vqa": ["annotations/train.json"], "ocrvqa": ["dataset.json"], "dvqa": ["val_easy_qa.json"],
+    "textcaps": ["TextCaps_0.1_val.json"],
 }  # fmt: skip
 CASES = [(name, file) for name, files in ANNOTATIONS.items() for file in files]
 

@@ -25,6 +25,7 @@ GOLDEN = {
     "coco_karpathy": "IMG a photo of",
     "flickr30k": "IMG a photo of",
     "nocaps": "IMG a photo of",
+    "textcaps": "IMG a photo of",
     "image2paragraph": "IMGPlease describe the image in detail. The image depicts",
     "vqav2": VQA,
     "okvqa": VQA,

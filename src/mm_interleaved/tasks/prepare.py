@@ -109,7 +109,7 @@ def prepare(kind: TaskType, source: Path, root: Path, phase: str) -> Lines:
 
 
 def flickr30k(job: Job) -> Lines:
-    """Karpathy's `dataset_flickr30k.json` to `test1k.token.coco_format`."""
+    """Karpathy's `dataset_flickr30k.json` to `test1k.token.coco_format`, and of the other splits `{phase}.token...`."""
     path = job.file("dataset_flickr30k.json")
     data = checked(read_json(path), dict, str(path))
     images, annotations = [], []
@@ -122,7 +122,7 @@ def flickr30k(job: Job) -> Lines:
         for place, sentence in records(record.get("sentences"), f"{where}, 'sentences'"):
             text = get(sentence, "raw", str, place)
             annotations.append({"id": len(annotations), "image_id": number, "caption": text})
-    target = job.annotations / "test1k.token.coco_format"
+    target = job.annotations / f"{'test1k' if job.phase == 'test' else job.phase}.token.coco_format"
     write_json(target, {"images": images, "annotations": annotations})
     return [f"{target}: {len(images)} images, {len(annotations)} captions"]
 
