@@ -29,7 +29,7 @@ TOY_FILES = {
     "pororo": ("pororo", ""), "flintstones": ("flintstones", ""), "llava_instruct": ("llava", "images"),
     "llava_conversations": ("llava", "images"),
 }  # fmt: skip
-FILES = TOY_FILES | {name: (name, images) for name, (_, images, _) in OFFICIAL.items()}
+FILES = TOY_FILES | {name: (f"official {name}", images) for name, (_, images, _) in OFFICIAL.items()}
 PHASES = {
     "flickr30k": "test", "ade20k": "validation", "grit_grounding": "train", "llava_instruct": "train",
     "llava_conversations": "train",
@@ -46,8 +46,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     def write(form: str, split: str = "val") -> Path:
         if (form, split) not in folders:
             folder = tmp_path_factory.mktemp("toy") / form
-            if form in OFFICIAL:
-                OFFICIAL[form][0](folder)
+            if form.startswith("official "):
+                OFFICIAL[form.removeprefix("official ")][0](folder)
                 folders[form, split] = folder
                 return folder
             write_dataset(form, folder, Job(COUNT, split, SEED, SIZE))  # type: ignore[arg-type]

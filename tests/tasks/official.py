@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -141,9 +143,91 @@ def textcaps(folder: Path) -> None:
         write(folder / f"TextCaps_0.1_{phase}.json", {"dataset_name": "textcaps", "data": records})
 
 
+def vg_regions(folder: Path) -> None:
+    images, regions = [], []
+    for i, color in cases():
+        place = f"VG_100K{'_2' if i % 2 else ''}/{i + 1}.jpg"
+        image(folder / "images" / place, color, (40, 20))
+        images.append({"image_id": i + 1, "url": f"https://cs.stanford.edu/people/rak248/{place}", "width": 40,
+                       "height": 20, "coco_id": None, "flickr_id": None})  # fmt: skip
+        found = [{"region_id": 10 * i + n, "x": 4 * n, "y": n, "width": 8, "height": 10, "phrase": f"{color} thing {n}",
+                  "image_id": i + 1} for n in range(6)]  # fmt: skip
+        regions.append({"id": i + 1, "regions": found})
+    write(folder / "image_data.json", images)
+    write(folder / "region_descriptions.json", regions)
+
+
+GRIT_CAPTION = "a dog in a field of flowers"
+
+
+def grit(folder: Path) -> None:
+    """Two shards, as img2dataset writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, colors in enumerate((COLORS[:2], COLORS[2:])):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for n, color in enumerate(colors):
+                picture = io.BytesIO()
+                PIL.Image.new("RGB", (SIDE, SIDE), color).save(picture, "JPEG")
+                about = {
+                    "caption": GRIT_CAPTION, "key": f"{shard:05d}{n:04d}", "width": SIDE, "height": SIDE, "id": n,
+                    "status": "success", "clip_similarity_vitb32": 0.35,
+                    "noun_chunks": [[0, 5, 0.25, 0.5, 0.5, 1.0, 0.9], [9, 16, 0, 0.5, 1, 1, 0.7]],
+                    "ref_exps": [[0, 27, 0.25, 0.5, 0.5, 1.0, 0.9], [9, 27, 0, 0.5, 1, 1, 0.6]],
+                }  # fmt: skip
+                files = {"jpg": picture.getvalue(), "txt": GRIT_CAPTION.encode(), "json": json.dumps(about).encode()}
+                for extension, content in files.items():
+                    member = tarfile.TarInfo(f"{about['key']}.{extension}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+ENTITIES = """<annotation>
+ <filename>{n}.jpg</filename> <size><width>50</width><height>100</height><depth>3</depth></size>
+ <object><name>1</name><name>4</name><bndbox><xmin>5</xmin><ymin>10</ymin><xmax>25</xmax><ymax>50</ymax></bndbox></object>
+ <object><name>1</name><bndbox><xmin>20</xmin><ymin>40</ymin><xmax>30</xmax><ymax>90</ymax></bndbox></object>
+ <object><name>2</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>50</xmax><ymax>100</ymax></bndbox></object>
+ <object><name>3</name><scene>1</scene><nobndbox>0</nobndbox></object>
+</annotation>"""
+
+
+def flickr30k_entities(folder: Path) -> None:
+    for start, phase in ((0, "train"), (100, "val"), (200, "test")):
+        for i, color in cases():
+            image(folder / "flickr30k-images" / f"{start + i}.jpg", color, (50, 100))
+            for kind in ("Sentences", "Annotations"):
+                (folder / kind).mkdir(exist_ok=True)
+            (folder / "Annotations" / f"{start + i}.xml").write_text(ENTITIES.format(n=start + i))
+            captions = [f"[/EN#1/people Two {color} men] see [/EN#2/other a {n}] in [/EN#3/scene a park] at "
+                        "[/EN#0/notvisual night] ." for n in ("kite", "ball", "hat", "dog", "car")]  # fmt: skip
+            (folder / "Sentences" / f"{start + i}.txt").write_text("\n".join(captions) + "\n")
+        (folder / f"{phase}.txt").write_text("".join(f"{start + i}\n" for i in range(COUNT)))
+
+
+def conversations(name: str) -> Callable[[Path], None]:
+    """Conversations in LLaVA's form, one of them without an image."""
+
+    def write_file(folder: Path) -> None:
+        records = []
+        for i, color in cases():
+            place = ("coco/train2017/1.jpg", "gqa/images/2.jpg", "ocr_vqa/images/3.jpg", "vg/VG_100K/4.jpg")[i]
+            image(folder / place, color)
+            turns = [{"from": "human", "value": f"<image>\nWhat is {color}?"}, {"from": "gpt", "value": "It."},
+                     {"from": "human", "value": "All?"}, {"from": "gpt", "value": "Yes."}]  # fmt: skip
+            records.append({"id": f"{i}", "image": place, "conversations": turns})
+        records.append({"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]})
+        write(folder / name, records)
+
+    return write_file
+
+
 # For each task: what writes its files, where its images lie, and the phase to test.
 OFFICIAL: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "chartqa": (chartqa, "", "val"), "docvqa": (docvqa, "", "val"), "infovqa": (infovqa, "", "val"),
     "st_vqa": (st_vqa, "", "train"), "est_vqa": (est_vqa, "", "train"), "ocrvqa": (ocrvqa, "", "val"),
     "dvqa": (dvqa, "", "val_easy"), "textcaps": (textcaps, "train_images", "val"),
+    "vg_regions": (vg_regions, "images", "train"), "grit": (grit, "", "train"),
+    "flickr30k_entities": (flickr30k_entities, "flickr30k-images", "val"),
+    "flickr30k_phrases": (flickr30k_entities, "flickr30k-images", "val"),
+    "llava_665k": (conversations("llava_v1_5_mix665k.json"), "", "train"),
+    "llavar": (conversations("llava_instruct_150k_llavar_20k.json"), "", "train"),
 }  # fmt: skip

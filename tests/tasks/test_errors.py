@@ -44,7 +44,9 @@ ANNOTATIONS = {
     "chartqa": ["val/val_human.json", "val/val_augmented.json"], "docvqa": ["val_v1.0.json"],
     "infovqa": ["infographicsVQA_val_v1.0_withQT.json"], "st_vqa": ["train_task_3.json"],
     "est_vqa": ["annotations/train.json"], "ocrvqa": ["dataset.json"], "dvqa": ["val_easy_qa.json"],
-    "textcaps": ["TextCaps_0.1_val.json"],
+    "textcaps": ["TextCaps_0.1_val.json"], "vg_regions": ["region_descriptions.json", "image_data.json"],
+    "grit": [], "flickr30k_entities": ["val.txt"], "flickr30k_phrases": ["val.txt"],
+    "llava_665k": ["llava_v1_5_mix665k.json"], "llavar": ["llava_instruct_150k_llavar_20k.json"],
 }  # fmt: skip
 CASES = [(name, file) for name, files in ANNOTATIONS.items() for file in files]
 
@@ -87,6 +89,8 @@ def test_a_file_of_another_layout(name: str, file: str, content: bytes, own: Cal
     """Names the file, whatever is in it."""
     task, folder = own(name)
     (folder / file).write_bytes(content)
+    if (file, content) == ("val.txt", b"3"):  # a list of one image
+        return
     if name == "chartqa" and content == b"[1]":  # the other file has samples
         assert [sample.problem for sample in task.samples() if sample.problem]
         return
@@ -95,11 +99,10 @@ def test_a_file_of_another_layout(name: str, file: str, content: bytes, own: Cal
     assert str(folder) in str(raised.value)
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n not in ("pororo", "flintstones")])
+@pytest.mark.parametrize("name", [n for n in FILES if n not in ("pororo", "flintstones", "grit")])
 def test_a_missing_image_spoils_its_sample_only(name: str, own: Callable) -> None:
     task, _ = own(name, **({"limit": 9} if name == "lncoco" else {}))
-    *_, last = task.samples()
-    segments = [*last.document.segments, *last.answer]
+    segments = [s for sample in task.samples() for s in (*sample.document.segments, *sample.answer)]
     *_, gone = (s.source for s in segments if isinstance(s, Image) and isinstance(s.source, Path))
     gone.unlink()
     found = list(make_task(task.config).samples())

@@ -40,6 +40,9 @@ GOLDEN = {
     "region_caption": "IMGProvide a short description for this <ref>region</ref><box>{box}</box>.",
     "region_vqa": "IMGAnswer this question according to the <ref>region</ref><box>{box}</box>. {question}",
     "grounded_caption": "IMGGenerate the caption with grounding.",
+    "flickr30k_entities": "IMGGenerate the caption with grounding.",
+    "grit": "IMGGenerate the caption with grounding.",
+    "flickr30k_phrases": "IMGProvide the bounding box coordinate of the region this sentence describes. {caption}<box>",
     "coco": "{caption} IMG",
     "lncoco": "{caption} IMG",
     "ade20k": "IMG{caption}.IMG",
@@ -87,7 +90,8 @@ def test_prompt(name: str, toy_task: ToyTask, release: MMInterleavedProcessor) -
 
 
 def test_every_task_has_a_golden_prompt() -> None:
-    assert set(GOLDEN) | {"visdial", "llava_conversations"} == set(FILES) == set(TASKS)
+    conversations = {"visdial", "llava_conversations", "llava_665k", "llavar", "vg_regions"}
+    assert set(GOLDEN) | conversations == set(FILES) == set(TASKS)
 
 
 def test_visdial(toy_task: ToyTask, release: MMInterleavedProcessor) -> None:
@@ -178,7 +182,8 @@ def test_post_processing(toy_task: ToyTask) -> None:
 def test_boxes_need_whole_images(toy_task: ToyTask) -> None:
     squashed = {name for name in FILES if toy_task(name).crop == "squash"}
     assert squashed == {"refcoco", "refcoco+", "refcocog", "grit_grounding", "region_caption", "region_vqa",
-                        "grounded_caption"}  # fmt: skip
+                        "grounded_caption", "vg_regions", "grit", "flickr30k_entities",
+                        "flickr30k_phrases"}  # fmt: skip
 
 
 # ---- few shots

@@ -10,11 +10,13 @@ docs/reference/tasks.md shows how to add a task in one small file.
 from __future__ import annotations
 
 from ..plugins import Registry
-from . import ade20k, captions, grounding, instructions, stories, text_questions, text_to_image, visdial, vqa
+from . import ade20k, captions, grounding, instructions, regions, stories, text_questions, text_to_image, visdial, vqa
 from .base import Item, Sample, Task, TaskConfig, TaskType, each, given, render
 from .files import ImageFolder, Source
 
-FAMILIES = (captions, vqa, visdial, grounding, text_to_image, ade20k, stories, instructions, text_questions)
+FAMILIES = (
+    captions, vqa, text_questions, visdial, grounding, regions, text_to_image, ade20k, stories, instructions,
+)  # fmt: skip
 TASKS: Registry[TaskType] = Registry(
     "mm_interleaved.tasks", "task", TaskType, {task.name: task for family in FAMILIES for task in family.TASKS}
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..document import Box, Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, override
-from ..io import InputError, check_strings, nearest_name
+from ..io import FileSlice, InputError, check_strings, nearest_name
 from ..validation import Count, Positive, Seed, settings
 from .files import Entry, ImageFolder, Source, checked, get, read_json
 
@@ -153,7 +153,8 @@ class TaskType:
         description: one line about it.
         read: yields the items of a phase in a fixed order.
         makes: what is generated: a text, images, or scores of options.
-        prompt: template with `{field}`s of the items; an open slot is added to its end if it has none.
+        prompt: template with `{field}`s of the items; an open slot is added to its end if it has none, or one less than
+            the item has answers.
         metrics: names of its metrics.
         settings: its settings of generation.
         post: post-processing of a generated text before metrics.
@@ -163,6 +164,7 @@ class TaskType:
         crop: how images become square: boxes need "squash".
         select: which of several generated images is evaluated: the first, or the most similar one by CLIP.
         images, annotations: paths of the files in the documented tree.
+        folders: paths of the images of phases that have others.
         blind: phases without published answers, and the path of their images in the tree ("": `images`).
         submission: the entry of a sample in the official file of results, from its id, meta and text.
         obtain: where to get the files, for messages.
@@ -183,9 +185,14 @@ class TaskType:
     select: Literal["first", "clip"] = "first"
     images: str = ""
     annotations: str = ""
+    folders: Mapping[str, str] = field(default_factory=dict)
     blind: Mapping[str, str] = field(default_factory=dict)
     submission: Callable[[str, Mapping[str, Any], str], dict[str, Any]] | None = None
     obtain: str = ""
+
+    def folder(self, phase: str) -> str:
+        """The path of the images of a phase in the tree."""
+        return self.blind.get(phase) or self.folders.get(phase) or self.images
 
     @property
     def train(self) -> str:
@@ -335,7 +342,8 @@ class Task:
             fields["examples"] = examples
             template = template if "{examples}" in template else "{examples} " + template
         segments = render(template, fields, item.place or self.name)
-        return segments if any(segment.is_open for segment in segments) else [*segments, slot]
+        slots = sum(segment.is_open for segment in segments)
+        return [*segments, slot] if slots in (0, len(item.answer) - 1) else segments
 
     @cached_property
     def _shots(self) -> Shots | None:
@@ -400,7 +408,7 @@ class Task:
         config, kind = self.config, self.kind
         root = Path(config.root)
         phase = config.phase or kind.phases[0]
-        images = Path(config.images) if config.images is not None else root / (kind.blind.get(phase) or kind.images)
+        images = Path(config.images) if config.images is not None else root / kind.folder(phase)
         annotations = Path(config.annotations) if config.annotations is not None else root / kind.annotations
         if need_images and not images.is_dir():
             why = "and this is a file" if images.is_file() else "which does not exist"
@@ -414,7 +422,7 @@ class Task:
         config, source = self.config, self.source()
         images = source.images if config.shot_images is None else ImageFolder(Path(config.shot_images))
         if config.images is None and config.shot_images is None:
-            images = ImageFolder(Path(config.root) / (self.kind.blind.get(config.shot_phase) or self.kind.images))
+            images = ImageFolder(Path(config.root) / self.kind.folder(config.shot_phase))
         annotations = source.annotations if config.shot_annotations is None else Path(config.shot_annotations)
         return replace(source, images=images, annotations=annotations, phase=config.shot_phase, limit=None,
                        blind=config.shot_phase in self.kind.blind)  # fmt: skip
@@ -551,6 +559,6 @@ def _check(kind: TaskType, config: TaskConfig) -> None:
         raise InputError("the task has no few-shot examples", where, "Remove 'shots', or give a 'shot_template'")
 
 
-def given(path: Path | str) -> Image:
+def given(source: Path | str | FileSlice) -> Image:
     """An image of a prompt."""
-    return Image(path, supervise=False)
+    return Image(source, supervise=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..document import Image, Segment
-from ..io import InputError
+from ..io import FileSlice, InputError
 from ..io.images import load_image, open_image
 from .base import NO_IMAGES, Sample, Task
 from .files import NO_FILE
@@ -73,7 +73,7 @@ def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCh
     phase = task.config.phase or task.kind.phases[0]
     expected = EXPECTED.get((task.kind.name, phase)) if task.config.limit is None else None
     found = TaskCheck(expected=expected, fix=task.kind.obtain)
-    seen: dict[Path, str] = {}
+    seen: dict[Path | FileSlice, str] = {}
     records: set[str] = set()
     kinds: set[str] = set()
     try:
@@ -91,7 +91,7 @@ def check_task(task: Task, advance: Callable[[], None] = lambda: None) -> TaskCh
     if converter and (NO_FILE in kinds or (converter.images and (NO_IMAGES in kinds or found.missing))):
         found.command = command(task.kind, task.config.root, phase)
     found.images = len(seen)
-    for number, path in enumerate(sorted(path for path, problem in seen.items() if not problem)):
+    for number, path in enumerate(sorted((path for path, problem in seen.items() if not problem), key=str)):
         if number % max(len(seen) // DECODED, 1) == 0:
             try:
                 load_image(path)
@@ -109,19 +109,19 @@ def _annotation_errors(task: Task) -> list[InputError]:
     return []
 
 
-def _check_sample(sample: Sample, found: TaskCheck, seen: dict[Path, str]) -> None:
+def _check_sample(sample: Sample, found: TaskCheck, seen: dict[Path | FileSlice, str]) -> None:
     if sample.problem:
         found.missing += 1
         if found.missing <= NAMED:
             found.problems.append(f"sample {sample.id}: {sample.problem}")
     segments: list[Segment] = [*sample.document.segments, *sample.answer]
-    images = [s.source for s in segments if isinstance(s, Image) and isinstance(s.source, Path)]
+    images = [s.source for s in segments if isinstance(s, Image) and isinstance(s.source, Path | FileSlice)]
     clips: Sequence[Path] = sample.meta.get("clips", ())
     for path in (*images, *clips):
         if path in seen:
             continue
         seen[path] = ""
-        if sample.problem and not path.is_file():
+        if sample.problem and isinstance(path, Path) and not path.is_file():
             seen[path] = sample.problem
             continue
         try:

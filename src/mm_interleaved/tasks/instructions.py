@@ -1,13 +1,14 @@
 """Instruction data in LLaVA's format, for training (docs/data_formats.md, "Instructions").
 
-`llava_instruct` has one sample per round, as the original; `llava_conversations` has one per conversation.
+`llava_instruct` has one sample per round, as the original; the others have one per conversation.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..document import Image, Segment, Text
@@ -32,19 +33,22 @@ class Conversation:
     rounds: list[tuple[str, str]]
 
 
-def _read(source: Source, make: Callable[[Conversation], Iterator[Item]]) -> Iterator[Item]:
-    """The items of `make` for every record with images; others are left out.
+def _read(
+    source: Source, names: Sequence[str], make: Callable[[Conversation], Iterator[Item]], text_only: bool
+) -> Iterator[Item]:
+    """The items of `make` for every record; those without images are left out, unless `text_only`.
 
-    The file has {id, image, conversations: [{from, value}, ...]} in a JSON list or one per line; `image` may be a list.
+    The first of the files that exists has {id, image, conversations: [{from, value}, ...]} in a JSON list or one per
+    line; `image` may be a list.
     """
-    path = source.file("llava_instruct.json")
+    path = source.file(*names)
 
     def read(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         value = record.get("image")
-        if value is None:
+        if value is None and not text_only:
             return
-        names = strings(value if isinstance(value, list) else [value], f"{where}, 'image'")
-        found = [source.images.find(name) for name in names]
+        listed = value if isinstance(value, list) else [value]
+        found = [source.images.find(name) for name in ([] if value is None else strings(listed, f"{where}, 'image'"))]
         problem = next((problem for _, problem in found if problem), "")
         images = [given(path) for path, _ in found]
         name = f"{index}-{record.get('id', '')}".rstrip("-")
@@ -53,7 +57,7 @@ def _read(source: Source, make: Callable[[Conversation], Iterator[Item]]) -> Ite
     return each(line_entries(path) if path.suffix == ".jsonl" else entries(read_json(path), str(path)), read)
 
 
-def read_rounds(source: Source) -> Iterator[Item]:
+def read_rounds(source: Source, names: Sequence[str]) -> Iterator[Item]:
     """One item per round, with all images and without the earlier rounds.
 
     The system message is the field `{system}`, which the default prompt does not use, as in the original.
@@ -66,10 +70,10 @@ def read_rounds(source: Source) -> Iterator[Item]:
             yield Item(f"{found.id}-{number}", fields, [answer], [Text(answer)], meta={"question": question},
                        problem=found.problem, place=found.where)  # fmt: skip
 
-    return _read(source, make)
+    return _read(source, names, make, False)
 
 
-def read_conversations(source: Source) -> Iterator[Item]:
+def read_conversations(source: Source, names: Sequence[str]) -> Iterator[Item]:
     """One item per conversation, with roles; the assistant's texts have a loss.
 
     Several images replace the `<image>` marks; without marks, and for a single image, images come first.
@@ -91,7 +95,7 @@ def read_conversations(source: Source) -> Iterator[Item]:
         yield Item(found.id, {"conversation": segments}, answers, [Text(a, role="assistant") for a in answers],
                    problem=found.problem, place=found.where)  # fmt: skip
 
-    return _read(source, make)
+    return _read(source, names, make, source.options["text_only"] == "keep")
 
 
 def _asked(question: str, images: list[Image]) -> list[Segment]:
@@ -126,12 +130,34 @@ def _turns(record: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str
     return system, pairs
 
 
-_SHARED: dict[str, Any] = {"makes": "text", "metrics": (), "phases": ("train",), "images": "llava/images",
-                           "annotations": "llava",
-                           "obtain": "Get a file of LLaVA's form, and the images that it names"}  # fmt: skip
+_INSTRUCT = ("llava_instruct.json",)
+MIX_665K = ("llava_v1_5_mix665k.json",)
+"""The mix of LLaVA 1.5 (liuhaotian/LLaVA-Instruct-150K): images as `coco/train2017/NAME`, `gqa/images/NAME`,
+`ocr_vqa/images/NAME`, `textvqa/train_images/NAME` and `vg/VG_100K/NAME`; records without `image` are text alone."""
+LLAVAR = ("llava_instruct_150k_llavar_20k.json", "llava_instruct_150k_llavar_16k.json", "chat_llavar.json")
+"""LLaVAR (SALT-NLP/LLaVAR): the files for fine-tuning, whose images are those of `finetune.zip` and COCO's, and the one
+for pre-training."""
+
+_SHARED: dict[str, Any] = {"makes": "text", "metrics": (), "phases": ("train",)}
+_LLAVA: dict[str, Any] = {"images": "llava/images", "annotations": "llava",
+          "obtain": "Get a file of LLaVA's form, and the images that it names"}  # fmt: skip
+
+
+def _conversations(name: str, description: str, names: Sequence[str], text_only: tuple[str, str],
+                   **files: Any) -> TaskType:  # fmt: skip
+    return TaskType(name, description, partial(read_conversations, names=names), prompt="{conversation}",
+                    options={"text_only": text_only}, **_SHARED, **files)  # fmt: skip
+
+
 TASKS = (
-    TaskType("llava_instruct", "single rounds of instructions about images, for training", read_rounds,
-             prompt=PROMPT, **_SHARED),
-    TaskType("llava_conversations", "conversations about images, for training", read_conversations,
-             prompt="{conversation}", **_SHARED),
+    TaskType("llava_instruct", "single rounds of instructions about images, for training",
+             partial(read_rounds, names=_INSTRUCT), prompt=PROMPT, **_SHARED, **_LLAVA),
+    _conversations("llava_conversations", "conversations about images, for training", _INSTRUCT, ("drop", "keep"),
+                   **_LLAVA),
+    _conversations("llava_665k", "the mix of LLaVA 1.5, with conversations about text, for training", MIX_665K,
+                   ("keep", "drop"), images="llava_665k", annotations="llava_665k",
+                   obtain="Get llava_v1_5_mix665k.json of LLaVA 1.5, and the five folders of images that it names"),
+    _conversations("llavar", "conversations about text in images, for training", LLAVAR, ("drop", "keep"),
+                   images="llavar/images", annotations="llavar",
+                   obtain="Get LLaVAR's files (SALT-NLP/LLaVAR), and COCO's train2017 in one folder with its images"),
 )  # fmt: skip
