@@ -119,7 +119,7 @@ def test_a_clip_that_breaks_after_reading_is_named(written: Written, tmp_path: P
     clip = sorted(folder.rglob("*.png"))[0]
     clip.write_bytes(b"no image")
     with pytest.raises(InputError, match=clip.name):
-        list(map(lambda item: drawn(task, item, 0), items(task)))
+        [drawn(task, item, 0) for item in items(task)]
 
 
 def test_all_answers_of_a_dialogue(train: Train) -> None:
