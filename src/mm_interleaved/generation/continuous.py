@@ -1,7 +1,7 @@
 """Continuous batching: documents join and leave between steps, and texts and images of others go on meanwhile.
 
-One generation state has a row for each document. A step gives every text one token and every image one denoising step
-(`denoiser.py`). Documents have settings, seeds and generators of their own, so what runs beside a document changes
+One generation state has a row for each document. A step gives every text one token and the oldest images one denoising
+step (`denoiser.py`). Documents have settings, seeds and generators of their own, so what runs beside a document changes
 nothing but rounding. The reference implementation is `InterleavedGenerator` with this document alone.
 
 The row of a finished document stays until another document needs it. A document that begins like one of them continues
@@ -233,7 +233,7 @@ class ContinuousGenerator(DocumentRows):
 
     @torch.no_grad()
     def step(self) -> Iterator[tuple[Hashable, Event]]:
-        """One token of every text and one denoising step of every image, with the events of documents by key.
+        """One token of every text and one denoising step of the oldest images, with the events of documents by key.
 
         The number in an event is that of its row.
         """
@@ -249,7 +249,7 @@ class ContinuousGenerator(DocumentRows):
 
     @torch.no_grad()
     def step_images(self) -> Iterator[tuple[Hashable, Event]]:
-        """One denoising step of every image."""
+        """One denoising step of the oldest images."""
         yield from self._keyed(self._denoise())
 
     @property
@@ -373,7 +373,7 @@ class ContinuousGenerator(DocumentRows):
         return self.denoiser.add(conditions, self.state.earlier_images([index]), row.settings.image, generator)
 
     def _denoise(self) -> Iterator[Event]:
-        """One denoising step of every image."""
+        """One denoising step of the oldest images."""
         denoising = {id(work.job): index for index, work in self._work.items() if isinstance(work, _Denoising)}
         if not denoising:
             return

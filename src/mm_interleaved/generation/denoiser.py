@@ -1,7 +1,8 @@
 """Denoising of images that start at different times: images with settings that fit share the calls of the UNet.
 
 Each image has a scheduler, a generator and a timestep of its own, so what is generated beside it changes nothing but
-rounding. The reference implementation is `ImageDecoder.denoise` for one image.
+rounding. The oldest images go first: those that do not fit beside them wait, since all of them at once would be done
+later on average. The reference implementation is `ImageDecoder.denoise` for one image.
 
 Axes: L condition tokens, C latent channels, I earlier images, R slots for earlier images.
 """
@@ -112,7 +113,7 @@ class Denoiser:
     def __init__(self, decoder: ImageDecoder, most_together: int = MOST_TOGETHER) -> None:
         self.decoder, self.most_together = decoder, most_together
         self.jobs: list[ImageJob] = []
-        self._calls: list[_Call] | None = None  # for the jobs as they are; None: to be made
+        self._call: _Call | None = None  # for the jobs as they are; None: to be made
 
     @torch.no_grad()
     def add(
@@ -135,44 +136,37 @@ class Denoiser:
         earlier = self.decoder.unet.prepare(earlier)
         job = ImageJob(settings, conditions, earlier, scheduler, generator, latents)
         self.jobs.append(job)
-        self._forget_calls()
+        if self._call is None or len(self._call.jobs) < self.most_together:
+            self._forget_call()
         return job
 
     def remove(self, job: ImageJob) -> None:
         """Stop an image; the others go on."""
         self.jobs.remove(job)
-        self._forget_calls()
+        self._forget_call()
 
     @torch.no_grad()
     def step(self) -> Iterator[ImageJob]:
-        """One denoising step of every image; yields each with its `last` step. Those that are done leave."""
-        if self._calls is None:
-            self._calls = [self._call(jobs) for jobs in self._groups()]
-        stepped = []
-        for call in self._calls:
-            predictions = self._predict(call, self.decoder.dtype)
-            for job, prediction in zip(call.jobs, predictions.split(1), strict=True):
-                self._advance(job, prediction)
-                stepped.append(job)
-        if any(job.is_done for job in stepped):
+        """One denoising step of the oldest images; yields each with its `last` step. Those that are done leave."""
+        if not self.jobs:
+            return
+        if self._call is None:
+            together = [job for job in self.jobs if job.kind == self.jobs[0].kind]
+            self._call = self._make_call(together[: self.most_together])
+        call = self._call
+        for job, prediction in zip(call.jobs, self._predict(call, self.decoder.dtype).split(1), strict=True):
+            self._advance(job, prediction)
+        if any(job.is_done for job in call.jobs):
             self.jobs = [job for job in self.jobs if not job.is_done]
-            self._forget_calls()
-        yield from stepped
+            self._forget_call()
+        yield from call.jobs
 
-    def _groups(self) -> Iterator[list[ImageJob]]:
-        kinds: dict[Hashable, list[ImageJob]] = {}
-        for job in self.jobs:
-            kinds.setdefault(job.kind, []).append(job)
-        for jobs in kinds.values():
-            for begin in range(0, len(jobs), self.most_together):
-                yield jobs[begin : begin + self.most_together]
+    def _forget_call(self) -> None:
+        if self._call is not None:
+            self._call.lease.close()
+        self._call = None
 
-    def _forget_calls(self) -> None:
-        for call in self._calls or []:
-            call.lease.close()
-        self._calls = None
-
-    def _call(self, jobs: list[ImageJob]) -> _Call:
+    def _make_call(self, jobs: list[ImageJob]) -> _Call:
         """A call for these images; a captured one has a power of two of places, since every size is captured anew."""
         settings, device, decoder = jobs[0].settings, jobs[0].conditions.device, self.decoder
         static, guided = decoder.is_static(settings, device), jobs[0].guidance > 1

@@ -30,5 +30,5 @@ def shapes_only() -> bool:
 
 
 def chooses_kernels(device: torch.device) -> bool:
-    """Whether operators run kernels on `device` unless given otherwise: on CUDA devices, not in Triton's interpreter."""
+    """Whether operators run kernels on `device` by default: on CUDA devices, not in Triton's interpreter."""
     return device.type == "cuda" or _shapes_only

@@ -49,7 +49,7 @@ from .engine import (
 )
 
 log = logging.getLogger(__name__)
-MOST_TOKENS_A_TURN = 8  # decode steps beside one denoising step
+MOST_TOKENS_A_TURN = 64  # decode steps beside one denoising step
 IDLE = 0.5  # seconds after which an idle thread looks whether it should end
 REASONS: dict[str, Reason] = {
     "slots": "end", "eos": "end", "turns": "end", "segments": "end", "tokens": "length", "context": "length",
