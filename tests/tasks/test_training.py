@@ -54,8 +54,8 @@ def drawn(task: Task, item: Item, seed: int) -> Document:
 
 
 def test_all_sets_that_have_one_have_a_phase_for_training() -> None:
-    """NoCaps has no captions for training, and of Localized Narratives one file is read."""
-    assert set(TASKS) - set(TRAINED) == {"nocaps", "lncoco"}
+    """NoCaps has no captions for training."""
+    assert set(TASKS) - set(TRAINED) == {"nocaps"}
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -18,13 +18,19 @@ NAMED = 20  # problems of one kind that are listed
 DECODED = 100  # images that are decoded; of the others only the header is read
 
 EXPECTED: dict[tuple[str, str], int | None] = {
-    ("coco_karpathy", "test"): 5_000, ("flickr30k", "test"): 1_000, ("nocaps", "val"): 4_500,
-    ("image2paragraph", "test"): 2_489, ("vqav2", "val"): 214_354, ("okvqa", "val"): 5_046,
-    ("textvqa", "val"): 5_000, ("vizwiz_vqa", "val"): 4_319, ("visdial", "val"): 2_064, ("coco", "val"): 40_504,
-    ("lncoco", "val"): 8_573,
+    ("coco_karpathy", "test"): 5_000, ("coco_karpathy", "train"): 566_747, ("flickr30k", "test"): 1_000,
+    ("nocaps", "val"): 4_500, ("textcaps", "train"): 21_953, ("image2paragraph", "test"): 2_489,
+    ("vqav2", "val"): 214_354, ("vqav2", "train"): 443_757, ("okvqa", "val"): 5_046, ("textvqa", "val"): 5_000,
+    ("vizwiz_vqa", "val"): 4_319, ("gqa", "testdev"): 12_578, ("gqa", "val"): 132_062, ("gqa", "train"): 943_000,
+    ("chartqa", "train"): 28_299, ("chartqa", "test"): 2_500, ("docvqa", "train"): 39_463, ("docvqa", "val"): 5_349,
+    ("docvqa", "test"): 5_188, ("infovqa", "train"): 23_946, ("infovqa", "val"): 2_801,
+    ("dvqa", "train"): 2_325_316, ("dvqa", "val_easy"): 580_557, ("dvqa", "val_hard"): 581_321,
+    ("visdial", "val"): 2_064, ("refcoco", "train"): 120_624, ("refcoco", "val"): 10_834,
+    ("refcoco", "testA"): 5_657, ("refcoco", "testB"): 5_095, ("coco", "val"): 40_504, ("lncoco", "val"): 8_573,
+    ("llava_665k", "train"): 665_298,
     # not known
-    ("gqa", "testdev"): None, ("refcoco", "val"): None, ("refcoco+", "val"): None, ("refcocog", "val"): None,
-    ("vist", "test"): None, ("pororo", "test"): None, ("flintstones", "test"): None,
+    ("refcoco+", "val"): None, ("refcocog", "val"): None, ("vist", "test"): None, ("pororo", "test"): None,
+    ("flintstones", "test"): None, ("st_vqa", "train"): None, ("est_vqa", "train"): None, ("ocrvqa", "test"): None,
 }  # fmt: skip
 """Numbers of records of the official sets as published; filtered or extended sets have other numbers."""
 

@@ -35,12 +35,12 @@ def read_coco(source: Source) -> Iterator[Item]:
 
 
 def read_narratives(source: Source) -> Iterator[Item]:
-    """Every narrative, then more sampled with replacement until there are `limit`, or 30,000.
+    """Every narrative; for evaluation more sampled with replacement until there are `limit`, or 30,000.
 
     The weight of a narrative is 1 / (number of narratives of its image). The original samples without a seed,
     separately in each process.
     """
-    path = source.file("coco_val_captions.jsonl")
+    path = source.file(f"coco_{source.phase}_captions.jsonl")
     found, odd = usable(line_entries(path), _narrative)
     yield from odd
     if not found:
@@ -48,11 +48,11 @@ def read_narratives(source: Source) -> Iterator[Item]:
     numbers = [number for _, number, _ in found]
     many = Counter(numbers)
     weights = np.array([1 / many[number] for number in numbers])
-    extra = max((source.limit or SAMPLES) - len(found), 0)
+    extra = 0 if source.phase == "train" else max((source.limit or SAMPLES) - len(found), 0)
     repeated = np.random.default_rng(source.seed).choice(len(found), extra, p=weights / weights.sum())
     for index, which in enumerate([*range(len(found)), *repeated.tolist()]):
         where, number, text = found[int(which)]
-        image, problem = source.images.find(f"val2017/{number.zfill(12)}.jpg")
+        image, problem = source.images.find(f"{source.phase}2017/{number.zfill(12)}.jpg")
         yield _item(str(index), text, image, problem, where)
 
 
@@ -75,6 +75,7 @@ TASKS = (
              obtain="Get annotations and images of 2014 from cocodataset.org"),
     TaskType("lncoco", "images from Localized Narratives of COCO", read_narratives, makes="image", prompt=PROMPT,
              metrics=("fid", "text_similarity"), settings=GenerationSettings(image=ImageSettings(250, 3.5)),
-             images="coco", annotations="lncoco",
-             obtain="Get coco_val_captions.jsonl of Localized Narratives, and COCO's val2017"),
+             phases=("val", "train"), images="coco", annotations="lncoco",
+             obtain="Get coco_val_captions.jsonl (or coco_train_captions.jsonl) of Localized Narratives, and COCO's "
+             "images of 2017"),
 )  # fmt: skip
