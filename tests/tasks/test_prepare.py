@@ -22,6 +22,7 @@ from mm_interleaved.tasks.check import EXPECTED, check_task
 from mm_interleaved.tasks.prepare import CONVERTERS, prepare
 
 from ..conftest import make_image
+from .conftest import PHASES
 
 
 def write(path: Path, data: Any) -> None:
@@ -54,6 +55,9 @@ def test_flickr30k(tmp_path: Path) -> None:
     save(tmp_path / "datasets/flickr30k/flickr30k-images/1007.jpg")
     (sample,) = convert("flickr30k", tmp_path)
     assert (sample.id, sample.reference) == ("1007", ["A cat .", "One cat on a mat ."])
+    save(tmp_path / "datasets/flickr30k/flickr30k-images/1008.jpg")
+    (sample,) = convert("flickr30k", tmp_path, "train")
+    assert sample.id == "1008"
 
 
 def test_image2paragraph(tmp_path: Path) -> None:
@@ -202,13 +206,15 @@ def test_what_needs_no_conversion_says_so() -> None:
 
 
 class TestCheck:
-    @pytest.mark.parametrize("name", ["vqav2", "coco", "visdial", "refcoco", "pororo", "ade20k", "gqa"])
+    @pytest.mark.parametrize("name", ["vqav2", "coco", "visdial", "refcoco", "pororo", "ade20k", "gqa", "docvqa",
+                                      "grit", "vg_regions", "llava_665k"])  # fmt: skip
     def test_whole_files(self, name: str, toy_task: Callable[..., Task]) -> None:
         found = check_task(toy_task(name))
         assert found.good
         assert found.samples >= 4
+        assert found.images >= 4
         assert (found.missing, found.unreadable) == (0, 0)
-        assert found.expected == EXPECTED.get((name, "val"))
+        assert found.expected == EXPECTED.get((name, PHASES.get(name, "val")))
 
     def test_images_that_are_missing_or_damaged(self, toy_task: Callable[..., Task], tmp_path: Path) -> None:
         """A header that is no image's, an image that ends too soon, and none at all."""

@@ -1,4 +1,4 @@
-"""Questions about documents, charts, scene text and books, in their official layouts."""
+"""Questions about documents, charts, scene text and books in their official layouts; odd records of all such files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def files(tmp_path: Path) -> Callable[..., tuple[Path, Callable[..., list[Sample
 
     def make(name: str) -> tuple[Path, Callable[..., list[Sample]]]:
         OFFICIAL[name][0](tmp_path)
-        folders = {"images": str(tmp_path), "annotations": str(tmp_path)}
+        folders = {"images": str(tmp_path / OFFICIAL[name][1]), "annotations": str(tmp_path)}
 
         def read(phase: str = "", **options: Any) -> list[Sample]:
             return list(make_task(TaskConfig(name, phase=phase, **folders, **options)).samples())
@@ -119,6 +119,21 @@ def change(path: Path, spoil: Callable[[Any], object]) -> None:
         ("ocrvqa", "dataset.json", lambda d: d["200001"]["answers"].__setitem__(0, " "), 1, "there is no reference"),
         ("ocrvqa", "dataset.json", lambda d: d.update(x="no"), 1, "must be an object"),
         ("dvqa", "val_easy_qa.json", lambda d: d[0].update(answer=7), 1, "must be a string"),
+        ("textcaps", "TextCaps_0.1_val.json", lambda d: d["data"][0].pop("image_id"), 1, "'image_id' is missing"),
+        ("textcaps", "TextCaps_0.1_val.json", lambda d: d["data"][0].update(caption_str=1), 1, "must be a string"),
+        ("vg_regions", "image_data.json", lambda d: d.pop(), 1, "image 4 is not in"),
+        ("vg_regions", "image_data.json", lambda d: d.append(d[0]), 1, "stands in"),
+        ("vg_regions", "region_descriptions.json", lambda d: d[0]["regions"][1].update(width=0), 1, "no area"),
+        (
+            "vg_regions",
+            "region_descriptions.json",
+            lambda d: d[0]["regions"][1].pop("phrase"),
+            1,
+            "'phrase' is missing",
+        ),
+        ("vg_regions", "region_descriptions.json", lambda d: d[0].update(regions=3), 1, "must be a list"),
+        ("llava_665k", "llava_v1_5_mix665k.json", lambda d: d[4].pop("conversations"), 1, "must be a list"),
+        ("llavar", "llava_instruct_150k_llavar_20k.json", lambda d: d[1]["conversations"].pop(), 1, "has no answer"),
     ],
 )
 def test_odd_records_are_counted_and_named(
@@ -135,3 +150,32 @@ def test_odd_records_are_counted_and_named(
     assert before - len(problems) - 1 <= len(found) - bad < before + 1
     odd = next(s for s in found if s.problem)
     assert str(folder / file) in (odd.document.place or "") + odd.problem
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("Annotations/101.xml", "<width>50", "<width>many", "not an annotation that can be read"),
+        ("Annotations/101.xml", "</annotation>", "", "not an annotation that can be read"),
+        ("Annotations/101.xml", "<annotation>", "<!DOCTYPE a><annotation>", "declares a document type"),
+        ("Annotations/101.xml", "<xmax>25", "<xmax>75", "outside the image"),
+        ("Annotations/101.xml", "<xmax>25", "<xmax>1", "is no box"),
+        ("Sentences/101.txt", None, " ", "there is no reference"),
+        ("Sentences/101.txt", None, None, "does not exist"),
+        ("val.txt", "101", "one", "no number of an image"),
+    ],
+)
+def test_odd_entities(file: str, old: str | None, new: str | None, words: str, files: Callable) -> None:
+    """An image whose files cannot be read is named, and the others are used."""
+    folder, _ = files("flickr30k_entities")
+    if new is None:
+        (folder / file).unlink()
+    else:
+        text = (folder / file).read_text()
+        (folder / file).write_text(text.replace(old, new) if old else new)
+    config = TaskConfig("flickr30k_entities", phase="val", images=str(folder / "flickr30k-images"),
+                        annotations=str(folder))  # fmt: skip
+    found = list(make_task(config).samples())
+    (problem,) = (s.problem for s in found if s.problem)
+    assert len(found) == 4
+    assert words in problem
