@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,7 +113,7 @@ def _is_shifted(given: ScoringInputs) -> bool:
     return given.facts is not None and isinstance(given.facts.data, Job) and given.facts.data.world_name == "shifted"
 
 
-def shifted_captions(predictions: Mapping[Hashable, str], references: Mapping[Hashable, Scene]) -> MetricResult:
+def shifted_captions(predictions: Mapping[Any, str], references: Mapping[Any, Scene]) -> MetricResult:
     """How well texts name the objects of scenes of the shifted world: `objects_f1`, in percent.
 
     Raises:
@@ -122,9 +123,7 @@ def shifted_captions(predictions: Mapping[Hashable, str], references: Mapping[Ha
     return _ratios({key: reading.score_text(text, scene) for key, text, scene in rows}, "objects_f1")
 
 
-def shifted_images(
-    predictions: Mapping[Hashable, ImageLike], references: Mapping[Hashable, Scene | Frame]
-) -> MetricResult:
+def shifted_images(predictions: Mapping[Any, ImageLike], references: Mapping[Any, Scene | Frame]) -> MetricResult:
     """How well images show scenes of the shifted world: `found_kind_color` and its parts, in percent.
 
     Raises:

@@ -1,0 +1,376 @@
+"""Fine-tuning of the small model on seven tasks of a world that it never saw: zero-shot, with LoRA, and fully.
+
+python benchmarks/finetune_tasks.py OUT --gpus 2 --processes 8 --minutes 9        # write the data, run, report
+python benchmarks/finetune_tasks.py OUT --device cpu --processes 1 --steps 4 --samples 4 --only vqav2    # to see it run
+python benchmarks/finetune_tasks.py OUT --report                                 # only make the tables again
+
+OUT gets `data/`, a folder for each run, `results.json` and `results.md`. The same command goes on where it stopped: a
+run that has a result is not repeated. Processes take runs from one list, each process one after the other; none is
+begun after the given minutes. The data are `mmi toyworld write --world shifted`, scored on its split `val`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BENCHMARK = Path(__file__).resolve()
+ROWS = 8  # of a batch
+SEEDS = (0, 1)
+FORGETTING = ("coco", "vqav2")  # tasks of the first world on which a tuned model is examined
+REPLAYED = ("vqav2", "coco")  # tasks that are also trained with documents of the first world
+BASE, SHIFTED = "base", "shifted"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A task, how it is trained, and how it is examined.
+
+    Attributes:
+        recipe: of the package.
+        form: format of the data; `images` is the folder of its images.
+        train, val: phases.
+        value: what is compared in the shifted world; `own` in the first one.
+        generation: how a model answers.
+        steps, samples: of training, and of an evaluation, in units of the arguments.
+    """
+
+    recipe: str
+    form: str
+    images: str
+    train: str
+    val: str
+    value: str
+    own: str
+    generation: dict[str, Any]
+    steps: float = 1.0
+    samples: float = 1.0
+
+
+WRITE = {"max_new_tokens": 80, "min_new_tokens": 1, "num_beams": 1}
+ANSWER = {"max_new_tokens": 16, "min_new_tokens": 0, "num_beams": 1}
+BOX = {"max_new_tokens": 30, "min_new_tokens": 1, "num_beams": 1}
+DRAW = {"num_inference_steps": 30, "guidance_scale": 6.0, "num_candidates": 1}
+FOUND = "found_kind_color"
+TRIALS = {
+    "coco_karpathy": Trial("caption", "coco", "", "train", "val", "objects_f1", "facts_right", WRITE),
+    "vqav2": Trial("vqa", "vqav2", "", "train", "val", "accuracy", "accuracy", ANSWER),
+    "refcoco": Trial("grounding", "refcoco", "train2014", "train", "val", "accuracy", "accuracy", BOX),
+    "coco": Trial("text-to-image", "coco", "", "train", "val", FOUND, FOUND, DRAW, 2.0, 0.5),
+    "ade20k": Trial("segmentation-to-image", "ade20k", "", "training", "validation", FOUND, FOUND, DRAW, 2.0, 0.5),
+    "vist": Trial("vist", "vist", "images", "train", "val", FOUND, FOUND, DRAW, 2.0, 0.15),
+    "visdial": Trial("visdial", "visdial", "", "train", "val", "mrr", "mrr", ANSWER, 1.0, 0.3),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry of the list: a task, how the model is trained for it ("zero": not at all), and with which seed."""
+
+    task: str
+    method: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.task}-{self.method}-{self.seed}"
+
+
+def all_runs(only: list[str]) -> list[Run]:
+    """All runs, those that are needed most first."""
+    tasks = [task for task in TRIALS if not only or task in only]
+    runs = [Run(task, method, seed) for seed in SEEDS[:1] for method in ("full", "lora") for task in tasks]
+    runs += [Run(task, "zero") for task in tasks]
+    runs += [Run(task, "replay") for task in tasks if task in REPLAYED]
+    return runs + [Run(task, method, seed) for seed in SEEDS[1:] for method in ("full", "lora") for task in tasks]
+
+
+# ---- data
+
+
+def write_data(out: Path, options: argparse.Namespace) -> None:
+    """Write the data sets that are missing, each by a process of its own."""
+    forms = sorted({trial.form for name, trial in TRIALS.items() if not options.only or name in options.only})
+    forms_of = {SHIFTED: forms, BASE: sorted({*forms, *(TRIALS[name].form for name in FORGETTING)})}
+    wanted = [(SHIFTED, form, split, count) for form in forms_of[SHIFTED]
+              for split, count in (("train", options.images), ("val", options.samples))]  # fmt: skip
+    wanted += [(BASE, form, "val", options.samples) for form in forms_of[BASE]]
+
+    def write(world: str, form: str, split: str, count: int) -> None:
+        folder = out / "data" / world / f"{form}-{split}"
+        if not folder.is_dir():
+            subprocess.run(
+                [sys.executable, "-m", "mm_interleaved.cli", "toyworld", "write", "--world", world, "--format", form,
+                 "--out", folder, "--split", split, "-n", str(count), "--size", "128", "--workers", "1"],
+                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(write, *entry) for entry in wanted]:
+            done.result()
+
+
+def paths(out: Path, task: str, world: str, split: str) -> dict[str, str]:
+    """Where a task finds its files."""
+    trial = TRIALS[task]
+    folder = out / "data" / world / f"{trial.form}-{split}"
+    return {"annotations": str(folder), "images": str(folder / trial.images)}
+
+
+# ---- one run
+
+
+def examine(out: Path, loaded: Any, task: str, world: str, folder: Path, limit: int) -> dict[str, Any]:
+    """The value of a model in a task, with its bootstrap interval."""
+    from mm_interleaved.evaluation import TaskSuite, evaluate
+    from mm_interleaved.tasks import TaskConfig
+
+    trial = TRIALS[task]
+    count = max(2, round(trial.samples * limit))
+    config = TaskConfig(
+        task, phase=trial.val, limit=count, generation=trial.generation, **paths(out, task, world, "val")
+    )
+    begin = time.perf_counter()
+    suite = TaskSuite([config], batch_size=64)
+    results = evaluate(suite, loaded.model, loaded.processor, folder, name=folder.name, weights=folder.name)
+    assert results is not None
+    (result,) = results.tasks.values()
+    name = trial.value if world == SHIFTED else trial.own
+    for metric in result.metrics.values():
+        if name in metric["values"]:
+            return {"value": metric["values"][name], "interval": metric.get("intervals", {}).get(name), "name": name,
+                    "samples": result.evaluated, "seconds": time.perf_counter() - begin}  # fmt: skip
+    raise ValueError(f"{task} has no value '{name}': {result.failed or result.metrics}")
+
+
+def settings_of(run: Run, out: Path, options: argparse.Namespace) -> list[str]:
+    """What a run changes of its recipe, as `key=value`."""
+    trial = TRIALS[run.task]
+    steps = max(1, round(trial.steps * options.steps))
+    source = {"type": "task", "name": run.task, "options": {"task": run.task, "phase": trial.train,
+                                                            **paths(out, run.task, SHIFTED, "train")}}  # fmt: skip
+    groups = [{"pattern": r"^image_decoder\.unet", "lr": 5e-4}]  # it learned at 1e-3
+    changes = [
+        f"steps={steps}", f"seed={run.seed}", f"data.seed={run.seed}", "save_every=0", "tensorboard=false",
+        "evaluation=null", f"log_every={max(1, steps // 20)}", f"schedule.warmup_steps={max(1, steps // 20)}",
+        f"data.sources={json.dumps([source])}", f"data.batch_size={options.rows}", "data.num_workers=0",
+        f"precision={'float32' if options.device == 'cpu' else 'bfloat16'}",
+        *(["optimizer.lr=1e-3"] if run.method == "lora" else ["optimizer.lr=3e-4",
+                                                               f"optimizer.groups={json.dumps(groups)}"]),
+    ]  # fmt: skip
+    if run.method == "replay":
+        old = {"type": "toyworld", "name": "first-world", "options": {"size": 128}}
+        changes.append(f"replay={json.dumps({'share': 0.25, 'sources': [old]})}")
+    if trial.recipe in ("caption", "vqa", "grounding", "visdial") and run.method == "replay":
+        changes.append("freeze=[]")  # replayed documents have images to draw
+    return changes
+
+
+def do(run: Run, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and examine; returns the result."""
+    import torch
+
+    from mm_interleaved.pretrained import TOKENIZER, load
+    from mm_interleaved.training.recipes import load_recipe
+    from mm_interleaved.training.run import train
+
+    folder, on_gpu = out / "runs" / run.name, options.device != "cpu"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+    device = torch.device("cuda" if on_gpu else "cpu")
+    found: dict[str, Any] = asdict(run)
+    if run.method == "zero":
+        loaded = load("small", device=device)
+    else:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        lora = "all" if run.method == "lora" else None
+        config = load_recipe(TRIALS[run.task].recipe, "small", lora, str(folder), settings_of(run, out, options))
+        begin = time.perf_counter()
+        train(config, TOKENIZER, None if on_gpu else "cpu")
+        found["seconds"] = time.perf_counter() - begin
+        found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        found |= learned(folder)
+        final = folder / "final"
+        loaded = load("small", device=device, adapters=[final]) if lora else load(final, torch.float32, device)
+    found["shifted"] = examine(out, loaded, run.task, SHIFTED, folder / "shifted", options.samples)
+    if run.seed == 0:
+        own = (run.task,) if run.method == "zero" else FORGETTING
+        found["base"] = {t: examine(out, loaded, t, BASE, folder / f"base-{t}", options.samples // 2) for t in own}
+    del loaded
+    gc.collect()
+    return found
+
+
+def learned(folder: Path) -> dict[str, Any]:
+    """The losses of a run, the steps, the number of trained parameters, and the bytes of what it hands over."""
+    from safetensors import safe_open
+
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    files = sorted((folder / "final").glob("*.safetensors"))
+    count = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                size = 1
+                for side in tensors.get_slice(name).get_shape():
+                    size *= side
+                count += size
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    return {"steps": entries[-1]["step"], "loss": [losses[0], losses[-1]], "saved_parameters": count,
+            "saved_bytes": sum(file.stat().st_size for file in files)}  # fmt: skip
+
+
+# ---- many runs
+
+
+def work(out: Path, options: argparse.Namespace, deadline: float) -> None:
+    """Take runs from the list and do them until none is left or the time is over."""
+    for run in all_runs(options.only):
+        if time.time() > deadline:
+            return
+        claim, result = out / "claims" / run.name, out / "results" / f"{run.name}.json"
+        if result.is_file():
+            continue
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        found = do(run, out, options)
+        result.with_suffix(".part").write_text(json.dumps(found))
+        result.with_suffix(".part").rename(result)
+
+
+def run_all(out: Path, options: argparse.Namespace) -> None:
+    """Start the processes, and start one anew that a failed run has ended."""
+    deadline = time.time() + 60 * options.minutes
+    shutil.rmtree(out / "claims", ignore_errors=True)
+    for name in ("claims", "results", "logs"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    write_data(out, options)
+    print(f"data written in {time.perf_counter() - begin:.0f} s", flush=True)
+    command = [sys.executable, str(BENCHMARK), *sys.argv[1:], "--worker", str(deadline)]
+
+    def keep(slot: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(slot % max(options.gpus, 1))}
+        if options.device == "cpu":
+            environment.pop("CUDA_VISIBLE_DEVICES")
+        with (out / "logs" / f"{slot}.txt").open("w") as log:
+            while subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode:
+                if time.time() > deadline:
+                    return
+
+    slots = options.processes * max(options.gpus, 1)
+    with ThreadPoolExecutor(slots) as pool:
+        list(pool.map(keep, range(slots)))
+
+
+# ---- tables
+
+
+def report(out: Path, options: argparse.Namespace) -> str:
+    """Write `results.json` and `results.md`; returns the latter."""
+    found = [json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))]
+    done = {Run(r["task"], r["method"], r["seed"]).name for r in found}
+    missing = [run.name for run in all_runs(options.only) if run.name not in done]
+    about = {"model": weights(), "steps": options.steps, "rows": options.rows, "images": options.images,
+             "samples": options.samples, "device": options.device, "missing": missing}  # fmt: skip
+    (out / "results.json").write_text(json.dumps({"about": about, "runs": found}, indent=1) + "\n")
+    text = "\n".join([*tuned_table(found), "", *forgetting_table(found), ""])
+    if missing:
+        text += f"\nNot run: {', '.join(missing)}.\n"
+    (out / "results.md").write_text(text)
+    return text
+
+
+def weights() -> str:
+    """SHA-256 of the small model's files with weights."""
+    import hashlib
+
+    from mm_interleaved.pretrained import FOLDER
+
+    digest = hashlib.sha256()
+    for path in sorted((FOLDER / "small").glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def tuned_table(found: list[dict[str, Any]]) -> list[str]:
+    """For each task the three ways side by side."""
+    rows = ["| task | value | own world, base | zero-shot | LoRA, two seeds | full, two seeds | trained: LoRA, full | "
+            "seconds | GiB | MB: LoRA, full |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for task, trial in TRIALS.items():
+        of = {method: [r for r in found if (r["task"], r["method"]) == (task, method)]
+              for method in ("zero", "lora", "full")}  # fmt: skip
+        if not any(of.values()):
+            continue
+        both = [of["lora"][:1], of["full"][:1]]
+        rows.append("| " + " | ".join([
+            task, trial.value, ", ".join(_shown(r["base"][task]) for r in of["zero"] if task in r.get("base", {})),
+            *("; ".join(_shown(r["shifted"]) for r in of[method]) or "-" for method in ("zero", "lora", "full")),
+            ", ".join(f"{r['saved_parameters'] / 1e6:.2f} M" for rs in both for r in rs),
+            ", ".join(f"{r['seconds']:.0f}" for rs in both for r in rs),
+            ", ".join(f"{r['memory_gib']:.1f}" for rs in both for r in rs if r["memory_gib"] is not None) or "-",
+            ", ".join(f"{r['saved_bytes'] / 1e6:.1f}" for rs in both for r in rs),
+        ]) + " |")  # fmt: skip
+    return rows
+
+
+def forgetting_table(found: list[dict[str, Any]]) -> list[str]:
+    """What tuned models still can in the first world."""
+    before = {r["task"]: r["base"][r["task"]] for r in found if r["method"] == "zero" and "base" in r}
+    untrained = (_shown(before[task]) if task in before else "-" for task in FORGETTING)
+    rows = [
+        f"| trained on | how | {' | '.join(f'first world: {task}' for task in FORGETTING)} |",
+        "|---|---|" + "---|" * len(FORGETTING),
+        f"| nothing | - | {' | '.join(untrained)} |",
+    ]
+    for r in found:
+        if r["method"] != "zero" and "base" in r:
+            rows.append(f"| {r['task']} | {r['method']} | {' | '.join(_shown(r['base'][t]) for t in FORGETTING)} |")
+    return rows
+
+
+def _shown(result: dict[str, Any]) -> str:
+    low_high = result["interval"]
+    return f"{result['value']:.1f}" + (f" ({low_high[0]:.1f} to {low_high[1]:.1f})" if low_high else "")
+
+
+def main() -> None:
+    """Read the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=8, help="of each GPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no run is begun")
+    parser.add_argument("--steps", type=int, default=300, help="of a task about text; twice as many for images")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of a batch")
+    parser.add_argument("--images", type=int, default=2000, help="for training, of each format")
+    parser.add_argument("--samples", type=int, default=200, help="for an evaluation, of tasks about text")
+    parser.add_argument("--only", nargs="*", default=[], choices=tuple(TRIALS))
+    parser.add_argument("--report", action="store_true", help="only make the tables again")
+    parser.add_argument("--worker", type=float, default=0.0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    out = options.out.resolve()
+    if options.worker:
+        work(out, options, options.worker)
+        return
+    if not options.report:
+        run_all(out, options)
+    print(report(out, options))
+
+
+if __name__ == "__main__":
+    main()
