@@ -15,6 +15,8 @@ import PIL.Image
 import pytest
 
 from mm_interleaved import MMInterleavedProcessor
+from mm_interleaved.data import DataConfig, SourceConfig, build_loader
+from mm_interleaved.data.augmentation import AugmentConfig, augment
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.io import FileSlice, InputError
 from mm_interleaved.io.images import open_image
@@ -235,3 +237,30 @@ def test_conversations_without_images(train: Train) -> None:
             documents = list(train(name, **options).documents())
             assert len(documents) == 4 + count
             assert sum(not d.images for d in documents) == count
+
+
+def boxes(document: Document) -> list[tuple[float, ...]]:
+    return [box.sides for s in document.segments if isinstance(s, Text) for _, box in s.boxes]
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if TASKS[name].crop == "squash"])
+def test_boxes_follow_a_flip(name: str, train: Train) -> None:
+    task = train(name)
+    for item in items(task):
+        document = drawn(task, item, 0)
+        flipped = augment(document, AugmentConfig(flip=1.0), np.random.default_rng(0), "squash")
+        assert boxes(document)
+        mirrored = [(1 - x2, y1, 1 - x1, y2) for x1, y1, x2, y2 in boxes(document)]
+        assert boxes(flipped) == [pytest.approx(sides) for sides in mirrored]
+        assert all(i.transform is not None and i.transform.flip for i in flipped.images)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_source_leaves_nothing_out(name: str, train: Train, processor: MMInterleavedProcessor) -> None:
+    config = train(name).config
+    options = {"task": name, "images": config.images, "annotations": config.annotations}
+    source = SourceConfig("task", options=options, packing="single", max_length=4096, batch_size=1)
+    loader = build_loader(DataConfig(sources=[source], sampling="sum", pin_memory=False), processor)
+    rows = sum(1 for _ in loader)
+    assert loader.report().rejected("task") == {}
+    assert rows == loader.report().counts("task")["documents"] == len(items(train(name)))
