@@ -101,6 +101,14 @@ def test_one_of_five_captions(name: str, train: Train) -> None:
     assert answers(task.document(item)) == [item.answer[0].text]  # type: ignore[union-attr]
 
 
+def test_one_of_five_captions_is_the_prompt_of_an_image(train: Train) -> None:
+    task = train("coco")
+    item = items(task)[0]
+    seen = {str(drawn(task, item, seed).segments[0]) for seed in range(40)}
+    assert len(seen) == 5
+    assert str(task.document(item).segments[0]) in seen
+
+
 @pytest.mark.parametrize("name", ["pororo", "flintstones"])
 def test_other_frames_in_each_epoch(name: str, train: Train) -> None:
     task = train(name)

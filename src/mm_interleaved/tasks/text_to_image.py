@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ SAMPLES = 30_000
 
 
 def read_coco(source: Source) -> Iterator[Item]:
-    """The first caption of every image, in lower case; the original takes the first 30,000."""
+    """The first caption of every image, in lower case, and in training any of its captions.
+
+    The original evaluates the first 30,000.
+    """
     path = source.file(f"annotations/captions_{source.phase}2014.json")
     data = checked(read_json(path), dict, str(path))
     captions, odd = grouped(entries(data.get("annotations"), f"{path}, 'annotations'"), "image_id", int)
@@ -26,9 +30,16 @@ def read_coco(source: Source) -> Iterator[Item]:
     def make(where: str, record: dict[str, Any], index: int) -> Iterator[Item]:
         number = get(record, "id", int, where)
         image, problem = source.images.find(f"{source.phase}2014/{get(record, 'file_name', str, where)}")
-        place, first = captions.get(number, [(f"{where}, captions of image {number}", {"caption": ""})])[0]
-        text = strings([get(first, "caption", str, place)], place)[0].lower().strip()
-        yield _item(str(number), text, image, problem, place)
+        found = captions.get(number, [(f"{where}, captions of image {number}", {"caption": ""})])
+        texts = [get(record, "caption", str, place).lower().strip() for place, record in found]
+        strings(texts[:1], found[0][0])
+        item = _item(str(number), texts[0], image, problem, found[0][0])
+        choices = [text for text in texts if text]
+
+        def vary(rng: np.random.Generator) -> Item:
+            return replace(item, fields={"caption": choices[int(rng.integers(len(choices)))]})
+
+        yield replace(item, vary=vary)
 
     yield from each(entries(data.get("images"), f"{path}, 'images'"), make)
     yield from odd
