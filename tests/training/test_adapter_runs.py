@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from mm_interleaved.adapters.folder import read_adapter
 from mm_interleaved.checkpoints.digest import weights_digest
+from mm_interleaved.checkpoints.quantization import QuantizedLinear
 from mm_interleaved.io import InputError
+from mm_interleaved.model.weights import stored
 from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training.building import build
 from mm_interleaved.training.checkpoints import list_checkpoints
@@ -137,3 +139,36 @@ def test_what_cannot_be_an_adapter_is_refused(settings, base: Path, tmp_path: Pa
     build(settings(*on(other, further, "adapter.allow_other_base=true")), TOKENIZER)
     about = json.loads((tmp_path / "first/final/adapter.json").read_text())
     assert about["tasks"] == ["documents"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_base(settings, base: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("torchao")
+    changes = on(base, f"model.quantize={kind}", "model.quantize_parts=[llm, image_decoder]", "log_every=1", "steps=6")
+    train(settings(*on(base, "log_every=1", "steps=6"), run="exact"), TOKENIZER, "cpu")
+    train(settings(*changes), TOKENIZER, "cpu")
+    exact, found = logged(tmp_path / "exact"), logged(tmp_path / "run")
+    assert found != exact
+    assert all(abs(found[step] - loss) <= 0.05 * loss for step, loss in exact.items())
+    final = tmp_path / "run/final"
+    info = read_adapter(final).info
+    assert info is not None
+    assert info.base_quantization == kind
+    assert load(base, adapters=[final]).trained
+    model, _ = build(settings(*changes), TOKENIZER)
+    inner = model.get_submodule("language_model.layers.0.self_attn.q_proj").get_base_layer()
+    bits = sum(part.numel() * part.element_size() for part in stored(inner.weight)) * 8 / inner.weight.numel()
+    assert bits <= {"int8": 9, "nf4": 5}[kind]
+    unet = model.get_submodule("image_decoder.unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2")
+    assert isinstance(unet.get_base_layer(), QuantizedLinear)
+    assert type(model.lm_head.head) is torch.nn.Linear
+
+
+def test_what_cannot_be_quantized_is_refused(settings, base: Path) -> None:
+    for changes, words in (
+        (on(base, "model.quantize=int4"), "have no backward pass"),
+        (["model.quantize=int8"], "is for the frozen base of an 'adapter'"),
+        (on(base, "model.quantize=int8", "model.quantize_parts=[]"), "no frozen linear layer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(settings(*changes), TOKENIZER)

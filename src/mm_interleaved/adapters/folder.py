@@ -94,7 +94,7 @@ class AdapterFiles:
     @property
     def layers(self) -> set[str]:
         """Names of the layers that it changes."""
-        return {name.rpartition(".lora_")[0] for name in self.tensors}
+        return {name.rpartition(".lora_")[0] for name in self.tensors if ".lora_" in name}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -116,8 +116,8 @@ def read_adapter(folder: Path) -> AdapterFiles:
     kinds = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if config.use_dora else set())
     names = {f"{layer}.{kind}" for layer in found.layers for kind in kinds}
     if odd := sorted(set(tensors) ^ names):
-        missing = [name for name in odd if name in names]
-        what = f"lacks {missing[0]}" if missing else f"has {odd[0]}, which is not the weight of a LoRA adapter"
+        unknown = [name for name in odd if name not in names]
+        what = f"has {unknown[0]}, which is not the weight of a LoRA" if unknown else f"lacks {odd[0]}"
         raise CheckpointError(f"'{folder / WEIGHTS}' {what}; fetch the whole adapter again")
     if not tensors:
         raise CheckpointError(f"'{folder / WEIGHTS}' holds no weights; fetch the adapter again")

@@ -50,8 +50,8 @@ class TrainedAdapter:
         tasks = [str(source.options.get("task", source.type)) for source in config.training_data.sources]
         info = AdapterInfo(
             base=base_digest(model), base_path=str(config.model.init_from.checkpoint),
-            processor=processor_info(processor), tasks=tasks, preset=config.adapter.preset, seed=config.seed,
-            versions=package_versions(),
+            base_quantization=config.model.quantize, processor=processor_info(processor), tasks=tasks,
+            preset=config.adapter.preset, seed=config.seed, versions=package_versions(),
         )  # fmt: skip
         return cls(model, info)
 

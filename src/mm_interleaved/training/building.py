@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, PreTrained
 
 from ..checkpoints.checkpoint import check_folder, check_tokenizer, read_weights, weight_files
 from ..checkpoints.components import config_from_components, from_components
+from ..checkpoints.quantization import quantize_frozen
 from ..generation import MMInterleaved
 from ..io import read_json
 from ..model import MMInterleavedConfig
@@ -48,6 +49,7 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
     freeze_parts(model, config.freeze)
     attach_adapter(model, config, frozen_layers(model, config.freeze))
     set_types(model, config)
+    quantize_base(model, config)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
 
@@ -102,6 +104,15 @@ def frozen_layers(model: nn.Module, parts: Sequence[ModelPart]) -> set[str]:
     """Names of the modules of these parts."""
     patterns = [re.compile(PARTS[part]) for part in parts]
     return {name for name, _ in model.named_modules() if any(pattern.match(name) for pattern in patterns)}
+
+
+def quantize_base(model: nn.Module, config: TrainConfig) -> None:
+    """Quantize the frozen linear layers in the parts of `model.quantize_parts`; the head and the VAE are left."""
+    if config.model.quantize != "none":
+        names = frozen_layers(model, config.model.quantize_parts)
+        chosen = {name for name in names if not name.startswith(("lm_head.", "image_decoder.vae."))}
+        chosen |= {name.removesuffix(".base_layer") for name in chosen}
+        quantize_frozen(model, config.model.quantize, chosen)
 
 
 def count_trained(config: TrainConfig) -> list[Part]:

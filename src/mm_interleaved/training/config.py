@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ..adapters.settings import AdapterSettings
+from ..checkpoints.quantization import FrozenQuantization
 from ..data.config import DataConfig, ReplayConfig
 from ..evaluation.config import TaskSuite, task_name
 from ..validation import Count, Decay, NonNegativeFloat, Positive, PositiveFloat, Seed, Share, settings
@@ -231,6 +232,8 @@ class ModelConfig:
         tokenizer: folder or SentencePiece file; None: that of the checkpoint, the language model, or this package.
         mmfs: which parts have synchronizers.
         overrides: values that replace those of the model's configuration, nested in the same way.
+        quantize: store frozen linear layers in fewer bits while an adapter is trained: `int8` or `nf4` (4 bits).
+        quantize_parts: the parts with these layers, by the names of `freeze`.
     """
 
     init_from: InitConfig
@@ -238,6 +241,8 @@ class ModelConfig:
     tokenizer: str | None = None
     mmfs: MMFSSwitches = field(default_factory=MMFSSwitches)
     overrides: dict[str, Any] = field(default_factory=dict)
+    quantize: FrozenQuantization = "none"
+    quantize_parts: list[ModelPart] = field(default_factory=lambda: ["llm"])
 
     RENAMED: ClassVar[dict[str, str]] = {
         **{name: f"It is now 'init_from.{name}'" for name in ("preset", "checkpoint", "components")},
@@ -448,6 +453,9 @@ class TrainConfig(RunConfig):
         _ = self.training_data  # raises an error if names are equal
         if self.adapter is not None:
             self._check_adapted(self.model)
+        if self.model.quantize != "none" and (self.adapter is None or self.fsdp or self.deepspeed):
+            raise ValueError("'model.quantize' is for the frozen base of an 'adapter', on devices with the whole model "
+                             "(no 'fsdp', no 'deepspeed')")  # fmt: skip
         if self.epochs is not None and self.data.sampling == "forever":
             raise ValueError("'epochs' needs data that end, and 'data.sampling: forever' never does; give 'steps'")
         if self.early_stopping is not None:
