@@ -158,7 +158,7 @@ def test_a_quantized_base(settings, base: Path, tmp_path: Path, kind: str) -> No
     model, _ = build(settings(*changes), TOKENIZER)
     inner = model.get_submodule("language_model.layers.0.self_attn.q_proj").get_base_layer()
     bits = sum(part.numel() * part.element_size() for part in stored(inner.weight)) * 8 / inner.weight.numel()
-    assert bits <= {"int8": 9, "nf4": 5}[kind]
+    assert bits <= {"int8": 9.5, "nf4": 5}[kind]
     unet = model.get_submodule("image_decoder.unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2")
     assert isinstance(unet.get_base_layer(), QuantizedLinear)
     assert type(model.lm_head.head) is torch.nn.Linear
