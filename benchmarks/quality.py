@@ -11,18 +11,19 @@ python benchmarks/quality.py runs/pretrain/final --samples 500 --device cuda
     stories     text and first image are given, later texts too; each image is drawn from those drawn before it
     frames      the same, each image drawn from the true ones before it
 
-`typed`, `boxes` and `frames` are asked where `--tasks` names them. `n_...` is how often a type was asked.
+`typed`, `boxes` and `frames` are asked where `--tasks` names them. `n_...` is how often a type was asked, `intervals`
+are bootstrap intervals of 95 % over scenes or stories. `benchmarks/exam.py` asks a fixed selection of several models.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -33,12 +34,14 @@ from safetensors.torch import load_file
 from mm_interleaved import Document, DocumentFinished, Image, ImageSettings, Text, TextSettings
 from mm_interleaved.bench.machine import describe
 from mm_interleaved.checkpoints.quantization import QUANTIZATIONS
+from mm_interleaved.document import Box
 from mm_interleaved.io import write_json
+from mm_interleaved.metrics import confidence_interval
 from mm_interleaved.metrics.grounding import grounding_accuracy, parse_box
 from mm_interleaved.pretrained import Loaded, load
 from mm_interleaved.tasks import render
 from mm_interleaved.tasks.captions import PROMPT as CAPTION
-from mm_interleaved.tasks.grounding import GROUNDING, box_text, thousandths
+from mm_interleaved.tasks.grounding import GROUNDING
 from mm_interleaved.tasks.vqa import SHORT_PROMPT
 from mm_interleaved.training.ema import FILE as AVERAGE
 from toyworld.detector import Detection, Detector
@@ -61,6 +64,41 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Parts of at most `size`."""
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]
+
+
+class Tally:
+    """Counts and what they are out of, for each sample; samples are independent of each other."""
+
+    def __init__(self) -> None:
+        self.counted: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def add(self, ratios: Mapping[str, tuple[float, float]]) -> None:
+        """One sample more."""
+        for name, ratio in ratios.items():
+            self.counted[name].append(ratio)
+
+    def total(self, name: str) -> float:
+        """What a count is out of."""
+        return sum(whole for _, whole in self.counted[name])
+
+    def rates(self) -> dict[str, float]:
+        """Each count as a share; what was never asked for is left out."""
+        return {name: sum(part for part, _ in found) / self.total(name)
+                for name, found in self.counted.items() if self.total(name)}  # fmt: skip
+
+    def intervals(self) -> dict[str, list[float]]:
+        """95 % intervals of `rates`, by bootstrap over samples."""
+        found = {}
+        for name in self.rates():
+            asked = [(part / whole, whole) for part, whole in self.counted[name] if whole]
+            scores, weights = zip(*asked, strict=True)
+            found[name] = [round(bound, 4) for bound in confidence_interval(scores, weights=weights)]
+        return found
+
+    def result(self, **counts: float) -> dict[str, Any]:
+        """Rates, counts and intervals, as files have them."""
+        rates = {name: round(rate, 4) for name, rate in self.rates().items()}
+        return {**rates, **counts, "intervals": self.intervals()}
 
 
 class Exam:
@@ -102,22 +140,21 @@ class Exam:
             images += [PIL.Image.fromarray(v) for v in values]
         return images
 
-    def captions(self) -> dict[str, float]:
+    def captions(self) -> dict[str, Any]:
         """Facts that are right of those stated, objects mentioned of those there."""
         asked = list(self.scenes(1))
         given = [Document(render(CAPTION, {"image": Image(draw(s, self.size))})) for s, _ in asked]
-        total: Counter[str] = Counter()
+        tally = Tally()
         for (scene, _), text in zip(asked, self.write(given, 80), strict=True):
-            total.update(asdict(score_caption(text, scene)))
-        return {"facts_right": total["right"] / max(total["stated"], 1),
-                "mentioned": total["mentioned"] / total["objects"],
-                "facts": total["stated"]}  # fmt: skip
+            score = score_caption(text, scene)
+            tally.add({"facts_right": (score.right, score.stated), "mentioned": (score.mentioned, score.objects)})
+        return tally.result(facts=tally.total("facts_right"))
 
-    def questions(self) -> dict[str, float]:
+    def questions(self) -> dict[str, Any]:
         """Answers that are right, in all and by what is asked."""
         return self._answers([(scene, questions(scene, rng, 4)) for scene, rng in self.scenes(2)])
 
-    def typed(self) -> dict[str, float]:
+    def typed(self) -> dict[str, Any]:
         """The same, of the types that are wanted up to so many for each scene."""
         asked = []
         for scene, rng in self.scenes(5):
@@ -126,65 +163,72 @@ class Exam:
             asked.append((scene, [q for some in by_type for q in some]))
         return self._answers(asked)
 
-    def _answers(self, asked: Sequence[tuple[Scene, Sequence[Question]]]) -> dict[str, float]:
-        pairs = [(image, q) for scene, some in asked for image in [draw(scene, self.size)] for q in some]
-        given = [Document([Image(image), Text(SHORT_PROMPT.format(question=q.question))]) for image, q in pairs]
-        right, count = Counter(), Counter()
-        for (_, question), text in zip(pairs, self.write(given, 6), strict=True):
-            said = text.strip().lower().rstrip(".")
-            right[question.type] += said in {question.answer, *question.answers}
-            count[question.type] += 1
-        by_type = {name: right[name] / count[name] for name in sorted(count)}
-        counts = {f"n_{name}": count[name] for name in sorted(count)}
-        return {"right": right.total() / max(count.total(), 1), "questions": count.total(), **by_type, **counts}
+    def _answers(self, asked: Sequence[tuple[Scene, Sequence[Question]]]) -> dict[str, Any]:
+        images = [Image(draw(scene, self.size)) for scene, _ in asked]
+        pairs = [(image, q) for image, (_, some) in zip(images, asked, strict=True) for q in some]
+        given = [Document([image, Text(SHORT_PROMPT.format(question=q.question))]) for image, q in pairs]
+        texts, tally = iter(self.write(given, 6)), Tally()
+        for _, some in asked:
+            right: defaultdict[str, list[bool]] = defaultdict(list)
+            for question in some:
+                said = next(texts).strip().lower().rstrip(".")
+                for name in ("right", question.type):
+                    right[name].append(said in {question.answer, *question.answers})
+            tally.add({name: (sum(found), len(found)) for name, found in right.items()})
+        counts = {f"n_{name}": int(tally.total(name)) for name in sorted(tally.counted) if name != "right"}
+        return {"right": 0.0, **tally.result(questions=int(tally.total("right")), **counts)}
 
-    def boxes(self) -> dict[str, float]:
+    def boxes(self) -> dict[str, Any]:
         """Objects that are meant and found: boxes that overlap theirs by half or more; how much all do."""
         asked = [(scene, referring(scene, rng)) for scene, rng in self.scenes(6)]
         given = [Document(render(GROUNDING, {"image": Image(draw(s, self.size)), "caption": m.text})) for s, m in asked]
-        told = [
-            parse_box(box_text(thousandths(boxes(s, self.size)[m.index], (self.size, self.size)))) for s, m in asked
-        ]
+        places = [Box.from_pixels(boxes(s, self.size)[m.index], (self.size, self.size)) for s, m in asked]
+        told = [parse_box(str(place)) for place in places]
         result = grounding_accuracy(dict(enumerate(self.write(given, BOX_TOKENS))), dict(enumerate(told)))
-        return {name: value / 100 for name, value in result.values.items()} | {"boxes": len(asked)}
+        tally = Tally()
+        for name, scores in result.per_sample.items():
+            for score in scores.values():
+                tally.add({name: (score / 100, 1)})
+        return tally.result(boxes=len(asked))
 
-    def drawing(self) -> dict[str, float]:
+    def drawing(self) -> dict[str, Any]:
         """What is found of what the caption asked for."""
         asked = [(scene, caption(scene, rng)) for scene, rng in self.scenes(3, self.options.drawn)]
         blank = PIL.Image.new("RGB", (self.size, self.size), (128, 128, 128))
         images = self.paint([Document([Text(told.text), Image(blank)]) for _, told in asked])
-        total = SceneScore()
+        tally = Tally()
         for (scene, told), seen in zip(asked, self._read(images), strict=True):
             relations = [(f.obj, f.value, f.other) for f in told.facts if f.name == "relation"]
-            total = total + match(scene, seen, relations)
+            tally.add(match(scene, seen, relations).ratios())
         self._keep("drawing", [(told.text, image) for (_, told), image in zip(asked, images, strict=True)])
-        return total.rates()
+        return tally.result(images=len(asked))
 
-    def stories(self) -> dict[str, float]:
+    def stories(self) -> dict[str, Any]:
         """Attributes that no text tells and that are kept; objects that are where and what the text makes them."""
-        total = SceneScore()
+        scores: list[SceneScore] = []
         shown: list[tuple[str, PIL.Image.Image]] = []
         for part in batches(self._stories(), self.options.batch):
             for number, result in self._tell(part):
                 images = [s.source for s in result.segments if isinstance(s, Image)][1:]
-                total = total + self._compared(part[number].frames[1:], images)
+                scores.append(self._compared(part[number].frames[1:], images))
                 shown += zip([f.text for f in part[number].frames[1:]], images, strict=True)
         self._keep("stories", shown)
-        return self._rates(total)
+        return self._tallied(scores)
 
-    def frames(self) -> dict[str, float]:
+    def frames(self) -> dict[str, Any]:
         """The same where nothing that was drawn before can be wrong."""
-        given, asked = [], []
+        given, told = [], self._stories()
         blank = PIL.Image.new("RGB", (self.size, self.size), (128, 128, 128))
-        for one in self._stories():
+        for one in told:
             seen = [[Text(frame.text), Image(draw(frame.scene, self.size))] for frame in one.frames]
             for number, frame in enumerate(one.frames[1:], 1):
                 before = [segment for pair in seen[:number] for segment in pair]
                 given.append(Document([*before, Text(frame.text), Image(blank)]))
-                asked.append(frame)
         images = self.paint(given)
+        asked = [frame for one in told for frame in one.frames[1:]]
         self._keep("frames", [(frame.text, image) for frame, image in zip(asked, images, strict=True)])
-        return self._rates(self._compared(asked, images))
+        drawn = iter(images)
+        return self._tallied([self._compared(one.frames[1:], [next(drawn) for _ in one.frames[1:]]) for one in told])
 
     def _stories(self) -> list[Story]:
         rngs = [scene_rng(self.options.seed + 4000, self.options.split, i)
@@ -196,9 +240,12 @@ class Exam:
         return sum(found, SceneScore())
 
     @staticmethod
-    def _rates(total: SceneScore) -> dict[str, float]:
-        in_place = total.right_cell / total.requested if total.requested else 0.0
-        return total.rates() | {"in_place": in_place, "frames": total.images, "unsaid": total.unsaid}
+    def _tallied(scores: Sequence[SceneScore]) -> dict[str, Any]:
+        """Of stories: images of one story are one sample, since each follows from the one before."""
+        tally, total = Tally(), sum(scores, SceneScore())
+        for score in scores:
+            tally.add(score.ratios() | {"in_place": (score.right_cell, score.requested)})
+        return tally.result(frames=total.images, unsaid=total.unsaid)
 
     def _tell(self, part: Sequence[Story]) -> Iterator[tuple[int, Document]]:
         documents = []
@@ -280,10 +327,9 @@ def main() -> None:
     result: dict[str, object] = {**describe(), "image": asdict(drawn), "seconds": seconds}
     for task in options.tasks:
         begin = time.perf_counter()
-        scores = {name: round(value, 4) for name, value in getattr(exam, task)().items()}
-        result[task] = scores
+        result[task] = scores = getattr(exam, task)()
         seconds[task] = round(time.perf_counter() - begin, 1)
-        say(f"{task} ({seconds[task]:.0f} s):", scores)
+        say(f"{task} ({seconds[task]:.0f} s):", {name: x for name, x in scores.items() if name != "intervals"})
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.output, result, indent=1)
