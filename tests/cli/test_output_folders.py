@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from mm_interleaved import MMInterleaved, MMInterleavedConfig
 from mm_interleaved.io import lock_folder
+from mm_interleaved.pretrained import TOKENIZER
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
-from .conftest import EXAMPLES
+from .conftest import EXAMPLES, spawn
 from .test_generate import QUICK, Mmi, files, story, write
 
 ROOT = EXAMPLES.parent
@@ -54,6 +66,99 @@ def test_a_full_disk(mmi: Mmi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "the same command resumes" in done.err
     assert files(tmp_path / "out") == set()
     assert mmi("generate", tmp_path / "input.json", "-o", tmp_path / "out", *QUICK).code == 0
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Callable[[int], None]]:
+    """A file system of its own in a folder; yields what changes its size."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+
+    def resize(kib: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", folder], check=True)
+
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)  # later, if weights in it are still mapped
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The settings of an evaluation of a debug model: short answers and images."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    for form in ("vqav2", "coco"):
+        write_dataset(form, folder / form, Job(6, "val", 0, 48))
+    quick = {"num_inference_steps": 1, "num_candidates": 1, "max_new_tokens": 3, "min_new_tokens": 1, "num_beams": 1}
+    tasks = [{"task": name, "annotations": str(folder / name), "images": str(folder / name), "generation": quick}
+             for name in ("vqav2", "coco")]  # fmt: skip
+    settings = {"output": "out", "model": "debug", "batch_size": 2, "gallery": 4, "tasks": tasks}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "settings.yaml"
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What an evaluation found, without how long it took."""
+    found = {name: (folder / name).read_text() for name in files(folder) if name.endswith("predictions.jsonl")}
+    return found | {"values": json.dumps(json.loads((folder / "results.json").read_text())["tasks"], sort_keys=True)}
+
+
+@pytest.mark.parametrize("kib", [4, 20, 48])
+def test_a_full_disk_while_evaluating(mmi: Mmi, tmp_path: Path, evaluation: Path, kib: int) -> None:
+    command = ("evaluate", evaluation, "--device", "cpu")
+    assert mmi(*command, f"output={tmp_path / 'whole'}").code == 0
+    with small_disk(tmp_path / "disk", kib) as resize:
+        out = tmp_path / "disk/out"
+        done = mmi(*command, f"output={out}")
+        assert done.code == 1
+        assert "no space left in" in done.err
+        assert "the same command resumes" in done.err
+        assert "Traceback" not in done.err
+        assert not [name for name in files(out) if Path(name).name.startswith(".")]  # neither a lock nor half a file
+        resize(8192)
+        assert mmi(*command, f"output={out}").code == 0
+        assert results(out) == results(tmp_path / "whole")
+
+
+def test_a_full_disk_while_converting(mmi: Mmi, tmp_path: Path) -> None:
+    """In both directions: nothing half-written stays, and the same command goes on when there is space."""
+    torch.manual_seed(0)
+    config = MMInterleavedConfig.preset("debug")
+    MMInterleaved(config).save_pretrained(tmp_path / "ours")
+    there = ("convert", tmp_path / "ours", tmp_path / "disk/there", "--to-original")
+    back = ("convert", tmp_path / "disk/there", tmp_path / "disk/back", "--config", "debug", "--tokenizer", TOKENIZER)
+    disk = tmp_path / "disk"
+    with small_disk(disk, 100) as resize:
+        for command, there_before in ((there, set()), (back, {"there"})):
+            used = shutil.disk_usage(disk).used // 1024
+            resize(used + 100)
+            done = mmi(*command)
+            assert done.code == 1
+            assert "no space left in" in done.err
+            assert "Traceback" not in done.err
+            assert {path.name for path in disk.iterdir()} == there_before
+            resize(used + 65536)
+            assert mmi(*command).code == 0
+        again = MMInterleaved.from_pretrained(tmp_path / "disk/back").state_dict()
+    first = MMInterleaved.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_two_evaluations_at_once_in_one_folder(mmi: Mmi, tmp_path: Path, evaluation: Path) -> None:
+    command = ("evaluate", evaluation, "--device", "cpu", f"output={tmp_path / 'out'}")
+    first = spawn(*command)
+    lock = tmp_path / "out/.lock"
+    while first.poll() is None and not (lock.is_file() and lock.read_text()):
+        time.sleep(0.01)
+    assert first.poll() is None, first.communicate()
+    second = mmi(*command)
+    assert second.code == 1
+    assert f"in use by process {first.pid} on" in second.err
+    output, problems = first.communicate(timeout=60)
+    assert first.returncode == 0, problems
+    assert "results.json" in output
+    assert not lock.exists()
 
 
 @pytest.mark.parametrize("command", ["generate", "train"])
