@@ -41,7 +41,8 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The answer."""
-        return JSONResponse({"error": self.envelope}, self.status, self.headers)
+        rest_unread = {"Connection": "close"} if self.status in (408, 413) else {}
+        return JSONResponse({"error": self.envelope}, self.status, {**self.headers, **rest_unread})
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .config import MIB, ServeConfig
@@ -63,10 +64,7 @@ class Guard:
         except ApiError as error:
             if begun:
                 raise
-            answer = error.response()
-            if error.status in (408, 413):  # the rest of the body is not read
-                answer.headers["connection"] = "close"
-            await answer(scope, receive, tagged)
+            await error.response()(scope, receive, tagged)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
@@ -119,10 +117,6 @@ class JsonRequest(Request):
             ApiError: it is not JSON, is nested too deeply, or has a lone surrogate.
         """
         if not hasattr(self, "_json"):
-            kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise ApiError("send the body as content-type: application/json", status=415,
-                               code="unsupported_media_type")  # fmt: skip
             self._json = parse(await self.body(), self.app.state.config.limits.json_depth)
         return self._json
 
@@ -172,10 +166,16 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if self.body_field is not None and kind != "application/json":
+                raise ApiError("send the body as content-type: application/json", status=415,
+                               code="unsupported_media_type")  # fmt: skip
             try:
                 return await handle(JsonRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 raise self._with_known(error) from None
+            except HTTPException as error:  # FastAPI's, about an error while the body was read
+                raise (error.__cause__ if isinstance(error.__cause__, ApiError) else error) from None
 
         return handler
 
