@@ -183,9 +183,9 @@ def grit(folder: Path) -> None:
 
 ENTITIES = """<annotation>
  <filename>{n}.jpg</filename> <size><width>50</width><height>100</height><depth>3</depth></size>
- <object><name>1</name><name>4</name><bndbox><xmin>5</xmin><ymin>10</ymin><xmax>25</xmax><ymax>50</ymax></bndbox></object>
- <object><name>1</name><bndbox><xmin>20</xmin><ymin>40</ymin><xmax>30</xmax><ymax>90</ymax></bndbox></object>
- <object><name>2</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>50</xmax><ymax>100</ymax></bndbox></object>
+ <object><name>1</name><name>4</name><bndbox><xmin>6</xmin><ymin>11</ymin><xmax>26</xmax><ymax>51</ymax></bndbox></object>
+ <object><name>1</name><bndbox><xmin>21</xmin><ymin>41</ymin><xmax>31</xmax><ymax>91</ymax></bndbox></object>
+ <object><name>2</name><bndbox><xmin>1</xmin><ymin>3</ymin><xmax>51</xmax><ymax>101</ymax></bndbox></object>
  <object><name>3</name><scene>1</scene><nobndbox>0</nobndbox></object>
 </annotation>"""
 

@@ -232,7 +232,7 @@ def test_phrases_of_several_boxes(train: Train) -> None:
     (text,) = answers(task.document(items(task)[0]))
     assert text == (
         "<ref>Two red men</ref><box>(099,099)(499,499)</box><box>(399,399)(599,899)</box> see <ref>a kite</ref>"
-        "<box>(019,019)(999,999)</box> in a park at night ."
+        "<box>(000,019)(999,999)</box> in a park at night ."
     )
     task = train("flickr30k_phrases")
     assert len(items(task)) == 4 * 5 * 2

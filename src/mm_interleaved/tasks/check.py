@@ -27,7 +27,7 @@ EXPECTED: dict[tuple[str, str], int | None] = {
     ("dvqa", "train"): 2_325_316, ("dvqa", "val_easy"): 580_557, ("dvqa", "val_hard"): 581_321,
     ("visdial", "val"): 2_064, ("refcoco", "train"): 120_624, ("refcoco", "val"): 10_834,
     ("refcoco", "testA"): 5_657, ("refcoco", "testB"): 5_095, ("coco", "val"): 40_504, ("lncoco", "val"): 8_573,
-    ("llava_665k", "train"): 665_298,
+    ("flickr30k_entities", "test"): 1_000, ("flickr30k_entities", "val"): 1_000, ("llava_665k", "train"): 665_298,
     # not known
     ("refcoco+", "val"): None, ("refcocog", "val"): None, ("vist", "test"): None, ("pororo", "test"): None,
     ("flintstones", "test"): None, ("st_vqa", "train"): None, ("est_vqa", "train"): None, ("ocrvqa", "test"): None,

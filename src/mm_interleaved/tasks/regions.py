@@ -229,7 +229,7 @@ def _read_entities(source: Source) -> Iterator[Entry]:
     `{phase}.txt` lists images, one a line. `Sentences/{image}.txt` has five captions, in which a phrase is
     `[/EN#chain/type/... words]`; chain 0 is not visible. `Annotations/{image}.xml` has <size> with <width> and
     <height>, and an <object> for each box, with a <name> for each of its chains and <bndbox> (<xmin>, <ymin>, <xmax>,
-    <ymax>, in pixels), or <scene> and <nobndbox>.
+    <ymax>, in pixels that are counted from 1), or <scene> and <nobndbox>. (BryanPlummer/flickr30k_entities)
     """
     path = source.file(f"{source.phase}.txt")
     names = read_text(path).split()
@@ -260,7 +260,7 @@ def _chains(path: Path) -> dict[str, list[Box]]:
         for thing in root.iter("object"):
             if (corners := thing.find("bndbox")) is None:
                 continue
-            sides = [float(corners.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            sides = [float(corners.findtext(key, "")) - 1 for key in ("xmin", "ymin", "xmax", "ymax")]
             for name in thing.findall("name"):
                 found.setdefault((name.text or "").strip(), []).append(Box.from_pixels(sides, size))
     except (ElementTree.ParseError, ValueError) as error:
