@@ -121,7 +121,7 @@ def read_textcaps(source: Source) -> Iterator[Item]:
     """TextCaps 0.1: {data: [{image_id, caption_str, ...}]}, a record for each of the five captions of an image.
 
     Records also have `caption_id`, `reference_strs` (all five captions) and `image_path`; images are those of TextVQA,
-    named by `image_id`. The test has one record for each image, without captions.
+    named by `image_id`. The test has one record for each image, without captions. (textvqa.org/textcaps)
     """
     path = source.file(f"TextCaps_0.1_{source.phase}.json")
     data = checked(read_json(path), dict, str(path))
