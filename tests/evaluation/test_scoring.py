@@ -77,6 +77,23 @@ def test_right_answers(name: str, scored: Callable[..., ScoringInputs]) -> None:
     assert score_task(wrong, 0)[0][metric]["values"]["accuracy"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "value"),
+    [("docvqa", "anls", "anls"), ("chartqa", "relaxed_accuracy", "relaxed_accuracy"),
+     ("ocrvqa", "exact_match", "accuracy"), ("est_vqa", "anls", "anls")],
+)  # fmt: skip
+def test_answers_about_text(name: str, metric: str, value: str, scored: Callable[..., ScoringInputs]) -> None:
+    """Also of each subset: the two files of ChartQA, the two languages of EST-VQA."""
+    given = scored(name, lambda s, index: {"prediction": s.reference[-1] if index else "none of it"})
+    result, scores = score_task(given, 0)
+    values = result[metric]["values"]
+    assert values[value] == 75
+    assert main_scores(scores)[0] == value
+    subsets = {key.partition("subset=")[2]: found for key, found in values.items() if key.startswith(f"{value}/")}
+    wanted = {"chartqa": {"human": 50, "augmented": 100}, "est_vqa": {"en": 50, "zh": 100}}
+    assert subsets == wanted.get(name, {})
+
+
 @pytest.mark.parametrize("name", [n for n, t in TASKS.items() if t.metrics == ("captions",)])
 def test_right_captions(name: str, scored: Callable[..., ScoringInputs]) -> None:
     given = scored(name, lambda s, _: {"prediction": ANSWERS["captions"](s)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -105,6 +106,21 @@ def test_phases_without_answers_give_a_submission(
     assert any(entry[keys[1]] for entry in written)
     with pytest.raises(InputError, match="Use a phase that has answers"):
         list(make_task(config).documents())
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "key"), [("docvqa", "", "questionId"), ("textcaps", "test_images", "image_id")]
+)
+def test_submissions_of_documents_and_texts(
+    name: str, images: str, key: str, task: MakeTask, run: Run, tmp_path: Path
+) -> None:
+    config = task(name, phase="test", limit=2)
+    config = replace(config, images=str(Path(str(config.annotations)) / images))
+    assert not run(config).tasks[name].failed
+    samples = list(make_task(config).samples())
+    written = json.loads((tmp_path / "out" / name / "submission.json").read_text())
+    assert [str(entry[key]) for entry in written] == [s.id for s in samples]
+    assert all(len(entry) == 2 for entry in written)
 
 
 STORIES = {"vist": {}, "pororo": {"protocol": "autoregressive"}, "flintstones": {"protocol": "last"}}
