@@ -316,7 +316,7 @@ def input_items(request: schema.ResponseRequest) -> list[dict[str, Any]]:
         given = request.input or []
     found = []
     for item in given:
-        data = item.model_dump(exclude_none=True)
+        data = item.model_dump(exclude_none=True, exclude_defaults=True)
         if isinstance(item, schema.Message):
             kind = "output_text" if item.role == "assistant" else "input_text"
             content = data["content"]
@@ -340,7 +340,7 @@ def new_response(request: schema.ResponseRequest, engine: Engine, form: ImageFor
         "instructions": request.instructions, "max_output_tokens": request.max_output_tokens,
         "max_tool_calls": request.max_tool_calls, "metadata": request.metadata or {},
         "model": request.model or engine.model, "output": [], "parallel_tool_calls": False,
-        "previous_response_id": request.previous_response_id, "store": request.store is not False,
+        "previous_response_id": request.previous_response_id,
         "temperature": request.temperature if request.temperature is not None else 1.0,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto" if choice is None else
         choice if isinstance(choice, str) else choice.model_dump(), "tools": tools,
