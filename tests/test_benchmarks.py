@@ -65,3 +65,12 @@ def test_quality_of_what_mmfs_is_for(tmp_path: Path) -> None:
     assert found["boxes"].keys() >= {"accuracy", "mean_iou"}
     assert found["boxes"]["boxes"] == 2
     assert found["frames"]["frames"] in range(2, 5)
+
+
+def test_finetuning(tmp_path: Path) -> None:
+    sizes = ["--preset", "debug", "--device", "cpu", "--length", 256, "--steps", 1]
+    measure("finetuning.py", "run", "lora-vqa", *sizes, "--output", tmp_path / "m.json")
+    measure("finetuning.py", "estimate", tmp_path / "m.json", "--output", tmp_path / "f.json")
+    (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert row["tokens_per_second"] > 0
+    assert row["estimated"] == sum(row["estimated_parts"].values())
