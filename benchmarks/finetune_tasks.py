@@ -19,8 +19,9 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -100,31 +101,40 @@ def all_runs(only: list[str]) -> list[Run]:
 
 
 def write_data(out: Path, options: argparse.Namespace) -> None:
-    """Write the data sets that are missing, each by a process of its own."""
-    forms = sorted({trial.form for name, trial in TRIALS.items() if not options.only or name in options.only})
-    forms_of = {SHIFTED: forms, BASE: sorted({*forms, *(TRIALS[name].form for name in FORGETTING)})}
-    wanted = [(SHIFTED, form, split, count) for form in forms_of[SHIFTED]
+    """Write the data sets that are missing, each in a process."""
+    names = [name for name in TRIALS if not options.only or name in options.only]
+    shifted = sorted({TRIALS[name].form for name in names})
+    wanted = [(SHIFTED, form, split, count) for form in shifted
               for split, count in (("train", options.images), ("val", options.samples))]  # fmt: skip
-    wanted += [(BASE, form, "val", options.samples) for form in forms_of[BASE]]
-
-    def write(world: str, form: str, split: str, count: int) -> None:
-        folder = out / "data" / world / f"{form}-{split}"
-        if not folder.is_dir():
-            subprocess.run(
-                [sys.executable, "-m", "mm_interleaved.cli", "toyworld", "write", "--world", world, "--format", form,
-                 "--out", folder, "--split", split, "-n", str(count), "--size", "128", "--workers", "1"],
-                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(write, *entry) for entry in wanted]:
+    wanted += [(BASE, form, "val", options.samples)
+               for form in sorted({*shifted, *(TRIALS[name].form for name in FORGETTING)})]  # fmt: skip
+    wanted.sort(key=lambda entry: entry[1] != "vist")  # has most images
+    missing = [(out / "data", *entry) for entry in wanted if not data_folder(out, *entry[:3]).is_dir()]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(missing), 1)), get_context("spawn")) as pool:
+        for done in [pool.submit(write_one, *entry) for entry in missing]:
             done.result()
+
+
+def write_one(data: Path, world: str, form: str, split: Any, count: int) -> None:
+    """Write a data set."""
+    from toyworld.writers import write_dataset
+    from toyworld.writers.base import Job
+
+    data.mkdir(parents=True, exist_ok=True)
+    (data / world).mkdir(exist_ok=True)
+    number = max(2, count // 4) if form == "vist" else count  # a story has five images
+    write_dataset(form, data_folder(data.parent, world, form, split), Job(number, split, 0, 128, world))
+
+
+def data_folder(out: Path, world: str, form: str, split: str) -> Path:
+    """The folder of a data set."""
+    return out / "data" / world / f"{form}-{split}"
 
 
 def paths(out: Path, task: str, world: str, split: str) -> dict[str, str]:
     """Where a task finds its files."""
     trial = TRIALS[task]
-    folder = out / "data" / world / f"{trial.form}-{split}"
+    folder = data_folder(out, world, trial.form, split)
     return {"annotations": str(folder), "images": str(folder / trial.images)}
 
 
@@ -172,8 +182,6 @@ def settings_of(run: Run, out: Path, options: argparse.Namespace) -> list[str]:
     if run.method == "replay":
         old = {"type": "toyworld", "name": "first-world", "options": {"size": 128}}
         changes.append(f"replay={json.dumps({'share': 0.25, 'sources': [old]})}")
-    if trial.recipe in ("caption", "vqa", "grounding", "visdial") and run.method == "replay":
-        changes.append("freeze=[]")  # replayed documents have images to draw
     return changes
 
 
@@ -182,6 +190,7 @@ def do(run: Run, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from mm_interleaved.pretrained import TOKENIZER, load
+    from mm_interleaved.training.building import count_trained
     from mm_interleaved.training.recipes import load_recipe
     from mm_interleaved.training.run import train
 
@@ -200,7 +209,7 @@ def do(run: Run, out: Path, options: argparse.Namespace) -> dict[str, Any]:
         train(config, TOKENIZER, None if on_gpu else "cpu")
         found["seconds"] = time.perf_counter() - begin
         found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-        found |= learned(folder)
+        found |= learned(folder) | {"trained_parameters": count_trained(config)[0].trainable}
         final = folder / "final"
         loaded = load("small", device=device, adapters=[final]) if lora else load(final, torch.float32, device)
     found["shifted"] = examine(out, loaded, run.task, SHIFTED, folder / "shifted", options.samples)
@@ -213,22 +222,11 @@ def do(run: Run, out: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def learned(folder: Path) -> dict[str, Any]:
-    """The losses of a run, the steps, the number of trained parameters, and the bytes of what it hands over."""
-    from safetensors import safe_open
-
+    """The steps and losses of a run, and the bytes of the weights that it hands over."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    files = sorted((folder / "final").glob("*.safetensors"))
-    count = 0
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                size = 1
-                for side in tensors.get_slice(name).get_shape():
-                    size *= side
-                count += size
     losses = [entry["loss"] for entry in entries if "loss" in entry]
-    return {"steps": entries[-1]["step"], "loss": [losses[0], losses[-1]], "saved_parameters": count,
-            "saved_bytes": sum(file.stat().st_size for file in files)}  # fmt: skip
+    size = sum(file.stat().st_size for file in (folder / "final").glob("*.safetensors"))
+    return {"steps": entries[-1]["step"], "losses": losses, "saved_bytes": size}
 
 
 # ---- many runs
@@ -319,7 +317,7 @@ def tuned_table(found: list[dict[str, Any]]) -> list[str]:
         rows.append("| " + " | ".join([
             task, trial.value, ", ".join(_shown(r["base"][task]) for r in of["zero"] if task in r.get("base", {})),
             *("; ".join(_shown(r["shifted"]) for r in of[method]) or "-" for method in ("zero", "lora", "full")),
-            ", ".join(f"{r['saved_parameters'] / 1e6:.2f} M" for rs in both for r in rs),
+            ", ".join(f"{r['trained_parameters'] / 1e6:.2f} M" for rs in both for r in rs),
             ", ".join(f"{r['seconds']:.0f}" for rs in both for r in rs),
             ", ".join(f"{r['memory_gib']:.1f}" for rs in both for r in rs if r["memory_gib"] is not None) or "-",
             ", ".join(f"{r['saved_bytes'] / 1e6:.1f}" for rs in both for r in rs),

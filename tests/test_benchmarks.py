@@ -19,9 +19,26 @@ def measure(script: str, *arguments: object) -> str:
     return out
 
 
-@pytest.mark.parametrize("script", ["plot_tasks.py", "drawing.py", "startup.py"])
+@pytest.mark.parametrize("script", ["plot_tasks.py", "drawing.py", "startup.py", "finetune_tasks.py"])
 def test_scripts_that_say_how_they_are_used(script: str) -> None:
     assert "python benchmarks/" + script in measure(script, "--help")
+
+
+def test_tables_of_fine_tuning(tmp_path: Path) -> None:
+    """Of the runs that there are, with the names of those that are missing."""
+    (tmp_path / "results").mkdir()
+    trained = {"seconds": 12.3, "memory_gib": 1.25, "trained_parameters": 1_330_000, "saved_bytes": 5_400_000}
+    for method, value in (("zero", 1.0), ("lora", 40.0), ("full", 60.0)):
+        found = {"value": value, "interval": [value - 1, value + 1]}
+        run = {"task": "vqav2", "method": method, "seed": 0, "shifted": found, "base": {"vqav2": found, "coco": found}}
+        text = json.dumps(run | ({} if method == "zero" else trained))
+        (tmp_path / "results" / f"vqav2-{method}-0.json").write_text(text)
+    said = measure("finetune_tasks.py", tmp_path, "--report", "--only", "vqav2")
+    assert "| 1.0 (0.0 to 2.0) | 40.0 (39.0 to 41.0) | 60.0 (59.0 to 61.0) | 1.33 M, 1.33 M | 12, 12 |" in said
+    assert "| vqav2 | full | 60.0 (59.0 to 61.0) | 60.0 (59.0 to 61.0) |" in said
+    assert "Not run: vqav2-replay-0, vqav2-full-1, vqav2-lora-1." in said
+    about = json.loads((tmp_path / "results.json").read_text())["about"]
+    assert len(about["model"]) == 64
 
 
 def test_deformable_attention(tmp_path: Path) -> None:
