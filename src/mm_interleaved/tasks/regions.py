@@ -126,7 +126,7 @@ def _visual_genome_region(region: Mapping[str, Any], size: tuple[int, int], wher
 def read_grit(source: Source) -> Iterator[Item]:
     """GRIT (zzliang/GRIT) as img2dataset writes it: tar shards with an image and a `.json` for each caption.
 
-    The JSON has `caption`, `key`, `width`, `height` and, if img2dataset was told to keep these columns, `id`,
+    The JSON has `caption`, `key`, `width`, `height` and, if img2dataset was asked to keep these columns, `id`,
     `noun_chunks` and `ref_exps`: lists of [start, end, x1, y1, x2, y2, confidence], the characters of the caption that
     have the box, in shares of the image's sides. `noun_chunks` make captions, `ref_exps` questions.
     """
