@@ -17,13 +17,21 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.data import DataConfig, DataError, SourceConfig, build_loader
+from mm_interleaved.data import DataConfig, DataError, SourceConfig, build_loader, grouping
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 
 from . import world
 from .world import ROW, loader, mmc4, numbers, pairs_source, write_images, write_lines, write_pairs, write_tar
 
 LONGEST = 25  # batches of an epoch that are compared
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_windows() -> Iterator[None]:
+    """Windows of grouped batches that end within a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "WINDOW", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +99,7 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
         {
             "sampling": st.sampled_from(["longest", "sum", "shortest", "forever"]),
             "mix": st.sampled_from(["batch", "row"]),
+            "group_by_length": st.booleans(),
             "seed": st.integers(0, 3),
         }
     ),

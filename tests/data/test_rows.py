@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mm_interleaved.data import DataError, SourceConfig
-from mm_interleaved.processor import MMInterleavedProcessor
+from mm_interleaved.processor import Batch, MMInterleavedProcessor
 
 from .world import loader, numbers, png, texts, write_images, write_lines
 
@@ -146,3 +146,61 @@ def test_a_row_may_lose_all_its_samples(tmp_path: Path, processor: MMInterleaved
 def test_settings_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source(tmp_path, **options)
+
+
+# ---- batches of similar lengths
+
+
+def places_of(batches: list[Batch]) -> int:
+    """Tokens of the batches, with padding."""
+    return sum(batch.input_ids.numel() for batch in batches)
+
+
+@pytest.mark.parametrize("mix", ["batch", "row"])
+def test_grouped_batches_have_the_same_rows_and_less_padding(
+    tmp_path: Path, processor: MMInterleavedProcessor, mix: str
+) -> None:
+    sizes = [1, 30, 2, 29, 3, 28, 4, 27, 5, 26, 6, 25]
+    write_documents(tmp_path, sizes)
+    single = source(tmp_path, max_length=64, packing="single", batch_size=3)
+    options = {"mix": mix, "batch_size": 3}
+    plain = list(loader(processor, single, **options))
+    grouped = list(loader(processor, single, group_by_length=True, **options))
+    assert sorted(numbers(grouped)) == sorted(numbers(plain)) == [*range(12)]
+    assert [len(b.input_ids) for b in grouped] == [3] * 4
+    real = sum(size + 7 for size in sizes)
+    assert places_of(plain) > 1.5 * real
+    assert places_of(grouped) < 1.1 * real
+    lengths = [b.input_ids.shape[1] for b in grouped]
+    assert lengths != sorted(lengths)  # batches are in random order
+    again = list(loader(processor, single, group_by_length=True, **options))
+    assert numbers(again) == numbers(grouped)
+
+
+def test_grouped_batches_keep_sources_apart(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+    sources = []
+    for name, sizes in (("short", [1, 2, 3, 4]), ("long", [2, 9, 3, 8])):
+        write_documents(tmp_path / name, sizes)
+        sources.append(source(tmp_path / name, name=name, max_length=64, packing="single", batch_size=2))
+    made = loader(processor, *sources, sampling="sum", group_by_length=True)
+    batches = list(made)
+    assert sorted(b.source for b in batches) == ["long", "long", "short", "short"]
+    assert sorted(b.input_ids.shape[1] for b in batches if b.source == "long") == [10, 16]
+    assert made.report().counts("long")["rows"] == 4
+
+
+def test_a_state_without_groups_is_refused(tmp_path: Path, processor: MMInterleavedProcessor) -> None:
+    write_documents(tmp_path, [1, 2, 3, 4])
+    made = {grouped: loader(processor, source(tmp_path), group_by_length=grouped) for grouped in (False, True)}
+    for grouped, other in ((False, True), (True, False)):
+        next(iter(made[grouped]))
+        again = loader(processor, source(tmp_path), group_by_length=other)
+        again.load_state_dict(made[grouped].state_dict())
+        with pytest.raises(DataError, match="group_by_length"):
+            next(iter(again))
+
+
+@pytest.mark.parametrize("other", ["pad_to_max_length", "fix_sampling_ratio"])
+def test_groups_need_other_shapes(tmp_path: Path, processor: MMInterleavedProcessor, other: str) -> None:
+    with pytest.raises(ValueError, match=f"leave it or '{other}' out"):
+        loader(processor, source(tmp_path), group_by_length=True, **{other: True})

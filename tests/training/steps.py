@@ -14,6 +14,7 @@ from typing import Any
 
 import PIL.Image
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from mm_interleaved import MMInterleaved, MMInterleavedProcessor
@@ -26,6 +27,7 @@ from mm_interleaved.training.arguments import training_arguments
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.pipeline import BatchPipeline, prepare_documents
 from mm_interleaved.training.run import branches_of, destroy_process_group
+from mm_interleaved.training.sharding import ShardingCallback
 from mm_interleaved.training.trainer import RunTrainer
 
 from ..conftest import awaken
@@ -50,6 +52,7 @@ STORY = Document([Text("First"), image(1), Text("and then, a little later,"), im
 ALONE = Document([image(3)])  # an image without a context has no loss
 SILENT = [Document([Text("Draw it.", supervise=False), image(number)]) for number in range(4)]
 KINDS = {
+    "texts": [text("Words."), text("More of them.")],
     "unequal": [STORY, text("Words."), question(4, "Blue."), DRAWING, text("Some more words here."), text("a"),
                 question(5, "It is a long answer, of many words."), ALONE],
     "one without images": [STORY, DRAWING, question(4, "Blue."), STORY, text("Words."), text("a"), text("b c"),
@@ -112,14 +115,17 @@ def step(kind: str, rows: int, settings: list[str], folder: Path) -> tuple[MMInt
     whole = load("debug")
     model = whole.model.train()
     awaken(model)
-    model.config.frozen = config.model.overrides.get("frozen", model.config.frozen)
-    model.freeze()
+    if "frozen" in config.model.overrides:
+        model.config.frozen = config.model.overrides["frozen"]
+        model.freeze()
     ranks = args.process_index, args.world_size
     loader = Given(KINDS[kind], whole.processor, rows, *ranks)
     pipeline = BatchPipeline(loader, same_noise(model, config), 0, args.device, *ranks)
     branches = branches_of(config) if config.fsdp else None
     counted = config.losses.scale == "global"
     trainer = RunTrainer(model, args, config, pipeline, branches=branches, counted=counted)
+    if config.fsdp:
+        trainer.add_callback(ShardingCallback(Console(quiet=True)))
     trainer.start_window()
     trainer.train()
     return model, trainer

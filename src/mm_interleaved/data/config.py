@@ -192,6 +192,7 @@ class DataConfig:
         prefetch_factor: batches that each worker loads ahead.
         pin_memory: whether batches are in page-locked memory; None: if there is a CUDA device.
         pad_to_max_length: whether all rows have the full length, for fixed shapes.
+        group_by_length: whether batches have rows of similar lengths, for less padding; all rows stay the same.
         start_method: start method of the workers: fork, spawn or forkserver; None: the platform's default.
         compat: mistakes of the original to reproduce: `shifted_names` (after a source is exhausted with `sum`, others
             get its name), `repeated_epochs` (every epoch has the order of the first).
@@ -211,6 +212,7 @@ class DataConfig:
     prefetch_factor: Positive = 2
     pin_memory: bool | None = None
     pad_to_max_length: bool = False
+    group_by_length: bool = False
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     compat: list[MixtureCompat] = field(default_factory=list)
 
@@ -256,6 +258,11 @@ class DataConfig:
             raise ValueError(f"{len(shares)} 'probabilities' are given for {number} sources")
         if shares and (min(shares) < 0 or sum(shares) <= 0):
             raise ValueError(f"'probabilities' must not be negative, nor all 0, not {shares}")
+        if self.group_by_length and (self.pad_to_max_length or self.fix_sampling_ratio):
+            other = "pad_to_max_length" if self.pad_to_max_length else "fix_sampling_ratio"
+            raise ValueError(
+                f"'group_by_length' changes the order of batches to save padding; leave it or '{other}' out"
+            )
         if self.fix_sampling_ratio and (by_size or len(set(shares)) > 1):
             raise ValueError("'fix_sampling_ratio' needs equal 'probabilities'")
         weights = {(s.loss_image_weight, s.loss_text_weight) for s in self.sources}

@@ -19,6 +19,7 @@ from ..processor import Batch, MMInterleavedProcessor
 from ..processor.packing import TokenStream
 from ..processor.processor import ImageViews
 from .config import DataConfig
+from .grouping import GroupedBatches
 from .mixture import Mixture, MixtureBatch, with_sizes
 from .readers import LITERAL, Reader, make_reader
 from .report import DataError, DataReport
@@ -274,7 +275,9 @@ class _Parcels:
             )
             for index, (source, reader) in enumerate(zip(config.sources, readers, strict=True))
         ]
-        self._mixture = Mixture(config, streams, epoch, place)
+        mixture = Mixture(config, streams, epoch, place)
+        grouped = config.group_by_length
+        self._mixture = GroupedBatches(config, mixture, epoch, place, self._report) if grouped else mixture
         sources = [[s.name, len(r.shards.names), *_size(r)] for s, r in zip(config.sources, readers, strict=True)]
         self._identity = [config.seed, epoch, place.consumer, place.consumers, sources]
         if state is not None:

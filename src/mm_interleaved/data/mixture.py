@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -101,7 +101,11 @@ class Mixture:
             if found is None:
                 return None
             sources, rows = [*sources, found.sources[0]], [*rows, *found.rows]
-        return MixtureBatch("+".join(self._names[i] for i in sorted(set(sources))), sources, rows)
+        return MixtureBatch(self.name_of(sources), sources, rows)
+
+    def name_of(self, sources: Iterable[int]) -> str:
+        """The name of a batch with rows of these sources."""
+        return "+".join(self._names[i] for i in sorted(set(sources)))
 
     def _rows(self, number: int | None) -> MixtureBatch | None:
         """That many rows of a randomly chosen source; None: the batch size of the source."""
@@ -167,8 +171,10 @@ class Mixture:
         """Continue where `state_dict` was called.
 
         Raises:
-            DataError: the data have changed since.
+            DataError: the state has grouped batches, or the data have changed since.
         """
+        if "start" in state:
+            raise DataError("the saved state has batches that are grouped; set 'group_by_length' to resume")
         self._draws, self._active = state["draws"], list(state["active"])
         self._finished, self._barren = set(state["finished"]), set(state["barren"])
         self._gave = list(state["gave"])

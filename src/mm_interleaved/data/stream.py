@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     DOCUMENT = 2
     MERGE = 3
     MIXTURE = 4
+    GROUPS = 5
 
 
 def generator(purpose: Purpose, *keys: int) -> np.random.Generator:
