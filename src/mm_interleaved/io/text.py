@@ -24,7 +24,7 @@ def check_text(text: str, where: str = "") -> str:
     Raises:
         InputError: it has one.
     """
-    if half := re.search("[\ud800-\udfff]", text):
+    if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):  # most texts are ASCII, which Python knows
         raise InputError(f"lone surrogate \\u{ord(half[0]):04x} (half a character) at position {half.start()}", where,
                          "Write the whole character, or remove it", "with a lone surrogate")  # fmt: skip
     return text
