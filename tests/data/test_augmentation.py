@@ -159,6 +159,8 @@ def test_two_flips_give_the_same_text(words: list[str], sides: list[float]) -> N
     assert texts_of(once) != texts_of(document)
     assert texts_of(twice) == texts_of(document)
     assert twice.images[0].transform == Transform()
+    with pytest.raises(InputError, match="cut or flipped"):
+        once.to_dict()
 
 
 def test_left_and_right_are_swapped_as_words_only() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import PIL.Image
@@ -13,6 +13,7 @@ from .checks import positive
 from .folder import Folder
 from .forms import read_form
 from .segments import Image, Segment, Text
+from .transform import Transform
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Document:
         """The `segments` form. Images must be paths.
 
         Raises:
-            InputError: an image is in memory and not in a file.
+            InputError: an image is in memory and not in a file, or is not used as it is in its file.
         """
         data: dict[str, Any] = {"segments": [_segment_to_dict(s, i) for i, s in enumerate(self.segments)]}
         optional = {
@@ -168,6 +169,9 @@ def _segment_to_dict(segment: Segment, index: int) -> dict[str, Any]:
         if segment.boxes:
             data["boxes"] = [{"at": start, "box": list(b.sides), "image": b.image} for start, b in segment.boxes]
     else:
+        if segment.transform is not None and replace(segment.transform, square=None) != Transform():
+            raise InputError("the image is cut or flipped, which its path does not say", f"segments[{index}]",
+                             "Save the changed image and use its path")  # fmt: skip
         data = {"image": _path_text(segment.source, index)}
         if segment.target is not None:
             data["target"] = _path_text(segment.target, index)
