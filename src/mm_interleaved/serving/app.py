@@ -16,6 +16,7 @@ from .engine import Engine
 from .errors import add_handlers
 from .metrics import Measured, Metrics
 from .middleware import Guard
+from .openapi import describe_api
 from .remote import RemoteImages
 from .store import ResponseStore
 
@@ -48,6 +49,7 @@ def create_app(engine: Engine, config: ServeConfig | None = None) -> FastAPI:
     app.state.services, app.state.config = found, config
     for router in (responses.router, chat.router, plain.router):
         app.include_router(router)
+    describe_api(app, config, engine)
     add_handlers(app)
     app.add_middleware(Measured, metrics=metrics)
     app.add_middleware(Guard, config=config)
