@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mm_interleaved.data import DataError, SourceConfig
+from mm_interleaved.data.sources import SOURCES
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 
 from .world import loader, numbers, png, texts, write_images, write_lines
@@ -146,6 +147,16 @@ def test_a_row_may_lose_all_its_samples(tmp_path: Path, processor: MMInterleaved
 def test_settings_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("type", "packing", "attention"),
+    [("pairs", "stream", "row"), ("mmc4", "stream", "row"), ("documents", "stream", "row"),
+     ("messages", "samples", "sample"), ("imagefolder", "samples", "sample"), ("task", "samples", "sample")],
+)  # fmt: skip
+def test_what_types_do_by_themselves(type: str, packing: str, attention: str) -> None:
+    found = SourceConfig(type, shards=["a.jsonl"] if SOURCES[type].has_files else [])
+    assert (found.packing, found.attention) == (packing, attention)
 
 
 # ---- batches of similar lengths

@@ -103,6 +103,14 @@ def same_noise(model: MMInterleaved, config: TrainConfig) -> Any:
     return prepared
 
 
+def pipeline_of(
+    kind: str, rows: int, model: MMInterleaved, config: TrainConfig, rank: int = 0, ranks: int = 1
+) -> BatchPipeline:
+    """Batches of the documents for one of several processes."""
+    loader = Given(KINDS[kind], load("debug").processor, rows, rank, ranks)
+    return BatchPipeline(loader, same_noise(model, config), 0, torch.device("cpu"), rank, ranks)
+
+
 def step(kind: str, rows: int, settings: list[str], folder: Path) -> tuple[MMInterleaved, RunTrainer]:
     """The model after one step, in this process or as one of several, and its trainer."""
     given = arguments(folder, "steps=1", "log_every=1", "save_every=0", "precision=float32", "optimizer.eps=1.0",
@@ -112,15 +120,12 @@ def step(kind: str, rows: int, settings: list[str], folder: Path) -> tuple[MMInt
     args = training_arguments(config, "cpu")
     args.max_steps = 1
     torch.manual_seed(0)
-    whole = load("debug")
-    model = whole.model.train()
+    model = load("debug").model.train()
     awaken(model)
     if "frozen" in config.model.overrides:
         model.config.frozen = config.model.overrides["frozen"]
         model.freeze()
-    ranks = args.process_index, args.world_size
-    loader = Given(KINDS[kind], whole.processor, rows, *ranks)
-    pipeline = BatchPipeline(loader, same_noise(model, config), 0, args.device, *ranks)
+    pipeline = pipeline_of(kind, rows, model, config, args.process_index, args.world_size)
     branches = branches_of(config) if config.fsdp else None
     counted = config.losses.scale == "global"
     trainer = RunTrainer(model, args, config, pipeline, branches=branches, counted=counted)

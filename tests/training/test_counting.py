@@ -158,3 +158,14 @@ def test_settings_of_means_over_a_batch(setting: str) -> None:
     name, value = setting.split("=")
     with pytest.raises(ValueError, match="scale: batch"):
         LossConfig(scale="global", **{name: float(value) if name == "conditions" else True})
+
+
+def test_held_out_losses_are_over_all_items(tmp_path: Path) -> None:
+    model, trainer = steps.step("texts", 1, ["accumulation=2", GLOBAL], tmp_path)
+    found = []
+    for rows in (8, 1):
+        pipeline = steps.pipeline_of("unequal", rows, model, trainer.config)
+        trainer.eval_pipeline = lambda pipeline=pipeline, rows=rows: (pipeline, 8 // rows)
+        found.append(trainer.evaluate())
+    for name in ("eval_loss_txt", "eval_loss_img"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)

@@ -74,7 +74,7 @@ class CountingTrainer(Trainer):
     def count(self, batch: Any) -> LossCounts:
         """The counts of a batch."""
         assert self.model is not None
-        return count_losses(batch, self.model.config)
+        return count_losses(batch, cast(MMInterleavedConfig, self.model.config))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -247,7 +247,10 @@ class RunTrainer(CountingTrainer):
                 given, counts = self._counted(inputs, None)
                 outputs = self.compute_outputs(model, given)
                 parts, items = self._parts(outputs, given, counts)
-                window.add(outputs["loss"], {"loss": outputs["loss"], **parts}, items)
+                loss: Tensor | None = outputs.get("loss")  # None: nothing in the batch is learned
+                window.add(
+                    torch.zeros((), device=self.args.device) if loss is None else loss, {"loss": loss, **parts}, items
+                )
         model.train()
         measured = window.close(pipeline.take_stats(), None, None)
         logs = {f"eval_{n}": v for n, v in measured.items() if n.startswith(("loss", *PARTS))}
