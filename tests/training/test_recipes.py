@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from mm_interleaved.configuration import make_config
+from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.config import TrainConfig
+from mm_interleaved.training.recipes import FOLDER, list_recipes, load_recipe
 from mm_interleaved.training.run import train
 from mm_interleaved.validation import ConfigError
 
@@ -18,7 +20,70 @@ from .conftest import ROOT
 
 MODEL = {"init_from": {"preset": "debug"}}
 DATA = {"sources": [{"type": "toyworld"}]}
+RECIPES = sorted(list_recipes())
+SURE = ("release", "paper", "paper, low confidence", "third party", "our choice", "as above")
 LEAST = {"output": "run", "steps": 2, "model": MODEL, "data": DATA}
+
+
+def test_there_is_a_recipe_for_each_task() -> None:
+    wanted = {"sft", "vqa", "caption", "grounding", "text-to-image", "segmentation-to-image", "vist", "pororo",
+              "flintstones", "visdial", "instructions", "own-documents", "own-messages", "own-folder"}  # fmt: skip
+    assert set(RECIPES) == wanted
+    assert all(10 < len(description) <= 110 for description in list_recipes().values())
+
+
+def test_the_recipes_are_also_among_the_configurations() -> None:
+    """Where people look for them in a checkout."""
+    assert (ROOT / "configs/finetune").resolve() == FOLDER
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_needs_a_model_and_data_only(recipe: str) -> None:
+    """No file of the data is needed to check the settings."""
+    config = load_recipe(recipe, "debug", overrides=["data.root=some/folder"])
+    assert config.output == f"runs/finetune/{recipe}"
+    assert config.data.root == "some/folder"
+    assert config.evaluation is None or config.evaluation.root == "some/folder"
+    assert config.losses.scale == "global"
+    assert load_recipe(recipe, "small", overrides=["data.root=x"]).model.init_from.checkpoint is not None
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_value_says_how_sure_it_is(path: Path) -> None:
+    unmarked = []
+    for line in path.read_text().splitlines():
+        text, _, comment = line.partition("  # ")
+        key, _, value = text.strip().removeprefix("- ").partition(":")
+        needs_mark = bool(value.strip().removeprefix("&boxes")) and not line.lstrip().startswith("#")
+        if needs_mark and key not in ("extends", "type", "root") and comment.partition(":")[0] not in SURE:
+            unmarked.append(line)
+    assert not unmarked
+
+
+def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("output: here\nsteps: 5\ndata:\n  sources: [{type: toyworld}]\n")
+    config = load_recipe(str(tmp_path / "mine.yaml"), "debug", overrides=["epochs=2"])
+    assert (config.output, config.steps, config.epochs) == ("here", None, 2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "overrides", "message"),
+    [
+        ("vaq", "small", [], "there is no recipe 'vaq'.* Did you mean 'vqa'"),
+        ("vqa", None, [], "no model is given. Add --model small"),
+        ("vqa", "smal", [], "no folder has this name.* Did you mean 'small'"),
+        ("vqa", "tests", [], "has no config.json"),
+        ("own-folder", "small", [], "data.root must be given .* Add data.root=VALUE"),
+        ("vqa", "small", ["cutoff_len=512"], "unknown key 'cutoff_len' .* Here it is 'data.max_length'"),
+        ("vqa", "small", ["data.sources.0.option.limit=3"], "Did you mean 'options'"),
+    ],
+)
+def test_what_cannot_be_used_is_explained(
+    recipe: str, model: str | None, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match=message):
+        load_recipe(recipe, model, overrides=overrides)
 
 
 @pytest.mark.parametrize(
