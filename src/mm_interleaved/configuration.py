@@ -35,6 +35,7 @@ def load_config(
     overrides: Sequence[str] = (),
     partial: bool = False,
     over: Sequence[str | Path] = (),
+    library: Path | None = None,
 ) -> T:
     """A YAML file with overrides, as an instance of a settings class.
 
@@ -45,11 +46,12 @@ def load_config(
             YAML.
         partial: ignore top-level keys that the schema lacks, since the file belongs to a larger schema.
         over: further files, whose values replace those of the file, each those of the ones before.
+        library: folder of files that `extends` may name, too.
 
     Raises:
         ConfigError: the file or an override cannot be read, or a key is unknown, missing or of the wrong type.
     """
-    data = _load(Path(path), ())
+    data = _load(Path(path), (), library)
     for other in over:
         data = _merge(data, _load(Path(other), ()))
     return _validated(data, schema, overrides, str(path), partial)
@@ -64,13 +66,13 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     return _resolved(_load(Path(path), ()), overrides, _origin(overrides, str(path)))
 
 
-def list_keys(path: str | Path) -> list[str]:
-    """The top-level keys of a YAML file and of those that it extends.
+def list_keys(path: str | Path, library: Path | None = None) -> list[str]:
+    """The top-level keys of a YAML file and of those that it extends; for `library` see `load_config`.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    return list(_load(Path(path), ()))
+    return list(_load(Path(path), (), library))
 
 
 def make_config(data: dict[str, Any], schema: type[T], overrides: Sequence[str] = (), where: str = "settings") -> T:
@@ -169,7 +171,7 @@ def _parts(override: str) -> list[str]:
     return [part for part in re.split(r"[.\[\]]+", override.partition("=")[0].strip()) if part]
 
 
-def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _load(path: Path, above: tuple[Path, ...], library: Path | None = None) -> dict[str, Any]:
     """A file, merged over those that it extends."""
     if path.resolve() in above:
         raise ConfigError(f"{path} extends itself through {' and '.join(p.name for p in above)}")
@@ -180,7 +182,9 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{EXTENDS} must be the path of a file or a list of them, not {short(extends)} ({path})")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _load(path.parent / base, (*above, path.resolve())))
+        beside = path.parent / base
+        found = library / base if library is not None and not beside.exists() else beside
+        merged = _merge(merged, _load(found, (*above, path.resolve()), library))
     return _merge(merged, data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,11 @@ from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.recipes import FOLDER, list_recipes, load_recipe
 from mm_interleaved.training.run import train
 from mm_interleaved.validation import ConfigError
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
 
+from ..tasks.conftest import FILES
+from ..tasks.official import OFFICIAL
 from .conftest import ROOT
 
 MODEL = {"init_from": {"preset": "debug"}}
@@ -132,3 +137,59 @@ def test_samples_come_from_the_data(tmp_path: Path) -> None:
     assert "step 0" in page
     assert all(f'src="samples/{name}"' in page for name in ("0000000_1_1.png", "0000002_1_1.png", "wanted_1.png"))
     assert (tmp_path / "run/samples/wanted_1.png").is_file()
+
+
+def toy_data(task: str, folder: Path) -> list[str]:
+    """Write the training phase of a task in its official layout; the options of the source that name the folders."""
+    form, images = FILES[task]
+    if not folder.exists() and form in OFFICIAL:
+        OFFICIAL[form][0](folder)
+    elif not folder.exists():
+        write_dataset(form, folder, Job(6, "train", 0, 64))
+    return [f"images={folder / images}", f"annotations={folder}"]
+
+
+def own_data(recipe: str, folder: Path) -> None:
+    """Write two images with texts in the form of a recipe for data of one's own."""
+    folder.mkdir()
+    names = ["fox.png", "house.png"]
+    for name in names:
+        shutil.copy(ROOT / "examples/images" / name, folder)
+    lines: list[dict[str, Any]]
+    if recipe == "own-folder":
+        lines = [{"file_name": name, "text": f"A {name[:-4]}."} for name in names]
+        path = folder / "metadata.jsonl"
+    elif recipe == "own-messages":
+        path = folder / "chats.jsonl"
+        lines = [{
+            "messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A fox."}],
+            "images": ["fox.png"],
+        }]  # fmt: skip
+    else:
+        path = folder / "own.jsonl"
+        lines = [{"segments": [{"text": "A fox."}, {"image": "fox.png"}]}, {"segments": [{"text": "No image."}]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_on_data_in_the_official_layout(
+    recipe: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shared = tmp_path_factory.getbasetemp()
+    changes = ["steps=2", "data.batch_size=1", "log_every=1", "tensorboard=false", "save_every=0", "sample_every=0",
+               f"data.root={tmp_path / 'own'}"]  # fmt: skip
+    if recipe.startswith("own-"):
+        own_data(recipe, tmp_path / "own")
+    for index, source in enumerate(load_recipe(recipe, "debug", overrides=changes).data.sources):
+        if source.type == "task":
+            task = source.options["task"]
+            changes += [f"data.sources.{index}.options.{option}"
+                        for option in toy_data(task, shared / f"recipe-{FILES[task][0]}")]  # fmt: skip
+    config = load_recipe(recipe, "debug", output=str(tmp_path / "run"), overrides=changes)
+    train(config, TOKENIZER, "cpu")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2]
+    assert all(0 < entry["loss"] < 100 for entry in log)
+    assert (tmp_path / "run/final/config.json").is_file()
+    report = json.loads((tmp_path / "run/data-rank0.json").read_text())
+    assert sum(entry["counts"]["rows"] for name, entry in report.items() if name != "step") >= 2

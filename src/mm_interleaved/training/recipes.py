@@ -1,7 +1,8 @@
 """Recipes: settings for fine-tuning a model on a task or on documents of one's own.
 
-A recipe is a file of `mmi train` without a model. Its first line is a comment that describes it. `_base.yaml` has what
-all recipes share; `_lora.yaml` and `_small.yaml` have what changes with an adapter, and with the small model.
+A recipe is a file of `mmi train` without a model. Its first line is a comment that describes it. A file of one's own
+may extend a recipe of the package by its name. `_base.yaml` has what all recipes share; `_lora.yaml` and `_small.yaml`
+have what changes with an adapter, and with the small model.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def load_recipe(
     """
     path, named = find_recipe(name), read_overrides(overrides)
     given = [] if model is None else [_model(model)]
-    if not given and "model" not in [*named, *list_keys(path)]:
+    if not given and "model" not in [*named, *list_keys(path, FOLDER)]:
         raise InputError(
             "no model is given", fix="Add --model small, or --model FOLDER with the folder of a checkpoint"
         )
@@ -78,7 +79,7 @@ def load_recipe(
         given.append(f"output={output}")
     elif path.parent == FOLDER:
         given.append(f"output=runs/finetune/{path.stem}")
-    return load_config(path, TrainConfig, [*given, *overrides], over=over)
+    return load_config(path, TrainConfig, [*given, *overrides], over=over, library=FOLDER)
 
 
 def _model(name: str) -> str:
