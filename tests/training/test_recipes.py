@@ -21,7 +21,7 @@ from toyworld.writers.base import Job
 
 from ..tasks.conftest import FILES
 from ..tasks.official import OFFICIAL
-from .conftest import ROOT
+from .conftest import ROOT, whole_model
 
 MODEL = {"init_from": {"preset": "debug"}}
 DATA = {"sources": [{"type": "toyworld"}]}
@@ -193,3 +193,13 @@ def test_a_recipe_trains_on_data_in_the_official_layout(
     assert (tmp_path / "run/final/config.json").is_file()
     report = json.loads((tmp_path / "run/data-rank0.json").read_text())
     assert sum(entry["counts"]["rows"] for name, entry in report.items() if name != "step") >= 2
+
+
+def test_an_adapter_is_trained_with_a_recipe(tmp_path: Path) -> None:
+    whole_model(tmp_path / "base")
+    own_data("own-folder", tmp_path / "own")
+    changes = [f"data.root={tmp_path / 'own'}", "steps=2", "precision=float32", "sample_every=0", "adapter.rank=2"]
+    config = load_recipe("own-folder", str(tmp_path / "base"), "image", str(tmp_path / "run"), changes)
+    assert (config.optimizer.lr, config.optimizer.groups) == (2e-4, [])
+    train(config, TOKENIZER, "cpu")
+    assert (tmp_path / "run/final/adapter_model.safetensors").is_file()
