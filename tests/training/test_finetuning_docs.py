@@ -38,7 +38,7 @@ def examples(page: Path) -> dict[str, str]:
     return dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", page.read_text(), re.DOTALL))
 
 
-def follow(page: Path, mmi: MMI, count: str = "") -> None:
+def follow(page: Path, mmi: MMI) -> None:
     """Write the files of a page and run its commands one after another, in the present folder."""
     found = examples(page)
     for name, text in found.items():
@@ -55,7 +55,7 @@ def follow(page: Path, mmi: MMI, count: str = "") -> None:
             if "-n" in arguments:
                 arguments[arguments.index("-n") + 1] = "5"
             if arguments[0] == "finetune":
-                changes += ["evaluation.tasks.0.limit=2"] if "mine.yaml" in arguments else []
+                changes += ["evaluation.tasks.0.limit=2", "evaluate_every=1"] if "mine.yaml" in arguments else []
                 changes += ["--device", "cpu"]
             said = mmi(*arguments, *changes)
             assert said.code == 0, said.err
@@ -114,8 +114,8 @@ def test_the_commands_of_the_guide(elsewhere: Path, mmi: MMI) -> None:
         assert (
             mmi("toyworld", "write", "--format", "vqav2", "--out", f"data-{split}", "-n", 4, "--split", split).code == 0
         )
-        shutil.copytree(f"data-{split}", "datasets/VQAv2", dirs_exist_ok=True)
-        shutil.copytree(f"data-{split}", "datasets/coco", dirs_exist_ok=True)
+        shutil.copytree(folder, "datasets/VQAv2", dirs_exist_ok=True)
+        shutil.copytree(folder, "datasets/coco", dirs_exist_ok=True)
     follow(GUIDE, mmi)
     assert (elsewhere / "out/report.html").is_file()
     assert (elsewhere / "runs/finetune/vqa/evaluation/vqav2/gallery.html").is_file()
