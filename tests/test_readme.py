@@ -70,6 +70,7 @@ def test_commands(elsewhere: Path, arguments: list[str]) -> None:
         "bench": ["--only", "encode"],
         "data": ["--seconds", "1"],
         "train": ["steps=4", "sample_every=4"],
+        "finetune": ["steps=1", "sample_every=0", "data.batch_size=1"] if len(arguments) > 1 else [],
     }
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, *quick.get(arguments[0], [])])

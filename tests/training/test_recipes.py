@@ -142,8 +142,8 @@ def test_samples_come_from_the_data(tmp_path: Path) -> None:
 def toy_data(task: str, folder: Path) -> list[str]:
     """Write the training phase of a task in its official layout; the options of the source that name the folders."""
     form, images = FILES[task]
-    if not folder.exists() and form in OFFICIAL:
-        OFFICIAL[form][0](folder)
+    if not folder.exists() and task in OFFICIAL:
+        OFFICIAL[task][0](folder)
     elif not folder.exists():
         write_dataset(form, folder, Job(6, "train", 0, 64))
     return [f"images={folder / images}", f"annotations={folder}"]

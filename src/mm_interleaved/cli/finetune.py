@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +17,15 @@ from .models import check_cpu
 from .train import Device, training
 
 if TYPE_CHECKING:
+    from ..data import SourceConfig
     from ..training.config import TrainConfig
+    from ..training.memory import BatchSizes, MemoryEstimate
+    from .rows_page import SourceSample
+
+GIB = 2**30
+MOST = 1.3  # times the memory of the GPU: a run that seems to need more is not started
+ADVICE = ("Make the batches smaller (data.batch_size, data.max_length), train an adapter (--lora llm), set "
+          "gradient_checkpointing=true, or start with --force")  # fmt: skip
 
 PAGE = "check.html"  # in the folder of the run
 BATCHES = 8  # that are read of each source for the page
@@ -33,6 +44,7 @@ def finetune(
         Path | None, typer.Option("--output", help="Folder of the run; by default runs/finetune/RECIPE.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Write a page about the data and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start although the memory seems too small.")] = False,
     device: Device = None,
 ) -> None:
     """Fine-tune a model by a recipe. The same command resumes an interrupted run."""
@@ -44,9 +56,12 @@ def finetune(
 
     config = load_recipe(recipe, model, lora, None if folder is None else str(folder), settings or [])
     check_cpu(device)
+    capacity = _gpu_memory(device)
     if check:
-        _check(recipe, config)
+        _check(recipe, config, capacity)
         return
+    if capacity is not None:
+        _check_memory(config, capacity, force)
     with training() as run:
         run.train(config, TOKENIZER, device)
 
@@ -62,7 +77,7 @@ def _list_recipes() -> None:
                  highlight=False, soft_wrap=True)  # fmt: skip
 
 
-def _check(recipe: str, config: TrainConfig) -> None:
+def _check(recipe: str, config: TrainConfig, capacity: int | None) -> None:
     """Write the page; an error if a source gives no row."""
     from ..configuration import to_yaml
     from ..io import write_atomic
@@ -76,15 +91,94 @@ def _check(recipe: str, config: TrainConfig) -> None:
     for index, source in enumerate(data.sources):
         with console.status(f"reading {source.name}"):
             batches, report, problem = sample_source(data, index, processor, BATCHES)
-        about = f"type {source.type}" + (", replayed" if source.replay else "")
-        samples.append(SourceSample(source.name, about, batches, report, problem, batch_statistics(batches)))
+        samples.append(
+            SourceSample(source.name, _describe(source), batches, report, problem, batch_statistics(batches))
+        )
     with console.status("counting parameters"):
         trained = [(part.name, part.total, part.trainable) for part in count_trained(config)]
+    memory = _estimate(config, _largest_batch(config, samples))
     length = {"steps": f"{config.steps:,}"} if config.steps is not None else {"epochs": f"{config.epochs:g}"}
-    facts = {"run in": config.output, **length, "learning rate": f"{config.optimizer.lr:g}"}
-    page = RowsPage(recipe, facts, [], samples, trained, to_yaml(config))
+    facts = {"run in": config.output, **length, "learning rate": f"{config.optimizer.lr:g}", "memory": str(memory)}
+    warnings = [] if capacity is None else [_compare(memory.total, capacity)]
+    parts = {name: f"{size / GIB:.2f} GiB" for name, size in memory.parts.items()}
+    page = RowsPage(recipe, facts, [w for w in warnings if w], samples, trained, to_yaml(config), parts)
     path = Path(config.output) / PAGE
     write_atomic(path, page.render(processor))
+    output.print(str(memory), highlight=False, soft_wrap=True)
+    for warning in page.warnings:
+        console.print(f"[yellow]{warning}[/]", highlight=False, soft_wrap=True)
     output.print(f"page: {path}", highlight=False, soft_wrap=True)
     if failed := [sample for sample in samples if sample.problem]:
         raise UsageError(f"source '{failed[0].name}' cannot be used: {failed[0].problem}")
+
+
+def _describe(source: SourceConfig) -> str:
+    """The settings of a source that decide how its documents become rows."""
+    replayed = ", replayed" if source.replay else ""
+    return f"type {source.type}, packing {source.packing}, attention within a {source.attention}{replayed}"
+
+
+# ---- memory
+
+
+def _check_memory(config: TrainConfig, capacity: int, force: bool) -> None:
+    """Warn if a run seems to need more memory than a GPU has.
+
+    Raises:
+        UsageError: it seems to need more than `MOST` times as much, and `force` is False.
+    """
+    memory = _estimate(config)
+    if warning := _compare(memory.total, capacity):
+        if memory.total > MOST * capacity and not force:
+            raise UsageError(f"{warning} {memory}. {ADVICE}")
+        console.print(f"[yellow]{warning}[/] {memory}", highlight=False, soft_wrap=True)
+
+
+def _compare(needed: int, capacity: int) -> str:
+    """A warning if more memory is needed than there is; else ""."""
+    if needed <= capacity:
+        return ""
+    return f"The run needs about {needed / GIB:.1f} GiB on one GPU, which has {capacity / GIB:.1f} GiB."
+
+
+def _gpu_memory(device: str | None) -> int | None:
+    """Bytes of the GPU; None: the run is on the CPU."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def _estimate(config: TrainConfig, sizes: BatchSizes | None = None) -> MemoryEstimate:
+    """The memory of one process of a run.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of a batch; None: the largest that the settings allow.
+    """
+    from ..pretrained import TOKENIZER
+    from ..training.building import build_config, prepare_empty
+    from ..training.memory import estimate
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with console.status("estimating the memory"):
+        return estimate(config, build_config(config.model, TOKENIZER), processes, sizes,
+                        lambda model: prepare_empty(model, config))  # fmt: skip
+
+
+def _largest_batch(config: TrainConfig, samples: Sequence[SourceSample]) -> BatchSizes | None:
+    """The sizes of a batch of the largest rows that were read; None: none was."""
+    from ..training.memory import BatchSizes
+
+    rows = tokens = images = targets = 0
+    for source, sample in zip(config.training_data.sources, samples, strict=True):
+        rows = max(rows, config.data.batch_size if config.data.mix == "row" else source.batch_size)
+        for batch in sample.batches:
+            tokens = max(tokens, batch.input_ids.shape[1])
+            images = max(images, max(Counter(batch.image_rows.tolist()).values(), default=0))
+            targets = max(
+                targets, max(Counter(batch.image_rows[batch.image_loss_mask > 0].tolist()).values(), default=0)
+            )
+    share = config.losses.image_fraction if config.losses.image else 0
+    return BatchSizes(rows, tokens, rows * images, round(rows * targets * share)) if tokens else None

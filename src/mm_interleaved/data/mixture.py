@@ -91,7 +91,7 @@ class Mixture:
         return [self.config.sources[i].name for i in sorted(self._barren)]
 
     def next_batch(self) -> MixtureBatch | None:
-        """The rows of the next batch; None: the epoch is over. Incomplete batches are dropped."""
+        """The rows of the next batch; None: the epoch is over. An incomplete one is used if a source of it says so."""
         if self.config.mix == "batch":
             return self._rows(None)
         sources: list[int] = []
@@ -99,7 +99,9 @@ class Mixture:
         while len(rows) < self.config.batch_size:
             found = self._rows(1)
             if found is None:
-                return None
+                if not any(self.config.sources[i].keep_remainder for i in sources):
+                    return None
+                break
             sources, rows = [*sources, found.sources[0]], [*rows, *found.rows]
         return MixtureBatch(self.name_of(sources), sources, rows)
 

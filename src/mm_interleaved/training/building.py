@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, PreTrainedTokenizerBase
 
+from ..adapters.folder import read_adapter
+from ..adapters.loading import NAME
 from ..checkpoints.checkpoint import check_folder, check_tokenizer, read_weights, weight_files
 from ..checkpoints.components import config_from_components, from_components
 from ..checkpoints.quantization import quantize_frozen
@@ -115,6 +117,21 @@ def quantize_base(model: nn.Module, config: TrainConfig) -> None:
         quantize_frozen(model, config.model.quantize, chosen)
 
 
+def prepare_empty(model: MMInterleaved, config: TrainConfig) -> MMInterleaved:
+    """Freeze parts, add the adapter and set types, as `build` does, in a model without content.
+
+    Raises:
+        InputError: the adapter selects no layer, or `adapter.init_from` cannot be read.
+    """
+    freeze_parts(model, config.freeze)
+    if config.adapter is not None and config.adapter.init_from is not None:
+        model.add_adapter(read_adapter(Path(config.adapter.init_from)).config, NAME)
+    else:
+        attach_adapter(model, config, frozen_layers(model, config.freeze))
+    set_types(model, config)
+    return model
+
+
 def count_trained(config: TrainConfig) -> list[Part]:
     """The parameters of a run's model by part, and how many of them are trained. No weight is allocated.
 
@@ -123,10 +140,7 @@ def count_trained(config: TrainConfig) -> list[Part]:
     """
     with torch.device("meta"):
         model = MMInterleaved(build_config(config.model, TOKENIZER))
-    freeze_parts(model, config.freeze)
-    if config.adapter is not None and config.adapter.init_from is None:
-        attach_adapter(model, config, frozen_layers(model, config.freeze))
-    return count_parts(model)
+        return count_parts(prepare_empty(model, config))
 
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:
