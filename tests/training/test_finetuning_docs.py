@@ -111,9 +111,8 @@ def test_the_commands_of_the_guide(elsewhere: Path, mmi: MMI) -> None:
     """The real data are replaced by toy data in the same places."""
     shutil.copytree(ROOT / "examples", elsewhere / "examples")
     for split in ("train", "val"):
-        assert (
-            mmi("toyworld", "write", "--format", "vqav2", "--out", f"data-{split}", "-n", 4, "--split", split).code == 0
-        )
+        folder = f"data-{split}"
+        assert mmi("toyworld", "write", "--format", "vqav2", "--out", folder, "-n", 4, "--split", split).code == 0
         shutil.copytree(folder, "datasets/VQAv2", dirs_exist_ok=True)
         shutil.copytree(folder, "datasets/coco", dirs_exist_ok=True)
     follow(GUIDE, mmi)
