@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,20 @@ from mm_interleaved.configuration import make_config
 from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.config import TrainConfig
+from mm_interleaved.training.memory import BatchSizes, MemoryEstimate
 from mm_interleaved.training.recipes import FOLDER, list_recipes, load_recipe
 from mm_interleaved.training.run import train
 from mm_interleaved.validation import ConfigError
 from toyworld.writers import write_dataset
 from toyworld.writers.base import Job
 
+from ..cli.conftest import Outcome, mmi
 from ..tasks.conftest import FILES
 from ..tasks.official import OFFICIAL
 from .conftest import ROOT, whole_model
 
+__all__ = ["mmi"]
+finetune = import_module("mm_interleaved.cli.finetune")  # the package has the command under this name
 MODEL = {"init_from": {"preset": "debug"}}
 DATA = {"sources": [{"type": "toyworld"}]}
 RECIPES = sorted(list_recipes())
@@ -203,3 +210,53 @@ def test_an_adapter_is_trained_with_a_recipe(tmp_path: Path) -> None:
     assert (config.optimizer.lr, config.optimizer.groups) == (2e-4, [])
     train(config, TOKENIZER, "cpu")
     assert (tmp_path / "run/final/adapter_model.safetensors").is_file()
+
+
+def test_a_run_too_large_for_the_gpu_is_refused(
+    mmi: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above 1.3 times its memory only with --force; above its memory with a warning; and the page warns, too."""
+    monkeypatch.setattr("mm_interleaved.training.run.train", lambda *given: None)
+    own_data("own-folder", tmp_path / "own")
+    arguments = ["finetune", "own-folder", f"data.root={tmp_path / 'own'}", "--model", "debug", "--output",
+                 tmp_path / "run"]  # fmt: skip
+    needed = 100 * 2**20
+    monkeypatch.setattr(
+        finetune, "_estimate", lambda *given: MemoryEstimate({"weights": needed}, BatchSizes(1, 1, 1, 1))
+    )
+    for share, code, words in ((1.1, 0, ""), (0.9, 0, "needs about 0.1 GiB"), (0.7, 1, "or start with --force")):
+        monkeypatch.setattr(finetune, "_gpu_memory", lambda device, share=share: int(needed * share))
+        said = mmi(*arguments)
+        assert (said.code, words in said.err) == (code, True), said.err
+    assert mmi(*arguments, "--force").code == 0
+    said = mmi(*arguments, "--check")
+    assert said.code == 0
+    assert "needs about" in (tmp_path / "run" / finetune.PAGE).read_text()
+
+
+def test_the_page_shows_what_is_learned(mmi: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Texts with and without a loss, a target image, boxes on the image as it is fed, and what is left out."""
+    folder = tmp_path / "own"
+    own_data("own-documents", folder)
+    lines = [
+        {"segments": [{"image": "fox.png", "supervise": False}, {"text": "Where is it? <box>", "supervise": False},
+                      {"text": "(100,200)(599,799)</box>"}]},
+        {"segments": [{"image": "gone.png"}, {"text": "Gone."}]},
+    ]  # fmt: skip
+    with (folder / "own.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    said = mmi("finetune", "own-documents", "--model", "debug", "--check", f"data.root={folder}", "--output",
+               tmp_path / "run", "freeze=[vision]")  # fmt: skip
+    assert said.code == 0, said.err
+    page = (tmp_path / "run" / finetune.PAGE).read_text()
+    assert f"page: {tmp_path / 'run' / finetune.PAGE}" in said.out
+    assert "<span>Where is it? &lt;box&gt;</span>" in page
+    assert '<span class="learned">A fox.</span>' in page
+    assert "left:10.01%;top:20.02%;width:49.95%;height:59.96%" in page
+    assert page.count('<figure class="target">') == 1  # the fox that is drawn
+    assert "does not exist" in page.split("an example")[1]
+    assert "about 0." in page
+    visual = re.search(r"visual_tokenizer</td><td class=\"n\">[\d,]+</td><td class=\"n\">([\d,]+)</td>", page)
+    assert visual is not None
+    assert visual[1] == "0"
+    assert not re.search(r"(src|href)=\"(?!data:)", page)  # it needs no other file

@@ -158,13 +158,12 @@ def _estimate(config: TrainConfig, sizes: BatchSizes | None = None) -> MemoryEst
         sizes: sizes of a batch; None: the largest that the settings allow.
     """
     from ..pretrained import TOKENIZER
-    from ..training.building import build_config, prepare_empty
+    from ..training.building import build_config
     from ..training.memory import estimate
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with console.status("estimating the memory"):
-        return estimate(config, build_config(config.model, TOKENIZER), processes, sizes,
-                        lambda model: prepare_empty(model, config))  # fmt: skip
+        return estimate(config, build_config(config.model, TOKENIZER), processes, sizes)
 
 
 def _largest_batch(config: TrainConfig, samples: Sequence[SourceSample]) -> BatchSizes | None:

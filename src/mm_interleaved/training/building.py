@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, PreTrainedTokenizerBase
 
 from ..adapters.folder import read_adapter
-from ..adapters.loading import NAME
 from ..checkpoints.checkpoint import check_folder, check_tokenizer, read_weights, weight_files
 from ..checkpoints.components import config_from_components, from_components
 from ..checkpoints.quantization import quantize_frozen
@@ -117,18 +116,19 @@ def quantize_base(model: nn.Module, config: TrainConfig) -> None:
         quantize_frozen(model, config.model.quantize, chosen)
 
 
-def prepare_empty(model: MMInterleaved, config: TrainConfig) -> MMInterleaved:
-    """Freeze parts, add the adapter and set types, as `build` does, in a model without content.
+def empty_model(config: TrainConfig, model_config: MMInterleavedConfig) -> MMInterleaved:
+    """The model on the meta device, with frozen parts and the adapter of the settings.
 
     Raises:
-        InputError: the adapter selects no layer, or `adapter.init_from` cannot be read.
+        InputError: the adapter selects no layer, or the one to train further cannot be read.
     """
-    freeze_parts(model, config.freeze)
-    if config.adapter is not None and config.adapter.init_from is not None:
-        model.add_adapter(read_adapter(Path(config.adapter.init_from)).config, NAME)
-    else:
-        attach_adapter(model, config, frozen_layers(model, config.freeze))
-    set_types(model, config)
+    with torch.device("meta"):
+        model = MMInterleaved(model_config)
+        freeze_parts(model, config.freeze)
+        if config.adapter is None or config.adapter.init_from is None:
+            attach_adapter(model, config, frozen_layers(model, config.freeze))
+        else:
+            model.add_adapter(read_adapter(Path(config.adapter.init_from)).config)
     return model
 
 
@@ -138,9 +138,7 @@ def count_trained(config: TrainConfig) -> list[Part]:
     Raises:
         ValueError: the settings contradict each other, or a folder has unsuitable files.
     """
-    with torch.device("meta"):
-        model = MMInterleaved(build_config(config.model, TOKENIZER))
-        return count_parts(prepare_empty(model, config))
+    return count_parts(empty_model(config, build_config(config.model, TOKENIZER)))
 
 
 def set_types(model: MMInterleaved, config: TrainConfig) -> None:

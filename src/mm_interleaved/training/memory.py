@@ -26,13 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..adapters.folder import read_adapter
 from ..generation import MMInterleaved
 from ..io import read_json
 from ..model import MMInterleavedConfig
 from ..ops.devices import shapes_as_on_cuda
-from .adapters import attach_adapter
-from .building import freeze_parts, frozen_layers, set_types
+from .building import empty_model, set_types
 from .checkpointing import enable_checkpointing
 from .config import TrainConfig
 from .sharding import BLOCKS
@@ -126,7 +124,8 @@ def estimate(
     """
     sizes = sizes or BatchSizes.of(config, model_config)
     divided = bool(config.fsdp)
-    model = _empty_model(config, model_config)
+    model = empty_model(config, model_config)
+    _ = model.image_decoder.scheduler  # is made on first use, and computes with its content
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = _Inputs(model, model_config, sizes)
     with fake, shapes_as_on_cuda(), _casts_as_on_cuda():
@@ -236,19 +235,6 @@ def _static_parts(config: TrainConfig, weights: _Weights, world_size: int) -> di
 
 
 # ---- one step without content
-
-
-def _empty_model(config: TrainConfig, model_config: MMInterleavedConfig) -> MMInterleaved:
-    """The model on the meta device, with frozen parts and the adapter of the settings."""
-    with torch.device("meta"):
-        model = MMInterleaved(model_config)
-        freeze_parts(model, config.freeze)
-        if config.adapter is None or config.adapter.init_from is None:
-            attach_adapter(model, config, frozen_layers(model, config.freeze))
-        else:
-            model.add_adapter(read_adapter(Path(config.adapter.init_from)).config)
-    _ = model.image_decoder.scheduler  # is made on first use, and computes with its content
-    return model
 
 
 class _Inputs:
