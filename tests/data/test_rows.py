@@ -195,7 +195,7 @@ def test_grouped_batches_keep_sources_apart(tmp_path: Path, processor: MMInterle
         sources.append(source(tmp_path / name, name=name, max_length=64, packing="single", batch_size=2))
     made = loader(processor, *sources, sampling="sum", group_by_length=True)
     batches = list(made)
-    assert sorted(b.source for b in batches) == ["long", "long", "short", "short"]
+    assert sorted(str(b.source) for b in batches) == ["long", "long", "short", "short"]
     assert sorted(b.input_ids.shape[1] for b in batches if b.source == "long") == [10, 16]
     assert made.report().counts("long")["rows"] == 4
 

@@ -13,14 +13,11 @@ from torch import Tensor
 from mm_interleaved import Batch, Document, Image, MMInterleaved, MMInterleavedConfig, MMInterleavedProcessor, Text
 from mm_interleaved.model.config import _debug
 from mm_interleaved.model.image_decoder import NoiseSamples
-from mm_interleaved.model.mmfs import MMFS
-from mm_interleaved.ops import HAS_TRITON
 from mm_interleaved.training.checkpointing import enable_checkpointing
 
 from ..conftest import awaken, make_image
 from .test_model import tree
 
-KERNELS = pytest.param("kernels", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))
 LENGTH = 44  # of a row: two samples in the first, three in the second
 
 
@@ -94,7 +91,7 @@ def test_packed_losses_are_the_sum_of_the_single_ones(processor: MMInterleavedPr
     compare(trained(), together, alone)
 
 
-@pytest.mark.parametrize("kind", ["checkpointed", "reference", "no MMFS", "window", KERNELS])
+@pytest.mark.parametrize("kind", ["checkpointed", "reference", "no MMFS", "window"])
 def test_packed_losses_by_every_path(processor: MMInterleavedProcessor, kind: str) -> None:
     config = tree("mistral") if kind == "window" else _debug()
     if kind == "window":
@@ -106,9 +103,6 @@ def test_packed_losses_by_every_path(processor: MMInterleavedProcessor, kind: st
     model.set_mmfs_implementation("reference" if kind == "reference" else "fast")
     if kind == "checkpointed":
         enable_checkpointing(model, selective=True)
-    if kind == "kernels":  # on a CPU in Triton's interpreter
-        for mmfs in (module for module in model.modules() if isinstance(module, MMFS)):
-            mmfs.backend = "triton"
     side = "left" if kind == "window" else "right"
     compare(model, *prepared(processor, SAMPLES[1:4], padding_side=side))
 
