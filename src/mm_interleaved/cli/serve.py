@@ -60,8 +60,10 @@ def serve(
         if not loaded.trained:
             console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
         engine = ModelEngine(loaded.model, loaded.processor, name or Path(model).name, rows=chosen.rows,
-                             waiting=chosen.waiting, tokens=chosen.tokens,
-                             images_together=chosen.images_together)  # fmt: skip
+                             waiting=chosen.waiting, tokens=chosen.tokens, images_together=chosen.images_together,
+                             memory=None if chosen.memory_gib is None else chosen.memory_gib * 2**30)  # fmt: skip
+        limits, size = engine.limits, f"{engine.row_bytes / 2**20:,.0f} MiB"
+        console.print(f"{engine.load.rows} rows of {limits.context} tokens and {limits.images} images, {size} each")
     _run(engine, chosen)
 
 

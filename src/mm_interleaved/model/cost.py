@@ -117,7 +117,6 @@ def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Co
         around = _macs(lambda: decoder.vae.decode(latents[:1])) + _macs(lambda: decoder.resampler(context))
         encode = _macs(lambda: model.encode_images(pixels)) + projection
         token, with_images = _token(model, pyramid, 0), _token(model, pyramid, images)
-    text = config.text_config
     cells = sum(side * side for side in config.mmfs.levels)
     return Cost(
         parts=parts,
@@ -128,9 +127,31 @@ def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Co
         draw_step=step,
         draw_image=around + values + steps * step,
         steps=steps,
-        cache_per_token=2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim,
+        cache_per_token=cache_per_token(model),
         cache_per_image=len(_layers(model)) * cells * config.mmfs.hidden_size,
     )
+
+
+def cache_per_token(model: MMInterleavedModel) -> int:
+    """Cached keys and values of a token, in elements."""
+    text = model.config.text_config
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+
+
+def row_bytes(model: MMInterleavedModel, tokens: int, images: int) -> int:
+    """Memory of a row of generation: keys, values and hidden states of its tokens, and MMFS values of its images.
+
+    Args:
+        model: the model.
+        tokens: most tokens of the row.
+        images: most images of the row.
+    """
+    config = model.config
+    cells = sum(side * side for side in config.mmfs.levels)
+    of_a_token = cache_per_token(model) + config.text_config.hidden_size
+    of_an_image = len(_layers(model)) * cells * config.mmfs.hidden_size
+    size = model.language_model.norm.weight.element_size()
+    return size * (tokens * of_a_token + images * of_an_image)
 
 
 def _layers(model: MMInterleavedModel) -> list:

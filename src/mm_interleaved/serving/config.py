@@ -71,6 +71,7 @@ class ServeConfig:
         allow_hosts: names of hosts (`name` or `name:port`) from which images may be fetched; empty: none.
         template: `document`: messages are joined to one document; `chat`: the model's chat template.
         rows: most requests that run at a time.
+        memory_gib: memory for their tokens and images; fewer rows if they do not fit. None: no limit.
         waiting: most requests that wait; more are refused with status 429.
         tokens: most tokens of a document with its answer; None: the model's context.
         images_together: most images that are denoised in one call.
@@ -89,6 +90,7 @@ class ServeConfig:
     allow_hosts: list[str] = field(default_factory=list)
     template: Literal["document", "chat"] = "document"
     rows: Positive = 8
+    memory_gib: PositiveFloat | None = None
     waiting: Count = 64
     tokens: Positive | None = None
     images_together: Positive = 8

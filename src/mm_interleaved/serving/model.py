@@ -25,6 +25,7 @@ from ..generation import events as generation
 from ..generation.rows import PreparedDocument
 from ..generation.rules import end_tokens
 from ..io import InputError
+from ..model.cost import row_bytes
 from ..processor import MMInterleavedProcessor
 from ..processor.tokenizer import encode_plain
 from .engine import (
@@ -123,6 +124,7 @@ class ModelEngine(Engine):
         name: the name under which it is served.
         rows: most requests that run at a time.
         waiting: most requests that wait.
+        memory: bytes for the rows; fewer rows if they do not fit. None: no limit.
         tokens: most tokens of a document; None: the model's context.
         images_together: most images of one call of the UNet.
         use_adapter: lets the model use an adapter by name (None: none).
@@ -137,6 +139,7 @@ class ModelEngine(Engine):
         *,
         rows: int = 8,
         waiting: int = 64,
+        memory: float | None = None,
         tokens: int | None = None,
         images_together: int = 8,
         adapters: Mapping[str, Callable[[], None]] | None = None,
@@ -144,14 +147,22 @@ class ModelEngine(Engine):
     ) -> None:
         self.model, self.adapters = name, tuple(adapters or {})
         self._model, self._processor = model, processor
-        self._rows, self._most_waiting, self._tokens, self._together = rows, waiting, tokens, images_together
+        self._most_waiting, self._tokens, self._together = waiting, tokens, images_together
         self._switches = {None: without_adapter, **(adapters or {})}
         self._adapter: str | None = None
         config, decoder = model.config, model.image_decoder
         context = min(tokens or model.context_length, model.context_length)
         self.limits = Limits(context, config.mmfs.max_images - 1, decoder.config.image_size,
                              decoder.scheduler.config["num_train_timesteps"])  # fmt: skip
-        self.load = Load(rows=rows)
+        self.row_bytes = row_bytes(model, context, self.limits.images)
+        if memory is not None and memory < self.row_bytes:
+            needed, given = (f"{size / 2**30:.2g} GiB" for size in (self.row_bytes, memory))
+            raise InputError(
+                f"a row of {context} tokens and {self.limits.images} images takes {needed}, and {given} are allowed",
+                fix="Allow more memory, or fewer 'tokens'",
+            )
+        self._rows = rows if memory is None else min(rows, int(memory // self.row_bytes))
+        self.load = Load(rows=self._rows)
         self._generator = self._new_generator()
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
@@ -237,7 +248,7 @@ class ModelEngine(Engine):
     def _check_room(self) -> None:
         if not self._accepts or not self.alive:
             raise Overloaded(self._failure or "the server is shutting down", 30)
-        if self.load.waiting >= self._most_waiting:
+        if self.load.running + self.load.waiting >= self._rows + self._most_waiting:
             raise Overloaded(f"{self.load.waiting} requests are waiting", min(1 + self.load.waiting // self._rows, 120))
 
     def _prepare(self, request: GenerationRequest) -> PreparedDocument:

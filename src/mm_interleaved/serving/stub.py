@@ -105,7 +105,7 @@ class StubEngine(Engine):
         """Start a request."""
         if not self._alive:
             raise Overloaded("the server is shutting down", 30)
-        if self.load.waiting >= self._queue:
+        if self.load.running + self.load.waiting >= self.load.rows + self._queue:
             raise Overloaded(f"{self.load.waiting} requests are waiting", 1)
         if _tokens(request.document) > self.limits.context:
             raise InputError(f"{_tokens(request.document)} tokens are more than the {self.limits.context} of the "

@@ -1,0 +1,168 @@
+"""The engine of a model: answers are those of the generator, whoever else is served."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mm_interleaved import (
+    Document,
+    GenerationSettings,
+    Image,
+    ImageSettings,
+    InputError,
+    MMInterleaved,
+    MMInterleavedProcessor,
+    Text,
+    TextSettings,
+)
+from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.serving import engine as events
+from mm_interleaved.serving.engine import DeadlineExceeded, EngineError, GenerationRequest, Overloaded
+from mm_interleaved.serving.model import ModelEngine
+
+from ..conftest import make_image
+from ..generation.test_interleaved import run, same
+
+SETTINGS = GenerationSettings(
+    TextSettings(max_new_tokens=6, min_new_tokens=2, num_beams=1, do_sample=True),
+    ImageSettings(num_inference_steps=3, guidance_scale=2.0), seed=3,
+)  # fmt: skip
+
+
+def with_engine(model: MMInterleaved, processor: MMInterleavedProcessor, work: Any, **options: Any) -> Any:
+    """Run `work(engine)` with an engine that is started and stopped."""
+
+    async def whole() -> Any:
+        engine = ModelEngine(model, processor, "m", **options)
+        await engine.start()
+        try:
+            return await work(engine)
+        finally:
+            await engine.stop(1.0)
+            assert not engine.alive
+
+    return asyncio.run(whole())
+
+
+def request(number: int) -> GenerationRequest:
+    document = Document([Text(f"number {number}"), Image(make_image(number)), Text(), Image(), Text("so"), Text()])
+    return GenerationRequest(document, replace(SETTINGS, seed=number, image=replace(SETTINGS.image, seed=number)))
+
+
+async def collect(engine: ModelEngine, asked: GenerationRequest) -> tuple[list[Any], list[Any]]:
+    """All events of a request, and its texts and images."""
+    found = [event async for event in await engine.submit(asked)]
+    made = [e.text if isinstance(e, events.TextDone) else e.images[0] for e in found
+            if isinstance(e, (events.TextDone, events.ImageDone))]  # fmt: skip
+    return found, made
+
+
+async def drain(stream: events.Stream) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_answers_are_those_of_the_generator(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    async def work(engine: ModelEngine) -> Any:
+        return await asyncio.gather(*(collect(engine, request(number)) for number in range(5)))
+
+    answers = with_engine(model, processor, work, rows=2)
+    for number, (found, made) in enumerate(answers):
+        asked = request(number)
+        (_,), (end,) = run(InterleavedGenerator(model, processor, asked.settings), [asked.document])
+        expected = [s.text if isinstance(s, Text) else s.source for s in end.result.generated]
+        assert len(made) == len(expected)
+        assert all(a == b if isinstance(a, str) else same(a, b) for a, b in zip(made, expected, strict=True))
+        assert isinstance(found[0], events.Started)
+        assert found[-1].usage.output_images == 1
+        assert found[-1].usage.input_images == 1
+        said = "".join(e.text for e in found if isinstance(e, events.TextDelta))
+        whole = "".join(text for text in made if isinstance(text, str))
+        assert said.replace("\ufffd", "") == whole.replace("\ufffd", "")  # half a character at an end is not streamed
+
+
+def test_a_cancelled_request_frees_its_row(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    async def work(engine: ModelEngine) -> None:
+        slow = replace(SETTINGS, image=replace(SETTINGS.image, num_inference_steps=900))
+        stream = await engine.submit(GenerationRequest(Document([Text("a"), Image()]), slow))
+        while not isinstance(await stream.next(), events.ImageProgress):
+            pass
+        stream.cancel()
+        with pytest.raises(EngineError, match="cancelled"):
+            await drain(stream)
+        assert (engine.load.running, engine.load.waiting) == (0, 0)
+        _, made = await collect(engine, request(1))
+        assert len(made) == 3
+
+    with_engine(model, processor, work, rows=1)
+
+
+def test_limits(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    async def work(engine: ModelEngine) -> None:
+        slow = replace(SETTINGS, image=replace(SETTINGS.image, num_inference_steps=900))
+        asked = GenerationRequest(Document([Text("a"), Image()]), slow, seconds=1.5)
+        first, second = await engine.submit(asked), await engine.submit(asked)
+        await first.next()
+        with pytest.raises(Overloaded, match="waiting"):
+            await engine.submit(asked)
+        for stream in (first, second):
+            with pytest.raises(DeadlineExceeded):
+                await drain(stream)
+        with pytest.raises(InputError, match="tokens are more than"):
+            await engine.submit(GenerationRequest(Document([Text("a " * 5000)]), SETTINGS))
+        assert (engine.load.running, engine.load.waiting) == (0, 0)
+
+    with_engine(model, processor, work, rows=1, waiting=1)
+
+
+def test_scores_are_those_of_the_model(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    async def work(engine: ModelEngine) -> Any:
+        return await engine.score(Document([Text("a red")]), " house stands")
+
+    scored = with_engine(model, processor, work)
+    ids = processor.tokenizer.encode(" house stands", add_special_tokens=False)
+    prompt = processor.collate([processor.encode([Text("a red")])], padding_side="left")
+    assert sum(scored.log_probabilities) == pytest.approx(model.score(prompt, [[ids]])[0][0], abs=1e-3)
+
+
+def test_adapters_take_turns(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    used: list[str | None] = []
+    adapters = {name: lambda name=name: used.append(name) for name in ("one", "two")}
+
+    async def work(engine: ModelEngine) -> None:
+        names = [None, "one", "one", None, "two"]
+        await asyncio.gather(*(collect(engine, replace(request(i), adapter=name)) for i, name in enumerate(names)))
+        with pytest.raises(InputError, match="no adapter 'three'"):
+            await engine.submit(replace(request(0), adapter="three"))
+
+    with_engine(model, processor, work, rows=4, adapters=adapters, without_adapter=lambda: used.append(None))
+    assert used == ["one", None, "two"]
+
+
+def test_memory_limits_the_rows(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    row = ModelEngine(model, processor, "m", rows=1).row_bytes
+    assert ModelEngine(model, processor, "m", rows=4, memory=2.5 * row).load.rows == 2
+    with pytest.raises(InputError, match="fewer 'tokens'"):
+        ModelEngine(model, processor, "m", memory=0.5 * row)
+
+
+def test_what_breaks_a_step_ends_its_requests_only(
+    model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: ModelEngine) -> None:
+        with monkeypatch.context() as patch:
+
+            def broken(*_: Any, **__: Any) -> None:
+                raise RuntimeError("a secret of the device")
+
+            patch.setattr(type(model), "decode", broken)
+            with pytest.raises(EngineError, match=r"generation failed \(RuntimeError\)"):
+                await collect(engine, request(0))
+        _, made = await collect(engine, request(1))
+        assert len(made) == 3
+
+    with_engine(model, processor, work)
