@@ -17,16 +17,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
-from mm_interleaved import MMInterleavedProcessor, MMInterleavedTokenizer
+from mm_interleaved import MMInterleaved, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.configuration import ConfigError, make_config
 from mm_interleaved.data import DataConfig, DataError, SourceConfig, build_loader
 from mm_interleaved.data.augmentation import AugmentConfig, CropConfig, apply, augment, swap_sides
 from mm_interleaved.document import Box, Document, Image, Text, Transform
+from mm_interleaved.evaluation.config import TaskSuite
+from mm_interleaved.evaluation.predict import Predictor
 from mm_interleaved.io import InputError
 from mm_interleaved.io.images import load_image, upright_size
 from mm_interleaved.metrics.grounding import SCALE, iou, parse_box
 from mm_interleaved.processor import Batch
-from mm_interleaved.tasks import TASKS, Item, Source, TaskType, given
+from mm_interleaved.processor.packing import TokenStream
+from mm_interleaved.tasks import TASKS, Item, Source, TaskConfig, TaskType, given, make_task
 
 from .test_resume import same, through_file
 
@@ -271,6 +274,19 @@ def test_draws_are_the_same_after_resuming(views: MMInterleavedProcessor, root: 
     rest = list(second)
     assert len(rest) == len(whole) - 1 > 1
     assert all(same(a, b) for a, b in zip(rest, whole[1:], strict=True))
+
+
+def test_evaluation_feeds_the_image_that_training_feeds(
+    model: MMInterleaved, processor: MMInterleavedProcessor, root: Path
+) -> None:
+    task = make_task(TaskConfig("found", images=str(root)))
+    predictor = Predictor(model, processor, task, TaskSuite(root=str(root), tasks=[task.config]))
+    for sample, document in zip(task.samples(), task.documents(), strict=True):
+        loaded = predictor.load(sample)
+        assert not isinstance(loaded, str)
+        (image,) = (image for item in loaded.prepared.plan if isinstance(item, TokenStream) for image in item.images)
+        trained = processor.encode(processor.render(document)).images[0]
+        assert np.array_equal(np.asarray(image.source), processor.views(trained, training=True).input)
 
 
 def test_a_source_that_would_crop_boxes_is_refused(views: MMInterleavedProcessor, root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from mm_interleaved.configuration import make_config
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.memory import GIB, BatchSizes, MemoryEstimate, estimate
 
-SIZES = BatchSizes(rows=2, tokens=96, images=4, targets=4)
+SIZES = BatchSizes(rows=2, tokens=96, images=4, targets=0)  # no image loss, which takes half of the time
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -44,6 +45,8 @@ def test_stored_tensors_are_those_of_the_model(plain: MemoryEstimate, debug_conf
 def test_checkpointing_saves_activations_only(plain: MemoryEstimate, debug_config: MMInterleavedConfig) -> None:
     saved = estimate(settings(gradient_checkpointing=True), debug_config, sizes=SIZES)
     assert saved.parts["activations"] < 0.8 * plain.parts["activations"]
+    drawing = estimate(settings(gradient_checkpointing=True), debug_config, sizes=replace(SIZES, targets=4))
+    assert drawing.parts["activations"] > saved.parts["activations"]
     assert {n: v for n, v in saved.parts.items() if n not in ("activations", "overhead")} == {
         n: v for n, v in plain.parts.items() if n not in ("activations", "overhead")
     }
@@ -56,6 +59,10 @@ def test_an_adapter_has_gradients_of_its_own_weights_only(
     adapted = estimate(settings(model=model, adapter={"preset": "llm", "rank": 2}), debug_config, sizes=SIZES)
     assert adapted.parts["optimizer"] < 0.05 * plain.parts["optimizer"]
     assert adapted.parts["frozen weights"] > plain.parts["frozen weights"]
+    fewer_bits = settings(model=model | {"quantize": "nf4"}, adapter={"preset": "llm", "rank": 2})
+    quantized = estimate(fewer_bits, debug_config, sizes=SIZES)
+    assert quantized.parts["optimizer"] == adapted.parts["optimizer"]
+    assert 0.3 * adapted.parts["frozen weights"] < quantized.parts["frozen weights"] < adapted.parts["frozen weights"]
 
 
 def test_fsdp_divides_what_is_stored(plain: MemoryEstimate, debug_config: MMInterleavedConfig) -> None:

@@ -120,6 +120,15 @@ def _dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return whole.to(dtype)
 
 
+def frozen_linears(model: nn.Module, names: Collection[str]) -> dict[str, nn.Linear]:
+    """The frozen linear layers among the modules of these names that can be stored in fewer bits."""
+    return {
+        name: module for name, module in model.named_modules()
+        if type(module) is nn.Linear and name.removesuffix(".base_layer") in names
+        and not module.weight.requires_grad and module.weight.numel() % NF4_BLOCK == 0
+    }  # fmt: skip
+
+
 def quantize_frozen(model: nn.Module, kind: FrozenQuantization, names: Collection[str]) -> int:
     """Quantize frozen linear layers in place, for the training of an adapter.
 
@@ -139,11 +148,7 @@ def quantize_frozen(model: nn.Module, kind: FrozenQuantization, names: Collectio
                          "them; take nf4, which has 4 bits too, or int8")  # fmt: skip
     if importlib.util.find_spec("torchao") is None:
         raise ValueError(f"model.quantize: {kind} needs torchao, which is not installed: {EXTRA}")
-    chosen = {
-        name: module for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.removesuffix(".base_layer") in names
-        and not module.weight.requires_grad and module.weight.numel() % NF4_BLOCK == 0
-    }  # fmt: skip
+    chosen = frozen_linears(model, names)
     if not chosen:
         raise ValueError("model.quantize finds no frozen linear layer in model.quantize_parts")
     for name, linear in chosen.items():

@@ -110,10 +110,14 @@ def frozen_layers(model: nn.Module, parts: Sequence[ModelPart]) -> set[str]:
 def quantize_base(model: nn.Module, config: TrainConfig) -> None:
     """Quantize the frozen linear layers in the parts of `model.quantize_parts`; the head and the VAE are left."""
     if config.model.quantize != "none":
-        names = frozen_layers(model, config.model.quantize_parts)
-        chosen = {name for name in names if not name.startswith(("lm_head.", "image_decoder.vae."))}
-        chosen |= {name.removesuffix(".base_layer") for name in chosen}
-        quantize_frozen(model, config.model.quantize, chosen)
+        quantize_frozen(model, config.model.quantize, quantized_modules(model, config))
+
+
+def quantized_modules(model: nn.Module, config: TrainConfig) -> set[str]:
+    """Names of the modules whose frozen linear layers `quantize_base` quantizes."""
+    names = frozen_layers(model, config.model.quantize_parts)
+    chosen = {name for name in names if not name.startswith(("lm_head.", "image_decoder.vae."))}
+    return chosen | {name.removesuffix(".base_layer") for name in chosen}
 
 
 def empty_model(config: TrainConfig, model_config: MMInterleavedConfig) -> MMInterleaved:

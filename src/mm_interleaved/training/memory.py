@@ -26,11 +26,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..checkpoints.quantization import frozen_linears
 from ..generation import MMInterleaved
 from ..io import read_json
 from ..model import MMInterleavedConfig
 from ..ops.devices import shapes_as_on_cuda
-from .building import empty_model, set_types
+from .building import empty_model, quantized_modules, set_types
 from .checkpointing import enable_checkpointing
 from .config import TrainConfig
 from .sharding import BLOCKS
@@ -39,6 +40,7 @@ BLOCK = 512  # bytes; PyTorch's allocator rounds up to it
 OVERHEAD = 0.04  # share of all for fragmentation and the workspaces of kernels, see benchmarks/results
 GIB = 2**30
 VAE = "image_decoder.vae."
+QUANTIZED = {"int8": 1.001, "int4": 0.52, "nf4": 0.52}  # bytes of a weight, with its share of the scales
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ def estimate(
         peak = _peak_of_step(model.train(), inputs, config, keep_gradients=not divided)
     parts = _static_parts(config, weights, world_size)
     parts["activations"] = max(peak - (0 if divided else weights.gradient_bytes), 0)
+    if config.model.quantize != "none":
+        linears = [layer.weight for layer in frozen_linears(model, quantized_modules(model, config)).values()]
+        elements = sum(weight.numel() for weight in linears)
+        parts["frozen weights"] -= _bytes(linears) - int(elements * QUANTIZED[config.model.quantize])
+        parts["activations"] += max(_bytes([weight]) for weight in linears)  # one layer is whole while it computes
     parts["overhead"] = int(OVERHEAD * sum(parts.values()))
     return MemoryEstimate({name: size for name, size in parts.items() if size}, sizes, world_size)
 
@@ -220,7 +227,7 @@ def _static_parts(config: TrainConfig, weights: _Weights, world_size: int) -> di
         state_share = world_size if stage >= 1 else 1
         gradient_share = world_size if stage >= 2 else 1
         weight_share = world_size if stage >= 3 else 1
-    states = (1 if config.optimizer.kind == "muon" else 2) * 4 * weights.elements
+    states = _state_bytes(config) * weights.elements
     parts = {
         "weights": weights.trained // weight_share,
         "frozen weights": weights.vae + (weights.frozen - weights.vae) // weight_share,
@@ -232,6 +239,14 @@ def _static_parts(config: TrainConfig, weights: _Weights, world_size: int) -> di
     if world_size > 1 and not config.fsdp and not config.deepspeed:
         parts["buckets of DDP"] = weights.gradient_bytes
     return parts
+
+
+def _state_bytes(config: TrainConfig) -> int:
+    """Bytes of optimizer states for a weight: two of AdamW in float32, one of Muon; fewer with 8 or 4 bits."""
+    name = str(config.trainer.get("optim", ""))
+    if "8bit" in name or "4bit" in name:
+        return 2 if "8bit" in name else 1
+    return 4 if config.optimizer.kind == "muon" else 8
 
 
 # ---- one step without content
