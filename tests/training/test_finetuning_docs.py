@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mm_interleaved.cli.finetune import PAGE
-from mm_interleaved.configuration import load_config, make_config
+from mm_interleaved.configuration import load_config
 from mm_interleaved.evaluation import EvaluateConfig
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.recipes import list_recipes
@@ -51,10 +50,10 @@ def follow(page: Path, mmi: MMI) -> None:
                 exec(compile(found[arguments[0]], arguments[0], "exec"), {"__name__": "example"})
                 continue
             assert program == "mmi"
-            changes = list(QUICK.get(arguments[0], []))
+            changes = list(QUICK.get(arguments[0], [])) if len(arguments) > 1 else []
             if "-n" in arguments:
                 arguments[arguments.index("-n") + 1] = "5"
-            if arguments[0] == "finetune":
+            if arguments[0] == "finetune" and len(arguments) > 1:
                 changes += ["evaluation.tasks.0.limit=2", "evaluate_every=1"] if "mine.yaml" in arguments else []
                 changes += ["--device", "cpu"]
             said = mmi(*arguments, *changes)
@@ -99,8 +98,8 @@ def test_every_recipe_is_listed() -> None:
 def test_the_settings_of_the_guide_exist(tmp_path: Path) -> None:
     found = examples(GUIDE)
     shutil.copy(ROOT / "configs/debug.yaml", tmp_path)
-    debug = yaml.safe_load((tmp_path / "debug.yaml").read_text())
-    replay = make_config({**debug, **yaml.safe_load(found["replay.yaml"])}, TrainConfig).replay
+    (tmp_path / "replay.yaml").write_text("extends: debug.yaml\n" + found["replay.yaml"])
+    replay = load_config(tmp_path / "replay.yaml", TrainConfig).replay
     assert replay is not None
     (tmp_path / "vqa.yaml").write_text(found["vqa.yaml"])
     assert load_config(tmp_path / "vqa.yaml", EvaluateConfig).tasks[0].task == "vqav2"

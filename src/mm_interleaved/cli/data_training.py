@@ -90,6 +90,8 @@ def sample_source(
 ) -> tuple[list[Batch], DataReport, str]:
     """The first batches of one source, its report, and its error."""
     source = replace(config.sources[index], replay=False)
+    if config.mix == "row":
+        source = replace(source, batch_size=config.batch_size)
     one = replace(config, sources=[source], probabilities=[], replay_share=0.0, sampling="sum", mix="batch",
                   num_workers=0, pin_memory=False, compat=[])  # fmt: skip
     found: list[Batch] = []

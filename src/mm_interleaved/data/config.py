@@ -41,7 +41,8 @@ class SourceConfig:
         cut: where a row of a `stream` ends whose last image does not fit: before that `image`, or before its
             `document`; None: `document` for pairs, otherwise `image`.
         max_images_per_sequence: most images in a row; None: no limit.
-        keep_remainder: whether the rest at the end of a pass becomes a (short) row, and an incomplete batch is used.
+        keep_remainder: whether the rest at the end of a pass becomes a (short) row, and an incomplete batch is used;
+            None: for samples for fine-tuning.
             Whole documents always become rows.
         keep_text_only: whether rows of a `stream` without an image are kept; None: for samples for fine-tuning.
         min_images: documents with fewer images are rejected; None: 0 for samples for fine-tuning, otherwise 1.
@@ -84,7 +85,7 @@ class SourceConfig:
     too_long: Literal["drop", "error"] = "drop"
     cut: Literal["image", "document"] | None = None
     max_images_per_sequence: Positive | None = None
-    keep_remainder: bool = False
+    keep_remainder: bool | None = None
     keep_text_only: bool | None = None
     min_images: Count | None = None
     max_images: Positive | None = None
@@ -122,7 +123,9 @@ class SourceConfig:
         if self.type not in SOURCES:
             raise SOURCES.unknown(self.type)
         object.__setattr__(self, "name", self.name or self.type)
-        for field_name, value in (("keep_text_only", self.samples), ("min_images", 0 if self.samples else 1)):
+        defaults = {"keep_text_only": self.samples, "keep_remainder": self.samples,
+                    "min_images": 0 if self.samples else 1}  # fmt: skip
+        for field_name, value in defaults.items():
             if getattr(self, field_name) is None:
                 object.__setattr__(self, field_name, value)
         if SOURCES[self.type].has_files != bool(self.shards):
