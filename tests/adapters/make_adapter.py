@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import PIL.Image
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import DynamicCache
 
 from mm_interleaved import (
     Document,
@@ -23,12 +25,14 @@ from mm_interleaved import (
     ImageSettings,
     MMInterleaved,
     MMInterleavedProcessor,
+    SegmentFinished,
     Text,
     TextSettings,
 )
 from mm_interleaved.adapters.folder import AdapterInfo, package_versions, processor_info
 from mm_interleaved.adapters.loading import base_digest, save_adapter, start_adapter
 from mm_interleaved.adapters.settings import AdapterSettings
+from mm_interleaved.generation import ContinuousGenerator
 from mm_interleaved.pretrained import load
 
 RESULTS = "results.safetensors"
@@ -66,6 +70,7 @@ def results(model: MMInterleaved, processor: MMInterleavedProcessor) -> dict[str
     found = {
         "forward": model(**batch).logits,
         "greedy": model.generate(batch, num_beams=1, **text),
+        "with a cache of transformers": model.generate(batch, num_beams=1, past_key_values=DynamicCache(), **text),
         "beams": model.generate(batch, num_beams=3, **text),
         "sampled": model.generate(batch, num_beams=1, do_sample=True, temperature=0.7, **text),
         "scores": torch.tensor(model.score(batch, [[[9, 8, 7], [6]], [[5, 4], [3, 2]]])),
@@ -86,7 +91,24 @@ def results(model: MMInterleaved, processor: MMInterleavedProcessor) -> dict[str
                 made.append(torch.frombuffer(bytearray(segment.source.tobytes()), dtype=torch.uint8))
         found[f"written_{number}"] = torch.tensor(ids)
         found[f"images_{number}"] = torch.stack(made).float() / 255
+    found["joined"] = torch.tensor(_joined(model, processor, documents, replace(settings, max_turns=1)))
     return {name: value.contiguous() for name, value in found.items()}
+
+
+def _joined(
+    model: MMInterleaved, processor: MMInterleavedProcessor, documents: list[Document], settings: GenerationSettings
+) -> list[int]:
+    """Tokens of documents that join between steps."""
+    generator, ids = ContinuousGenerator(model, processor, 2), []
+    waiting = list(enumerate(documents))
+    while waiting or generator.running:
+        if waiting:
+            key, document = waiting.pop(0)
+            generator.join(key, generator.prepare(document), settings)
+        for _, event in generator.step():
+            if isinstance(event, SegmentFinished) and isinstance(event.segment, Text):
+                ids += event.segment.generated.ids
+    return ids
 
 
 if __name__ == "__main__":

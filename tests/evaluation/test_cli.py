@@ -16,6 +16,7 @@ from mm_interleaved.evaluation import EvaluateConfig
 from mm_interleaved.evaluation.reported import PAPER
 from mm_interleaved.tasks import TASKS, make_task
 
+from ..adapters.make_adapter import make
 from ..cli.conftest import Outcome, mmi
 from .conftest import MakeTask, contents, lines
 
@@ -71,6 +72,26 @@ def test_results_and_galleries(
             if "prediction" in record:
                 assert record["prediction"] in page.text
             assert set(record.get("images", [])) <= set(page.images)
+
+
+def test_an_adapter_is_evaluated(
+    task: MakeTask, settings_file: Callable[..., Path], mmi: Command, tmp_path: Path
+) -> None:
+    """Its results belong to it: another scale of its updates is another model."""
+    config = settings_file(task("vqav2", limit=2))
+    base = load_config(config, EvaluateConfig).model
+    make(Path(base), tmp_path / "adapter", preset="llm")
+    command = ("evaluate", config, "--device", "cpu", "--adapter", tmp_path / "adapter")
+    said = mmi(*command)
+    assert said.code == 0, said.err
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["model"]["name"] == f"{base} + {tmp_path / 'adapter'}"
+    assert results["config"]["adapters"] == [str(tmp_path / "adapter")]
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 7}))
+    for again in (mmi(*command), mmi("evaluate", config, "--device", "cpu")):
+        assert again.code == 1
+        assert "weights" in again.err
 
 
 def test_the_gallery_shows_the_worst_first_and_hides_no_markup(

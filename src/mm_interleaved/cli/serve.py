@@ -10,7 +10,7 @@ import typer
 
 from .console import console
 from .errors import UsageError
-from .models import DTYPES, find_device, find_dtype, find_quantization, load_model
+from .models import DTYPES, Adapters, AllowOtherBase, find_device, find_dtype, find_quantization, load_model
 
 if TYPE_CHECKING:
     from ..serving.config import ServeConfig
@@ -28,6 +28,8 @@ def serve(
     ] = None,
     *,
     model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
+    adapter: Adapters = None,
+    allow_other_base: AllowOtherBase = False,
     config_file: Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: that of its folder.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen at; default: this machine only.")] = None,
@@ -56,7 +58,8 @@ def serve(
     else:
         from ..serving.model import ModelEngine
 
-        loaded = load_model(model, kind, find_device(device), matrices)
+        loaded = load_model(model, kind, find_device(device), matrices, adapters=adapter or [],
+                            allow_other_base=allow_other_base)  # fmt: skip
         if not loaded.trained:
             console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
         engine = ModelEngine(loaded.model, loaded.processor, name or Path(model).name, rows=chosen.rows,

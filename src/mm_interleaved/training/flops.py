@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..model import MMInterleavedConfig
-from ..model.cost import Part, measure
+from ..model import MMInterleavedConfig, MMInterleavedModel
+from ..model.cost import Part, count_parts, measure
 
 # Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first matching name decides.
 PEAKS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
@@ -31,10 +31,16 @@ class StepCost:
         return tokens * self.token + images * self.image + noise_samples * self.noise_sample
 
 
-def step_cost(config: MMInterleavedConfig) -> StepCost:
-    """The cost of training the model that `config` describes."""
+def step_cost(config: MMInterleavedConfig, model: MMInterleavedModel | None = None) -> StepCost:
+    """The cost of training the model that `config` describes.
+
+    Args:
+        config: its configuration.
+        model: the model of a run, which says what is trained (an adapter, or all but frozen parts); None: all but what
+            the configuration freezes.
+    """
     cost = measure(config, images=1)
-    parts = {part.name.strip(): part for part in cost.parts}
+    parts = {part.name.strip(): part for part in (cost.parts if model is None else count_parts(model))}
     return StepCost(
         token=2 * cost.token * _passes(parts["language_model"]),
         image=2 * cost.encode_image * _passes(parts["visual_tokenizer"]),

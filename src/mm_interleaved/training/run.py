@@ -78,7 +78,7 @@ def train(
         if config.gradient_checkpointing:
             enable_checkpointing(model, config.selective_checkpointing)
         compile_regions(model, config.compile)
-        cost = step_cost(model.config) if config.peak_tflops or args.device.type == "cuda" else None
+        cost = step_cost(model.config, model) if config.peak_tflops or args.device.type == "cuda" else None
         ranks = {"rank": args.process_index, "world_size": args.world_size}
         prepare = prepare_documents(model, config.losses, config.shapes)
         pushed = Push(config.push_to_hub, Path(config.output)) if config.push_to_hub is not None else None
