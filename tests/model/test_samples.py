@@ -18,6 +18,7 @@ from mm_interleaved.training.checkpointing import enable_checkpointing
 from ..conftest import awaken, make_image
 from .test_model import tree
 
+SLOW = pytest.mark.slow
 LENGTH = 44  # of a row: two samples in the first, three in the second
 
 
@@ -91,7 +92,9 @@ def test_packed_losses_are_the_sum_of_the_single_ones(processor: MMInterleavedPr
     compare(trained(), together, alone)
 
 
-@pytest.mark.parametrize("kind", ["checkpointed", "reference", "no MMFS", "window"])
+@pytest.mark.parametrize(
+    "kind", ["checkpointed", "no MMFS", *(pytest.param(k, marks=SLOW) for k in ("reference", "window"))]
+)
 def test_packed_losses_by_every_path(processor: MMInterleavedProcessor, kind: str) -> None:
     config = tree("mistral") if kind == "window" else _debug()
     if kind == "window":
