@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_interleaved import MMInterleaved, MMInterleavedProcessor, MMInterleavedTokenizer
+from mm_interleaved import ImageSettings, MMInterleaved, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.configuration import load_config
+from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.tasks.ade20k import colored
 from mm_interleaved.training.muon import Muon
@@ -25,6 +26,7 @@ from toyworld.sampling import random_scene, scene_rng
 from toyworld.scene import SIZES
 from toyworld.small import fast
 from toyworld.small.compose import Composer, compose_reference
+from toyworld.small.config import Arm
 from toyworld.small.heads import MapReader, Readers
 from toyworld.small.layers import Atlas, LayeredImages
 from toyworld.small.optimizer import CapturableOptimizer, OptimizerSettings, Rule
@@ -37,7 +39,7 @@ from toyworld.train_detector import labels
 from toyworld.train_detector import loss as scene_loss
 
 from ..programs import run_together
-from .two_ranks import TINY, stepped
+from .two_ranks import RECIPE, TINY, stepped
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -322,6 +324,63 @@ def test_the_recipe_is_a_model_of_at_most_15_million_parameters() -> None:
     assert [stage.name for stage in recipe.stages] == ["autoencoder", "documents", "further"]
     assert recipe.stages[1].phase(0).objects == [1, 1]
     assert recipe.stages[1].phase(recipe.stages[1].steps - 1).objects == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("arm", "parts"),
+    [
+        ("both", {"language_model", "image_decoder"}),
+        ("llm", {"language_model"}),
+        ("unet", {"image_decoder"}),
+        ("none", set()),
+    ],
+)
+def test_arms_of_the_ablation_have_mmfs_in_their_parts(arm: Arm, parts: set[str]) -> None:
+    found = {name.split(".")[0] for name, _ in new_model(TINY, arm).named_parameters() if "synchronizer" in name}
+    assert found == parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["llm", "unet"])
+def test_an_arm_learns(arm: Arm, atlas: Atlas, processor: MMInterleavedProcessor) -> None:
+    model = new_model(TINY, arm)
+    task = DocumentTask(model, Readers(model.config), Weights())
+    batch = next(iter(rows(atlas, processor)))
+    train = TrainStep(task, CapturableOptimizer(task, OptimizerSettings()), Composer(atlas, DEVICE), batch)
+    first = float(train(batch, 3e-3)["loss"])
+    assert float(train(batch, 3e-3)["loss"]) < first
+
+
+def test_the_recipe_of_an_arm_is_one_change() -> None:
+    recipe = load_config(
+        ROOT / "configs/small2/recipe.yaml", Recipe, ["arm=none", "autoencoder=runs/small2/autoencoder"]
+    )
+    assert recipe.arm == "none"
+    with pytest.raises(InputError, match="arm"):
+        load_config(ROOT / "configs/small2/recipe.yaml", Recipe, ["arm=neither"])
+
+
+@pytest.mark.slow
+def test_a_run_with_another_runs_autoencoder_trains_documents_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toyworld.small.run.HELD_OUT", 1)
+    alone = Ranks(torch.device("cpu"))
+    assert Run(replace(RECIPE, stages=RECIPE.stages[:1]), tmp_path / "first", 1e6, alone, workers=0).go()
+    given = tmp_path / "first/autoencoder"
+    shape = replace(TINY, zero_snr=True)
+    recipe = replace(RECIPE, arm="none", autoencoder=given)
+    assert Run(recipe, tmp_path / "arm", 1e6, alone, workers=0).go()
+    later = replace(RECIPE.stages[1], name="further", steps=1)
+    assert Run(replace(recipe, shape=shape, stages=[*RECIPE.stages, later]), tmp_path / "arm", 1e6, alone, 0).go()
+    state = json.loads((tmp_path / "arm/state.json").read_text())
+    assert [(part["stage"], part["to"]) for part in state["parts"]] == [("documents", 3), ("further", 1)]
+    assert not (tmp_path / "arm/autoencoder").exists()
+    model = MMInterleaved.from_pretrained(tmp_path / "arm/model", dtype=torch.float32)
+    wanted = load_file(given / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(model.image_decoder.vae.state_dict()[name], x.float()) for name, x in wanted.items())
+    assert model.image_decoder.scheduler.alphas_cumprod[-1] == 0  # the later stage's schedule
+    assert model.image_decoder.sampler(ImageSettings(num_inference_steps=4)).timesteps[0] == 999
 
 
 @pytest.mark.slow

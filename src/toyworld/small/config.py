@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mm_interleaved.model.config import PRESETS, MMInterleavedConfig
+
+Arm = Literal["both", "llm", "unet", "none"]  # the parts with MMFS
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Shape:
         vision_layers: of the vision tower.
         mmfs_levels: maps that the language model looks into.
         mmfs_every: every how many layers it does.
+        zero_snr: whether the last timestep is noise alone (arXiv 2305.08891), and generation begins with it.
     """
 
     image_tokens: int = 16
@@ -49,9 +52,10 @@ class Shape:
     vision_layers: int = 8
     mmfs_levels: list[int] = field(default_factory=lambda: [16, 8, 4])
     mmfs_every: int = 4
+    zero_snr: bool = False
 
-    def tree(self) -> dict[str, Any]:
-        """The configuration as plain data."""
+    def tree(self, arm: Arm = "both") -> dict[str, Any]:
+        """The configuration as plain data; `arm` names the parts with MMFS."""
         tree = PRESETS["small"]()
         tree["text_config"] |= {
             "hidden_size": self.text, "intermediate_size": self.text_inner, "num_hidden_layers": self.text_layers,
@@ -63,7 +67,7 @@ class Shape:
         }  # fmt: skip
         tree["adapter"] |= {"stem_channels": self.stem, "num_extra_extractors": self.extractors}
         tree["visual_resampler"] |= {"num_queries": self.image_tokens}
-        tree["mmfs"] |= {"levels": list(self.mmfs_levels)}
+        tree["mmfs"] |= {"levels": list(self.mmfs_levels), "enabled": arm in ("both", "llm")}
         tree |= {"mmfs_every": self.mmfs_every, "isolate_documents": True, "loss_image_weight": 5.0,
                  "normalize_image_loss": True}  # fmt: skip
         decoder, side = tree["image_decoder"], 128 >> (len(self.vae) - 1)
@@ -81,9 +85,16 @@ class Shape:
             "attention_head_dim": [max(1, width // self.head) for width in self.unet],  # diffusers means heads
             "cross_attention_dim": self.conditions_width,
         }  # fmt: skip
+        decoder["mmfs"] |= {"enabled": arm in ("both", "unet")}
+        decoder["scheduler"] |= self.schedule()
         decoder["resampler"] |= {"num_queries": self.conditions, "hidden_size": self.conditions_width}
         return tree
 
-    def config(self) -> MMInterleavedConfig:
+    def schedule(self) -> dict[str, Any]:
+        """Settings of the noise schedule; they may change between two stages."""
+        spacing = "trailing" if self.zero_snr else "leading"
+        return {"rescale_betas_zero_snr": self.zero_snr, "timestep_spacing": spacing}
+
+    def config(self, arm: Arm = "both") -> MMInterleavedConfig:
         """The model's configuration."""
-        return MMInterleavedConfig(**self.tree())
+        return MMInterleavedConfig(**self.tree(arm))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from .config import Shape
+from .config import Arm, Shape
 from .optimizer import OptimizerSettings
 from .rows import Sizes
 from .step import Weights
@@ -84,8 +85,12 @@ class Recipe:
         shape: of the model.
         seed: of weights, documents and noise; every part of a stage has one that follows from it.
         stages: in order.
+        arm: the parts with MMFS: both, llm, unet or none.
+        autoencoder: folder of a trained autoencoder; stages of kind "images" are left out.
     """
 
     shape: Shape = field(default_factory=Shape)
     seed: int = 0
     stages: list[Stage] = field(default_factory=list)
+    arm: Arm = "both"
+    autoencoder: Path | None = None

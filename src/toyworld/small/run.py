@@ -43,7 +43,7 @@ from mm_interleaved.training.pipeline import seed_of
 from ..curriculum.autoencoder import AutoencoderTask, latent_scale, save_autoencoder, vae_settings
 from ..curriculum.config import AutoencoderConfig, AutoencoderLossConfig
 from .compose import Composer
-from .config import Shape
+from .config import Arm, Shape
 from .fast import quicken
 from .heads import Readers
 from .layers import Atlas
@@ -112,7 +112,12 @@ class Run:
             if not self.ranks.agree(self.left >= STARTING):
                 return False
             stage = self.recipe.stages[self.state.stage]
-            (self._images if stage.kind == "images" else self._documents)(stage)
+            if stage.kind == "documents":
+                self._documents(stage)
+            elif self.recipe.autoencoder is None:
+                self._images(stage)
+            else:
+                self.state.step = stage.steps
             if self.state.step < stage.steps:
                 return False
             self.state.stage, self.state.step = self.state.stage + 1, 0
@@ -274,16 +279,17 @@ class Run:
         """The model of the last part, or a new one with the trained autoencoder."""
         if (folder / "config.json").is_file():
             model = MMInterleaved.from_pretrained(folder, dtype=torch.float32)
+            model.config.image_decoder.scheduler |= self.recipe.shape.schedule()
             readers = Readers(model.config)
             if (folder / "readers.safetensors").is_file():
                 readers.load_state_dict(load_file(folder / "readers.safetensors"))
             return model, readers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
-            model = new_model(self.recipe.shape)
+            model = new_model(self.recipe.shape, self.recipe.arm)
             readers = Readers(model.config)
         vae = model.image_decoder.vae
-        load_autoencoder(vae, self.output / "autoencoder")
+        load_autoencoder(vae, self.recipe.autoencoder or self.output / "autoencoder")
         model.config.image_decoder.vae["scaling_factor"] = vae.config["scaling_factor"]
         return model, readers
 
@@ -345,9 +351,9 @@ class Run:
         print(line[:400], flush=True)
 
 
-def new_model(shape: Shape) -> MMInterleaved:
+def new_model(shape: Shape, arm: Arm = "both") -> MMInterleaved:
     """A model from nothing; no token starts less likely than others, as the release's new ones do beside a Vicuna."""
-    model = MMInterleaved(shape.config())
+    model = MMInterleaved(shape.config(arm))
     with torch.no_grad():
         model.lm_head.head.bias.zero_()
         model.lm_head.new.bias.zero_()
