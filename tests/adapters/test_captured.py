@@ -17,18 +17,16 @@ __all__ = ["made"]
 
 def test_a_captured_decode_step(base: Path, tmp_path: Path, made: list) -> None:
     make(base, tmp_path / "adapter")
-    bare = outputs(load(base).model, "static")
+    bare = outputs(load(base).model, "static", texts=False)
     model = load(base, adapters=[tmp_path / "adapter"]).model
-    found = outputs(model, "static")
+    found = outputs(model, "static", texts=False)
     assert made
     assert not same(found, bare)
-    assert same(found, outputs(model, "dynamic"))
     model.disable_adapters()
-    assert same(outputs(model, "static"), bare)
+    assert same(outputs(model, "static", texts=False), bare)
     model.enable_adapters()
-    assert same(outputs(model, "static"), found)
     merge_adapters(model)
-    assert same(outputs(model, "static"), found)
+    assert same(outputs(model, "static", texts=False), found)
 
 
 def test_a_captured_denoising_step(base: Path, tmp_path: Path) -> None:
