@@ -43,6 +43,8 @@ def test_python(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One after the other, as a reader would type them."""
     names: dict[str, object] = {}
     for block in blocks("python"):
+        if "127.0.0.1" in block:  # needs the server: tests/serving/test_docs.py
+            continue
         exec(compile(block, "README.md", "exec"), names)
     said = capsys.readouterr().out
     assert re.search("[a-z]+.*5 segments", said)  # the text is printed while it is generated
@@ -59,11 +61,12 @@ def test_json(elsewhere: Path) -> None:
 
 
 @pytest.mark.slow
-def needs_large_files(command: list[str]) -> bool:
-    return bool(re.search(r"\bmodels\b|\bdownload\b|release_tasks", " ".join(command)))
+def runs_elsewhere(command: list[str]) -> bool:
+    """Needs large files, or does not end (`mmi serve`: tests/serving/)."""
+    return bool(re.search(r"\bmodels\b|\bdownload\b|release_tasks|^serve\b", " ".join(command)))
 
 
-@pytest.mark.parametrize("arguments", [c for c in commands() if not needs_large_files(c)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [c for c in commands() if not runs_elsewhere(c)], ids=" ".join)
 def test_commands(elsewhere: Path, arguments: list[str]) -> None:
     quick = {
         "generate": ["num_inference_steps=2", "max_new_tokens=8"],
@@ -80,7 +83,7 @@ def test_commands(elsewhere: Path, arguments: list[str]) -> None:
         assert {"results.json", "report.html"} <= {p.name for p in folder.iterdir()}
 
 
-@pytest.mark.parametrize("arguments", [c for c in commands() if needs_large_files(c)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [c for c in commands() if runs_elsewhere(c)], ids=" ".join)
 def test_commands_that_need_large_files_have_such_arguments(arguments: list[str]) -> None:
     command = typer.main.get_command(app)
     with command.make_context("mmi", list(arguments)) as context:
