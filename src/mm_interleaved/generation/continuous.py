@@ -326,9 +326,10 @@ class ContinuousGenerator(DocumentRows):
         """The next token of each text, by its own settings; texts with the same rules are processed together."""
         groups: dict[tuple[TextSettings, int], list[int]] = {}
         for index, work in writing.items():
-            settings = self.rows[index].settings.text
-            counts = settings.repetition_penalty != 1.0 or settings.min_new_tokens
-            groups.setdefault((settings, len(work.text.ids) if counts else 0), []).append(index)
+            settings, length = self.rows[index].settings.text, len(work.text.ids)
+            if settings.repetition_penalty == 1.0:  # then only the least number of tokens depends on the history
+                length = settings.min_new_tokens if length >= settings.min_new_tokens else 0
+            groups.setdefault((settings, length), []).append(index)
         chosen: dict[int, Tensor] = {}
         for (settings, length), indices in groups.items():
             ids = [[self.model.config.bos_token_id, *writing[i].text.ids[:length]] for i in indices]
