@@ -31,12 +31,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "guides" / "data.md"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files that docs/guides/data.md shows, with images; the place where commands run."""
     examples = dict(re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", DOCS.read_text(), re.DOTALL))
-    assert len(examples) == 4
+    assert len(examples) == 7
     for name, text in examples.items():
         path = tmp_path / ("config.yaml" if name == "config" else name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for images in ("pairs/images", "mmc4/images", "documents"):
+    for images in ("pairs/images", "mmc4/images", "documents", "chats", "drawings"):
         write_images(tmp_path / images, 2)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -59,6 +59,39 @@ def test_every_source_is_shown(mmi: Mmi, folder: Path) -> None:
     sheet = np.asarray(PIL.Image.open(folder / "look.png"))
     for number in (0, 1):  # the images that `write_images` drew stand on it
         assert (np.abs(sheet.astype(int) - (number, 0, 128)).max(-1) <= 1).sum() > 3 * 100 * 100
+
+
+SAMPLES = """
+data:
+  probabilities: sqrt_size
+  sources:
+    - {type: messages, root: chats, shards: ["*.json", "*.jsonl"]}
+    - {type: imagefolder, root: drawings, options: {learn: either, image_prompt: "{text} ({style})"}}
+    - {type: task, root: vqav2, options: {task: vqav2, images: ., annotations: .}}
+evaluation:
+  tasks: [{task: vqav2, images: vqav2, annotations: vqav2, phase: train}]
+model: {init_from: {preset: debug}}
+"""
+
+
+def test_samples_for_fine_tuning_and_evaluated_tasks(mmi: Mmi, folder: Path) -> None:
+    """Own conversations, own images and a task are shown, and the tasks that the run evaluates are checked."""
+    write_dataset("vqav2", folder / "vqav2", Job(4, "train", 0, 48))
+    (folder / "samples.yaml").write_text(SAMPLES)
+    shown = mmi("data", "check", "samples.yaml", "--seconds", "0.2")
+    assert shown.code == 0, shown.err
+    messages, drawings, questions = (table(shown.out, name) for name in ("messages", "imagefolder", "task"))
+    assert (messages["documents"], messages["images"]) == ("5", "3")
+    assert (drawings["documents"], drawings["images"]) == ("2", "2")
+    assert (questions["documents"], questions["images learned"]) == (questions["records"], "0.0%")
+    assert re.search(r"vqav2: good: \d+ samples", shown.out)
+    shown = mmi("data", "check", "samples.yaml", "--seconds", "0", "evaluation.tasks.0.phase=val")
+    assert shown.code == 1
+    assert "the files of these tasks are not complete: vqav2" in shown.err
+    shown = mmi("data", "check", "samples.yaml", "--seconds", "0", "data.sources.2.options.annotations=nowhere")
+    assert shown.code == 1
+    assert "these sources cannot be used: task" in shown.err
+    assert "nowhere" in shown.out
 
 
 def test_overrides_count(mmi: Mmi, folder: Path) -> None:

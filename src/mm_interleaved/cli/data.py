@@ -31,8 +31,8 @@ def check(
     """Check data before a run.
 
     For training, reads a sample of every source, reports accepted and rejected records and the speed, and writes an
-    image of some rows. For tasks, reads all annotations and reports which files are missing or damaged and where to get
-    them.
+    image of some rows. For tasks, also those that a training run evaluates, reads all annotations and reports which
+    files are missing or damaged and where to get them.
     """
     from ..configuration import load_config, make_config, read_settings
     from ..evaluation import EvaluateConfig

@@ -1,4 +1,4 @@
-"""`mmi data check` for the sources of a training run."""
+"""`mmi data check` for the sources of a training run, and for the tasks that it evaluates."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..configuration import load_config
 from ..data import DataConfig, DataError, DataReport, ReplayConfig, build_loader
 from ..data.report import COUNTS
 from ..data.sheet import contact_sheet
+from ..evaluation import TaskSuite
 from ..io import write_image
 from ..pretrained import TOKENIZER
 from ..processor import Batch, MMInterleavedProcessor
@@ -20,20 +21,26 @@ from ..training.building import build_processor
 from ..training.config import InitConfig, ModelConfig
 from ..validation import settings
 from .console import console, output
+from .data_tasks import check_tasks
 from .errors import UsageError
 
 
 @settings
 class CheckConfig:
-    """The part of a training configuration that describes the data."""
+    """The parts of a training configuration that describe data."""
 
     data: DataConfig
     replay: ReplayConfig | None = None
+    evaluation: TaskSuite | None = None
     model: ModelConfig = field(default_factory=lambda: ModelConfig(InitConfig(preset="small")))
 
 
 def check_training(config: Path, overrides: list[str], batches: int, seconds: float, sheet: Path, rows: int) -> None:
-    """Read a sample of every source of a training run."""
+    """Read a sample of every source of a training run, and all files of the tasks that it evaluates.
+
+    Raises:
+        UsageError: the settings, a source or the files of a task cannot be used.
+    """
     checked = load_config(config, CheckConfig, overrides, partial=True)
     data = checked.data if checked.replay is None else checked.data.with_replay(checked.replay)
     try:
@@ -50,8 +57,14 @@ def check_training(config: Path, overrides: list[str], batches: int, seconds: fl
     if samples:
         write_image(sheet, contact_sheet(samples, processor, rows=1))
         output.print(f"contact sheet: {sheet}")
-    if failed:
-        raise UsageError(f"these sources cannot be used: {', '.join(failed)}")
+    problems = [f"these sources cannot be used: {', '.join(failed)}"] if failed else []
+    if checked.evaluation is not None:
+        try:
+            check_tasks(checked.evaluation.chosen())
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))
     if seconds:
         _print_speed(data, processor, seconds)
 
