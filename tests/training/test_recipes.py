@@ -10,9 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from mm_interleaved.configuration import make_config
+from mm_interleaved.document import Text
 from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.config import TrainConfig
@@ -20,6 +22,7 @@ from mm_interleaved.training.familiar import FAMILIAR
 from mm_interleaved.training.memory import BatchSizes, MemoryEstimate
 from mm_interleaved.training.recipes import FOLDER, list_recipes, load_recipe
 from mm_interleaved.training.run import train
+from mm_interleaved.training.samples import sample_documents
 from mm_interleaved.validation import ConfigError
 from toyworld.writers import write_dataset
 from toyworld.writers.base import Job
@@ -145,6 +148,23 @@ def test_samples_come_from_the_data(tmp_path: Path) -> None:
     assert "step 0" in page
     assert all(f'src="samples/{name}"' in page for name in ("0000000_1_1.png", "0000002_1_1.png", "wanted_1.png"))
     assert (tmp_path / "run/samples/wanted_1.png").is_file()
+
+
+def test_samples_see_images_as_training_does(tmp_path: Path) -> None:
+    """The image of a box is stretched, also where the only box is in the answer that is left open."""
+    PIL.Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    turns = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "<bbox>"}]
+    record = {"messages": turns, "images": ["wide.png"], "objects": {"bbox": [[10, 5, 20, 10]]}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    source = {"type": "messages", "shards": ["a.jsonl"]}
+    config = make_config(LEAST | {"data": {"root": str(tmp_path), "sources": [source]}}, TrainConfig)
+    ((document, wanted),) = sample_documents(config)
+    (image,) = document.images
+    assert image.transform is not None
+    assert image.transform.square == "squash"
+    assert document.segments[-1].is_open
+    assert isinstance(wanted, Text)
+    assert wanted.text == "(249,249)(499,499)"
 
 
 def toy_data(task: str, folder: Path) -> list[str]:

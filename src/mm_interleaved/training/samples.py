@@ -24,9 +24,10 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data import SourceConfig
+from ..data.augmentation import AugmentConfig, augment
 from ..data.readers import make_reader
 from ..data.report import Rejected
-from ..document import Document, Image, Segment, Text, load_documents
+from ..document import Document, Image, Segment, Text, load_documents, squash_boxed
 from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
@@ -140,13 +141,19 @@ def sample_documents(config: TrainConfig) -> list[tuple[Document, Segment | None
 
 
 def _records(source: SourceConfig, root: Path) -> Iterator[tuple[Document, Segment]]:
-    """The documents of a source, each up to its last part with a loss, which is open; and that part."""
-    reader = make_reader(source, root)
+    """The documents of a source, each up to its last part with a loss, which is open; and that part.
+
+    Images become square as in training; nothing else of `augment` is done.
+    """
+    reader, rng = make_reader(source, root), np.random.default_rng(0)
+    plain = AugmentConfig(square=source.augment.square)
     for shard in range(len(reader.shards.names)):
         for record in reader.shards.records(shard, 0, 0):
             try:
-                document = reader.document(record, np.random.default_rng(0), lambda reason, example: None)
-            except Rejected:
+                document = reader.document(record, rng, lambda reason, example: None)
+                document = augment(document, plain, rng, getattr(reader, "crop", None))
+                document.segments = squash_boxed(document.segments)  # also where the only boxes are in the answer
+            except (Rejected, InputError):
                 continue
             learned = [i for i, segment in enumerate(document.segments) if segment.supervise]
             if learned:
