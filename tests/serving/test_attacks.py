@@ -291,12 +291,19 @@ def test_a_long_body_without_its_length(server: str) -> None:
      ("nan", b'{"input": NaN}'),
      ("surrogate", b'{"input": "\\ud83d"}'), ("latin", b'{"input": "\xe9"}'), ("none", b""), ("number", b"1"),
      ("list", b"[]"), ("half", b'{"input": "a'), ("twice", b'{"input": "a"} {}'),
-     ("digits", b'{"seed": ' + b"9" * 5000 + b"}"), ("null byte", b'{"input": "a", "model": "\\u0000"}')],
+     ("digits", b'{"seed": ' + b"9" * 5000 + b"}"), ("null byte", b'{"input": "a", "model": "\\u0000"}'),
+     ("quotes without an end", b'{"input": "' + b'\\"' * 2**20), ("a backslash at the end", b'{"input": "\\'),
+     ("a million values", b'{"input": [' + b"1," * 2**20 + b"1]}"), ("a million lists", b"[]," * 2**20),
+     ("wrong values", b'{"input": [' + b"1," * 30_000 + b"1]}"),
+     ("long name", b'{"' + b"a" * 2**20 + b'": 1}'),
+     ("long value", b'{"input": [{"role": "user", "content": [{"type": "' + b"a" * 2**20 + b'"}]}]}')],
 )  # fmt: skip
 def test_odd_json(server: str, name: str, body: bytes) -> None:
     begun = time.monotonic()
     headers = {"content-type": "application/json"}
-    check_refused(httpx2.post(f"{server}/v1/responses", content=body, headers=headers, trust_env=False), begun)
+    response = httpx2.post(f"{server}/v1/responses", content=body, headers=headers, trust_env=False)
+    check_refused(response, begun)
+    assert len(response.content) < 2000
     check_alive(server)
 
 

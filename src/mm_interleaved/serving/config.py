@@ -21,6 +21,7 @@ class LimitConfig:
         receipt_seconds: time in which a request must have arrived, headers and body.
         request_seconds: time in which a request must be finished, waiting included.
         json_depth: depth of JSON.
+        json_values: lists, objects and values of JSON.
         parts: texts and images of a request.
         images: images of a request.
         pixels: pixels of all images of a request together.
@@ -36,6 +37,7 @@ class LimitConfig:
     receipt_seconds: PositiveFloat = 30.0
     request_seconds: PositiveFloat = 600.0
     json_depth: Positive = 32
+    json_values: Positive = 40_000
     parts: Positive = 256
     images: Positive = 16
     pixels: Positive = 64_000_000

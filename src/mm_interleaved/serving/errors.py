@@ -65,18 +65,26 @@ def as_api_error(error: Exception) -> ApiError:
     )
 
 
+def shorten(text: str, most: int = 100) -> str:
+    """A text of at most `most` characters, for messages."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def _validation(error: RequestValidationError) -> ApiError:
     """The first problem of a request's fields, with the name of the field."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    # names and values in it are the client's and may be long
+    where = [shorten(str(part)) for part in first["loc"] if part not in ("body", "query", "path")]
     param, kind = ".".join(where) or None, first["type"]
+    if param is None and kind == "missing":
+        return ApiError("the body is empty; send a JSON object", code="invalid_json")
     if kind == "extra_forbidden":
         known = first.get("ctx", {}).get("known", ())
         hint = close_name(where[-1], known)
         return ApiError(f"Unknown parameter: '{param}'. {hint}".strip(), param=param, code="unknown_parameter")
     if kind == "missing":
         return ApiError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = shorten(str(first["msg"]).removeprefix("Value error, "), 400)
     return ApiError(f"Invalid value for '{param}': {message}" if param else message, param=param, code="invalid_value")
 
 

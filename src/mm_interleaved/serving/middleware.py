@@ -23,6 +23,9 @@ from .errors import ApiError
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 OPEN_PATHS = ("/health",)
+STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # never goes back, so its time is linear; the end may lack
+BRACKET = re.compile(r"[\[\]{}]")
+SHORT = 64 * 1024  # bytes of a body that is parsed at once
 
 
 class Guard:
@@ -114,23 +117,25 @@ class JsonRequest(Request):
         """The body.
 
         Raises:
-            ApiError: it is not JSON, is nested too deeply, or has a lone surrogate.
+            ApiError: it is not JSON, is nested too deeply, has too many values, or has a lone surrogate.
         """
         if not hasattr(self, "_json"):
-            self._json = parse(await self.body(), self.app.state.config.limits.json_depth)
+            body, limits = await self.body(), self.app.state.config.limits
+            # a long body in another thread, so that the streams of others go on
+            parts = (body, limits.json_depth, limits.json_values)
+            self._json = parse(*parts) if len(body) < SHORT else await asyncio.to_thread(parse, *parts)
         return self._json
 
 
-def parse(body: bytes, depth: int) -> Any:
-    """JSON whose lists and objects are nested at most `depth` times.
+def parse(body: bytes, depth: int, values: int) -> Any:
+    """JSON whose lists and objects are nested at most `depth` times, with about `values` values at most.
 
     Raises:
         ApiError: it is something else.
     """
     try:
         text = body.decode("utf-8")
-        if _depth(text) > depth:
-            raise ApiError(f"the JSON is nested more than {depth} times", code="invalid_json")
+        _check_shape(text, depth, values)
         data = json.loads(text, parse_constant=_refuse)
         data_text = json.dumps(data, ensure_ascii=False) if "\\u" in text else ""
         data_text.encode("utf-8")
@@ -142,16 +147,20 @@ def parse(body: bytes, depth: int) -> Any:
     return data
 
 
-def _depth(text: str) -> int:
-    """How often lists and objects are nested, without parsing them."""
-    deepest = now = 0
-    for mark in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
-        if mark in "[{":
-            now += 1
-            deepest = max(deepest, now)
-        elif mark in "]}":
-            now -= 1
-    return deepest
+def _check_shape(text: str, depth: int, values: int) -> None:
+    """Check nesting and number of values without parsing, since errors about a million values take gigabytes.
+
+    Raises:
+        ApiError: there is too much of one of them.
+    """
+    outside = STRING.sub("", text)
+    if sum(map(outside.count, "[{,")) > values:
+        raise ApiError(f"the JSON has more than {values} values", code="invalid_json")
+    now = 0
+    for mark in BRACKET.findall(outside):
+        now += 1 if mark in "[{" else -1
+        if now > depth:
+            raise ApiError(f"the JSON is nested more than {depth} times", code="invalid_json")
 
 
 def _refuse(name: str) -> Any:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Id = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.:-]+$")]
 Text = Annotated[str, Field(max_length=2_000_000)]
 ImageFormat = Literal["png", "jpeg", "webp"]
+FIRST = Field(fail_fast=True)  # a list's first wrong element is reported; errors about all of them would take seconds
 
 
 class Strict(BaseModel):
@@ -75,7 +76,7 @@ class Message(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+    content: Text | Annotated[list[Annotated[InputText | InputImage, Field(discriminator="type")]], FIRST]
     id: Id | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: Literal["commentary", "final_answer"] | None = None
@@ -154,7 +155,7 @@ class ResponseRequest(Sampling):
     """The body of `POST /v1/responses`."""
 
     model: str | None = None
-    input: Text | list[Item] | None = None
+    input: Text | Annotated[list[Item], FIRST] | None = None
     instructions: Text | None = None
     previous_response_id: Id | None = None
     store: bool | None = None
@@ -165,13 +166,13 @@ class ResponseRequest(Sampling):
     max_tool_calls: Annotated[int, Field(ge=0)] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    tools: list[ImageTool] | None = None
+    tools: Annotated[list[ImageTool], FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | ImageChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     text: TextConfig | None = None
     metadata: Metadata | None = None
-    include: list[Literal["message.input_image.image_url"]] | None = None
+    include: Annotated[list[Literal["message.input_image.image_url"]], FIRST] | None = None
     service_tier: Literal["auto", "default"] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
@@ -215,9 +216,9 @@ class ChatMessage(Strict):
     """A message of a chat; `images` are those of an earlier answer, at their positions in its text."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Annotated[ChatText | ChatImage, Field(discriminator="type")]] | None = None
+    content: Text | Annotated[list[Annotated[ChatText | ChatImage, Field(discriminator="type")]], FIRST] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
-    images: list[ReturnedImage] | None = None
+    images: Annotated[list[ReturnedImage], FIRST] | None = None
     refusal: None = None
 
 
@@ -225,13 +226,13 @@ class ChatRequest(Sampling):
     """The body of `POST /v1/chat/completions`."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_images: Annotated[int, Field(ge=0)] | None = None
-    modalities: list[Literal["text", "image"]] | None = None
+    modalities: Annotated[list[Literal["text", "image"]], FIRST] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     n: Literal[1] | None = None
@@ -270,7 +271,7 @@ class CompletionRequest(Sampling):
     """The body of `POST /v1/completions`; with `echo`, `max_tokens: 0` and `logprobs` it scores `prompt`."""
 
     model: str | None = None
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
