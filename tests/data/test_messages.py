@@ -85,8 +85,8 @@ def test_one_conversation_in_each_form(
     record: dict[str, Any], name: str, root: Path, processor: MMInterleavedProcessor
 ) -> None:
     row, answers, batch = only(processor, root, record, name=name)
-    assert row == "<s>USER:[]Who? ASSISTANT: A cat.</s></s>"
-    assert answers == ["A cat.</s></s>"]
+    assert row == "<s>USER:[]Who? ASSISTANT: A cat.</s>"
+    assert answers == ["A cat.</s>"]
     assert numbers([batch]) == [3]
     assert batch.image_loss_mask.tolist() == [0]
 
@@ -102,10 +102,10 @@ def test_history_images_and_texts_alone(root: Path, processor: MMInterleavedProc
     }  # fmt: skip
     row, answers, batch = only(processor, root, record)
     assert row.startswith("<s>Be brief. USER:[][]Which? ASSISTANT: Two.</s>")
-    assert answers == ["Two.</s>", "One.</s></s>"]
+    assert answers == ["Two.</s>", "One.</s>"]
     assert numbers([batch]) == [1, 2, 0]
     row, answers, _ = only(processor, root, {"messages": [{"role": "user", "content": "Hello"}, ANSWER]})
-    assert (row, answers) == ("<s>USER: Hello ASSISTANT: A cat.</s></s>", ["A cat.</s></s>"])
+    assert (row, answers) == ("<s>USER: Hello ASSISTANT: A cat.</s>", ["A cat.</s>"])
 
 
 def test_images_without_marks_come_first(root: Path, processor: MMInterleavedProcessor) -> None:
@@ -125,8 +125,8 @@ def test_an_image_of_the_assistant_is_drawn(root: Path, processor: MMInterleaved
         )
         record = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": content}], **more}
         row, answers, batch = only(processor, root, record)
-        assert row == "<s>USER:[]Redraw it. ASSISTANT: Here:[]</s></s>"
-        assert answers == ["Here:[]", "</s></s>"]  # the tokens of the image itself are not learned
+        assert row == "<s>USER:[]Redraw it. ASSISTANT: Here:[]</s>"
+        assert answers == ["Here:[]", "</s>"]  # the tokens of the image itself are not learned
         assert batch.image_loss_mask.tolist() == [0, 1]
 
 
@@ -137,7 +137,7 @@ def test_a_message_without_a_loss(key: str, second: object, root: Path, processo
         {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Yes.", key: second},
         {"role": "user", "content": "Two?", key: 0}, {"role": "assistant", "content": "No.", key: 1},
     ]  # fmt: skip
-    assert only(processor, root, {"messages": messages})[1] == ["No.</s></s>"]
+    assert only(processor, root, {"messages": messages})[1] == ["No.</s>"]
     messages[3][key], messages[1][key] = 0, 1
     assert only(processor, root, {"messages": messages})[1] == ["Yes.</s>"]
 
@@ -148,12 +148,12 @@ def test_losses_of_neighbouring_messages(root: Path, processor: MMInterleavedPro
         {"role": "user", "content": "Go on."}, {"role": "assistant", "content": "Let me think.", "loss": False},
         {"role": "assistant", "content": "Done."},
     ]  # fmt: skip
-    assert only(processor, root, {"messages": messages})[1] == ["Done.</s></s>"]
+    assert only(processor, root, {"messages": messages})[1] == ["Done.</s>"]
 
 
 def test_an_assistant_who_speaks_first_does_not_learn_the_header(root: Path, processor: MMInterleavedProcessor) -> None:
     row, answers, _ = only(processor, root, {"messages": [ANSWER]})
-    assert (row, answers) == ("<s>ASSISTANT: A cat.</s></s>", ["A cat.</s></s>"])
+    assert (row, answers) == ("<s>ASSISTANT: A cat.</s>", ["A cat.</s>"])
 
 
 BOXES = {"bbox": [[10, 5, 20, 10], [0, 0, 40, 20]], "ref": ["a cat"]}

@@ -129,7 +129,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         Args:
             segments: texts and images without open slots and roles.
             start: whether to prepend `<s>`.
-            close: whether to append `</s>`.
+            close: whether to append `</s>`, unless a chat template has written it after the last message.
             after_image: whether an image precedes these segments.
 
         Raises:
@@ -145,7 +145,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             stream = stream + self._encode_run(run, after_image, before_image=True) + self._encode_image(segment)
             run, after_image = [], True
         stream = stream + self._encode_run(run, after_image, before_image=False)
-        if close:
+        if close and not (len(stream) and stream.ids[-1] == self.tokenizer.eos_token_id):
             stream = stream + self._token(self.tokenizer.eos_token_id, bool(segments) and segments[-1].supervise)
         if start:
             stream.starts[0] = True
