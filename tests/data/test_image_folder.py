@@ -98,7 +98,7 @@ def test_other_forms_of_metadata(form: str, root: Path, processor: MMInterleaved
 BAD: list[tuple[Any, str]] = [
     ({"file_name": "gone.png", "text": "x"}, "image missing"),
     ({"file_name": "../0.png", "text": "x"}, "image outside its folder"),
-    ({"text": "x"}, "image"),
+    ({"text": "x"}, "'file_name' missing"),
     ({"file_name": "0.png"}, "'text' missing"),
     ({"file_name": "0.png", "text": 3}, "'text' malformed"),
     ({"file_name": "0.png", "text": "  "}, "'text' blank"),
@@ -158,3 +158,14 @@ def test_going_on_equals_an_unbroken_run(shuffle: int, root: Path, processor: MM
             assert len(rest) == len(expected) - stop
             assert all(same(a, b) for a, b in zip(rest, expected[stop:], strict=True))
     assert json.dumps(through_file(make().state_dict()))
+
+
+def test_another_caption_is_other_data(root: Path, processor: MMInterleavedProcessor) -> None:
+    write_lines(root / "metadata.jsonl", [row(n) for n in range(3)])
+    first = loader(processor, source(root), sampling="sum")
+    next(iter(first))
+    write_lines(root / "metadata.jsonl", [row(0), row(1), row(2) | {"text": "Another."}])
+    second = loader(processor, source(root), sampling="sum")
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(DataError, match=r"other data: 'sources\.imagefolder\.digest' was"):
+        next(iter(second))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.data import DataReport, SourceConfig
+from mm_interleaved.data import DataError, SourceConfig
 from mm_interleaved.data.readers import make_reader
 from mm_interleaved.document import Document, Text
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
@@ -217,6 +217,7 @@ BAD = [
     ({"messages": [USER, ANSWER], "images": ["broken.png"]}, "broken.png"),
     ({"messages": [USER, ANSWER], "images": [3]}, "must be a string"),
     ({"messages": [USER, {"role": "assistant", "content": [{"type": "video"}]}]}, "unknown kind of content 'video'"),
+    ({"messages": [USER, {"role": "assistant", "content": "<bbox>"}]}, "0 objects, but 1 places"),
     ({**SHAREGPT, "objects": {"bbox": [[0, 0, 1, 1]]}}, "1 objects, but 0 places"),
     ({**SHAREGPT, "messages": [USER, {"role": "assistant", "content": "<bbox>"}], "objects": {"bbox": [[0, 0, 99, 4]]}},
      "outside the image of 8 x 8 pixels"),
@@ -309,11 +310,16 @@ def test_going_on_equals_an_unbroken_run(
             assert all(same(a, b) for a, b in zip(rest, expected[stop:], strict=True))
 
 
-def test_a_record_more_is_other_data(root: Path, processor: MMInterleavedProcessor) -> None:
-    first = loader(processor, source(root, SHAREGPT, SHAREGPT), sampling="sum")
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_record_more_or_another_word_is_other_data(name: str, root: Path, processor: MMInterleavedProcessor) -> None:
+    first = loader(processor, source(root, SHAREGPT, SHAREGPT, name=name), sampling="sum")
     next(iter(first))
-    second = loader(processor, source(root, SHAREGPT, SHAREGPT, SHAREGPT), sampling="sum")
-    second.load_state_dict(through_file(first.state_dict()))
-    with pytest.raises(Exception, match="belongs to other data settings"):
-        next(iter(second))
-    assert isinstance(first.report(), DataReport)
+    other = json.loads(json.dumps(SHAREGPT).replace("A cat.", "A dog."))
+    for records, change in (
+        ([SHAREGPT] * 3, "'sources.messages.documents' was 2 and is now 3"),
+        ([SHAREGPT, other], "'sources.messages.digest' was"),
+    ):
+        second = loader(processor, source(root, *records, name=name), sampling="sum")
+        second.load_state_dict(through_file(first.state_dict()))
+        with pytest.raises(DataError, match=change):
+            next(iter(second))

@@ -15,11 +15,11 @@ import numpy as np
 from ..document import Document, Image, Segment, Text
 from ..io import InputError, read_lines, read_text
 from ..tasks import render
-from ..validation import settings
+from ..validation import settings, short
 from .config import SourceConfig
 from .readers import IMAGES, ImageFolder, Note, decode, folders, kind_of
 from .report import DataError, Rejected
-from .shards import NumberedRecords, Record
+from .shards import NumberedRecords, Record, digest
 from .sources import SourceType
 from .task_source import SHARD_SIZE
 
@@ -73,13 +73,16 @@ class ImageFolderReader:
         except InputError as error:
             raise DataError(f"source '{config.name}': {error}") from None
         self.size = len(self.entries)
+        self.digest = digest(r if isinstance(r, bytes) else repr(r).encode() for _, r in self.entries)
         self.shards = NumberedRecords(config.name, self.size, SHARD_SIZE)
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """A prompt with the image and its text to learn, or with the text and its image to learn."""
         where, entry = self.entries[record.payload]
         data = decode(entry, where) if isinstance(entry, bytes) else entry
-        path, text = self.images.find(data.get("file_name"), where), self._text(data, where)
+        if data.get("file_name") is None:
+            raise Rejected("'file_name' missing", f"{where}: there is {', '.join(map(str, data))}")
+        path, text = self.images.find(data["file_name"], where), self._text(data, where)
         fields = {name: str(value) for name, value in data.items() if isinstance(value, str | int | float)}
         learn = self.options.learn if self.options.learn != "either" else ("text", "image")[int(rng.integers(2))]
         templates = self.options.prompt if learn == "text" else self.options.image_prompt
@@ -95,9 +98,10 @@ class ImageFolderReader:
     def _text(self, data: dict[str, Any], where: str) -> str:
         column = self.options.column or next((name for name in COLUMNS if name in data), COLUMNS[0])
         text = data.get(column)
+        if text is None:
+            raise Rejected(f"'{column}' missing", f"{where}: there is {', '.join(map(str, data))}")
         if not isinstance(text, str):
-            there = f"{where}: there is {', '.join(map(str, data))}"
-            raise Rejected(f"'{column}' missing" if text is None else f"'{column}' malformed", there)
+            raise Rejected(f"'{column}' malformed", f"{where}: {short(text)} is no text; write it in quotes")
         if not text.strip():
             raise Rejected(f"'{column}' blank", where)
         return text.strip()

@@ -191,10 +191,17 @@ def _as_it_is(parcel: Parcel) -> Parcel:
     return parcel
 
 
-def _size(reader: Reader) -> list[int]:
-    """How many documents a pass has; empty: unknown."""
-    size = getattr(reader, "size", None)
-    return [] if size is None else [size]
+def _content(reader: Reader) -> list[int | str]:
+    """How many documents a pass has, and a digest of what they say, as far as the reader knows them."""
+    known = (getattr(reader, name, None) for name in ("size", "digest"))
+    return [value for value in known if value is not None]
+
+
+def _named(identity: Sequence[Any]) -> dict[str, Any]:
+    """The parts of `_Parcels._identity` by name."""
+    *numbers, sources = identity
+    about = {name: dict(zip(("shards", "documents", "digest"), rest, strict=False)) for name, *rest in sources}
+    return {**dict(zip(("seed", "epoch", "process", "processes"), numbers, strict=True)), "sources": about}
 
 
 class _PackedRows(IterableDataset):
@@ -278,15 +285,14 @@ class _Parcels:
         mixture = Mixture(config, streams, epoch, place)
         grouped = config.group_by_length
         self._mixture = GroupedBatches(config, mixture, epoch, place, self._report) if grouped else mixture
-        sources = [[s.name, len(r.shards.names), *_size(r)] for s, r in zip(config.sources, readers, strict=True)]
+        sources = [[s.name, len(r.shards.names), *_content(r)] for s, r in zip(config.sources, readers, strict=True)]
         self._identity = [config.seed, epoch, place.consumer, place.consumers, sources]
         if state is not None:
             if state["identity"] != self._identity:
-                names = ("seed", "epoch", "process", "processes", "sources")
-                old, new = (dict(zip(names, identity, strict=True)) for identity in (state["identity"], self._identity))
+                changes = describe_differences(_named(state["identity"]), _named(self._identity))
                 raise DataError(
-                    f"the saved state belongs to other data settings: {describe_differences(old, new)}. Keep these "
-                    "settings, or start a new run from the weights with model.init_from.checkpoint"
+                    f"the saved state belongs to other data settings or other data: {changes}. Keep these, or start "
+                    "a new run from the weights with model.init_from.checkpoint"
                 )
             self._mixture.load_state_dict(state["mixture"])
             self._done = state["done"]

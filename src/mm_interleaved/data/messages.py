@@ -43,7 +43,7 @@ class Messages:
 
     def __init__(self, config: SourceConfig, shards: RecordFiles, images: ImageFolder) -> None:
         self.config, self.shards, self.images = config, shards, images
-        self.size = shards.count()
+        self.size, self.digest = shards.count(), shards.digest()
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """The conversation, of which the assistant's messages are learned."""
@@ -140,10 +140,8 @@ def _with_objects(document: Document, value: Any) -> list[Segment]:
         value: {"bbox": [[x1, y1, x2, y2]], "bbox_type": "real" or "norm1", "image_id": [0], "ref": ["a dog"]}, in the
             order of the marks; None: there are none.
     """
-    if value is None:
-        return document.segments
     where = "objects"
-    objects = check_type(value, dict, where)
+    objects = check_type({} if value is None else value, dict, where)
     names = check_list(objects.get("ref", []), str, f"{where}.ref")
     boxes = _boxes(objects, document)
     texts = [segment for segment in document.segments if isinstance(segment, Text)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import itertools
 import json
 import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -84,6 +85,19 @@ class NumberedRecords:
         return (Record(shard, n, n, n + 1, first + n) for n in range(offset, min(self.size, self.count - first)))
 
 
+def digest(parts: Iterable[bytes]) -> str:
+    """A digest of data, which tells a resumed run whether they have changed."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(hashlib.sha256(part).digest())
+    return found.hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def expand(pattern: str, root: Path) -> list[str]:
     """The names that a pattern stands for: `{0..12}`, `{007..120}`, `{a,b}`, and `*`, `?` for files that exist.
 
@@ -138,12 +152,14 @@ class LineShards:
                 line += 1
 
     def _path(self, shard: int) -> Path:
-        name = self.names[shard]
-        for suffix in ("", ".zip", ".gz"):
-            path = self.root / (name + suffix)
-            if path.is_file():
-                return path
-        raise Rejected("shard missing", str(self.root / name))
+        if found := self._found(self.names[shard]):
+            return found[0]
+        raise Rejected("shard missing", str(self.root / self.names[shard]))
+
+    def _found(self, name: str) -> list[Path]:
+        """The files that may be meant, best first."""
+        paths = [self.root / (name + suffix) for suffix in ("", ".zip", ".gz")]
+        return [path for path in paths if path.is_file()]
 
 
 class TarSample(NamedTuple):
@@ -277,6 +293,10 @@ class RecordFiles(LineShards):
             except Rejected:
                 continue  # it is counted as missing or damaged when it is read
         return total
+
+    def digest(self) -> str:
+        """A digest of the content of all files that can be read."""
+        return digest(_file_digest(path) for name in self.names for path in self._found(name)[:1])
 
     def _list_places(self, shard: int) -> list[tuple[int, int]] | None:
         """Where the items of a list start and end, in bytes; None: the file has lines."""

@@ -284,7 +284,7 @@ class SourceStream:
         if not self._teaches(stream):
             raise Rejected("nothing to learn", f"{document.place}: no text and no image in it is supervised")
         if self._whole and (excess := self._rules.excess(stream)) is not None:
-            where = self.reader.shards.place(record)
+            where = document.place or self.reader.shards.place(record)
             if self.config.too_long == "drop":
                 raise Rejected("document longer than a row", f"{where}: {excess}")
             advice = "Shorten it, raise the limit, or leave such documents out with 'too_long: drop'"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..document import Document
+from ..document import Document, Text
 from ..io import InputError
 from ..tasks import TASKS, Item, TaskConfig, make_task
 from .config import SourceConfig
 from .readers import ImageFolder, Note, kind_of
 from .report import DataError, Rejected
-from .shards import NumberedRecords, Record
+from .shards import NumberedRecords, Record, digest
 from .sources import SourceType
 
 SHARD_SIZE = 256  # items of a shard: whole shards are shuffled, so neighbours in a file of images come far apart
@@ -46,6 +46,7 @@ class TaskReader:
         except InputError as error:
             raise DataError(f"source '{config.name}': {error}") from None
         self.crop, self.size = self.task.crop, len(self.items)
+        self.digest = digest(repr([item.id, *_texts(item)]).encode() for item in self.items)
         self.shards = NumberedRecords(f"{self.task.name} {phase}", self.size, SHARD_SIZE)
         self._images = ImageFolder(folder, config.probe_images)
 
@@ -62,6 +63,12 @@ class TaskReader:
         document.place = where
         self._images.check_all(document, where)
         return document
+
+
+def _texts(item: Item) -> list[str]:
+    """The texts of an item: its images may lie in another folder when a run is resumed."""
+    texts = [value for value in item.fields.values() if isinstance(value, str)]
+    return texts + [str(segment.text) for segment in item.answer if isinstance(segment, Text)]
 
 
 def _rooted(config: TaskConfig, root: Path) -> TaskConfig:
