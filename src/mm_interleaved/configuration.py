@@ -157,7 +157,9 @@ def _apply(merged: DictConfig, override: str) -> None:
     try:
         merged.merge_with_dotlist([override.strip()])
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {where} is not YAML: {_first_line(error)}") from None
+        raise ConfigError(
+            f"the value of {where} is not YAML: {_first_line(error)}", fix=f"Put quotes around it: '{key}=\"...\"'"
+        ) from None
     except ConfigTypeError:
         raise ConfigError(f"{where} gives a list in place of a mapping, or a mapping in place of a list") from None
     except (ConfigIndexError, ValueError, TypeError):  # TypeError: the key of a list's item is not a number

@@ -283,6 +283,41 @@ def test_the_page_shows_what_is_learned(mmi: Callable[..., Outcome], tmp_path: P
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # it needs no other file
 
 
+BAD_CHECKS = {
+    "no folder": ("data.root=nowhere", "error: source 'imagefolder': there is no folder nowhere"),
+    "a number as a caption": ("data.sources.0.options.column=year", "'year' malformed (own/metadata.jsonl, line"),
+    "an unknown setting of the Trainer": ("trainer.report_too=wandb", "unknown key 'report_too' in trainer"),
+    "a row too short for an image": ("data.max_length=8", "document longer than a row (own/metadata.jsonl, line"),
+    "a template without quotes": ("data.sources.0.options.image_prompt={x} y", "Put quotes around it: 'data.sources"),
+}
+
+
+@pytest.mark.parametrize(("override", "words"), BAD_CHECKS.values(), ids=BAD_CHECKS)
+def test_the_check_says_why_data_cannot_be_used(
+    override: str, words: str, mmi: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one message, without an estimate for rows that are not there."""
+    monkeypatch.chdir(tmp_path)
+    own_data("own-folder", tmp_path / "own")
+    lines = [json.dumps({"file_name": name, "text": "A fox.", "year": 1999}) for name in ("fox.png", "house.png")]
+    (tmp_path / "own/metadata.jsonl").write_text("\n".join(lines))
+    said = mmi("finetune", "own-folder", "--model", "debug", "--check", "data.root=own", override)
+    assert said.code == 1
+    assert words in said.err
+    assert said.err.count("imagefolder'") <= 1
+    assert "GiB" not in said.out
+
+
+def test_the_check_tells_what_is_left_out(mmi: Callable[..., Outcome], tmp_path: Path) -> None:
+    own_data("own-folder", tmp_path / "own")
+    with (tmp_path / "own/metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "fox.png"}\n')
+    said = mmi("finetune", "own-folder", "--model", "debug", "--check", f"data.root={tmp_path / 'own'}", "--output",
+               tmp_path / "run")  # fmt: skip
+    assert said.code == 0, said.err
+    assert "source 'imagefolder' leaves out: 1 x 'text' missing" in said.err
+
+
 @pytest.mark.parametrize("ours", sorted({words.split("'")[1] for words in FAMILIAR.values() if "Here it is" in words}))
 def test_what_names_of_other_trainers_stand_for_exists(ours: str) -> None:
     """A setting without its last part is unknown; with it, another problem is found, or none."""

@@ -57,12 +57,12 @@ def finetune(
     config = load_recipe(recipe, model, lora, None if folder is None else str(folder), settings or [])
     check_cpu(device)
     capacity = _gpu_memory(device)
-    if check:
-        _check(recipe, config, capacity)
-        return
-    if capacity is not None:
-        _check_memory(config, capacity, force)
     with training() as run:
+        if check:
+            _check(recipe, config, capacity, device)
+            return
+        if capacity is not None:
+            _check_memory(config, capacity, force)
         run.train(config, TOKENIZER, device)
 
 
@@ -77,14 +77,21 @@ def _list_recipes() -> None:
                  highlight=False, soft_wrap=True)  # fmt: skip
 
 
-def _check(recipe: str, config: TrainConfig, capacity: int | None) -> None:
-    """Write the page; an error if a source gives no row."""
+def _check(recipe: str, config: TrainConfig, capacity: int | None, device: str | None) -> None:
+    """Write the page; an error if a source gives no row.
+
+    Raises:
+        UsageError: a source gives no row.
+        ValueError: another setting cannot be used. Then there is no page.
+    """
     from ..configuration import to_yaml
     from ..io import write_atomic
+    from ..training.arguments import training_arguments
     from ..training.building import count_trained
     from .data_training import batch_statistics, find_processor, sample_source
     from .rows_page import RowsPage, SourceSample
 
+    training_arguments(config, device)
     processor = find_processor(config.model)
     data = config.training_data
     samples = []
@@ -96,20 +103,36 @@ def _check(recipe: str, config: TrainConfig, capacity: int | None) -> None:
         )
     with console.status("counting parameters"):
         trained = [(part.name, part.total, part.trainable) for part in count_trained(config)]
-    memory = _estimate(config, _largest_batch(config, samples))
     length = {"steps": f"{config.steps:,}"} if config.steps is not None else {"epochs": f"{config.epochs:g}"}
-    facts = {"run in": config.output, **length, "learning rate": f"{config.optimizer.lr:g}", "memory": str(memory)}
-    warnings = [] if capacity is None else [_compare(memory.total, capacity)]
-    parts = {name: f"{size / GIB:.2f} GiB" for name, size in memory.parts.items()}
+    facts = {"run in": config.output, **length, "learning rate": f"{config.optimizer.lr:g}"}
+    warnings, parts = [_left_out(sample) for sample in samples if not sample.problem], {}
+    if (largest := _largest_batch(config, samples)) is not None:
+        memory = _estimate(config, largest)
+        facts["memory"] = str(memory)
+        parts = {name: f"{size / GIB:.2f} GiB" for name, size in memory.parts.items()}
+        warnings += [] if capacity is None else [_compare(memory.total, capacity)]
+        output.print(str(memory), highlight=False, soft_wrap=True)
     page = RowsPage(recipe, facts, [w for w in warnings if w], samples, trained, to_yaml(config), parts)
     path = Path(config.output) / PAGE
     write_atomic(path, page.render(processor))
-    output.print(str(memory), highlight=False, soft_wrap=True)
     for warning in page.warnings:
-        console.print(f"[yellow]{warning}[/]", highlight=False, soft_wrap=True)
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True, markup=False)
     output.print(f"page: {path}", highlight=False, soft_wrap=True)
     if failed := [sample for sample in samples if sample.problem]:
-        raise UsageError(f"source '{failed[0].name}' cannot be used: {failed[0].problem}")
+        raise UsageError(_failure(failed[0]))
+
+
+def _left_out(sample: SourceSample) -> str:
+    """What was left out of the rows that were read, and the first reason; "": nothing."""
+    reasons = list(sample.report.lines(sample.name))[1:]
+    return f"source '{sample.name}' leaves out: {'; '.join(reasons)}" if reasons else ""
+
+
+def _failure(sample: SourceSample) -> str:
+    """Why a source cannot be used, with what was left out."""
+    about = "" if sample.problem.startswith("source '") else f"source '{sample.name}': "
+    reasons = [line for line in list(sample.report.lines(sample.name))[1:] if line not in sample.problem]
+    return "; ".join([about + sample.problem, *reasons])
 
 
 def _describe(source: SourceConfig) -> str:
