@@ -130,6 +130,11 @@ def test_models_and_adapters_in_each_other_s_place(base: Path, good: Path) -> No
         load(good)
 
 
+def test_an_adapter_is_not_added_twice(base: Path, good: Path) -> None:
+    with pytest.raises(InputError, match="given twice"):
+        load(base, adapters=[good, good / "." / ".." / good.name])
+
+
 def test_dora_is_not_added_up(base: Path, good: Path, tmp_path: Path) -> None:
     make(base, tmp_path / "dora", preset="llm", dora=True)
     with pytest.raises(InputError, match="one of them is a DoRA"):

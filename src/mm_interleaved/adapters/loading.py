@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,8 @@ def load_adapter(
                          "Give it another name")  # fmt: skip
     config = copy.deepcopy(files.config)
     config.target_modules, config.inference_mode = sorted(files.layers), False
-    with _own_random_numbers(model):
+    with _own_random_numbers(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         model.add_adapter(config, name)
     try:
         set_weights(model, files, name)
@@ -125,8 +127,10 @@ def load_adapters(
         keep_float32: keep their weights in float32, for merging.
 
     Raises:
-        InputError: one cannot be used, or two need different crops or templates.
+        InputError: one cannot be used or is given twice, or two need different crops or templates.
     """
+    if twice := next((f for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}), None):
+        raise InputError("it is given twice, which would double its updates", f"adapter '{twice}'", "Give it once")
     base = base_digest(model) if folders and not allow_other_base else None
     names = [NAME if number == 0 else f"{NAME}_{number + 1}" for number in range(len(folders))]
     loaded = [read_adapter(folder) for folder in folders]
