@@ -114,6 +114,21 @@ def test_an_adapter_is_trained_further(settings, base: Path, tmp_path: Path) -> 
             build(settings(*on(base, *begin, change)), TOKENIZER)
 
 
+def test_another_adapter_does_not_resume_a_run(settings, base: Path, tmp_path: Path) -> None:
+    train(settings(*on(base, "steps=1", "save_every=1")), TOKENIZER, "cpu")
+    before = (tmp_path / "run/config.yaml").read_text()
+    for change, words in (
+        ("adapter=null", "'adapter' was"),
+        ("adapter.preset=llm", '\'adapter.preset\' was "both" and is now "llm"'),
+        ("adapter.rank=8", "'adapter.rank' was 4 and is now 8"),
+        ("freeze=[llm]", "'freeze' was"),
+        ("data.seed=4", "'seed' was 0 and is now 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(settings(*on(base, "steps=2", change)), TOKENIZER, "cpu")
+        assert (tmp_path / "run/config.yaml").read_text() == before
+
+
 def test_what_cannot_be_an_adapter_is_refused(settings, base: Path, tmp_path: Path) -> None:
     def words(*changes: str) -> str:
         with pytest.raises(ValueError) as error:

@@ -6,14 +6,19 @@ import errno
 import os
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
+from rich.console import Console
 
 from mm_interleaved.configuration import load_config
 from mm_interleaved.data import build_loader
 from mm_interleaved.pretrained import TOKENIZER, load
+from mm_interleaved.training.arguments import training_arguments
+from mm_interleaved.training.building import build_processor
 from mm_interleaved.training.checkpoints import list_checkpoints, point
 from mm_interleaved.training.config import TrainConfig
+from mm_interleaved.training.epochs import length_of_run
 from mm_interleaved.training.run import train
 from mm_interleaved.validation import ConfigError
 
@@ -140,3 +145,16 @@ def test_samples_show_the_model_before_and_while_it_is_trained(settings, tmp_pat
     before = (run / "samples/0000000.png").stat().st_mtime_ns
     train(settings("steps=1", *short), TOKENIZER, "cpu", Colors)
     assert (run / "samples/0000000.png").stat().st_mtime_ns == before
+
+
+def test_the_batches_of_other_data_are_counted_again(settings, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(folder / "0.png")
+    source = "data.sources=[{type: imagefolder, batch_size: 1, packing: single}]"
+    config = settings("steps=null", "epochs=2", f"data.root={folder}", source)
+    args = training_arguments(config, "cpu")
+    for count in (3, 4):
+        (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "A square."}\n' * count)
+        loader = build_loader(config.data, build_processor(config.model, TOKENIZER))
+        assert length_of_run(config, loader, args, Console(quiet=True)).steps == 2 * count

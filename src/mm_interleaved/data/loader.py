@@ -97,6 +97,10 @@ class DocumentLoader:
         """The report of what was read and left out so far, in the batches that were yielded."""
         return DataReport(self._report.to_dict())
 
+    def contents(self) -> list[list[int | str]]:
+        """For each source the number of its documents and a digest of what they say, as far as they are known."""
+        return [_content(reader) for reader in self._dataset.readers()]
+
     def count_batches(self, report: Callable[[int], object] = lambda number: None) -> int:
         """The number of batches of the first epoch of this process, as if every image could be read.
 

@@ -13,9 +13,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapters.settings import AdapterSettings
 from ..configuration import describe_differences, read_settings
 from ..io import InputError, read_json, write_json, writing
 from ..validation import parse
@@ -27,6 +29,7 @@ SETTINGS = "config.yaml"
 BEST, LAST = "best", "last"  # stand for one of the checkpoints
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
+_ADAPTER = ("preset", "targets", "rank", "alpha", "dora", "rslora")  # settings that determine its weights
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -127,7 +130,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_groups(checkpoint: Path, config: RunConfig) -> None:
-    """Check that the optimizer's state in a checkpoint belongs to the same kind of optimizer and parameter groups.
+    """Check that the optimizer's state in a checkpoint belongs to the same kind of optimizer and the same parameters.
 
     Raises:
         ValueError: the settings that determine them differ; names them.
@@ -137,7 +140,12 @@ def check_groups(checkpoint: Path, config: RunConfig) -> None:
         return
     settings = read_settings(path)
     old = parse(settings["optimizer"], OptimizerConfig, str(path))
-    before, now = _group_settings(old, settings.get("trainer", {})), _group_settings(config.optimizer, config.trainer)
+    adapter = settings.get("adapter")
+    adapter = None if adapter is None else parse(adapter, AdapterSettings, str(path))
+    before = _group_settings(old, settings.get("trainer", {}), adapter, settings.get("freeze", []))
+    now = _group_settings(
+        config.optimizer, config.trainer, getattr(config, "adapter", None), getattr(config, "freeze", [])
+    )
     if changes := describe_differences(before, now):
         raise ValueError(
             f"the optimizer's state in '{checkpoint}' does not fit: {changes}. Keep these settings, or start a new run "
@@ -145,12 +153,15 @@ def check_groups(checkpoint: Path, config: RunConfig) -> None:
         )
 
 
-def _group_settings(config: OptimizerConfig, trainer: dict[str, Any]) -> dict[str, object]:
-    """The settings that determine the optimizer's kind and its parameter groups."""
+def _group_settings(
+    config: OptimizerConfig, trainer: dict[str, Any], adapter: AdapterSettings | None, freeze: Sequence[str]
+) -> dict[str, object]:
+    """The settings that determine the optimizer's kind and its parameters."""
     muon = {"plain": list(config.muon.plain)} if config.kind == "muon" else None
     groups = [group.pattern for group in config.groups]
     own = {"kind": config.kind, "groups": groups, "no_decay": list(config.no_decay), "muon": muon}
-    return {"optimizer": own, "trainer": {"optim": trainer.get("optim")}}
+    layers = None if adapter is None else {name: getattr(adapter, name) for name in _ADAPTER}
+    return {"optimizer": own, "trainer": {"optim": trainer.get("optim")}, "adapter": layers, "freeze": sorted(freeze)}
 
 
 def prune(run: Path, keep: int, best: int | None = None) -> None:

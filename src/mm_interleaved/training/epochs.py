@@ -69,7 +69,7 @@ def length_of_run(config: TrainConfig, loader: Any, args: TrainingArguments, con
 def _counted(config: TrainConfig, loader: Any, args: TrainingArguments, console: Console) -> int:
     """The batches of the first epoch of all processes together."""
     path = Path(config.output) / FILE
-    key = _digest(config, args.world_size)
+    key = _digest(config, args.world_size, loader.contents() if isinstance(loader, DocumentLoader) else [])
     known = torch.tensor(_known(path, key) if args.process_index == 0 else 0, device=args.device)
     shared = dist.is_available() and dist.is_initialized()
     if shared:
@@ -91,9 +91,9 @@ def _counted(config: TrainConfig, loader: Any, args: TrainingArguments, console:
     return int(total)
 
 
-def _digest(config: TrainConfig, processes: int) -> str:
-    """What the number of batches depends on, without the files themselves."""
-    data = json.dumps([dataclasses.asdict(config.training_data), processes], sort_keys=True, default=str)
+def _digest(config: TrainConfig, processes: int, contents: list[list[int | str]]) -> str:
+    """What the number of batches depends on, without the files of sources that have no digest."""
+    data = json.dumps([dataclasses.asdict(config.training_data), processes, contents], sort_keys=True, default=str)
     return hashlib.sha256(data.encode()).hexdigest()
 
 

@@ -140,7 +140,7 @@ def build_optimizer(
     """
     groups = torch_groups(model, config)
     if not groups:
-        raise ValueError("no parameter of the model is trainable; see model.overrides.frozen")
+        raise ValueError("no parameter of the model is trainable; see 'freeze' and model.overrides.frozen")
     if own is not None:
         kind, options = own
         if options.get("optim_bits") == 8 and find_spec("bitsandbytes"):

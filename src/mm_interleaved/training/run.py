@@ -175,6 +175,7 @@ def run(
         console.print(f"going on from {resume}")
     is_over = last >= steps or (trainer.stopping is not None and trainer.stopping.is_over)
     settings = folder.with_name(SETTINGS)
+    before = settings.read_text() if is_main and resume is not None and settings.is_file() else ""
     if is_main and not (resume is not None and is_over and settings.is_file()):  # those that trained the weights stay
         if resume is not None:
             _tell_new_length(resume, steps, console)
@@ -187,7 +188,12 @@ def run(
             return None
         trainer.load_weights(resume)
     else:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        except InputError:
+            if before and trainer.state.global_step <= last:  # nothing was trained with the new settings
+                write_atomic(settings, before)
+            raise
         last = trainer.state.global_step
     if loop.stopped_by is not None and last < steps and not (trainer.stopping is not None and trainer.stopping.is_over):
         console.print(
