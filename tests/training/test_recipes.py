@@ -145,7 +145,8 @@ def test_samples_come_from_the_data(tmp_path: Path) -> None:
     assert caption["wanted"][0]["text"].startswith("Mila the fox has")
     assert image["segments"][-1]["image"] == "0000002_1_1.png"
     page = (tmp_path / "run/report.html").read_text()
-    assert "step 0" in page
+    assert "step 2, finished" in page
+    assert "<th>step 0</th>" in page
     assert all(f'src="samples/{name}"' in page for name in ("0000000_1_1.png", "0000002_1_1.png", "wanted_1.png"))
     assert (tmp_path / "run/samples/wanted_1.png").is_file()
 

@@ -54,6 +54,8 @@ def read_run(folder: Path) -> RunRecord:
         raise InputError("is no folder of a run: it has no log.jsonl and no checkpoint", str(folder),
                          "Name the 'output' of a run")  # fmt: skip
     run = RunRecord(finished=(folder / FINAL_NOTE).is_file())
+    if own := list_checkpoints(folder):  # a short run may end before its first line in the log
+        run.steps = int(own[-1].name.rpartition("-")[2])
     for line in (folder / LOG).read_text().splitlines() if (folder / LOG).is_file() else []:
         try:
             entry = parse_json(line)

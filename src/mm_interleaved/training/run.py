@@ -35,6 +35,7 @@ from .flops import step_cost
 from .graphs import CapturedStep
 from .pipeline import BatchPipeline, Loader, prepare_documents
 from .publishing import Push
+from .report import write_run_report
 from .samples import Samples
 from .stopping import EarlyStopping
 from .tasks import Tasks
@@ -206,6 +207,7 @@ def run(
     if is_main:
         about = {"steps": last, "seed": config.seed, "version": __version__}
         write_json(folder / TRAINED, about)
+        write_run_report(folder.parent)  # which says that the run is finished
     if trainer.stopping is not None:
         _tell_best(trainer.stopping, last, steps, folder.parent, console)
     console.print(f"done: {folder}")
