@@ -27,6 +27,7 @@ from typing import Any
 
 BENCHMARK = Path(__file__).resolve()
 ROWS = 8  # of a batch
+BATCH = 256  # samples of an evaluation at a time
 SEEDS = (0, 1)
 FORGETTING = ("coco", "vqav2")  # tasks of the first world on which a tuned model is examined
 REPLAYED = ("vqav2", "coco")  # tasks that are also trained with documents of the first world
@@ -61,16 +62,16 @@ class Trial:
 WRITE = {"max_new_tokens": 80, "min_new_tokens": 1, "num_beams": 1}
 ANSWER = {"max_new_tokens": 16, "min_new_tokens": 0, "num_beams": 1}
 BOX = {"max_new_tokens": 30, "min_new_tokens": 1, "num_beams": 1}
-DRAW = {"num_inference_steps": 30, "guidance_scale": 6.0, "num_candidates": 1}
+DRAW = {"num_inference_steps": 20, "guidance_scale": 6.0, "num_candidates": 1}
 FOUND = "found_kind_color"
 TRIALS = {
     "coco_karpathy": Trial("caption", "coco", "", "train", "val", "objects_f1", "facts_right", WRITE),
     "vqav2": Trial("vqa", "vqav2", "", "train", "val", "accuracy", "accuracy", ANSWER),
     "refcoco": Trial("grounding", "refcoco", "train2014", "train", "val", "accuracy", "accuracy", BOX),
-    "coco": Trial("text-to-image", "coco", "", "train", "val", FOUND, FOUND, DRAW, 2.0, 0.5),
-    "ade20k": Trial("segmentation-to-image", "ade20k", "", "training", "validation", FOUND, FOUND, DRAW, 2.0, 0.5),
-    "vist": Trial("vist", "vist", "images", "train", "val", FOUND, FOUND, DRAW, 2.0, 0.15),
-    "visdial": Trial("visdial", "visdial", "", "train", "val", "mrr", "mrr", ANSWER, 1.0, 0.3),
+    "coco": Trial("text-to-image", "coco", "", "train", "val", FOUND, FOUND, DRAW, 1.5, 0.5),
+    "ade20k": Trial("segmentation-to-image", "ade20k", "", "training", "validation", FOUND, FOUND, DRAW, 1.5, 0.5),
+    "vist": Trial("vist", "vist", "images", "train", "val", FOUND, FOUND, DRAW, 1.0, 0.15),
+    "visdial": Trial("visdial", "visdial", "", "train", "val", "mrr", "mrr", ANSWER, 1.0, 0.2),
 }
 
 
@@ -89,10 +90,10 @@ class Run:
 
 
 def all_runs(only: list[str]) -> list[Run]:
-    """All runs, those that are needed most first."""
-    tasks = [task for task in TRIALS if not only or task in only]
-    runs = [Run(task, method, seed) for seed in SEEDS[:1] for method in ("full", "lora") for task in tasks]
-    runs += [Run(task, "zero") for task in tasks]
+    """All runs, those that are needed most first, and of these the longest first."""
+    tasks = sorted((task for task in TRIALS if not only or task in only), key=lambda task: TRIALS[task].value != FOUND)
+    runs = [Run(task, "zero") for task in tasks]
+    runs += [Run(task, method, seed) for seed in SEEDS[:1] for method in ("full", "lora") for task in tasks]
     runs += [Run(task, "replay") for task in tasks if task in REPLAYED]
     return runs + [Run(task, method, seed) for seed in SEEDS[1:] for method in ("full", "lora") for task in tasks]
 
@@ -152,7 +153,7 @@ def examine(out: Path, loaded: Any, task: str, world: str, folder: Path, limit: 
         task, phase=trial.val, limit=count, generation=trial.generation, **paths(out, task, world, "val")
     )
     begin = time.perf_counter()
-    suite = TaskSuite([config], batch_size=64)
+    suite = TaskSuite([config], batch_size=BATCH)
     results = evaluate(suite, loaded.model, loaded.processor, folder, name=folder.name, weights=folder.name)
     assert results is not None
     (result,) = results.tasks.values()
@@ -170,13 +171,14 @@ def settings_of(run: Run, out: Path, options: argparse.Namespace) -> list[str]:
     steps = max(1, round(trial.steps * options.steps))
     source = {"type": "task", "name": run.task, "options": {"task": run.task, "phase": trial.train,
                                                             **paths(out, run.task, SHIFTED, "train")}}  # fmt: skip
-    groups = [{"pattern": r"^image_decoder\.unet", "lr": 5e-4}]  # it learned at 1e-3
+    groups = [{"pattern": r"^image_decoder\.unet", "lr": options.unet_lr}]
     changes = [
         f"steps={steps}", f"seed={run.seed}", f"data.seed={run.seed}", "save_every=0", "tensorboard=false",
         "evaluation=null", f"log_every={max(1, steps // 20)}", f"schedule.warmup_steps={max(1, steps // 20)}",
-        f"data.sources={json.dumps([source])}", f"data.batch_size={options.rows}", "data.num_workers=0",
+        f"data.sources={json.dumps([source])}", f"data.batch_size={options.rows}", "data.num_workers=1",
+        "data.start_method=fork", "shapes.multiple=16",  # cuDNN plans convolutions anew for each number of images
         f"precision={'float32' if options.device == 'cpu' else 'bfloat16'}",
-        *(["optimizer.lr=1e-3"] if run.method == "lora" else ["optimizer.lr=3e-4",
+        *([f"optimizer.lr={options.lora_lr}"] if run.method == "lora" else [f"optimizer.lr={options.lr}",
                                                                f"optimizer.groups={json.dumps(groups)}"]),
     ]  # fmt: skip
     if run.method == "replay":
@@ -255,6 +257,7 @@ def run_all(out: Path, options: argparse.Namespace) -> None:
     shutil.rmtree(out / "claims", ignore_errors=True)
     for name in ("claims", "results", "logs"):
         (out / name).mkdir(parents=True, exist_ok=True)
+    (out / "about.json").write_text(json.dumps(settings_and_machine(options)))
     begin = time.perf_counter()
     write_data(out, options)
     print(f"data written in {time.perf_counter() - begin:.0f} s", flush=True)
@@ -282,8 +285,8 @@ def report(out: Path, options: argparse.Namespace) -> str:
     found = [json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))]
     done = {Run(r["task"], r["method"], r["seed"]).name for r in found}
     missing = [run.name for run in all_runs(options.only) if run.name not in done]
-    about = {"model": weights(), "steps": options.steps, "rows": options.rows, "images": options.images,
-             "samples": options.samples, "device": options.device, "missing": missing}  # fmt: skip
+    about = json.loads((out / "about.json").read_text()) if (out / "about.json").is_file() else {}
+    about |= {"model_sha256": weights(), "seeds": SEEDS, "missing": missing}
     (out / "results.json").write_text(json.dumps({"about": about, "runs": found}, indent=1) + "\n")
     text = "\n".join([*tuned_table(found), "", *forgetting_table(found), ""])
     if missing:
@@ -302,6 +305,18 @@ def weights() -> str:
     for path in sorted((FOLDER / "small").glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def settings_and_machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What the runs of a command have in common, and where they ran."""
+    import torch
+    import transformers
+
+    kept = ("steps", "rows", "lr", "unet_lr", "lora_lr", "images", "samples", "device", "processes")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"command": ["python", f"benchmarks/{BENCHMARK.name}", "OUT", *sys.argv[2:]], "gpus": names,
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            **{name: getattr(options, name) for name in kept}}  # fmt: skip
 
 
 def tuned_table(found: list[dict[str, Any]]) -> list[str]:
@@ -353,8 +368,13 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--processes", type=int, default=8, help="of each GPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no run is begun")
-    parser.add_argument("--steps", type=int, default=300, help="of a task about text; twice as many for images")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of a task; 1.5 times as many for images of captions and label maps"
+    )
     parser.add_argument("--rows", type=int, default=ROWS, help="of a batch")
+    parser.add_argument("--lr", type=float, default=6e-4, help="of all parts but the UNet, trained fully")
+    parser.add_argument("--unet-lr", type=float, default=1e-3, help="of the UNet, trained fully")
+    parser.add_argument("--lora-lr", type=float, default=2e-3, help="of adapters")
     parser.add_argument("--images", type=int, default=2000, help="for training, of each format")
     parser.add_argument("--samples", type=int, default=200, help="for an evaluation, of tasks about text")
     parser.add_argument("--only", nargs="*", default=[], choices=tuple(TRIALS))

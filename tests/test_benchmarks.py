@@ -38,7 +38,7 @@ def test_tables_of_fine_tuning(tmp_path: Path) -> None:
     assert "| vqav2 | full | 60.0 (59.0 to 61.0) | 60.0 (59.0 to 61.0) |" in said
     assert "Not run: vqav2-replay-0, vqav2-full-1, vqav2-lora-1." in said
     about = json.loads((tmp_path / "results.json").read_text())["about"]
-    assert len(about["model"]) == 64
+    assert len(about["model_sha256"]) == 64
 
 
 def test_deformable_attention(tmp_path: Path) -> None:
