@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
     "io", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
-    "adapters", "generation", "metrics", "tasks", "data", "pretrained", "pipeline", "evaluation", "training",
+    "adapters", "generation", "metrics", "tasks", "data", "pretrained", "pipeline", "batch", "evaluation", "training",
     "serving", "bench", "integrations", "cli", "auto", "__main__",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..document import Document
     from ..generation import DocumentFinished, Event, GenerationSettings, InterleavedGenerator
     from ..generation.interleaved import PreparedDocument
+    from ..pretrained import Loaded
     from .results import ResultsFolder
 
 
@@ -56,36 +57,69 @@ def generate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Share the work with every process that runs the same command.")
+    ] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="As --shared, but do only the I-th of N parts (from 0).")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Documents that a process takes at a time, if shared.", min=1)] = 64,
 ) -> None:
     """Fill the open slots of documents and continue them, with text and images.
 
-    Writes the images, results.json (the original's fields and ours) and report.html into the output folder.
+    Writes the images, results.json (the original's fields and ours) and report.html into the output folder. Shared
+    work (--shared, --shard, torchrun, srun) gives results.jsonl, in which each document is exactly once.
     """
+    from ..batch.records import describe_run
+    from ..batch.shared import SharedRun
     from ..document import load_documents
-    from ..generation import InterleavedGenerator
     from .results import ResultsFolder, refuse_occupied
+    from .shared import check_shared, count_processes, own_device, own_shards, run_shared
 
     kind = find_dtype(dtype) if dtype else None
     matrices = find_quantization(quantization)
     chosen = _settings(preset, image_preset, settings or [], seed)
+    if shared or shard is not None or count_processes() > 1:
+        own_shards(shard, range(0))
+        check_shared(output_folder, source, overwrite)
+        loaded = load_model(model, kind, find_device(own_device(device)), matrices,
+                            adapters=adapter or [], allow_other_base=allow_other_base)  # fmt: skip
+        generator = _generator(loaded, chosen)
+        run = SharedRun(output_folder, source, describe_run(loaded, generator.settings), shard_size=shard_size,
+                        batch_size=batch_size, image_root=image_root)  # fmt: skip
+        run_shared(run, generator, shard)
+        return
     where = find_device(device)
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root, look_in=[Path.cwd()])
     for document in documents:
         _check_images(document)
     loaded = load_model(model, kind, where, matrices, adapters=adapter or [], allow_other_base=allow_other_base)
+    generator = _generator(loaded, chosen)
+    prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
+    with lock_folder(output_folder):
+        folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
+        _run(generator, prepared, folder, batch_size)
+
+
+def _generator(loaded: Loaded, settings: GenerationSettings) -> InterleavedGenerator:
+    """The generator of a model; says if its weights are random.
+
+    Raises:
+        UsageError: images cannot be generated with these settings.
+    """
+    from ..generation import InterleavedGenerator
+
     try:
-        generator = InterleavedGenerator(loaded.model, loaded.processor, chosen)
-        prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
+        generator = InterleavedGenerator(loaded.model, loaded.processor, settings)
+        generator.prepare_all([])
     except InputError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
-    with lock_folder(output_folder):
-        folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
-        if not loaded.trained:
-            console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
-        _run(generator, prepared, folder, batch_size)
+    if not loaded.trained:
+        console.print(f"[yellow]note:[/] the weights of '{loaded.name}' are untrained: its outputs are noise")
+    return generator
 
 
 def _settings(preset: str, image_preset: str, pairs: list[str], seed: int | None) -> GenerationSettings:

@@ -6,34 +6,22 @@ the text or the path of the image and whether it was generated; for a generated 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
-from .. import __version__
+from ..batch.records import RecordWriter, describe_run
 from ..configuration import describe_differences
-from ..document import Document, Generated, Image, Segment, Text
+from ..document import Document, Segment
 from ..generation import GenerationSettings
-from ..io import InputError, check_list, read_json, write_atomic, write_image, write_json
-from ..io.images import load_image
+from ..io import InputError, check_list, read_json, write_atomic, write_json
 from ..pretrained import Loaded
 from .errors import UsageError
 from .report import write_report
 
 RESULTS, REPORT = "results.json", "report.html"
-
-
-def candidate_name(sample: int, turn: int, number: int) -> str:
-    """The file name of candidate `number` of the image that was generated in `turn` of document `sample`."""
-    return f"{sample}_{turn}_{number}.png"
-
-
-def _candidate_names(sample: int, generated: Generated) -> list[str]:
-    return [candidate_name(sample, generated.turn, number) for number in range(len(generated.candidates))]
+SHARED_RUN = "run.json"  # of `batch.shared`
 
 
 def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -44,6 +32,9 @@ def refuse_occupied(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise UsageError("--resume keeps earlier results and --overwrite removes them; choose one")
+    if os.path.exists(folder / SHARED_RUN):
+        raise UsageError(f"'{folder}' has the work of processes that share it; continue it with --shared, "
+                         "or name another folder")  # fmt: skip
     if os.path.exists(folder / RESULTS) and not (resume or overwrite):
         raise UsageError(f"'{folder / RESULTS}' exists; continue it with --resume, replace it with --overwrite, "
                          "or name another folder")  # fmt: skip
@@ -74,12 +65,9 @@ class ResultsFolder:
         overwrite: bool = False,
     ) -> None:
         self.folder, self.trained = folder, loaded.trained
+        self._writer = RecordWriter(folder)
         self.run = {
-            "model": loaded.name,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "seed": settings.seed,
-            "settings": dataclasses.asdict(settings),
-            "version": __version__,
+            **describe_run(loaded, settings),
             "input": source.name,
             "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         }
@@ -116,70 +104,12 @@ class ResultsFolder:
 
     def save_candidates(self, sample: int, segment: Segment) -> list[Path]:
         """Save the candidates of a generated image of document number `sample`. Returns the files written."""
-        if segment.generated is None:
-            return []
-        paths = [self.folder / name for name in _candidate_names(sample, segment.generated)]
-        for path, image in zip(paths, segment.generated.candidates, strict=True):
-            write_image(path, image)
-        return paths
+        return self._writer.save_candidates(sample, segment)
 
     def add_document(self, sample: int, document: Document, reason: str) -> None:
         """Add a finished document, whose candidates are saved, to `results.json`."""
-        results: list[str] = []
-        files: list[str] = []
-        for segment in document.generated:
-            assert segment.generated is not None
-            names = _candidate_names(sample, segment.generated)
-            results += [segment.generated.text or ""] if isinstance(segment, Text) else names
-            files += names
-        files += self._save_given(sample, document)
-        self.records.append({
-            **(document.record or {}),
-            "generate_results": results,
-            **({"id": document.id} if document.id is not None else {}),
-            "segments": [self._entry(sample, number, segment) for number, segment in enumerate(document.segments)],
-            "finish_reason": reason,
-            "files": files,
-            "run": self.run,
-        })  # fmt: skip
+        self.records.append({**self._writer.record(sample, document, reason), "run": self.run})
         write_json(self.folder / RESULTS, self.records, indent=4)
-
-    def _entry(self, sample: int, number: int, segment: Segment) -> dict[str, Any]:
-        """The entry of segment `number` of a document."""
-        generated = segment.generated
-        if isinstance(segment, Text):
-            entry: dict[str, Any] = {"text": segment.text}
-        elif generated is not None:
-            entry = {"image": candidate_name(sample, generated.turn, 0)}
-        else:
-            entry = {"image": self._given_path(sample, number, segment)}
-        if segment.role is not None:
-            entry["role"] = segment.role
-        entry["generated"] = generated is not None
-        if generated is not None:
-            entry["turn"] = generated.turn
-            if isinstance(segment, Image):
-                entry["candidates"] = _candidate_names(sample, generated)
-        return entry
-
-    def _save_given(self, sample: int, document: Document) -> list[str]:
-        """Save the given images that are only in memory. Returns their file names."""
-        names = []
-        for number, segment in enumerate(document.segments):
-            if isinstance(segment, Text) or segment.generated is not None:
-                continue
-            if isinstance(segment.source, PIL.Image.Image):
-                names.append(self._given_path(sample, number, segment))
-                write_image(self.folder / names[-1], load_image(segment.source))
-        return names
-
-    def _given_path(self, sample: int, number: int, segment: Image) -> str:
-        """Path of a given image, relative to the results folder."""
-        if isinstance(segment.source, PIL.Image.Image):
-            return f"{sample}_given_{number}.png"
-        if not isinstance(segment.source, (str, Path)):
-            raise TypeError(f"a given image is a file or in memory, not {segment.source!r}")
-        return os.path.relpath(segment.source, self.folder.resolve())
 
     def finish(self) -> Path:
         """Write the report. Returns its path."""

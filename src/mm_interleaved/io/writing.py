@@ -195,16 +195,21 @@ def put_in_place(aside: Path, target: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, required: bool = False) -> Iterator[None]:
     """Lock a folder, created if necessary, so that no other process writes into it. Released when the process ends.
 
+    Args:
+        folder: the folder.
+        required: whether a file system without locks is an error, and not a warning.
+
     Raises:
-        OutputError: another process, which the message names, has locked it, or it cannot be written.
+        OutputError: another process, which the message names, has locked it (kind "in use"), it cannot be written, or
+            it cannot be locked and must be.
     """
     path = Path(folder) / LOCK
     with writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        while (lock := _take_lock(path)) is None:
+        while (lock := _take_lock(path, required)) is None:
             pass  # the other process removed the file after it was opened here and before it was locked
     try:
         yield
@@ -213,7 +218,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _take_lock(path: Path) -> int | None:
+def _take_lock(path: Path, required: bool) -> int | None:
     """The lock file, open and locked; None: the file was removed."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -224,6 +229,11 @@ def _take_lock(path: Path) -> int | None:
         raise OutputError(f"in use by {holder}", str(path.parent), "Wait until it ends, or name another folder",
                           "in use") from None  # fmt: skip
     except OSError as error:  # a file system without locks
+        if required:
+            os.close(lock)
+            raise OutputError(f"files cannot be locked here ({error.strerror})", str(path.parent),
+                              "Use another file system, or give each process its own part of the work",
+                              "no locks") from None  # fmt: skip
         logger.warning("%s cannot be locked (%s): let only one process write there", path.parent, error.strerror)
         return lock
     try:
