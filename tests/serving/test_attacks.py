@@ -353,6 +353,15 @@ def test_slow_senders_do_not_stop_others(server: str) -> None:
     check_alive(server)
 
 
+def test_what_is_not_http_gets_an_error_in_the_one_form(server: str) -> None:
+    for head in (POST + "Content-Length: x\n\n", POST + "Content-Length: 1\nContent-Length: 2\n\n", "GET\n\n"):
+        found, took = raw(server, head)
+        head, _, body = found.partition(b"\r\n\r\n")
+        assert b" 400 " in head.partition(b"\r\n")[0]
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        assert took < SOON
+
+
 def test_keys() -> None:
     with running(StubEngine(), ServeConfig(keys=["secret-1", "secret-2"])) as server:
         for path in ("/v1/models", "//v1/models", "/v1/models/", "/V1/models", "/v1/./models", "/health/../v1/models",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from mm_interleaved import (
     Document,
@@ -21,7 +22,7 @@ from mm_interleaved import (
 )
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.serving import engine as events
-from mm_interleaved.serving.engine import DeadlineExceeded, EngineError, GenerationRequest, Overloaded
+from mm_interleaved.serving.engine import DeadlineExceeded, EngineError, GenerationRequest, Overloaded, Unavailable
 from mm_interleaved.serving.model import ModelEngine
 
 from ..conftest import make_image
@@ -166,3 +167,71 @@ def test_what_breaks_a_step_ends_its_requests_only(
         assert len(made) == 3
 
     with_engine(model, processor, work)
+
+
+def test_after_a_failed_step_others_are_served(
+    model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose image cannot be decoded, which is the last step of its image."""
+
+    async def work(engine: ModelEngine) -> None:
+        def out_of_memory(*_: Any) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.image_decoder, "decode", out_of_memory)
+            with pytest.raises(EngineError, match="out of memory"):
+                await drain(await engine.submit(request(1)))
+        assert engine.alive
+        assert (engine.load.running, engine.load.waiting, engine.load.failed) == (0, 0, 1)
+        _, made = await collect(engine, request(1))
+        assert len(made) == 3
+
+    with_engine(model, processor, work, rows=2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_stops_answers_all_requests(
+    model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: ModelEngine) -> None:
+        def unexpected(*_: Any) -> None:
+            raise SystemError("unexpected")
+
+        monkeypatch.setattr(model.image_decoder, "settled", unexpected)
+        asked = asyncio.gather(*(collect(engine, request(number)) for number in range(3)), return_exceptions=True)
+        for found in await asyncio.wait_for(asked, 10):  # that which broke it, and those behind it
+            assert isinstance(found, Unavailable)
+        assert not engine.alive
+        with pytest.raises(Unavailable, match="because of an error"):
+            await engine.submit(request(1))
+        with pytest.raises(Unavailable, match="because of an error"):
+            await engine.score(Document([]), "a dog")
+
+    with_engine(model, processor, work, rows=1)
+
+
+def test_an_answer_that_a_limit_of_turns_ends_is_not_complete(
+    model: MMInterleaved, processor: MMInterleavedProcessor
+) -> None:
+    async def work(engine: ModelEngine) -> list[Any]:
+        text = TextSettings(max_new_tokens=6, num_beams=1)
+        continued = GenerationSettings(text, SETTINGS.image, max_turns=1, force_image=True)
+        slots = replace(continued, max_turns=2)
+        asked = [GenerationRequest(Document([Text("a"), *more]), settings)
+                 for more, settings in (([], continued), ([Image()], replace(slots, max_turns=1)))]  # fmt: skip
+        return [(await collect(engine, one))[0][-1].reason for one in asked]
+
+    assert with_engine(model, processor, work) == ["length", "end"]
+
+
+def test_limits_of_scores(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    async def work(engine: ModelEngine) -> None:
+        with pytest.raises(InputError, match="of the model's context"):
+            await engine.score(Document([]), "a dog " * engine.limits.context)
+        scores = await asyncio.gather(*(engine.score(Document([]), "a dog") for _ in range(20)), return_exceptions=True)
+        refused = [isinstance(score, Overloaded) for score in scores]
+        assert 0 < sum(refused) < 20
+        assert engine.load.waiting == 0
+
+    with_engine(model, processor, work, rows=1, waiting=4)

@@ -9,6 +9,13 @@ from typing import Any
 import openai
 import PIL.Image
 import pytest
+from fastapi.testclient import TestClient
+
+from mm_interleaved.serving.app import create_app
+from mm_interleaved.serving.config import StoreConfig
+from mm_interleaved.serving.errors import ApiError
+from mm_interleaved.serving.store import ResponseStore, StoredResponse
+from mm_interleaved.serving.stub import StubEngine
 
 OWN = {"seed": 1, "num_inference_steps": 6}
 IMAGE_TOOL = {"type": "image_generation", "partial_images": 2}
@@ -133,3 +140,47 @@ def test_what_cannot_be_done_is_named(client: openai.OpenAI, fields: dict[str, A
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(model="stub", input="x", extra_body=fields)
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+def test_the_store_is_bounded_and_forgets_what_was_deleted() -> None:
+    def stored(name: str, characters: int, status: str = "completed") -> StoredResponse:
+        output = [{"type": "image_generation_call", "result": "", "candidates": ["x" * characters]}]
+        return StoredResponse({"id": name, "status": status, "output": output})
+
+    store = ResponseStore(StoreConfig(responses=3, mib=1))
+    working = stored("working", 0, "in_progress")
+    store.keep(working)
+    for number in range(4):
+        store.keep(stored(f"r{number}", 400_000))
+    for name in ("working", "r2", "r3"):
+        store.get(name)
+    for name in ("r0", "r1"):
+        with pytest.raises(ApiError, match="not found"):
+            store.get(name)
+    store.delete("r3")
+    store.delete("working")
+    store.keep(stored("r4", 400_000))
+    store.update(working)  # it ends after it was deleted
+    with pytest.raises(ApiError, match="not found"):
+        store.get("working")
+    store.get("r2")  # the memory of what was deleted is free again
+
+
+def test_a_refused_response_is_not_stored() -> None:
+    engine = StubEngine()
+    app = create_app(engine)
+    with TestClient(app) as client:
+        body = {"input": "hello", "background": True, "stream": True}
+        assert client.post("/v1/responses", json=body).status_code == 400
+        assert not app.state.services.store.in_progress()
+        assert (engine.load.running, engine.load.waiting) == (0, 0)
+
+
+def test_prompts_beyond_the_queue_stop_those_before_them() -> None:
+    engine = StubEngine(delay=0.05, rows=1, queue=1)
+    with TestClient(create_app(engine)) as client:
+        answer = client.post("/v1/completions", json={"prompt": ["a", "b", "c"]})
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 120
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        assert engine.load.cancelled == 2

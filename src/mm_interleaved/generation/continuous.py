@@ -16,6 +16,7 @@ import hashlib
 from collections import deque
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -127,14 +128,23 @@ class ContinuousGenerator(DocumentRows):
         self.limit = min(tokens or self.limit, self.limit)
         graphs = uses_graphs(model, cache_implementation)
         slots = self.most_images if graphs else 0  # more slots would be captured anew
-        self.state = GenerationState(model, rows, graphs, tokens=self.limit, slots=slots, images=images)
+        self._new_state = partial(GenerationState, model, rows, graphs, tokens=self.limit, slots=slots, images=images)
+        self._count = rows
         self.denoiser = Denoiser(model.image_decoder, images_together)
-        self.rows: list[Row] = [_EMPTY] * rows
-        self.keys: list[Hashable | None] = [None] * rows
         self.tokens_reused = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all documents, finished ones too. Their memory is freed before memory is taken."""
+        self.rows: list[Row] = [_EMPTY] * self._count
+        self.keys: list[Hashable | None] = [None] * self._count
         self._finished: dict[int, list[bytes]] = {}  # rows of finished documents, the oldest first: images' digests
         self._between: list[int] = []  # rows whose next turn has not begun
         self._work: dict[int, Work] = {}
+        self.denoiser.clear()
+        if hasattr(self, "state"):
+            del self.state
+        self.state = self._new_state()
 
     # ---- joining and leaving
 

@@ -145,6 +145,11 @@ class Denoiser:
         self.jobs.remove(job)
         self._forget_call()
 
+    def clear(self) -> None:
+        """Stop all images."""
+        self.jobs = []
+        self._forget_call()
+
     @torch.no_grad()
     def step(self) -> Iterator[ImageJob]:
         """One denoising step of the oldest images; yields each with its `last` step. Those that are done leave."""

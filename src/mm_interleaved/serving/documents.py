@@ -51,7 +51,7 @@ class Inputs:
         """The image of a `data:` URL, or of a URL of a listed host."""
         self.count(param)
         if url[:5].lower() == "data:":
-            data = decode_data_url(url, param)
+            data = await asyncio.to_thread(decode_data_url, url, param)
         elif url[:4].lower() == "http":
             data = await self.remote.fetch(url, param)
         else:

@@ -37,6 +37,10 @@ class EngineError(RuntimeError):
     """Generation failed; the message is fit for clients."""
 
 
+class Unavailable(EngineError):
+    """The engine takes no requests: it is shutting down, or it stopped because of an error."""
+
+
 class DeadlineExceeded(EngineError):
     """A request was not finished in its time."""
 
@@ -256,6 +260,7 @@ class Engine(ABC):
         Raises:
             InputError: the document cannot be used, or does not fit into the context.
             Overloaded: too many requests wait.
+            Unavailable: it is shutting down, or has stopped.
         """
 
     @abstractmethod
@@ -263,7 +268,7 @@ class Engine(ABC):
         """Log-probabilities of `text` after a document.
 
         Raises:
-            InputError, Overloaded: as `submit`.
+            InputError, Overloaded, Unavailable: as `submit`.
         """
 
     @property

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..io import InputError, close_name
-from .engine import DeadlineExceeded, EngineError, Overloaded
+from .engine import DeadlineExceeded, EngineError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(str(error), status=429, type="rate_limit_error", code="rate_limit_exceeded", headers=headers)
     if isinstance(error, DeadlineExceeded):
         return ApiError(str(error), status=504, type="server_error", code="timeout")
+    if isinstance(error, Unavailable):
+        return ApiError(str(error), status=503, type="server_error", code="unavailable", headers={"Retry-After": "30"})
     if isinstance(error, EngineError):
         return ApiError(str(error), status=500, type="server_error", code="server_error")
     if isinstance(error, InputError):

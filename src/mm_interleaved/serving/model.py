@@ -46,6 +46,7 @@ from .engine import (
     Stream,
     TextDelta,
     TextDone,
+    Unavailable,
     Usage,
 )
 
@@ -110,9 +111,15 @@ class _Scoring:
 
 @dataclass
 class _Command:
-    """Work for the thread between two turns."""
+    """Work for the thread between two turns.
+
+    Attributes:
+        run: the work.
+        refuse: what happens instead if the thread has ended.
+    """
 
     run: Callable[[], None] = field(repr=False)
+    refuse: Callable[[EngineError], None] = field(repr=False, default=lambda error: None)
 
 
 class ModelEngine(Engine):
@@ -147,7 +154,7 @@ class ModelEngine(Engine):
     ) -> None:
         self.model, self.adapters = name, tuple(adapters or {})
         self._model, self._processor = model, processor
-        self._most_waiting, self._tokens, self._together = waiting, tokens, images_together
+        self._most_waiting = waiting
         self._switches = {None: without_adapter, **(adapters or {})}
         self._adapter: str | None = None
         config, decoder = model.config, model.image_decoder
@@ -163,18 +170,16 @@ class ModelEngine(Engine):
             )
         self._rows = rows if memory is None else min(rows, int(memory // self.row_bytes))
         self.load = Load(rows=self._rows)
-        self._generator = self._new_generator()
+        self._generator = ContinuousGenerator(model, processor, self._rows, tokens=tokens,
+                                              images_together=images_together)  # fmt: skip
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._accepts, self._ends = False, False
+        self._accepts, self._ends, self._ended = False, False, False
+        self._ending = threading.Lock()  # between the last command and the end of the thread
         self._failure: str | None = None
         self._helpers = ThreadPoolExecutor(2, "prepare")
-
-    def _new_generator(self) -> ContinuousGenerator:
-        return ContinuousGenerator(self._model, self._processor, self._rows, tokens=self._tokens,
-                                   images_together=self._together)  # fmt: skip
 
     # ---- on the event loop
 
@@ -193,7 +198,7 @@ class ModelEngine(Engine):
         """Refuse new requests, finish those that there are for `grace` seconds, and end the thread."""
         self._accepts = False
         until = time.monotonic() + grace
-        while self.alive and (self._waiting or self._running) and time.monotonic() < until:
+        while self.alive and (self.load.waiting or self.load.running) and time.monotonic() < until:
             await asyncio.sleep(0.05)
         self._ends = True
         self._commands.put(_Command(lambda: None))
@@ -214,7 +219,7 @@ class ModelEngine(Engine):
             prepared = await loop.run_in_executor(self._helpers, self._prepare, request)
             until = time.monotonic() + request.seconds if request.seconds is not None else float("inf")
             job = stream.job = _Job(request, prepared, stream, until)
-            self._commands.put(_Command(lambda: self._waiting.append(job)))
+            self._hand_over(_Command(lambda: self._waiting.append(job), lambda error: self._refuse(job, error)))
             accepted = True
         finally:
             self.load.waiting -= not accepted
@@ -224,30 +229,49 @@ class ModelEngine(Engine):
         """Log-probabilities of `text` after a document."""
         self._check_room()
         loop = asyncio.get_running_loop()
-        ids = encode_plain(self._processor.tokenizer, text)
-        if not ids:
-            raise InputError("the text has no tokens")
-        prepared = await loop.run_in_executor(self._helpers, self._generator.prepare, document)
+        self.load.waiting += 1
+        try:
+            ids = await loop.run_in_executor(self._helpers, encode_plain, self._processor.tokenizer, text)
+            if not ids:
+                raise InputError("the text has no tokens")
+            prepared = await loop.run_in_executor(self._helpers, self._generator.prepare, document)
+            first = prepared.plan[0]
+            total = len(ids) + (0 if isinstance(first, str) else len(first))
+            if total > self.limits.context:
+                raise InputError(f"{total} tokens are more than the {self.limits.context} of the model's context",
+                                 fix="Shorten it")  # fmt: skip
+            values = await self._ask_for_scores(prepared, ids, adapter)
+        finally:
+            self.load.waiting -= 1
+        return ScoredText([self._processor.tokenizer.decode([i]) for i in ids], values)
+
+    async def _ask_for_scores(self, prepared: PreparedDocument, ids: list[int], adapter: str | None) -> list[float]:
+        """Let the thread score `ids`; nothing is done if the client leaves before it begins."""
+        loop = asyncio.get_running_loop()
         future: asyncio.Future[list[float]] = loop.create_future()
 
         def answer(found: list[float] | Exception) -> None:
             def finish() -> None:
-                if future.cancelled():
+                if future.done():
                     return
                 if isinstance(found, Exception):
                     future.set_exception(found)
                 else:
                     future.set_result(found)
 
-            loop.call_soon_threadsafe(finish)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(finish)
 
-        self._commands.put(_Command(lambda: self._score(_Scoring(prepared, ids, adapter, answer))))
-        values = await future
-        return ScoredText([self._processor.tokenizer.decode([i]) for i in ids], values)
+        def run() -> None:
+            if not future.done():
+                self._score(_Scoring(prepared, ids, adapter, answer))
+
+        self._hand_over(_Command(run, answer))
+        return await future
 
     def _check_room(self) -> None:
         if not self._accepts or not self.alive:
-            raise Overloaded(self._failure or "the server is shutting down", 30)
+            raise self._end_error
         if self.load.running + self.load.waiting >= self._rows + self._most_waiting:
             raise Overloaded(f"{self.load.waiting} requests are waiting", min(1 + self.load.waiting // self._rows, 120))
 
@@ -255,7 +279,23 @@ class ModelEngine(Engine):
         return self._generator.prepare(request.document)
 
     def _cancel(self, job: _Job) -> None:
-        self._commands.put(_Command(lambda: self._drop(job, EngineError("cancelled"))))
+        self._hand_over(_Command(lambda: self._drop(job, EngineError("cancelled"))))
+
+    def _hand_over(self, command: _Command) -> None:
+        """Give the thread a command; one that has ended refuses it."""
+        with self._ending:
+            if not self._ended:
+                self._commands.put(command)
+                return
+        command.refuse(self._end_error)
+
+    def _refuse(self, job: _Job, error: EngineError) -> None:
+        self.load.waiting -= 1
+        job.stream.send(error)
+
+    @property
+    def _end_error(self) -> Unavailable:
+        return Unavailable(self._failure or "the server is shutting down")
 
     # ---- in the thread
 
@@ -268,7 +308,11 @@ class ModelEngine(Engine):
             if not self._ends:  # an error that nobody expects, which the interpreter prints
                 self._failure = "the engine stopped because of an error; the server's log has it"
             for job in [*self._running.values(), *self._waiting]:
-                job.stream.send(EngineError(self._failure or "the server is shutting down"))
+                job.stream.send(self._end_error)
+            with self._ending:
+                self._ended = True
+            while not self._commands.empty():
+                self._commands.get_nowait().refuse(self._end_error)
 
     def _take_commands(self) -> None:
         """Run the commands that wait; without any other work, wait for one."""
@@ -284,6 +328,7 @@ class ModelEngine(Engine):
         """Let requests join, and give every text and every image some steps."""
         self._expire()
         self._admit()
+        failure: EngineError | None = None  # handled after the block, whose error holds the tensors of its frames
         try:
             begun = time.monotonic()
             self._deliver(self._generator.step_images())
@@ -298,17 +343,21 @@ class ModelEngine(Engine):
                     break
         except torch.OutOfMemoryError:
             log.exception("out of memory; all requests that run are ended")
-            self._restart(EngineError("the server ran out of memory"))
-        except (ValueError, RuntimeError) as error:
+            failure = EngineError("the server ran out of memory")
+        except (ValueError, RuntimeError, LookupError, TypeError, AssertionError) as error:
             log.exception("a step failed; all requests that run are ended")
-            self._restart(EngineError(f"generation failed ({type(error).__name__})"))
+            failure = EngineError(f"generation failed ({type(error).__name__})")
+        if failure is not None:
+            self._restart(failure)
 
     def _restart(self, error: EngineError) -> None:
         """End all requests that run, and start with empty memory."""
-        for job in list(self._running.values()):
-            self.load.failed += 1
-            self._drop(job, error)
-        self._generator = self._new_generator()
+        ended = list(self._running.values())
+        self._running.clear()
+        self.load.failed, self.load.running = self.load.failed + len(ended), 0
+        for job in ended:
+            job.stream.send(error)
+        self._generator.reset()
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -323,14 +372,15 @@ class ModelEngine(Engine):
                 if self._running:
                     return
                 self._use(job.request.adapter)
-            self._waiting.popleft()
             before = self._generator.tokens_reused
             try:
                 self._generator.join(id(job), job.prepared, job.request.settings)
             except (InputError, ValueError) as error:
-                job.stream.send(error if isinstance(error, InputError) else InputError(str(error)))
+                self._waiting.popleft()
                 self.load.waiting -= 1
+                job.stream.send(error if isinstance(error, InputError) else InputError(str(error)))
                 continue
+            self._waiting.popleft()
             job.cached = self._generator.tokens_reused - before
             self._running[id(job)] = job
             self.load.waiting, self.load.running = self.load.waiting - 1, self.load.running + 1
@@ -340,7 +390,7 @@ class ModelEngine(Engine):
         """Use an adapter; what was processed without it is forgotten."""
         self._switches[adapter]()
         self._adapter = adapter
-        self._generator = self._new_generator()
+        self._generator.reset()
 
     def _drop(self, job: _Job, error: EngineError) -> None:
         """End a request before its time."""
@@ -376,10 +426,10 @@ class ModelEngine(Engine):
         if isinstance(event, generation.SegmentFinished):
             return [self._finished(job, event)]
         reason = REASONS[event.reason]
-        if reason == "end" and job.truncated:
+        given = [part for part in job.prepared.plan if not isinstance(part, str)]
+        cut = event.reason == "turns" and len(given) == len(job.prepared.plan)  # the model had not ended
+        if reason == "end" and (job.truncated or cut):
             reason = "length"
-        document = job.prepared
-        given = [part for part in document.plan if not isinstance(part, str)]
         usage = Usage(sum(map(len, given)), job.cached, job.output_tokens, sum(len(part.images) for part in given),
                       job.output_images)  # fmt: skip
         return [Done(reason, usage)]

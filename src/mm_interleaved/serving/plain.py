@@ -93,11 +93,14 @@ async def complete(body: schema.CompletionRequest, request: Request) -> Response
     asked = Asked(body, body.temperature, body.top_p, body.max_tokens)
     settings = generation_settings(asked, found.config, found.engine)
     documents = [build_document([Text(p, role="user")] if p else [], "text", found.config) for p in prompts]
-    streams = [await found.engine.submit(generation_request(d, settings, adapter, found.config)) for d in documents]
+    requests = [generation_request(document, settings, adapter, found.config) for document in documents]
     if body.stream:
-        chunks = _chunks(streams[0], request, about, found.config.keep_alive_seconds)
+        chunks = _chunks(await found.engine.submit(requests[0]), request, about, found.config.keep_alive_seconds)
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    streams: list[Stream] = []
     try:
+        for one in requests:
+            streams.append(await found.engine.submit(one))  # the last ones may be refused
         ends = [await _whole(stream, request) for stream in streams]
     finally:
         for stream in streams:

@@ -299,7 +299,7 @@ async def input_segments(request: schema.ResponseRequest, found: Services) -> li
             segments += await message_segments(item, where, inputs)
         elif isinstance(item, schema.ImageCall) and item.result is not None:
             inputs.count(where)
-            data = decode_base64(item.result, f"{where}.result")
+            data = await asyncio.to_thread(decode_base64, item.result, f"{where}.result")
             image = await asyncio.to_thread(read_image, data, f"{where}.result", inputs.budget)
             segments.append(Image(image, role="assistant"))
         else:
@@ -368,6 +368,9 @@ async def prepare(request: schema.ResponseRequest, found: Services) -> _Prepared
         raise ApiError("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     if request.background and request.store is False:
         raise ApiError("'background' needs 'store'", param="store", code="invalid_value")
+    if request.background and request.stream:
+        raise ApiError("a response in the background is not streamed here; retrieve it by its id", param="stream",
+                       code="invalid_value")  # fmt: skip
     segments = await input_segments(request, found)
     first = [Text(request.instructions, role="system")] if request.instructions else []
     document = build_document([*first, *segments], wanted(request), config)
@@ -423,36 +426,34 @@ async def create(body: schema.ResponseRequest, request: Request) -> Response:
     if body.store is not False:
         found.store.keep(writer.stored)
     if body.background:
-        return _in_background(prepared, found, stream=bool(body.stream))
+        return _in_background(prepared, found)
 
     async def stream() -> AsyncIterator[bytes]:
-        async with left_behind(request, prepared.stream):
-            async for event in written(prepared, found.config):
-                yield sse(event, named=True)
-        if body.store is not False:
-            found.store.keep(writer.stored)
+        try:
+            async with left_behind(request, prepared.stream):
+                async for event in written(prepared, found.config):
+                    yield sse(event, named=True)
+        finally:
+            found.store.update(writer.stored)
 
     if body.stream:
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     async with left_behind(request, prepared.stream):
         async for _ in written(prepared, found.config):
             pass
-    if body.store is not False:
-        found.store.keep(writer.stored)
+    found.store.update(writer.stored)
     return JSONResponse(writer.response)
 
 
-def _in_background(prepared: _Prepared, found: Services, stream: bool) -> Response:
+def _in_background(prepared: _Prepared, found: Services) -> Response:
     """Generate a response for which nobody waits."""
-    if stream:
-        prepared.stream.cancel()
-        raise ApiError("a response in the background is not streamed here; retrieve it by its id", param="stream",
-                       code="invalid_value")  # fmt: skip
 
     async def run() -> None:
-        async for _ in written(prepared, found.config):
-            pass
-        found.store.keep(prepared.writer.stored)
+        try:
+            async for _ in written(prepared, found.config):
+                pass
+        finally:
+            found.store.update(prepared.writer.stored)
 
     prepared.writer.stored.task = asyncio.create_task(run())
     return JSONResponse(prepared.writer.response)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .config import ServeConfig
+from .errors import ApiError
 
 
 def protocol_with_deadline(seconds: float) -> type[asyncio.Protocol]:
@@ -37,6 +39,15 @@ def protocol_with_deadline(seconds: float) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer what is not HTTP in the form of all errors."""
+            error = ApiError(msg, code="invalid_request").response()
+            headers = [*error.raw_headers, (b"connection", b"close")]
+            for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                          h11.Data(data=bytes(error.body)), h11.EndOfMessage()):  # fmt: skip
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
 
         def _wait_for_headers(self) -> None:
             self._deadline = self.loop.call_later(seconds, self._give_up)

@@ -39,8 +39,16 @@ class StoredResponse:
         texts = sum(len(s.text or "") for s in self.segments if isinstance(s, Text))
         sources = [s.source for s in self.segments if isinstance(s, Image)]
         pixels = sum(3 * i.width * i.height for i in sources if isinstance(i, PIL.Image.Image))
-        results = sum(len(item.get("result") or "") for item in self.response["output"])
-        return texts + pixels + results + sum(len(str(item)) for item in self.input_items)
+        return texts + pixels + _characters(self.response["output"]) + _characters(self.input_items)
+
+
+def _characters(value: Any) -> int:
+    """The number of characters of all texts in JSON; nothing is copied."""
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 0
 
 
 class ResponseStore:
@@ -53,19 +61,33 @@ class ResponseStore:
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._total = 0
 
     def keep(self, stored: StoredResponse) -> None:
         """Keep a response, and forget old ones if need be; those in progress stay."""
         self._kept[stored.response["id"]] = stored
-        self._kept.move_to_end(stored.response["id"])
-        sizes = {name: found.size for name, found in self._kept.items()}
-        total = sum(sizes.values())
-        for name in list(self._kept):
-            if len(self._kept) <= self.config.responses and total <= self.config.mib * MIB:
+        self._measure(stored)
+
+    def update(self, stored: StoredResponse) -> None:
+        """Measure a response again after it has changed; nothing happens if it was forgotten meanwhile."""
+        if stored.response["id"] in self._kept:
+            self._kept.move_to_end(stored.response["id"])
+            self._measure(stored)
+
+    def _measure(self, stored: StoredResponse) -> None:
+        name, size = stored.response["id"], stored.size
+        self._total += size - self._sizes.get(name, 0)
+        self._sizes[name] = size
+        for old in list(self._kept):
+            if len(self._kept) <= self.config.responses and self._total <= self.config.mib * MIB:
                 return
-            if self._kept[name].response["status"] not in ("queued", "in_progress"):
-                del self._kept[name]
-                total -= sizes[name]
+            if self._kept[old].response["status"] not in ("queued", "in_progress"):
+                self._forget(old)
+
+    def _forget(self, name: str) -> None:
+        del self._kept[name]
+        self._total -= self._sizes.pop(name)
 
     def get(self, name: str, param: str | None = None) -> StoredResponse:
         """A response by its id.
@@ -85,7 +107,7 @@ class ResponseStore:
             ApiError: there is none.
         """
         found = self.get(name)
-        del self._kept[name]
+        self._forget(name)
         return found
 
     def item(self, name: str, param: str) -> Segment:

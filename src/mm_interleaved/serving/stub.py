@@ -36,6 +36,7 @@ from .engine import (
     Stream,
     TextDelta,
     TextDone,
+    Unavailable,
     Usage,
 )
 
@@ -104,7 +105,7 @@ class StubEngine(Engine):
     async def submit(self, request: GenerationRequest) -> Stream:
         """Start a request."""
         if not self._alive:
-            raise Overloaded("the server is shutting down", 30)
+            raise Unavailable("the server is shutting down")
         if self.load.running + self.load.waiting >= self.load.rows + self._queue:
             raise Overloaded(f"{self.load.waiting} requests are waiting", 1)
         if _tokens(request.document) > self.limits.context:
@@ -112,16 +113,23 @@ class StubEngine(Engine):
                              "model's context", request.document.name, "Shorten it")  # fmt: skip
         stream = _StubStream()
         self.load.waiting += 1
-        stream.task = asyncio.create_task(self._run(request, stream))
-        self._tasks.add(stream.task)
-        stream.task.add_done_callback(self._tasks.discard)
+        task = stream.task = asyncio.create_task(self._run(request, stream))
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:  # also of a task that was cancelled before it began
+            self._tasks.discard(task)
+            self.load.waiting = len(self._tasks) - self.load.running
+            if task.cancelled():
+                self.load.cancelled += 1
+                stream.put(EngineError("cancelled"))
+
+        task.add_done_callback(ended)
         return stream
 
     async def _run(self, request: GenerationRequest, stream: Stream) -> None:
-        waiting = True
         try:
             async with asyncio.timeout(request.seconds), self._free:
-                self.load.waiting, self.load.running, waiting = self.load.waiting - 1, self.load.running + 1, False
+                self.load.waiting, self.load.running = self.load.waiting - 1, self.load.running + 1
                 try:
                     for event in _events(request, self.words, self.limits.image_size):
                         await asyncio.sleep(self.delay)
@@ -134,12 +142,6 @@ class StubEngine(Engine):
         except EngineError as error:
             self.load.failed += 1
             stream.put(error)
-        except asyncio.CancelledError:
-            self.load.cancelled += 1
-            stream.put(EngineError("cancelled"))
-            raise
-        finally:
-            self.load.waiting -= waiting
 
     async def score(self, document: Document, text: str, adapter: str | None = None) -> ScoredText:
         """Every token is a word; its log-probability follows from its length."""
