@@ -14,6 +14,7 @@ from mm_interleaved import MMInterleaved, MMInterleavedProcessor
 from mm_interleaved.evaluation import TaskSuite, predict, predictions
 from mm_interleaved.evaluation.predict import Predictor, PreparedSample
 from mm_interleaved.evaluation.predictions import Predictions
+from mm_interleaved.processor import processor
 from mm_interleaved.tasks import make_task
 
 from .conftest import MakeTask, Run, contents, lines
@@ -40,9 +41,15 @@ def test_samples_are_prepared_once_and_by_threads(
     meanwhile(monkeypatch, MMInterleavedProcessor, "encode", lambda *_: encoded.append(threading.current_thread()))
     read: list[threading.Thread] = []
     load_image = predict.load_image
-    monkeypatch.setattr(
-        predict, "load_image", lambda path: (read.append(threading.current_thread()), load_image(path))[1]
-    )
+
+    def reading(source: Any, *arguments: Any) -> Any:
+        here = threading.current_thread() is threading.main_thread()
+        if not here or isinstance(source, (str, Path)):  # here also images that were reduced before
+            read.append(threading.current_thread())
+        return load_image(source, *arguments)
+
+    for module in (predict, processor):  # true images, and those of prompts
+        monkeypatch.setattr(module, "load_image", reading)
     asked = task(name)
     run(asked)
     samples = list(make_task(asked).samples())
