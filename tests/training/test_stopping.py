@@ -117,10 +117,15 @@ def test_the_best_of_an_average_is_a_model_of_its_own(scripted: Scripted, tmp_pa
     assert load(run / "best").trained
 
 
-def test_a_value_that_no_evaluation_has(scripted: Scripted) -> None:
+def test_a_value_that_no_evaluation_has(scripted: Scripted, tmp_path: Path) -> None:
     config = scripted([10, 20], "early_stopping.metric=gqa/acuracy")
-    with pytest.raises(TrainingError, match=r"'gqa/acuracy' is not among the values .* at step 1: gqa/accuracy"):
+    message = r"'gqa/acuracy' is not among the values .* at step 1: gqa/accuracy. Did you mean 'gqa/accuracy'\?"
+    with pytest.raises(TrainingError, match=message):
         train(config, TOKENIZER, "cpu", Colors)
+    assert names(tmp_path / "run") == ["checkpoint-1"]  # no step is lost
+    assert not (tmp_path / "run/final").exists()
+    train(scripted([10, 20]), TOKENIZER, "cpu", Colors)
+    assert os.readlink(tmp_path / "run/best") == "checkpoint-2"
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,8 @@ def run(
             if before and trainer.state.global_step <= last:  # nothing was trained with the new settings
                 write_atomic(settings, before)
             raise
+        if trainer.stopping is not None:
+            trainer.stopping.check()
         last = trainer.state.global_step
     if loop.stopped_by is not None and last < steps and not (trainer.stopping is not None and trainer.stopping.is_over):
         console.print(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..io import read_json
+from ..io import close_name, read_json, sentences
 from .config import EarlyStoppingConfig, TrainingError
 
 ERRORS = ("fid", "mean_rank", "unparsed")  # beginnings of values that are best when small
@@ -30,6 +30,7 @@ class EarlyStopping(TrainerCallback, ExportableState):
         self.best_value: float | None = None
         self.best_step: int | None = None
         self.waited = 0
+        self.problem: str | None = None  # ends the run after its checkpoint is written
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores, in the form that the Trainer asks for."""
@@ -62,22 +63,25 @@ class EarlyStopping(TrainerCallback, ExportableState):
     def judge(self, step: int, values: Mapping[str, float], control: TrainerControl) -> None:
         """Compare the values of an evaluation with the best; every process calls this with the same values.
 
-        A checkpoint is requested for the best weights, and where the run stops.
+        A checkpoint is requested for the best weights, and where the run stops. If the metric is not among the values,
+        the run stops too, so that no step is lost; `check` raises the error after that.
 
         Args:
             step: the step of the evaluated weights.
             values: values by `TASK/VALUE`.
             control: gets the requests.
-
-        Raises:
-            TrainingError: the metric is not among the values.
         """
         if self.config.metric not in values:
             known = ", ".join(values) or "no value at all"
-            raise TrainingError(
+            self.problem = sentences(
                 f"early_stopping.metric '{self.config.metric}' is not among the values of the evaluation at step "
-                f"{step}: {known}. Its folder says why a value is missing"
+                f"{step}: {known}",
+                close_name(self.config.metric, values),
+                "The evaluation's folder says why a value is missing",
+                "A checkpoint of this step is saved: the same command with another metric resumes from there",
             )
+            control.should_save = control.should_training_stop = True
+            return
         value = values[self.config.metric]
         if self._is_better(value):
             self.best_value, self.best_step, self.waited = value, step, 0
@@ -86,6 +90,15 @@ class EarlyStopping(TrainerCallback, ExportableState):
             self.waited += 1
         if self.is_over:
             control.should_save = control.should_training_stop = True
+
+    def check(self) -> None:
+        """Check that the run did not stop because an evaluation lacked the metric.
+
+        Raises:
+            TrainingError: it did.
+        """
+        if self.problem is not None:
+            raise TrainingError(self.problem)
 
     def _is_better(self, value: float) -> bool:
         if value != value:
