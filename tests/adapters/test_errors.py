@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mm_interleaved import MMInterleaved
 from mm_interleaved.adapters.folder import ABOUT, CONFIG, WEIGHTS
-from mm_interleaved.adapters.loading import lora_layers
+from mm_interleaved.adapters.loading import load_adapters, lora_layers
 from mm_interleaved.checkpoints.digest import weights_digest
 from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import load
@@ -133,6 +133,17 @@ def test_models_and_adapters_in_each_other_s_place(base: Path, good: Path) -> No
 def test_an_adapter_is_not_added_twice(base: Path, good: Path) -> None:
     with pytest.raises(InputError, match="given twice"):
         load(base, adapters=[good, good / "." / ".." / good.name])
+
+
+def test_an_adapter_that_fails_takes_those_before_it_along(base: Path, good: Path, folder: Path) -> None:
+    model = load(base).model
+    before = set(model.state_dict())
+    rewrite(folder, lambda tensors: tensors.pop(next(iter(tensors))))
+    with pytest.raises(InputError):
+        load_adapters(model, [good, folder])
+    assert not lora_layers(model)
+    assert set(model.state_dict()) == before
+    load_adapters(model, [good])
 
 
 def test_dora_is_not_added_up(base: Path, good: Path, tmp_path: Path) -> None:

@@ -134,8 +134,15 @@ def load_adapters(
     base = base_digest(model) if folders and not allow_other_base else None
     names = [NAME if number == 0 else f"{NAME}_{number + 1}" for number in range(len(folders))]
     loaded = [read_adapter(folder) for folder in folders]
-    for files, name in zip(loaded, names, strict=True):
-        load_adapter(model, files, name, allow_other_base=allow_other_base, base=base, keep_float32=keep_float32)
+    done: list[str] = []
+    try:
+        for files, name in zip(loaded, names, strict=True):
+            load_adapter(model, files, name, allow_other_base=allow_other_base, base=base, keep_float32=keep_float32)
+            done.append(name)
+    except InputError:
+        for name in reversed(done):
+            _remove(model, name)
+        raise
     if len(loaded) > 1:
         model.set_adapter(names)
         for layer in lora_layers(model).values():
