@@ -106,6 +106,8 @@ def test_history_images_and_texts_alone(root: Path, processor: MMInterleavedProc
     assert numbers([batch]) == [1, 2, 0]
     row, answers, _ = only(processor, root, {"messages": [{"role": "user", "content": "Hello"}, ANSWER]})
     assert (row, answers) == ("<s>USER: Hello ASSISTANT: A cat.</s>", ["A cat.</s>"])
+    without = {"messages": [{"role": "user", "content": "Hello"}, ANSWER], "image": ""}
+    assert only(processor, root, without)[0] == row
 
 
 def test_images_without_marks_come_first(root: Path, processor: MMInterleavedProcessor) -> None:
@@ -203,7 +205,7 @@ USER = {"role": "user", "content": "Who?"}
 BAD = [
     ({"messages": [USER]}, "the last message is not the assistant's"),
     ({"messages": []}, "the last message is not the assistant's"),
-    ({"text": "no messages"}, "must be a list"),
+    ({"text": "no messages"}, "a record has neither messages nor conversations"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "an answer is blank"),
     ({"messages": [USER, {"role": "robot", "content": "Beep."}]}, "unknown speaker 'robot'"),
     ({"messages": [USER, {"role": "assistant"}]}, "must be a string"),

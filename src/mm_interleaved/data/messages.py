@@ -62,6 +62,8 @@ class Messages:
 def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a record, with parts for text and images."""
     key = "messages" if "messages" in record else "conversations"
+    if key not in record:
+        raise InputError("a record has neither messages nor conversations", fix=_LAYOUT)
     names = _images(record)
     number, images = len(names), iter(names)
     turns = [_turn(turn, f"{key}[{i}]") for i, turn in enumerate(check_type(record.get(key), list, key, _LAYOUT))]
@@ -83,7 +85,8 @@ def _images(record: dict[str, Any]) -> list[str]:
     """The images that belong to the marks, in order."""
     key = "images" if "images" in record else "image"
     value = record.get(key)
-    values = [] if value is None else value if isinstance(value, list) else [value]
+    # LLaVA's records without an image may have image: ""
+    values = [] if value in (None, "") else value if isinstance(value, list) else [value]
     names = [v["path"] if isinstance(v, dict) and "path" in v else v for v in values]
     return check_list(names, str, key)
 
