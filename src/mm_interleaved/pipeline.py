@@ -90,13 +90,14 @@ class MMInterleavedPipeline:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         quantization: Quantization | None = None,
+        offload: bool = False,
     ) -> MMInterleavedPipeline:
         """A pipeline of a model by its name or folder; the arguments are those of `pretrained.load`.
 
         Raises:
             ValueError: as `load`.
         """
-        loaded = load(name, dtype, device, quantization)
+        loaded = load(name, dtype, device, quantization, offload=offload)
         return cls(loaded.model, loaded.processor)
 
     def to(self, device: str | torch.device) -> MMInterleavedPipeline:

@@ -96,7 +96,7 @@ def test_kernel_lines_need_a_gpu(mmi) -> None:
         (("bench", "--only", "decoding"), "there is no line 'decoding'; there are decode, image,"),
         (("bench", "--preset", "huge"), "--preset must be one of release, small, debug, not 'huge'"),
         (("bench", "--dtype", "int8", "--device", "cpu"), "--dtype must be one of"),
-        (("bench", "--quantization", "int3", "--device", "cpu"), "--quantization must be one of int8, fp8"),
+        (("bench", "--quantization", "int3", "--device", "cpu"), "--quantization must be one of int8, fp8, int4, nf4"),
         (("bench", "--compare", "nowhere.json", "nowhere.json"), "'nowhere.json' cannot be compared"),
     ],
 )

@@ -502,7 +502,7 @@ BAD_OPTIONS = {
     "a negative seed": (["--seed", "-1"], 1, "seed must be at least 0"),
     "no guidance at all": (["guidance_scale=.nan"], 1, "guidance_scale must be a finite number"),
     "no such type": (["--dtype", "float7"], 1, "bfloat16.*float7"),
-    "no such quantization": (["--quantization", "int3"], 1, "int8, fp8.*'int3'"),
+    "no such quantization": (["--quantization", "int3"], 1, "int8, fp8, int4, nf4.*'int3'"),
     "no such device": (["--device", "abacus"], 1, "abacus.*cuda:1"),
     "a device that is not there": (["--device", "cuda:63"], 1, "cuda:63.*not there"),
     "no documents at a time": (["--batch-size", "0"], 2, "batch-size"),

@@ -152,7 +152,7 @@ def test_another_run_is_refused_and_overwritten_if_asked(
         ("only=[okvqa]", "'only' names 'okvqa', which is not among the tasks: vqav2"),
         ("model=nowhere", "error: unknown model 'nowhere', and no folder has this name. Known: small, debug"),
         ("dtype=int8", "dtype must be 'float32'"),
-        ("quantization=int3", "quantization must be 'int8' or 'fp8'"),
+        ("quantization=int3", "quantization must be 'int8', 'fp8', 'int4' or 'nf4'"),
         ("max_unreadable=2", "max_unreadable must be at most 1, not 2"),
         ("tasks=[]", "tasks must have at least 1 item, not 0"),
         ("tasks=[{task: gqa}, {task: gqa}]", "two of 'tasks' are called 'gqa'"),

@@ -1,15 +1,18 @@
-"""Weight-only quantization of the language model through torchao: less memory, fewer bytes a token, not lossless.
+"""Weight-only quantization through torchao: less memory, fewer bytes a token, not lossless.
 
-A decode step reads every weight once, so 8-bit weights take half the time of 16-bit weights at best. The matrices of
-attention and MLP in the decoder layers are quantized, by far the largest part of a large model. MMFS, embeddings, head,
-visual tokenizer and image decoder are not.
+`quantize` is for generation. The matrices of attention and MLP in the decoder layers are quantized, by far the largest
+part of a large model. MMFS, embeddings, head, visual tokenizer and image decoder are not. A decode step reads every
+weight once, so fewer bytes can take less time; the decoding kernels read int8 and fp8.
 
-`quantize_frozen` is for training an adapter: it stores the frozen linear layers of chosen parts in 8 or 4 bits.
+`quantize_frozen` is for training an adapter: it stores the frozen linear layers of chosen parts in 8 or 4 bits. Both
+store a weight by `store`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
+import re
 from collections.abc import Collection
 from typing import Any, Literal, cast, get_args
 
@@ -20,24 +23,30 @@ from torch.nn import functional as F
 from ..model.mm_interleaved import MMInterleavedModel
 from ..model.weights import is_quantized
 
-Quantization = Literal["int8", "fp8"]
+Quantization = Literal["int8", "fp8", "int4", "nf4"]
 QUANTIZATIONS = get_args(Quantization)
 FrozenQuantization = Literal["none", "int8", "int4", "nf4"]
 NF4_BLOCK = 64  # weights that share a scale
+INT4_GROUPS = (128, 64, 32)  # weights of an output that share a scale and a zero point; the first that fits is taken
+INT4_COLUMNS = 1024  # torchao fills the inputs up to a multiple of it on a GPU
 EXTRA = "pip install 'mm-interleaved[quantization]'"
+_QUANTIZED = re.compile(r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+(\.base_layer)?")
 
 
-def quantize(model: MMInterleavedModel, kind: Quantization) -> None:
-    """Quantize the decoder layers' linear layers in place, with one scale for each output.
+def quantize(model: MMInterleavedModel, kind: Quantization, device: torch.device | str | None = None) -> None:
+    """Quantize the decoder layers' linear layers in place.
 
-    The model can be moved and used afterwards, but not saved: keep the checkpoint, and quantize after loading it.
+    The model can be used afterwards, but not saved: keep the checkpoint, and quantize after loading it. With int4 it
+    cannot be moved between the CPU and a GPU either, because each packs the numbers in its own order.
 
     Args:
         model: on any device; the CPU if the weights are to fit the device only afterwards.
-        kind: "int8", whole numbers from -127 to 127; "fp8", 8-bit floats (e4m3). The decoding kernels read both.
+        kind: how weights are stored, see `store`.
+        device: where each layer is quantized, and left; None: where it is.
 
     Raises:
-        ValueError: there is no such kind, torchao is not installed, or the model is quantized already.
+        ValueError: there is no such kind, torchao is not installed, the model is quantized already, or int4 cannot be
+            used with its sizes, its type or this device.
     """
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not '{kind}'")
@@ -45,12 +54,84 @@ def quantize(model: MMInterleavedModel, kind: Quantization) -> None:
         raise ValueError(f"quantization='{kind}' needs torchao, which is not installed: {EXTRA}")
     if is_quantized(model):
         raise ValueError("the model is quantized already; load it anew")
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    linears = quantizable(model)
+    if kind == "int4":
+        for name, linear in linears.items():
+            _check_int4(name, linear.weight, torch.device(device or linear.weight.device))
+    for linear in linears.values():
+        weight = linear.weight.detach()
+        linear.weight = nn.Parameter(store(weight.to(device or weight.device), kind), requires_grad=False)
 
-    wanted = {id(m) for layer in model.language_model.layers for part in (layer.self_attn, layer.mlp)
-              for m in part.modules() if type(m) is nn.Linear}  # fmt: skip
-    config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]()
-    quantize_(model.language_model, config, filter_fn=lambda module, name: id(module) in wanted)
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that `quantize` changes, by name; the matrices of adapters are not among them."""
+    return {
+        name: module for name, module in model.named_modules()
+        if type(module) is nn.Linear and _QUANTIZED.fullmatch(name)
+    }  # fmt: skip
+
+
+def store(weight: Tensor, kind: Quantization) -> Tensor:
+    """A tensor of torchao that holds `weight` [outputs, inputs] in fewer bits.
+
+    Args:
+        weight: on the device where it is used.
+        kind: "int8", whole numbers from -127 to 127, and "fp8", 8-bit floats (e4m3), with a scale for each output;
+            "int4", whole numbers from 0 to 15 with a scale and a zero point for each group of weights; "nf4", 4-bit
+            floats with a scale for each block of 64 weights (Dettmers et al., arXiv 2305.14314).
+    """
+    from torchao.quantization import Float8Tensor, Int8Tensor, NF4Tensor, PerRow
+
+    if kind == "int8":
+        return Int8Tensor.from_hp(weight, PerRow())
+    if kind == "fp8":
+        return Float8Tensor.from_hp(weight, granularity=PerRow())
+    if kind == "nf4":
+        return NF4Tensor.from_tensor(weight.contiguous(), NF4_BLOCK, _nf4_scales(weight.numel()))
+    group = [1, _int4_group(weight.shape[1])]
+    if weight.device.type == "cuda":
+        from torchao.quantization import Int4TilePackedTo4dTensor
+
+        return Int4TilePackedTo4dTensor.from_hp(weight, group)
+    from torchao.prototype.quantization.int4 import Int4OpaqueTensor
+
+    return Int4OpaqueTensor.from_hp(weight, group)
+
+
+def stored_bytes(outputs: int, inputs: int, itemsize: int, kind: Quantization) -> int:
+    """Bytes of a weight [outputs, inputs] that `store` makes on a GPU from numbers of `itemsize` bytes."""
+    if kind == "int4":
+        inputs = -(-inputs // INT4_COLUMNS) * INT4_COLUMNS
+        return outputs * inputs // 2 + outputs * inputs // _int4_group(inputs) * 2 * itemsize
+    count = outputs * inputs
+    if kind == "nf4":
+        blocks = count // NF4_BLOCK
+        return count // 2 + blocks + itemsize * (blocks // _nf4_scales(count) + 17)  # 17: 16 levels and a mean
+    return count + outputs * (5 if kind == "int8" else 4)  # a scale in float32, and the zero point of int8
+
+
+def _nf4_scales(count: int) -> int:
+    """Number of scales, of so many weights, that share a scale of their own."""
+    return math.gcd(count // NF4_BLOCK, 256)
+
+
+def _int4_group(inputs: int) -> int:
+    return next((group for group in INT4_GROUPS if inputs % group == 0), 0)
+
+
+def _check_int4(name: str, weight: Tensor, device: torch.device) -> None:
+    outputs, inputs = weight.shape
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"quantization='int4' runs on a CPU or a CUDA device, not on '{device.type}'; take nf4")
+    if device.type == "cuda" and weight.dtype != torch.bfloat16:
+        raise ValueError(f"quantization='int4' computes in bfloat16 on a GPU, and the weights are "
+                         f"{str(weight.dtype).removeprefix('torch.')}; add --dtype bfloat16 (dtype=torch.bfloat16)"
+                         )  # fmt: skip
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError("quantization='int4' needs a GPU of compute capability 8.0 or later; take nf4 or int8")
+    if not _int4_group(inputs) or outputs % 16:
+        raise ValueError(f"quantization='int4' needs inputs in multiples of 32 and outputs in multiples of 16, and "
+                         f"{name} is {outputs} x {inputs}; take nf4 or int8")  # fmt: skip
 
 
 class QuantizedLinear(nn.Linear):
@@ -60,18 +141,16 @@ class QuantizedLinear(nn.Linear):
     """
 
     @classmethod
-    def of(cls, linear: nn.Linear, kind: FrozenQuantization) -> QuantizedLinear:
+    def of(cls, linear: nn.Linear, kind: Quantization) -> QuantizedLinear:
         """The layer with the weight of `linear`, which keeps its own bias.
 
         Args:
             linear: a linear layer.
-            kind: "int8", whole numbers with a scale for each output; "nf4", 4-bit floats with a scale for each block of
-                64 weights (Dettmers et al., arXiv 2305.14314).
+            kind: "int8" or "nf4", see `store`.
         """
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, bias=False)
-        weight = linear.weight.detach()
-        layer.weight = nn.Parameter(_to_int8(weight) if kind == "int8" else _to_nf4(weight), requires_grad=False)
+        layer.weight = nn.Parameter(store(linear.weight.detach(), kind), requires_grad=False)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -97,20 +176,6 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         return grad @ _dequantized(ctx.weight, grad.dtype), None
-
-
-def _to_int8(weight: Tensor) -> Tensor:
-    from torchao.quantization import Int8Tensor, PerRow
-
-    return Int8Tensor.from_hp(weight, PerRow())
-
-
-def _to_nf4(weight: Tensor) -> Tensor:
-    from torchao.quantization import NF4Tensor
-
-    blocks = weight.numel() // NF4_BLOCK
-    together = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if blocks % size == 0)
-    return NF4Tensor.from_tensor(weight, NF4_BLOCK, together)
 
 
 def _dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,6 +208,8 @@ def quantize_frozen(model: nn.Module, kind: FrozenQuantization, names: Collectio
     Raises:
         ValueError: this kind cannot be trained with, torchao is not installed, or there is no such layer.
     """
+    if kind == "none":
+        return 0
     if kind == "int4":
         raise ValueError("model.quantize: torchao's int4 layers have no backward pass, so no adapter can be trained on "
                          "them; take nf4, which has 4 bits too, or int8")  # fmt: skip

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..io import read_json, write_atomic, write_json
 from .console import console, output
 from .errors import UsageError
-from .models import find_device, find_dtype, find_quantization
+from .models import QuantizationName, find_device, find_dtype, find_quantization
 
 
 def bench(
@@ -26,7 +26,7 @@ def bench(
     rounds: Annotated[int | None, typer.Option(help="Of the session.", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of an image.", min=1)] = None,
     compile_unet: Annotated[bool, typer.Option("--compile", help="Also generate images with a compiled UNet.")] = False,
-    quantization: Annotated[str | None, typer.Option(help="int8 or fp8 for the language model's matrices.")] = None,
+    quantization: QuantizationName = None,
     mmfs: Annotated[str | None, typer.Option(help="Backend of MMFS in the model: plain, triton or auto.")] = None,
     output_file: Annotated[
         Path | None,

@@ -17,7 +17,7 @@ import typer
 from ..io import InputError, UserError, atomic_folder, close_name, encode_image, write_atomic
 from .console import console
 from .errors import UsageError
-from .models import DTYPES, find_device, find_dtype, find_quantization, load_model
+from .models import DTYPES, Offload, QuantizationName, find_device, find_dtype, find_quantization, load_model
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -43,9 +43,8 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of texts and images.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help="Quantize the language model to 8 bits (not lossless): int8, fp8.")
-    ] = None,
+    quantization: QuantizationName = None,
+    offload: Offload = False,
     inline: Annotated[
         bool | None, typer.Option("--inline/--paths", help="Show images in the terminal; default: if it can.")
     ] = None,
@@ -59,7 +58,7 @@ def chat(
     from ..generation.settings import TEXT_PRESETS, GenerationSettings, override
 
     loaded = load_model(model, find_dtype(dtype) if dtype else None, find_device(device),
-                        find_quantization(quantization))  # fmt: skip
+                        find_quantization(quantization), offload=offload)  # fmt: skip
     try:
         chosen = override(GenerationSettings(TEXT_PRESETS["interleaved"], vary_noise=True), seed=seed,
                           **read_overrides(settings or []))  # fmt: skip

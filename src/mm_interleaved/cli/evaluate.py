@@ -15,7 +15,7 @@ from rich.table import Table
 from ..io import OutputError, lock_folder
 from .console import console, output
 from .errors import UsageError
-from .models import Adapters, check_cpu, find_dtype, load_model
+from .models import Adapters, Offload, QuantizationName, check_cpu, find_dtype, find_quantization, load_model
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -30,6 +30,8 @@ def evaluate_command(
     config: Annotated[Path, typer.Argument(help="YAML file of an evaluation; see configs/.", metavar="CONFIG")],
     settings: Settings = None,
     adapter: Adapters = None,
+    quantization: QuantizationName = None,
+    offload: Offload = False,
     device: Annotated[str | None, typer.Option(help="cpu, or by default a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in the folder.")] = False,
 ) -> None:
@@ -46,6 +48,8 @@ def evaluate_command(
     loaded = load_config(config, EvaluateConfig, settings or [])
     if adapter:
         loaded = replace(loaded, adapters=[*loaded.adapters, *map(str, adapter)])
+    loaded = replace(loaded, quantization=find_quantization(quantization) or loaded.quantization,
+                     offload=offload or loaded.offload)  # fmt: skip
     check_cpu(device)
     state = start_processes(cpu=device == "cpu" or not torch.cuda.is_available())
     folder = Path(loaded.output)
@@ -55,7 +59,7 @@ def evaluate_command(
             on_main(state, lambda: remove_results(folder))
         dtype, quiet = find_dtype(loaded.dtype) if loaded.dtype else None, not state.is_main_process
         model = load_model(loaded.model, dtype, state.device, loaded.quantization, quiet, loaded.adapters,
-                           loaded.allow_other_base)  # fmt: skip
+                           loaded.allow_other_base, loaded.offload)  # fmt: skip
         if not model.trained and state.is_main_process:
             console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: its outputs are noise")
         results = evaluate(

@@ -12,7 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..io import InputError, lock_folder
 from .console import console, output
 from .errors import UsageError
-from .models import DTYPES, Adapters, AllowOtherBase, find_device, find_dtype, find_quantization, load_model
+from .models import (
+    DTYPES,
+    Adapters,
+    AllowOtherBase,
+    Offload,
+    QuantizationName,
+    find_device,
+    find_dtype,
+    find_quantization,
+    load_model,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from ..document import Document
@@ -51,10 +61,8 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Documents that are generated together.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Quantize the language model to 8 bits (not lossless): int8, fp8."),
-    ] = None,
+    quantization: QuantizationName = None,
+    offload: Offload = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
     shared: Annotated[
@@ -83,7 +91,7 @@ def generate(
         own_shards(shard, range(0))
         check_shared(output_folder, source, overwrite)
         loaded = load_model(model, kind, find_device(own_device(device)), matrices,
-                            adapters=adapter or [], allow_other_base=allow_other_base)  # fmt: skip
+                            adapters=adapter or [], allow_other_base=allow_other_base, offload=offload)  # fmt: skip
         generator = _generator(loaded, chosen)
         run = SharedRun(output_folder, source, describe_run(loaded, generator.settings), shard_size=shard_size,
                         batch_size=batch_size, image_root=image_root)  # fmt: skip
@@ -94,7 +102,8 @@ def generate(
     documents = load_documents(source, image_root, look_in=[Path.cwd()])
     for document in documents:
         _check_images(document)
-    loaded = load_model(model, kind, where, matrices, adapters=adapter or [], allow_other_base=allow_other_base)
+    loaded = load_model(model, kind, where, matrices, adapters=adapter or [], allow_other_base=allow_other_base,
+                        offload=offload)  # fmt: skip
     generator = _generator(loaded, chosen)
     prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
     with lock_folder(output_folder):

@@ -24,6 +24,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 Adapters = Annotated[
     list[Path] | None, typer.Option("--adapter", help="Folder of an adapter for the model; several are added up.")
 ]
+QuantizationName = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization", help="Quantize the language model to 8 or 4 bits (not lossless): int8, fp8, int4, nf4."
+    ),
+]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Copy each large part of the model to the GPU only while it is needed.")
+]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Accept an adapter that was trained on another model.")
 ]
@@ -96,6 +105,7 @@ def load_model(
     quiet: bool = False,
     adapters: Sequence[str | Path] = (),
     allow_other_base: bool = False,
+    offload: bool = False,
 ) -> Loaded:
     """Load a model, its adapters and its processor.
 
@@ -107,6 +117,7 @@ def load_model(
         quiet: whether to hide the progress.
         adapters: folders of adapters, whose updates are added.
         allow_other_base: accept adapters that were trained on another model.
+        offload: copy each large part to the device only while it is needed.
 
     Raises:
         UsageError: it cannot be loaded, or an adapter cannot be used.
@@ -115,7 +126,7 @@ def load_model(
 
     try:
         with nullcontext() if quiet else console.status(f"loading {escape(name)}"):
-            return load(name, dtype, device, quantization, adapters, allow_other_base)
+            return load(name, dtype, device, quantization, adapters, allow_other_base, offload)
     except InputError:
         raise
     except (ValueError, RuntimeError, OSError) as error:  # the libraries' errors for folders that they cannot load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,17 @@ import typer
 
 from .console import console
 from .errors import UsageError
-from .models import DTYPES, Adapters, AllowOtherBase, find_device, find_dtype, find_quantization, load_model
+from .models import (
+    DTYPES,
+    Adapters,
+    AllowOtherBase,
+    Offload,
+    QuantizationName,
+    find_device,
+    find_dtype,
+    find_quantization,
+    load_model,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from ..serving.config import ServeConfig
@@ -36,9 +47,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen at; default: 8000.", min=0, max=65535)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help="Quantize the language model to 8 bits (not lossless): int8, fp8.")
-    ] = None,
+    quantization: QuantizationName = None,
+    offload: Offload = False,
     stub: Annotated[bool, typer.Option("--stub", help="Serve a stub without a model, to test clients.")] = False,
 ) -> None:
     """Serve a model over HTTP: /v1/responses, /v1/chat/completions, /v1/images/generations, /v1/completions.
@@ -59,9 +69,12 @@ def serve(
         from ..serving.model import ModelEngine
 
         loaded = load_model(model, kind, find_device(device), matrices, adapters=adapter or [],
-                            allow_other_base=allow_other_base)  # fmt: skip
+                            allow_other_base=allow_other_base, offload=offload)  # fmt: skip
         if not loaded.trained:
             console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
+        if offload and chosen.rows > 1:  # else parts would be copied whenever one request writes and another draws
+            console.print("[yellow]note:[/] requests are answered one after the other with --offload")
+            chosen = replace(chosen, rows=1)
         engine = ModelEngine(loaded.model, loaded.processor, name or Path(model).name, rows=chosen.rows,
                              waiting=chosen.waiting, tokens=chosen.tokens, images_together=chosen.images_together,
                              memory=None if chosen.memory_gib is None else chosen.memory_gib * 2**30)  # fmt: skip
@@ -84,8 +97,6 @@ def _settings(path: Path | None, pairs: list[str], host: str | None, port: int |
         chosen = load_config(path, ServeConfig, changes)
     keys = [key for key in os.environ.get("MMI_API_KEYS", "").split(",") if key]
     if keys:
-        from dataclasses import replace
-
         chosen = replace(chosen, keys=[*chosen.keys, *keys])
     return chosen
 

@@ -96,7 +96,8 @@ class EvaluateConfig(TaskSuite):
         adapters: folders of adapters for the model, whose updates are added.
         allow_other_base: accept adapters that were trained on another model with the same layers.
         dtype: type of the weights; None: their type in the checkpoint.
-        quantization: int8 or fp8 for the language model's large matrices; None: none.
+        quantization: int8, fp8, int4 or nf4 for the language model's large matrices; None: none.
+        offload: copy each large part of the model to the GPU only while it is needed.
         gallery: number of samples in a task's gallery, half with the lowest scores, half spread over the rest; 0: none.
     """
 
@@ -106,6 +107,7 @@ class EvaluateConfig(TaskSuite):
     allow_other_base: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantization: Quantization | None = None
+    offload: bool = False
     gallery: Count = 200
 
 

@@ -21,6 +21,7 @@ from ..checkpoints.quantization import Quantization, quantize
 from ..generation import MMInterleaved
 from ..io import InputError
 from ..model import MMInterleavedConfig
+from ..model.offloading import offload as offload_parts
 from ..plugins import Registry
 from ..processor import MMInterleavedProcessor, MMInterleavedTokenizer
 
@@ -55,6 +56,7 @@ class Loaded:
 def load(
     name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None,
     quantization: Quantization | None = None, adapters: Sequence[str | Path] = (), allow_other_base: bool = False,
+    offload: bool = False,
 ) -> Loaded:  # fmt: skip
     """Load a model and its processor, and adapters for it.
 
@@ -63,15 +65,21 @@ def load(
             `mmi convert` wrote.
         dtype: type of the weights; None: float32 for a named model, the stored type for a folder.
         device: the device; None: the CPU.
-        quantization: "int8" or "fp8" for the language model's large matrices, see `quantize`; None: none.
+        quantization: "int8", "fp8", "int4" or "nf4" for the language model's large matrices, see `quantize`; None:
+            none.
         adapters: folders of adapters, whose updates are added to each other; the processor gets their crop and
             template.
         allow_other_base: accept adapters that were trained on another model with the same layers.
+        offload: keep the large parts in main memory and copy each to `device` when it is needed, see
+            `model.offloading`.
 
     Raises:
         ValueError: the model does not exist, one of its files (which the message names) is missing or damaged, it
-            cannot be quantized, or an adapter does not belong to it.
+            cannot be quantized, an adapter does not belong to it, or there is no GPU to offload from.
     """
+    if offload and torch.device(device or "cpu").type == "cpu":
+        raise ValueError("offloading moves parts between main memory and a GPU, but the device is the CPU; leave it "
+                         "out (--offload), or choose a GPU")  # fmt: skip
     named = str(name) in MODELS
     folder = MODELS[str(name)] if named else Path(name)
     if (folder / "config.json").is_file():
@@ -95,8 +103,11 @@ def load(
         raise InputError(f"{unknown.problem}, and no folder has this name", fix=unknown.fix)
     load_adapters(model, [Path(adapter) for adapter in adapters], processor, allow_other_base)
     if quantization is not None:
-        quantize(model, quantization)
-    if device is not None:
+        quantize(model, quantization, device)
+    if offload:
+        assert device is not None
+        offload_parts(model, device)
+    elif device is not None:
         model.to(device)
     shown = " + ".join(map(str, (name, *adapters))) + ("" if quantization is None else f" ({quantization})")
     return Loaded(model.eval(), processor, trained, shown)

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..checkpoints.quantization import frozen_linears
+from ..checkpoints.quantization import frozen_linears, stored_bytes
 from ..generation import MMInterleaved
 from ..io import read_json
 from ..model import MMInterleavedConfig
@@ -40,7 +40,6 @@ BLOCK = 512  # bytes; PyTorch's allocator rounds up to it
 OVERHEAD = 0.04  # share of all for fragmentation and the workspaces of kernels, see benchmarks/results
 GIB = 2**30
 VAE = "image_decoder.vae."
-QUANTIZED = {"int8": 1.001, "int4": 0.52, "nf4": 0.52}  # bytes of a weight, with its share of the scales
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def estimate(
     parts["activations"] = max(peak - (0 if divided else weights.gradient_bytes), 0)
     if config.model.quantize != "none":
         linears = [layer.weight for layer in frozen_linears(model, quantized_modules(model, config)).values()]
-        elements = sum(weight.numel() for weight in linears)
-        parts["frozen weights"] -= _bytes(linears) - int(elements * QUANTIZED[config.model.quantize])
+        fewer = sum(stored_bytes(*w.shape, w.element_size(), config.model.quantize) for w in linears)
+        parts["frozen weights"] -= _bytes(linears) - fewer
         parts["activations"] += max(_bytes([weight]) for weight in linears)  # one layer is whole while it computes
     parts["overhead"] = int(OVERHEAD * sum(parts.values()))
     return MemoryEstimate({name: size for name, size in parts.items() if size}, sizes, world_size)
