@@ -144,7 +144,7 @@ def estimate(
     parts["activations"] = max(peak - (0 if divided else weights.gradient_bytes), 0)
     if config.model.quantize != "none":
         linears = [layer.weight for layer in frozen_linears(model, quantized_modules(model, config)).values()]
-        fewer = sum(stored_bytes(*w.shape, w.element_size(), config.model.quantize) for w in linears)
+        fewer = sum(stored_bytes(w.shape[0], w.shape[1], w.element_size(), config.model.quantize) for w in linears)
         parts["frozen weights"] -= _bytes(linears) - fewer
         parts["activations"] += max(_bytes([weight]) for weight in linears)  # one layer is whole while it computes
     parts["overhead"] = int(OVERHEAD * sum(parts.values()))
