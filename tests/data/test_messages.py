@@ -225,6 +225,8 @@ BAD = [
      "outside the image of 8 x 8 pixels"),
     ({**SHAREGPT, "messages": [USER, {"role": "assistant", "content": "<bbox>"}], "objects": {"bbox": [[5, 0, 4, 4]]}},
      "is no box"),
+    ({**SHAREGPT, "messages": [USER, {"role": "assistant", "content": "<bbox>"}], "objects": {"bbox": [[4, 0, 4, 4]]}},
+     "has no area"),
     ({**SHAREGPT, "messages": [USER, {"role": "assistant", "content": "<bbox>"}], "objects": {"bbox": [[0, 0, 4]]}},
      "a box has 4 sides, not 3"),
     ({**SHAREGPT, "messages": [USER, {"role": "assistant", "content": "<bbox>"}],

@@ -188,6 +188,7 @@ def _boxes(objects: dict[str, Any], document: Document) -> list[Box]:
         try:
             boxes.append(Box(*sides, image=number) if kind == "norm1" else
                          Box.from_pixels(sides, _size(document, number), number))  # fmt: skip
+            boxes[-1].check_area()
         except InputError as error:
             raise error.at(place) from None
     return boxes

@@ -57,6 +57,15 @@ class Box:
         x1, y1, x2, y2 = (min(max(side / size[i % 2], 0.0), 1.0) for i, side in enumerate(sides))
         return cls(x1, y1, x2, y2, image)
 
+    def check_area(self) -> None:
+        """Check that the box can be learned.
+
+        Raises:
+            InputError: it has no width or no height.
+        """
+        if self.x1 == self.x2 or self.y1 == self.y2:
+            raise InputError(f"the box {list(self.sides)} has no area", fix="Leave it out, or correct it")
+
     @property
     def sides(self) -> tuple[float, float, float, float]:
         """x1, y1, x2, y2."""

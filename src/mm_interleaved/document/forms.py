@@ -96,6 +96,7 @@ def _boxes(value: Any, where: str) -> tuple[tuple[int, Box], ...]:
         start, image = (check_type(item.get(key, 0), int, f"{place}.{key}") for key in ("at", "image"))
         try:
             found.append((start, Box(*sides, image=image)))
+            found[-1][1].check_area()
         except InputError as error:
             raise error.at(place) from None
     return tuple(found)
