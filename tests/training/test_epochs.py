@@ -73,6 +73,7 @@ def test_an_epoch_is_a_pass_over_the_data_without_replay(settings, capsys) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["samples.count=0"], "samples.count"),
         (["epochs=2"], "give one of 'steps' and 'epochs', not both"),
         (["steps=null"], "give one of 'steps' and 'epochs', not neither"),
         (["steps=null", "epochs=2", "data.sampling=forever"], "needs data that end"),

@@ -314,7 +314,7 @@ class SampleConfig:
 
     documents: str | None = None
     from_data: bool = False
-    count: Count = 4
+    count: Positive = 4
     num_inference_steps: Positive = 20
     guidance_scale: float | None = None
     max_new_tokens: Positive = 60
