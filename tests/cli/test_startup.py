@@ -47,6 +47,16 @@ def test_the_help_of_every_command_is_light_and_silent() -> None:
     assert {"", "generate", "train", "evaluate", "data check", "data prepare", "bench"} <= set(shown)
 
 
+def test_the_list_of_recipes_is_light() -> None:
+    done = python(
+        "import sys\nfrom mm_interleaved.cli import main\n"
+        "try:\n    main(['finetune'])\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
+        f"assert not [n for n in {HEAVY!r} if n in sys.modules]"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "own-folder" in done.stdout
+
+
 def test_importing_the_package_is_light() -> None:
     done = python(
         f"import sys, mm_interleaved\nprint([n for n in {HEAVY!r} if n in sys.modules], mm_interleaved.__version__)"

@@ -14,7 +14,7 @@ from mm_interleaved.cli.finetune import PAGE
 from mm_interleaved.configuration import load_config
 from mm_interleaved.evaluation import EvaluateConfig
 from mm_interleaved.training.config import TrainConfig
-from mm_interleaved.training.recipes import list_recipes
+from mm_interleaved.training.recipe_list import list_recipes
 
 from ..cli.conftest import Outcome, mmi
 from .conftest import ROOT

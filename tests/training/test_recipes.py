@@ -20,7 +20,8 @@ from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.familiar import FAMILIAR
 from mm_interleaved.training.memory import BatchSizes, MemoryEstimate
-from mm_interleaved.training.recipes import FOLDER, list_recipes, load_recipe
+from mm_interleaved.training.recipe_list import FOLDER, list_recipes
+from mm_interleaved.training.recipes import load_recipe
 from mm_interleaved.training.run import train
 from mm_interleaved.training.samples import sample_documents
 from mm_interleaved.validation import ConfigError

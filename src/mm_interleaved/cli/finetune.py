@@ -67,7 +67,7 @@ def finetune(
 
 
 def _list_recipes() -> None:
-    from ..training.recipes import list_recipes
+    from ..training.recipe_list import list_recipes
 
     table = Table(title="recipes", title_justify="left", show_header=False)
     for name, description in list_recipes().items():

@@ -15,15 +15,9 @@ from ..io import InputError, nearest_name
 from ..pretrained import FOLDER as PACKAGED
 from ..pretrained import MODELS
 from .config import TrainConfig
+from .recipe_list import FOLDER, list_recipes
 
-FOLDER = Path(__file__).parents[1] / "recipes"
 ENDINGS = (".yaml", ".yml")
-
-
-def list_recipes() -> dict[str, str]:
-    """The descriptions of the package's recipes by name."""
-    files = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("_"))
-    return {path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for path in files}
 
 
 def find_recipe(name: str) -> Path:
