@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,47 @@ def load_adapters(
     if processor is not None:
         _set_processor(processor, loaded)
     return loaded
+
+
+def load_choices(
+    model: PreTrainedModel,
+    folders: Mapping[str, Path],
+    processor: MMInterleavedProcessor,
+    allow_other_base: bool = False,
+) -> Mapping[str | None, Callable[[], None]]:
+    """Load adapters of which at most one acts at a time; none acts at first.
+
+    Args:
+        model: their base, without any adapter.
+        folders: their folders by name.
+        processor: gets the crop and the template of the adapters.
+        allow_other_base: accept adapters that were trained on another model with the same layers.
+
+    Returns:
+        For each name a function that lets this adapter act; for None one that lets none act.
+
+    Raises:
+        InputError: one cannot be used, or two need different crops or templates.
+    """
+    base = base_digest(model) if folders and not allow_other_base else None
+    loaded = {name: read_adapter(folder) for name, folder in folders.items()}
+    for name, files in loaded.items():
+        load_adapter(model, files, name, allow_other_base=allow_other_base, base=base)
+    _set_processor(processor, list(loaded.values()))
+
+    def act(name: str | None) -> None:
+        if not loaded:
+            return
+        if name is None:
+            model.disable_adapters()
+            return
+        model.enable_adapters()
+        model.set_adapter(name)
+        for layer in lora_layers(model).values():
+            layer.requires_grad_(False)
+
+    act(None)
+    return {name: partial(act, name) for name in (None, *loaded)}
 
 
 def base_digest(model: PreTrainedModel) -> str:

@@ -40,6 +40,12 @@ def serve(
     *,
     model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
     adapter: Adapters = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choice", metavar="NAME=FOLDER", help="Adapter that requests choose by this name as their model."
+        ),
+    ] = None,
     allow_other_base: AllowOtherBase = False,
     config_file: Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: that of its folder.")] = None,
@@ -66,6 +72,7 @@ def serve(
 
         engine: Engine = StubEngine(name or "stub", rows=chosen.rows, queue=chosen.waiting)
     else:
+        from ..adapters.loading import load_choices
         from ..serving.model import ModelEngine
 
         loaded = load_model(model, kind, find_device(device), matrices, adapters=adapter or [],
@@ -75,12 +82,32 @@ def serve(
         if offload and chosen.rows > 1:  # else parts would be copied whenever one request writes and another draws
             console.print("[yellow]note:[/] requests are answered one after the other with --offload")
             chosen = replace(chosen, rows=1)
+        choices = _choices(choice or [], name or Path(model).name, bool(adapter))
+        switches = load_choices(loaded.model, choices, loaded.processor, allow_other_base)
         engine = ModelEngine(loaded.model, loaded.processor, name or Path(model).name, rows=chosen.rows,
+                             adapters={key: switches[key] for key in choices}, without_adapter=switches[None],
                              waiting=chosen.waiting, tokens=chosen.tokens, images_together=chosen.images_together,
                              memory=None if chosen.memory_gib is None else chosen.memory_gib * 2**30)  # fmt: skip
         limits, size = engine.limits, f"{engine.row_bytes / 2**20:,.0f} MiB"
         console.print(f"{engine.load.rows} rows of {limits.context} tokens and {limits.images} images, {size} each")
     _run(engine, chosen)
+
+
+def _choices(pairs: list[str], model: str, has_adapter: bool) -> dict[str, Path]:
+    """The folders of `--choice` by their names."""
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        key, sign, folder = pair.partition("=")
+        if not sign or not key or not folder:
+            raise UsageError(f"--choice '{pair}' must be NAME=FOLDER")
+        if key == model or key in found:
+            raise UsageError(f"--choice: the name '{key}' is taken", fix="Choose another one")
+        found[key] = Path(folder)
+    if found and has_adapter:
+        raise UsageError(
+            "--choice and --adapter exclude each other", fix="Merge the adapter that always acts: mmi convert"
+        )
+    return found
 
 
 def _settings(path: Path | None, pairs: list[str], host: str | None, port: int | None) -> ServeConfig:
