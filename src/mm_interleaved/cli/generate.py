@@ -95,6 +95,7 @@ def generate(
         generator = _generator(loaded, chosen)
         run = SharedRun(output_folder, source, describe_run(loaded, generator.settings), shard_size=shard_size,
                         batch_size=batch_size, image_root=image_root)  # fmt: skip
+        _note_random_weights(loaded)
         run_shared(run, generator, shard)
         return
     where = find_device(device)
@@ -108,11 +109,12 @@ def generate(
     prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
     with lock_folder(output_folder):
         folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
+        _note_random_weights(loaded)
         _run(generator, prepared, folder, batch_size)
 
 
 def _generator(loaded: Loaded, settings: GenerationSettings) -> InterleavedGenerator:
-    """The generator of a model; says if its weights are random.
+    """The generator of a model.
 
     Raises:
         UsageError: images cannot be generated with these settings.
@@ -126,9 +128,12 @@ def _generator(loaded: Loaded, settings: GenerationSettings) -> InterleavedGener
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
+    return generator
+
+
+def _note_random_weights(loaded: Loaded) -> None:
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{loaded.name}' are untrained: its outputs are noise")
-    return generator
 
 
 def _settings(preset: str, image_preset: str, pairs: list[str], seed: int | None) -> GenerationSettings:
