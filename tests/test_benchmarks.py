@@ -47,6 +47,7 @@ def test_deformable_attention(tmp_path: Path) -> None:
     assert min(line["maps"], line["rows"]) > 0
 
 
+@pytest.mark.slow
 def test_tasks(tmp_path: Path) -> None:
     sizes = ["--preset", "debug", "--device", "cpu", "--dtype", "float32", "--samples", 4, "--batches", 2]
     measure("evaluation.py", *sizes, "--output", tmp_path / "e.json")
@@ -66,12 +67,14 @@ def test_data(tmp_path: Path) -> None:
     assert min(rates[f"{name}/s"] for name in ("rows", "tokens", "images")) > 0
 
 
+@pytest.mark.slow
 def test_quality(tmp_path: Path) -> None:
     measure("quality.py", "small", "--samples", 1, "--steps", 1, "--output", tmp_path / "q.json")
     found = json.loads((tmp_path / "q.json").read_text())
     assert {"captions", "questions", "drawing", "stories"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_quality_of_what_mmfs_is_for(tmp_path: Path) -> None:
     """Places, boxes and images after others are asked for where they are named."""
     sizes = ["--samples", 2, "--drawn", 1, "--each", 1, "--types", "where", "count", "--steps", 1]
@@ -84,6 +87,7 @@ def test_quality_of_what_mmfs_is_for(tmp_path: Path) -> None:
     assert found["frames"]["frames"] in range(2, 5)
 
 
+@pytest.mark.slow
 def test_finetuning(tmp_path: Path) -> None:
     sizes = ["--preset", "debug", "--device", "cpu", "--length", 256, "--steps", 1]
     measure("finetuning.py", "run", "lora-vqa", *sizes, "--output", tmp_path / "m.json")

@@ -85,6 +85,7 @@ def test_other_kinds(base: Path, tmp_path: Path, kind: str) -> None:
     assert far(loaded.model(**batch).logits, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_plain_peft_and_transformers_load_it(base: Path, adapter: Path) -> None:
     loaded = load(base, adapters=[adapter])
     batch = loaded.processor(text=["a red house on a hill"])
@@ -103,6 +104,7 @@ def test_plain_peft_and_transformers_load_it(base: Path, adapter: Path) -> None:
     assert far(model(**batch).logits, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_adapters_are_added_up(base: Path, adapter: Path, tmp_path: Path) -> None:
     make(base, tmp_path / "second", seed=3, preset="llm", rank=2)
     folders = [adapter, tmp_path / "second"]
@@ -151,6 +153,7 @@ def test_a_quantized_base(base: Path, adapter: Path) -> None:
     assert lora_layers(loaded.model)
 
 
+@pytest.mark.slow
 def test_the_processor_of_the_training(base: Path, adapter: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     about = json.loads((folder / "adapter.json").read_text())

@@ -70,6 +70,7 @@ def test_one_process(mmi: Mmi, source: Path, tmp_path: Path) -> None:
     assert "0 documents generated" in again.out
 
 
+@pytest.mark.slow
 def test_processes_of_which_some_are_killed(source: Path, tmp_path: Path) -> None:
     """Each id exactly once, and every file equal to those of one process."""
     finish([spawn("generate", source, "-o", tmp_path / "one", *SHARED)])

@@ -75,6 +75,7 @@ def test_the_time_limit(mmi) -> None:
     assert "ms/token" not in outcome.out
 
 
+@pytest.mark.slow
 def test_a_session_ends_where_the_context_does() -> None:
     said: list[str] = []
     sizes = replace(SIZES["debug"], rounds=4, round_tokens=200, reference_rounds=0, steps=1)

@@ -84,6 +84,7 @@ def run(mmi: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
+@pytest.mark.slow
 def test_the_release(hub: FakeHub, tmp_path: Path) -> None:
     """In a process of its own, where the environment says which hub it is."""
     environment = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",

@@ -323,6 +323,7 @@ def test_records_of_version_0_1_0_are_taken_up(mmi: Mmi, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_an_interrupt_in_the_middle_of_an_image(mmi: Mmi, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
     source = write(tmp_path, [story(1, 0), {**story(2, 1), "id": "long"}])

@@ -65,6 +65,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 @pytest.mark.parametrize("first", ["mm_interleaved", "transformers"])
+@pytest.mark.slow
 def test_auto_classes_know_the_model_in_both_orders(first: str) -> None:
     second = {"mm_interleaved": "transformers", "transformers": "mm_interleaved"}[first]
     done = python(

@@ -71,6 +71,7 @@ def test_the_values_are_those_of_mmi_evaluate(task: MakeTask, tmp_path: Path) ->
     assert [path.read_bytes() for path in drawn[0]] == [path.read_bytes() for path in drawn[1]]
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_tasks_goes_on_as_if_nothing_had_happened(
     task: MakeTask, written: Written, tmp_path: Path
 ) -> None:

@@ -292,6 +292,7 @@ def test_a_batch_of_other_sizes_is_refused(
         step[0](next(iter(other)), 1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_a_batch_update_as_one_with_all_of_it(tmp_path: Path) -> None:
     well, said = run_together(2, "tests.toyworld.two_ranks", "step", tmp_path, OMP_NUM_THREADS="1")
     assert well, said[-3000:]

@@ -73,6 +73,7 @@ def test_only_the_adapter_is_trained_and_saved(settings, base: Path, tmp_path: P
     assert torch.equal(tuned.model(ids).logits, bare.model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_the_same_curve(settings, base: Path, tmp_path: Path) -> None:
     changes = on(base, "log_every=1", "adapter.dropout=0.1", "adapter.dora=true")
     assert train(settings(*changes, run="whole"), TOKENIZER, "cpu") is None
@@ -114,6 +115,7 @@ def test_an_adapter_is_trained_further(settings, base: Path, tmp_path: Path) -> 
             build(settings(*on(base, *begin, change)), TOKENIZER)
 
 
+@pytest.mark.slow
 def test_another_adapter_does_not_resume_a_run(settings, base: Path, tmp_path: Path) -> None:
     train(settings(*on(base, "steps=1", "save_every=1")), TOKENIZER, "cpu")
     before = (tmp_path / "run/config.yaml").read_text()
@@ -157,6 +159,7 @@ def test_what_cannot_be_an_adapter_is_refused(settings, base: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.slow
 def test_a_quantized_base(settings, base: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("torchao")
     changes = on(base, f"model.quantize={kind}", "model.quantize_parts=[llm, image_decoder]", "log_every=1", "steps=6")

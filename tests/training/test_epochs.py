@@ -90,6 +90,7 @@ def test_a_loader_that_cannot_count(settings) -> None:
         train(settings("steps=null", "epochs=1"), TOKENIZER, "cpu", Colors)
 
 
+@pytest.mark.slow
 def test_a_longer_run_follows_the_longer_schedule(settings, tmp_path: Path, capsys) -> None:
     rates = {}
     for run, lengths in (("longer", (2, 6)), ("whole", (6,))):

@@ -66,6 +66,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_tutorial_about_a_style(elsewhere: Path, mmi: MMI) -> None:
     follow(TUTORIALS / "own-images.md", mmi)
     run = elsewhere / "runs/finetune/own-folder"

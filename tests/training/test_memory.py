@@ -42,6 +42,7 @@ def test_stored_tensors_are_those_of_the_model(plain: MemoryEstimate, debug_conf
     assert plain.parts["activations"] > 0
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_activations_only(plain: MemoryEstimate, debug_config: MMInterleavedConfig) -> None:
     saved = estimate(settings(gradient_checkpointing=True), debug_config, sizes=SIZES)
     assert saved.parts["activations"] < 0.8 * plain.parts["activations"]

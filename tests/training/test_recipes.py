@@ -257,6 +257,7 @@ def test_a_run_too_large_for_the_gpu_is_refused(
     assert "needs about" in (tmp_path / "run" / finetune.PAGE).read_text()
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_is_learned(mmi: Callable[..., Outcome], tmp_path: Path) -> None:
     """Texts with and without a loss, a target image, boxes on the image as it is fed, and what is left out."""
     folder = tmp_path / "own"

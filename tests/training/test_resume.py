@@ -33,6 +33,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_the_same_curve(settings, tmp_path: Path) -> None:
     whole = settings("log_every=1", "ema.decay=0.9", run="whole")
     assert train(whole, TOKENIZER, "cpu") is None
@@ -83,6 +84,7 @@ def test_a_second_wish_does_not_wait(tmp_path: Path) -> None:
     assert not list_checkpoints(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_not_used(settings, tmp_path: Path) -> None:
     train(settings("steps=4", "save_every=2"), TOKENIZER, "cpu")
     run = tmp_path / "run"
@@ -94,6 +96,7 @@ def test_a_half_written_checkpoint_is_not_used(settings, tmp_path: Path) -> None
     assert not (run / ASIDE).exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_hands_over_its_last_weights(settings, tmp_path: Path) -> None:
     longer, whole = (["save_every=2", "schedule.kind=constant", f"steps={steps}"] for steps in (2, 4))
     for changes, run in ((longer, "longer"), (whole, "longer"), (whole, "whole")):

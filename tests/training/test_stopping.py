@@ -90,6 +90,7 @@ def test_what_an_improvement_is(scripted: Scripted, tmp_path: Path, values, chan
     assert json.loads((tmp_path / "run/final/trained.json").read_text())["steps"] == last
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_decides_the_same(scripted: Scripted, tmp_path: Path) -> None:
     values = [10, 30, 20, 25, 90]
     for run, cut in (("whole", False), ("resumed", True)):
