@@ -73,7 +73,7 @@ def serve(
         engine: Engine = StubEngine(name or "stub", rows=chosen.rows, queue=chosen.waiting)
     else:
         from ..adapters.loading import load_choices
-        from ..serving.model import ModelEngine
+        from ..serving.model import make_engine
 
         loaded = load_model(model, kind, find_device(device), matrices, adapters=adapter or [],
                             allow_other_base=allow_other_base, offload=offload)  # fmt: skip
@@ -84,10 +84,8 @@ def serve(
             chosen = replace(chosen, rows=1)
         choices = _choices(choice or [], name or Path(model).name, bool(adapter))
         switches = load_choices(loaded.model, choices, loaded.processor, allow_other_base)
-        engine = ModelEngine(loaded.model, loaded.processor, name or Path(model).name, rows=chosen.rows,
-                             adapters={key: switches[key] for key in choices}, without_adapter=switches[None],
-                             waiting=chosen.waiting, tokens=chosen.tokens, images_together=chosen.images_together,
-                             memory=None if chosen.memory_gib is None else chosen.memory_gib * 2**30)  # fmt: skip
+        engine = make_engine(loaded, name or Path(model).name, chosen, {key: switches[key] for key in choices},
+                             switches[None])  # fmt: skip
         limits, size = engine.limits, f"{engine.row_bytes / 2**20:,.0f} MiB"
         console.print(f"{engine.load.rows} rows of {limits.context} tokens and {limits.images} images, {size} each")
     _run(engine, chosen)

@@ -30,12 +30,10 @@ def make_engine(model: str, name: str | None, stub: bool, config: ServeConfig) -
 
         return StubEngine(name or "stub", rows=config.rows, queue=config.waiting)
     from ..pretrained import load
-    from ..serving.model import ModelEngine
+    from ..serving.model import make_engine as make_model_engine
 
     loaded = load(model, device="cuda" if ray.get_gpu_ids() else "cpu")
-    return ModelEngine(loaded.model, loaded.processor, name or Path(model).name, rows=config.rows,
-                       waiting=config.waiting, tokens=config.tokens,
-                       images_together=config.images_together)  # fmt: skip
+    return make_model_engine(loaded, name or Path(model).name, config)
 
 
 def deploy(

@@ -26,8 +26,10 @@ from ..generation.rows import PreparedDocument
 from ..generation.rules import end_tokens
 from ..io import InputError
 from ..model.cost import row_bytes
+from ..pretrained import Loaded
 from ..processor import MMInterleavedProcessor
 from ..processor.tokenizer import encode_plain
+from .config import ServeConfig
 from .engine import (
     DeadlineExceeded,
     Done,
@@ -469,3 +471,17 @@ class ModelEngine(Engine):
             job.answer(logits[0].gather(-1, tokens[0, :, None].to(logits.device))[:, 0].tolist())
         except (Overloaded, InputError, ValueError, RuntimeError) as error:
             job.answer(error)
+
+
+def make_engine(
+    loaded: Loaded,
+    name: str,
+    config: ServeConfig,
+    adapters: Mapping[str, Callable[[], None]] | None = None,
+    without_adapter: Callable[[], None] = lambda: None,
+) -> ModelEngine:
+    """The engine of a model with the settings of a server; the other arguments are those of `ModelEngine`."""
+    memory = None if config.memory_gib is None else config.memory_gib * 2**30
+    return ModelEngine(loaded.model, loaded.processor, name, rows=config.rows, waiting=config.waiting, memory=memory,
+                       tokens=config.tokens, images_together=config.images_together, adapters=adapters,
+                       without_adapter=without_adapter)  # fmt: skip

@@ -25,13 +25,12 @@ class Strict(BaseModel):
 # ---- our own fields
 
 
-class Sampling(Strict):
-    """Fields of this server, documented in docs/guides/serving.md.
+class ImageSampling(Strict):
+    """Fields of this server for images, documented in docs/guides/serving.md.
 
     Attributes:
         seed: of texts and images; requests without one get one at random.
-        num_inference_steps, guidance_scale, scheduler, num_candidates: of images.
-        num_beams, top_k, repetition_penalty, min_output_tokens: of texts.
+        num_inference_steps, guidance_scale, scheduler: of images.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
@@ -40,6 +39,16 @@ class Sampling(Strict):
     scheduler: Literal[
         "DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
     ] | None = None  # fmt: skip
+
+
+class Sampling(ImageSampling):
+    """Fields of this server for images and texts, documented in docs/guides/serving.md.
+
+    Attributes:
+        num_candidates: of images.
+        num_beams, top_k, repetition_penalty, min_output_tokens: of texts.
+    """
+
     num_candidates: Annotated[int, Field(ge=1)] | None = None
     num_beams: Annotated[int, Field(ge=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -246,7 +255,7 @@ class ChatRequest(Sampling):
 # ---- /v1/images/generations, /v1/completions
 
 
-class ImagesRequest(Strict):
+class ImagesRequest(ImageSampling):
     """The body of `POST /v1/images/generations`."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=32_000)]
@@ -259,12 +268,6 @@ class ImagesRequest(Strict):
     output_format: ImageFormat | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
-    scheduler: Literal[
-        "DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
-    ] | None = None  # fmt: skip
 
 
 class CompletionRequest(Sampling):
