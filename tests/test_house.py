@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
-    "io", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
+    "io", "launch", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
     "adapters", "generation", "metrics", "tasks", "data", "pretrained", "pipeline", "batch", "evaluation", "training",
     "serving", "bench", "integrations", "cli", "auto", "__main__",
 ]  # fmt: skip

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
-from mm_interleaved.evaluation.processes import start_processes
 from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training.checkpoints import ASIDE, MANIFEST, find_damage, find_resume, list_checkpoints
 from mm_interleaved.training.config import TrainConfig, TrainingError
@@ -199,17 +198,6 @@ def test_a_checkpoint_of_an_earlier_version_has_no_manifest(trained: Path, tmp_p
     assert find_damage(newest) == ""
     (newest / "scheduler.pt").unlink()
     assert find_damage(newest) == "scheduler.pt is missing"
-
-
-def test_tasks_of_slurm_that_do_not_know_each_other_are_refused(
-    settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(ValueError, match=r"srun started 8 tasks.*torchrun"):
-        train(settings("steps=2"), TOKENIZER, "cpu")
-    with pytest.raises(ValueError, match=r"srun started 8 tasks.*torchrun"):
-        start_processes(cpu=True)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_diverged_run_saves_nothing(settings, tmp_path: Path) -> None:

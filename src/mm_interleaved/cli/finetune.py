@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ..launch import count_processes
 from .console import console, output
 from .errors import UsageError
 from .models import check_cpu
@@ -184,7 +184,7 @@ def _estimate(config: TrainConfig, sizes: BatchSizes | None = None) -> MemoryEst
     from ..training.building import build_config
     from ..training.memory import estimate
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = count_processes()
     with console.status("estimating the memory"):
         return estimate(config, build_config(config.model, TOKENIZER), processes, sizes)
 

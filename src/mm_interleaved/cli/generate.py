@@ -81,9 +81,11 @@ def generate(
     from ..batch.records import describe_run
     from ..batch.shared import SharedRun
     from ..document import load_documents
+    from ..launch import count_processes, join_processes
     from .results import ResultsFolder, refuse_occupied
-    from .shared import check_shared, count_processes, own_device, own_shards, run_shared
+    from .shared import check_shared, own_device, own_shards, run_shared
 
+    join_processes()
     kind = find_dtype(dtype) if dtype else None
     matrices = find_quantization(quantization)
     chosen = _settings(preset, image_preset, settings or [], seed)

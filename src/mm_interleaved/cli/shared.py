@@ -16,16 +16,11 @@ if TYPE_CHECKING:
     from ..generation import InterleavedGenerator
 
 
-def count_processes() -> int:
-    """How many processes torchrun or srun started for this command."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-
-
 def own_device(device: str) -> str:
     """The device of this process: with `auto` each process of a machine has a GPU of its own."""
     import torch
 
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    local = os.environ.get("LOCAL_RANK")
     if device != "auto" or local is None or not torch.cuda.is_available():
         return device
     return f"cuda:{int(local) % torch.cuda.device_count()}"

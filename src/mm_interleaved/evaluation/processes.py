@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -11,33 +10,20 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..io import OutputError
+from ..launch import join_processes
 from .config import EvaluationError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # a process may finish long before the slowest
 
 
-def check_launch() -> None:
-    """Refuse several tasks of `srun` without torchrun: each would do the whole work.
-
-    Raises:
-        EvaluationError: Slurm started several tasks, and this one is not a process of torchrun.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "RANK" not in os.environ:
-        raise EvaluationError(
-            f"srun started {tasks} tasks, but not as processes of one run: each would do the whole work in one folder",
-            "", "Start one task for each node, with torchrun in it: srun --ntasks-per-node=1 torchrun ... (README.md)",
-        )  # fmt: skip
-
-
 def start_processes(cpu: bool = False) -> PartialState:
-    """The state of this process among those that torchrun or `accelerate launch` started.
+    """The state of this process among those that torchrun, `accelerate launch` or srun started.
 
     Raises:
-        EvaluationError: as `check_launch`.
+        LaunchError: they were started in a way that cannot work.
     """
-    check_launch()
+    join_processes()
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 

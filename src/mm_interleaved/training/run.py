@@ -16,9 +16,9 @@ from torch import nn
 from .. import __version__
 from ..configuration import describe_differences, read_settings, to_yaml
 from ..data import DocumentLoader, build_loader
-from ..evaluation.processes import check_launch
 from ..generation import MMInterleaved
 from ..io import InputError, atomic_folder, lock_folder, read_json, write_atomic, write_json
+from ..launch import join_processes
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
@@ -71,8 +71,8 @@ def train(
         ValueError: settings do not fit together, or the run cannot be resumed.
         TrainingError: a loss or a trained weight is not finite.
     """
-    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
     with start_run(config) as resume:
+        console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
         args = training_arguments(config, device)
         model, processor = build(config, default_tokenizer)
         distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
@@ -145,7 +145,7 @@ def start_run(config: RunConfig) -> Iterator[Path | None]:
     Raises:
         OutputError: another run holds the folder, or it cannot be written.
     """
-    check_launch()
+    join_processes()
     folder = Path(config.output)
     is_first = int(os.environ.get("RANK", "0")) == 0
     with lock_folder(folder) if is_first else nullcontext():

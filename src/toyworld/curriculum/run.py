@@ -120,8 +120,8 @@ def _train_part(
     device: str | None,
 ) -> str | None:
     """Train a part of a model on images: `make` makes it, with its losses, and `finish` writes its `final` folder."""
-    console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
     with start_run(config) as resume:
+        console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
         args = training_arguments(config, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
