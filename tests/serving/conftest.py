@@ -24,9 +24,11 @@ Serve = Callable[..., str]
 
 
 @contextmanager
-def running(engine: Engine, config: ServeConfig | None = None) -> Iterator[str]:
-    """A server with this engine; yields its address."""
+def running(engine: Engine, config: ServeConfig | None = None, send_buffer: int | None = None) -> Iterator[str]:
+    """A server with this engine; yields its address. `send_buffer`: bytes that the kernel keeps for slow clients."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     config = replace(config or ServeConfig(), port=listener.getsockname()[1], grace_seconds=1.0)
     server = make_server(create_app(engine, config), config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

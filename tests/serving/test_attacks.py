@@ -20,6 +20,7 @@ import httpx2
 import PIL.Image
 import pytest
 
+from mm_interleaved.serving.budget import Budget, Share
 from mm_interleaved.serving.config import LimitConfig, ServeConfig
 from mm_interleaved.serving.errors import ApiError
 from mm_interleaved.serving.remote import RemoteImages, is_public
@@ -191,7 +192,7 @@ def site() -> Iterator[int]:
 
 
 def fetch(images: RemoteImages, url: str) -> bytes:
-    return asyncio.run(images.fetch(url, "image_url"))
+    return asyncio.run(images.fetch(url, "image_url", Share(Budget(LimitConfig()))))
 
 
 def test_an_image_of_a_listed_host(site: int) -> None:

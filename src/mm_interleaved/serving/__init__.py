@@ -1,5 +1,6 @@
 """An HTTP server of ordered text and images: OpenAI's protocols in front of an engine.
 
+budget       what all requests together hold in memory
 app          create_app: the routes, over any engine
 engine       the interface of an engine, and its events
 model        the engine of a model, with continuous batching in a thread of its own

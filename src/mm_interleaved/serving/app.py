@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from .. import __version__
 from . import chat, plain, responses
 from .app_state import Services
+from .budget import Budget
 from .config import MIB, ServeConfig
 from .engine import Engine
 from .errors import add_handlers
@@ -34,10 +35,10 @@ def create_app(engine: Engine, config: ServeConfig | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
         yield
+        await engine.stop(found.rest_of_grace)
         for stored in found.store.in_progress():
             assert stored.task is not None
             stored.task.cancel()
-        await engine.stop(config.grace_seconds)
 
     app = FastAPI(
         title="MM-Interleaved", version=__version__, lifespan=lifespan, redirect_slashes=False,
@@ -45,14 +46,15 @@ def create_app(engine: Engine, config: ServeConfig | None = None) -> FastAPI:
     )  # fmt: skip
     metrics = Metrics(engine)
     remote = RemoteImages(config.allow_hosts, config.limits.body_mib * MIB)
-    found = Services(config, engine, ResponseStore(config.store), remote, metrics)
+    budget = Budget(config.limits)
+    found = Services(config, engine, ResponseStore(config.store), remote, metrics, budget)
     app.state.services, app.state.config = found, config
     for router in (responses.router, chat.router, plain.router):
         app.include_router(router)
     describe_api(app, config, engine)
     add_handlers(app)
     app.add_middleware(Measured, metrics=metrics)
-    app.add_middleware(Guard, config=config)
+    app.add_middleware(Guard, config=config, budget=budget)
     if config.allow_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["*"], allow_headers=["*"],
                            expose_headers=["x-request-id"])  # fmt: skip

@@ -112,7 +112,7 @@ def chat_usage(found: Usage) -> dict[str, Any]:
             "prompt_tokens_details": {"cached_tokens": found.cached_tokens}}  # fmt: skip
 
 
-async def _prepare(body: schema.ChatRequest, found: Services) -> tuple[ChatAnswer, Stream]:
+async def _prepare(body: schema.ChatRequest, request: Request, found: Services) -> tuple[ChatAnswer, Stream]:
     engine, config = found.engine, found.config
     adapter = find_model(body.model, engine)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -121,7 +121,7 @@ async def _prepare(body: schema.ChatRequest, found: Services) -> tuple[ChatAnswe
     tokens = body.max_completion_tokens or body.max_tokens
     asked = Asked(body, body.temperature, body.top_p, tokens, body.max_images)
     settings = generation_settings(asked, config, engine)
-    inputs = Inputs(found.remote, found.pixel_budget())
+    inputs = Inputs(found.remote, found.pixel_budget(request))
     segments = await chat_segments(body.messages, inputs)
     wanted: Wanted = "both"
     if body.modalities == ["image"]:
@@ -138,7 +138,7 @@ async def _prepare(body: schema.ChatRequest, found: Services) -> tuple[ChatAnswe
 async def create(body: schema.ChatRequest, request: Request) -> Response:
     """Create a chat completion, as JSON or as a stream of chunks."""
     found = services(request)
-    answer, stream = await _prepare(body, found)
+    answer, stream = await _prepare(body, request, found)
     seconds = found.config.keep_alive_seconds
     options = body.stream_options or schema.StreamOptions()
 

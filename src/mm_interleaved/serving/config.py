@@ -18,13 +18,16 @@ class LimitConfig:
 
     Attributes:
         body_mib: size of a body.
+        bodies_mib: size of the bodies of all requests that are being answered.
         receipt_seconds: time in which a request must have arrived, headers and body.
+        write_seconds: time in which a client must read 64 KiB of an answer that waits for it.
         request_seconds: time in which a request must be finished, waiting included.
         json_depth: depth of JSON.
         json_values: lists, objects and values of JSON.
         parts: texts and images of a request.
         images: images of a request.
         pixels: pixels of all images of a request together.
+        all_pixels: pixels of the images of all requests that are being answered.
         aspect: ratio of the longer to the shorter side of an image.
         output_tokens: `max_output_tokens`, and its value if a request has none.
         output_images: images of an answer.
@@ -34,19 +37,28 @@ class LimitConfig:
     """
 
     body_mib: Positive = 64
+    bodies_mib: Positive = 512
     receipt_seconds: PositiveFloat = 30.0
+    write_seconds: PositiveFloat = 30.0
     request_seconds: PositiveFloat = 600.0
     json_depth: Positive = 32
     json_values: Positive = 40_000
     parts: Positive = 256
     images: Positive = 16
     pixels: Positive = 64_000_000
+    all_pixels: Positive = 256_000_000
     aspect: PositiveFloat = 50.0
     output_tokens: Positive = 512
     output_images: Positive = 8
     steps: Positive = 100
     candidates: Positive = 4
     beams: Positive = 5
+
+    def __post_init__(self) -> None:
+        if self.bodies_mib < self.body_mib:
+            raise ValueError(f"'bodies_mib' ({self.bodies_mib}) must be at least 'body_mib' ({self.body_mib})")
+        if self.all_pixels < self.pixels:
+            raise ValueError(f"'all_pixels' ({self.all_pixels}) must be at least 'pixels' ({self.pixels})")
 
 
 @settings

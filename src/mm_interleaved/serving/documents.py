@@ -53,7 +53,7 @@ class Inputs:
         if url[:5].lower() == "data:":
             data = await asyncio.to_thread(decode_data_url, url, param)
         elif url[:4].lower() == "http":
-            data = await self.remote.fetch(url, param)
+            data = await self.remote.fetch(url, param, self.budget.share)
         else:
             raise ApiError("an image must be a data: URL, or an https URL of a listed host", param=param,
                            code="invalid_image_url")  # fmt: skip

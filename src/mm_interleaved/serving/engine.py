@@ -254,6 +254,14 @@ class Engine(ABC):
         """Take no more requests, let those that run finish for `grace` seconds, and end the others."""
 
     @abstractmethod
+    def check_room(self) -> None:
+        """Check whether one more request can wait, before work is done for it.
+
+        Raises:
+            Overloaded, Unavailable: as `submit`.
+        """
+
+    @abstractmethod
     async def submit(self, request: GenerationRequest) -> Stream:
         """Start a request.
 

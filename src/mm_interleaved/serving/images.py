@@ -13,6 +13,7 @@ import PIL.Image
 
 from ..io import InputError
 from ..io.images import load_image
+from .budget import Share
 from .config import LimitConfig
 from .errors import ApiError
 
@@ -28,11 +29,13 @@ class PixelBudget:
     """The images and pixels that a request still may have.
 
     Attributes:
-        limits: the limits.
+        limits: the limits of a request.
+        share: what the request holds of that which all requests may hold together.
         images, pixels: what was used.
     """
 
     limits: LimitConfig
+    share: Share
     images: int = 0
     pixels: int = 0
 
@@ -41,6 +44,7 @@ class PixelBudget:
 
         Raises:
             ApiError: it is one too many or too large.
+            Overloaded: the images of all requests together take too much memory.
         """
         width, height = image.size
         if min(width, height) < LEAST_SIDE:
@@ -56,6 +60,7 @@ class PixelBudget:
         if self.pixels > self.limits.pixels:
             raise ApiError(f"the images have more than {self.limits.pixels / 1e6:g} million pixels together",
                            param=param, code="image_too_large")  # fmt: skip
+        self.share.take(pixels=width * height)
 
 
 def decode_data_url(url: str, param: str) -> bytes:

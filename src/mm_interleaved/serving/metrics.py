@@ -43,6 +43,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
         self.requests = Counter("mmi_http_requests", "answers", ["path", "status"], registry=self.registry)
+        self.closed = Counter("mmi_closed_connections", "connections of clients that were too slow", ["reason"],
+                              registry=self.registry)  # fmt: skip
+        for reason in ("receipt", "write"):
+            self.closed.labels(reason)  # 0 from the start
         self.first = Histogram("mmi_first_byte_seconds", "until the first byte of the body", ["path"],
                                registry=self.registry, buckets=SECONDS)  # fmt: skip
         self.whole = Histogram("mmi_request_seconds", "until the end of the body", ["path"], registry=self.registry,

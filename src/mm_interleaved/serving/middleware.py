@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
+from email.message import Message as HeaderMessage
 from typing import Any
 
 from fastapi import Request, Response
@@ -18,8 +19,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..io import close_name
+from .budget import Budget, Share
 from .config import MIB, ServeConfig
-from .errors import ApiError
+from .engine import Overloaded
+from .errors import ApiError, as_api_error, shorten
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 OPEN_PATHS = ("/health",)
@@ -34,10 +38,11 @@ class Guard:
     Args:
         app: what it guards.
         config: keys, limits.
+        budget: what all requests together hold in memory.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
-        self.app, self.config = app, config
+    def __init__(self, app: ASGIApp, config: ServeConfig, budget: Budget) -> None:
+        self.app, self.config, self.budget = app, config, budget
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +53,8 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         name = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-        scope.setdefault("state", {})["request_id"] = name
+        share = Share(self.budget)
+        scope.setdefault("state", {}).update(request_id=name, share=share)
         begun = False
 
         async def tagged(message: Message) -> None:
@@ -62,12 +68,15 @@ class Guard:
 
         try:
             self._check_key(scope, headers)
-            counted = self._counted(headers, receive)
+            counted = self._counted(headers, receive, share)
             await self.app(scope, counted, tagged)
         except ApiError as error:
             if begun:
                 raise
             await error.response()(scope, receive, tagged)
+        finally:
+            if not share.kept:
+                share.give_back()
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
@@ -79,8 +88,8 @@ class Guard:
             raise ApiError("Incorrect API key provided.", status=401, type="authentication_error",
                            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
 
-    def _counted(self, headers: Headers, receive: Receive) -> Receive:
-        """`receive` that ends with an error when the body is too long or takes too long."""
+    def _counted(self, headers: Headers, receive: Receive, share: Share) -> Receive:
+        """`receive` that ends with an error when the body is too long, takes too long, or finds no memory."""
         limits = self.config.limits
         most, left = limits.body_mib * MIB, limits.receipt_seconds
         too_large = ApiError(f"the body has more than {limits.body_mib} MiB", status=413, code="request_too_large")
@@ -105,6 +114,12 @@ class Guard:
                 complete = not message.get("more_body", False)
                 if size > most:
                     raise too_large
+                try:
+                    share.take(bytes=len(message.get("body", b"")))
+                except Overloaded as error:
+                    refused = as_api_error(error)
+                    refused.headers["Connection"] = "close"  # the rest of the body is not read
+                    raise refused from None
             return message
 
         return counted
@@ -175,11 +190,11 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if self.body_field is not None and kind != "application/json":
-                raise ApiError("send the body as content-type: application/json", status=415,
-                               code="unsupported_media_type")  # fmt: skip
+            self._check_query(request)
+            self._check_headers(request.headers)
             try:
+                if self.body_field is None:
+                    await _check_no_body(request)
                 return await handle(JsonRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 raise self._with_known(error) from None
@@ -188,6 +203,44 @@ class JsonRoute(APIRoute):
 
         return handler
 
+    def _check_query(self, request: Request) -> None:
+        """Check that the route knows each query parameter, and that each is there once.
+
+        Raises:
+            ApiError: there is another one.
+        """
+        known = [param.alias for param in self.dependant.query_params]
+        seen: set[str] = set()
+        for name, _ in request.query_params.multi_items():
+            short = shorten(name)
+            if name not in known:
+                hint = close_name(name, known) if known else "This path takes none."
+                raise ApiError(f"Unknown query parameter: '{short}'. {hint}".strip(), param=short,
+                               code="unknown_parameter")  # fmt: skip
+            if name in seen:
+                raise ApiError(f"The query parameter '{short}' is there twice.", param=short, code="invalid_value")
+            seen.add(name)
+
+    def _check_headers(self, headers: Headers) -> None:
+        """Check that the body is JSON in UTF-8 and not compressed.
+
+        Raises:
+            ApiError: it is something else.
+        """
+        message = HeaderMessage()
+        message["content-type"] = headers.get("content-type", "")
+        charset = str(message.get_param("charset", "utf-8")).lower()
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        refused: str | None = None
+        if self.body_field is not None and message.get_content_type() != "application/json":
+            refused = "send the body as content-type: application/json"
+        elif charset not in ("utf-8", "utf8", "us-ascii"):
+            refused = f"the charset '{shorten(charset)}' is not accepted; send JSON in UTF-8"
+        elif encoding not in ("", "identity"):
+            refused = f"the content-encoding '{shorten(encoding)}' is not accepted; send the body as it is"
+        if refused is not None:
+            raise ApiError(refused, status=415, code="unsupported_media_type")
+
     def _with_known(self, error: RequestValidationError) -> RequestValidationError:
         """The error, where an unknown field comes with the known ones."""
         known: Sequence[str] = ()
@@ -195,3 +248,16 @@ class JsonRoute(APIRoute):
             known = tuple(getattr(self.body_field.field_info.annotation, "model_fields", ()))
         found = [{**e, "ctx": {"known": known}} if e["type"] == "extra_forbidden" else e for e in error.errors()]
         return RequestValidationError(found)
+
+
+async def _check_no_body(request: Request) -> None:
+    """Check that a request without fields has no body but an empty object.
+
+    Raises:
+        ApiError: it has one, whose fields would be ignored.
+    """
+    headers = request.headers
+    if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+        return
+    if (await request.body()).strip() not in (b"", b"{}"):
+        raise ApiError(f"{request.method} takes no body here; leave it out", code="unknown_parameter")

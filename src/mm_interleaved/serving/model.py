@@ -210,7 +210,7 @@ class ModelEngine(Engine):
 
     async def submit(self, request: GenerationRequest) -> Stream:
         """Start a request."""
-        self._check_room()
+        self.check_room()
         if request.adapter not in self._switches:
             raise InputError(f"there is no adapter '{request.adapter}'")
         loop = asyncio.get_running_loop()
@@ -229,7 +229,7 @@ class ModelEngine(Engine):
 
     async def score(self, document: Document, text: str, adapter: str | None = None) -> ScoredText:
         """Log-probabilities of `text` after a document."""
-        self._check_room()
+        self.check_room()
         loop = asyncio.get_running_loop()
         self.load.waiting += 1
         try:
@@ -271,7 +271,8 @@ class ModelEngine(Engine):
         self._hand_over(_Command(run, answer))
         return await future
 
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
+        """Check whether one more request can wait."""
         if not self._accepts or not self.alive:
             raise self._end_error
         if self.load.running + self.load.waiting >= self._rows + self._most_waiting:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import httpx2
 
+from .budget import Share
 from .errors import ApiError
 
 MOST_REDIRECTS = 3
@@ -40,17 +41,18 @@ class RemoteImages:
         self.hosts = {host.lower().rstrip(".") for host in hosts}
         self.most_bytes, self.allowed = most_bytes, allowed
 
-    async def fetch(self, url: str, param: str) -> bytes:
-        """The bytes at a URL.
+    async def fetch(self, url: str, param: str, share: Share) -> bytes:
+        """The bytes at a URL, which are taken from `share` while they arrive.
 
         Raises:
             ApiError: its host is not listed, its address is not public, or it cannot be downloaded.
+            Overloaded: the bodies of all requests take too much memory.
         """
         failed = ApiError("the image cannot be downloaded", param=param, code="failed_to_download_image")
         try:
             async with asyncio.timeout(SECONDS):
                 for _ in range(MOST_REDIRECTS + 1):
-                    found = await self._get(self._checked(url, param), param)
+                    found = await self._get(self._checked(url, param), param, share)
                     if isinstance(found, bytes):
                         return found
                     url = found
@@ -74,7 +76,7 @@ class RemoteImages:
             raise refused
         return parsed
 
-    async def _get(self, url: httpx2.URL, param: str) -> bytes | str:
+    async def _get(self, url: httpx2.URL, param: str, share: Share) -> bytes | str:
         """The body, or the URL of a redirect."""
         address = await self._resolve(url, param)
         port = url.port or (443 if url.scheme == "https" else 80)
@@ -92,6 +94,7 @@ class RemoteImages:
             body = bytearray()
             async for chunk in response.aiter_raw():
                 body += chunk
+                share.take(bytes=len(chunk))
                 if len(body) > self.most_bytes:
                     raise ApiError("the image's file is too large", param=param, code="image_file_too_large")
             return bytes(body)

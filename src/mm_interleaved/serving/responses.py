@@ -24,6 +24,7 @@ from ..io import InputError
 from . import engine as events
 from . import schema
 from .app_state import Services, services
+from .budget import Share
 from .config import ServeConfig
 from .documents import (
     Asked,
@@ -281,9 +282,8 @@ def image_form(request: schema.ResponseRequest, engine: Engine) -> ImageForm:
     return ImageForm(kind, tool.output_compression, tool.partial_images or 0)
 
 
-async def input_segments(request: schema.ResponseRequest, found: Services) -> list[Segment]:
+async def input_segments(request: schema.ResponseRequest, inputs: Inputs, found: Services) -> list[Segment]:
     """What a request gives, after its instructions: the previous response and its input."""
-    inputs = Inputs(found.remote, found.pixel_budget())
     segments: list[Segment] = []
     if request.previous_response_id is not None:
         previous = found.store.get(request.previous_response_id, "previous_response_id")
@@ -357,7 +357,7 @@ class _Prepared:
     stream: Stream
 
 
-async def prepare(request: schema.ResponseRequest, found: Services) -> _Prepared:
+async def prepare(request: schema.ResponseRequest, asked_by: Request, found: Services) -> _Prepared:
     """Check a request and hand it to the engine."""
     engine, config = found.engine, found.config
     adapter, form = find_model(request.model, engine), image_form(request, engine)
@@ -371,7 +371,8 @@ async def prepare(request: schema.ResponseRequest, found: Services) -> _Prepared
     if request.background and request.stream:
         raise ApiError("a response in the background is not streamed here; retrieve it by its id", param="stream",
                        code="invalid_value")  # fmt: skip
-    segments = await input_segments(request, found)
+    inputs = Inputs(found.remote, found.pixel_budget(asked_by))
+    segments = await input_segments(request, inputs, found)
     first = [Text(request.instructions, role="system")] if request.instructions else []
     document = build_document([*first, *segments], wanted(request), config)
     stream = await engine.submit(generation_request(document, settings, adapter, config))
@@ -421,12 +422,12 @@ async def left_behind(request: Request, stream: Stream) -> AsyncIterator[None]:
 async def create(body: schema.ResponseRequest, request: Request) -> Response:
     """Create a response, as JSON or as a stream of events."""
     found = services(request)
-    prepared = await prepare(body, found)
+    prepared = await prepare(body, request, found)
     writer = prepared.writer
     if body.store is not False:
         found.store.keep(writer.stored)
     if body.background:
-        return _in_background(prepared, found)
+        return _in_background(prepared, request.state.share, found)
 
     async def stream() -> AsyncIterator[bytes]:
         try:
@@ -445,17 +446,22 @@ async def create(body: schema.ResponseRequest, request: Request) -> Response:
     return JSONResponse(writer.response)
 
 
-def _in_background(prepared: _Prepared, found: Services) -> Response:
+def _in_background(prepared: _Prepared, share: Share, found: Services) -> Response:
     """Generate a response for which nobody waits."""
+    share.kept = True
 
     async def run() -> None:
-        try:
-            async for _ in written(prepared, found.config):
-                pass
-        finally:
-            found.store.update(prepared.writer.stored)
+        async for _ in written(prepared, found.config):
+            pass
 
-    prepared.writer.stored.task = asyncio.create_task(run())
+    def ended(task: asyncio.Task[None]) -> None:  # also of a task that was cancelled before it began
+        prepared.stream.cancel()
+        prepared.writer.fail(EngineError("cancelled"), cancelled=True)
+        found.store.update(prepared.writer.stored)
+        share.give_back()
+
+    task = prepared.writer.stored.task = asyncio.create_task(run())
+    task.add_done_callback(ended)
     return JSONResponse(prepared.writer.response)
 
 

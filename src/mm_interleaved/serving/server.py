@@ -1,8 +1,10 @@
-"""uvicorn with a deadline for the receipt of headers, which it does not have itself."""
+"""uvicorn with the deadlines that it lacks: for the receipt of headers, and for clients that do not read answers."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import Any
 
 import h11
@@ -10,19 +12,25 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .app_state import Services
 from .config import ServeConfig
 from .errors import ApiError
 
+LEAST_READ = 64 * 1024  # bytes that a client must read in `limits.write_seconds` while its answer waits
 
-def protocol_with_deadline(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP/1.1 protocol, which closes a connection whose headers do not arrive within `seconds`.
 
-    It holds for the first request of a connection and for each that follows on it. Bodies have their own deadline in
-    `middleware.Guard`.
+def protocol_with_deadlines(services: Services) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP/1.1 protocol, which closes a connection when its client is too slow.
+
+    The headers of a request must arrive within `limits.receipt_seconds`, for the first request of a connection and for
+    each that follows on it; bodies have their own deadline in `middleware.Guard`. While an answer waits for its client,
+    the client must read `LEAST_READ` bytes or all of it within `limits.write_seconds`.
     """
+    limits, closed = services.config.limits, services.metrics.closed
 
     class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _write_deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -38,7 +46,24 @@ def protocol_with_deadline(seconds: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            self._stop_watching()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            """Called when much of an answer waits for the client."""
+            super().pause_writing()
+            self._watch_reading()
+
+        def resume_writing(self) -> None:
+            """Called when the client has read most of it."""
+            super().resume_writing()
+            self._stop_watching()
+
+        def on_response_complete(self) -> None:
+            """Called when all of an answer is written; the client may not have read it."""
+            super().on_response_complete()
+            if self.transport.get_write_buffer_size():
+                self._watch_reading()
 
         def send_400_response(self, msg: str) -> None:
             """Answer what is not HTTP in the form of all errors."""
@@ -50,7 +75,7 @@ def protocol_with_deadline(seconds: float) -> type[asyncio.Protocol]:
             self.transport.close()
 
         def _wait_for_headers(self) -> None:
-            self._deadline = self.loop.call_later(seconds, self._give_up)
+            self._deadline = self.loop.call_later(limits.receipt_seconds, self._give_up)
 
         def _stop_waiting(self) -> None:
             if self._deadline is not None:
@@ -60,16 +85,50 @@ def protocol_with_deadline(seconds: float) -> type[asyncio.Protocol]:
         def _give_up(self) -> None:
             self._deadline = None
             if self.transport is not None and not self.transport.is_closing():
+                closed.labels("receipt").inc()
                 self.transport.close()
+
+        def _watch_reading(self) -> None:
+            self._stop_watching()
+            waiting = self.transport.get_write_buffer_size()
+            self._write_deadline = self.loop.call_later(limits.write_seconds, self._check_reading, waiting)
+
+        def _stop_watching(self) -> None:
+            if self._write_deadline is not None:
+                self._write_deadline.cancel()
+                self._write_deadline = None
+
+        def _check_reading(self, before: int) -> None:
+            """Close the connection unless the client has read enough of the bytes that waited for it."""
+            self._write_deadline = None
+            waiting = self.transport.get_write_buffer_size()
+            if waiting and waiting > before - LEAST_READ:
+                closed.labels("write").inc()
+                self.transport.abort()  # `close` would wait for the client
+            elif waiting:
+                self._watch_reading()
 
     return Protocol
 
 
-def make_server(app: FastAPI, config: ServeConfig) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn whose grace at the end is that of the engine, too: the time is counted once."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Let running requests finish, and end."""
+        self._services.ends_at = time.monotonic() + self._services.config.grace_seconds
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI, config: ServeConfig) -> Server:
     """A uvicorn server of one process."""
-    limits = config.limits
-    return uvicorn.Server(uvicorn.Config(
-        app, config.host, config.port, http=protocol_with_deadline(limits.receipt_seconds), ws="none",
-        server_header=False, access_log=False, timeout_graceful_shutdown=int(config.grace_seconds) + 5,
+    services = app.state.services
+    return Server(uvicorn.Config(
+        app, config.host, config.port, http=protocol_with_deadlines(services), ws="none",
+        server_header=False, access_log=False, timeout_graceful_shutdown=math.ceil(config.grace_seconds),
         h11_max_incomplete_event_size=64 * 1024, log_level="warning", lifespan="on",
-    ))  # fmt: skip
+    ), services)  # fmt: skip

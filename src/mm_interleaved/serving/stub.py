@@ -102,12 +102,16 @@ class StubEngine(Engine):
         for task in self._tasks:
             task.cancel()
 
-    async def submit(self, request: GenerationRequest) -> Stream:
-        """Start a request."""
+    def check_room(self) -> None:
+        """Check whether one more request can wait."""
         if not self._alive:
             raise Unavailable("the server is shutting down")
         if self.load.running + self.load.waiting >= self.load.rows + self._queue:
             raise Overloaded(f"{self.load.waiting} requests are waiting", 1)
+
+    async def submit(self, request: GenerationRequest) -> Stream:
+        """Start a request."""
+        self.check_room()
         if _tokens(request.document) > self.limits.context:
             raise InputError(f"{_tokens(request.document)} tokens are more than the {self.limits.context} of the "
                              "model's context", request.document.name, "Shorten it")  # fmt: skip
