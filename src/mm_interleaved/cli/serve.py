@@ -55,6 +55,7 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
     quantization: QuantizationName = None,
     offload: Offload = False,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API without the web page at /.")] = False,
     stub: Annotated[bool, typer.Option("--stub", help="Serve a stub without a model, to test clients.")] = False,
 ) -> None:
     """Serve a model over HTTP: /v1/responses, /v1/chat/completions, /v1/images/generations, /v1/completions.
@@ -65,6 +66,7 @@ def serve(
     if missing:
         raise UsageError(f"mmi serve needs {', '.join(missing)}", fix="pip install 'mm-interleaved[serve]'")
     chosen = _settings(config_file, settings or [], host, port)
+    chosen = replace(chosen, page=chosen.page and not no_page)
     kind = find_dtype(dtype) if dtype else None
     matrices = find_quantization(quantization)
     if stub:
@@ -141,6 +143,8 @@ def _run(engine: Engine, config: ServeConfig) -> None:
                          fix="Choose another --port") from None  # fmt: skip
     host, port = listener.getsockname()[:2]
     console.print(f"serving '{engine.model}' at http://{host}:{port}/v1 (end with Ctrl+C)")
+    if config.page:
+        console.print(f"the page to write with: http://{host}:{port}/")
     if not config.keys and host not in ("127.0.0.1", "::1"):
         console.print("[yellow]note:[/] other machines can reach this server, and no key is needed; see 'keys'")
     server.run(sockets=[listener])

@@ -18,6 +18,7 @@ from .errors import add_handlers
 from .metrics import Measured, Metrics
 from .middleware import Guard
 from .openapi import describe_api
+from .page import page_router
 from .remote import RemoteImages
 from .store import ResponseStore
 
@@ -51,6 +52,8 @@ def create_app(engine: Engine, config: ServeConfig | None = None) -> FastAPI:
     app.state.services, app.state.config = found, config
     for router in (responses.router, chat.router, plain.router):
         app.include_router(router)
+    if config.page:
+        app.include_router(page_router())
     describe_api(app, config, engine)
     add_handlers(app)
     app.add_middleware(Measured, metrics=metrics)

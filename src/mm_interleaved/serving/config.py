@@ -83,6 +83,7 @@ class ServeConfig:
         keys: accepted API keys; empty: no key is needed.
         allow_origins: origins of other web pages that may use the API; empty: none.
         allow_hosts: names of hosts (`name` or `name:port`) from which images may be fetched; empty: none.
+        page: whether the web page is served at `/`.
         template: `document`: messages are joined to one document; `chat`: the model's chat template.
         rows: most requests that run at a time.
         memory_gib: memory for their tokens and images; fewer rows if they do not fit. None: no limit.
@@ -102,6 +103,7 @@ class ServeConfig:
     keys: list[str] = field(default_factory=list)
     allow_origins: list[str] = field(default_factory=list)
     allow_hosts: list[str] = field(default_factory=list)
+    page: bool = True
     template: Literal["document", "chat"] = "document"
     rows: Positive = 8
     memory_gib: PositiveFloat | None = None

@@ -27,6 +27,7 @@ from .errors import ApiError, as_api_error, shorten
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 OPEN_PATHS = ("/health",)
+PAGE_PATH = re.compile(r"/|/web/.*", re.DOTALL)  # static files; what they show comes from the API
 STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # never goes back, so its time is linear; the end may lack
 BRACKET = re.compile(r"[\[\]{}]")
 SHORT = 64 * 1024  # bytes of a body that is parsed at once
@@ -79,7 +80,10 @@ class Guard:
                 share.give_back()
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        path = scope["path"]
+        if not self._keys or path in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return
+        if self.config.page and PAGE_PATH.fullmatch(path):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
