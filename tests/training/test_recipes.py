@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import PIL.Image
 import pytest
 
 from mm_interleaved.configuration import make_config
-from mm_interleaved.document import Text
+from mm_interleaved.document import Box, Document, Image, Text
 from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.training.config import TrainConfig
@@ -284,6 +285,27 @@ def test_the_page_shows_what_is_learned(mmi: Callable[..., Outcome], tmp_path: P
     assert visual is not None
     assert visual[1] == "0"
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # it needs no other file
+
+
+def test_boxes_are_drawn_on_the_image_that_they_are_in(mmi: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Two images whose boxes are stated after both, in a document and in a conversation; also flipped."""
+    own_data("own-documents", tmp_path / "own")
+    boxes = {1: Box(0.2, 0.2, 0.4, 0.4, image=1), 2: Box(0.5, 0.5, 0.9, 1.0, image=0), 3: Box(0, 0, 0.25, 0.5, image=1)}
+    images = [Image(Path(name), supervise=False) for name in ("fox.png", "house.png")]
+    for role in (None, "user"):
+        asked = [replace(image, role=role) for image in images]
+        answer = Text.of("Here: ", boxes[1], " and ", boxes[2], " and ", boxes[3], role=role and "assistant")
+        line = json.dumps(Document([*asked, Text("Where?", False, role), answer]).to_dict())
+        (tmp_path / "own/own.jsonl").write_text(line + "\n")
+        for flip in (0, 1):
+            said = mmi("finetune", "own-documents", "--model", "debug", "--check", f"data.root={tmp_path / 'own'}",
+                       "--output", tmp_path / "run", f"data.sources.0.augment.flip={flip}")  # fmt: skip
+            assert said.code == 0, said.err
+            page = (tmp_path / "run" / finetune.PAGE).read_text()
+            shown = [re.findall(r"left:([\d.]+)%[^<]*<b>(\d)</b>", figure) for figure in page.split("<figure")[1:3]]
+            lefts = [[(f"{100 * (1 - b.x2 if flip else b.x1):.1f}", str(n)) for n, b in boxes.items() if b.image == i]
+                     for i in (0, 1)]  # fmt: skip
+            assert [[(f"{float(left):.1f}", number) for left, number in found] for found in shown] == lefts
 
 
 BAD_CHECKS = {

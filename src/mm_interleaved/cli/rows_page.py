@@ -108,29 +108,29 @@ def _split(pieces: Iterable[Piece]) -> list[list[Piece]]:
 
 
 def _sample(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """The parts of a document. Boxes in texts are drawn on the image before them, or on the first one."""
+    """The parts of a document.
+
+    Boxes that are only written in its texts, so that their image is unknown, are drawn if the document has one image.
+    """
     parts: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
-    waiting: list[dict[str, Any]] = []
-    text = ""  # since the last image; a box may begin in a text without a loss and end in one with a loss
-    for piece in [*pieces, Piece(None, False)]:
-        if isinstance(piece.content, str) and piece.content != END:
-            text += piece.content
-            parts.append({"text": piece.content, "learned": piece.learned})
-            continue
-        found = [_place(box, number) for number, box in enumerate(parse_boxes(text), 1)]
-        (images[-1]["boxes"] if images else waiting).extend(found)
-        text = ""
-        if isinstance(piece.content, PIL.Image.Image):
-            images.append({"url": image_url(piece.content), "learned": piece.learned, "boxes": waiting})
-            parts.append(images[-1])
-            waiting = []
-        elif piece.content == END:
+    images = [piece for piece in pieces if isinstance(piece.content, PIL.Image.Image)]
+    text = "".join(piece.content for piece in pieces if isinstance(piece.content, str) and piece.content != END)
+    found = parse_boxes(text) if len(images) == 1 else []
+    written = [tuple(side / SCALE for side in sides) for sides in found]
+    for piece in pieces:
+        content = piece.content
+        if isinstance(content, PIL.Image.Image):
+            known = [(number, box.sides) for number, box in piece.boxes]
+            boxes = [_place(sides, number) for number, sides in known or enumerate(written, 1)]
+            parts.append({"url": image_url(content), "learned": piece.learned, "boxes": boxes})
+        elif content == END:
             parts.append({"end": END, "learned": piece.learned})
+        elif content is not None:
+            parts.append({"text": content, "learned": piece.learned})
     return {"parts": parts, "continued": pieces[0].content is not None}
 
 
-def _place(box: tuple[float, float, float, float], number: int) -> dict[str, str | int]:
-    """A box in percent of the image."""
-    x1, y1, x2, y2 = (round(100 * side / SCALE, 2) for side in box)
+def _place(sides: Sequence[float], number: int) -> dict[str, str | int]:
+    """A box in percent of the image; `sides` are shares of it."""
+    x1, y1, x2, y2 = (round(100 * side, 2) for side in sides)
     return {"style": f"left:{x1}%;top:{y1}%;width:{x2 - x1:.2f}%;height:{y2 - y1:.2f}%", "number": number}

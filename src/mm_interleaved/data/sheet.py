@@ -10,6 +10,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from ..document import Box
 from ..processor import Batch, MMInterleavedProcessor
 
 WIDTH, MARGIN, FONT, THUMBNAIL, FRAME, GAP = 1200, 16, 15, 106, 3, 6
@@ -23,10 +24,11 @@ END = "</s>"  # the content of a piece that ends a document
 
 @dataclass(frozen=True)
 class Piece:
-    """A text, an image, the end of a document (`END`), or its start (None)."""
+    """A text, an image with the boxes in it, the end of a document (`END`), or its start (None)."""
 
     content: str | PIL.Image.Image | None
     learned: bool
+    boxes: Sequence[tuple[int, Box]] = ()
 
 
 def contact_sheet(batches: Sequence[Batch], processor: MMInterleavedProcessor, rows: int = 2) -> PIL.Image.Image:
@@ -91,7 +93,8 @@ def row_pieces(batch: Batch, row: int, processor: MMInterleavedProcessor) -> Ite
             index = next(images)
             supervised = "image_loss_mask" not in batch or bool(batch.image_loss_mask[index])
             supervised &= before != tokens.bos_token_id  # an image that nothing precedes has no loss
-            yield Piece(PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy()), supervised)
+            seen = PIL.Image.fromarray(batch.pixel_values[index].permute(1, 2, 0).numpy())
+            yield Piece(seen, supervised, batch.boxes[index] if batch.boxes else ())
         elif token is not None and token != processor.image_token_id:
             run.append(token)
             flag = is_learned

@@ -18,12 +18,12 @@ from .document import Document
 from .files import load_documents
 from .folder import Folder
 from .forms import ORIGINAL_TURNS, SEGMENT_FIELDS, interleave
-from .segments import ROLES, Generated, Image, Segment, Text, squash_boxed
+from .segments import ROLES, Generated, Image, Segment, Text, place_boxes
 from .transform import Transform
 
 DocumentError = InputError  # its name in version 0.1
 
 __all__ = [
     "ORIGINAL_TURNS", "ROLES", "SEGMENT_FIELDS", "Box", "Document", "DocumentError", "Folder", "Generated",
-    "Image", "Segment", "Text", "Transform", "interleave", "load_documents", "squash_boxed",
+    "Image", "Segment", "Text", "Transform", "interleave", "load_documents", "place_boxes",
 ]  # fmt: skip

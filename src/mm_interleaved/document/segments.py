@@ -118,6 +118,8 @@ class Image:
         generated: as in `Text`.
         transform: which part of the image (and of its target) is used, and how it becomes square; None: all of it, and
             the processor's setting.
+        boxes: the boxes that the document's texts state in this image, each with its number among all boxes of the
+            document, from 1; `place_boxes` sets it.
 
     Raises:
         InputError: the source or target has another type, or is an array of an unsupported shape or range, or the role
@@ -130,6 +132,7 @@ class Image:
     target: str | Path | FileSlice | PIL.Image.Image | np.ndarray | Tensor | None = None
     generated: Generated | None = field(default=None, compare=False, repr=False)
     transform: Transform | None = None
+    boxes: tuple[tuple[int, Box], ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", _checked_source(self.source))
@@ -145,16 +148,16 @@ class Image:
 Segment = Text | Image
 
 
-def squash_boxed(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments; images that boxes are in are stretched to squares, since boxes are shares of the whole image.
+def place_boxes(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments; images get the boxes in them, and are stretched to squares, since boxes are shares of whole images.
 
     Raises:
         InputError: such an image is to be cropped to its central square, or there is no image of that number.
     """
     places = [place for place, segment in enumerate(segments) if isinstance(segment, Image)]
-    numbers = {box.image for segment in segments if isinstance(segment, Text) for _, box in segment.boxes}
+    boxes = [box for segment in segments if isinstance(segment, Text) for _, box in segment.boxes]
     changed = list(segments)
-    for number in sorted(numbers):
+    for number in sorted({box.image for box in boxes}):
         if number >= len(places):
             raise InputError(f"a box is in image {number}, but there are {len(places)} images",
                              fix="Images are numbered from 0")  # fmt: skip
@@ -163,7 +166,8 @@ def squash_boxed(segments: Sequence[Segment]) -> list[Segment]:
         if transform.square == "center":
             raise InputError("the image of a box would be cropped to its central square", f"segments[{places[number]}]",
                              "Use squash, which keeps all of it")  # fmt: skip
-        changed[places[number]] = replace(image, transform=replace(transform, square="squash"))
+        inside = tuple((index, box) for index, box in enumerate(boxes, 1) if box.image == number)
+        changed[places[number]] = replace(image, transform=replace(transform, square="squash"), boxes=inside)
     return changed
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import PIL.Image
 import torch
 
-from ..document import Document, Image, Text, squash_boxed
+from ..document import Document, Image, Text, place_boxes
 from ..generation import DocumentFinished, GenerationSettings, InterleavedGenerator, MMInterleaved
 from ..generation.interleaved import PreparedDocument
 from ..generation.settings import override
@@ -151,7 +151,7 @@ class Predictor:
     def _opened(self, document: Document) -> Document:
         """A document whose images are reduced to the size that the model sees."""
         segments = []
-        for segment in squash_boxed(document.segments):
+        for segment in place_boxes(document.segments):
             if isinstance(segment, Image) and segment.source is not None:
                 seen = self.processor.views(segment, training=False).input
                 segment = replace(segment, source=PIL.Image.fromarray(seen), transform=None)

@@ -5,12 +5,14 @@ Axes: B rows of the batch, L tokens of a row, I images of the batch, h and w hei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 from transformers import BatchFeature
+
+from ..document import Box
 
 
 class Batch(BatchFeature):
@@ -40,6 +42,8 @@ class Batch(BatchFeature):
 
     Attributes:
         source: name of the data source of the rows, for reports; not part of the dictionary. None: unknown.
+        boxes: of each image the boxes in it, with their numbers in the document, for reports; not part of the
+            dictionary. Empty: unknown.
     """
 
     input_ids: Tensor
@@ -53,6 +57,7 @@ class Batch(BatchFeature):
     target_pixel_values: Tensor
     image_loss_mask: Tensor
     source: str | None = None
+    boxes: Sequence[Sequence[tuple[int, Box]]] = ()
 
     def __init__(
         self,
@@ -60,10 +65,11 @@ class Batch(BatchFeature):
         tensor_type: str | None = None,
         *,
         source: str | None = None,
+        boxes: Sequence[Sequence[tuple[int, Box]]] = (),
         **items: Any,
     ) -> None:
         super().__init__({**(data or {}), **items}, tensor_type)
-        self.source = source
+        self.source, self.boxes = source, boxes
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute that is not a key: `batch.labels = x` would not reach the model.
@@ -76,7 +82,7 @@ class Batch(BatchFeature):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.data, "source": self.source}
+        return {"data": self.data, "source": self.source, "boxes": self.boxes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -88,10 +94,10 @@ class Batch(BatchFeature):
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU are fast."""
         pinned = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in self.items()}
-        return Batch(pinned, source=self.source)
+        return Batch(pinned, source=self.source, boxes=self.boxes)
 
 
-_KEYS = frozenset(Batch.__annotations__) - {"source"}
+_KEYS = frozenset(Batch.__annotations__) - {"source", "boxes"}
 
 
 def build_labels(

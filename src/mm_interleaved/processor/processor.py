@@ -19,7 +19,7 @@ import PIL.Image
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..document import Document, Image, Segment, Text, squash_boxed
+from ..document import Document, Image, Segment, Text, place_boxes
 from ..document.arrays import is_array
 from ..document.transform import WHOLE, Transform
 from ..io import FileSlice, InputError, check_strings, nearest_name
@@ -204,7 +204,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             InputError: only some segments have roles, an open slot is not at the end, or an image that a box is in
                 would be cropped.
         """
-        segments = squash_boxed(document.segments)
+        segments = place_boxes(document.segments)
         roles = [s.role is not None for s in segments]
         if not any(roles):
             return segments
@@ -462,6 +462,7 @@ class MMInterleavedProcessor(ProcessorMixin):
                 for number, image in enumerate(stream.images)
             ]
         batch = Batch(
+            boxes=[image.boxes for image in images],
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),

@@ -27,7 +27,7 @@ from ..data import SourceConfig
 from ..data.augmentation import AugmentConfig, augment
 from ..data.readers import make_reader
 from ..data.report import Rejected
-from ..document import Document, Image, Segment, Text, load_documents, squash_boxed
+from ..document import Document, Image, Segment, Text, load_documents, place_boxes
 from ..generation import MMInterleaved
 from ..generation.interleaved import DocumentFinished
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings
@@ -152,7 +152,7 @@ def _records(source: SourceConfig, root: Path) -> Iterator[tuple[Document, Segme
             try:
                 document = reader.document(record, rng, lambda reason, example: None)
                 document = augment(document, plain, rng, getattr(reader, "crop", None))
-                document.segments = squash_boxed(document.segments)  # also where the only boxes are in the answer
+                document.segments = place_boxes(document.segments)  # also where the only boxes are in the answer
             except (Rejected, InputError):
                 continue
             learned = [i for i, segment in enumerate(document.segments) if segment.supervise]
