@@ -22,6 +22,7 @@ from .evaluate import evaluate_command
 from .finetune import finetune
 from .generate import generate
 from .info import info
+from .plan import plan
 from .plugins import CommandGroup
 from .run_report import report
 from .serve import serve
@@ -40,6 +41,7 @@ app.command()(convert)
 app.command()(download)
 app.command()(assemble)
 app.command()(train)
+app.command()(plan)
 app.command()(finetune)
 app.command()(report)
 app.command()(serve)

@@ -47,6 +47,7 @@ class Cost:
         steps: number of steps of `draw_image`.
         cache_per_token: cached keys and values of a token, in elements.
         cache_per_image: cached MMFS values of an image, in elements.
+        encode_latents: MACs of the VAE's encoder for one target image.
     """
 
     parts: list[Part]
@@ -59,6 +60,7 @@ class Cost:
     steps: int
     cache_per_token: int
     cache_per_image: int
+    encode_latents: int
 
 
 def count_parts(model: MMInterleavedModel) -> list[Part]:
@@ -116,6 +118,8 @@ def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Co
             step = _macs(lambda: decoder.unet(latents, time, conditions, prepared, derived=derived))
         around = _macs(lambda: decoder.vae.decode(latents[:1])) + _macs(lambda: decoder.resampler(context))
         encode = _macs(lambda: model.encode_images(pixels)) + projection
+        side = decoder.config.image_size
+        latent_macs = _macs(lambda: decoder.vae.encode(torch.empty(1, 3, side, side)))
         token, with_images = _token(model, pyramid, 0), _token(model, pyramid, images)
     cells = sum(side * side for side in config.mmfs.levels)
     return Cost(
@@ -129,6 +133,7 @@ def measure(config: MMInterleavedConfig, images: int = 5, steps: int = 30) -> Co
         steps=steps,
         cache_per_token=cache_per_token(model),
         cache_per_image=len(_layers(model)) * cells * config.mmfs.hidden_size,
+        encode_latents=latent_macs,
     )
 
 

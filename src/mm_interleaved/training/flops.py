@@ -7,15 +7,14 @@ tokens, MMFS sampling, the VAE and recomputation are left out, so the figure is 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 
 from ..model import MMInterleavedConfig, MMInterleavedModel
 from ..model.cost import Part, count_parts, measure
-
-# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first matching name decides.
-PEAKS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+from .gpus import PEAKS
 
 
 @dataclass
@@ -58,5 +57,9 @@ def peak_flops(device: torch.device, tflops: float | None = None) -> float | Non
         return tflops * 1e12
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for key, peak in PEAKS.items() if key in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """Peak FLOP/s of a device with the name that its driver gives it; None if it is not known."""
+    return next((1e12 * peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -59,7 +59,12 @@ class BatchSizes:
 
     @classmethod
     def of(cls, config: TrainConfig, model: MMInterleavedConfig) -> BatchSizes:
-        """The largest batch that the settings allow, as far as they say.
+        """The largest batch that the settings allow, as far as they say."""
+        return max(cls.of_sources(config, model), key=lambda size: (size.rows * size.tokens, size.images, size.targets))
+
+    @classmethod
+    def of_sources(cls, config: TrainConfig, model: MMInterleavedConfig) -> list[BatchSizes]:
+        """The largest batch of each source of `config.training_data`.
 
         Rows hold as many images as `max_images_per_sequence` allows, or else as fit with as much text as image tokens.
         """
@@ -72,7 +77,7 @@ class BatchSizes:
             weight = config.losses.image if source.loss_image_weight is None else source.loss_image_weight
             targets = round(images * config.losses.image_fraction) if weight else 0
             sizes.append(cls(rows, tokens, images, targets))
-        return max(sizes, key=lambda size: (size.rows * size.tokens, size.images, size.targets))
+        return sizes
 
 
 @dataclass
