@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "mm_interleaved"
 ROOMS = [
     "io", "launch", "validation", "plugins", "configuration", "document", "ops", "model", "processor", "checkpoints",
     "adapters", "generation", "metrics", "tasks", "data", "pretrained", "pipeline", "batch", "evaluation", "training",
-    "planning", "serving", "bench", "integrations", "cli", "auto", "__main__",
+    "planning", "inspection", "serving", "bench", "integrations", "cli", "auto", "__main__",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 FSTRING = [getattr(tokenize, name) for name in ("FSTRING_MIDDLE",) if hasattr(tokenize, name)]  # Python 3.12

@@ -124,7 +124,7 @@ class MMInterleavedPipeline:
             InputError: a document cannot be used, or is longer than the model's context.
             ValueError: there is no such setting, or images cannot be generated with these settings.
         """
-        documents = _documents(inputs)
+        documents = as_documents(inputs)
         ends: list[DocumentFinished] = []
         generator = self._generator(settings)
         self.interrupt = False
@@ -143,13 +143,13 @@ class MMInterleavedPipeline:
 
     def stream(self, inputs: Input | Sequence[Document], **settings: Any) -> Iterator[Event]:
         """The events of generation as they happen; arguments and errors are those of a call."""
-        yield from self._generator(settings).run(_documents(inputs))
+        yield from self._generator(settings).run(as_documents(inputs))
 
     def _generator(self, settings: dict[str, Any]) -> InterleavedGenerator:
         return InterleavedGenerator(self.model, self.processor, override(self.settings, **settings))
 
 
-def _documents(inputs: Input | Sequence[Document]) -> list[Document]:
+def as_documents(inputs: Input | Sequence[Document]) -> list[Document]:
     """The documents of any form of input.
 
     Raises:

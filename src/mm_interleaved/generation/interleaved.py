@@ -5,7 +5,7 @@ Documents of a batch take their turns together: first all texts, then all images
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -50,6 +50,7 @@ class InterleavedGenerator(DocumentRows):
         progress: bool = True,
     ) -> None:
         super().__init__(model, processor)
+        self.make_state: Callable[..., GenerationState] = GenerationState
         self.progress = progress
         self.settings = replace(settings, image=model.image_decoder.settled(settings.image))
 
@@ -90,7 +91,7 @@ class InterleavedGenerator(DocumentRows):
         images = [count + row.goes_on for count, row in zip(images, self.rows, strict=True)]
         first = max((len(one.plan[0]) for one in given), default=0)
         tokens = first + self.settings.text.max_new_tokens + self.model.config.num_image_tokens
-        return GenerationState(
+        return self.make_state(
             self.model, len(given), uses_graphs(self.model, self.settings.text.cache_implementation),
             tokens=min(tokens, self.limit), slots=min(max(images, default=0), self.most_images), images=sum(images),
         )  # fmt: skip

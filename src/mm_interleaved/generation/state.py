@@ -191,15 +191,17 @@ class GenerationState:
         chosen = [r for r in rows for _ in range(width)]
         slots = max((len(self.visible[r]) for r in rows), default=0)
         count = len(self.pyramids)
-        state = GenerationState(
-            self.model, len(chosen), self.graphs, tokens=longest + tokens, slots=slots, images=count, shared=width > 1
-        )
+        state = self._another(len(chosen), tokens=longest + tokens, slots=slots, images=count, shared=width > 1)
         state.workspace.take_over(self.workspace, list(rows), width, count)
         state.visible = [list(self.visible[r]) for r in chosen]
         state.row_images = [list(self.row_images[r]) for r in chosen]
         state.pyramids = list(self.pyramids)
         state._show_images()
         return state
+
+    def _another(self, rows: int, *, tokens: int, slots: int, images: int, shared: bool) -> GenerationState:
+        """An empty state of the same kind; arguments as in the constructor."""
+        return GenerationState(self.model, rows, self.graphs, tokens=tokens, slots=slots, images=images, shared=shared)
 
     def _show_images(self) -> None:
         """Copy the visible images of each row to the device."""

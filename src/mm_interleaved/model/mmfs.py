@@ -26,7 +26,7 @@ because then the product of the weights costs less than W_dyn q of all queries. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,7 @@ class MMFS(nn.Module):
         self.config = config
         self.implementation = "fast"
         self.backend: Backend = "auto"  # used by implementation "fast"
+        self.recorder: Callable[[MMFSInputs], None] | None = None  # gets the operator's inputs; see `inspection/`
         heads, points, levels = config.num_heads, config.num_points, len(config.levels)
         self.dynamic_offset_mask = nn.Linear(query_size, query_size)
         self.query_relpos = nn.Embedding(config.max_images, query_size)
@@ -324,6 +325,8 @@ class MMFS(nn.Module):
         """
         scales = [side / base for side in self.config.levels]
         inputs = MMFSInputs(values, *sides, reference, visible.images, shapes, scales, visible.routes)
+        if self.recorder is not None:
+            self.recorder(inputs)
         ignore = self.ignore_token.view(self.config.num_heads, -1)
         return mmfs_output(inputs, ignore, dtype or promote(sides[0].dtype), backend=self.backend).flatten(2)
 

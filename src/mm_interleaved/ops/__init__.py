@@ -7,9 +7,11 @@ from .group_norm import GroupNorm, channels_last, why_not_group_norm
 from .mmfs_attention import (
     HAS_TRITON,
     MMFSInputs,
+    SamplingPoints,
     image_routes,
     mmfs_attention,
     mmfs_attention_reference,
+    sampling_points,
     softmax_plus_one,
     why_not_triton,
 )
@@ -19,6 +21,7 @@ __all__ = [
     "HAS_TRITON",
     "GroupNorm",
     "MMFSInputs",
+    "SamplingPoints",
     "attend",
     "channels_last",
     "deformable_attention",
@@ -33,6 +36,7 @@ __all__ = [
     "promote",
     "rms_norm",
     "rotary",
+    "sampling_points",
     "silu_gate",
     "softmax_plus_one",
     "why_not_group_norm",

@@ -231,6 +231,34 @@ def _nothing(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
 # The reference implementation
 
 
+@dataclass
+class SamplingPoints:
+    """Where queries sample the visible images, and with which weights.
+
+    Attributes:
+        locations: [G, Q, N, R, V or 1, P, 2], (x, y) in units of the image's sides; 1 when all levels share them.
+        weights: [G, Q, N, R, V, P]; 0 in slots without an image.
+        ignored: [G, Q, N] the weight of the slot of logit 0.
+    """
+
+    locations: Tensor
+    weights: Tensor
+    ignored: Tensor
+
+
+def sampling_points(inputs: MMFSInputs) -> SamplingPoints:
+    """The sampling points of `inputs`, in float32 or better; at least one slot."""
+    heads, points, levels = inputs.heads, inputs.points, len(inputs.shapes)
+    work = promote(inputs.offsets.dtype)
+    offsets = inputs.offsets.to(work)[..., None, :] + inputs.offset_table.to(work)
+    logits = inputs.logits.to(work)[..., None, :] + inputs.logit_table.to(work)
+    offsets = offsets.unflatten(-1, (heads, points, 2)).transpose(2, 3)  # [G, Q, N, R, P, 2]
+    logits = logits.unflatten(-1, (heads, levels, points)).transpose(2, 3)  # [G, Q, N, R, V, P]
+    hidden = (inputs.images < 0)[:, None, None, :, None, None]
+    weights, ignored = softmax_plus_one(logits.masked_fill(hidden, -math.inf))
+    return SamplingPoints(_locations(offsets, inputs.reference, inputs.shapes, inputs.scales), weights, ignored)
+
+
 def mmfs_attention_reference(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
     """`mmfs_attention` in PyTorch's own operators.
 
@@ -239,18 +267,10 @@ def mmfs_attention_reference(inputs: MMFSInputs) -> tuple[Tensor, Tensor]:
     values, images = inputs.values, inputs.images
     if images.shape[1] == 0:
         return _nothing(inputs)
-    heads, points, levels = inputs.heads, inputs.points, len(inputs.shapes)
-    work = promote(inputs.offsets.dtype)
-    offsets = inputs.offsets.to(work)[..., None, :] + inputs.offset_table.to(work)
-    logits = inputs.logits.to(work)[..., None, :] + inputs.logit_table.to(work)
-    offsets = offsets.unflatten(-1, (heads, points, 2)).transpose(2, 3)  # [G, Q, N, R, P, 2]
-    logits = logits.unflatten(-1, (heads, levels, points)).transpose(2, 3)  # [G, Q, N, R, V, P]
-    hidden = (images < 0)[:, None, None, :, None, None]
-    weights, ignored = softmax_plus_one(logits.masked_fill(hidden, -math.inf))
-    locations = _locations(offsets, inputs.reference, inputs.shapes, inputs.scales)
+    found = sampling_points(inputs)
     routes = image_routes(images, len(values)) if inputs.routes is None else inputs.routes
-    mixed = _sample(values, images, routes, inputs.shapes, locations, weights)
-    return mixed.unflatten(-1, values.shape[2:]), ignored
+    mixed = _sample(values, images, routes, inputs.shapes, found.locations, found.weights)
+    return mixed.unflatten(-1, values.shape[2:]), found.ignored
 
 
 def softmax_plus_one(logits: Tensor) -> tuple[Tensor, Tensor]:
