@@ -24,6 +24,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,14 @@ from mm_interleaved.bench.machine import describe
 from mm_interleaved.configuration import make_config
 from mm_interleaved.document import Document, Image, Segment, Text
 from mm_interleaved.model import MMInterleavedConfig
+from mm_interleaved.model.cost import Cost, measure
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 from mm_interleaved.training.adapters import attach_adapter
 from mm_interleaved.training.arguments import training_arguments
 from mm_interleaved.training.building import freeze_parts, frozen_layers, set_types
 from mm_interleaved.training.checkpointing import disable_checkpointing, enable_checkpointing
 from mm_interleaved.training.config import TrainConfig
-from mm_interleaved.training.flops import peak_flops, step_cost
+from mm_interleaved.training.flops import StepCost, peak_flops, step_cost
 from mm_interleaved.training.memory import BatchSizes
 from mm_interleaved.training.optimizer import build_optimizer
 from mm_interleaved.training.pipeline import BatchPipeline, prepare_documents
@@ -308,18 +311,28 @@ def _steps(place: Place, case: Case, model: MMInterleaved, processor: MMInterlea
     return {
         "sizes": asdict(sizes), "tokens": stats.tokens, "seconds": seconds,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **_speed(place, model, seconds, stats.tokens, stats.images, targets, 1), **watch.memory(),
+        **_speed(place, cost_of(place, model), seconds, stats.tokens, stats.images, targets), **watch.memory(),
     }  # fmt: skip
 
 
 def _speed(
-    place: Place, model: nn.Module, seconds: float, tokens: int, images: int, targets: int, world: int
+    place: Place, cost: StepCost, seconds: float, tokens: int, images: int, targets: int, world: int = 1
 ) -> dict[str, Any]:
     """Tokens per second of all GPUs, and the share of their arithmetic (MFU); counts are those of one GPU."""
-    cost = step_cost(MMInterleavedConfig.preset(place.preset), model)  # pyright: ignore[reportArgumentType]
     peak = peak_flops(place.device)
     share = cost.of(tokens, images, targets) / seconds / peak if peak else None
     return {"tokens_per_second": world * tokens / seconds, "mfu": share}
+
+
+@cache
+def measured_cost(preset: str) -> Cost:
+    """The cost of a model, which takes seconds to count."""
+    return measure(MMInterleavedConfig.preset(preset), images=1)
+
+
+def cost_of(place: Place, model: MMInterleaved) -> StepCost:
+    """The cost of a step of the model; call it before parameters are divided."""
+    return step_cost(MMInterleavedConfig.preset(place.preset), model, measured_cost(place.preset))
 
 
 class Watch:
@@ -385,6 +398,7 @@ class Recorder(TrainerCallback):
     def __init__(self, place: Place, load: Callable[[], object], timed: bool) -> None:
         self.watch, self.load, self.timed = Watch(place.device), load, timed
         self.seconds: float | None = None
+        self.memory: dict[str, int | None] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load."""
@@ -396,6 +410,7 @@ class Recorder(TrainerCallback):
             self.watch.start()
         if self.timed and state.global_step == state.max_steps:
             self.seconds = self.watch.stop() / (state.max_steps - WARM_UP)
+            self.memory = self.watch.memory()
 
 
 def run_training(name: str, place: Place, work: Training, results: Results) -> None:
@@ -435,20 +450,17 @@ def run_training(name: str, place: Place, work: Training, results: Results) -> N
     trainer.add_callback(recorder)
     if config.fsdp:
         trainer.add_callback(ShardingCallback(Console(stderr=True)))
-    cost = _speed(place, model, 1.0, 0, 0, 0, world)  # before parameters are divided
-    operations = step_cost(MMInterleavedConfig.preset(place.preset), model)
+    cost = cost_of(place, model)
     trainer.train()
     stats = pipeline.stats  # of all steps, since nothing was logged while it was timed
     row["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] if not work.timed else []
     if recorder.seconds is not None:
         tokens, images, targets = (n // work.steps for n in (stats.tokens, stats.images, stats.noise_samples))
         shape = made_batches[0].input_ids.shape
-        peak = peak_flops(place.device)
-        row |= cost | {
+        row |= {
             "sizes": asdict(BatchSizes(shape[0], shape[1], images, targets)), "tokens": tokens,
-            "seconds": recorder.seconds, "tokens_per_second": world * tokens / recorder.seconds,
-            "mfu": operations.of(tokens, images, targets) / recorder.seconds / peak if peak else None,
-            **recorder.watch.memory(),
+            "seconds": recorder.seconds, **_speed(place, cost, recorder.seconds, tokens, images, targets, world),
+            **recorder.memory, "sent_gb_per_second": collective_speed(place.device),
         }  # fmt: skip
     results.add(dict(row))
     if work.save:
@@ -461,6 +473,20 @@ def run_training(name: str, place: Place, work: Training, results: Results) -> N
         row["digest"] = digest(trainer.model)
     results.rows.pop()
     results.add(row)
+
+
+def collective_speed(device: torch.device) -> float | None:
+    """GB/s that a GPU sends while all of them add up 1 GiB; None: there is no other."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or device.type != "cuda":
+        return None
+    numbers = torch.zeros(2**28, device=device)
+    watch = Watch(device)
+    for number in range(6):
+        if number == 1:
+            watch.start()
+        dist.all_reduce(numbers)
+    world = dist.get_world_size()
+    return 2 * (world - 1) / world * 5 * numbers.nbytes / watch.stop() / 1e9
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
@@ -581,6 +607,10 @@ TURNS = [
 def work(name: str, turn: int, options: argparse.Namespace) -> None:
     """A process of a job: wait for its turn, then work."""
     job = TURNS[turn].jobs[name]
+    preset = "debug" if job.small else options.preset
+    measured_cost(preset)
+    if isinstance(job.work, Training) and job.work.case.way == "zero1":
+        import_module("deepspeed")  # takes seconds
     while not (options.out / "turns" / str(turn)).exists():
         time.sleep(0.05)
     cuda = options.device == "cuda"
@@ -590,7 +620,6 @@ def work(name: str, turn: int, options: argparse.Namespace) -> None:
         if not job.small:
             torch.set_float32_matmul_precision("high")
     half = cuda and not job.small
-    preset = "debug" if job.small else options.preset
     place = Place(preset, device, torch.bfloat16 if half else torch.float32, options.out)
     results = Results(options.out / "results" / f"{name}.json", os.environ.get("RANK", "0") == "0")
     try:

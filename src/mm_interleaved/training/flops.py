@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..model import MMInterleavedConfig, MMInterleavedModel
-from ..model.cost import Part, count_parts, measure
+from ..model.cost import Cost, Part, count_parts, measure
 from .gpus import PEAKS
 
 
@@ -30,15 +30,18 @@ class StepCost:
         return tokens * self.token + images * self.image + noise_samples * self.noise_sample
 
 
-def step_cost(config: MMInterleavedConfig, model: MMInterleavedModel | None = None) -> StepCost:
+def step_cost(
+    config: MMInterleavedConfig, model: MMInterleavedModel | None = None, cost: Cost | None = None
+) -> StepCost:
     """The cost of training the model that `config` describes.
 
     Args:
         config: its configuration.
         model: the model of a run, which says what is trained (an adapter, or all but frozen parts); None: all but what
             the configuration freezes.
+        cost: what `measure` returns for the configuration, which takes seconds; None: it is measured.
     """
-    cost = measure(config, images=1)
+    cost = measure(config, images=1) if cost is None else cost
     parts = {part.name.strip(): part for part in (cost.parts if model is None else count_parts(model))}
     return StepCost(
         token=2 * cost.token * _passes(parts["language_model"]),
