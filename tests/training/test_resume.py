@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mm_interleaved.configuration import load_config
+from mm_interleaved.launch.exits import STOPPED
 from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training.checkpoints import ASIDE, MANIFEST, find_damage, find_resume, list_checkpoints
 from mm_interleaved.training.config import TrainConfig, TrainingError
@@ -62,7 +63,7 @@ def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == STOPPED, output
     assert "stopped by SIGTERM" in output
     (checkpoint,) = list_checkpoints(run)
     assert load(checkpoint).trained

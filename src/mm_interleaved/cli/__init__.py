@@ -22,6 +22,7 @@ from .evaluate import evaluate_command
 from .finetune import finetune
 from .generate import generate
 from .info import info
+from .launch import launch
 from .plan import plan
 from .plugins import CommandGroup
 from .run_report import report
@@ -48,6 +49,7 @@ app.command()(serve)
 app.command()(chat)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
+app.add_typer(launch, name="launch")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,7 +14,7 @@ from ..launch import count_processes
 from .console import console, output
 from .errors import UsageError
 from .models import check_cpu
-from .train import Device, training
+from .train import Device, end, training
 
 if TYPE_CHECKING:
     from ..data import SourceConfig
@@ -63,7 +63,8 @@ def finetune(
             return
         if capacity is not None:
             _check_memory(config, capacity, force)
-        run.train(config, TOKENIZER, device)
+        stopped = run.train(config, TOKENIZER, device)
+    end(stopped)
 
 
 def _list_recipes() -> None:

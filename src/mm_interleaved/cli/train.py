@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ..launch.exits import STOPPED
 from .errors import UsageError
 from .models import check_cpu
 
@@ -27,7 +29,19 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
     loaded = load_config(config, TrainConfig, settings or [])
     check_cpu(device)
     with training() as run:
-        run.train(loaded, TOKENIZER, device)
+        stopped = run.train(loaded, TOKENIZER, device)
+    end(stopped)
+
+
+def end(stopped: str | None) -> None:
+    """End the program with the status of a run: 0 if it is finished, `STOPPED` if a signal stopped it.
+
+    Under `srun --kill-on-bad-exit` the first process that ends with another status than 0 ends the others, which may
+    not be through yet. So the first process alone says it there; torchrun needs it of all.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    if stopped is not None and (is_first or "TORCHELASTIC_RUN_ID" in os.environ):
+        raise typer.Exit(STOPPED)
 
 
 @contextmanager

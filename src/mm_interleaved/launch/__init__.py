@@ -2,6 +2,7 @@
 
     slurm      rank, world size, local rank and rendezvous of a task that `srun` started
     script     writes batch scripts for Slurm
+    exits      exit statuses of runs
 
 It imports no PyTorch.
 """

@@ -1,17 +1,12 @@
-"""Callbacks of the training loop: log, TensorBoard, averaged weights, evaluation, and stopping by a signal."""
+"""Callbacks of the training loop: log, TensorBoard, averaged weights and evaluation."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
@@ -24,30 +19,23 @@ from .report import write_run_report
 from .trainer import RunTrainer
 
 LOG = "log.jsonl"
-_SAME = 2.0  # seconds within which two signals count as one: `timeout` signals a process, then its group
 FIRST_REPORT = 20.0  # seconds until the page of a run is written for the first time
-_AGREE_EVERY = 10  # steps between two checks whether another rank wants to stop
 
 
 class TrainingLoopCallback(TrainerCallback):
-    """Starts measuring, averages the weights, requests evaluation, and stops after a signal."""
+    """Starts measuring, averages the weights and requests evaluation."""
 
-    def __init__(self, trainer: RunTrainer, config: RunConfig, console: Console) -> None:
-        self.trainer, self.config, self.console = trainer, config, console
-        self.stopped_by: str | None = None
-        self._stopped_at = 0.0
-        self._before: dict[int, Any] = {}
+    def __init__(self, trainer: RunTrainer, config: RunConfig) -> None:
+        self.trainer, self.config = trainer, config
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Install the signal handlers; correct what a resumed run takes over."""
+        """Correct what a resumed run takes over."""
         self.trainer.start_window()
         _follow_schedule(kwargs.get("lr_scheduler"))
         if self.trainer.is_world_process_zero():
             self.trainer.link_checkpoints()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each optimizer step."""
@@ -55,37 +43,6 @@ class TrainingLoopCallback(TrainerCallback):
             self.trainer.ema.update(state.global_step)
         due = self.config.eval_every and state.global_step % self.config.eval_every == 0
         control.should_evaluate = bool(due and self.trainer.eval_pipeline is not None)
-        if self._agreed(state):
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Restore the previous signal handlers."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None:  # a second signal ends the run at once
-            if time.monotonic() - self._stopped_at > _SAME:
-                signal.signal(number, self._before[number])
-                os.kill(os.getpid(), number)
-            return
-        self.stopped_by, self._stopped_at = signal.Signals(number).name, time.monotonic()
-        self.console.print(f"{self.stopped_by}: saving after this step; send it again to stop at once")
-
-    def _agreed(self, state: TrainerState) -> bool:
-        """Whether any rank got a signal to stop; all ranks agree on the step."""
-        step = state.global_step
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.stopped_by is not None
-        if step % _AGREE_EVERY and step != state.max_steps:
-            return False
-        wish = torch.tensor(float(self.stopped_by is not None), device=self.trainer.args.device)
-        dist.all_reduce(wish)
-        if wish.item() and self.stopped_by is None:
-            self.stopped_by = "another process"
-        return bool(wish.item())
 
 
 def _follow_schedule(scheduler: Any) -> None:

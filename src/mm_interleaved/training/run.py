@@ -37,6 +37,7 @@ from .pipeline import BatchPipeline, Loader, prepare_documents
 from .publishing import Push
 from .report import write_run_report
 from .samples import Samples
+from .signals import StopOnSignal
 from .stopping import EarlyStopping
 from .tasks import Tasks
 from .trainer import RunTrainer
@@ -159,8 +160,9 @@ def run(
     trainer: RunTrainer, config: RunConfig, resume: Path | None, console: Console, finish: Callable[[Path], None]
 ) -> str | None:
     """Train, and write the `final` folder at the end; see `train`."""
-    loop = TrainingLoopCallback(trainer, config, console)
-    trainer.add_callback(loop)
+    stop = StopOnSignal(console)
+    trainer.add_callback(TrainingLoopCallback(trainer, config))
+    trainer.add_callback(stop)
     if config.fsdp:
         trainer.add_callback(sharding.ShardingCallback(console))
     folder, steps, is_main = Path(config.output) / FINAL, trainer.args.max_steps, trainer.args.process_index == 0
@@ -198,12 +200,12 @@ def run(
         if trainer.stopping is not None:
             trainer.stopping.check()
         last = trainer.state.global_step
-    if loop.stopped_by is not None and last < steps and not (trainer.stopping is not None and trainer.stopping.is_over):
+    if stop.stopped_by is not None and last < steps and not (trainer.stopping is not None and trainer.stopping.is_over):
         console.print(
-            f"stopped by {loop.stopped_by} at step {last} of {steps}; a checkpoint is saved, and the same command "
+            f"stopped by {stop.stopped_by} at step {last} of {steps}; a checkpoint is saved, and the same command "
             f"resumes from there"
         )
-        return loop.stopped_by
+        return stop.stopped_by
     trainer.check_finite(last)
     finish(folder)
     if is_main:
