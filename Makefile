@@ -7,20 +7,23 @@ LOWEST_TESTS := tests/test_document.py tests/test_configuration.py tests/process
 	tests/checkpoints/test_checkpoint.py tests/model/test_compatibility.py tests/generation/test_text.py \
 	tests/cli/test_info.py tests/training/test_optimizer.py
 
-.PHONY: demo test test-slow test-fast test-gpu lint format types lower-bounds hooks benchmark clean
+.PHONY: demo test test-slow test-fast test-browser test-gpu lint format types lower-bounds hooks benchmark clean
 
 demo: .venv/ready
 	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
 	@echo "Open demo/report.html in a browser."
 
 test: .venv/ready-test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not browser"
 
 test-slow: .venv/ready-test
 	$(PYTEST) -m slow
 
 test-fast: .venv/ready-test
-	$(PYTEST) -m "not slow and not kernels" -k "not compile"
+	$(PYTEST) -m "not slow and not kernels and not browser" -k "not compile"
+
+test-browser: .venv/ready-browser
+	$(BIN)/python -m pytest -m browser tests/browser
 
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest -m gpu
@@ -54,6 +57,10 @@ clean:
 
 .venv/ready-test: .venv/ready requirements-test.lock scripts/setup-test
 	scripts/setup-test .venv
+	touch $@
+
+.venv/ready-browser: .venv/ready-test requirements-browser.lock scripts/setup-browser
+	scripts/setup-browser .venv
 	touch $@
 
 .venv/ready-tools: .venv/ready-test requirements-tools.lock

@@ -15,7 +15,7 @@ import { Settings } from "./settings.js";
 import { Editor, currentBlob, imageSegment, newDocument, textSegment } from "./state.js";
 
 const $ = (id) => document.getElementById(id);
-const HEALTH_EVERY = 20_000; // milliseconds; while the server is gone, more often
+const HEALTH_EVERY = 20_000; // milliseconds; while the server is gone or a connection has failed, more often
 const HEALTH_WHEN_GONE = 3_000;
 
 const settings = new Settings();
@@ -179,7 +179,7 @@ async function startExample(mode) {
   editor.setMode(mode);
   editor.insert(parts.map((part) => (typeof part === "string" ? textSegment(part) : imageSegment(part))));
   composer.send(ask ?? "");
-  $("segments").querySelector("[data-focus]")?.focus({ preventScroll: true });
+  (runner.isRunning ? composer.stop : composer.field).focus();
 }
 
 function showEmpty() {
@@ -190,6 +190,15 @@ function showEmpty() {
 }
 editor.addEventListener("change", ({ detail }) => detail.kind !== "typing" && detail.kind !== "title" && showEmpty());
 $("title").addEventListener("input", () => editor.setTitle($("title").value));
+
+// ---- what is generated stays in sight, unless the reader has scrolled away
+
+let followsEnd = true;
+const atEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - 120;
+document.addEventListener("scroll", () => { followsEnd = atEnd(); });
+new ResizeObserver(() => {
+  if (runner.isRunning && followsEnd && !runner.current.task.target) scrollTo({ top: document.documentElement.scrollHeight });
+}).observe($("segments"));
 
 // ---- the bar at the top
 
@@ -285,7 +294,8 @@ async function checkServer() {
   status.querySelector("span").textContent = healthy ? (settings.values.model ?? settings.models[0] ?? "ready") : "Server not reachable";
   $("gone").hidden = healthy;
   if (!healthy) described = false;
-  if (!document.hidden) healthTimer = setTimeout(checkServer, healthy ? HEALTH_EVERY : HEALTH_WHEN_GONE);
+  const doubtful = !healthy || runner.problem?.error instanceof ConnectionError;
+  if (!document.hidden) healthTimer = setTimeout(checkServer, doubtful ? HEALTH_WHEN_GONE : HEALTH_EVERY);
 }
 
 async function describeServer() {
