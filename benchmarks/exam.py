@@ -1,7 +1,7 @@
 """The exam of the small model: the same test for each of several models, as a table with intervals and goals.
 
-python benchmarks/exam.py small runs/small2/model --split val --output runs/exam        # while choosing
-python benchmarks/exam.py small runs/small2/model --output runs/exam                    # the test, once
+python benchmarks/exam.py small runs/small/model --split val --output runs/exam        # while choosing
+python benchmarks/exam.py small runs/small/model --output runs/exam                    # the test, once
 python benchmarks/exam.py --freeze                                                      # after a change of the test
 
 Texts are greedy; one image is generated for each prompt, by the model's defaults. `exam.sha256` has the sums of all

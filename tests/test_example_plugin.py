@@ -106,7 +106,7 @@ def test_help_lists_commands_of_plugins_without_importing_them(installed: Path) 
     assert "Plug-in `mmi_dots` of the package mmi-dots." in said
     assert "Plug-in `toyworld` of the package mm-interleaved." in said
     assert "Write the files of the task dots" in said
-    assert "train-vae" in said  # a command of the toy world
+    assert "Write a data set in the files and folders of a published one." in said  # the toy world
 
 
 @pytest.fixture

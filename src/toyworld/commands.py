@@ -1,4 +1,4 @@
-"""`mmi toyworld`: data sets of the toy world, a look at it, and the curriculum of the small model.
+"""`mmi toyworld`: data sets of the toy world and a look at it.
 
 Help is printed without importing NumPy or torch, so everything else is imported by the command that needs it.
 """
@@ -11,13 +11,10 @@ from typing import Annotated, cast
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="A small drawn world: data sets, a look at it, parts of the small model.")
+app = typer.Typer(no_args_is_help=True, help="A small drawn world: data sets, and a look at it.")
 
 Split = Annotated[str, typer.Option(help="train, val or test; they share no arrangement of objects.")]
 Seed = Annotated[int, typer.Option(help="Another seed, other data.", min=0)]
-Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replacing single settings of the file.")]
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file of a run; see configs/small/.", metavar="CONFIG")]
-Device = Annotated[str | None, typer.Option(help="cpu, to stay there; else an accelerator if there is one.")]
 
 
 @app.command()
@@ -97,47 +94,3 @@ def show(
         raise UsageError(f"the folder '{out.parent}' does not exist")
     write_image(out, sheet)
     output.print(str(out), highlight=False)
-
-
-@app.command()
-def train_vae(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
-    """Train the image autoencoder of a small model."""
-    from mm_interleaved.cli.train import training
-    from mm_interleaved.configuration import load_config
-
-    from .curriculum import run
-    from .curriculum.config import AutoencoderRunConfig
-
-    loaded = load_config(config, AutoencoderRunConfig, settings or [])
-    with training():
-        run.train_autoencoder(loaded, device)
-
-
-@app.command()
-def train_vision(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
-    """Train the visual tokenizer of a small model, before the model itself."""
-    from mm_interleaved.cli.train import training
-    from mm_interleaved.configuration import load_config
-    from mm_interleaved.pretrained import TOKENIZER
-
-    from .curriculum import run
-    from .curriculum.config import PartRunConfig
-
-    loaded = load_config(config, PartRunConfig, settings or [])
-    with training():
-        run.train_vision(loaded, TOKENIZER, device)
-
-
-@app.command()
-def train_language(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
-    """Train the language model of a small model on text alone, before the model itself."""
-    from mm_interleaved.cli.train import training
-    from mm_interleaved.configuration import load_config
-    from mm_interleaved.pretrained import TOKENIZER
-
-    from .curriculum import run
-    from .curriculum.config import PartRunConfig
-
-    loaded = load_config(config, PartRunConfig, settings or [])
-    with training():
-        run.train_language(loaded, TOKENIZER, device)

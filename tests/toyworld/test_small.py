@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mm_interleaved import ImageSettings, MMInterleaved, MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.configuration import load_config
 from mm_interleaved.io import InputError
-from mm_interleaved.pretrained import TOKENIZER
+from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.tasks.ade20k import colored
 from mm_interleaved.training.muon import Muon
 from toyworld.detector import MAP, OUTPUTS
@@ -25,6 +25,7 @@ from toyworld.draw import draw, label_map
 from toyworld.sampling import random_scene, scene_rng
 from toyworld.scene import SIZES
 from toyworld.small import fast
+from toyworld.small.autoencoder import edge_loss, latent_scale, psnr
 from toyworld.small.compose import Composer, compose_reference
 from toyworld.small.config import Arm
 from toyworld.small.heads import MapReader, Readers
@@ -318,7 +319,7 @@ def test_rates_rise_again_only_for_a_new_optimizer() -> None:
 
 
 def test_the_recipe_is_a_model_of_at_most_15_million_parameters() -> None:
-    recipe = load_config(ROOT / "configs/small2/recipe.yaml", Recipe)
+    recipe = load_config(ROOT / "configs/small/recipe.yaml", Recipe)
     with torch.device("meta"):
         model = MMInterleaved(recipe.shape.config())
     assert sum(p.numel() for p in model.parameters()) <= 15_000_000
@@ -353,12 +354,10 @@ def test_an_arm_learns(arm: Arm, atlas: Atlas, processor: MMInterleavedProcessor
 
 
 def test_the_recipe_of_an_arm_is_one_change() -> None:
-    recipe = load_config(
-        ROOT / "configs/small2/recipe.yaml", Recipe, ["arm=none", "autoencoder=runs/small2/autoencoder"]
-    )
+    recipe = load_config(ROOT / "configs/small/recipe.yaml", Recipe, ["arm=none", "autoencoder=runs/small/autoencoder"])
     assert recipe.arm == "none"
     with pytest.raises(InputError, match="arm"):
-        load_config(ROOT / "configs/small2/recipe.yaml", Recipe, ["arm=neither"])
+        load_config(ROOT / "configs/small/recipe.yaml", Recipe, ["arm=neither"])
 
 
 @pytest.mark.slow
@@ -402,7 +401,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
 def test_a_run_stops_in_time_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toyworld.small.run.HELD_OUT", 1)
     document = Stage("documents", "documents", 4, warmup=1, sizes=SIZES_OF_ROWS, asked=0.5, phases=load_config(
-        ROOT / "configs/small2/recipe.yaml", Recipe, ["stages.1.phases.0.until=0.5"]).stages[1].phases)  # fmt: skip
+        ROOT / "configs/small/recipe.yaml", Recipe, ["stages.1.phases.0.until=0.5"]).stages[1].phases)  # fmt: skip
     recipe = Recipe(TINY, 1, [Stage("autoencoder", "images", 2, images=2), document])
 
     def call(limit: int) -> bool:
@@ -427,3 +426,27 @@ def test_a_run_stops_in_time_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert "val_image_with_other_conditions" in lines[-1]
     assert lines[-1]["sha256"] == parts[-1]["sha256"]
+
+
+def test_losses_of_the_autoencoder_by_hand() -> None:
+    flat = torch.zeros(1, 3, 16, 16)
+    assert edge_loss(flat + 0.5, flat) == 0.0  # an offset is no edge
+    step = flat.clone()
+    step[..., 8:] = 1.0
+    scales = [1 / 15, 1 / 7, 1 / 3]  # one edge among 15, 7 and 3 differences
+    assert edge_loss(step, flat).item() == pytest.approx(sum(scales) / 3)
+    assert psnr(flat + 0.2, flat).item() == pytest.approx(20.0, abs=1e-3)  # 0.1 of the range
+    noise = torch.Generator().manual_seed(0)
+    assert latent_scale(4 * torch.randn(10_000, generator=noise)) == pytest.approx(0.25, 0.03)
+    with pytest.raises(ValueError, match="has not learned anything"):
+        latent_scale(torch.ones(5))
+
+
+def test_the_model_that_ships_has_the_shape_of_the_recipe() -> None:
+    recipe = load_config(ROOT / "configs/small/recipe.yaml", Recipe)
+    wanted, found = recipe.shape.config().to_dict(), load("small").model.config.to_dict()
+    for tree in (wanted, found):
+        tree["image_decoder"]["vae"].pop("scaling_factor")
+        tree["vision_config"].pop("dtype")
+    for part in ("vision_config", "adapter", "visual_resampler", "mmfs", "image_decoder", "isolate_documents"):
+        assert found[part] == wanted[part], part

@@ -28,7 +28,6 @@ from mm_interleaved.training.graphs import CapturedStep
 from mm_interleaved.training.pipeline import choose_targets, prepare_documents, seed_of
 from mm_interleaved.training.run import compile_regions, train
 from mm_interleaved.validation import ConfigError
-from toyworld.curriculum.config import AutoencoderRunConfig, PartRunConfig
 
 from ..conftest import make_image
 from .conftest import ROOT, arguments, logged, whole_model
@@ -193,12 +192,6 @@ def test_a_damaged_checkpoint_is_named(settings, tmp_path: Path, name: str, mess
 
 
 def test_every_configuration_of_the_repository_can_be_read() -> None:
-    of_parts = {
-        "vae.yaml": AutoencoderRunConfig,
-        "vision.yaml": PartRunConfig,
-        "language.yaml": PartRunConfig,
-        "conditions.yaml": PartRunConfig,
-    }
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         if path.name not in (
             "evaluate.yaml",
@@ -206,27 +199,28 @@ def test_every_configuration_of_the_repository_can_be_read() -> None:
             "release_finetuned.yaml",
             "recipe.yaml",  # of scripts/train_small
         ):  # read by their own tests
-            load_config(path, of_parts.get(path.name, TrainConfig))
+            load_config(path, TrainConfig)
 
 
-@pytest.mark.parametrize("ablation", ["no_mmfs", "no_mmfs_llm", "no_mmfs_unet"])
-def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, ablation: str) -> None:
+@pytest.mark.parametrize(("llm", "unet"), [(False, False), (False, True), (True, False)])
+def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, llm: bool, unet: bool) -> None:
     whole = load("debug")
     whole.model.save_pretrained(tmp_path)
     whole.processor.save_pretrained(tmp_path)
     for p in whole.model.image_decoder.unet.parameters():
         p.data.add_(0.1)
     whole.model.save_pretrained(tmp_path / "draws")
-    file = ROOT / f"configs/small/{ablation}.yaml"
-    folders = [f"model.init_from.checkpoint={tmp_path}", f"model.weights.0.from={tmp_path / 'draws'}"]
-    model, _ = build(load_config(file, TrainConfig, folders))
+    changes = [
+        f"model.init_from.checkpoint={tmp_path}", f"model.mmfs={{llm: {llm}, unet: {unet}}}",
+        f"model.weights=[{{from: {tmp_path / 'draws'}, parameters: '^image_decoder\\.unet\\.'}}]",
+    ]  # fmt: skip
+    model, _ = build(load_config(ROOT / "configs/small/pretrain.yaml", TrainConfig, changes))
     own, given = model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(value, given[name].to(value.dtype)) for name, value in own.items())
     left_out = {name for name in given if name not in own}
-    unet = ablation != "no_mmfs_llm"
+    kept = {True: unet, False: llm}  # whether the UNet's, and the language model's, are there
     assert left_out == {
-        name for name in given
-        if "synchronizer" in name and (ablation == "no_mmfs" or name.startswith("image_decoder") == unet)
+        name for name in given if "synchronizer" in name and not kept[name.startswith("image_decoder")]
     }  # fmt: skip
 
 

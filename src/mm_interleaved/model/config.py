@@ -410,12 +410,14 @@ def _release() -> dict[str, Any]:
     }
 
 
-def _vae(channels: list[int], sample_size: int, groups: int = 32, latent_channels: int = 4) -> dict[str, Any]:
+def _vae(
+    channels: list[int], sample_size: int, groups: int = 32, latent_channels: int = 4, layers: int = 2
+) -> dict[str, Any]:
     return {
         "block_out_channels": channels,
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-        "layers_per_block": 2,
+        "layers_per_block": layers,
         "latent_channels": latent_channels,
         "norm_num_groups": groups,
         "sample_size": sample_size,
@@ -427,25 +429,34 @@ def _small_image_decoder() -> dict[str, Any]:
     """The image decoder of the small model."""
     return {
         "image_size": 128,
-        "guidance_scale": 6.0,
-        # Most of the arithmetic is at the resolution of the latents, a quarter of the side of the image.
+        "guidance_scale": 2.5,
+        # Most of the arithmetic is at the resolution of the latents, an eighth of the side of the image.
         "unet": {
-            "sample_size": 32,
+            "sample_size": 16,
+            "in_channels": 16,
+            "out_channels": 16,
             "down_block_types": ["CrossAttnDownBlock2D"] * 3,
             "up_block_types": ["CrossAttnUpBlock2D"] * 3,
             "block_out_channels": [96, 96, 64],
             "layers_per_block": 1,
-            "attention_head_dim": [6, 6, 4],
+            "attention_head_dim": [3, 3, 2],
             "cross_attention_dim": 128,
             "use_linear_projection": True,
             "norm_num_groups": 16,
         },
-        "vae": _vae([32, 64, 96], 128, groups=16),
+        "vae": {
+            **_vae([32, 64, 96, 96], 128, groups=16, latent_channels=16, layers=1),
+            "mid_block_add_attention": False,
+        },
         # Latents of these images are smooth: at most time steps the noise can be predicted without any condition,
-        # so the loss of the noise hardly depends on the conditions. The loss of the velocity does.
-        "scheduler": {**SD_SCHEDULER, "prediction_type": "v_prediction"},
+        # so the loss of the noise hardly depends on the conditions. The loss of the velocity does. The last timestep
+        # is noise alone (arXiv 2305.08891), so that nothing of an image shines through where generation begins.
+        "scheduler": {
+            **SD_SCHEDULER, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        },
         "resampler": {
-            "num_queries": 8, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
+            "num_queries": 16, "hidden_size": 128, "num_layers": 1, "num_heads": 4, "intermediate_size": 512,
             "initializer_range": 0.09,
         },
         "mmfs": {
@@ -473,8 +484,8 @@ def _small() -> dict[str, Any]:
             "intermediate_size": 512,
             "num_hidden_layers": 8,
             "num_attention_heads": 4,
-            "image_size": 112,
-            "patch_size": 14,
+            "image_size": 128,
+            "patch_size": 16,
         },
         "adapter": {"stem_channels": 16, "num_heads": 8},
         "visual_resampler": {
@@ -506,6 +517,7 @@ def _debug() -> dict[str, Any]:
     }  # fmt: skip
     tree["vision_config"] |= {
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 14,
     }  # fmt: skip
     tree["adapter"] = {"stem_channels": 8, "num_heads": 4}
     tree["visual_resampler"] |= {
@@ -516,10 +528,12 @@ def _debug() -> dict[str, Any]:
     decoder = tree["image_decoder"]
     decoder["image_size"] = 32
     decoder["unet"] |= {
-        "sample_size": 8, "block_out_channels": [16, 24, 32], "attention_head_dim": [2, 3, 4],
-        "cross_attention_dim": 32, "norm_num_groups": 8,
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [16, 24, 32],
+        "attention_head_dim": [2, 3, 4], "cross_attention_dim": 32, "norm_num_groups": 8,
     }  # fmt: skip
     decoder["vae"] = _vae([8, 16, 16], 32, groups=8)
+    decoder["scheduler"] = {**SD_SCHEDULER, "prediction_type": "v_prediction"}
+    decoder["guidance_scale"] = 6.0
     decoder["resampler"] |= {"num_queries": 6, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
     decoder["mmfs"] |= {"hidden_size": 16, "levels": [16, 8, 4, 2], "num_heads": 4, "num_points": 2}
     tree["max_context_length"] = 512

@@ -1,4 +1,4 @@
-"""The small model's shape, second edition, and the sizes that its comparisons change."""
+"""The small model's shape, and the sizes that its comparisons change."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Shape:
     vision_layers: int = 8
     mmfs_levels: list[int] = field(default_factory=lambda: [16, 8, 4])
     mmfs_every: int = 4
-    zero_snr: bool = False
+    zero_snr: bool = True
 
     def tree(self, arm: Arm = "both") -> dict[str, Any]:
         """The configuration as plain data; `arm` names the parts with MMFS."""
@@ -62,9 +62,7 @@ class Shape:
             "num_attention_heads": self.text // 32,
             "initializer_range": 0.05,
         }  # fmt: skip
-        tree["vision_config"] |= {  # the same 8 x 8 patches, and no resizing
-            "image_size": 128, "patch_size": 16, "num_hidden_layers": self.vision_layers,
-        }  # fmt: skip
+        tree["vision_config"] |= {"num_hidden_layers": self.vision_layers}
         tree["adapter"] |= {"stem_channels": self.stem, "num_extra_extractors": self.extractors}
         tree["visual_resampler"] |= {"num_queries": self.image_tokens}
         tree["mmfs"] |= {"levels": list(self.mmfs_levels), "enabled": arm in ("both", "llm")}

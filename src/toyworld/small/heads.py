@@ -9,6 +9,8 @@ All sizes are fixed, so that they can be part of a captured step. Axes: B images
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,11 +18,9 @@ from torch.nn import functional as F
 from mm_interleaved.model import MMInterleavedConfig
 from mm_interleaved.model.typed_modules import module_list
 
-from ..curriculum.parts import SharedReader, spread
-from ..curriculum.stated import GROUND, OBJECTS, STATED
-from ..curriculum.vision import cell_traits
 from ..detector import MAP, OUTPUTS, TRAITS, split
 from ..scene import GRID, SIZES
+from .stated import GROUND, OBJECTS, STATED
 
 
 class MapReader(nn.Module):
@@ -135,3 +135,69 @@ class Readers(nn.Module):
         apart = spread(conditions.float())
         right = {f"condition_{name}": share for name, share in found.items()} | {"condition_spread": apart}
         return loss + F.relu(-apart.log()), right
+
+
+class SharedReader(nn.Module):
+    """A linear probe: the same linear layer predicts several categories from every vector.
+
+    Each channel is standardised over the batch and all vectors first, since what vectors share is much larger than
+    what differs.
+
+    Args:
+        width: of a vector.
+        values: the number of values of each category, by name.
+    """
+
+    def __init__(self, width: int, values: Mapping[str, int]) -> None:
+        super().__init__()
+        self.values = dict(values)
+        self.standard = nn.BatchNorm1d(width, affine=False)
+        self.linear = nn.Linear(width, sum(values.values()))
+
+    def forward(self, vectors: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the categories' mean cross-entropies, and the accuracy of each by name.
+
+        Args:
+            vectors: [batch, count, width].
+            wanted: [batch, count, categories], numbers of values; -100: ignored.
+        """
+        stated = self.linear(self.standard(vectors.transpose(1, 2)).transpose(1, 2)).float()
+        total, right = stated.new_zeros(()), {}
+        parts = stated.split(list(self.values.values()), dim=-1)
+        for name, part, truth in zip(self.values, parts, wanted.unbind(-1), strict=True):
+            asked = (truth >= 0).sum().clamp(min=1)
+            total = total + F.cross_entropy(part.flatten(0, 1), truth.flatten(), reduction="sum") / asked
+            right[name] = ((part.argmax(-1) == truth) & (truth >= 0)).sum() / asked
+        return total, right
+
+
+def spread(vectors: Tensor) -> Tensor:
+    """Return the mean length of the deviations from the batch's mean, divided by the length of that mean.
+
+    Args:
+        vectors: [batch, count, width].
+    """
+    common = vectors.mean(0)
+    return (vectors - common).norm(dim=-1).mean() / common.norm(dim=-1).mean()
+
+
+def cell_traits(geometry: Tensor, traits: Tensor) -> Tensor:
+    """What stands in each cell: int64 [batch, cells, 1 + traits], first whether there is an object (1) or not (0).
+
+    Of several objects in one cell the last counts; traits of no object are -100.
+    """
+    real = traits[..., 0] >= 0
+    found = traits.new_full((len(traits), GRID * GRID + 1, traits.shape[-1]), -100)
+    found[..., 0] = 0
+    cell = torch.where(real, cell_of(geometry), GRID * GRID)  # one more cell for what is not there
+    batch = torch.arange(len(traits), device=traits.device)
+    for number in range(traits.shape[1]):  # one after the other, so that "the last" means something
+        entry = torch.cat([torch.ones_like(traits[:, number, :1]), traits[:, number, 1:]], -1)
+        found[batch, cell[:, number]] = entry
+    return found[:, :-1]
+
+
+def cell_of(geometry: Tensor) -> Tensor:
+    """Return the cell [...], int64, in which the middle of a box lies; `geometry` [..., 4] as in `SceneBatches`."""
+    column, row = (geometry[..., :2] * GRID).long().clamp(0, GRID - 1).unbind(-1)
+    return row * GRID + column

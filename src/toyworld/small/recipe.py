@@ -1,4 +1,4 @@
-"""The recipe of the small model: its shape and its stages, as `configs/small2/recipe.yaml` has them."""
+"""The recipe of the small model: its shape and its stages, as `configs/small/recipe.yaml` has them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Stage:
         images: of a batch of kind "images".
         sizes: of a batch of kind "documents".
         weights: of the losses.
+        zero_snr: of the stage, in place of the shape's.
         asked: share of the steps after which the readers are not asked any more; their weight falls to 0 until then.
         phases: the curriculum; kind "documents" needs one at least.
     """
@@ -53,6 +54,7 @@ class Stage:
     images: int = 256
     sizes: Sizes = field(default_factory=Sizes)
     weights: Weights = field(default_factory=Weights)
+    zero_snr: bool | None = None
     asked: float = 1.0
     phases: list[Phase] = field(default_factory=list)
 

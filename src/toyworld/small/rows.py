@@ -22,7 +22,6 @@ from mm_interleaved.processor import MMInterleavedProcessor
 from mm_interleaved.processor.batch import build_labels
 from mm_interleaved.processor.packing import TokenStream
 
-from ..curriculum.stated import OBJECTS, STATED, stated_facts
 from ..documents import DocumentMix, Painter, random_document
 from ..language import Caption
 from ..sampling import Split, scene_rng
@@ -30,6 +29,7 @@ from ..scene import Scene
 from ..train_detector import labels as scene_labels
 from .layers import Atlas, LayeredImages
 from .ranks import Ranks
+from .stated import OBJECTS, STATED, stated_facts
 
 LOOKAHEAD = 24  # documents among which one is sought that fits into what is left of a row
 

@@ -20,7 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,8 +40,7 @@ from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import MMInterleavedProcessor, MMInterleavedTokenizer
 from mm_interleaved.training.pipeline import seed_of
 
-from ..curriculum.autoencoder import AutoencoderTask, latent_scale, save_autoencoder, vae_settings
-from ..curriculum.config import AutoencoderConfig, AutoencoderLossConfig
+from .autoencoder import AutoencoderTask, latent_scale, save_autoencoder
 from .compose import Composer
 from .config import Arm, Shape
 from .fast import quicken
@@ -159,7 +158,7 @@ class Run:
         """Train everything else."""
         part = self._begin(stage)
         folder = self.output / "model"
-        model, readers = self._model(folder)
+        model, readers = self._model(folder, stage)
         processor = MMInterleavedProcessor.for_model(model.config, MMInterleavedTokenizer.from_vocab(TOKENIZER))
         if self.device.type == "cuda":
             quicken(model)
@@ -264,29 +263,25 @@ class Run:
     # ---- models and files
 
     def _autoencoder(self) -> AutoencoderTask:
-        shape = self.recipe.shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
-            config = AutoencoderConfig(
-                image_size=SIZE, block_out_channels=list(shape.vae), layers_per_block=shape.vae_layers,
-                latent_channels=shape.latents, norm_num_groups=16, mid_block_attention=False,
-            )  # fmt: skip
-            task = AutoencoderTask(config, AutoencoderLossConfig(l1=1.0, edges=2.0, kl=1e-6))
-            task.vae = VAE(**vae_settings(config))  # of our blocks
-            return task
+            return AutoencoderTask(VAE(**self.recipe.shape.tree()["image_decoder"]["vae"] | {"scaling_factor": 1.0}))
 
-    def _model(self, folder: Path) -> tuple[MMInterleaved, Readers]:
+    def _model(self, folder: Path, stage: Stage) -> tuple[MMInterleaved, Readers]:
         """The model of the last part, or a new one with the trained autoencoder."""
+        shape = self.recipe.shape
+        if stage.zero_snr is not None:
+            shape = replace(shape, zero_snr=stage.zero_snr)
         if (folder / "config.json").is_file():
             model = MMInterleaved.from_pretrained(folder, dtype=torch.float32)
-            model.config.image_decoder.scheduler |= self.recipe.shape.schedule()
+            model.config.image_decoder.scheduler |= shape.schedule()
             readers = Readers(model.config)
             if (folder / "readers.safetensors").is_file():
                 readers.load_state_dict(load_file(folder / "readers.safetensors"))
             return model, readers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
-            model = new_model(self.recipe.shape, self.recipe.arm)
+            model = new_model(shape, self.recipe.arm)
             readers = Readers(model.config)
         vae = model.image_decoder.vae
         load_autoencoder(vae, self.recipe.autoencoder or self.output / "autoencoder")
@@ -386,7 +381,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder of the run")
     parser.add_argument("--minutes", type=float, required=True, help="that this call may take, all in all")
-    parser.add_argument("--recipe", type=Path, default=Path("configs/small2/recipe.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("configs/small/recipe.yaml"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=14, help="processes that make documents, for each GPU")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")

@@ -14,7 +14,7 @@ from mm_interleaved.model.image_decoder import NoiseSamples
 from mm_interleaved.model.static import capture
 from mm_interleaved.model.visual_tokenizer import VisualFeatures
 
-from ..curriculum.autoencoder import AutoencoderTask
+from .autoencoder import AutoencoderTask
 from .compose import Composer
 from .heads import Readers
 from .optimizer import CapturableOptimizer
@@ -123,9 +123,7 @@ class PixelTask(nn.Module):
         side = pixels.shape[-1] >> (len(vae.config["block_out_channels"]) - 1)
         noise = torch.randn(len(pixels), vae.config["latent_channels"], side, side, device=pixels.device)
         wanted = (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        found = self.task(wanted, noise)
-        parts = {"loss": found.loss, "l1": found.loss_l1, "edges": found.loss_edges, "kl": found.loss_kl}
-        return {name: value for name, value in {**parts, "psnr": found.psnr}.items() if value is not None}
+        return dict(vars(self.task(wanted, noise)))
 
 
 class TrainStep:
