@@ -240,3 +240,37 @@ def test_mistakes_show_before_the_job_waits(tmp_path: Path, arguments: tuple[obj
 def test_submitting_needs_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no sbatch here" in launch(DEBUG, "--submit")[1]
+
+
+# ---- the original's positional form
+
+
+def slurm_run(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    values = {**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", **environment}
+    given = ["sh", str(ROOT / "scripts/slurm_run.sh"), *map(str, arguments)]
+    return subprocess.run(given, cwd=folder, env=values, capture_output=True, text=True, check=False)
+
+
+def test_the_positional_form_of_the_original(tmp_path: Path) -> None:
+    done = slurm_run(
+        tmp_path, 16, 8, "pretrain", "reserved", "gpu", "./train.py", DEBUG, "steps=9", OPTIONS="--time 60"
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "pretrain.sbatch").read_text()
+    directives = re.findall(r"^#SBATCH --(.*)$", text, re.MULTILINE)
+    assert {"job-name=pretrain", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "qos=reserved",
+            "time=60"} <= set(directives)  # fmt: skip
+    assert f"mm_interleaved.cli train {DEBUG} steps=9 &" in text
+
+
+def test_mistakes_in_the_positional_form(tmp_path: Path) -> None:
+    for arguments, words in (
+        ([8], "usage: scripts/slurm_run.sh GPUS"),
+        ([12, 8, "a", "-", "gpu", "train.py", DEBUG], "12 GPUS are no multiple of 8"),
+        (["x", 8, "a", "-", "gpu", "train.py", DEBUG], "must be numbers, not 'x'"),
+        ([8, 8, "a", "-", "gpu", "other.py", DEBUG], "no command stands for 'other.py'"),
+    ):
+        done = slurm_run(tmp_path, *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
+    assert not list(tmp_path.iterdir())
