@@ -127,10 +127,6 @@ def test_missing_files_are_found_before_training(task: MakeTask, tmp_path: Path)
     ("changes", "words"),
     [
         (["evaluate_every=2"], "'evaluate_every' needs the tasks"),
-        (
-            ["evaluate_every=2", "evaluation={tasks: [{task: gqa}]}", "sample_every=0", "fsdp={fsdp_version: 2}"],
-            "needs whole weights",
-        ),
         (["evaluation={tasks: [{tusk: gqa}]}"], r"unknown key 'tusk' in evaluation.tasks\[0\]"),
     ],
 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,12 @@ class Colors:
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
+        return {"place": self.place, "epoch": self.epoch}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.place = state["place"]
+    def load_states(self, states: Sequence[dict[str, int]]) -> int:
+        self.place = sum(state["place"] for state in states) // self.world_size
+        self.epoch = states[0]["epoch"]
+        return self.epoch
 
 
 class Mixed(Colors):

@@ -125,3 +125,23 @@ def test_deepspeed_learns_the_same_and_goes_on(tmp_path: Path) -> None:
 def test_recorded_steps_are_averaged_over_processes() -> None:
     well, said = run_together(2, "tests.training.averages", **ENVIRONMENT)
     assert well, said[-3000:]
+
+
+SHARDED = ["--mixed", "schedule.kind=constant", "save_every=2", "ema.decay=0.5", "ema.start_step=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, kind: str) -> None:
+    """Two processes with FSDP, then one, then two: the curve and the weights are those of two without a break."""
+    settings = [*SHARDED, f"optimizer.kind={kind}", "precision=float32", SHARD]
+    run_stand_in(tmp_path / "whole", *settings, "--shard", "steps=6", processes=2)
+    run_stand_in(tmp_path / "parts", *settings, "--shard", "steps=2", processes=2)
+    run_stand_in(tmp_path / "parts", *settings, "steps=4", "accumulation=2")
+    run_stand_in(tmp_path / "parts", *settings, "--shard", "steps=6", processes=2)
+    whole, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
+    assert list(parts) == list(whole) == [1, 2, 3, 4, 5, 6]
+    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
+    whole, parts = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "parts"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, parts[name], rtol=0, atol=1e-3)

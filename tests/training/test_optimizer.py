@@ -193,7 +193,7 @@ def test_muon_settings_that_cannot_work_are_refused() -> None:
         OptimizerConfig(kind="sgd")
     with pytest.raises(ValueError, match="scale must be greater than 0, not 0"):
         MuonConfig(scale=0)
-    with pytest.raises(ValueError, match="whole matrices"):
+    with pytest.raises(ValueError, match="needs matrices, which 'deepspeed' makes flat"):
         load_config(
             CONFIGS / "release.yaml",
             TrainConfig,

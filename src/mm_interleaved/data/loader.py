@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,11 @@ from ..processor import Batch, MMInterleavedProcessor
 from ..processor.packing import TokenStream
 from ..processor.processor import ImageViews
 from .config import DataConfig
-from .grouping import GroupedBatches
-from .mixture import Mixture, MixtureBatch, with_sizes
+from .mixture import MixtureBatch, with_sizes
+from .partitions import Partition, deal, whole_partition
 from .readers import LITERAL, Reader, make_reader
 from .report import DataError, DataReport
-from .stream import Place, SourceStream
+from .stream import Place
 
 
 def leave_process_group(worker: int) -> None:
@@ -117,7 +118,7 @@ class DocumentLoader:
         if self._pending is not None:
             self._loader.load_state_dict(self._pending)
             self._pending = None
-        else:
+        elif self.epoch not in self._dataset.dealt:
             self._batches = 0
         for batch, message in self._loader:
             self._hear(message)
@@ -125,6 +126,7 @@ class DocumentLoader:
                 self._batches += 1
                 yield batch
         self._loader = None
+        self._dataset.dealt.pop(self._dataset.epoch, None)
         self._dataset.epoch += 1
         if not self._batches:
             counts = "\n".join(f"{s}: {'; '.join(self._report.lines(s))}" for s in self._report.sources)
@@ -170,24 +172,106 @@ class DocumentLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was yielded, as small plain data."""
-        loader = self._pending if self._loader is None else self._loader.state_dict()
-        return {"epoch": self.epoch, "batches": self._batches, "loader": loader, "report": self._report.to_dict()}
+        dataset, loader = self._dataset, self._pending if self._loader is None else self._loader.state_dict()
+        return {
+            "processes": [dataset.rank, dataset.world_size, self.config.num_workers],
+            "epoch": self.epoch,
+            "batches": self._batches,
+            "loader": loader,
+            "dealt": [[epoch, parts] for epoch, parts in dataset.dealt.items()],
+            "report": self._report.to_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue where `state_dict` was called.
+        """Let the next iteration continue where `state_dict` was called in a process of this rank.
 
         Raises:
             DataError: the state belongs to other settings. (Other data are found when the iteration starts.)
         """
-        if state["loader"] is not None:
-            workers = len(state["loader"].get("_snapshot", {}).get("_worker_snapshots", {}))
-            if workers != self.config.num_workers:
-                raise DataError(
-                    f"the state was saved with {workers} workers, but 'num_workers' is {self.config.num_workers}"
-                )
-        self._dataset.epoch = state["epoch"]
+        rank, world_size, workers = state["processes"]
+        if [rank, world_size] != [self._dataset.rank, self._dataset.world_size]:
+            raise DataError(f"the state is that of process {rank} of {world_size}, and this is process "
+                            f"{self._dataset.rank} of {self._dataset.world_size}", fix="Load those of all of them "
+                            "together with 'load_states'")  # fmt: skip
+        if workers != self.config.num_workers:
+            raise DataError(
+                f"the state was saved with {workers} workers, but 'num_workers' is {self.config.num_workers}",
+                fix="Load the states of all processes together with 'load_states'",
+            )
+        self._dataset.epoch, self._dataset.dealt = state["epoch"], dict(state["dealt"])
         self._pending, self._loader = state["loader"], None
         self._batches, self._report = state["batches"], DataReport(state["report"])
+
+    def load_states(self, states: Sequence[dict[str, Any]]) -> int:
+        """Let the next iteration continue where `state_dict` was called on all processes of a run, by rank.
+
+        With the same numbers of processes and workers the same batches follow as in a run without a break. With others
+        each process gets a part of the batches that are left in the epochs that were begun, see `partitions`.
+
+        Returns:
+            the epoch in which this process continues.
+
+        Raises:
+            DataError: the states belong to other settings or data, or cannot be dealt to other processes.
+        """
+        dataset, workers = self._dataset, self.config.num_workers
+        if not all("processes" in state for state in states):
+            raise DataError("the saved state is of an earlier version of this package", fix="Resume with that version, "
+                            "or start a new run from the weights with model.init_from.checkpoint")  # fmt: skip
+        if all(s["processes"] == [rank, dataset.world_size, workers] for rank, s in enumerate(states)) and (
+            len(states) == dataset.world_size
+        ):
+            self.load_state_dict(states[dataset.rank])
+            return self.epoch
+        for source in self.config.sources:
+            if "unseeded_order" in source.compat:
+                raise DataError(f"source '{source.name}' with 'compat: unseeded_order' has an order that other "
+                                "processes cannot repeat", fix="Resume with as many processes and workers as before, "
+                                "or start a new run from the weights with model.init_from.checkpoint")  # fmt: skip
+        begun = [state["epoch"] for state in states if _position(state, 0) is not None]
+        begun += [epoch for state in states for epoch, _ in state["dealt"]]
+        first = min(state["epoch"] for state in states)
+        dataset.dealt = {}
+        for epoch in range(first, max(begun, default=first - 1) + 1):
+            parts = [part for state in states for part in self._partitions_of(state, epoch)]
+            dealt = deal(parts, dataset.world_size * max(workers, 1))
+            if any(dealt):
+                dataset.dealt[epoch] = dealt[dataset.rank :: dataset.world_size]
+        self._pending = self._loader = None
+        dataset.epoch = min(dataset.dealt, default=max(begun, default=first - 1) + 1)
+        self._batches = sum(state["batches"] for state in states)
+        self._report = DataReport()
+        for state in states if dataset.rank == 0 else ():
+            self._report.merge(state["report"])
+        return self.epoch
+
+    def _partitions_of(self, state: dict[str, Any], epoch: int) -> list[dict[str, Any]]:
+        """The states of a process's partitions of an epoch; []: it has finished the epoch."""
+        if state["epoch"] > epoch:
+            return []
+        rank, world_size, workers = state["processes"]
+        dealt, found = dict(state["dealt"]), []
+        for worker in range(max(workers, 1)):
+            position = _position(state, worker) if state["epoch"] == epoch else None
+            if position is not None:
+                expected = self._dataset.identity(epoch, Place(rank, world_size, worker, max(workers, 1)))
+                _check_identity(position["identity"], expected)
+                found += position["partitions"]
+            elif epoch in dealt:
+                found += dealt[epoch][worker]
+            else:
+                found.append(whole_partition(Place(rank, world_size, worker, max(workers, 1))))
+        return found
+
+
+def _position(state: dict[str, Any], worker: int) -> dict[str, Any] | None:
+    """The position of a worker in the state of a loader; None: it has not begun its epoch."""
+    loader = state["loader"]
+    if loader is None:
+        return None
+    if "_snapshot" in loader:  # the form of torchdata with workers
+        loader = loader["_snapshot"]["_worker_snapshots"][f"worker_{worker}"]
+    return loader["dataset_state"] or None
 
 
 def _as_it_is(parcel: Parcel) -> Parcel:
@@ -201,8 +285,22 @@ def _content(reader: Reader) -> list[int | str]:
     return [value for value in known if value is not None]
 
 
+def _check_identity(saved: Sequence[Any], own: Sequence[Any]) -> None:
+    """Check that a saved state belongs to these data.
+
+    Raises:
+        DataError: it does not; names the differences.
+    """
+    if saved != own:
+        changes = describe_differences(_named(saved), _named(own))
+        raise DataError(
+            f"the saved state belongs to other data settings or other data: {changes}. Keep these, or start a new run "
+            "from the weights with model.init_from.checkpoint"
+        )
+
+
 def _named(identity: Sequence[Any]) -> dict[str, Any]:
-    """The parts of `_Parcels._identity` by name."""
+    """The parts of an identity by name."""
     *numbers, sources = identity
     about = {name: dict(zip(("shards", "documents", "digest"), rest, strict=False)) for name, *rest in sources}
     return {**dict(zip(("seed", "epoch", "process", "processes"), numbers, strict=True)), "sources": about}
@@ -219,6 +317,13 @@ class _PackedRows(IterableDataset):
         self._readers: list[Reader] = []
         self._current: _Parcels | None = None
         self._resume: dict[str, Any] | None = None
+        self.dealt: dict[int, list[list[dict[str, Any]]]] = {}  # by epoch and worker; other epochs are not yet begun
+
+    def identity(self, epoch: int, place: Place) -> list[Any]:
+        """What the batches of a place follow from, besides the settings of the sources."""
+        named = zip(self.config.sources, self.readers(), strict=True)
+        sources = [[source.name, len(reader.shards.names), *_content(reader)] for source, reader in named]
+        return [self.config.seed, epoch, place.consumer, place.consumers, sources]
 
     def readers(self) -> list[Reader]:
         """The readers of the sources. Workers that are forked have those of the main process, with what they read."""
@@ -233,17 +338,28 @@ class _PackedRows(IterableDataset):
     def __iter__(self) -> _Parcels:
         worker = get_worker_info()
         place = Place(self.rank, self.world_size, *((worker.id, worker.num_workers) if worker else (0, 1)))
-        self._current = _Parcels(self.config, self.processor, self.epoch, place, self.readers(), self._resume)
+        identity, position = self.identity(self.epoch, place), self._resume
         self._resume = None
+        if position is None:
+            parts = self.dealt[self.epoch][place.worker] if self.epoch in self.dealt else [whole_partition(place)]
+            position = {"partitions": parts, "turn": 0}
+        else:
+            _check_identity(position["identity"], identity)
+        self._current = self._parcels(self.epoch, place.worker, position, identity)
         return self._current
+
+    def _parcels(self, epoch: int, worker: int, position: dict[str, Any], identity: list[Any]) -> _Parcels:
+        make = partial(Partition, self.config, self.processor, epoch, self.readers())
+        return _Parcels(self.config, self.processor, worker, list(map(make, position["partitions"])), position["turn"],
+                        identity)  # fmt: skip
 
     def count_batches(self, workers: int, report: Callable[[int], object]) -> int:
         """The batches of the first epoch, of all workers of this process together."""
         number = 0
         for worker in range(workers):
             place = Place(self.rank, self.world_size, worker, workers)
-            parcels = _Parcels(self.config, self.processor, 0, place, self.readers(), None)
-            for _ in parcels.plan():
+            partition = Partition(self.config, self.processor, 0, self.readers(), whole_partition(place))
+            for _ in iter(partition.next_batch, None):
                 number += 1
                 report(number)
         return number
@@ -258,74 +374,55 @@ class _PackedRows(IterableDataset):
 
 
 class _Parcels:
-    """The parcels of one epoch for one process."""
+    """The parcels of one epoch for one process.
+
+    Args:
+        config: sources and their mixture.
+        processor: the model's processor.
+        worker: number of this process.
+        partitions: its parts of the data, whose batches it takes in turn.
+        turn: which of them is next, among those that are not done.
+        identity: what its batches follow from.
+    """
 
     def __init__(
         self,
         config: DataConfig,
         processor: MMInterleavedProcessor,
-        epoch: int,
-        place: Place,
-        readers: Sequence[Reader],
-        state: dict[str, Any] | None,
+        worker: int,
+        partitions: Sequence[Partition],
+        turn: int,
+        identity: list[Any],
     ) -> None:
-        self._config, self._processor, self._place = config, processor, place
+        self._config, self._processor, self._worker = config, processor, worker
+        self._partitions, self._turn, self._identity = partitions, turn, identity
         self._report = DataReport()
-        self._done = False
-        streams = [
-            SourceStream(
-                source,
-                reader,
-                processor,
-                index=index,
-                seed=config.seed,
-                epoch=0 if "repeated_epochs" in config.compat else epoch,
-                place=place,
-                forever=config.sampling == "forever",
-                report=self._report,
-            )
-            for index, (source, reader) in enumerate(zip(config.sources, readers, strict=True))
-        ]
-        mixture = Mixture(config, streams, epoch, place)
-        grouped = config.group_by_length
-        self._mixture = GroupedBatches(config, mixture, epoch, place, self._report) if grouped else mixture
-        sources = [[s.name, len(r.shards.names), *_content(r)] for s, r in zip(config.sources, readers, strict=True)]
-        self._identity = [config.seed, epoch, place.consumer, place.consumers, sources]
-        if state is not None:
-            if state["identity"] != self._identity:
-                changes = describe_differences(_named(state["identity"]), _named(self._identity))
-                raise DataError(
-                    f"the saved state belongs to other data settings or other data: {changes}. Keep these, or start "
-                    "a new run from the weights with model.init_from.checkpoint"
-                )
-            self._mixture.load_state_dict(state["mixture"])
-            self._done = state["done"]
 
     def __iter__(self) -> _Parcels:
         return self
 
     def __next__(self) -> Parcel:
-        batch = None
-        while not self._done and batch is None:
-            mixed = self._mixture.next_batch()
+        while active := [partition for partition in self._partitions if not partition.done]:
+            mixed = active[self._turn % len(active)].next_batch()
             if mixed is None:
-                self._done = True
-                return None, self._message()  # the report of the end of the epoch
-            batch = self._collate(mixed)
-        if batch is None:
-            raise StopIteration
-        return batch, self._message()
-
-    def plan(self) -> Iterator[MixtureBatch]:
-        """The rows of every batch, without their images."""
-        return iter(self._mixture.next_batch, None)
+                self._turn %= len(active)
+                if len(active) == 1:
+                    return None, self._message()  # the report of the end of the epoch
+            elif (batch := self._collate(mixed)) is not None:
+                self._turn = (self._turn + 1) % len(active)
+                return batch, self._message()
+        raise StopIteration
 
     def _message(self) -> dict[str, Any]:
-        return {"worker": self._place.worker, "report": self._report.drain(), "barren": self._mixture.barren}
+        for partition in self._partitions:
+            self._report.merge(partition.take_report())
+        barren = [set(partition.barren) for partition in self._partitions]
+        return {"worker": self._worker, "report": self._report.drain(), "barren": sorted(set.intersection(*barren))}
 
     def position(self) -> dict[str, Any]:
         """The state after the last parcel."""
-        return {"identity": self._identity, "mixture": self._mixture.state_dict(), "done": self._done}
+        states = [partition.state_dict() for partition in self._partitions]
+        return {"identity": self._identity, "partitions": states, "turn": self._turn}
 
     # ---- images and tensors
 

@@ -61,15 +61,12 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
     """The Trainer's own settings for a run. With `epochs`, `max_steps` is 1 until the epochs are counted.
 
     Raises:
-        ValueError: a setting under `trainer` cannot be used; or DeepSpeed or FSDP is asked for, and is not installed or
-            was not started with torchrun.
+        ValueError: a setting under `trainer` cannot be used; or DeepSpeed is asked for, and is not installed.
     """
     if config.deepspeed and find_spec("deepspeed") is None:
         raise ValueError("'deepspeed' is set, but DeepSpeed is not installed: pip install 'mm-interleaved[deepspeed]'")
     if config.deepspeed and not Path(config.deepspeed).is_file():
         raise ValueError(f"deepspeed: '{config.deepspeed}' does not exist")
-    if config.fsdp and "RANK" not in os.environ:
-        raise ValueError("'fsdp' needs several processes: torchrun --nproc-per-node=N -m mm_interleaved.cli train ...")
     _check_further(config)
     options: dict[str, Any] = {}
     if config.ddp.static_graph:
@@ -118,10 +115,15 @@ def _own_arguments(config: RunConfig, device: str | None) -> dict[str, Any]:
         "ddp_bucket_cap_mb": config.ddp.bucket_cap_mb,
         "ddp_broadcast_buffers": False,
         "deepspeed": config.deepspeed,
-        "fsdp": "full_shard" if config.fsdp else None,
-        "fsdp_config": config.fsdp or None,
+        "fsdp": "full_shard" if divides(config) else None,
+        "fsdp_config": config.fsdp if divides(config) else None,
         "accelerator_config": {"even_batches": False, "dispatch_batches": False},
     }
+
+
+def divides(config: RunConfig) -> bool:
+    """Whether FSDP divides the weights: it is set, and there are several processes."""
+    return bool(config.fsdp) and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _is_plain_cosine(config: RunConfig) -> bool:

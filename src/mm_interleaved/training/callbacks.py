@@ -32,10 +32,18 @@ class TrainingLoopCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Correct what a resumed run takes over."""
+        self.trainer.start_average()
         self.trainer.start_window()
         _follow_schedule(kwargs.get("lr_scheduler"))
         if self.trainer.is_world_process_zero():
             self.trainer.link_checkpoints()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the weights change: a checkpoint must have been copied."""
+        if self.trainer.state_writer is not None:
+            self.trainer.state_writer.wait_copied()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each optimizer step."""
@@ -43,6 +51,13 @@ class TrainingLoopCallback(TrainerCallback):
             self.trainer.ema.update(state.global_step)
         due = self.config.eval_every and state.global_step % self.config.eval_every == 0
         control.should_evaluate = bool(due and self.trainer.eval_pipeline is not None)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the last checkpoint."""
+        if self.trainer.state_writer is not None:
+            self.trainer.state_writer.close()
 
 
 def _follow_schedule(scheduler: Any) -> None:

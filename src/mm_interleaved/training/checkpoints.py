@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ ASIDE = "checkpoint.incomplete"
 MANIFEST = "manifest.json"
 SETTINGS = "config.yaml"
 BEST, LAST = "best", "last"  # stand for one of the checkpoints
+_READERS = 8  # files that are read at once to compute their digests
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ADAPTER = ("preset", "targets", "rank", "alpha", "dora", "rslora")  # settings that determine its weights
@@ -42,11 +44,22 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
-def write_manifest(folder: Path) -> None:
-    """Note the size and digest of every file of a checkpoint; its last file to be written."""
-    files = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _digest(p)}
-             for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}  # fmt: skip
+def write_manifest(folder: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Note the size and digest of every file of a checkpoint; its last file to be written.
+
+    Args:
+        folder: folder of the checkpoint.
+        known: the entries of files that other processes have written.
+    """
+    files = dict(known or {})
+    names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    files |= {name: describe_file(folder / name) for name in names if name not in files}
     write_json(folder / MANIFEST, {"files": files})
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """The size and digest of a file, as a manifest has them."""
+    return {"size": path.stat().st_size, "sha256": _digest(path)}
 
 
 def find_damage(folder: Path) -> str:
@@ -59,17 +72,19 @@ def find_damage(folder: Path) -> str:
         missing = [n for n in ("optimizer.pt", "scheduler.pt") if not sharded and not (folder / n).is_file()]
         return f"{missing[0]} is missing" if missing else ""
     try:
-        for name, about in read_json(folder / MANIFEST)["files"].items():
+        files = read_json(folder / MANIFEST)["files"]
+        for name, about in files.items():  # first what takes no time
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != about["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {about['size']}"
-            if _digest(path) != about["sha256"]:
-                return f"{name} has other content than was written"
+        with ThreadPoolExecutor(_READERS) as readers:  # digests are computed outside of the interpreter's lock
+            found = dict(zip(files, readers.map(_digest, [folder / name for name in files]), strict=True))
+        changed = [name for name, about in files.items() if found[name] != about["sha256"]]
     except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    return ""
+    return f"{changed[0]} has other content than was written" if changed else ""
 
 
 def _digest(path: Path) -> str:

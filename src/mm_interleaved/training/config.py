@@ -107,9 +107,13 @@ class RunConfig:
         compile: "regional" compiles the repeated blocks, "decoder" only the layers of the language model.
         log_every, save_every, eval_every, sample_every: numbers of steps between two of each; 0: never.
         keep_checkpoints: how many of the newest checkpoints are kept.
+        sharded_checkpoints: every process writes its part of a checkpoint, which any number of processes can resume
+            from; always with `fsdp`. Such a checkpoint is no model folder; `final` and `best` are.
+        async_checkpoints: sharded checkpoints are written while training goes on, from a copy in the CPU's memory.
         resume: "auto" (from the newest undamaged checkpoint, if there is one), "never", or a checkpoint folder.
         deepspeed: path of a DeepSpeed configuration, which controls data parallelism; needs torchrun.
-        fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`); needs torchrun and GPUs.
+        fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`): weights, gradients and the
+            optimizer's state are divided over the GPUs of all processes. A single process has nothing to divide.
         gradient_checkpointing: recompute activations in the backward pass; a third more arithmetic, far less memory.
         selective_checkpointing: keep some of the activations, see `enable_checkpointing`.
         peak_tflops: peak of one device, for the MFU; None: the known peak of common devices, else no MFU is shown.
@@ -130,6 +134,8 @@ class RunConfig:
     eval_every: Count = 0
     sample_every: Count = 0
     keep_checkpoints: Positive = 5
+    sharded_checkpoints: bool = False
+    async_checkpoints: bool = False
     resume: str = "auto"
     tf32: bool = True
     gradient_checkpointing: bool = False
@@ -150,14 +156,14 @@ class RunConfig:
             raise ValueError(f"give one of 'steps' and 'epochs', not {given}; the other is null")
         if self.deepspeed and self.fsdp:
             raise ValueError("give 'deepspeed' or 'fsdp', not both")
-        if self.ema.decay and (self.deepspeed or self.fsdp):
-            raise ValueError("'ema.decay' needs whole weights, which 'deepspeed' and 'fsdp' divide; set it to 0")
-        if self.optimizer.kind == "muon" and (self.deepspeed or self.fsdp):
-            raise ValueError(
-                "'optimizer.kind: muon' needs whole matrices, which 'deepspeed' and 'fsdp' divide; use adamw"
-            )
-        if self.sample_every and self.fsdp:
-            raise ValueError("'sample_every' runs on one process, which with 'fsdp' has only a part of the weights")
+        if self.ema.decay and self.deepspeed:
+            raise ValueError("'ema.decay' needs weights that 'deepspeed' does not divide; set it to 0, or take 'fsdp'")
+        if self.optimizer.kind == "muon" and self.deepspeed:
+            raise ValueError("'optimizer.kind: muon' needs matrices, which 'deepspeed' makes flat; use adamw or 'fsdp'")
+        if self.sharded_checkpoints and self.deepspeed:
+            raise ValueError("'sharded_checkpoints' are not for 'deepspeed', which writes a format of its own")
+        if self.async_checkpoints and not (self.sharded_checkpoints or self.fsdp):
+            raise ValueError("'async_checkpoints' are a kind of 'sharded_checkpoints'; set that, too")
 
 
 @settings
@@ -474,9 +480,6 @@ class TrainConfig(RunConfig):
             raise ValueError("'eval_every' needs held-out data: give 'eval_data', or set it to 0")
         if self.evaluate_every and self.evaluation is None:
             raise ValueError("'evaluate_every' needs the tasks: give 'evaluation'")
-        if self.evaluate_every and self.fsdp:
-            raise ValueError("'evaluate_every' needs whole weights, which a process does not have with 'fsdp'; "
-                             "evaluate the checkpoints with mmi evaluate")  # fmt: skip
 
     @staticmethod
     def _check_adapted(model: ModelConfig) -> None:

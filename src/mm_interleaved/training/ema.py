@@ -37,15 +37,20 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """A context in which the model has the average as its weights."""
-        kept = {name: p.data for name, p in self.live.items()}
+        """A context in which the model has the average as its weights, and the average is that of the weights."""
+        self._exchange()
         try:
-            for name, parameter in self.live.items():
-                parameter.data = self.average[name]
             yield
         finally:
-            for name, parameter in self.live.items():
-                parameter.data = kept[name]
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Exchange values in place, because FSDP gathers weights from the memory that they had when it divided them."""
+        for name, parameter in self.live.items():
+            now = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(now)
 
     def save(self, folder: Path) -> None:
         """Write the average into a checkpoint folder."""

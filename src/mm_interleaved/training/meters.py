@@ -23,6 +23,7 @@ class Window:
         counts: the number of added values of every named loss.
         losses: the loss of every batch, to find one that is not finite.
         begin: start time of the window.
+        saving: seconds that the steps waited for checkpoints.
     """
 
     device: torch.device
@@ -30,6 +31,7 @@ class Window:
     counts: dict[str, float] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     begin: float = field(default_factory=time.perf_counter)
+    saving: float = 0.0
 
     def add(self, loss: Tensor, parts: dict[str, Tensor | None], items: dict[str, float] | None = None) -> None:
         """Add the loss of one batch and its parts.
@@ -61,7 +63,7 @@ class Window:
         seconds = time.perf_counter() - self.begin
         names = sorted(self.sums)
         host = [float(self.counts[n]) for n in names]
-        host += [stats.tokens, stats.images, stats.noise_samples, stats.places, stats.wait]
+        host += [stats.tokens, stats.images, stats.noise_samples, stats.places, stats.wait, self.saving]
         sums = [self.sums[n].double() for n in names]
         row = torch.cat([torch.stack(sums), torch.tensor(host, device=self.device).double()]) if sums else None
         if row is None:
@@ -73,12 +75,14 @@ class Window:
         values = row.tolist()
         n = len(names)
         found = {name: values[i] / values[n + i] for i, name in enumerate(names) if values[n + i]}
-        tokens, images, noise_samples, places, wait = values[2 * n :]
+        tokens, images, noise_samples, places, wait, saving = values[2 * n :]
         found |= {
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
             "data_wait_share": wait / ranks / seconds,
         }
+        if saving:
+            found["save_share"] = saving / ranks / seconds
         if places:
             found["padding_share"] = 1 - tokens / places
         if cost is not None and peak is not None:

@@ -8,11 +8,12 @@ batch, because launching kernels dominates in small models, and convolution kern
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, Jordan et al.
 _ITERATIONS = 5
@@ -46,7 +47,7 @@ class Muon(torch.optim.AdamW):
         alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
-                alike[len(p), p[0].numel()].append(p)
+                alike[p.shape[0], p.shape[1:].numel()].append(p)
         for (rows, columns), parameters in alike.items():
             for p in parameters:
                 if not self.state[p]:  # AdamW does not load a state without "step"
@@ -55,11 +56,36 @@ class Muon(torch.optim.AdamW):
             means = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov momentum
-            updates = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
+            updates = _orthogonal_updates(ahead, rows, columns)
             size = group["scale"] * max(rows, columns) ** 0.5
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            shaped = [x.view_as(p) for x, p in zip(updates.to(parameters[0]), parameters, strict=True)]
-            torch._foreach_add_(parameters, shaped, alpha=-group["lr"] * size)
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"] * size)
+
+
+def _orthogonal_updates(ahead: Sequence[Tensor], rows: int, columns: int) -> list[Tensor]:
+    """The orthogonal matrices nearest to tensors of one shape, in their shapes, types and divisions over processes.
+
+    Tensors that FSDP divides by rows are exchanged, so that each process gets whole matrices, but only a part of them.
+    """
+    first = ahead[0]
+    if not isinstance(first, DTensor):
+        found = orthogonal(torch.stack([x.reshape(rows, columns) for x in ahead]))
+        return [x.view_as(p) for x, p in zip(found.to(first), ahead, strict=True)]
+    mesh = first.device_mesh
+    own = torch.stack([x.to_local().reshape(-1, columns) for x in cast("Sequence[DTensor]", ahead)])
+    shape = torch.Size([len(ahead), rows, columns])
+    stride = (rows * columns, columns, 1)
+    divided = DTensor.from_local(own, mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
+    whole = divided.redistribute(placements=[Shard(0)]).to_local()
+    found = orthogonal(whole) if len(whole) else whole
+    again = DTensor.from_local(found.to(first.dtype), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    parts = again.redistribute(placements=[Shard(1)]).to_local()
+    return [
+        DTensor.from_local(
+            part.reshape(x.to_local().shape), mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+        )
+        for part, x in zip(parts, cast("Sequence[DTensor]", ahead), strict=True)
+    ]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,8 +35,11 @@ class Loader(Protocol):
         """The position after the last batch."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position."""
+    def load_states(self, states: Sequence[dict[str, Any]]) -> int:
+        """Continue from the positions of all processes of a run, of which there may have been another number.
+
+        Returns: the epoch in which this process goes on.
+        """
         ...
 
     def set_epoch(self, epoch: int) -> None:
@@ -132,13 +135,17 @@ class BatchPipeline:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that determines all further batches."""
-        return {"epoch": self.epoch, "number": self.number, "loader": self.loader.state_dict()}
+        return {"number": self.number, "loader": self.loader.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was called."""
-        self.epoch, self.number = state["epoch"], state["number"]
-        self.loader.set_epoch(self.epoch)
-        self.loader.load_state_dict(state["loader"])
+    def load_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue where `state_dict` was called on every process of a run.
+
+        Args:
+            states: the states by rank; there may have been another number of processes. Batches are counted over all
+                of them, so their random numbers stay the same if as many batches make a step.
+        """
+        self.number = -(-sum(state["number"] for state in states) // self.world_size)
+        self.epoch = self.loader.load_states([state["loader"] for state in states])
         self._resumed = True
 
 

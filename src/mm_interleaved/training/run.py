@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 from torch import nn
+from transformers import TrainingArguments
 
 from .. import __version__
 from ..configuration import describe_differences, read_settings, to_yaml
@@ -23,7 +25,7 @@ from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
 from .adapters import TrainedAdapter
-from .arguments import training_arguments
+from .arguments import divides, training_arguments
 from .building import build
 from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
@@ -75,6 +77,7 @@ def train(
     with start_run(config) as resume:
         console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
         args = training_arguments(config, device)
+        resume = same_for_all(resume, args)
         model, processor = build(config, default_tokenizer)
         distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
         if config.gradient_checkpointing:
@@ -99,7 +102,7 @@ def train(
         trainer = RunTrainer(
             model, args, config, pipeline, evaluation,
             processor.save_pretrained if adapter is None else adapter.save_info, cost,
-            distillation, branches_of(config) if config.fsdp else None, config.losses.scale == "global",
+            distillation, branches_of(config) if divides(config) else None, config.losses.scale == "global",
         )  # fmt: skip
         trainer.adapter = adapter
         if adapter is not None:
@@ -111,7 +114,7 @@ def train(
             trainer.stopping = EarlyStopping(config.early_stopping)
             trainer.add_callback(trainer.stopping)
         if config.shapes.graph:
-            if args.device.type != "cuda" or config.fsdp or config.deepspeed:
+            if args.device.type != "cuda" or divides(config) or config.deepspeed:
                 raise ValueError(
                     f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model "
                     "(no fsdp, no deepspeed)"
@@ -121,7 +124,8 @@ def train(
         if isinstance(loader, DocumentLoader):
             trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))
         has_samples = config.samples.documents is not None or config.samples.from_data
-        if config.sample_every and has_samples and args.process_index == 0:
+        takes_part = args.process_index == 0 or trainer.is_fsdp_enabled
+        if config.sample_every and has_samples and takes_part:
             trainer.add_callback(Samples(trainer, config, model, processor))
         if config.evaluate_every and config.evaluation is not None:
             trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor, trainer.stopping))
@@ -141,7 +145,7 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
 
 @contextmanager
 def start_run(config: RunConfig) -> Iterator[Path | None]:
-    """Make the run's folder with its settings and hold it; yields the checkpoint to resume from.
+    """Make the run's folder and hold it; yields the checkpoint to resume from on the first process, see `same_for_all`.
 
     Raises:
         OutputError: another run holds the folder, or it cannot be written.
@@ -150,10 +154,19 @@ def start_run(config: RunConfig) -> Iterator[Path | None]:
     folder = Path(config.output)
     is_first = int(os.environ.get("RANK", "0")) == 0
     with lock_folder(folder) if is_first else nullcontext():
-        resume = find_resume(folder, config.resume)
+        resume = find_resume(folder, config.resume) if is_first else None
         if config.tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
         yield resume
+
+
+def same_for_all(resume: Path | None, args: TrainingArguments) -> Path | None:
+    """The checkpoint that the first process found, on every process: it alone reads the files to find damage."""
+    if args.world_size == 1:
+        return resume
+    found = [resume]
+    dist.broadcast_object_list(found, 0, device=args.device)
+    return found[0]
 
 
 def run(
@@ -163,7 +176,7 @@ def run(
     stop = StopOnSignal(console)
     trainer.add_callback(TrainingLoopCallback(trainer, config))
     trainer.add_callback(stop)
-    if config.fsdp:
+    if trainer.is_fsdp_enabled:
         trainer.add_callback(sharding.ShardingCallback(console))
     folder, steps, is_main = Path(config.output) / FINAL, trainer.args.max_steps, trainer.args.process_index == 0
     last = 0 if resume is None else step_of(resume)

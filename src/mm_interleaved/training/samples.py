@@ -44,7 +44,8 @@ MAX_SIDE = 512  # of the saved images, in pixels
 class Samples(TrainerCallback):
     """Fills the open slots of documents before the first step and every `sample_every` steps.
 
-    Each time with the same seeds, so that only the weights differ. Writes a grid of images (PNG) and a text file.
+    Each time with the same seeds, so that only the weights differ. Writes a grid of images (PNG) and a text file. The
+    first process generates; with FSDP the others give it their weights.
     """
 
     def __init__(
@@ -94,11 +95,15 @@ class Samples(TrainerCallback):
             torch.random.fork_rng(devices=devices),
             trainer.uncompiled(),
             trainer.averaged(),
+            trainer.whole(),
             trainer.accelerator.autocast(),
         ):
-            events = self.model.generate_interleaved(self.documents, self.processor, self.settings, progress=False)
+            documents = self.documents if trainer.is_world_process_zero() else []
+            events = self.model.generate_interleaved(documents, self.processor, self.settings, progress=False)
             done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
         self.model.train()
+        if not trainer.is_world_process_zero():
+            return
         folder = Path(self.config.output) / FOLDER
         _save_documents([e.result for e in done], self.wanted, folder, step)
         rows = [_images(e.result) for e in done]

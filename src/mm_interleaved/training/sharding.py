@@ -7,6 +7,8 @@ all processes must reach the same blocks in the same order (`ForceAllBranches`) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -52,13 +54,40 @@ def configure(accelerator: Accelerator, model: MMInterleavedModel) -> None:
     plugin = accelerator.state.fsdp_plugin
     assert plugin is not None  # because it shards
     if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
-        raise ValueError("fsdp.state_dict_type must be FULL_STATE_DICT, as it is by itself: checkpoints are whole")
+        raise ValueError("fsdp.state_dict_type must be FULL_STATE_DICT, as it is by itself: 'final' is a whole model, "
+                         "and checkpoints are sharded anyway")  # fmt: skip
     computing = TYPES[accelerator.mixed_precision]
     plugin.mixed_precision_policy = MixedPrecisionPolicy(computing, torch.float32, cast_forward_inputs=False)
     plugin.ignored_modules = [model.image_decoder.vae.to(accelerator.device)]
     if plugin.transformer_cls_names_to_wrap is None:
         found = {type(module).__name__ for module in model.modules() if isinstance(module, BLOCKS)}
         plugin.transformer_cls_names_to_wrap = sorted(found)
+
+
+@contextmanager
+def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """A context in which every process has all weights of a sharded model, in the type of the run's computation.
+
+    Every process must enter and leave it; in between each may run what it wants. The weights must not change.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    assert plugin is not None
+    assert isinstance(model, nn.Module)
+    freed = {*(plugin.transformer_cls_names_to_wrap or ()), nn.Embedding.__name__}  # modules that free their weights
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # accelerate gathers the last layers together and the rest with the root, and keeps both until the backward pass
+    changed = [module for module in sharded if freed & {kind.__name__ for kind in type(module).__mro__}]
+    for module in changed:
+        module.set_reshard_after_forward(False, recurse=False)
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+        for module in changed:
+            module.set_reshard_after_forward(bool(plugin.reshard_after_forward), recurse=False)
 
 
 @dataclass

@@ -76,6 +76,7 @@ class Tasks(TrainerCallback):
             torch.random.fork_rng(devices=devices),
             trainer.uncompiled(),
             trainer.averaged(),
+            trainer.whole(),
             trainer.accelerator.autocast(),
         ):
             name = f"step {step}"

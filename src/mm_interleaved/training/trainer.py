@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..configuration import to_yaml
 from ..io import put_in_place, write_atomic, write_json, writing
@@ -31,6 +34,7 @@ from .graphs import CapturedStep
 from .meters import Window
 from .optimizer import build_optimizer
 from .pipeline import BatchPipeline
+from .sharded_checkpoints import STATE, StateWriter, TrainedState, check_optimizer, is_sharded
 from .stopping import EarlyStopping
 
 ADVICE = (
@@ -43,8 +47,9 @@ class RunTrainer(CountingTrainer):
     """Trains a model that returns `loss`, and optionally parts of it (`loss_*`) and measures.
 
     Besides the Trainer's public methods it overrides two that choose the folder of a checkpoint (`_save_checkpoint`,
-    `_get_output_dir`), because a checkpoint must not get its name before it is complete, and one that loads its weights
-    (`_load_from_checkpoint`), because the Trainer knows no adapter that is a part of the model.
+    `_get_output_dir`), because a checkpoint must not get its name before it is complete, and two that load it
+    (`_load_from_checkpoint`, `_load_optimizer_and_scheduler`), because the Trainer knows no adapter that is a part of
+    the model, and no sharded state.
 
     Args:
         model: the model; frozen parameters stay frozen.
@@ -62,6 +67,8 @@ class RunTrainer(CountingTrainer):
     Attributes:
         captured: runs captured training steps; None: steps are not captured.
         adapter: the adapter that is trained; None: the model's own weights are.
+        ema: the averaged weights; None: there are none, or FSDP has not divided the weights yet.
+        state_writer: writes sharded checkpoints; None: checkpoints are whole.
         stopping: follows a task metric; None: no checkpoint is the best.
         write_best: writes a model folder with the averaged weights; used for the best one where there is an average.
         steps_per_epoch: for the log; None: not known.
@@ -90,11 +97,17 @@ class RunTrainer(CountingTrainer):
         self.steps_per_epoch: float | None = None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
-        if config.fsdp:
+        if self.is_fsdp_enabled:
             sharding.configure(self.accelerator, cast(MMInterleavedModel, model))
         else:
             sharding.always_have_a_loss(model)
-        self.ema = EMA(model, config.ema) if config.ema.decay else None  # after the weights have got their final memory
+        self.ema: EMA | None = None
+        if not self.is_fsdp_enabled:
+            self.start_average()
+        self.state_writer = None  # of sharded checkpoints
+        if config.fsdp or config.sharded_checkpoints:
+            self.state_writer = StateWriter(args.device, config.async_checkpoints)
+        self._saved: int | None = None  # the step of the newest checkpoint
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = counted  # otherwise the Trainer takes the mean over the batches of a step
         self.window = Window(args.device)
@@ -114,6 +127,8 @@ class RunTrainer(CountingTrainer):
             assert trained is not None
             own = self.get_optimizer_cls_and_kwargs(self.args) if "optim" in self.config.trainer else None
             self.optimizer = build_optimizer(trained, self.config.optimizer, own)
+            if self.state_writer is not None:
+                check_optimizer(self.optimizer)
         return self.optimizer
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -208,6 +223,8 @@ class RunTrainer(CountingTrainer):
         Raises:
             TrainingError: a loss of the window was NaN or infinite; the batch has been saved.
         """
+        if self.state_writer is not None:
+            self.state_writer.check()
         if "loss" in logs:
             self._check_losses()
             stats = self.pipeline.take_stats()
@@ -258,9 +275,22 @@ class RunTrainer(CountingTrainer):
         self.log(logs)
         return logs
 
+    def start_average(self) -> None:
+        """Start to average the weights, if the settings say so; called when they have got their final memory."""
+        if self.ema is None and self.config.ema.decay:
+            assert self.model is not None
+            self.ema = EMA(self.model, self.config.ema)
+
     def averaged(self) -> Any:
         """A context in which the model has its averaged weights, if there are any."""
         return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def whole(self) -> Any:
+        """A context in which every process has all weights, for work that processes do not do in step; all enter it."""
+        if not self.is_fsdp_enabled:
+            return nullcontext()
+        assert self.model is not None
+        return sharding.gathered(self.accelerator, self.model)
 
     @staticmethod
     def uncompiled() -> Any:
@@ -284,9 +314,12 @@ class RunTrainer(CountingTrainer):
         """
         run = self._run_folder()
         name = f"checkpoint-{self.state.global_step}"
-        if run / name in checkpoints.list_checkpoints(run):
+        if self._saved == self.state.global_step or run / name in checkpoints.list_checkpoints(run):
             return
         self.check_finite(self.state.global_step)
+        if self.state_writer is not None:
+            self._save_sharded(self.state_writer, run, name)
+            return
         self._aside = run / checkpoints.ASIDE
         if self.args.should_save:
             shutil.rmtree(self._aside, ignore_errors=True)
@@ -305,19 +338,73 @@ class RunTrainer(CountingTrainer):
                     checkpoints.write_manifest(folder)
                     if self._is_best() and self.ema is not None:
                         self.write_best(run / checkpoints.BEST)
-                    shutil.rmtree(run / name, ignore_errors=True)  # a damaged one of that name
-                    os.replace(folder, run / name)
-                    self.link_checkpoints()
-                    best = None if self.stopping is None else self.stopping.best_step
-                    checkpoints.prune(run, self.config.keep_checkpoints, best)
+                    self._put_in_place(folder, run / name, self._best_step())
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._aside, ignore_errors=True)  # an incomplete folder, after a full disk
             self._aside = None
         self._barrier()
 
+    def _best_step(self) -> int | None:
+        return None if self.stopping is None else self.stopping.best_step
+
+    def _put_in_place(self, folder: Path, target: Path, best: int | None) -> None:
+        """Give a complete checkpoint its name, and remove the oldest ones but that of step `best`."""
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one of that name
+        os.replace(folder, target)
+        self.link_checkpoints()
+        checkpoints.prune(target.parent, self.config.keep_checkpoints, best)
+
+    def _save_sharded(self, writer: StateWriter, run: Path, name: str) -> None:
+        """Write a checkpoint of which every process writes its part, perhaps in the background."""
+        begin = time.perf_counter()
+        writer.wait()  # for the checkpoint before
+        folder, is_main = run / checkpoints.ASIDE / name, self.args.should_save
+        with writing(run / name):
+            if is_main:
+                shutil.rmtree(folder.parent, ignore_errors=True)
+                (folder / STATE).mkdir(parents=True)
+            writer.barrier()
+            torch.save(self.pipeline.state_dict(), folder / self._pipeline_file())
+            self._save_rng_state(str(folder))
+            self._save_scaler(str(folder))
+            if is_main:
+                torch.save(self._schedule().state_dict(), folder / "scheduler.pt")
+                self._export_callbacks()
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self._is_best():
+            self.write_best(run / checkpoints.BEST)
+        best = self._best_step()
+
+        def finish(files: dict[str, Any]) -> None:
+            if is_main:
+                write_atomic(folder / checkpoints.SETTINGS, to_yaml(self.config))
+                self.save_extras(folder)
+                checkpoints.write_manifest(folder, files)
+                self._put_in_place(folder, run / name, best)
+
+        writer.write(self._trained_state().tensors(), folder, run / name, finish)
+        self._saved = self.state.global_step
+        self.window.saving += time.perf_counter() - begin
+
+    def _schedule(self) -> LRScheduler:
+        return cast(LRScheduler, self.lr_scheduler)  # only DeepSpeed has one of another kind
+
+    def _export_callbacks(self) -> None:
+        """Put the states of callbacks into the Trainer's state, as its own `_save_checkpoint` does."""
+        states = cast("dict[str, Any]", self.state.stateful_callbacks)  # the Trainer has made it a dictionary
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states[type(callback).__name__] = callback.state()
+
+    def _trained_state(self, optimizer: bool = True) -> TrainedState:
+        assert self.model is not None
+        own = getattr(self.optimizer, "optimizer", self.optimizer) if optimizer else None  # accelerate wraps it
+        average = {} if self.ema is None else self.ema.average
+        return TrainedState(self.model, own, average, only_trained=self.adapter is not None)
+
     def _is_best(self) -> bool:
-        return self.stopping is not None and self.stopping.best_step == self.state.global_step
+        return self._best_step() == self.state.global_step
 
     def link_checkpoints(self) -> None:
         """Let `last` stand for the newest checkpoint, and `best` for the best one; first process only."""
@@ -326,7 +413,7 @@ class RunTrainer(CountingTrainer):
         if own:
             checkpoints.point(run / checkpoints.LAST, own[-1].name)
         best = None if self.stopping is None else run / f"checkpoint-{self.stopping.best_step}"
-        if best in own and self.ema is None:
+        if best in own and self.ema is None and self.state_writer is None:
             checkpoints.point(run / checkpoints.BEST, best.name)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -349,33 +436,51 @@ class RunTrainer(CountingTrainer):
                 put_in_place(aside, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_sharded(Path(resume_from_checkpoint)):
+            return  # its weights are read with the optimizer's state
         if self.adapter is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.adapter.load(Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.start_average()
+        self._trained_state().load(Path(checkpoint))
+        self._schedule().load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+
     def load_weights(self, folder: Path) -> None:
-        """The weights of a checkpoint, where nothing is left to train."""
-        self._load_from_checkpoint(str(folder))
+        """The weights of a checkpoint, and their average, where nothing is left to train."""
+        self.start_average()
+        if is_sharded(folder):
+            self._trained_state(optimizer=False).load(folder)
+        else:
+            self._load_from_checkpoint(str(folder))
 
     def load_run_state(self, folder: Path) -> None:
         """Restore the state that the Trainer does not handle: the pipeline and the average.
 
         Raises:
-            ValueError: the checkpoint was written with another number of processes, or for other parameter groups.
+            ValueError: the checkpoint was written for other parameter groups, or its kind does not allow this number of
+                processes.
         """
+        if self.is_fsdp_enabled and not is_sharded(folder):
+            raise ValueError(f"'{folder}' is a whole checkpoint, and 'fsdp' resumes from sharded ones; write one with "
+                             "sharded_checkpoints=true, or start anew with model.init_from.checkpoint")  # fmt: skip
         checkpoints.check_groups(folder, self.config)
-        path = folder / self._pipeline_file()
-        if not path.is_file():
-            count = len(list(folder.glob("feed_*.pt")))
+        self._saved = checkpoints.step_of(folder)
+        paths = sorted(folder.glob("feed_*.pt"), key=lambda path: int(path.stem.partition("_")[2]))
+        if self.is_deepspeed_enabled and len(paths) != self.args.world_size:
             raise ValueError(
-                f"'{folder}' was written by {count} processes, now there are {self.args.world_size}; start as many, or "
-                "start a new run from its weights with model.init_from.checkpoint"
+                f"'{folder}' was written by {len(paths)} processes with 'deepspeed', and now there are "
+                f"{self.args.world_size}; start as many, or start a new run with model.init_from.checkpoint"
             )
-        self.pipeline.load_state_dict(torch.load(path, weights_only=True))
+        self.pipeline.load_states([torch.load(path, weights_only=True) for path in paths])
         if self.stopping is not None:
             self.stopping.load(folder)
-        if self.ema is not None:
+        if self.ema is not None and not is_sharded(folder):
             self.ema.load(folder)
 
     def _pipeline_file(self) -> str:
@@ -401,7 +506,10 @@ class RunTrainer(CountingTrainer):
         assert self.model is not None
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         own = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in trained.items()}
-        bad = [name for name, weight in own.items() if not torch.isfinite(weight).all()]
+        if not own:
+            return
+        finite = torch.stack([torch.isfinite(weight).all() for weight in own.values()]).tolist()  # one synchronisation
+        bad = [name for name, is_finite in zip(own, finite, strict=True) if not is_finite]
         if bad:
             raise TrainingError(
                 f"{len(bad)} of {len(own)} trained tensors are not finite after step {step}, first '{bad[0]}'. {ADVICE}"
