@@ -30,7 +30,7 @@ from ..processor import MMInterleavedProcessor
 from ..processor.images import transformed
 from .recorder import ImagePass, Recorder
 from .records import ImageRecord, Inspection, MapRecord, Points, TextRecord
-from .settings import InspectionSettings, shown_steps
+from .settings import InspectionSettings, chosen_cells, shown_steps
 from .words import group_words, token_pieces
 
 VIEW_SIDE = 384  # most pixels of a side of `Inspection.views`
@@ -148,8 +148,13 @@ class InspectedGenerator(InterleavedGenerator):
         """As in `InterleavedGenerator`."""
         self.records = [{} for _ in documents]
         self.recorder.used = self.recorder.pending = 0
-        with self.recorder.attached():
-            yield from super().run(documents, seeds)
+        events = super().run(documents, seeds)
+        while True:
+            with self.recorder.attached():  # what the caller does with the model between two events is not collected
+                event = next(events, None)
+            if event is None:
+                return
+            yield event
 
     def inspections(self, documents: Sequence[Document | PreparedDocument]) -> list[Inspection]:
         """Generate documents, and give each with its records."""
@@ -221,14 +226,15 @@ class InspectedGenerator(InterleavedGenerator):
         maps = []
         for number in recorder.places:
             side = decoder.unet.synchronizers[number].side
+            rows = chosen_cells(side, self.inspection.cells)
             if slots and number in taken.taken:
                 found = taken.taken[number]
                 points = Points.stack([found[step][place].of_images(slots) for step in taken.steps])
             else:
-                shape = (len(taken.steps), side * side)
+                shape = (len(taken.steps), len(rows) ** 2)
                 points = Points.nothing(shape, len(recorder.heads), len(mmfs.levels), mmfs.num_points)
             name = "middle" if number == len(decoder.unet.synchronizers) - 1 else f"skip {number}"
-            maps.append(MapRecord(number, name, side, mmfs.base_size or side, points))
+            maps.append(MapRecord(number, name, side, rows, mmfs.base_size or side, points))
         return ImageRecord(
             -1, count, [count - 1 - slot for slot in range(slots)], list(taken.steps),
             [int(times[step - 1]) for step in taken.steps], len(times), recorder.heads, list(mmfs.levels), maps,
@@ -257,13 +263,14 @@ def inspect_documents(
     heads: Sequence[int] | None = None,
     places: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
+    cells: int | None = None,
     most_mib: int = 512,
     **settings: Any,
 ) -> list[Inspection]:
     """Fill and continue documents together, and collect where MMFS looks; see `inspect`."""
     given = {"layers": layers, "heads": heads, "places": places, "steps": steps}
     lists = {name: None if value is None else list(value) for name, value in given.items()}
-    collected = InspectionSettings(**lists, most_mib=most_mib)
+    collected = InspectionSettings(**lists, cells=cells, most_mib=most_mib)
     generator = InspectedGenerator(source.model, source.processor, override(source.settings, **settings), collected)
     with torch.no_grad():
         return generator.inspections(list(documents))
@@ -277,6 +284,7 @@ def inspect(
     heads: Sequence[int] | None = None,
     places: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
+    cells: int | None = None,
     most_mib: int = 512,
     **settings: Any,
 ) -> Inspection:
@@ -289,6 +297,8 @@ def inspect(
         heads: heads of MMFS; None: all.
         places: synchronizers of the UNet; None: all; empty: no images.
         steps: denoising steps from 1; None: the first, the middle and the last one.
+        cells: most cells of a side of a map of the UNet; of larger maps every second, third, ... cell is collected.
+            None: all cells.
         most_mib: most memory of the collected arrays, in MiB.
         **settings: settings of generation, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
 
@@ -301,4 +311,4 @@ def inspect(
     if len(documents) != 1:
         raise InputError(f"inspect takes one document, not {len(documents)}", fix="Use inspect_documents")
     return inspect_documents(source, documents, layers=layers, heads=heads, places=places, steps=steps,
-                             most_mib=most_mib, **settings)[0]  # fmt: skip
+                             cells=cells, most_mib=most_mib, **settings)[0]  # fmt: skip

@@ -79,7 +79,7 @@ def _text(record: TextRecord, number: int, arrays: dict[str, np.ndarray]) -> dic
 
 def _image(record: ImageRecord, number: int, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     maps = [
-        {"place": one.place, "name": one.name, "side": one.side, "base": one.base,
+        {"place": one.place, "name": one.name, "side": one.side, "rows": one.rows, "base": one.base,
          "points": _put(one.points, f"image{number}.map{one.place}", arrays)}
         for one in record.maps
     ]  # fmt: skip

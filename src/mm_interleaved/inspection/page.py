@@ -1,13 +1,11 @@
 """The interactive page of an inspection: one HTML file, which needs no other file.
 
-Script and style are the same in every page, and the data are not executed. So a page that shows it in a frame can allow
-exactly this script and this style in its Content-Security-Policy: `SCRIPT_HASH` and `STYLE_HASH`.
+Axes: F layers of a text or steps of an image, S tokens or cells, N heads, R images, V levels, P points.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import json
 from functools import cache
@@ -20,6 +18,7 @@ import PIL.Image
 from ..document import Text
 from ..io import InputError, encode_image
 from .records import ImageRecord, Inspection, Points, TextRecord
+from .settings import chosen_cells
 
 MOST_CELLS = 16  # cells of a side of a map on the page; of larger maps every second, fourth, ... cell is shown
 LARGEST_MIB = 48
@@ -37,28 +36,27 @@ def _template() -> tuple[str, str, str]:
     return _read("page.html"), _read("style.css"), _read("view.js")
 
 
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def script_hash() -> str:
-    """The source expression of the script for a Content-Security-Policy."""
-    return _hash(_template()[2])
-
-
-def style_hash() -> str:
-    """The source expression of the style for a Content-Security-Policy."""
-    return _hash(_template()[1])
-
-
 def to_html(inspection: Inspection) -> str:
     """The page.
 
     Raises:
         InputError: it would be larger than `LARGEST_MIB`.
     """
+    return page_of(to_json(inspection))
+
+
+def to_json(inspection: Inspection) -> str:
+    """The data of the page as JSON text."""
+    return json.dumps(page_data(inspection), ensure_ascii=False, separators=(",", ":"))
+
+
+def page_of(data: str) -> str:
+    """The page with the data of `to_json`.
+
+    Raises:
+        InputError: it would be larger than `LARGEST_MIB`.
+    """
     page, style, script = _template()
-    data = json.dumps(page_data(inspection), ensure_ascii=False, separators=(",", ":"))
     # Inside of a script element "<" could end it, or begin a comment.
     parts = {"style": style, "data": data.replace("<", "\\u003c"), "script": script}
     for name, part in parts.items():
@@ -66,7 +64,7 @@ def to_html(inspection: Inspection) -> str:
         page = head + part + tail
     if len(page) > LARGEST_MIB * 2**20:
         raise InputError(f"the page takes {len(page) / 2**20:.0f} MiB, more than {LARGEST_MIB}",
-                         fix="Inspect fewer layers, heads, places or steps")  # fmt: skip
+                         fix="Inspect fewer layers, heads, places, steps or cells")  # fmt: skip
     return page
 
 
@@ -122,11 +120,10 @@ def _text(record: TextRecord) -> dict[str, Any]:
 def _image(record: ImageRecord) -> dict[str, Any]:
     blocks = []
     for one in record.maps:
-        stride = -(-one.side // MOST_CELLS)
-        rows = np.arange(stride // 2, one.side, stride)
-        cells = (rows[:, None] * one.side + rows).reshape(-1)
+        rows = np.array(chosen_cells(len(one.rows), MOST_CELLS))
+        cells = (rows[:, None] * len(one.rows) + rows).reshape(-1)
         name = f"{one.side} \u00d7 {one.side}, {one.name}"
-        blocks.append({**_block(one.points[:, cells]), "side": one.side, "shown": len(rows), "stride": stride,
+        blocks.append({**_block(one.points[:, cells]), "side": one.side, "rows": [one.rows[row] for row in rows],
                        "name": name})  # fmt: skip
     return {
         "kind": "image", "image": record.image, "images": record.images, "steps": record.steps, "total": record.total,
@@ -135,7 +132,7 @@ def _image(record: ImageRecord) -> dict[str, Any]:
 
 
 def _block(points: Points) -> dict[str, Any]:
-    """Points with the first axes [frames, units]."""
+    """Points with the first axes [F, S]."""
     units, heads = points.ignored.shape[1:]
     images, levels, count = points.weights.shape[-3:]
     return {

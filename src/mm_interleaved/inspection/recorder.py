@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..io import InputError
 from ..model import MMInterleavedModel
@@ -21,7 +22,7 @@ from ..model.language_model import synchronizers
 from ..model.mmfs import MMFS
 from ..ops import MMFSInputs, sampling_points
 from .records import Points
-from .settings import InspectionSettings, chosen, decoder_layers
+from .settings import InspectionSettings, chosen, chosen_cells, decoder_layers
 
 MIB = 2**20
 
@@ -68,9 +69,16 @@ class Recorder:
         heads = min(config.mmfs.num_heads, config.image_decoder.mmfs.num_heads)
         self.heads = chosen(settings.heads, range(heads), "heads")
         self.used = self.pending = 0
+        sides = {place: unet.synchronizers[place].side for place in self.places}
+        self._cells = {place: self._numbers(side) for place, side in sides.items()}
         self._groups: list[int] = []
         self._layers: dict[int, Points] = {}
         self._images: ImagePass | None = None
+
+    def _numbers(self, side: int) -> Tensor | None:
+        """The numbers of the cells of a map that are collected; None: all."""
+        rows = torch.tensor(chosen_cells(side, self.settings.cells))
+        return None if len(rows) == side else (rows[:, None] * side + rows).flatten()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -140,7 +148,7 @@ class Recorder:
             InputError: the arrays would take too much memory.
         """
         mmfs, maps = self.model.config.image_decoder.mmfs, self.model.image_decoder.unet.synchronizers
-        cells = sum(maps[place].side ** 2 for place in self.places)
+        cells = sum(len(chosen_cells(maps[place].side, self.settings.cells)) ** 2 for place in self.places)
         numbers = len(self.heads) * (slots * mmfs.num_points * (2 + len(mmfs.levels)) + 1)
         self._check(4 * count * len(steps) * cells * numbers)
         self._images = ImagePass(count, steps)
@@ -155,6 +163,10 @@ class Recorder:
             return
         total = len(inputs.images)  # with guidance the second half has the context
         groups = list(range(total - images.count, total))
+        if (cells := self._cells[place]) is not None:
+            cells = cells.to(inputs.offsets.device)
+            inputs = replace(inputs, offsets=inputs.offsets[:, cells], logits=inputs.logits[:, cells],
+                             reference=inputs.reference[:, cells])  # fmt: skip
         images.taken.setdefault(place, {})[images.step] = self._points(inputs, groups)
 
     # ---- both
@@ -179,5 +191,5 @@ class Recorder:
         if total > self.settings.most_mib * MIB:
             raise InputError(
                 f"the collected points take {total / MIB:.0f} MiB, and most_mib is {self.settings.most_mib}",
-                fix="Choose fewer layers, heads, places or steps, or allow more",
+                fix="Choose fewer layers, heads, places, steps or cells, or allow more",
             )

@@ -1,7 +1,7 @@
 """What an inspection collects, as arrays.
 
-Axes: T tokens, Y decoder layers, K denoising steps, Q cells of a map of the UNet (row by row), N heads, R earlier
-images (the most recent one first), V levels of an image's pyramid, P points.
+Axes: T tokens, Y decoder layers, K denoising steps, Q collected cells of a map of the UNet (row by row), N heads, R
+earlier images (the most recent one first), V levels of an image's pyramid, P points.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class MapRecord:
         place: number of the synchronizer.
         name: "skip" and its number, or "middle".
         side: cells of a side.
+        rows: the rows, and columns, of the cells that were collected.
         base: as in `TextRecord`.
         points: with the first axes [K, Q], of the half of guidance that has the context.
     """
@@ -126,13 +127,14 @@ class MapRecord:
     place: int
     name: str
     side: int
+    rows: list[int]
     base: int
     points: Points
 
     @property
     def reference(self) -> np.ndarray:
         """[Q, 2] the reference points: the centres of the cells."""
-        centres = (np.arange(self.side, dtype=np.float32) + 0.5) / self.side
+        centres = (np.array(self.rows, np.float32) + 0.5) / self.side
         return np.stack(np.broadcast_arrays(centres[None, :], centres[:, None]), axis=-1).reshape(-1, 2)
 
     @property

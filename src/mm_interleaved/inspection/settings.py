@@ -19,6 +19,8 @@ class InspectionSettings:
         places: synchronizers of the UNet: 0, 1, ... for its skip connections, the last one for its middle; None: all;
             empty: no images.
         steps: denoising steps from 1; None: the first, the middle and the last one.
+        cells: most cells of a side of a map of the UNet; of larger maps every second, third, ... cell is collected.
+            None: all cells.
         most_mib: most memory of the collected arrays, in MiB.
     """
 
@@ -26,7 +28,14 @@ class InspectionSettings:
     heads: list[Count] | None = None
     places: list[Count] | None = None
     steps: list[Positive] | None = None
+    cells: Positive | None = None
     most_mib: Positive = 512
+
+
+def chosen_cells(side: int, most: int | None) -> list[int]:
+    """The rows, and columns, of a map of `side` cells that are collected if `most` of them may be."""
+    stride = 1 if most is None else -(-side // most)
+    return list(range(stride // 2, side, stride))
 
 
 def chosen(wanted: Sequence[int] | None, known: Sequence[int], name: str) -> list[int]:

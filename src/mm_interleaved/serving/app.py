@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
-from . import chat, plain, responses
+from . import chat, inspection, plain, responses
 from .app_state import Services
 from .budget import Budget
 from .config import MIB, ServeConfig
@@ -50,7 +50,7 @@ def create_app(engine: Engine, config: ServeConfig | None = None) -> FastAPI:
     budget = Budget(config.limits)
     found = Services(config, engine, ResponseStore(config.store), remote, metrics, budget)
     app.state.services, app.state.config = found, config
-    for router in (responses.router, chat.router, plain.router):
+    for router in (responses.router, chat.router, plain.router, inspection.router):
         app.include_router(router)
     if config.page:
         app.include_router(page_router())

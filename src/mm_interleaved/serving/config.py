@@ -34,6 +34,7 @@ class LimitConfig:
         steps: denoising steps.
         candidates: candidates of an image, or images of `/v1/images/generations`.
         beams: beams of a text.
+        inspection_mib: size of what is collected for an inspected response.
     """
 
     body_mib: Positive = 64
@@ -53,6 +54,7 @@ class LimitConfig:
     steps: Positive = 100
     candidates: Positive = 4
     beams: Positive = 5
+    inspection_mib: Positive = 128
 
     def __post_init__(self) -> None:
         if self.bodies_mib < self.body_mib:

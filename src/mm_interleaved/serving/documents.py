@@ -12,6 +12,8 @@ import PIL.Image
 
 from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings, ImageSettings, TextSettings, override
+from ..inspection import InspectionSettings
+from ..inspection.page import MOST_CELLS
 from . import schema
 from .config import ServeConfig
 from .engine import Engine, GenerationRequest
@@ -200,12 +202,13 @@ def generation_settings(asked: Asked, config: ServeConfig, engine: Engine) -> Ge
 
 
 def generation_request(
-    document: Document, settings: GenerationSettings, adapter: str | None, config: ServeConfig
+    document: Document, settings: GenerationSettings, adapter: str | None, config: ServeConfig, inspect: bool = False
 ) -> GenerationRequest:
     """A request to the engine."""
     slots = sum(segment.is_open for segment in document.segments)
     settings = replace(settings, max_turns=slots) if slots else settings
-    return GenerationRequest(document, settings, adapter, config.limits.request_seconds)
+    collected = InspectionSettings(cells=MOST_CELLS, most_mib=config.limits.inspection_mib) if inspect else None
+    return GenerationRequest(document, settings, adapter, config.limits.request_seconds, collected)
 
 
 def find_model(name: str | None, engine: Engine) -> str | None:

@@ -16,6 +16,7 @@ import PIL.Image
 
 from ..document import Document
 from ..generation.settings import GenerationSettings
+from ..inspection import InspectionSettings
 from ..io import UserError
 
 Reason = Literal["end", "length", "images"]
@@ -54,12 +55,14 @@ class GenerationRequest:
         settings: all settings, with seeds.
         adapter: name of the adapter; None: the model itself.
         seconds: time in which it must be finished, waiting included; None: no limit.
+        inspect: what to collect of where MMFS looks; None: nothing.
     """
 
     document: Document
     settings: GenerationSettings
     adapter: str | None = None
     seconds: float | None = None
+    inspect: InspectionSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,12 @@ class Done:
         reason: the model ended (`end`), a limit of tokens or the context was reached (`length`), or the most images
             were generated (`images`).
         usage: what it took.
+        inspection: what the request asked to collect, as the data of its page (JSON text); None: nothing.
     """
 
     reason: Reason
     usage: Usage
+    inspection: str | None = None
 
 
 Event = Started | TextDelta | TextDone | ImageProgress | ImageDone | Done
@@ -242,6 +247,8 @@ class Engine(ABC):
     """The name under which the model is served."""
     adapters: Sequence[str] = ()
     """The names of its adapters."""
+    inspects: bool = False
+    """Whether requests may ask to inspect them."""
     limits: Limits
     load: Load
 

@@ -24,6 +24,8 @@ from ..generation import ContinuousGenerator, MMInterleaved
 from ..generation import events as generation
 from ..generation.rows import PreparedDocument
 from ..generation.rules import end_tokens
+from ..inspection import InspectedGenerator
+from ..inspection.page import to_json
 from ..io import InputError
 from ..model.cost import row_bytes
 from ..pretrained import Loaded
@@ -89,6 +91,7 @@ class _Job:
         stream: where its events go.
         until: monotonic time at which it must be finished.
         truncated: whether its last text ended by a limit.
+        inspection: as in `Done`.
     """
 
     request: GenerationRequest
@@ -99,6 +102,21 @@ class _Job:
     output_tokens: int = 0
     output_images: int = 0
     cached: int = 0
+    inspection: str | None = None
+
+
+@dataclass
+class _Inspected:
+    """The generator of an inspected request, and its events."""
+
+    generator: InspectedGenerator
+    events: Iterator[generation.Event]
+
+    @classmethod
+    def of(cls, model: MMInterleaved, processor: MMInterleavedProcessor, job: _Job) -> _Inspected:
+        """The generator of a job, at its start."""
+        generator = InspectedGenerator(model, processor, job.request.settings, job.request.inspect)
+        return cls(generator, generator.run([job.prepared]))
 
 
 @dataclass
@@ -125,7 +143,7 @@ class _Command:
 
 
 class ModelEngine(Engine):
-    """Serves a model.
+    """Serves a model. An inspected request has a generator of its own, which takes its steps between those of others.
 
     Args:
         model: the model; adapters that it has (PEFT) are chosen by name.
@@ -154,7 +172,7 @@ class ModelEngine(Engine):
         adapters: Mapping[str, Callable[[], None]] | None = None,
         without_adapter: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.adapters = name, tuple(adapters or {})
+        self.model, self.adapters, self.inspects = name, tuple(adapters or {}), True
         self._model, self._processor = model, processor
         self._most_waiting = waiting
         self._switches = {None: without_adapter, **(adapters or {})}
@@ -176,6 +194,7 @@ class ModelEngine(Engine):
                                               images_together=images_together)  # fmt: skip
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
+        self._inspected: dict[int, _Inspected] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._accepts, self._ends, self._ended = False, False, False
@@ -336,6 +355,8 @@ class ModelEngine(Engine):
             begun = time.monotonic()
             self._deliver(self._generator.step_images())
             spent = time.monotonic() - begun
+            for job in [self._running[key] for key in self._inspected]:
+                self._step_inspected(job)
             for _ in range(MOST_TOKENS_A_TURN):
                 begun = time.monotonic()
                 if not self._generator.writes:
@@ -357,6 +378,7 @@ class ModelEngine(Engine):
         """End all requests that run, and start with empty memory."""
         ended = list(self._running.values())
         self._running.clear()
+        self._inspected.clear()
         self.load.failed, self.load.running = self.load.failed + len(ended), 0
         for job in ended:
             job.stream.send(error)
@@ -377,7 +399,10 @@ class ModelEngine(Engine):
                 self._use(job.request.adapter)
             before = self._generator.tokens_reused
             try:
-                self._generator.join(id(job), job.prepared, job.request.settings)
+                if job.request.inspect is None:
+                    self._generator.join(id(job), job.prepared, job.request.settings)
+                else:
+                    self._inspected[id(job)] = _Inspected.of(self._model, self._processor, job)
             except (InputError, ValueError) as error:
                 self._waiting.popleft()
                 self.load.waiting -= 1
@@ -395,7 +420,7 @@ class ModelEngine(Engine):
         self._adapter = adapter
         self._generator.reset()
 
-    def _drop(self, job: _Job, error: EngineError) -> None:
+    def _drop(self, job: _Job, error: EngineError | InputError) -> None:
         """End a request before its time."""
         if job in self._waiting:
             self._waiting.remove(job)
@@ -403,10 +428,23 @@ class ModelEngine(Engine):
         elif self._running.pop(id(job), None) is not None:
             self.load.running -= 1
             self._generator.leave(id(job))
+            self._inspected.pop(id(job), None)
         else:
             return
         self.load.cancelled += 1
         job.stream.send(error)
+
+    def _step_inspected(self, job: _Job) -> None:
+        """Hand on one event of an inspected request; one that collects too much is ended."""
+        inspected = self._inspected[id(job)]
+        try:
+            event = next(inspected.events)
+            if isinstance(event, generation.DocumentFinished):
+                job.inspection = to_json(inspected.generator.inspection_of(0, event))
+        except InputError as error:
+            self._drop(job, error)
+            return
+        self._deliver(iter([(id(job), event)]))
 
     def _deliver(self, events: Iterator[tuple[Hashable, generation.Event]]) -> None:
         for key, event in events:
@@ -418,6 +456,7 @@ class ModelEngine(Engine):
                 job.stream.send(translated)
             if isinstance(event, generation.DocumentFinished):
                 del self._running[key]
+                self._inspected.pop(key, None)
                 self.load.running -= 1
 
     def _translate(self, job: _Job, event: generation.Event) -> list[Event]:
@@ -435,7 +474,7 @@ class ModelEngine(Engine):
             reason = "length"
         usage = Usage(sum(map(len, given)), job.cached, job.output_tokens, sum(len(part.images) for part in given),
                       job.output_images)  # fmt: skip
-        return [Done(reason, usage)]
+        return [Done(reason, usage, job.inspection)]
 
     def _finished(self, job: _Job, event: generation.SegmentFinished) -> Event:
         segment = event.segment

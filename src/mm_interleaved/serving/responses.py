@@ -214,6 +214,7 @@ class ResponseWriter:
     def _end(self, event: Done) -> list[Event]:
         complete = event.reason != "length"
         self.response["usage"] = usage(event.usage)
+        self.stored.inspection = event.inspection
         return self._finish("completed" if complete else "incomplete", None if complete else "max_output_tokens")
 
     def _finish(self, status: str, why_incomplete: str | None = None) -> list[Event]:
@@ -368,6 +369,11 @@ async def prepare(request: schema.ResponseRequest, asked_by: Request, found: Ser
         raise ApiError("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     if request.background and request.store is False:
         raise ApiError("'background' needs 'store'", param="store", code="invalid_value")
+    if request.inspect and request.store is False:
+        raise ApiError("'inspect' needs 'store', since the inspection is retrieved by the response's id", param="store",
+                       code="invalid_value")  # fmt: skip
+    if request.inspect and not engine.inspects:
+        raise ApiError("this server does not inspect responses", param="inspect", code="invalid_value")
     if request.background and request.stream:
         raise ApiError("a response in the background is not streamed here; retrieve it by its id", param="stream",
                        code="invalid_value")  # fmt: skip
@@ -375,7 +381,7 @@ async def prepare(request: schema.ResponseRequest, asked_by: Request, found: Ser
     segments = await input_segments(request, inputs, found)
     first = [Text(request.instructions, role="system")] if request.instructions else []
     document = build_document([*first, *segments], wanted(request), config)
-    stream = await engine.submit(generation_request(document, settings, adapter, config))
+    stream = await engine.submit(generation_request(document, settings, adapter, config, bool(request.inspect)))
     stored = StoredResponse(new_response(request, engine, form, settings), input_items(request), segments)
     writer = ResponseWriter(stored, form, engine.limits.image_size, config.preview_kib * 1024)
     return _Prepared(writer, stream)

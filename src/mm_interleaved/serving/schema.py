@@ -161,7 +161,7 @@ class StreamOptions(Strict):
 
 
 class ResponseRequest(Sampling):
-    """The body of `POST /v1/responses`."""
+    """The body of `POST /v1/responses`; `inspect` is a field of this server, see docs/guides/inspection.md."""
 
     model: str | None = None
     input: Text | Annotated[list[Item], FIRST] | None = None
@@ -186,6 +186,7 @@ class ResponseRequest(Sampling):
     user: Annotated[str, Field(max_length=512)] | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    inspect: bool | None = None
 
 
 # ---- /v1/chat/completions

@@ -25,6 +25,7 @@ class StoredResponse:
         segments: its document: everything given before and in its request, and what was generated.
         task: what generates it in the background; None: nothing does.
         items: what each generated item stands for, by its id.
+        inspection: where MMFS looked, as the data of its page; None: it was not asked for, or is not finished.
     """
 
     response: dict[str, Any]
@@ -32,6 +33,7 @@ class StoredResponse:
     segments: list[Segment] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     items: dict[str, Segment] = field(default_factory=dict)
+    inspection: str | None = None
 
     @property
     def size(self) -> int:
@@ -39,6 +41,7 @@ class StoredResponse:
         texts = sum(len(s.text or "") for s in self.segments if isinstance(s, Text))
         sources = [s.source for s in self.segments if isinstance(s, Image)]
         pixels = sum(3 * i.width * i.height for i in sources if isinstance(i, PIL.Image.Image))
+        texts += len(self.inspection or "")
         return texts + pixels + _characters(self.response["output"]) + _characters(self.input_items)
 
 

@@ -12,10 +12,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+import numpy as np
 import PIL.Image
 
-from ..document import Document, Image, Text
+from ..document import Document, Image, Segment, Text
 from ..generation.settings import GenerationSettings
+from ..inspection import Inspection, Points, TextRecord
+from ..inspection.page import to_json
 from ..io import InputError
 from ..io.images import load_image
 from .engine import (
@@ -83,6 +86,7 @@ class StubEngine(Engine):
         self.load, self._queue = Load(rows=rows), queue
         self._free = asyncio.Semaphore(rows)
         self._alive = False
+        self.inspects = True
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -181,7 +185,7 @@ def _events(request: GenerationRequest, words: int, side: int) -> Iterator[Event
     turns = slots or ["text", "image"] * (TURNS // 2)
     digest, left, images = _digest(document, settings, request.adapter), settings.max_tokens or 10**9, 0
     reason: Reason = "end"
-    used = 0
+    used, segments = 0, list(given)
     for number, turn in enumerate(turns):
         if turn == "image" and settings.max_images is not None and images >= settings.max_images:
             reason = "images"
@@ -195,6 +199,7 @@ def _events(request: GenerationRequest, words: int, side: int) -> Iterator[Event
             for i, word in enumerate(said):
                 yield TextDelta(word if i == 0 else f" {word}")
             used += most
+            segments.append(Text(" ".join(said)))
             yield TextDone(" ".join(said), most < words)
             reason = "length" if most < words else "end"
             continue
@@ -208,7 +213,27 @@ def _events(request: GenerationRequest, words: int, side: int) -> Iterator[Event
                 yield ImageProgress(step, total, image if due else None, candidate)
             made.append(image)
         images += 1
+        segments.append(Image(made[0]))
         yield ImageDone(made)
     usage = Usage(_tokens(document), 0, used + images * IMAGE_TOKENS,
                   sum(isinstance(s, Image) and not s.is_open for s in document.segments), images)  # fmt: skip
-    yield Done(reason, usage)
+    yield Done(reason, usage, None if request.inspect is None else _inspection(segments, len(given)))
+
+
+def _inspection(segments: list[Segment], given: int) -> str:
+    """An inspection in which every word looks at the upper left and the lower right of every earlier image."""
+    records: list[TextRecord] = []
+    views: list[PIL.Image.Image] = []
+    for place, segment in enumerate(segments):
+        if isinstance(segment, Image):
+            assert isinstance(segment.source, PIL.Image.Image)
+            views.append(segment.source.convert("RGB").resize((64, 64)))
+        elif place >= given:
+            words, seen = (segment.text or "").split(), len(views)
+            pieces = [word if i == 0 else f" {word}" for i, word in enumerate(words)]
+            where = np.broadcast_to(np.array([[0.25, 0.25], [0.75, 0.75]], np.float32), (len(words), 1, 1, seen, 2, 2))
+            weights = np.full((len(words), 1, 1, seen, 1, 2), 0.4 / max(seen, 1), np.float32)
+            points = Points(where, weights, 1 - weights.sum((-1, -2, -3)))
+            records.append(TextRecord(place, [0] * len(words), pieces, [(i, i + 1) for i in range(len(words))],
+                                      list(range(seen))[::-1], [0], [0], [8], 8, points))  # fmt: skip
+    return to_json(Inspection(Document(segments), "slots", records, [], views))

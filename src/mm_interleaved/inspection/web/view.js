@@ -29,6 +29,7 @@ class Block {
     this.x = integers(data.locations);
     this.w = integers(data.weights);
     this.i = integers(data.ignored);
+    this.shown = data.rows ? data.rows.length : 0;
   }
   ignoredAt(f, s, h) { return this.i[(f * this.units + s) * this.heads + h] / 65535; }
   weightAt(f, s, h, r, v, p) {
@@ -79,7 +80,7 @@ function shares(record, units, fs = frames(record), hs = heads(record)) {
 function reference(record, unit) {
   if (ofText(record)) return [0.5, 0.5];
   const of = block(record), row = Math.floor(unit / of.shown), column = unit % of.shown;
-  return [column, row].map((n) => (n * of.stride + Math.floor(of.stride / 2) + 0.5) / of.side);
+  return [column, row].map((n) => (of.rows[n] + 0.5) / of.side);
 }
 
 // All points of the selection: levels that share a place are added up.
