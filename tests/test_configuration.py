@@ -193,7 +193,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("optimizer..lr=3", "must have the form key=value"),
         ("optimizer=[1]", "gives a list in place of a mapping"),
         ("name.first=3", "name must be a string, not {'first': 3} ({file} with {o})"),
-        ("optimizer.steps=13", "13 steps bring bad luck (optimizer in {file} with {o})"),
+        ("optimizer.steps=13", "13 steps bring bad luck (optimizer in {o})"),
         ("name=${nowhere}", "'nowhere' not found (name in {o})"),
         ("optimizer.lr=fast", "optimizer.lr must be a number, not 'fast' ({o})"),
         ("optimizer={lr: 1, stops: 2}", "unknown key 'stops' in optimizer ({o}). Did you mean 'steps'?"),

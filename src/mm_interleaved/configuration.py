@@ -34,7 +34,7 @@ def load_config(
     schema: type[T],
     overrides: Sequence[str] = (),
     partial: bool = False,
-    over: Sequence[str | Path] = (),
+    over: Sequence[str | Path | dict[str, Any]] = (),
     library: Path | None = None,
 ) -> T:
     """A YAML file with overrides, as an instance of a settings class.
@@ -45,7 +45,7 @@ def load_config(
         overrides: `key.sub=value`; list items are named by number (`sources.0.type` or `sources[0].type`), values are
             YAML.
         partial: ignore top-level keys that the schema lacks, since the file belongs to a larger schema.
-        over: further files, whose values replace those of the file, each those of the ones before.
+        over: further files or values by key, which replace those of the file, each those of the ones before.
         library: folder of files that `extends` may name, too.
 
     Raises:
@@ -53,7 +53,7 @@ def load_config(
     """
     data = _load(Path(path), (), library)
     for other in over:
-        data = _merge(data, _load(Path(other), ()))
+        data = _merge(data, other if isinstance(other, dict) else _load(Path(other), ()))
     return _validated(data, schema, overrides, str(path), partial)
 
 

@@ -101,6 +101,17 @@ def parse(data: Mapping[str, Any], schema: type[T], source: str | Callable[[Path
         raise ConfigError(explain(error, schema, source)) from None
 
 
+def _origins(message: str, path: Path, source: str | Callable[[Path], str]) -> str:
+    """The overrides of the settings that a message about an object names, or else the origin of the object."""
+    if isinstance(source, str):
+        return source
+    found: list[str] = []
+    for name in re.findall(r"[a-z_]\w*(?:\.\w+)*", message):
+        keys: Path = [*name.split(".")]
+        found += [source([*path, *keys]), source(keys)]  # a name starts at the object, or at the file
+    return " and ".join(dict.fromkeys(o for o in found if not o.startswith(source([])))) or source(path)
+
+
 def explain(error: ValidationError, schema: type, source: str | Callable[[Path], str] = "") -> str:
     """The message for the first problem that pydantic found, unknown keys before others.
 
@@ -125,7 +136,7 @@ def explain(error: ValidationError, schema: type, source: str | Callable[[Path],
     elif kind == "value_error":
         found = problem.get("ctx", {})["error"]
         message, advice = (found.problem, found.fix) if isinstance(found, InputError) else (str(found), "")
-        origin = " in ".join(part for part in (_dotted(path), origin) if part)
+        origin = " in ".join(part for part in (_dotted(path), _origins(message, path, source)) if part)
     else:
         words = re.sub(r"^\w+ should ", " must ", problem["msg"]).replace(" after validation", "")
         for theirs, ours in _WORDS.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mm_interleaved.evaluation.scoring import ScoringInputs, sample_of
-from mm_interleaved.metrics import MetricResult, MissingRequirement, aligned, reports_missing
+from mm_interleaved.metrics import MetricResult, MissingRequirement, aligned, gives, reports_missing
 from mm_interleaved.metrics.image_files import ImageLike, rgb
 
 from .detector import WEIGHTS, Detection, Detector, train_command
@@ -94,6 +94,7 @@ def caption_facts(predictions: Mapping[Hashable, str], references: Mapping[Hasha
     return MetricResult.of_means({**found.per_sample, "facts_per_caption": stated}, found.weights)
 
 
+@gives("facts_right", "objects_mentioned", "facts_per_caption", "objects_f1")
 def scene_captions(given: ScoringInputs) -> MetricResult:
     """Return what captions say right of the scenes behind the images of a task."""
     scenes = shown_scenes(given.samples, given.facts)
@@ -102,6 +103,7 @@ def scene_captions(given: ScoringInputs) -> MetricResult:
     return caption_facts(given.by_id("prediction"), scenes)
 
 
+@gives(*SceneScore().ratios(), "found_color")
 def scene_images(given: ScoringInputs) -> MetricResult:
     """Return what is found in generated images, against the scenes that a task asks for."""
     scenes = drawn_scenes(given.samples, given.facts)

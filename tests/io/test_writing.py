@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from mm_interleaved.io import (
     append,
     atomic_folder,
     lock_folder,
+    lock_fresh_folder,
     read_json,
     read_json_lines,
     write_atomic,
@@ -186,3 +189,24 @@ def test_one_process_holds_a_folder(tmp_path: Path) -> None:
     with lock_folder(tmp_path / "run"):  # a killed process holds nothing
         pass
     assert not os.listdir(tmp_path / "run")
+
+
+def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    """Nothing of its own: files that were there stay, and so do all after it has begun, or after another error."""
+    folder = tmp_path / "runs/own"
+
+    def write(error: Exception, begun: bool = False) -> list[str]:
+        with suppress(type(error)), lock_fresh_folder(folder, lambda: begun):
+            (folder / "logs").mkdir()
+            (folder / "logs/events").touch()
+            (folder / "logs/link").symlink_to(tmp_path)
+            raise error
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+
+    assert write(InputError("a bad setting")) == []
+    folder.mkdir(parents=True)
+    (folder / "old").touch()
+    assert write(InputError("a bad setting")) == ["runs", "runs/own", "runs/own/old"]
+    assert "runs/own/logs/events" in write(RuntimeError("out of memory"))
+    shutil.rmtree(folder)
+    assert "runs/own/logs/events" in write(InputError("bad data after some steps"), begun=True)

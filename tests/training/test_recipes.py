@@ -36,6 +36,7 @@ from .conftest import ROOT, whole_model
 
 __all__ = ["mmi"]
 finetune = import_module("mm_interleaved.cli.finetune")  # the package has the command under this name
+memory = import_module("mm_interleaved.cli.memory")
 MODEL = {"init_from": {"preset": "debug"}}
 DATA = {"sources": [{"type": "toyworld"}]}
 RECIPES = sorted(list_recipes())
@@ -242,18 +243,21 @@ def test_a_run_too_large_for_the_gpu_is_refused(
     """Above 1.3 times its memory only with --force; above its memory with a warning; and the page warns, too."""
     monkeypatch.setattr("mm_interleaved.training.run.train", lambda *given: None)
     own_data("own-folder", tmp_path / "own")
-    arguments = ["finetune", "own-folder", f"data.root={tmp_path / 'own'}", "--model", "debug", "--output",
-                 tmp_path / "run"]  # fmt: skip
+    recipe = ["finetune", "own-folder", f"data.root={tmp_path / 'own'}", "--model", "debug", "--output",
+              tmp_path / "run"]  # fmt: skip
     needed = 100 * 2**20
-    monkeypatch.setattr(
-        finetune, "_estimate", lambda *given: MemoryEstimate({"weights": needed}, BatchSizes(1, 1, 1, 1))
-    )
-    for share, code, words in ((1.1, 0, ""), (0.9, 0, "needs about 0.1 GiB"), (0.7, 1, "or start with --force")):
-        monkeypatch.setattr(finetune, "_gpu_memory", lambda device, share=share: int(needed * share))
-        said = mmi(*arguments)
-        assert (said.code, words in said.err) == (code, True), said.err
-    assert mmi(*arguments, "--force").code == 0
-    said = mmi(*arguments, "--check")
+    estimate = MemoryEstimate({"weights": needed}, BatchSizes(1, 1, 1, 1))
+    for module in (finetune, memory):
+        monkeypatch.setattr(module, "estimate_memory", lambda *given: estimate)
+    for arguments in (recipe, ["train", ROOT / "configs/debug.yaml", f"output={tmp_path / 'run'}"]):
+        for share, code, words in ((1.1, 0, ""), (0.9, 0, "needs about 0.1 GiB"), (0.7, 1, "or start with --force")):
+            for module in (finetune, memory):
+                monkeypatch.setattr(module, "gpu_memory", lambda device, share=share: int(needed * share))
+            said = mmi(*arguments)
+            assert (said.code, words in said.err) == (code, True), said.err
+            assert not (tmp_path / "run").exists()
+        assert mmi(*arguments, "--force").code == 0
+    said = mmi(*recipe, "--check")
     assert said.code == 0
     assert "needs about" in (tmp_path / "run" / finetune.PAGE).read_text()
 
@@ -306,6 +310,54 @@ def test_boxes_are_drawn_on_the_image_that_they_are_in(mmi: Callable[..., Outcom
             lefts = [[(f"{100 * (1 - b.x2 if flip else b.x1):.1f}", str(n)) for n, b in boxes.items() if b.image == i]
                      for i in (0, 1)]  # fmt: skip
             assert [[(f"{float(left):.1f}", number) for left, number in found] for found in shown] == lefts
+
+
+REFUSED = {
+    "no data": ["data.root=nowhere"],
+    "a source without samples": ["data.sources.0.options.column=title"],
+    "a setting of the Trainer": ["trainer.report_too=wandb"],
+    "a base that cannot be quantised": ["model.quantize=int8"],
+    "samples of a file that is not there": ["samples.documents=nowhere.json", "sample_every=1"],
+    "held-out data that are not there": ["eval_data={sources: [{type: imagefolder, root: gone}]}", "eval_every=1"],
+    "a row too short for an image": ["data.max_length=8"],
+    "epochs of no batch": ["epochs=1", "data.sources.0.options.column=title"],
+    "a task that is not there": ["evaluation={tasks: [{task: gqa, root: gone}]}", "evaluate_every=1"],
+    "an adapter that matches nothing": ["adapter.targets=[gone]"],
+}
+
+
+@pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)
+def test_a_refused_start_leaves_nothing(
+    changes: list[str], mmi: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No folder of the run and no file in it."""
+    monkeypatch.chdir(tmp_path)
+    own_data("own-folder", tmp_path / "own")
+    before = sorted(tmp_path.rglob("*"))
+    said = mmi("finetune", "own-folder", "--model", "debug", "data.root=own", "steps=2", "sample_every=0", *changes,
+               "--device", "cpu")  # fmt: skip
+    assert said.code == 1
+    assert "error: " in said.err
+    assert sorted(tmp_path.rglob("*")) == before, said.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "origin"),
+    [
+        (["steps=5", "epochs=2"], "override 'steps=5' and override 'epochs=2'"),
+        (["epochs=2", "data.sampling=forever"], "override 'epochs=2' and override 'data.sampling=forever'"),
+        (
+            ["selective_checkpointing=true", "gradient_checkpointing=false"],
+            "override 'selective_checkpointing=true' and override 'gradient_checkpointing=false'",
+        ),
+        (["early_stopping.metric=a/b", "evaluation=null"], "override 'evaluation=null'"),
+    ],
+)
+def test_an_error_names_the_argument_that_set_a_value(overrides: list[str], origin: str) -> None:
+    """Not the file of the recipe alone, which may have nothing of it."""
+    with pytest.raises(ConfigError) as error:
+        load_recipe("vqa", "debug", overrides=overrides)
+    assert f"({origin})" in str(error.value)
 
 
 BAD_CHECKS = {

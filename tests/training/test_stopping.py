@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mm_interleaved.cli import main
 from mm_interleaved.evaluation import Results
 from mm_interleaved.evaluation.scoring import TaskResult
+from mm_interleaved.io import InputError
 from mm_interleaved.pretrained import TOKENIZER, load
 from mm_interleaved.training import tasks
 from mm_interleaved.training.checkpoints import list_checkpoints
@@ -31,18 +32,24 @@ Scripted = Callable[..., TrainConfig]
 def scripted(settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
     """Settings of a run whose evaluation at step n finds the n-th of some values."""
 
-    def make(values: list[float], *changes: str, metric: str = "gqa/accuracy", run: str = "run") -> TrainConfig:
+    def make(
+        values: list[float], *changes: str, metric: str = "gqa/accuracy", run: str = "run",
+        known: list[str] | None = None,
+    ) -> TrainConfig:  # fmt: skip
         def evaluate(suite, model, processor, folder: Path, **others: object) -> Results:
             value = {metric.rpartition("/")[2]: values[int(folder.name) - 1]}
             result = TaskResult("gqa", "val", metrics={"m": {"values": value}})
             return Results({}, {}, {"gqa": result})
 
         class Ready:
+            name = "gqa"
+
             def samples(self):
                 yield None
 
         monkeypatch.setattr(tasks, "evaluate", evaluate)
         monkeypatch.setattr(tasks, "make_task", lambda task: Ready())
+        monkeypatch.setattr(tasks, "known_values", lambda task: known)
         return settings(
             f"steps={len(values)}", "save_every=0", "evaluate_every=1", "evaluation={tasks: [{task: gqa}]}",
             f"early_stopping.metric={metric}", "early_stopping.patience=2", *changes, run=run,
@@ -118,7 +125,17 @@ def test_the_best_of_an_average_is_a_model_of_its_own(scripted: Scripted, tmp_pa
     assert load(run / "best").trained
 
 
+def test_a_value_that_no_metric_of_the_task_has(scripted: Scripted, tmp_path: Path) -> None:
+    """Refused before the first step, and nothing is left."""
+    config = scripted([10], "early_stopping.metric=gqa/acuracy", known=["accuracy", "accuracy_compat"])
+    message = r"task 'gqa' has no value 'acuracy', only accuracy, accuracy_compat. Did you mean 'accuracy'\?"
+    with pytest.raises(InputError, match=message):
+        train(config, TOKENIZER, "cpu", Colors)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_value_that_no_evaluation_has(scripted: Scripted, tmp_path: Path) -> None:
+    """Some metrics do not say which values they have."""
     config = scripted([10, 20], "early_stopping.metric=gqa/acuracy")
     message = r"'gqa/acuracy' is not among the values .* at step 1: gqa/accuracy. Did you mean 'gqa/accuracy'\?"
     with pytest.raises(TrainingError, match=message):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm_interleaved.document import Text
 from mm_interleaved.evaluation.scoring import ScoringInputs
-from mm_interleaved.metrics import MetricResult
+from mm_interleaved.metrics import MetricResult, gives
 from mm_interleaved.tasks import Item, Source, TaskType, each, given
 from mm_interleaved.tasks.files import get, line_entries
 
@@ -31,6 +31,7 @@ TASK = TaskType("dots", "how many dots an image shows", read, makes="text", prom
                 obtain="Write them with `mmi dots`")  # fmt: skip
 
 
+@gives("count_error")
 def count_error(given: ScoringInputs) -> MetricResult:
     """Return the mean distance of the first number in an answer from the right one; without a number it is that."""
     predictions, references = given.by_id("prediction"), given.references()

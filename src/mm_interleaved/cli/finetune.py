@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..launch import count_processes
 from .console import console, output
 from .errors import UsageError
+from .memory import GIB, Force, check_memory, compare_memory, estimate_memory, gpu_memory
 from .models import check_cpu
 from .train import Device, end, training
 
 if TYPE_CHECKING:
     from ..data import SourceConfig
     from ..training.config import TrainConfig
-    from ..training.memory import BatchSizes, MemoryEstimate
+    from ..training.memory import BatchSizes
     from .rows_page import SourceSample
-
-GIB = 2**30
-MOST = 1.3  # times the memory of the GPU: a run that seems to need more is not started
-ADVICE = ("Make the batches smaller (data.batch_size, data.max_length), train an adapter (--lora llm), set "
-          "gradient_checkpointing=true, or start with --force")  # fmt: skip
 
 PAGE = "check.html"  # in the folder of the run
 BATCHES = 8  # that are read of each source for the page
@@ -44,7 +39,7 @@ def finetune(
         Path | None, typer.Option("--output", help="Folder of the run; by default runs/finetune/RECIPE.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Write a page about the data and stop.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start although the memory seems too small.")] = False,
+    force: Force = False,
     device: Device = None,
 ) -> None:
     """Fine-tune a model by a recipe. The same command resumes an interrupted run."""
@@ -56,13 +51,11 @@ def finetune(
 
     config = load_recipe(recipe, model, lora, None if folder is None else str(folder), settings or [])
     check_cpu(device)
-    capacity = _gpu_memory(device)
     with training() as run:
         if check:
-            _check(recipe, config, capacity, device)
+            _check(recipe, config, gpu_memory(device), device)
             return
-        if capacity is not None:
-            _check_memory(config, capacity, force)
+        check_memory(config, device, force)
         stopped = run.train(config, TOKENIZER, device)
     end(stopped)
 
@@ -108,10 +101,10 @@ def _check(recipe: str, config: TrainConfig, capacity: int | None, device: str |
     facts = {"run in": config.output, **length, "learning rate": f"{config.optimizer.lr:g}"}
     warnings, parts = [_left_out(sample) for sample in samples if not sample.problem], {}
     if (largest := _largest_batch(config, samples)) is not None:
-        memory = _estimate(config, largest)
+        memory = estimate_memory(config, largest)
         facts["memory"] = str(memory)
         parts = {name: f"{size / GIB:.2f} GiB" for name, size in memory.parts.items()}
-        warnings += [] if capacity is None else [_compare(memory.total, capacity)]
+        warnings += [] if capacity is None else [compare_memory(memory.total, capacity)]
         output.print(str(memory), highlight=False, soft_wrap=True)
     page = RowsPage(recipe, facts, [w for w in warnings if w], samples, trained, to_yaml(config), parts)
     path = Path(config.output) / PAGE
@@ -140,54 +133,6 @@ def _describe(source: SourceConfig) -> str:
     """The settings of a source that decide how its documents become rows."""
     replayed = ", replayed" if source.replay else ""
     return f"type {source.type}, packing {source.packing}, attention within a {source.attention}{replayed}"
-
-
-# ---- memory
-
-
-def _check_memory(config: TrainConfig, capacity: int, force: bool) -> None:
-    """Warn if a run seems to need more memory than a GPU has.
-
-    Raises:
-        UsageError: it seems to need more than `MOST` times as much, and `force` is False.
-    """
-    memory = _estimate(config)
-    if warning := _compare(memory.total, capacity):
-        if memory.total > MOST * capacity and not force:
-            raise UsageError(f"{warning} {memory}. {ADVICE}")
-        console.print(f"[yellow]{warning}[/] {memory}", highlight=False, soft_wrap=True)
-
-
-def _compare(needed: int, capacity: int) -> str:
-    """A warning if more memory is needed than there is; else ""."""
-    if needed <= capacity:
-        return ""
-    return f"The run needs about {needed / GIB:.1f} GiB on one GPU, which has {capacity / GIB:.1f} GiB."
-
-
-def _gpu_memory(device: str | None) -> int | None:
-    """Bytes of the GPU; None: the run is on the CPU."""
-    import torch
-
-    if device == "cpu" or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_properties(0).total_memory
-
-
-def _estimate(config: TrainConfig, sizes: BatchSizes | None = None) -> MemoryEstimate:
-    """The memory of one process of a run.
-
-    Args:
-        config: settings of the run.
-        sizes: sizes of a batch; None: the largest that the settings allow.
-    """
-    from ..pretrained import TOKENIZER
-    from ..training.building import build_config
-    from ..training.memory import estimate
-
-    processes = count_processes()
-    with console.status("estimating the memory"):
-        return estimate(config, build_config(config.model, TOKENIZER), processes, sizes)
 
 
 def _largest_batch(config: TrainConfig, samples: Sequence[SourceSample]) -> BatchSizes | None:

@@ -13,6 +13,7 @@ import typer
 
 from ..launch.exits import STOPPED
 from .errors import UsageError
+from .memory import Force, check_memory
 from .models import check_cpu
 
 Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replaces a setting of the file.")]
@@ -20,7 +21,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML file of a run; see config
 Device = Annotated[str | None, typer.Option(help="cpu, or by default a GPU if there is one.")]
 
 
-def train(config: ConfigFile, settings: Settings = None, device: Device = None) -> None:
+def train(config: ConfigFile, settings: Settings = None, force: Force = False, device: Device = None) -> None:
     """Train a model, or resume an interrupted run."""
     from ..configuration import load_config
     from ..pretrained import TOKENIZER
@@ -29,6 +30,7 @@ def train(config: ConfigFile, settings: Settings = None, device: Device = None) 
     loaded = load_config(config, TrainConfig, settings or [])
     check_cpu(device)
     with training() as run:
+        check_memory(loaded, device, force)
         stopped = run.train(loaded, TOKENIZER, device)
     end(stopped)
 

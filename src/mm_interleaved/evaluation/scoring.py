@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from ..io.images import load_pixels
-from ..metrics import MetricResult, Scores, confidence_interval
+from ..metrics import MetricResult, Scores, confidence_interval, gives, value_names
 from ..metrics.captions import caption_scores
 from ..metrics.clip import CLIP, ImageSimilarity, TextSimilarity
-from ..metrics.dialogue import DialogueReference, dialogue_ranking
+from ..metrics.dialogue import RANKINGS, DialogueReference, dialogue_ranking
 from ..metrics.grounding import grounding_accuracy
 from ..metrics.images import FID
 from ..metrics.segmentation import CLASSES, SegmentedMeanIoU, Segmenter
@@ -27,7 +27,7 @@ from ..metrics.text_answers import ANLS, EXACT_MATCH, RELAXED_ACCURACY
 from ..metrics.vqa import VQAAccuracy, VQAReference, gqa_accuracy, vizwiz_score
 from ..plugins import Registry
 from ..tasks import Sample, Task
-from ..tasks.facts import Facts
+from ..tasks.facts import Facts, find_facts
 from .config import EvaluationError, MetricConfig
 from .predictions import Record
 
@@ -99,41 +99,49 @@ def _with_parts(metric: Callable[..., MetricResult], given: ScoringInputs, key: 
     return result
 
 
+@gives("cider", "bleu_4")
 def captions(given: ScoringInputs) -> MetricResult:
     """Caption metrics over all samples, and over each domain if the samples have one."""
     return _with_parts(caption_scores, given, "domain")
 
 
+@gives("accuracy", "accuracy_compat")
 def vqa_accuracy(given: ScoringInputs) -> MetricResult:
     """VQA accuracy, for VQAv2, OK-VQA and TextVQA."""
     return VQAAccuracy()(given.by_id("prediction"), given.references(_people))
 
 
+@gives("accuracy", "accuracy_compat")
 def vizwiz_accuracy(given: ScoringInputs) -> MetricResult:
     """VQA accuracy by the rules of VizWiz."""
     return VQAAccuracy(vizwiz_score)(given.by_id("prediction"), given.references(_people))
 
 
+@gives("accuracy", "accuracy_compat")
 def gqa(given: ScoringInputs) -> MetricResult:
     """Exact match with the answers of GQA."""
     return gqa_accuracy(given.by_id("prediction"), given.references())
 
 
+@gives(*ANLS.rules)
 def anls(given: ScoringInputs) -> MetricResult:
     """ANLS, for documents and scene text."""
     return _with_parts(ANLS, given, "subset")
 
 
+@gives(*RELAXED_ACCURACY.rules)
 def relaxed_accuracy(given: ScoringInputs) -> MetricResult:
     """Relaxed accuracy, for ChartQA, also of its questions by people and by a machine."""
     return _with_parts(RELAXED_ACCURACY, given, "subset")
 
 
+@gives(*EXACT_MATCH.rules)
 def exact_match(given: ScoringInputs) -> MetricResult:
     """Exact match, for OCR-VQA and DVQA."""
     return _with_parts(EXACT_MATCH, given, "subset")
 
 
+@gives(*(f"{name}{how}" for name in RANKINGS for how in ("", "_per_token")))
 def ranking(given: ScoringInputs) -> MetricResult:
     """VisDial's ranking metrics; `..._per_token` are those of log-probabilities divided by the options' lengths."""
     references = given.references(lambda s: DialogueReference(tuple(s.reference["relevance"]), s.reference["index"]))
@@ -143,11 +151,13 @@ def ranking(given: ScoringInputs) -> MetricResult:
     return MetricResult.of_means({**result.per_sample, **{f"{name}_per_token": found for name, found in other.items()}})
 
 
+@gives("accuracy", "mean_iou", "unparsed")
 def grounding(given: ScoringInputs) -> MetricResult:
     """Accuracy of boxes in text."""
     return grounding_accuracy(given.by_id("prediction"), given.references(lambda s: tuple(map(float, s.reference))))
 
 
+@gives("fid_64", "fid_native")
 def fid(given: ScoringInputs) -> MetricResult:
     """FID at the release's 64 pixels and at native resolution."""
     options = given.metrics
@@ -155,6 +165,7 @@ def fid(given: ScoringInputs) -> MetricResult:
     return metric(given.images(), given.true_images())
 
 
+@gives("clip_text_image")
 def text_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP similarity of generated images and their prompts."""
     texts = {(s.id, 0): str(s.meta["caption"]) for s in given.samples}
@@ -162,12 +173,14 @@ def text_similarity(given: ScoringInputs) -> MetricResult:
     return found.grouped(sample_of)
 
 
+@gives("clip_image_image")
 def image_similarity(given: ScoringInputs) -> MetricResult:
     """CLIP similarity of generated and reference images."""
     similarity = ImageSimilarity(CLIP(_path(given.metrics.clip), given.device))
     return similarity(given.images(), given.true_images()).grouped(sample_of)
 
 
+@gives("miou", "miou_present", "miou_per_image")
 def miou(given: ScoringInputs) -> MetricResult:
     """mIoU of a segmenter's labels for the generated images and the label maps, for ADE20K."""
     segmenter = Segmenter(_path(given.metrics.segmenter), given.device)
@@ -256,6 +269,20 @@ def main_scores(scores: SampleScores) -> tuple[str, Scores]:
     return found[0] if found else ("", {})
 
 
+def known_values(task: Task) -> list[str] | None:
+    """The names of the values that a task's metrics can give; None: one of them does not say, see `gives`.
+
+    Raises:
+        InputError: a plug-in cannot read what the task's files are about.
+    """
+    facts = find_facts(task)
+    metrics = (*task.metrics, *(facts.metrics if facts is not None else ()))
+    found = [value_names(METRICS[name]) for name in metrics if name in METRICS]
+    if len(found) < len(metrics) or None in found:
+        return None
+    return [name for names in found if names is not None for name in names]
+
+
 def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any]], SampleScores]:
     """All metrics of a task as plain data, and the scores of its samples."""
     results: dict[str, dict[str, Any]] = {}
@@ -267,6 +294,7 @@ def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any
             result = METRICS[name](given)
             if not isinstance(result, MetricResult):
                 raise TypeError(f"it returned a {type(result).__name__}, not a MetricResult")
+            _check_names(name, result)
         except UNSUITABLE as error:
             results[name] = {"values": {}, "failed": " ".join(str(error).split()) or type(error).__name__}
             continue
@@ -281,6 +309,14 @@ def score_task(given: ScoringInputs, seed: int) -> tuple[dict[str, dict[str, Any
         if result.per_sample:
             scores[name] = result.per_sample
     return results, scores
+
+
+def _check_names(metric: str, result: MetricResult) -> None:
+    """Check that a metric declares the names of its values, if it declares any."""
+    declared = value_names(METRICS[metric])
+    others = [name for name in result.values if "/" not in name and declared is not None and name not in declared]
+    if others:
+        raise TypeError(f"it gives '{others[0]}', which its decorator @gives does not name")
 
 
 def as_data(result: MetricResult, seed: int, resamples: int) -> dict[str, Any]:

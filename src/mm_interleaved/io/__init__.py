@@ -4,7 +4,7 @@
     text       check_text, check_type, read_json, read_json_lines, parse_json
     paths      resolve_inside, find_file
     images     open_image, load_image, load_pixels (not imported here, since it needs Pillow)
-    writing    write_atomic, write_json, write_image, append, atomic_folder, lock_folder
+    writing    write_atomic, write_json, write_image, append, atomic_folder, lock_folder, lock_fresh_folder
 
 It imports neither PyTorch nor NumPy.
 """
@@ -30,6 +30,7 @@ from .writing import (
     encode_image,
     json_lines,
     lock_folder,
+    lock_fresh_folder,
     put_in_place,
     write_atomic,
     write_image,
@@ -41,7 +42,7 @@ from .writing import (
 __all__ = [
     "MAX_LINE", "FileSlice", "InputError", "OutputError", "UserError", "append", "atomic_folder", "check_list",
     "check_strings", "check_text", "check_type", "close_name", "decode_text", "encode_image", "find_file",
-    "json_lines", "lock_folder", "nearest_name", "parse_json", "put_in_place", "read_json", "read_json_lines",
-    "read_lines", "read_text", "resolve_inside", "sentences", "write_atomic", "write_image", "write_json",
-    "write_json_lines", "writing",
+    "json_lines", "lock_folder", "lock_fresh_folder", "nearest_name", "parse_json", "put_in_place", "read_json",
+    "read_json_lines", "read_lines", "read_text", "resolve_inside", "sentences", "write_atomic", "write_image",
+    "write_json", "write_json_lines", "writing",
 ]  # fmt: skip

@@ -10,8 +10,8 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -192,6 +192,37 @@ def put_in_place(aside: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def lock_fresh_folder(folder: Path, is_begun: Callable[[], bool]) -> Iterator[None]:
+    """As `lock_folder`; if the block is refused before it has begun, nothing is left of what it wrote there.
+
+    Args:
+        folder: the folder, created if necessary.
+        is_begun: whether the block has written what is worth keeping. An `InputError`, or another `ValueError`, before
+            that is a refusal; after other errors all files stay.
+
+    Raises:
+        OutputError: as `lock_folder`.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with lock_folder(folder):
+            before = {path for path in folder.rglob("*") if path.name != LOCK}
+            try:
+                yield
+            except ValueError:
+                if not is_begun():
+                    new = [path for path in folder.rglob("*") if path not in before and path.name != LOCK]
+                    for path in sorted(new, reverse=True):  # what is in a folder before the folder
+                        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+                raise
+    except ValueError:
+        for path in created:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        raise
 
 
 @contextmanager

@@ -17,8 +17,19 @@
 | `clip` | `ImageSimilarity`, `TextSimilarity`; `CLIP.rerank` | images; texts |
 """
 
-from .result import Metric, MetricResult, MissingRequirement, Scores, aligned, confidence_interval, reports_missing
+from .result import (
+    Metric,
+    MetricResult,
+    MissingRequirement,
+    Scores,
+    aligned,
+    confidence_interval,
+    gives,
+    reports_missing,
+    value_names,
+)
 
 __all__ = [
-    "Metric", "MetricResult", "MissingRequirement", "Scores", "aligned", "confidence_interval", "reports_missing",
+    "Metric", "MetricResult", "MissingRequirement", "Scores", "aligned", "confidence_interval", "gives",
+    "reports_missing", "value_names",
 ]  # fmt: skip

@@ -55,6 +55,9 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     return float((ranked[:k] * discounts).sum() / (np.sort(graded)[::-1][:k] * discounts).sum())
 
 
+RANKINGS = ("ndcg", "mrr", "mean_rank", *(f"r@{k}" for k in RECALL_AT))  # the names of its values
+
+
 @reports_missing
 def dialogue_ranking(
     predictions: Mapping[Hashable, Sequence[float]], references: Mapping[Hashable, DialogueReference]

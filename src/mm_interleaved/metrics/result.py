@@ -12,6 +12,7 @@ import numpy as np
 
 P = TypeVar("P")
 R = TypeVar("R")
+M = TypeVar("M", bound="Callable[..., MetricResult]")
 SHOWN = 3  # ids that a message lists
 Scores = dict[Hashable, float]
 """A number for each sample, by the sample's id."""
@@ -110,6 +111,25 @@ class MissingRequirement(Exception):
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__(f"{reason}; {fix}")
         self.reason, self.fix = reason, fix
+
+
+def gives(*names: str) -> Callable[[M], M]:
+    """Declare the names of a metric's values, so that settings which name one are checked before anything runs.
+
+    Args:
+        *names: the names of all values that it can give, without those of parts, which have a "/".
+    """
+
+    def declare(metric: M) -> M:
+        metric.__dict__["value_names"] = names
+        return metric
+
+    return declare
+
+
+def value_names(metric: Callable[..., MetricResult]) -> tuple[str, ...] | None:
+    """The names that a metric declares with `gives`; None: it does not say."""
+    return getattr(metric, "value_names", None)
 
 
 def reports_missing(compute: Callable[..., MetricResult]) -> Callable[..., MetricResult]:

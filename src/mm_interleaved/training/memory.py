@@ -73,7 +73,8 @@ class BatchSizes:
         for source in config.training_data.sources:
             rows = config.data.batch_size if config.data.mix == "row" else source.batch_size
             tokens = min(source.max_length or longest, longest)
-            images = rows * (source.max_images_per_sequence or max(tokens // (2 * (model.num_image_tokens + 1)), 1))
+            most = max((tokens - 1) // (model.num_image_tokens + 1), 0)  # after `<s>`
+            images = rows * min(source.max_images_per_sequence or max(most // 2, 1), most)
             weight = config.losses.image if source.loss_image_weight is None else source.loss_image_weight
             targets = round(images * config.losses.image_fraction) if weight else 0
             sizes.append(cls(rows, tokens, images, targets))

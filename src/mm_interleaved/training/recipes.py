@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..configuration import list_keys, load_config, read_overrides
 from ..io import InputError, nearest_name
@@ -61,11 +62,9 @@ def load_recipe(
             "no model is given", fix="Add --model small, or --model FOLDER with the folder of a checkpoint"
         )
     is_packaged = model is not None and model in MODELS and MODELS[model].parent == PACKAGED
-    over = [FOLDER / "_small.yaml"] if is_packaged else []
+    over: list[Path | dict[str, Any]] = [FOLDER / "_small.yaml"] if is_packaged else []
     # A recipe has one of the two, and an override of the other replaces it.
-    given += [
-        f"{other}=null" for one, other in (("steps", "epochs"), ("epochs", "steps")) if named.get(one) is not None
-    ]
+    over += [{other: None} for one, other in (("steps", "epochs"), ("epochs", "steps")) if named.get(one) is not None]
     if lora is not None:
         over.append(FOLDER / "_lora.yaml")
         given.append(f"adapter.preset={lora}")

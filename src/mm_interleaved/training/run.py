@@ -19,7 +19,7 @@ from .. import __version__
 from ..configuration import describe_differences, read_settings, to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
-from ..io import InputError, atomic_folder, lock_folder, read_json, write_atomic, write_json
+from ..io import InputError, atomic_folder, lock_fresh_folder, read_json, write_atomic, write_json
 from ..launch import join_processes
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
@@ -27,7 +27,7 @@ from . import sharding
 from .adapters import TrainedAdapter
 from .arguments import divides, training_arguments
 from .building import build
-from .callbacks import DataReportCallback, Reporter, TrainingLoopCallback
+from .callbacks import LOG, DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
 from .checkpoints import BEST, SETTINGS, find_resume, step_of
 from .config import RunConfig, TrainConfig
@@ -147,13 +147,21 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
 def start_run(config: RunConfig) -> Iterator[Path | None]:
     """Make the run's folder and hold it; yields the checkpoint to resume from on the first process, see `same_for_all`.
 
+    A refused start leaves nothing in the folder.
+
     Raises:
         OutputError: another run holds the folder, or it cannot be written.
     """
     join_processes()
     folder = Path(config.output)
     is_first = int(os.environ.get("RANK", "0")) == 0
-    with lock_folder(folder) if is_first else nullcontext():
+    logged, saved = _progress(folder)
+
+    def is_begun() -> bool:
+        now = _progress(folder)
+        return now[0] > logged or now[1] != saved
+
+    with lock_fresh_folder(folder, is_begun) if is_first else nullcontext():
         resume = find_resume(folder, config.resume) if is_first else None
         if config.tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
@@ -167,6 +175,12 @@ def same_for_all(resume: Path | None, args: TrainingArguments) -> Path | None:
     found = [resume]
     dist.broadcast_object_list(found, 0, device=args.device)
     return found[0]
+
+
+def _progress(folder: Path) -> tuple[int, list[str]]:
+    """What a run has trained so far, as far as its folder shows: the size of its log, and its checkpoints."""
+    log, saved = folder / LOG, [*folder.glob("checkpoint-*"), *folder.glob(FINAL)]
+    return log.stat().st_size if log.is_file() else 0, sorted(path.name for path in saved)
 
 
 def run(

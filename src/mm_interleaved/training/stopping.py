@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..io import close_name, read_json, sentences
+from ..io import InputError, close_name, read_json, sentences
 from .config import EarlyStoppingConfig, TrainingError
 
 ERRORS = ("fid", "mean_rank", "unparsed")  # beginnings of values that are best when small
@@ -31,6 +31,20 @@ class EarlyStopping(TrainerCallback, ExportableState):
         self.best_step: int | None = None
         self.waited = 0
         self.problem: str | None = None  # ends the run after its checkpoint is written
+
+    def check_name(self, known: Sequence[str] | None) -> None:
+        """Check that the task's metrics have the value.
+
+        Args:
+            known: the names of their values; None: unknown, so the first evaluation decides.
+
+        Raises:
+            InputError: they do not.
+        """
+        value = self.config.metric.rpartition("/")[2]
+        if known is not None and value not in known:
+            raise InputError(f"task '{self.config.task}' has no value '{value}', only {', '.join(known)}",
+                             "early_stopping.metric", close_name(value, known))  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores, in the form that the Trainer asks for."""

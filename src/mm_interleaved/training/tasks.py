@@ -13,6 +13,7 @@ from ..evaluation import Results, TaskSuite, evaluate
 from ..evaluation.predictions import remove_results
 from ..evaluation.processes import on_main
 from ..evaluation.report import shown_values
+from ..evaluation.scoring import known_values
 from ..generation import MMInterleaved
 from ..processor import MMInterleavedProcessor
 from ..tasks import make_task
@@ -34,7 +35,8 @@ class Tasks(TrainerCallback):
         stopping: gets the values of each evaluation; None: none.
 
     Raises:
-        InputError: a task's files cannot be read. This is checked before the first step.
+        InputError: a task's files cannot be read, or its metrics do not have the value that early stopping follows.
+            This is checked before the first step.
     """
 
     def __init__(
@@ -48,8 +50,11 @@ class Tasks(TrainerCallback):
     ) -> None:
         self.trainer, self.config, self.suite, self.stopping = trainer, config, suite, stopping
         self.model, self.processor = model, processor
-        for task in suite.chosen():
-            next(make_task(task).samples())
+        for settings in suite.chosen():
+            task = make_task(settings)
+            next(task.samples())
+            if stopping is not None and task.name == stopping.config.task:
+                stopping.check_name(known_values(task))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate every `evaluate_every` steps."""
