@@ -73,7 +73,7 @@ class Trial:
 WRITE = {"max_new_tokens": 80, "min_new_tokens": 1, "num_beams": 1}
 ANSWER = {"max_new_tokens": 16, "min_new_tokens": 0, "num_beams": 1}
 BOX = {"max_new_tokens": 30, "min_new_tokens": 1, "num_beams": 1}
-DRAW = {"num_inference_steps": 20, "guidance_scale": 6.0, "num_candidates": 1}
+DRAW = {"num_inference_steps": 20, "num_candidates": 1}  # with the guidance that the model has for its own world
 FOUND = "found_kind_color"
 TRIALS = {
     "coco_karpathy": Trial("caption", "coco", "", "train", "val", "objects_f1", "facts_right", WRITE),
@@ -160,9 +160,9 @@ def examine(out: Path, loaded: Any, task: str, world: str, folder: Path, limit: 
 
     trial = TRIALS[task]
     count = max(2, round(trial.samples * limit))
-    config = TaskConfig(
-        task, phase=trial.val, limit=count, generation=trial.generation, **paths(out, task, world, "val")
-    )
+    guidance = loaded.model.config.image_decoder.guidance_scale
+    generation = trial.generation | ({"guidance_scale": guidance} if trial.draws and guidance is not None else {})
+    config = TaskConfig(task, phase=trial.val, limit=count, generation=generation, **paths(out, task, world, "val"))
     begin = time.perf_counter()
     suite = TaskSuite([config], batch_size=BATCH)
     results = evaluate(suite, loaded.model, loaded.processor, folder, name=folder.name, weights=folder.name)
