@@ -7,7 +7,7 @@ LOWEST_TESTS := tests/test_document.py tests/test_configuration.py tests/process
 	tests/checkpoints/test_checkpoint.py tests/model/test_compatibility.py tests/generation/test_text.py \
 	tests/cli/test_info.py tests/training/test_optimizer.py
 
-.PHONY: demo test test-slow test-fast test-browser test-gpu lint format types lower-bounds hooks benchmark clean
+.PHONY: demo test test-slow test-fast test-browser test-gpu lint format types lower-bounds docs hooks benchmark clean
 
 demo: .venv/ready
 	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
@@ -42,6 +42,10 @@ types: .venv/ready-tools
 lower-bounds: .venv-lowest/ready
 	$(LOWEST)/python -m pytest -n 2 $(LOWEST_TESTS)
 
+docs: .venv/ready .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	@echo "Read it with: $(BIN)/python -m http.server --directory site"
+
 hooks: .venv/ready-tools
 	$(BIN)/pre-commit install
 
@@ -49,7 +53,7 @@ benchmark: .venv/ready
 	$(BIN)/mmi bench --preset small --device cpu --output benchmarks/results/small-cpu.json
 
 clean:
-	rm -rf .venv .venv-lowest demo
+	rm -rf .venv .venv-lowest .venv-docs demo site
 
 .venv/ready: requirements.lock pyproject.toml scripts/setup
 	scripts/setup .venv requirements.lock
@@ -69,4 +73,9 @@ clean:
 
 .venv-lowest/ready: requirements-lowest.lock pyproject.toml scripts/setup
 	scripts/setup .venv-lowest requirements-lowest.lock
+	touch $@
+
+.venv-docs/ready: .venv/ready requirements-docs.lock
+	$(BIN)/python -m venv --clear .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.lock
 	touch $@

@@ -89,7 +89,9 @@ def pins(lock: Path) -> dict[str, str]:
 
 def test_the_lock_files_pin_versions_and_nothing_else() -> None:
     locks = {path.name: pins(path) for path in ROOT.glob("requirements*.lock")}
-    assert locks.keys() >= {f"requirements{kind}.lock" for kind in ("", "-test", "-tools", "-lowest", "-browser")}
+    assert locks.keys() >= {
+        f"requirements{kind}.lock" for kind in ("", "-test", "-tools", "-lowest", "-browser", "-docs")
+    }
     names = locks["requirements.lock"].keys()
     project = (ROOT / "pyproject.toml").read_text()
     wanted = re.findall(r'^    "([a-z0-9_-]+)>=', project, re.MULTILINE)
