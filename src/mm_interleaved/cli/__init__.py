@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> Any:
         return app(arguments)
     except UserError as error:
         console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
-        sys.exit(1)
+        sys.exit(error.status)
 
 
 def _quieten_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -77,10 +78,13 @@ def evaluate_command(
 @contextmanager
 def _once(state: PartialState) -> Iterator[None]:
     """Let only the main process report an error that all processes raise; processes that have finished wait for it."""
+    from ..launch import peers
+
     try:
         yield
         state.wait_for_everyone()
     except (ValueError, OutputError):
+        peers.disconnect()  # all have the same error
         if state.is_main_process:
             raise
         raise typer.Exit(1) from None
@@ -89,6 +93,7 @@ def _once(state: PartialState) -> Iterator[None]:
             console.print("[yellow]interrupted:[/] the same command resumes from here")
         raise
     finally:
+        peers.disconnect(sys.exception())
         state.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..io import OutputError
-from ..launch import join_processes
+from ..launch import join_processes, peers
 from .config import EvaluationError
 
 T = TypeVar("T")
@@ -24,7 +24,9 @@ def start_processes(cpu: bool = False) -> PartialState:
         LaunchError: they were started in a way that cannot work.
     """
     join_processes()
-    return PartialState(cpu=cpu, timeout=PATIENCE)
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    peers.connect()
+    return state
 
 
 def on_main(state: PartialState, action: Callable[[], T]) -> T:

@@ -14,7 +14,10 @@ class UserError(Exception):
         where: the file, record, key or argument.
         fix: what to do.
         kind: a short name for problems of one kind, for counting; "": none.
+        status: exit status of a program that ends because of it.
     """
+
+    status = 1
 
     def __init__(self, problem: str, where: str = "", fix: str = "", kind: str = "") -> None:
         self.problem, self.where, self.fix, self.kind = problem, where, fix, kind

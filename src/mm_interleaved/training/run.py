@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..configuration import describe_differences, read_settings, to_yaml
 from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
 from ..io import InputError, atomic_folder, lock_fresh_folder, read_json, write_atomic, write_json
-from ..launch import join_processes
+from ..launch import join_processes, peers
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
@@ -77,6 +78,7 @@ def train(
     with start_run(config) as resume:
         console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
         args = training_arguments(config, device)
+        peers.connect()
         resume = same_for_all(resume, args)
         model, processor = build(config, default_tokenizer)
         distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
@@ -165,7 +167,10 @@ def start_run(config: RunConfig) -> Iterator[Path | None]:
         resume = find_resume(folder, config.resume) if is_first else None
         if config.tf32 and torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
-        yield resume
+        try:
+            yield resume
+        finally:
+            peers.disconnect(sys.exception())
 
 
 def same_for_all(resume: Path | None, args: TrainingArguments) -> Path | None:
@@ -219,7 +224,9 @@ def run(
         trainer.load_weights(resume)
     else:
         try:
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            peers.meet("the start of training", trainer.args.ddp_timeout)
+            with peers.explained():
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         except InputError:
             if before and trainer.state.global_step <= last:  # nothing was trained with the new settings
                 write_atomic(settings, before)

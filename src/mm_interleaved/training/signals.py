@@ -13,6 +13,8 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..launch import peers
+
 STOP_NOW = (signal.SIGTERM, signal.SIGINT)  # a second one ends the run at once
 SIGNALS = (*STOP_NOW, signal.SIGUSR1)  # SIGUSR1 is what Slurm is asked to send before the time limit
 _SAME = 2.0  # seconds within which two signals count as one: `timeout` signals a process, then its group
@@ -44,6 +46,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each optimizer step."""
+        peers.note(f"step {state.global_step}")
         if self._agreed(args, state):
             control.should_save = control.should_training_stop = True
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -22,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..configuration import to_yaml
 from ..io import put_in_place, write_atomic, write_json, writing
+from ..launch import peers
 from ..model import MMInterleavedModel
 from . import checkpoints, sharding
 from .adapters import TrainedAdapter
@@ -486,10 +486,8 @@ class RunTrainer(CountingTrainer):
     def _pipeline_file(self) -> str:
         return f"feed_{self.args.process_index}.pt"
 
-    @staticmethod
-    def _barrier() -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+    def _barrier(self) -> None:
+        peers.meet(f"saving after step {self.state.global_step}", self.args.ddp_timeout)
 
     # ---- losses and weights that are not finite
 
