@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from mm_interleaved.configuration import make_config
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.memory import GIB, BatchSizes, MemoryEstimate, estimate
 
+ZERO1 = Path(__file__).parents[2] / "configs/deepspeed/zero1.json"
 SIZES = BatchSizes(rows=2, tokens=96, images=4, targets=0)  # no image loss, which takes half of the time
 
 
@@ -72,6 +74,21 @@ def test_fsdp_divides_what_is_stored(plain: MemoryEstimate, debug_config: MMInte
         assert divided.parts[part] == plain.parts[part] // 4
     assert divided.parts["gathered weights"] > 0
     assert "on each of 4 GPUs" in str(divided)
+
+
+def test_deepspeed_keeps_weights_in_half_precision(plain: MemoryEstimate, debug_config: MMInterleavedConfig) -> None:
+    trained = plain.parts["optimizer"] // 8
+    zero = settings(deepspeed=str(ZERO1))
+    shared = estimate(zero, debug_config, world_size=4, sizes=SIZES).parts
+    assert near(shared["weights"], trained, 2)
+    assert near(shared["gradients"], trained, 2)
+    assert shared["float32 copies"] == trained  # 4 bytes for each, on four GPUs
+    assert shared["optimizer"] == 2 * trained
+    assert shared["buckets"] == 2 * 2 * trained  # two buckets, which hold more than there is
+    assert shared["frozen weights"] < 0.6 * plain.parts["frozen weights"]  # the VAE, which was float32
+    whole = estimate(settings(deepspeed=str(ZERO1), precision="float32"), debug_config, world_size=4, sizes=SIZES).parts
+    assert "float32 copies" not in whole
+    assert whole["weights"] == plain.parts["weights"]
 
 
 def test_sizes_come_from_the_settings(debug_config: MMInterleavedConfig) -> None:

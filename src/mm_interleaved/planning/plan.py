@@ -9,10 +9,10 @@ from typing import Any
 from ..data.mixture import source_weights
 from ..model import MMInterleavedConfig
 from ..training.config import TrainConfig
-from ..training.memory import GIB, BatchSizes, MemoryEstimate, estimate
+from ..training.memory import GIB, BatchSizes, MemoryEstimate, estimate, zero_stage
 from .coefficients import MEASURED, Coefficients
 from .step import Cluster, StepTime, mean_of_slowest, step_time, traffic
-from .work import ModelWork, step_work, zero_stage
+from .work import ModelWork, step_work
 
 CONTEXT = GIB  # bytes that CUDA and NCCL take beside the tensors
 DAY = 24 * 3600

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 from ..training.config import TrainConfig
 from ..training.gpus import GIGA, GPU
+from ..training.memory import zero_stage
 from .coefficients import MEASURED, Coefficients
-from .work import ModelWork, StepWork, zero_stage
+from .work import ModelWork, StepWork
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,14 @@ Axes: B rows of the batch, L tokens of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from ..io import read_json
 from ..model import MMInterleavedConfig
 from ..model.cost import Cost, Part, count_parts, measure
 from ..training.building import empty_model
 from ..training.config import TrainConfig
-from ..training.memory import VAE, BatchSizes
+from ..training.memory import VAE, BatchSizes, computes_in_half, zero_stage
 
 OPTIMIZER_BYTES = 28  # read and written for a weight: AdamW reads four float32 numbers and writes three
 
@@ -65,7 +63,7 @@ class StepWork:
 
     Attributes:
         language, vision, denoising, latents: FLOPs of the language model, of the visual tokenizer with the projection
-            of MMFS values, of the UNet, and of the VAE, which computes in `losses.vae_dtype`.
+            of MMFS values, of the UNet, and of the VAE in float32. In half precision the VAE counts as `denoising`.
         backward: the share of them that the backward pass has.
         optimizer: bytes that the optimizer reads and writes.
         micro_batches: number of forward and backward passes.
@@ -114,6 +112,8 @@ def step_work(config: TrainConfig, model: ModelWork, sizes: BatchSizes, world_si
         passes[name] = forward[name] * (1 + behind)
         backward += forward[name] * behind
     latents = 2.0 * sizes.targets * cost.encode_latents
+    if computes_in_half(config) or config.losses.vae_dtype != "float32":
+        passes["denoising"], latents = passes["denoising"] + latents, 0.0
     total = sum(passes.values()) + latents
     sharers = world_size if config.fsdp or zero_stage(config) >= 1 else 1
     micro = config.accumulation
@@ -131,10 +131,3 @@ def _recomputed(config: TrainConfig) -> float:
     if not config.gradient_checkpointing:
         return 0.0
     return 0.5 if config.selective_checkpointing else 1.0
-
-
-def zero_stage(config: TrainConfig) -> int:
-    """The stage of ZeRO of a run's DeepSpeed settings; 0: none."""
-    if not config.deepspeed:
-        return 0
-    return int(read_json(Path(config.deepspeed)).get("zero_optimization", {}).get("stage", 0))

@@ -130,7 +130,7 @@ def estimate(
         InputError: the adapter selects no layer, or the one to train further cannot be read.
     """
     sizes = sizes or BatchSizes.of(config, model_config)
-    divided = bool(config.fsdp)
+    divided, half = bool(config.fsdp), computes_in_half(config)
     model = empty_model(config, model_config)
     _ = model.image_decoder.scheduler  # is made on first use, and computes with its content
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -138,6 +138,8 @@ def estimate(
     with fake, shapes_as_on_cuda(), _casts_as_on_cuda():
         model.to_empty(device="cpu")
         set_types(model, config)
+        if half:
+            model.to(_compute_type(config))
         weights = _Weights.of(model, _compute_type(config) if divided else None)
         if divided:  # weights are gathered in the type of computation, so autocast copies none
             for name, parameter in model.named_parameters():
@@ -159,6 +161,14 @@ def estimate(
 
 def _compute_type(config: TrainConfig) -> torch.dtype:
     return getattr(torch, config.precision)
+
+
+def computes_in_half(config: TrainConfig) -> bool:
+    """Whether all weights, also those of the VAE, have the type of computation, as with DeepSpeed in half precision.
+
+    It keeps float32 copies of the trained ones beside the optimizer's states, and autocast is off.
+    """
+    return bool(config.deepspeed) and config.precision != "float32"
 
 
 # ---- weights and what is stored for each of them
@@ -227,23 +237,43 @@ def _static_parts(config: TrainConfig, weights: _Weights, world_size: int) -> di
     weight_share = gradient_share = state_share = 1
     if config.fsdp:
         weight_share = gradient_share = state_share = world_size
-    elif config.deepspeed:
-        stage = int(read_json(Path(config.deepspeed)).get("zero_optimization", {}).get("stage", 0))
-        state_share = world_size if stage >= 1 else 1
-        gradient_share = world_size if stage >= 2 else 1
-        weight_share = world_size if stage >= 3 else 1
+    stage = zero_stage(config)
+    state_share = world_size if stage >= 1 else state_share
+    gradient_share = world_size if stage >= 2 else gradient_share
+    weight_share = world_size if stage >= 3 else weight_share
     states = _state_bytes(config) * weights.elements
     parts = {
         "weights": weights.trained // weight_share,
+        "float32 copies": 4 * weights.elements // state_share if computes_in_half(config) else 0,
         "frozen weights": weights.vae + (weights.frozen - weights.vae) // weight_share,
         "gathered weights": weights.gathered,
         "gradients": weights.gradient_bytes // gradient_share,
         "optimizer": states // state_share,
-        "average": weights.trained if config.ema.decay else 0,
+        "average": weights.trained // weight_share if config.ema.decay else 0,
     }
-    if world_size > 1 and not config.fsdp and not config.deepspeed:
-        parts["buckets of DDP"] = weights.gradient_bytes
+    if stage >= 1:
+        parts["buckets"] = _zero_buckets(config, weights)
+    elif world_size > 1 and not config.fsdp and not config.deepspeed:
+        parts["buckets"] = weights.gradient_bytes  # of DDP
     return parts
+
+
+def zero_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings of ZeRO in a run's DeepSpeed file; {}: there is none."""
+    return read_json(Path(config.deepspeed)).get("zero_optimization", {}) if config.deepspeed else {}
+
+
+def zero_stage(config: TrainConfig) -> int:
+    """The stage of ZeRO; 0: none."""
+    return int(zero_settings(config).get("stage", 0))
+
+
+def _zero_buckets(config: TrainConfig, weights: _Weights) -> int:
+    """Bytes in which ZeRO collects gradients: one bucket, or two of which one is reduced meanwhile."""
+    zero = zero_settings(config)
+    elements = min(int(zero.get("reduce_bucket_size", 500_000_000)), weights.elements)
+    count = 2 if zero.get("overlap_comm", False) else 1
+    return count * elements * _compute_type(config).itemsize if zero.get("contiguous_gradients", True) else 0
 
 
 def _state_bytes(config: TrainConfig) -> int:
@@ -314,7 +344,9 @@ def _peak_of_step(model: nn.Module, inputs: _Inputs, config: TrainConfig, keep_g
     before = sum(_block(p.grad.numel() * p.grad.element_size()) for p in trained if p.grad is not None)
     with _Allocations() as counted:
         arguments = inputs.arguments()
-        with torch.autocast("cpu", _compute_type(config), enabled=config.precision != "float32"):
+        with torch.autocast(
+            "cpu", _compute_type(config), enabled=config.precision != "float32" and not computes_in_half(config)
+        ):
             loss = model(**arguments).loss
         # `loss.backward()` would be a function in which `_WideOperators` is off, also for what is recomputed.
         _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
