@@ -31,10 +31,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from mm_interleaved import MMInterleaved
@@ -46,7 +45,7 @@ from mm_interleaved.model import MMInterleavedConfig
 from mm_interleaved.model.cost import Cost, measure
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 from mm_interleaved.training.adapters import attach_adapter
-from mm_interleaved.training.arguments import training_arguments
+from mm_interleaved.training.arguments import divides, training_arguments
 from mm_interleaved.training.building import freeze_parts, frozen_layers, set_types
 from mm_interleaved.training.checkpointing import disable_checkpointing, enable_checkpointing
 from mm_interleaved.training.config import TrainConfig
@@ -55,6 +54,7 @@ from mm_interleaved.training.memory import BatchSizes
 from mm_interleaved.training.optimizer import build_optimizer
 from mm_interleaved.training.pipeline import BatchPipeline, prepare_documents
 from mm_interleaved.training.run import branches_of
+from mm_interleaved.training.sharded_checkpoints import STATE, StateWriter, TrainedState
 from mm_interleaved.training.sharding import ShardingCallback
 from mm_interleaved.training.trainer import RunTrainer
 
@@ -431,7 +431,7 @@ def run_training(name: str, place: Place, work: Training, results: Results) -> N
     rows = Rows(made_batches, first, rank, world)
     pipeline = BatchPipeline(rows, prepare_documents(model, config.losses), config.seed, args.device, rank, world)
     pipeline.number = work.first * work.accumulation
-    branches = branches_of(config) if config.fsdp else None
+    branches = branches_of(config) if divides(config) else None
     trainer = RunTrainer(model, args, config, pipeline, branches=branches)
     row: dict[str, Any] = {
         "case": name, "way": case.way, "preset": place.preset, "world_size": world, "steps": work.steps,
@@ -450,7 +450,7 @@ def run_training(name: str, place: Place, work: Training, results: Results) -> N
 
     recorder = Recorder(place, load, work.timed)
     trainer.add_callback(recorder)
-    if config.fsdp:
+    if trainer.is_fsdp_enabled:
         trainer.add_callback(ShardingCallback(Console(stderr=True)))
     cost = cost_of(place, model)
     trainer.train()
@@ -501,29 +501,26 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _states(trainer: RunTrainer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    optimizer = trainer.optimizer
-    model = trainer.model_wrapped
+    model, optimizer = trainer.model, trainer.optimizer
     assert isinstance(model, nn.Module)
     assert optimizer is not None
     return model, getattr(optimizer, "optimizer", optimizer)
 
 
 def save_sharded(trainer: RunTrainer, folder: Path) -> None:
-    """Write trained weights and the optimizer's state, each process its own part."""
+    """Write trained weights and the optimizer's state as a run does, each process its own part, with digests."""
     model, optimizer = _states(trainer)
-    weights, state = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    (folder / STATE).mkdir(parents=True, exist_ok=True)
+    writer = StateWriter(trainer.args.device, background=False)
+    state = TrainedState(model, optimizer, only_trained=True)
+    writer.write(state.tensors(), folder, folder, lambda files: None)
+    writer.close()
 
 
 def load_sharded(trainer: RunTrainer, folder: Path) -> None:
     """Read what `save_sharded` wrote, with any number of processes."""
     model, optimizer = _states(trainer)
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    weights, state = get_state_dict(model, optimizer, options=options)
-    given = {"model": weights, "optimizer": state}
-    dcp.load(given, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=given["model"], optim_state_dict=given["optimizer"],
-                   options=options)  # fmt: skip
+    TrainedState(model, optimizer, only_trained=True).load(folder)
 
 
 @torch.no_grad()
@@ -532,7 +529,11 @@ def fixed_loss(trainer: RunTrainer, inputs: dict[str, Any]) -> float:
     model = trainer.model_wrapped
     assert isinstance(model, nn.Module)
     with trainer.accelerator.autocast():
-        return float(trainer.compute_outputs(model, inputs)["loss"])
+        loss = float(trainer.compute_outputs(model, inputs)["loss"])
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the root stays whole until a backward pass
+    return loss
 
 
 @torch.no_grad()
@@ -583,11 +584,11 @@ def _curve(way: str, processes: int) -> Job:
 
 def _part(first: int, steps: int, load: str, save: str, processes: int = 2) -> Job:
     work = Training(Case(way="fsdp2"), steps, first, load, save, 8, 3 - processes, timed=False)
-    return Job(work, (0, 1) if processes == 2 else (1,), grouped=True, small=True)
+    return Job(work, (0, 1) if processes == 2 else (1,), small=True)
 
 
 def _timed_run(way: str, gpus: tuple[int, ...] = (0, 1), **further: Any) -> Job:
-    return Job(Training(Case(images=8, way=way), **further), gpus, grouped=way != "one")
+    return Job(Training(Case(images=8, way=way), **further), gpus, grouped=way == "zero1")
 
 
 TURNS = [

@@ -85,7 +85,7 @@ def test_deepspeed_keeps_weights_in_half_precision(plain: MemoryEstimate, debug_
     assert shared["float32 copies"] == trained  # 4 bytes for each, on four GPUs
     assert shared["optimizer"] == 2 * trained
     assert shared["buckets"] == 2 * 2 * trained  # two buckets, which hold more than there is
-    assert shared["frozen weights"] < 0.6 * plain.parts["frozen weights"]  # the VAE, which was float32
+    assert shared["frozen weights"] < 0.75 * plain.parts["frozen weights"]  # the VAE, which was float32
     whole = estimate(settings(deepspeed=str(ZERO1), precision="float32"), debug_config, world_size=4, sizes=SIZES).parts
     assert "float32 copies" not in whole
     assert whole["weights"] == plain.parts["weights"]

@@ -138,8 +138,8 @@ def estimate(
     with fake, shapes_as_on_cuda(), _casts_as_on_cuda():
         model.to_empty(device="cpu")
         set_types(model, config)
-        if half:
-            model.to(_compute_type(config))
+        for parameter in model.parameters() if half else ():
+            parameter.data = parameter.data.to(_compute_type(config))
         weights = _Weights.of(model, _compute_type(config) if divided else None)
         if divided:  # weights are gathered in the type of computation, so autocast copies none
             for name, parameter in model.named_parameters():
