@@ -145,9 +145,11 @@ def _check_evaluate(values: dict[str, Any]) -> None:
 
 
 def _check_generate(values: dict[str, Any]) -> None:
+    from ..batch.shared import SharedRun
     from .shared import check_shared
 
     check_shared(values["output_folder"], values["source"], overwrite=False)
+    SharedRun(values["output_folder"], values["source"], {})  # raises for what is not JSON lines
 
 
 _CHECKS = {"train": _check_train, "finetune": _check_finetune, "evaluate": _check_evaluate, "generate": _check_generate}

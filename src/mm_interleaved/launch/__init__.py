@@ -3,8 +3,10 @@
     slurm      rank, world size, local rank and rendezvous of a task that `srun` started
     script     writes batch scripts for Slurm
     exits      exit statuses of runs
+    peers      what processes know of each other: who has ended, who is late (imports PyTorch)
+    traces     records of NCCL's operations
 
-It imports no PyTorch.
+The package itself imports no PyTorch.
 """
 
 from .slurm import count_processes, expand_nodes, join_processes

@@ -22,6 +22,7 @@ from ..data import DocumentLoader, build_loader
 from ..generation import MMInterleaved
 from ..io import InputError, atomic_folder, lock_fresh_folder, read_json, write_atomic, write_json
 from ..launch import join_processes, peers
+from ..launch.traces import trace_collectives
 from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
@@ -156,6 +157,7 @@ def start_run(config: RunConfig) -> Iterator[Path | None]:
     """
     join_processes()
     folder = Path(config.output)
+    trace_collectives(folder)
     is_first = int(os.environ.get("RANK", "0")) == 0
     logged, saved = _progress(folder)
 
