@@ -6,6 +6,8 @@ import copy
 import io
 import itertools
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from mm_interleaved.data import DataConfig, DataError, SourceConfig, build_loader, grouping
+from mm_interleaved.data import DataConfig, DataError, SourceConfig, build_loader, grouping, shards
+from mm_interleaved.data.shards import LineShards, digest_files
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
 
 from . import world
@@ -177,19 +180,89 @@ def test_a_state_between_epochs_begins_the_next(folder: Path, processor: MMInter
     assert numbers(second) != numbers(epoch0)
 
 
-def test_going_on_reads_nothing_before_the_window(folder: Path, processor: MMInterleavedProcessor) -> None:
+def test_going_on_reads_nothing_before_the_window(
+    folder: Path, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = pairs_source(folder / "pairs", ["{0..2}.jsonl"], shuffle=2, shuffle_shards=False)
     first = loader(processor, source)
     list(itertools.islice(first, 12))
     state = first.state_dict()
-    (folder / "pairs" / "0.jsonl").rename(folder / "pairs" / "gone")
-    try:
+    read: list[int] = []
+    path_of = LineShards._path
+    monkeypatch.setattr(LineShards, "_path", lambda self, shard: (read.append(shard), path_of(self, shard))[1])
+    second = loader(processor, source)
+    second.load_state_dict(state)
+    assert next(iter(second)) is not None
+    assert read
+    assert 0 not in read
+
+
+DATA = {
+    "pairs": ("pairs", "0.jsonl"), "mmc4": ("mmc4", "docs_2.jsonl"), "webdataset": ("tar", "1.tar"),
+    "documents": ("own", "0.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_a_run_does_not_go_on_with_other_data(
+    kind: str, folder: Path, processor: MMInterleavedProcessor, tmp_path: Path
+) -> None:
+    """Not with another word of the same length, nor without a file; but with a copy, whose times are new."""
+    place, changed = DATA[kind]
+    data = tmp_path / place
+    if kind == "documents":
+        write_images(data, 3)
+        write_lines(data / changed, [{"segments": [{"image": f"{i}.png"}, {"text": "Words"}]} for i in range(3)])
+    else:
+        shutil.copytree(folder / place, data)
+    pattern = {"pairs": "{0..2}.jsonl", "mmc4": "docs_{0..2}.jsonl", "webdataset": "{0..1}.tar"}.get(kind, changed)
+    images = str(data / "images") if kind == "mmc4" else None
+    source = SourceConfig(kind, root=str(data), image_root=images, shards=[pattern], batch_size=1, max_length=40,
+                          keep_remainder=True)  # fmt: skip
+    first = loader(processor, source)
+    next(iter(first))
+    state = through_file(first.state_dict())
+
+    def go_on() -> None:
         second = loader(processor, source)
-        second.load_state_dict(state)
-        assert next(iter(second)) is not None
-        assert "shard missing" not in second.report().rejected("pairs")
-    finally:
-        (folder / "pairs" / "gone").rename(folder / "pairs" / "0.jsonl")
+        second.load_state_dict(copy.deepcopy(state))
+        next(iter(second), None)
+
+    os.utime(data / changed, (1, 1))
+    go_on()
+    before = (data / changed).read_bytes()
+    word = next(word for word in (b"Words", b"so on", b"caption") if word in before)
+    (data / changed).write_bytes(before.replace(word, b"X" * len(word), 1))
+    with pytest.raises(DataError, match=rf"other data: 'sources\.{kind}\.digest' was"):
+        go_on()
+    (data / changed).unlink()
+    with pytest.raises(DataError, match="other data"):
+        go_on()
+
+
+def test_the_digest_of_many_and_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files that are too large or too many it has a part only: sizes, beginnings and ends."""
+    monkeypatch.setattr(shards, "PART", 4)
+    monkeypatch.setattr(shards, "READ", 2)
+    files = {name: tmp_path / name for name in "abcd"}
+    for path in files.values():
+        path.write_bytes(b"0123456789")
+
+    def digest() -> str:
+        return digest_files(list(files), lambda name: path if (path := files[name]).is_file() else None)
+
+    before = digest()
+    files["b"].write_bytes(b"9999999999")  # a and c are read
+    files["a"].write_bytes(b"0123xx6789")
+    assert digest() == before
+    for name, content in (("c", b"0123456780"), ("a", b"1123456789"), ("b", b"99")):
+        kept = files[name].read_bytes()
+        files[name].write_bytes(content)
+        assert digest() != before
+        files[name].write_bytes(kept)
+    assert digest() == before
+    files["d"].unlink()
+    assert digest() != before
 
 
 def test_a_state_of_other_settings_is_refused(folder: Path, processor: MMInterleavedProcessor) -> None:
@@ -224,7 +297,7 @@ def test_data_that_changed_are_noticed(tmp_path: Path, processor: MMInterleavedP
     (tmp_path / "0.jsonl").write_text(lines)
     second = loader(processor, source)
     second.load_state_dict(state)
-    with pytest.raises(DataError, match="the data have changed"):
+    with pytest.raises(DataError, match=r"other data: 'sources\.pairs\.digest' was"):
         next(iter(second))
 
 

@@ -98,7 +98,7 @@ class DocumentLoader:
         """The report of what was read and left out so far, in the batches that were yielded."""
         return DataReport(self._report.to_dict())
 
-    def contents(self) -> list[list[int | str]]:
+    def contents(self) -> list[list[int | str | None]]:
         """For each source the number of its documents and a digest of what they say, as far as they are known."""
         return [_content(reader) for reader in self._dataset.readers()]
 
@@ -279,10 +279,9 @@ def _as_it_is(parcel: Parcel) -> Parcel:
     return parcel
 
 
-def _content(reader: Reader) -> list[int | str]:
-    """How many documents a pass has, and a digest of what they say, as far as the reader knows them."""
-    known = (getattr(reader, name, None) for name in ("size", "digest"))
-    return [value for value in known if value is not None]
+def _content(reader: Reader) -> list[int | str | None]:
+    """How many documents a pass has, and a digest of what they say or else of the files, as far as they are known."""
+    return [getattr(reader, "size", None), getattr(reader, "digest", None) or getattr(reader.shards, "digest", None)]
 
 
 def _check_identity(saved: Sequence[Any], own: Sequence[Any]) -> None:
@@ -302,7 +301,7 @@ def _check_identity(saved: Sequence[Any], own: Sequence[Any]) -> None:
 def _named(identity: Sequence[Any]) -> dict[str, Any]:
     """The parts of an identity by name."""
     *numbers, sources = identity
-    about = {name: dict(zip(("shards", "documents", "digest"), rest, strict=False)) for name, *rest in sources}
+    about = {name: dict(zip(("shards", "documents", "digest"), rest, strict=True)) for name, *rest in sources}
     return {**dict(zip(("seed", "epoch", "process", "processes"), numbers, strict=True)), "sources": about}
 
 

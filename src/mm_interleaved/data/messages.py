@@ -43,7 +43,7 @@ class Messages:
 
     def __init__(self, config: SourceConfig, shards: RecordFiles, images: ImageFolder) -> None:
         self.config, self.shards, self.images = config, shards, images
-        self.size, self.digest = shards.count(), shards.digest()
+        self.size = shards.count()
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """The conversation, of which the assistant's messages are learned."""

@@ -91,8 +91,8 @@ def _counted(config: TrainConfig, loader: Any, args: TrainingArguments, console:
     return int(total)
 
 
-def _digest(config: TrainConfig, processes: int, contents: list[list[int | str]]) -> str:
-    """What the number of batches depends on, without the files of sources that have no digest."""
+def _digest(config: TrainConfig, processes: int, contents: list[list[int | str | None]]) -> str:
+    """What the number of batches depends on."""
     data = json.dumps([dataclasses.asdict(config.training_data), processes, contents], sort_keys=True, default=str)
     return hashlib.sha256(data.encode()).hexdigest()
 
