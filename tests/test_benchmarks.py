@@ -47,6 +47,15 @@ def test_deformable_attention(tmp_path: Path) -> None:
     assert min(line["maps"], line["rows"]) > 0
 
 
+def test_inspection(tmp_path: Path) -> None:
+    measure("inspection.py", "debug", "--questions", 3, "--output", tmp_path / "i.json")
+    found = json.loads((tmp_path / "i.json").read_text())
+    assert len(found["answers"]) == found["questions"] == 3
+    assert 0 < found["area"] < 0.5
+    assert 0 < found["p"] <= 1
+    assert 0 <= found["hits"] <= 1
+
+
 @pytest.mark.slow
 def test_tasks(tmp_path: Path) -> None:
     sizes = ["--preset", "debug", "--device", "cpu", "--dtype", "float32", "--samples", 4, "--batches", 2]

@@ -89,7 +89,7 @@ def test_every_field_of_our_own_is_listed() -> None:
     listed = set(
         re.findall(r"^\| `(\w+)` \|", section("Our own fields").split("| field of an answer")[0], re.MULTILINE)
     )
-    assert listed == {*schema.Sampling.model_fields, "max_images"}
+    assert listed == {*schema.Sampling.model_fields, "max_images", "inspect"}
     refused = section("Our own fields").split("Refused as well")[1]
     for name in ("logit_bias", "stop", "reasoning"):
         assert f"`{name}`" in refused

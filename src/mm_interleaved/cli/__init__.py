@@ -22,6 +22,7 @@ from .evaluate import evaluate_command
 from .finetune import finetune
 from .generate import generate
 from .info import info
+from .inspect import inspect_command
 from .launch import launch
 from .plan import plan
 from .plugins import CommandGroup
@@ -47,6 +48,7 @@ app.command()(finetune)
 app.command()(report)
 app.command()(serve)
 app.command()(chat)
+app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.add_typer(data, name="data")
 app.add_typer(launch, name="launch")

@@ -88,7 +88,7 @@ def generate(
     join_processes()
     kind = find_dtype(dtype) if dtype else None
     matrices = find_quantization(quantization)
-    chosen = _settings(preset, image_preset, settings or [], seed)
+    chosen = read_settings(preset, image_preset, settings or [], seed)
     if shared or shard is not None or count_processes() > 1:
         own_shards(shard, range(0))
         check_shared(output_folder, source, overwrite)
@@ -97,21 +97,21 @@ def generate(
         generator = _generator(loaded, chosen)
         run = SharedRun(output_folder, source, describe_run(loaded, generator.settings), shard_size=shard_size,
                         batch_size=batch_size, image_root=image_root)  # fmt: skip
-        _note_random_weights(loaded)
+        note_random_weights(loaded)
         run_shared(run, generator, shard)
         return
     where = find_device(device)
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root, look_in=[Path.cwd()])
     for document in documents:
-        _check_images(document)
+        check_images(document)
     loaded = load_model(model, kind, where, matrices, adapters=adapter or [], allow_other_base=allow_other_base,
                         offload=offload)  # fmt: skip
     generator = _generator(loaded, chosen)
     prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
     with lock_folder(output_folder):
         folder = ResultsFolder(output_folder, source, loaded, generator.settings, resume, overwrite)
-        _note_random_weights(loaded)
+        note_random_weights(loaded)
         _run(generator, prepared, folder, batch_size)
 
 
@@ -133,12 +133,12 @@ def _generator(loaded: Loaded, settings: GenerationSettings) -> InterleavedGener
     return generator
 
 
-def _note_random_weights(loaded: Loaded) -> None:
+def note_random_weights(loaded: Loaded) -> None:
     if not loaded.trained:
         console.print(f"[yellow]note:[/] the weights of '{loaded.name}' are untrained: its outputs are noise")
 
 
-def _settings(preset: str, image_preset: str, pairs: list[str], seed: int | None) -> GenerationSettings:
+def read_settings(preset: str, image_preset: str, pairs: list[str], seed: int | None) -> GenerationSettings:
     """The presets with the changes of the command line."""
     from ..configuration import read_overrides
     from ..generation.settings import IMAGE_PRESETS, TEXT_PRESETS, GenerationSettings, override
@@ -159,7 +159,7 @@ def _settings(preset: str, image_preset: str, pairs: list[str], seed: int | None
         raise UsageError(str(error)) from None
 
 
-def _check_images(document: Document) -> None:
+def check_images(document: Document) -> None:
     """Read every given image once, so that a bad one is reported before generation starts."""
     from ..io.images import load_image
 

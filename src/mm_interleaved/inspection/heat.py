@@ -5,6 +5,8 @@ Axes: N heads, R earlier images, V levels, P points, M points in all, h and w he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import PIL.Image
 
@@ -16,7 +18,9 @@ _COLOURS = np.array(  # of a heat map, from nothing to most: the viridis-like pa
 )
 
 
-def heat_map(points: Points, slot: int, levels: list[int], side: int = SIDE) -> np.ndarray:
+def heat_map(
+    points: Points, slot: int, levels: Sequence[int], side: int = SIDE, only: Sequence[int] | None = None
+) -> np.ndarray:
     """How much each part of an earlier image counts: [side, side], the mean over all first axes and heads.
 
     A point spreads over the cells of its level that it interpolates between, as bilinear sampling does. The sum is the
@@ -27,12 +31,15 @@ def heat_map(points: Points, slot: int, levels: list[int], side: int = SIDE) -> 
         slot: the earlier image, from 0 for the most recent one.
         levels: sides of the levels.
         side: side of the result.
+        only: levels that count; None: all.
     """
     heads = points.ignored.size
     places = points.locations[..., slot, :, :].reshape(heads, -1, 2)
     total = np.zeros((side, side), np.float32)
     centres = (np.arange(side, dtype=np.float32) + 0.5) / side
     for index, level in enumerate(levels):
+        if only is not None and level not in only:
+            continue
         weights = points.weights[..., slot, index, :].reshape(-1)
         across, down = (_spread(places[..., axis].reshape(-1), centres, level) for axis in (0, 1))
         total += np.einsum("m,mh,mw->hw", weights, down, across, optimize=True)

@@ -36,18 +36,18 @@ def _template() -> tuple[str, str, str]:
     return _read("page.html"), _read("style.css"), _read("view.js")
 
 
-def to_html(inspection: Inspection) -> str:
-    """The page.
+def to_html(inspection: Inspection, compared: tuple[int, int] | None = None) -> str:
+    """The page; it begins with the comparison of two images, numbered from 0.
 
     Raises:
         InputError: it would be larger than `LARGEST_MIB`.
     """
-    return page_of(to_json(inspection))
+    return page_of(to_json(inspection, compared))
 
 
-def to_json(inspection: Inspection) -> str:
+def to_json(inspection: Inspection, compared: tuple[int, int] | None = None) -> str:
     """The data of the page as JSON text."""
-    return json.dumps(page_data(inspection), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps({**page_data(inspection), "compared": compared}, ensure_ascii=False, separators=(",", ":"))
 
 
 def page_of(data: str) -> str:

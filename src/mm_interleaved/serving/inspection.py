@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -19,7 +19,9 @@ router = APIRouter(prefix="/v1/responses", route_class=JsonRoute, tags=["respons
 POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 )
-FORMS = {200: {"description": "The page, or its data", "content": {"text/html": {}, "application/json": {}}}}
+FORMS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The page, or its data", "content": {"text/html": {}, "application/json": {}}}
+}
 
 
 @router.get("/{response_id}/inspection", responses=FORMS, response_model=None)

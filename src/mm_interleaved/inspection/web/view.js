@@ -44,7 +44,7 @@ class Block {
 // Texts: one block [layers, tokens]; images: a block [steps, cells] for each map of the UNet.
 const RECORDS = DATA.records.map((record) => ({ ...record, blocks: record.blocks.map((b) => new Block(b)) }));
 const state = { record: null, units: [], pinned: null, layer: -1, head: -1, level: -1, map: 0, step: -1,
-                mode: "points", a: -1, b: -1 };
+                mode: "points", a: DATA.compared ? DATA.compared[0] : -1, b: DATA.compared ? DATA.compared[1] : -1 };
 const ofText = (record) => record.kind === "text";
 const block = (record) => record.blocks[ofText(record) ? 0 : Math.min(state.map, record.blocks.length - 1)];
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
@@ -134,9 +134,11 @@ function buildDocument() {
 
 function buildText(record, role) {
   const paragraph = make("p", {}, ...role);
+  let group = null;  // a word with the punctuation after it, which does not go to a line of its own
   record.words.forEach(([begin, end], number) => {
     const text = record.pieces.slice(begin, end).join("");
     if (number && /^\s/.test(text)) paragraph.append(" ");
+    if (!group || !/^[^\p{L}\p{N}\s<]+$/u.test(text)) paragraph.append(group = make("span", { className: "group" }));
     const units = Array.from({ length: end - begin }, (_, k) => begin + k);
     const canvas = make("canvas", { "aria-hidden": "true" });
     const button = make("button", { type: "button", className: "word" }, text.trim() || "\u2423", canvas);
@@ -150,7 +152,7 @@ function buildText(record, role) {
       else toggle(record, units);
     });
     button.addEventListener("keydown", (event) => moveWord(event, word));
-    paragraph.append(button);
+    group.append(button);
   });
   paragraph.addEventListener("mouseleave", release);
   return paragraph;
@@ -405,7 +407,7 @@ function drawImages(record, all) {
     context.strokeRect(start, start, inner, inner);
     context.setLineDash([]);
     const seen = new Set(units.map((unit) => String(reference(record, unit))));
-    if (seen.size <= 16) for (const text of seen) drawReference(context, ...at(...text.split(",").map(Number)));
+    if (seen.size <= 64) for (const text of seen) drawReference(context, ...at(...text.split(",").map(Number)));
   });
 }
 
@@ -413,8 +415,8 @@ function drawPoints(context, record, mine, most, at, width) {
   const centre = (point) => at(...reference(record, point.unit));
   for (const point of mine.slice(0, 150)) {
     const [x, y] = at(point.x, point.y), [rx, ry] = centre(point);
-    context.strokeStyle = `rgba(255,255,255,${0.5 * Math.sqrt(point.weight / most)})`;
-    context.lineWidth = 1;
+    context.strokeStyle = `rgba(${ramp(point.weight / most).join(",")},${0.7 * Math.sqrt(point.weight / most)})`;
+    context.lineWidth = 1.2;
     context.beginPath(); context.moveTo(rx, ry); context.lineTo(x, y); context.stroke();
   }
   for (const point of [...mine].reverse()) {
@@ -552,10 +554,10 @@ function drawOffsets(record, all) {
     context.textAlign = k === 0 ? "left" : k === 4 ? "right" : "center";
     context.fillText(text, Math.min(width, k * 0.2 / end * width), height - 4);
   });
-  const words = `mean ${(mean / (total || 1)).toFixed(2)} of the image's side; bars by weight, lines by number of points`;
+  const words = `mean ${(mean / (total || 1)).toFixed(2)}`;
   context.textAlign = "right";
   context.fillText(words, width, 10);
-  canvas.setAttribute("aria-label", `Histogram of distances: ${words}`);
+  canvas.setAttribute("aria-label", `Histogram of distances from the reference point, in sides of the image: ${words}`);
 }
 
 function drawStrongest(record, all) {
@@ -576,11 +578,12 @@ function drawScale(all) {
 }
 
 function drawStatus(record, found) {
+  const several = !ofText(record) && state.units.length > 1;
   const what = ofText(record)
     ? [make("b", {}, `\u201c${state.units.map((u) => record.pieces[u]).join("").trim()}\u201d`)]
-    : [make("b", {}, `${state.units.length > 1 ? `${state.units.length} regions` : "A region"} of ${name(record.image)}`)];
+    : [make("b", {}, `${several ? `${state.units.length} regions` : "A region"} of ${name(record.image)}`)];
   const blind = record.images.length ? sentence(record, found) : "no image is before it: all of the weight is in the ignore slot";
-  $("status").replaceChildren(...what, ` looks at ${blind}${state.pinned ? " (kept)" : ""}`);
+  $("status").replaceChildren(...what, ` ${several ? "look" : "looks"} at ${blind}${state.pinned ? " (kept)" : ""}`);
   if (!record.images.length) $("status").replaceChildren(...what, `: ${blind}`);
 }
 
