@@ -3,7 +3,8 @@
 python benchmarks/inspection.py small --output benchmarks/results/inspection.json
 
 Questions "Where is ...?" about held-out scenes of the toy world, whose objects have known boxes. The points are those
-that the model's answer was generated from, of all layers, heads and levels, the `--points` strongest ones. Figures are shares from 0 to 1:
+that the model's answer was generated from, of all layers, heads and levels, the `--points` strongest ones. Figures are
+shares from 0 to 1:
 
     hits        of these points that lie in the box of the asked object; intervals are bootstrap intervals of 95 % over
                 questions
