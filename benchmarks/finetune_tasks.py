@@ -191,8 +191,10 @@ def settings_of(run: Run, out: Path, options: argparse.Namespace) -> list[str]:
     source = {"type": "task", "name": run.task, "options": {"task": run.task, "phase": trial.train,
                                                             **paths(out, run.task, SHIFTED, "train")}}  # fmt: skip
     rate = options.draw_lr if trial.draws else options.lr
-    groups = [{"pattern": r"^image_decoder\.unet", "lr": options.unet_lr},
-              {"pattern": r"^(context_proj|image_decoder\.resampler)", "lr": options.conditions_lr}]  # fmt: skip
+    groups = [
+        {"pattern": r"^image_decoder\.unet", "lr": options.unet_lr},
+        {"pattern": r"^(context_proj|image_decoder\.resampler)", "lr": options.conditions_lr},
+    ] if trial.draws else [{"pattern": r"^visual_tokenizer", "lr": options.vision_lr}]  # fmt: skip
     lora_rate = options.draw_lora_lr if trial.draws else options.lora_lr
     changes = [
         f"steps={steps}", f"seed={run.seed}", f"data.seed={run.seed}", "save_every=0", "tensorboard=false",
@@ -202,7 +204,7 @@ def settings_of(run: Run, out: Path, options: argparse.Namespace) -> list[str]:
         "data.start_method=fork", "shapes.multiple=16",  # cuDNN plans convolutions anew for each number of images
         f"precision={'float32' if options.device == 'cpu' else 'bfloat16'}",
         *([f"optimizer.lr={lora_rate}", f"adapter.rank={RANK}"] if run.method == "lora" else
-          [f"optimizer.lr={rate}", f"optimizer.groups={json.dumps(groups if trial.draws else [])}"]),
+          [f"optimizer.lr={rate}", f"optimizer.groups={json.dumps(groups)}"]),
     ]  # fmt: skip
     if run.method == "replay":
         old = {"type": "toyworld", "name": "first-world", "options": {"size": 128}}
@@ -345,8 +347,8 @@ def settings_and_machine(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 
-    kept = ("steps", "draw_steps", "rows", "lr", "draw_lr", "conditions_lr", "unet_lr", "lora_lr", "draw_lora_lr",
-            "images", "samples", "device", "processes")  # fmt: skip
+    kept = ("steps", "draw_steps", "rows", "lr", "vision_lr", "draw_lr", "conditions_lr", "unet_lr", "lora_lr",
+            "draw_lora_lr", "images", "samples", "device", "processes")  # fmt: skip
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"command": ["python", f"benchmarks/{BENCHMARK.name}", "OUT", *sys.argv[2:]], "gpus": names,
             "torch": torch.__version__, "transformers": transformers.__version__,
@@ -417,6 +419,7 @@ def main() -> None:
     parser.add_argument(
         "--draw-lr", type=float, default=6e-4, help="the same for tasks of images, but for their parts:"
     )
+    parser.add_argument("--vision-lr", type=float, default=4e-4, help="of the image encoder, for tasks of words")
     parser.add_argument("--unet-lr", type=float, default=1e-3, help="of the UNet, trained fully")
     parser.add_argument("--conditions-lr", type=float, default=2e-4, help="of the layers before the UNet")
     parser.add_argument("--lora-lr", type=float, default=1.5e-3, help="of adapters for tasks of words")
