@@ -23,14 +23,16 @@ from torch import Tensor
 
 from ..model import MMInterleavedConfig
 from ..model.config import MMFSConfig
-from ..model.mmfs import MMFS, VisibleImages
+from ..model.mmfs import MMFS, QuerySide, VisibleImages
 from ..model.roofline import Need
 from ..model.static import capture
 from ..model.vit_adapter import cell_centres
-from ..ops import MMFSInputs, mmfs_attention, why_not_triton
-from ..ops.mmfs_attention import Backend
+from ..ops import MMFSInputs, mmfs_attention, promote, sampling_points, why_not_triton
+from ..ops.deformable import Shapes
+from ..ops.mmfs_attention import Backend, mmfs_output
 from .base import Bench, Row
 
+TURNS = 15  # of each variant of a layer with and without a recorder
 AHEAD = 128  # writes of a large buffer before the timed work: 8 ms on an H200
 
 
@@ -235,6 +237,49 @@ def _rows(bench: Bench, line: str) -> Iterator[Row]:
         work = Work(case, bench.device, bench.dtype)
         for gradients in (False, True) if case.gradients else (False,):
             yield measured(bench, work, line, gradients)
+
+
+class _WithoutRecorder(MMFS):
+    """MMFS without the point at which a recorder can be attached."""
+
+    def mix(
+        self, sides: QuerySide, values: Tensor, visible: VisibleImages, shapes: Shapes, reference: Tensor, base: int,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As in `MMFS`."""
+        scales = [side / base for side in self.config.levels]
+        inputs = MMFSInputs(values, *sides, reference, visible.images, shapes, scales, visible.routes)
+        ignore = self.ignore_token.view(self.config.num_heads, -1)
+        return mmfs_output(inputs, ignore, dtype or promote(sides[0].dtype), backend=self.backend).flatten(2)
+
+
+def recorder(bench: Bench) -> Iterator[Row]:
+    """What inspection costs: a layer with the point of the recorder against one without it, and with a recorder.
+
+    The check of an attribute costs less than the noise of a machine, so the variants take turns, and the quickest turn
+    of each counts.
+    """
+    for case in cases(bench):
+        if case.gradients and case.side is None:
+            continue
+        work = Work(case, bench.device, bench.dtype)
+        call, own = work.call("layer", "auto", False), type(work.mmfs)
+        times: dict[str, list[float]] = {"off": [], "without": [], "on": []}
+        for _ in range(TURNS):
+            for name, found in times.items():
+                work.mmfs.__class__ = _WithoutRecorder if name == "without" else own
+                work.mmfs.recorder = _record if name == "on" else None
+                found.append(median(call, bench.device, 3))
+        off, without, on = (min(found) for found in times.values())
+        yield Row("recorder", f"{case.name}, off against without", "ms", off, without)
+        yield Row("recorder", f"{case.name}, on against off", "ms", on, off)
+
+
+def _record(inputs: MMFSInputs) -> None:
+    """What a recorder does with the inputs of a call."""
+    found = sampling_points(inputs)
+    for part in (found.locations, found.weights, found.ignored):
+        part.float().cpu()
 
 
 def layer_by_images(bench: Bench) -> Iterator[Row]:

@@ -35,6 +35,7 @@ LINES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "layer-by-images": mmfs.layer_by_images,
     "decode-by-images": text.decode_by_images,
     "products": text.products,
+    "recorder": mmfs.recorder,
 }
 USUAL = [name for name in LINES if name not in ("products", "training-compiled")]
 
