@@ -351,3 +351,22 @@ def test_comments_as_in_the_examples_of_the_original(tmp_path: Path) -> None:
     path.write_text('[\n  {"segments": [}\n] // no JSON\n')
     with pytest.raises(InputError, match="line 2"):
         load_documents(path)
+
+
+def test_html_in_notebooks(tmp_path: Path) -> None:
+    """Texts are escaped, slots are shown, and images are bounded, also when one cannot be read."""
+    big = PIL.Image.effect_noise((2000, 1500), 80).convert("RGB")
+    segments = [Text("<script>a & b</script>", role="user"), Image(big, target=big), Image(tmp_path / "<none>.png"),
+                Text(generated=None), Image(), *[Image(big.resize((40, 40)))] * 40]  # fmt: skip
+    page = Document(segments, id="<x>")._repr_html_()
+    assert "<script" not in page
+    assert "&lt;script&gt;a &amp; b&lt;/script&gt;" in page
+    assert "&lt;x&gt;" in page
+    assert "text to generate" in page
+    assert "image to generate" in page
+    assert "&lt;none&gt;.png" in page
+    assert page.count("<img ") == 2 + 30  # the unreadable one counts, too
+    assert page.count("a further image") == 10
+    assert len(page) < 40_000 + 32 * 8000
+    assert "an empty document" in Document()._repr_html_()
+    assert "\u2026" in Document([Text("a" * 30_000)])._repr_html_()

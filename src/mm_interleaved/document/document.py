@@ -153,6 +153,12 @@ class Document:
         optional = {"num_iter": self.max_turns, "multiround_context": self.forced_texts or None, "id": self.id}
         return record | {k: v for k, v in optional.items() if v is not None}
 
+    def _repr_html_(self) -> str:
+        """The document in a notebook."""
+        from .page import to_html  # it encodes images, which is needed in notebooks alone
+
+        return to_html(self)
+
 
 def _path_text(source: object, index: int) -> str | None:
     if isinstance(source, (PIL.Image.Image, FileSlice)):
