@@ -7,7 +7,7 @@ LOWEST_TESTS := tests/test_document.py tests/test_configuration.py tests/process
 	tests/checkpoints/test_checkpoint.py tests/model/test_compatibility.py tests/generation/test_text.py \
 	tests/cli/test_info.py tests/training/test_optimizer.py
 
-.PHONY: demo test test-slow test-fast test-browser test-gpu lint format types lower-bounds docs hooks benchmark clean
+.PHONY: demo test test-slow test-fast test-browser test-gpu lint format types lower-bounds docs notebook hooks benchmark clean
 
 demo: .venv/ready
 	$(BIN)/mmi generate examples/demo.json --output demo --seed 7 --overwrite
@@ -46,6 +46,9 @@ docs: .venv/ready .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 	@echo "Read it with: $(BIN)/python -m http.server --directory site"
 
+notebook: .venv/ready-notebook
+	$(BIN)/python scripts/run_notebooks.py
+
 hooks: .venv/ready-tools
 	$(BIN)/pre-commit install
 
@@ -65,6 +68,10 @@ clean:
 
 .venv/ready-browser: .venv/ready-test requirements-browser.lock scripts/setup-browser
 	scripts/setup-browser .venv
+	touch $@
+
+.venv/ready-notebook: .venv/ready requirements-notebook.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-notebook.lock
 	touch $@
 
 .venv/ready-tools: .venv/ready-test requirements-tools.lock
