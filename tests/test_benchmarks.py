@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from mm_interleaved.pretrained import TOKENIZER
+from mm_interleaved.training.recipes import load_recipe
+from mm_interleaved.training.run import train
+from toyworld.sampling import Split
+from toyworld.writers import write_dataset
+from toyworld.writers.base import Job
+
 from .programs import Program
 
 ROOT = Path(__file__).parents[1]
@@ -104,3 +111,27 @@ def test_finetuning(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert row["tokens_per_second"] > 0
     assert row["estimated"] == sum(row["estimated_parts"].values())
+
+
+@pytest.mark.slow
+def test_fifty_steps_of_one_task_teach_it(tmp_path: Path) -> None:
+    """The small model, questions of a world that it never saw, by the recipe; scored on other scenes."""
+    sources = {}
+    wanted: tuple[tuple[Split, int], ...] = (("train", 80), ("val", 12))
+    for split, count in wanted:
+        folder = tmp_path / split
+        write_dataset("vqav2", folder, Job(count, split, 0, 64, "shifted"))
+        options = {"task": "vqav2", "phase": split, "annotations": str(folder), "images": str(folder)}
+        sources[split] = json.dumps([{"type": "task", "name": split, "options": options}])
+    changes = [
+        "steps=50", "optimizer.lr=2e-3", "schedule.warmup_steps=5", "data.batch_size=1", "data.max_length=200",
+        f"data.sources={sources['train']}", "eval_every=10", "eval_batches=2", "log_every=10", "save_every=0",
+        f"eval_data={{max_length: 200, sources: {sources['val']}}}", "evaluation=null", "sample_every=0",
+        "tensorboard=false",
+    ]  # fmt: skip
+    config = load_recipe("vqa", "small", None, str(tmp_path / "run"), changes)
+    train(config, TOKENIZER, "cpu")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    loss = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    assert sorted(loss) == [10, 20, 30, 40, 50]
+    assert loss[50] < 0.5 * loss[10], loss

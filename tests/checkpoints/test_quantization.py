@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from mm_interleaved import Document, Image, MMInterleaved, MMInterleavedProcessor, Text, TextSettings
-from mm_interleaved.checkpoints.quantization import QUANTIZATIONS, Quantization, quantize, store, stored_bytes
+from mm_interleaved.checkpoints.quantization import (
+    QUANTIZATIONS,
+    FrozenQuantization,
+    Quantization,
+    QuantizedLinear,
+    quantize,
+    quantize_frozen,
+    store,
+    stored_bytes,
+)
 from mm_interleaved.evaluation.run import weights_digest
 from mm_interleaved.model.fused import decoding_kernels
 from mm_interleaved.model.weights import is_quantized, readable, stored
@@ -170,3 +179,31 @@ def test_the_shipped_model_answers_as_before(kind: Quantization) -> None:
     if kind == "int8":
         assert found[0] == found[1]
     assert "red fox" in coarse.processor.decode_text(found[1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "int4", "bnb-nf4"])
+def test_gradients_pass_through_a_frozen_layer(kind: FrozenQuantization) -> None:
+    """Those of its stored weight, which is near the exact one and has none itself."""
+    pytest.importorskip("bitsandbytes" if kind == "bnb-nf4" else "torchao")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 8)).requires_grad_(False)
+    exact, bias = model[0].weight.clone(), model[0].bias
+    assert quantize_frozen(model, kind, ["0"]) == 1
+    layer = model[0]
+    assert isinstance(layer, QuantizedLinear)
+    whole = (layer(torch.eye(128)) - bias).t()
+    assert 0 < (whole - exact).norm() < (0.02 if kind == "int8" else 0.15) * exact.norm()
+    x, grad = torch.randn(3, 5, 128, requires_grad=True), torch.randn(3, 5, 64)
+    found = layer(x)
+    found.backward(grad)
+    assert torch.allclose(found, x @ whole.t() + bias, atol=1e-4)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, grad @ whole, atol=1e-4)
+    assert layer.weight.grad is None
+
+
+def test_a_base_in_4_bits_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for kind, words in (("bnb-nf4", "needs bitsandbytes, .* pip install bitsandbytes"), ("int4", "needs torchao")):
+        with pytest.raises(ValueError, match=words):
+            quantize_frozen(nn.Sequential(nn.Linear(64, 64)), kind, ["0"])

@@ -184,7 +184,7 @@ def test_a_quantized_base(settings, base: Path, tmp_path: Path, kind: str) -> No
 
 def test_what_cannot_be_quantized_is_refused(settings, base: Path) -> None:
     for changes, words in (
-        (on(base, "model.quantize=int4"), "have no backward pass"),
+        (on(base, "model.quantize=int4", "model.quantize_parts=[llm, image_decoder]"), "inputs in multiples of 32"),
         (["model.quantize=int8"], "is for the frozen base of an 'adapter'"),
         (on(base, "model.quantize=int8", "model.quantize_parts=[]"), "no frozen linear layer"),
     ):

@@ -10,6 +10,7 @@ store a weight by `store`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import re
@@ -25,10 +26,11 @@ from ..model.weights import is_quantized
 
 Quantization = Literal["int8", "fp8", "int4", "nf4"]
 QUANTIZATIONS = get_args(Quantization)
-FrozenQuantization = Literal["none", "int8", "int4", "nf4"]
+FrozenQuantization = Literal["none", "int8", "int4", "nf4", "bnb-nf4"]
 NF4_BLOCK = 64  # weights that share a scale
 INT4_GROUPS = (128, 64, 32)  # weights of an output that share a scale and a zero point; the first that fits is taken
 INT4_COLUMNS = 1024  # torchao fills the inputs up to a multiple of it on a GPU
+BITSANDBYTES = "bnb-nf4"  # nf4 by another library, whose kernels are for GPUs
 EXTRA = "pip install 'mm-interleaved[quantization]'"
 _QUANTIZED = re.compile(r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+(\.base_layer)?")
 
@@ -98,13 +100,13 @@ def store(weight: Tensor, kind: Quantization) -> Tensor:
     return Int4OpaqueTensor.from_hp(weight, group)
 
 
-def stored_bytes(outputs: int, inputs: int, itemsize: int, kind: Quantization) -> int:
+def stored_bytes(outputs: int, inputs: int, itemsize: int, kind: Quantization | FrozenQuantization) -> int:
     """Bytes of a weight [outputs, inputs] that `store` makes on a GPU from numbers of `itemsize` bytes."""
     if kind == "int4":
         inputs = -(-inputs // INT4_COLUMNS) * INT4_COLUMNS
         return outputs * inputs // 2 + outputs * inputs // _int4_group(inputs) * 2 * itemsize
     count = outputs * inputs
-    if kind == "nf4":
+    if kind in ("nf4", BITSANDBYTES):
         blocks = count // NF4_BLOCK
         return count // 2 + blocks + itemsize * (blocks // _nf4_scales(count) + 17)  # 17: 16 levels and a mean
     return count + outputs * (5 if kind == "int8" else 4)  # a scale in float32, and the zero point of int8
@@ -125,8 +127,8 @@ def _check_int4(name: str, weight: Tensor, device: torch.device) -> None:
         raise ValueError(f"quantization='int4' runs on a CPU or a CUDA device, not on '{device.type}'; take nf4")
     if device.type == "cuda" and weight.dtype != torch.bfloat16:
         raise ValueError(f"quantization='int4' computes in bfloat16 on a GPU, and the weights are "
-                         f"{str(weight.dtype).removeprefix('torch.')}; add --dtype bfloat16 (dtype=torch.bfloat16)"
-                         )  # fmt: skip
+                         f"{str(weight.dtype).removeprefix('torch.')}; add --dtype bfloat16 (dtype=torch.bfloat16; in "
+                         "training precision: bfloat16)")  # fmt: skip
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError("quantization='int4' needs a GPU of compute capability 8.0 or later; take nf4 or int8")
     if not _int4_group(inputs) or outputs % 16:
@@ -138,19 +140,28 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose weight is stored in 8 or 4 bits.
 
     The weight is computed from them in each forward and each backward pass, so activations alone are kept in between.
+    With int4 the forward pass uses the kernel for generation.
     """
 
     @classmethod
-    def of(cls, linear: nn.Linear, kind: Quantization) -> QuantizedLinear:
+    def of(
+        cls, linear: nn.Linear, kind: FrozenQuantization, device: torch.device | str | None = None
+    ) -> QuantizedLinear:
         """The layer with the weight of `linear`, which keeps its own bias.
 
         Args:
             linear: a linear layer.
-            kind: "int8" or "nf4", see `store`.
+            kind: "int8", "int4" or "nf4", see `store`; "bnb-nf4", which is nf4 by bitsandbytes.
+            device: where the weight is quantized, and left; None: where it is.
         """
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, bias=False)
-        layer.weight = nn.Parameter(store(linear.weight.detach(), kind), requires_grad=False)
+        weight = linear.weight.detach()
+        weight = weight.to(device or weight.device)
+        if kind == BITSANDBYTES:
+            layer.weight = _store_bitsandbytes(weight)
+        else:
+            layer.weight = nn.Parameter(store(weight, cast(Quantization, kind)), requires_grad=False)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -170,7 +181,7 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight  # a constant, which no hook of saved tensors must copy
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input, _dequantized(weight, input.dtype))
+            return F.linear(input, weight if _is_int4(weight) else _dequantized(weight, input.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -178,11 +189,40 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ _dequantized(ctx.weight, grad.dtype), None
 
 
+def _is_int4(weight: Tensor) -> bool:
+    return type(weight).__name__.startswith("Int4")
+
+
 def _dequantized(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [outputs, inputs] as numbers of `dtype`."""
+    if type(weight).__name__ == "Params4bit":
+        library = importlib.import_module("bitsandbytes.functional")
+        return library.dequantize_4bit(weight.data, cast(Any, weight).quant_state).to(dtype)
+    if _is_int4(weight):  # torchao can only multiply by it
+        return F.linear(torch.eye(weight.shape[1], dtype=dtype, device=weight.device), weight).t()
     from torchao.quantization import NF4Tensor
 
     whole = weight.get_original_weight() if isinstance(weight, NF4Tensor) else weight.dequantize()
     return whole.to(dtype)
+
+
+def _store_bitsandbytes(weight: Tensor) -> nn.Parameter:
+    """A parameter of bitsandbytes that holds `weight` [outputs, inputs] as nf4 with quantized scales.
+
+    Raises:
+        ValueError: this version of bitsandbytes cannot quantize on the device.
+    """
+    library = importlib.import_module("bitsandbytes")
+    made = library.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", blocksize=NF4_BLOCK)
+    try:
+        made = made.to(weight.device)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"model.quantize: this bitsandbytes cannot store weights on '{weight.device.type}': {error}; "
+                         "take nf4, which needs torchao") from None  # fmt: skip
+    if made.quant_state is None:
+        raise ValueError(f"model.quantize: this bitsandbytes does not quantize on '{weight.device.type}'; take nf4, "
+                         "which needs torchao")  # fmt: skip
+    return made
 
 
 def frozen_linears(model: nn.Module, names: Collection[str]) -> dict[str, nn.Linear]:
@@ -194,33 +234,37 @@ def frozen_linears(model: nn.Module, names: Collection[str]) -> dict[str, nn.Lin
     }  # fmt: skip
 
 
-def quantize_frozen(model: nn.Module, kind: FrozenQuantization, names: Collection[str]) -> int:
+def quantize_frozen(
+    model: nn.Module, kind: FrozenQuantization, names: Collection[str], device: torch.device | str | None = None
+) -> int:
     """Quantize frozen linear layers in place, for the training of an adapter.
 
     Args:
         model: the model with its adapter, in the types of the run.
         kind: see `QuantizedLinear.of`.
         names: names of the modules whose linear layers are quantized; layers that are trained are not.
+        device: where the model is trained: their weights are quantized and left there; None: where they are.
 
     Returns:
         The number of layers.
 
     Raises:
-        ValueError: this kind cannot be trained with, torchao is not installed, or there is no such layer.
+        ValueError: the library is not installed, there is no such layer, or int4 cannot have its sizes or type.
     """
     if kind == "none":
         return 0
-    if kind == "int4":
-        raise ValueError("model.quantize: torchao's int4 layers have no backward pass, so no adapter can be trained on "
-                         "them; take nf4, which has 4 bits too, or int8")  # fmt: skip
-    if importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"model.quantize: {kind} needs torchao, which is not installed: {EXTRA}")
+    library, install = ("bitsandbytes", "pip install bitsandbytes") if kind == BITSANDBYTES else ("torchao", EXTRA)
+    if importlib.util.find_spec(library) is None:
+        raise ValueError(f"model.quantize: {kind} needs {library}, which is not installed: {install}")
     chosen = frozen_linears(model, names)
     if not chosen:
         raise ValueError("model.quantize finds no frozen linear layer in model.quantize_parts")
+    if kind == "int4":
+        for name, linear in chosen.items():
+            _check_int4(name, linear.weight, torch.device(device or linear.weight.device))
     for name, linear in chosen.items():
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, QuantizedLinear.of(linear, kind))
+        setattr(model.get_submodule(owner), last, QuantizedLinear.of(linear, kind, device))
     # Every process has the same ones, and data parallelism cannot broadcast them.
     cast(Any, model)._ddp_params_and_buffers_to_ignore = [f"{name}.weight" for name in chosen]
     return len(chosen)

@@ -31,10 +31,13 @@ from .adapters import attach_adapter
 from .config import FRESH, ModelConfig, ModelPart, TrainConfig, WeightsConfig
 
 
-def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[MMInterleaved, MMInterleavedProcessor]:
+def build(
+    config: TrainConfig, default_tokenizer: Path | None = None, device: torch.device | None = None
+) -> tuple[MMInterleaved, MMInterleavedProcessor]:
     """Build the model and the processor of a run. The parts of `freeze` are frozen; with an adapter, all of the model.
 
-    Trainable weights are float32. Frozen ones have the run's `precision`, and those of the VAE `losses.vae_dtype`.
+    Trainable weights are float32. Frozen ones have the run's `precision`, and those of the VAE `losses.vae_dtype`. The
+    model is on the CPU but for quantized weights, which are on `device`, where it will be trained; None: the CPU, too.
 
     Raises:
         ValueError: the settings contradict each other, or a folder has unsuitable files.
@@ -50,7 +53,7 @@ def build(config: TrainConfig, default_tokenizer: Path | None = None) -> tuple[M
     freeze_parts(model, config.freeze)
     attach_adapter(model, config, frozen_layers(model, config.freeze))
     set_types(model, config)
-    quantize_base(model, config)
+    quantize_base(model, config, device)
     return model, MMInterleavedProcessor.for_model(model_config, tokenizer)
 
 
@@ -107,10 +110,10 @@ def frozen_layers(model: nn.Module, parts: Sequence[ModelPart]) -> set[str]:
     return {name for name, _ in model.named_modules() if any(pattern.match(name) for pattern in patterns)}
 
 
-def quantize_base(model: nn.Module, config: TrainConfig) -> None:
+def quantize_base(model: nn.Module, config: TrainConfig, device: torch.device | None = None) -> None:
     """Quantize the frozen linear layers in the parts of `model.quantize_parts`; the head and the VAE are left."""
     if config.model.quantize != "none":
-        quantize_frozen(model, config.model.quantize, quantized_modules(model, config))
+        quantize_frozen(model, config.model.quantize, quantized_modules(model, config), device)
 
 
 def quantized_modules(model: nn.Module, config: TrainConfig) -> set[str]:

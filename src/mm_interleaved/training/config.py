@@ -238,7 +238,8 @@ class ModelConfig:
         tokenizer: folder or SentencePiece file; None: that of the checkpoint, the language model, or this package.
         mmfs: which parts have synchronizers.
         overrides: values that replace those of the model's configuration, nested in the same way.
-        quantize: store frozen linear layers in fewer bits while an adapter is trained: `int8` or `nf4` (4 bits).
+        quantize: store frozen linear layers in fewer bits while an adapter is trained: `int8`, `nf4` or `int4` (4 bits)
+            by torchao, or `bnb-nf4` (4 bits) by bitsandbytes.
         quantize_parts: the parts with these layers, by the names of `freeze`.
     """
 

@@ -81,7 +81,7 @@ def train(
         args = training_arguments(config, device)
         peers.connect()
         resume = same_for_all(resume, args)
-        model, processor = build(config, default_tokenizer)
+        model, processor = build(config, default_tokenizer, args.device)
         distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
         if config.gradient_checkpointing:
             enable_checkpointing(model, config.selective_checkpointing)
