@@ -15,6 +15,7 @@ from mm_interleaved import (
     DocumentFinished,
     GenerationSettings,
     Image,
+    ImageProgress,
     ImageSettings,
     MMInterleaved,
     MMInterleavedConfig,
@@ -24,10 +25,22 @@ from mm_interleaved import (
     TextSettings,
 )
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.inspection import Inspection, Points, inspect, inspect_documents, load_inspection
+from mm_interleaved.inspection import (
+    InspectedGenerator,
+    Inspection,
+    InspectionSettings,
+    Points,
+    heat_map,
+    inspect,
+    inspect_documents,
+    load_inspection,
+    region_units,
+)
+from mm_interleaved.inspection.recorder import Recorder
 from mm_interleaved.io import InputError
 from mm_interleaved.model import mmfs as mmfs_module
 from mm_interleaved.model.language_model import synchronizers
+from mm_interleaved.model.weights import state_of, why_not_captured
 from mm_interleaved.ops import deformable_attention_reference
 
 from ..conftest import awaken, make_image
@@ -215,3 +228,51 @@ def test_files(pipe: MMInterleavedPipeline, tmp_path: Path) -> None:
     (tmp_path / "saved" / "arrays.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"arrays\.npz: the arrays cannot be read"):
         load_inspection(tmp_path / "saved")
+
+
+def test_fast_paths_are_the_same_before_during_and_after(pipe: MMInterleavedPipeline) -> None:
+    """A recorder is no hook: derived weights are used with it, too, and captured graphs stay valid."""
+    model = pipe.model
+    parts = (model.language_model, model.image_decoder.unet)
+    layers = synchronizers(model.language_model)
+    before = state_of(*parts)
+    with Recorder(model, InspectionSettings()).attached():
+        assert all(s.mmfs.recorder is not None for s in layers)
+        assert all(s.derive() is not None for s in layers)
+        assert all(d.query is not None and d.output is not None for d in model.image_decoder.unet.derive())
+        assert state_of(*parts) == before
+        assert why_not_captured(*parts) is None
+    assert all(s.mmfs.recorder is None for s in layers)
+    assert state_of(*parts) == before
+
+
+def test_what_happens_between_two_events_is_not_collected(pipe: MMInterleavedPipeline) -> None:
+    """As in a server, where other requests take their steps then."""
+    expected = inspect(pipe, documents()[0])
+    generator = InspectedGenerator(pipe.model, pipe.processor, pipe.settings)
+    for event in generator.run(documents()[:1]):
+        if isinstance(event, ImageProgress) and event.step == 2:
+            pipe([Image(make_image(3)), "a", Text(), Image()], num_inference_steps=1)
+        if isinstance(event, DocumentFinished):
+            found = generator.inspection_of(0, event)
+    for a, b in zip(parts_of(found), parts_of(expected), strict=True):
+        np.testing.assert_array_equal(a.weights, b.weights)
+
+
+def test_levels_and_regions_of_heat_maps(pipe: MMInterleavedPipeline) -> None:
+    """The sum of a heat map is the weight within the image, and levels add up."""
+    found = inspect(pipe, documents()[0], cells=4)
+    text = found.texts[0]
+    points = text.points
+    inside = ((points.locations > 0.3) & (points.locations < 0.7)).all(-1)[..., None, :]
+    points.weights[:] = points.weights * inside  # far from the edges, where bilinear samples lose weight
+    whole = heat_map(points, 0, text.levels)
+    assert whole.sum() == pytest.approx(points.weights[..., 0, :, :].sum((-1, -2)).mean(), rel=0.05)
+    single = [heat_map(points, 0, text.levels, only=[level]) for level in text.levels]
+    np.testing.assert_allclose(sum(single), whole, atol=1e-6)
+    (quarter,) = region_units(found.images[0], [(0, 0, 0.5, 0.5)])
+    for one, chosen in zip(found.images[0].maps, quarter.points, strict=True):
+        expected = one.points[:, [k for k, (x, y) in enumerate(one.reference) if x < 0.5 and y < 0.5]]
+        np.testing.assert_array_equal(chosen.weights, expected.weights)
+    (tiny,) = region_units(found.images[0], [(0.49, 0.49, 0.5, 0.5)])
+    assert all(points.weights.shape[1] == 1 for points in tiny.points)

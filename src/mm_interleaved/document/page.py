@@ -24,7 +24,8 @@ MADE = "border-left: 3px solid #b4552d; padding-left: 8px"
 
 def to_html(document: Document) -> str:
     """The document; open slots are dashed, and what a model generated has a coloured edge."""
-    parts, shown = [], 0
+    parts: list[str] = []
+    shown = 0
     for segment in document.segments:
         role = f"<small>{html.escape(segment.role)}</small><br>" if segment.role else ""
         style = f' style="{MADE}"' if segment.generated is not None else ""

@@ -74,10 +74,10 @@ def region_units(record: ImageRecord, regions: Sequence[Box] | None = None) -> I
         points = []
         for one in record.maps:
             centres = one.reference
-            chosen = ((centres >= (x0, y0)) & (centres < (x1, y1))).all(1)
-            if not chosen.any():
-                chosen[np.abs(centres - ((x0 + x1) / 2, (y0 + y1) / 2)).sum(1).argmin()] = True
-            points.append(one.points[:, chosen])
+            cells = np.flatnonzero(np.all((centres >= (x0, y0)) & (centres < (x1, y1)), axis=1))
+            if not len(cells):
+                cells = np.abs(centres - ((x0 + x1) / 2, (y0 + y1) / 2)).sum(1).argmin(keepdims=True)
+            points.append(one.points[:, cells])
         name = ",".join(f"{side:.2f}" for side in region)
         yield Unit(record.segment, name, record.images, points, record.levels)
 
