@@ -1,11 +1,13 @@
-"""The cluster that tests of this folder share."""
+"""The cluster and the unbroken run that tests of this folder share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from .kills import train_whole
 from .slurm import Cluster, missing
 
 
@@ -16,3 +18,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an unbroken run of two processes."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_whole(folder)
+    return folder

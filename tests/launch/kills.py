@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,11 +11,11 @@ from random import Random
 import torch
 from safetensors.torch import load_file
 
-from ..programs import start_together
+from ..programs import Program, start_together
 from ..training.conftest import command, logged
 
-STEPS = 16
-SETTINGS = [f"steps={STEPS}", "save_every=4", "log_every=1", "ema.decay=0.9"]
+STEPS = 10
+SETTINGS = [f"steps={STEPS}", "save_every=3", "log_every=1", "keep_checkpoints=4", "ema.decay=0.9"]
 
 
 @dataclass
@@ -40,21 +41,24 @@ class Kill:
     equal: bool = False
 
 
-def train_whole(folder: Path) -> None:
-    """The unbroken run of two processes."""
-    for program in start_together(2, "mm_interleaved.cli", *command(folder, *SETTINGS), OMP_NUM_THREADS="1"):
-        said = program.communicate()
-        assert program.returncode == 0, said
+def start_run(folder: Path, *changes: str) -> list[Program]:
+    """Start a run of two processes."""
+    return start_together(2, "mm_interleaved.cli", *command(folder, *SETTINGS, *changes), OMP_NUM_THREADS="1")
+
+
+def train_whole(folder: Path, *changes: str) -> list[str]:
+    """Train to the end; what the two processes said."""
+    programs = start_run(folder, *changes)
+    said = ["".join(program.communicate()) for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], "\n".join(said)
+    return said
 
 
 def train_and_kill(folder: Path, whole: Path, random: Random) -> Kill:
     """Train, kill one of the processes at a random moment, start both again, and compare with the unbroken run."""
     kill = Kill(random.randrange(2), random.randrange(1, STEPS), random.random() * 0.5)
-    programs = start_together(2, "mm_interleaved.cli", *command(folder, *SETTINGS), OMP_NUM_THREADS="1")
-    deadline = time.monotonic() + 120
-    while _last_step(folder) < kill.step:
-        assert time.monotonic() < deadline, programs[0].said()
-        time.sleep(0.01)
+    programs = start_run(folder)
+    wait_for(lambda: last_step(folder) >= kill.step, programs)
     time.sleep(kill.later)
     programs[kill.rank].kill()
     begin = time.monotonic()
@@ -66,14 +70,25 @@ def train_and_kill(folder: Path, whole: Path, random: Random) -> Kill:
     kept = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
     kill.resumed = max((n for n in kept if (folder / f"checkpoint-{n}/trainer_state.json").is_file()), default=0)
     train_whole(folder)
-    kill.equal = logged(folder) == logged(whole) and _same(folder / "final", whole / "final")
+    kill.equal = is_same(folder, whole)
     return kill
 
 
-def _last_step(run: Path) -> int:
+def wait_for(true: Callable[[], bool], programs: Sequence[Program], seconds: float = 120) -> None:
+    """Wait until something is true, and fail when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "\n".join(program.said() for program in programs)
+        time.sleep(0.01)
+
+
+def last_step(run: Path) -> int:
+    """The last step in the log of a run; 0: there is none."""
     return max(logged(run), default=0) if (run / "log.jsonl").is_file() else 0
 
 
-def _same(a: Path, b: Path) -> bool:
-    one, two = (load_file(folder / "model.safetensors") for folder in (a, b))
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+def is_same(run: Path, whole: Path) -> bool:
+    """Whether two runs have the same losses and ended with the same parameters."""
+    one, two = (load_file(folder / "final/model.safetensors") for folder in (run, whole))
+    same = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return same and logged(run) == logged(whole)

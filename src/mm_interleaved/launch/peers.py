@@ -84,7 +84,9 @@ class _Hub:
 
     def start(self) -> int:
         """Start listening; the port."""
-        listener = socket.create_server(("", 0), backlog=self.count)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        listener = socket.create_server(("", 0), family=family, backlog=self.count, dualstack_ipv6=both)
         listener.setblocking(False)
         _forget_in_children(listener)
         threading.Thread(target=self._run, args=(listener,), daemon=True, name="peers-hub").start()

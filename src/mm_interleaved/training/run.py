@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,11 +75,9 @@ def train(
         ValueError: settings do not fit together, or the run cannot be resumed.
         TrainingError: a loss or a trained weight is not finite.
     """
-    with start_run(config) as resume:
-        console = Console(stderr=True, soft_wrap=True, quiet=int(os.environ.get("RANK", "0")) > 0)
-        args = training_arguments(config, device)
-        peers.connect()
-        resume = same_for_all(resume, args)
+    args = join_run(config, device)
+    console = Console(stderr=True, soft_wrap=True, quiet=args.process_index > 0)
+    with start_run(config, args) as resume:
         model, processor = build(config, default_tokenizer, args.device)
         distillation = ConditionDistillation(model, config.losses.conditions) if config.losses.conditions else None
         if config.gradient_checkpointing:
@@ -146,42 +143,42 @@ def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
     return sharding.ForceAllBranches(bool(text), bool(image), bool(config.losses.conditions))
 
 
-@contextmanager
-def start_run(config: RunConfig) -> Iterator[Path | None]:
-    """Make the run's folder and hold it; yields the checkpoint to resume from on the first process, see `same_for_all`.
+def join_run(config: RunConfig, device: str | None) -> TrainingArguments:
+    """The settings of the Trainer, once this process has joined the others of the run; see `training_arguments`."""
+    join_processes()
+    trace_collectives(Path(config.output))
+    args = training_arguments(config, device)
+    peers.connect()
+    return args
 
-    A refused start leaves nothing in the folder.
+
+@contextmanager
+def start_run(config: RunConfig, args: TrainingArguments) -> Iterator[Path | None]:
+    """Make the run's folder and hold it; yields the checkpoint to resume from. A refused start leaves nothing in it.
+
+    The first process alone locks the folder and reads checkpoints to find damage. If it fails, the others end.
 
     Raises:
         OutputError: another run holds the folder, or it cannot be written.
     """
-    join_processes()
-    folder = Path(config.output)
-    trace_collectives(folder)
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    folder, is_first = Path(config.output), args.process_index == 0
     logged, saved = _progress(folder)
 
     def is_begun() -> bool:
         now = _progress(folder)
         return now[0] > logged or now[1] != saved
 
-    with lock_fresh_folder(folder, is_begun) if is_first else nullcontext():
-        resume = find_resume(folder, config.resume) if is_first else None
-        if config.tf32 and torch.cuda.is_available():
-            torch.set_float32_matmul_precision("high")
-        try:
-            yield resume
-        finally:
-            peers.disconnect(sys.exception())
-
-
-def same_for_all(resume: Path | None, args: TrainingArguments) -> Path | None:
-    """The checkpoint that the first process found, on every process: it alone reads the files to find damage."""
-    if args.world_size == 1:
-        return resume
-    found = [resume]
-    dist.broadcast_object_list(found, 0, device=args.device)
-    return found[0]
+    try:
+        with lock_fresh_folder(folder, is_begun) if is_first else nullcontext():
+            found = [find_resume(folder, config.resume) if is_first else None]
+            if args.world_size > 1:
+                with peers.explained():
+                    dist.broadcast_object_list(found, 0, device=args.device)
+            if config.tf32 and torch.cuda.is_available():
+                torch.set_float32_matmul_precision("high")
+            yield found[0]
+    finally:
+        peers.disconnect(sys.exception())
 
 
 def _progress(folder: Path) -> tuple[int, list[str]]:
