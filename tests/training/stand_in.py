@@ -50,6 +50,9 @@ class Colors:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def take_seconds(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, int]:
         return {"place": self.place, "epoch": self.epoch}
 

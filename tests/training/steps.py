@@ -7,7 +7,7 @@ settings of the run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,11 @@ class Given:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_states(self, states: Sequence[dict[str, Any]]) -> int:
+        return 0
+
+    def take_seconds(self) -> dict[str, float]:
+        return {}
 
 
 def same_noise(model: MMInterleaved, config: TrainConfig) -> Any:

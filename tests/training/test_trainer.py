@@ -44,7 +44,7 @@ def test_a_debug_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     assert losses[20] < losses[5] - 0.5
     entry = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     wanted = {"loss_txt", "loss_img", "grad_norm", "lr/rest", "tokens_per_second", "images_per_second"}
-    assert wanted | {"data_wait_share", "padding_share", "steps_per_second"} <= set(entry)
+    assert wanted | {"data_wait_share", "loader_decode_share", "padding_share", "steps_per_second"} <= set(entry)
     assert entry["loss"] == pytest.approx(entry["loss_txt"] + 10 * entry["loss_img"], rel=1e-4)
     assert set(logged(run, "eval_loss")) == {10, 20}
     assert (run / "samples/0000020.png").is_file()

@@ -9,13 +9,35 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ..processor.packing import Packing
-from ..validation import Count, Positive, Seed, Share, settings
+from ..validation import Count, Positive, PositiveFloat, Seed, Share, settings
 from .augmentation import AugmentConfig
 from .sources import SOURCES
+from .stores import is_url
 
 PAIR_TYPES = ("pairs", "webdataset")
 SourceCompat = Literal["strict_json", "merge_without_effect", "listed_image_order", "unseeded_order"]
 MixtureCompat = Literal["shifted_names", "repeated_epochs"]
+
+
+@settings
+class StoreConfig:
+    """How files are fetched from a store (`root: s3://bucket/folder`, `gs://`, `https://` ..., docs/guides/data.md).
+
+    Attributes:
+        cache: folder of fetched files, which the processes of a machine share; None: `mm_interleaved/data` in
+            `$XDG_CACHE_HOME`, or in `~/.cache`.
+        cache_gib: size of the cache; files that were not used for the longest time are removed.
+        tries: how often a file is asked for until the run ends with an error.
+        wait: seconds before the second try; twice as many before each further one, at most 30.
+        options: settings of fsspec's file system, such as `endpoint_url` or `anon`. Credentials do not belong here,
+            since the settings are written beside the results; stores take them from their environment.
+    """
+
+    cache: str | None = None
+    cache_gib: PositiveFloat = 50.0
+    tries: Positive = 6
+    wait: PositiveFloat = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @settings
@@ -27,8 +49,9 @@ class SourceConfig:
         name: name of the source in batches and reports; "": the type.
         shards: files of the source: names or patterns (`docs_{0..99}.jsonl`, `*.tar`), relative to `root`. A shard may
             be plain, `.gz` or `.zip`; MMC4's `NAME` is also found as `NAME.zip`.
-        root: folder of the shards.
-        image_root: folder of the images, which no path may leave; None: `root`.
+        root: folder of the shards, or its URL in a store.
+        image_root: folder of the images, or its URL, which no path may leave; None: `root`.
+        store: how files of URLs are fetched; None: as `store` of the data.
         batch_size: rows of a batch.
         max_length: longest row in tokens; None: the model's.
         packing: how documents become rows: `stream` (joined, and cut anywhere between images), `samples` (whole
@@ -78,6 +101,7 @@ class SourceConfig:
     shards: list[str] = field(default_factory=list)
     root: str = "."
     image_root: str | None = None
+    store: StoreConfig | None = None
     batch_size: Positive = 4
     max_length: Annotated[int, Field(ge=2)] | None = None
     packing: Packing | None = None
@@ -178,8 +202,9 @@ class DataConfig:
 
     Attributes:
         sources: the sources.
-        root: folder where relative paths of the sources start.
+        root: folder where relative paths of the sources start, or its URL in a store.
         max_length: longest row in tokens, of sources without a `max_length` of their own; None: the model's.
+        store: how files of URLs are fetched, for sources without a `store` of their own.
         probabilities: relative probability of each source without `replay`; `sqrt_size`: the square root of its number
             of documents, for sources that know it (`task`, `messages`, `imagefolder`); empty: all equal.
         sampling: when an epoch ends: when every source was exhausted once, where exhausted ones start again
@@ -204,6 +229,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     root: str = "."
     max_length: Annotated[int, Field(ge=2)] | None = None
+    store: StoreConfig = field(default_factory=StoreConfig)
     probabilities: list[float] | Literal["sqrt_size"] = field(default_factory=list)
     sampling: Literal["longest", "sum", "shortest", "forever"] = "longest"
     mix: Literal["batch", "row"] = "batch"
@@ -230,10 +256,23 @@ class DataConfig:
         names = [s.name for s in self.sources]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two sources are called '{twice[0]}'; give each a name")
-        if self.max_length is not None:
-            sources = [dataclasses.replace(s, max_length=s.max_length or self.max_length) for s in self.sources]
-            object.__setattr__(self, "sources", sources)
+        shared = [(s, s.max_length or self.max_length, s.store or self.store) for s in self.sources]
+        sources = [dataclasses.replace(s, max_length=length, store=store) for s, length, store in shared]
+        if is_url(self.root):
+            sources = [self._inside_root(source) for source in sources]
+            object.__setattr__(self, "root", ".")
+        object.__setattr__(self, "sources", sources)
         self._check_mixture()
+
+    def _inside_root(self, source: SourceConfig) -> SourceConfig:
+        """A source whose relative folders are in the store that `root` names."""
+        names = {"root": source.root, "image_root": source.image_root}
+        inside = {
+            key: f"{self.root.rstrip('/')}/{name}".removesuffix("/.")
+            for key, name in names.items()
+            if name is not None and not is_url(name) and not name.startswith("/")
+        }
+        return dataclasses.replace(source, **inside)
 
     @property
     def own_sources(self) -> list[SourceConfig]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +21,7 @@ from ..io import InputError
 from ..processor import Batch, MMInterleavedProcessor
 from ..processor.packing import TokenStream
 from ..processor.processor import ImageViews
+from . import stores
 from .config import DataConfig
 from .mixture import MixtureBatch, with_sizes
 from .partitions import Partition, deal, whole_partition
@@ -35,6 +38,11 @@ def leave_process_group(worker: int) -> None:
     os.setpgrp()
 
 
+WORK = (
+    "store",
+    "tokenize",
+    "decode",
+)  # of a loading process: waiting for a store, reading text, making tensors of images
 Parcel = tuple[Batch | None, dict[str, Any]]  # a batch, and what a worker has to say with it
 
 
@@ -76,6 +84,7 @@ class DocumentLoader:
         readers = self._dataset.readers()  # raises errors here instead of in a worker
         self.config = self._dataset.config = with_sizes(config, readers)
         self._report = DataReport()
+        self._seconds = dict.fromkeys(WORK, 0.0)
         self._batches = 0  # of this epoch
         self._barren: dict[str, set[int]] = {}
         self._warned: set[str] = set()
@@ -97,6 +106,11 @@ class DocumentLoader:
     def report(self) -> DataReport:
         """The report of what was read and left out so far, in the batches that were yielded."""
         return DataReport(self._report.to_dict())
+
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds that a worker spent on each kind of `WORK` since the last call, on average."""
+        seconds, self._seconds = self._seconds, dict.fromkeys(WORK, 0.0)
+        return {work: total / max(self.config.num_workers, 1) for work, total in seconds.items()}
 
     def contents(self) -> list[list[int | str | None]]:
         """For each source the number of its documents and a digest of what they say, as far as they are known."""
@@ -152,6 +166,8 @@ class DocumentLoader:
     def _hear(self, message: dict[str, Any]) -> None:
         """Merge the report of a worker; an error or a warning for sources without rows."""
         self._report.merge(message["report"])
+        for work, seconds in message["seconds"].items():
+            self._seconds[work] += seconds
         for source in self._report.sources:
             if source not in self._warned and self._report.rejected(source).get(LITERAL):
                 self._warned.add(source)
@@ -396,27 +412,43 @@ class _Parcels:
         self._config, self._processor, self._worker = config, processor, worker
         self._partitions, self._turn, self._identity = partitions, turn, identity
         self._report = DataReport()
+        self._seconds = dict.fromkeys(WORK, 0.0)
 
     def __iter__(self) -> _Parcels:
         return self
 
     def __next__(self) -> Parcel:
         while active := [partition for partition in self._partitions if not partition.done]:
-            mixed = active[self._turn % len(active)].next_batch()
+            with self._measured("tokenize"):
+                mixed = active[self._turn % len(active)].next_batch()
             if mixed is None:
                 self._turn %= len(active)
                 if len(active) == 1:
                     return None, self._message()  # the report of the end of the epoch
-            elif (batch := self._collate(mixed)) is not None:
+                continue
+            with self._measured("decode"):
+                batch = self._collate(mixed)
+            if batch is not None:
                 self._turn = (self._turn + 1) % len(active)
                 return batch, self._message()
         raise StopIteration
+
+    @contextmanager
+    def _measured(self, work: str) -> Iterator[None]:
+        """Add the time of the block to that of this work, without what it waits for a store."""
+        begin = time.perf_counter()
+        yield
+        waited = stores.waited.take()
+        self._seconds["store"] += waited
+        self._seconds[work] += time.perf_counter() - begin - waited
 
     def _message(self) -> dict[str, Any]:
         for partition in self._partitions:
             self._report.merge(partition.take_report())
         barren = [set(partition.barren) for partition in self._partitions]
-        return {"worker": self._worker, "report": self._report.drain(), "barren": sorted(set.intersection(*barren))}
+        seconds, self._seconds = self._seconds, dict.fromkeys(WORK, 0.0)
+        return {"worker": self._worker, "report": self._report.drain(), "barren": sorted(set.intersection(*barren)),
+                "seconds": seconds}  # fmt: skip
 
     def position(self) -> dict[str, Any]:
         """The state after the last parcel."""

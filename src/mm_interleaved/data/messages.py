@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..document import Box, Document, Folder, Segment, Text
+from ..document import Box, Document, Segment, Text
 from ..io import InputError, check_list, check_type
 from ..io.images import ImageSource, upright_size
 from .config import SourceConfig
@@ -50,7 +50,7 @@ class Messages:
         where = self.shards.place(record)
         data = decode(record.payload, where)
         try:
-            document = Document.from_dict({"messages": _messages(data)}, Folder(self.images.root))
+            document = Document.from_dict({"messages": _messages(data)}, self.images.folder)
             document.segments = _with_objects(document, data.get("objects"))
         except InputError as error:
             raise Rejected(kind_of(error.problem), f"{where}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,10 +15,11 @@ from ..configuration import ConfigError, make_config
 from ..document import Document, Folder, Image, Segment, Text, interleave
 from ..io import FileSlice, InputError, check_strings, decode_text, find_file, parse_json
 from ..io.images import open_image
-from .config import SourceConfig
+from .config import SourceConfig, StoreConfig
 from .report import DataError, Rejected
 from .shards import LineShards, Record, Shards, TarSample, TarShards, expand
 from .sources import SOURCES, SourceType
+from .stores import Store, StoredFolder, find_stored, is_url
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff")  # extensions in tar shards
 LITERAL = "Python literal instead of JSON"  # read, but counted
@@ -81,24 +82,42 @@ class ImageFolder:
     root: Path
     probe: bool
 
-    def find(self, name: Any, where: str) -> Path:
-        """The path of the image that a record names.
+    @property
+    def folder(self) -> Folder:
+        """The folder for the images of documents."""
+        return Folder(self.root)
+
+    def locate(self, name: Any) -> Path | FileSlice:
+        """The file that a record names.
+
+        Raises:
+            InputError: it is no name, leads out of the folder, or does not exist.
+        """
+        return find_file(self.root, name)
+
+    def within(self, name: str) -> ImageFolder | None:
+        """The folder of this name in this one; None: there is none."""
+        path = self.root / name
+        return ImageFolder(path, self.probe) if path.is_dir() else None
+
+    def find(self, name: Any, where: str) -> Path | FileSlice:
+        """The image that a record names.
 
         Raises:
             Rejected: it is no name, leads out of the folder, does not exist, or is no image.
         """
         try:
-            path = find_file(self.root, name)
+            found = self.locate(name)
         except InputError as error:
             raise Rejected(f"image {error.kind}", f"{where}: {error.problem}") from None
-        self.check(path, f"{where}: {name}")
-        return path
+        self.check(found, f"{where}: {name}")
+        return found
 
     def check_all(self, document: Document, where: str) -> None:
         """Refuse a document with a file that is no image, as far as its header tells."""
         for image in document.images:
             for source in (image.source, image.target):
-                if isinstance(source, Path):
+                if isinstance(source, Path | FileSlice):
                     self.check(source, f"{where}: {source}")
 
     def check(self, source: Path | FileSlice, example: str) -> None:
@@ -111,6 +130,30 @@ class ImageFolder:
                 open_image(source).close()
             except InputError as error:
                 raise Rejected(f"image {error.kind}", f"{example}: {error.problem}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredImages(ImageFolder):
+    """The images of a source in a store.
+
+    Attributes:
+        store: their folder.
+    """
+
+    store: Store
+
+    @property
+    def folder(self) -> Folder:
+        """The folder for the images of documents."""
+        return StoredFolder(store=self.store)
+
+    def locate(self, name: Any) -> Path | FileSlice:
+        """The file that a record names; see `ImageFolder.locate`."""
+        return find_stored(self.store, name)
+
+    def within(self, name: str) -> ImageFolder | None:
+        """The folder of this name in this one; None: there is none."""
+        return replace(self, store=self.store.within(name)) if self.store.has_folder(name) else None
 
 
 def decode(payload: bytes, where: str, note: Note | None = None) -> dict[str, Any]:
@@ -161,7 +204,7 @@ class MMC4:
     config: SourceConfig
     shards: Shards
     images: ImageFolder
-    _folders: dict[int, list[str]] = field(default_factory=dict, repr=False)
+    _folders: dict[int, list[ImageFolder]] = field(default_factory=dict, repr=False)
 
     def document(self, record: Record, rng: np.random.Generator, note: Note) -> Document:
         """The steps listed there; what needs no image is decided before images are read."""
@@ -187,8 +230,10 @@ class MMC4:
         placed = [(spot, Image(path)) for spot, path in zip(sorted(spots), paths, strict=True)]
         return Document(interleave(sentences, placed), place=where)
 
-    def _kept(self, data: dict[str, Any], sentences: int, shard: int, where: str, note: Note) -> list[tuple[int, Path]]:
-        """(sentence, path) of every image that may be used, in the order of the file."""
+    def _kept(
+        self, data: dict[str, Any], sentences: int, shard: int, where: str, note: Note
+    ) -> list[tuple[int, Path | FileSlice]]:
+        """(sentence, file) of every image that may be used, in the order of the file."""
         infos = list_of(data, "image_info", dict, where)
         matrix = data.get("similarity_matrix")
         if not isinstance(matrix, list):
@@ -209,8 +254,8 @@ class MMC4:
                 note(rejected.reason, rejected.example)
         return kept
 
-    def _find(self, name: Any, shard: int, where: str) -> Path:
-        """The path of an image, which lies in the folder of images or in the one of its shard there.
+    def _find(self, name: Any, shard: int, where: str) -> Path | FileSlice:
+        """The file of an image, which lies in the folder of images or in the one of its shard there.
 
         Raises:
             Rejected: it is in neither, or as `ImageFolder.find`.
@@ -219,14 +264,15 @@ class MMC4:
             stem = Path(self.shards.names[shard]).name.partition(".jsonl")[0]
             number = re.search(r"shard_(\d+)", stem)
             names = [stem, f"{stem}_images", *([number[1]] if number else [])]
-            self._folders[shard] = [name for name in names if (self.images.root / name).is_dir()]
+            within = (self.images.within(name) for name in names)
+            self._folders[shard] = [folder for folder in within if folder is not None]
         for folder in self._folders[shard]:
             try:
-                path = find_file(self.images.root / folder, name)
+                found = folder.locate(name)
             except InputError:
                 continue
-            self.images.check(path, f"{where}: {folder}/{name}")
-            return path
+            self.images.check(found, f"{where}: {found}")
+            return found
         return self.images.find(name, where)
 
 
@@ -326,7 +372,7 @@ class Documents:
 
     def _own(self, data: dict[str, Any], where: str) -> Document:
         try:
-            document = Document.from_dict(data, Folder(self.images.root))
+            document = Document.from_dict(data, self.images.folder)
         except InputError as error:
             raise Rejected(kind_of(error.problem), f"{where}: {error}") from None
         document.place = where
@@ -374,26 +420,45 @@ def folders(config: SourceConfig, folder: Path) -> tuple[Path, ImageFolder]:
     """The folder of the files of a source, and that of its images.
 
     Raises:
-        DataError: one of them does not exist.
+        DataError: one of them does not exist, or is in a store.
     """
-    root = folder / config.root
-    image_root = root if config.image_root is None else folder / config.image_root
-    for path in (root, image_root):
-        if not path.is_dir():
-            why = f"{path} is a file, and a folder is needed" if path.is_file() else f"there is no folder {path}"
-            raise DataError(f"source '{config.name}': {why}")
-    return root, ImageFolder(image_root.resolve(), config.probe_images)
+    root, images = _root(config, config.root, folder), _images(config, folder)
+    if isinstance(root, Store) or isinstance(images, StoredImages):
+        raise DataError(f"source '{config.name}' of type '{config.type}' reads local folders only, not '{root}'",
+                        fix="Copy the files here, or write them as webdataset or documents")  # fmt: skip
+    return root, images
+
+
+def _images(config: SourceConfig, folder: Path) -> ImageFolder:
+    root = _root(config, config.root if config.image_root is None else config.image_root, folder)
+    if isinstance(root, Store):
+        return StoredImages(Path(), config.probe_images, store=root)
+    return ImageFolder(root.resolve(), config.probe_images)
+
+
+def _root(config: SourceConfig, name: str, folder: Path) -> Path | Store:
+    """A folder that the settings name, here or in a store."""
+    if is_url(name):
+        try:
+            return Store(name, config.store or StoreConfig())
+        except DataError as error:
+            raise error.at(f"source '{config.name}'") from None
+    path = folder / name
+    if not path.is_dir():
+        why = f"{path} is a file, and a folder is needed" if path.is_file() else f"there is no folder {path}"
+        raise DataError(f"source '{config.name}': {why}")
+    return path
 
 
 def of_files(
     reader: Callable[[SourceConfig, Any, ImageFolder], Reader],
-    shards: Callable[[Path, Sequence[str]], Any] = LineShards,
+    shards: Callable[[Path | Store, Sequence[str]], Any] = LineShards,
     samples: bool = False,
 ) -> SourceType:
-    """The type of sources whose records and images lie in files."""
+    """The type of sources whose records and images lie in files, here or in a store."""
 
     def make(config: SourceConfig, options: None, folder: Path) -> Reader:
-        root, images = folders(config, folder)
+        root, images = _root(config, config.root, folder), _images(config, folder)
         names = [name for pattern in config.shards for name in expand(pattern, root)]
         return reader(config, shards(root, names), images)
 

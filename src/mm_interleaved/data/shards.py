@@ -20,8 +20,10 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from ..io import MAX_LINE, FileSlice
 from .report import DataError, Rejected
+from .stores import Store
 
 DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError)
+SUFFIXES = ("", ".zip", ".gz")  # that a file of lines may have after its name
 LISTED, READ, PART = 4096, 64, 2**20  # files, files and bytes of a digest
 _SAMPLE_FILE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -121,7 +123,28 @@ def digest_files(names: Sequence[str], find: Callable[[str], Path | None]) -> st
     return digest(parts)
 
 
-def expand(pattern: str, root: Path) -> list[str]:
+def digest_stored(store: Store, names: Sequence[str], suffixes: Sequence[str] = ("",)) -> str:
+    """A digest of files in a store, which fetches none: the names, and the sizes of up to `READ` of them.
+
+    Args:
+        store: their folder.
+        names: the names of the files.
+        suffixes: what may follow a name; the first that the store has counts.
+    """
+    step = -(-len(names) // READ) or 1
+    sizes = [next(filter(None, (store.size(name + suffix) for suffix in suffixes)), -1) for name in names[::step]]
+    return digest([*(name.encode() for name in names), repr(sizes).encode()])
+
+
+def locate(root: Path | Store, name: str) -> Path | None:
+    """The file of this name, of a store its local copy; None: there is none."""
+    if isinstance(root, Store):
+        return root.fetch(name)
+    path = root / name
+    return path if path.is_file() else None
+
+
+def expand(pattern: str, root: Path | Store) -> list[str]:
     """The names that a pattern stands for: `{0..12}`, `{007..120}`, `{a,b}`, and `*`, `?` for files that exist.
 
     Raises:
@@ -132,7 +155,10 @@ def expand(pattern: str, root: Path) -> list[str]:
     names = ["".join(combination) for combination in itertools.product(*choices)]
     if not any(c in pattern for c in "*?"):
         return names
-    found = sorted({f for name in names for f in glob.glob(name, root_dir=root)})
+    if isinstance(root, Store):
+        found = sorted({f for name in names for f in root.glob(name)})
+    else:
+        found = sorted({f for name in names for f in glob.glob(name, root_dir=root)})
     if not found:
         raise DataError(f"no file in {root} matches '{pattern}'")
     return found
@@ -150,11 +176,11 @@ class LineShards:
     """JSON lines, one record a line. The file of `NAME` may be `NAME`, `NAME.gz` or `NAME.zip`.
 
     Args:
-        root: folder of the shards.
+        root: folder of the shards, here or in a store.
         names: their names.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, root: Path | Store, names: Sequence[str]) -> None:
         self.root, self.names = root, names
 
     def place(self, record: Record) -> str:
@@ -177,17 +203,19 @@ class LineShards:
     @cached_property
     def digest(self) -> str:
         """A digest of the files, see `digest_files`."""
-        return digest_files(self.names, lambda name: next(iter(self._found(name)), None))
+        if isinstance(self.root, Store):
+            return digest_stored(self.root, self.names, SUFFIXES)
+        return digest_files(self.names, self._found)
 
     def _path(self, shard: int) -> Path:
-        if found := self._found(self.names[shard]):
-            return found[0]
-        raise Rejected("shard missing", str(self.root / self.names[shard]))
+        if (found := self._found(self.names[shard])) is not None:
+            return found
+        raise Rejected("shard missing", f"{self.root}/{self.names[shard]}")
 
-    def _found(self, name: str) -> list[Path]:
-        """The files that may be meant, best first."""
-        paths = [self.root / (name + suffix) for suffix in ("", ".zip", ".gz")]
-        return [path for path in paths if path.is_file()]
+    def _found(self, name: str) -> Path | None:
+        """The first of the files that may be meant."""
+        paths = (locate(self.root, name + suffix) for suffix in SUFFIXES)
+        return next((path for path in paths if path is not None), None)
 
 
 class TarSample(NamedTuple):
@@ -211,13 +239,18 @@ class TarShards:
     sample, nor do files whose names begin with a dot, as a Mac adds them. Two files of one name spoil their sample.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, root: Path | Store, names: Sequence[str]) -> None:
         self.root, self.names = root, names
 
     @cached_property
     def digest(self) -> str:
         """A digest of the files, see `digest_files`."""
-        return digest_files(self.names, lambda name: path if (path := self.root / name).is_file() else None)
+        root = self.root
+        return (
+            digest_stored(root, self.names)
+            if isinstance(root, Store)
+            else digest_files(self.names, lambda name: locate(root, name))
+        )
 
     def place(self, record: Record) -> str:
         """File and number of the sample."""
@@ -225,9 +258,10 @@ class TarShards:
 
     def records(self, shard: int, offset: int = 0, line: int = 0) -> Iterator[Record]:
         """Samples from `offset` on; raises `Rejected` for a missing file, or where damage starts."""
-        path = self.root / self.names[shard]
-        if not path.is_file():
-            raise Rejected("shard missing", str(path))
+        name, root = self.names[shard], self.root
+        path = locate(root, name)
+        if path is None:
+            raise Rejected("shard missing", f"{root}/{name}")
         if offset >= path.stat().st_size > 0:
             return
         start, stem, sample = offset, "", TarSample({}, [])
@@ -245,7 +279,10 @@ class TarShards:
                 stem, extension = match[1], match[2].lower()
                 if extension in sample.files:
                     sample = sample._replace(twice=member.name)
-                sample.files[extension] = FileSlice(path, member.offset_data, member.size)
+                place = (member.offset_data, member.size)
+                sample.files[extension] = (
+                    root.piece(name, *place) if isinstance(root, Store) else FileSlice(path, *place)
+                )
             if sample.files or sample.skipped:
                 yield Record(shard, start, line, path.stat().st_size, sample)
 
@@ -292,7 +329,7 @@ class RecordFiles(LineShards):
     when they are needed.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, root: Path | Store, names: Sequence[str]) -> None:
         super().__init__(root, names)
         self._places: dict[int, list[tuple[int, int]] | None] = {}
 

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data import DocumentLoader
+from ..data.loader import WORK
 from ..io import append, json_lines, parse_json, write_atomic, write_json, writing
 from .config import RunConfig
 from .report import write_run_report
@@ -170,7 +171,8 @@ class Reporter(TrainerCallback):
             shown.append(f"{values['steps_per_second']:.2f} steps/s")
             shown.append(f"{_count(values.get('tokens_per_second', 0))} tok/s")
             shown.append(f"{_count(values.get('images_per_second', 0))} img/s")
-            shown.append(f"wait {values.get('data_wait_share', 0):.0%}")
+            work = [f"{name} {values[key]:.0%}" for name in WORK if (key := f"loader_{name}_share") in values]
+            shown.append(f"wait {values.get('data_wait_share', 0):.0%}" + (f" ({', '.join(work)})" if work else ""))
         if "captured_share" in values:
             shown.append(f"captured {values['captured_share']:.0%}")
         if "mfu" in values:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..data.loader import WORK
 from .flops import StepCost
 from .pipeline import BatchStats
 
@@ -64,6 +65,7 @@ class Window:
         names = sorted(self.sums)
         host = [float(self.counts[n]) for n in names]
         host += [stats.tokens, stats.images, stats.noise_samples, stats.places, stats.wait, self.saving]
+        host += [stats.work.get(name, 0.0) for name in WORK]
         sums = [self.sums[n].double() for n in names]
         row = torch.cat([torch.stack(sums), torch.tensor(host, device=self.device).double()]) if sums else None
         if row is None:
@@ -75,12 +77,14 @@ class Window:
         values = row.tolist()
         n = len(names)
         found = {name: values[i] / values[n + i] for i, name in enumerate(names) if values[n + i]}
-        tokens, images, noise_samples, places, wait, saving = values[2 * n :]
+        tokens, images, noise_samples, places, wait, saving, *work = values[2 * n :]
         found |= {
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
             "data_wait_share": wait / ranks / seconds,
         }
+        if any(work):
+            found |= {f"loader_{name}_share": value / ranks / seconds for name, value in zip(WORK, work, strict=True)}
         if saving:
             found["save_share"] = saving / ranks / seconds
         if places:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,10 @@ class Loader(Protocol):
         """Set the number of the next epoch, which determines its order."""
         ...
 
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds that a loading process spent on each kind of `data.loader.WORK` since the last call."""
+        ...
+
 
 Prepare = Callable[[Any, int, torch.device], dict[str, Any]]
 
@@ -60,6 +64,7 @@ class BatchStats:
         noise_samples: noise samples of target images.
         places: tokens with padding.
         wait: seconds spent waiting for the loader.
+        work: seconds that a loading process spent on each kind of work.
     """
 
     tokens: int = 0
@@ -67,6 +72,7 @@ class BatchStats:
     noise_samples: int = 0
     places: int = 0
     wait: float = 0.0
+    work: dict[str, float] = field(default_factory=dict)
 
 
 def seed_of(*numbers: int) -> int:
@@ -131,6 +137,7 @@ class BatchPipeline:
     def take_stats(self) -> BatchStats:
         """The counts so far; resets them."""
         stats, self.stats = self.stats, BatchStats()
+        stats.work = self.loader.take_seconds()
         return stats
 
     def state_dict(self) -> dict[str, Any]:

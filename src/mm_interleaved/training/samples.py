@@ -70,8 +70,8 @@ class Samples(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Generate the samples of the untrained weights."""
-        if state.global_step == 0:
+        """Generate the samples of the untrained weights; FSDP cannot gather them before the first step."""
+        if state.global_step == 0 and not self.trainer.is_fsdp_enabled:
             self.generate(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -98,9 +98,7 @@ class Samples(TrainerCallback):
             trainer.whole(),
             trainer.accelerator.autocast(),
         ):
-            documents = self.documents if trainer.is_world_process_zero() else []
-            events = self.model.generate_interleaved(documents, self.processor, self.settings, progress=False)
-            done = sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
+            done = self._finished() if trainer.is_world_process_zero() else []
         self.model.train()
         if not trainer.is_world_process_zero():
             return
@@ -118,6 +116,10 @@ class Samples(TrainerCallback):
                 writer.add_text("samples", "\n\n".join(texts), step)
                 if sheet is not None:
                     writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+    def _finished(self) -> list[DocumentFinished]:
+        events = self.model.generate_interleaved(self.documents, self.processor, self.settings, progress=False)
+        return sorted((e for e in events if isinstance(e, DocumentFinished)), key=lambda e: e.document)
 
 
 def sample_documents(config: TrainConfig) -> list[tuple[Document, Segment | None]]:

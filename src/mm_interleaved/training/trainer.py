@@ -25,6 +25,7 @@ from ..launch import peers
 from ..model import MMInterleavedModel
 from . import checkpoints, sharding
 from .adapters import TrainedAdapter
+from .arguments import divides
 from .config import RunConfig, TrainingError
 from .counting import CountingTrainer, LossCounts
 from .distillation import ConditionDistillation
@@ -97,7 +98,7 @@ class RunTrainer(CountingTrainer):
         self.steps_per_epoch: float | None = None
         self._aside: Path | None = None
         super().__init__(model=model, args=args)
-        if self.is_fsdp_enabled:
+        if divides(config):
             sharding.configure(self.accelerator, cast(MMInterleavedModel, model))
         else:
             sharding.always_have_a_loss(model)
