@@ -25,7 +25,7 @@ from mm_interleaved import (
     TextDelta,
     TextSettings,
 )
-from mm_interleaved.generation import ContinuousGenerator, InterleavedGenerator
+from mm_interleaved.generation import ContinuousGenerator, InterleavedGenerator, continuous
 from mm_interleaved.generation.continuous import NoRow
 
 from ..conftest import make_image
@@ -242,3 +242,54 @@ def test_on_a_gpu(model: MMInterleaved, processor: MMInterleavedProcessor, expec
         assert {*job.ends} == {0, 1, 3}
     finally:
         model.to("cpu")
+
+
+def test_long_prompts_are_processed_beside_the_texts_of_others(
+    model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt with images takes several steps, in each of which a text that runs gets a token."""
+    monkeypatch.setattr(continuous, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(continuous, "LEAST_PREFILL", 8)
+    words = "a red house and a dog by the lake "
+    long = Document([Text(words * 5), Image(make_image(1)), Text(words * 3), Image(make_image(2)), Text(words), Text()])
+    chosen = GenerationSettings(replace(TEXT, max_new_tokens=40, min_new_tokens=40), IMAGE)
+    (made,), _ = run(InterleavedGenerator(model, processor, chosen), [long])
+    tokens: list[int] = []
+    hook = model.language_model.layers[0].mlp.gate_proj.register_forward_hook(
+        lambda _m, a, _o: tokens.append(a[0].shape[1])
+    )
+    job = Run(ContinuousGenerator(model, processor, rows=3))
+    job.join("running", question(), replace(chosen, text=replace(chosen.text, max_new_tokens=100, min_new_tokens=100)))
+    job.step()
+    running = [work for work in job.generator._work.values() if isinstance(work, continuous._Writing)]
+    job.join("long", long, chosen)
+    job.join("also long", long, chosen)
+    tokens.clear()
+    steps = 0
+    while len(job.generator._work) < 3:
+        before = len(running[0].text.ids)
+        job.step()
+        steps += 1
+        assert len(running[0].text.ids) == before + 1
+    count = model.config.num_image_tokens
+    assert steps > 5
+    assert max(tokens) <= 24 + 1 + count
+    job.finish()
+    hook.remove()
+    assert job.made["long"] == job.made["also long"] == made
+
+
+def test_a_document_may_leave_while_its_prompt_is_processed(
+    model: MMInterleaved, processor: MMInterleavedProcessor, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous, "PREFILL_TOKENS", 2)
+    monkeypatch.setattr(continuous, "LEAST_PREFILL", 2)
+    job = Run(ContinuousGenerator(model, processor, rows=1))
+    job.join("first", Document([Text("a red house " * 20), Text()]), GenerationSettings(TEXT, IMAGE))
+    job.step()
+    assert job.generator.writes
+    job.generator.leave("first")
+    assert not job.generator.writes
+    job.join("second", question(), JOBS[1][1])
+    job.finish()
+    check(job, "second", 1, expected)

@@ -122,12 +122,35 @@ def test_limits(model: MMInterleaved, processor: MMInterleavedProcessor) -> None
 
 def test_scores_are_those_of_the_model(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     async def work(engine: ModelEngine) -> Any:
-        return await engine.score(Document([Text("a red")]), " house stands")
+        return await engine.score(Document([Text("a red")]), texts)
 
-    scored = with_engine(model, processor, work)
-    ids = processor.tokenizer.encode(" house stands", add_special_tokens=False)
+    texts = [" house stands", "a", "x\u00e9 \U0001f600.", "a red house and " * 40, *["so"] * 9]
+    ids = [processor.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     prompt = processor.collate([processor.encode([Text("a red")])], padding_side="left")
-    assert sum(scored.log_probabilities) == pytest.approx(model.score(prompt, [[ids]])[0][0], abs=1e-3)
+    expected = model.score(prompt, [ids])[0]
+    for text, scored, score in zip(texts, with_engine(model, processor, work), expected, strict=True):
+        assert "".join(scored.tokens) == text
+        assert sum(scored.log_probabilities) == pytest.approx(score, abs=2e-3)
+
+
+def test_scores_end_when_nobody_waits_or_time_is_over(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
+    """Between two steps; others are served meanwhile."""
+
+    async def work(engine: ModelEngine) -> None:
+        many = ["a red house and " * 100] * 200
+        asked = asyncio.create_task(engine.score(Document([]), many))
+        _, made = await asyncio.wait_for(collect(engine, request(1)), 20)
+        assert len(made) == 3
+        assert not asked.done()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
+            await engine.score(Document([]), many, seconds=0.2)
+        assert len(await asyncio.wait_for(engine.score(Document([]), ["a dog"]), 20)) == 1
+        assert engine.load.waiting == 0
+
+    with_engine(model, processor, work, rows=2)
 
 
 def test_adapters_take_turns(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
@@ -190,23 +213,82 @@ def test_after_a_failed_step_others_are_served(
     with_engine(model, processor, work, rows=2)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_stops_answers_all_requests(
+class OddError(Exception):
+    """An error that nothing expects."""
+
+
+@pytest.mark.parametrize("error", [OddError, KeyError, MemoryError, NotImplementedError, OSError, StopIteration])
+@pytest.mark.parametrize("place", ["model", "join", "leave", "adapter"])
+def test_the_engine_recovers_from_any_error(
+    model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch, error: type[Exception],
+    place: str,
+) -> None:  # fmt: skip
+    async def work(engine: ModelEngine) -> None:
+        adapter = None
+        with monkeypatch.context() as patch:
+
+            def broken(*_: Any, **__: Any) -> None:
+                patch.undo()
+                raise error("a secret of the device")
+
+            where = {"model": (type(model), "decode"), "join": (engine._generator, "_place"),
+                     "leave": (engine._generator, "leave")}  # fmt: skip
+            if place == "adapter":
+                patch.setitem(engine._switches, "odd", broken)
+                adapter = "odd"
+            else:
+                patch.setattr(*where[place], broken)
+            stream = await engine.submit(replace(request(0), adapter=adapter))
+            if place == "leave":
+                await stream.next()
+                stream.cancel()
+            with pytest.raises(EngineError, match="cancelled" if place == "leave" else "generation failed") as caught:
+                await asyncio.wait_for(drain(stream), 20)
+            assert "secret" not in str(caught.value)
+        _, made = await asyncio.wait_for(collect(engine, request(1)), 20)
+        assert len(made) == 3
+        assert engine.alive
+        assert (engine.load.running, engine.load.waiting) == (0, 0)
+
+    with_engine(model, processor, work, rows=1)
+
+
+def test_scores_that_break_are_answered(
     model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work(engine: ModelEngine) -> None:
-        def unexpected(*_: Any) -> None:
-            raise SystemError("unexpected")
+        with monkeypatch.context() as patch:
 
-        monkeypatch.setattr(model.image_decoder, "settled", unexpected)
-        asked = asyncio.gather(*(collect(engine, request(number)) for number in range(3)), return_exceptions=True)
-        for found in await asyncio.wait_for(asked, 10):  # that which broke it, and those behind it
-            assert isinstance(found, Unavailable)
+            def broken(*_: Any, **__: Any) -> None:
+                patch.undo()
+                raise OddError
+
+            patch.setattr(type(model), "compute_logits", broken)
+            with pytest.raises(EngineError, match=r"generation failed \(OddError\)"):
+                await asyncio.wait_for(engine.score(Document([]), ["a dog"]), 20)
+        assert len(await asyncio.wait_for(engine.score(Document([]), ["a dog"]), 20)) == 1
+
+    with_engine(model, processor, work)
+
+
+def test_a_model_that_does_not_work_any_more_ends_the_engine(
+    model: MMInterleaved, processor: MMInterleavedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an error of the GPU: a token cannot be processed after the failure either."""
+
+    async def work(engine: ModelEngine) -> None:
+        def broken(*_: Any, **__: Any) -> None:
+            raise OddError
+
+        monkeypatch.setattr(type(model), "decode", broken)
+        asked = asyncio.gather(*(collect(engine, request(n)) for n in range(3)), engine.score(Document([]), ["a"]),
+                               return_exceptions=True)  # fmt: skip
+        assert all(isinstance(found, EngineError) for found in await asyncio.wait_for(asked, 20))
         assert not engine.alive
         with pytest.raises(Unavailable, match="because of an error"):
             await engine.submit(request(1))
         with pytest.raises(Unavailable, match="because of an error"):
-            await engine.score(Document([]), "a dog")
+            await engine.score(Document([]), ["a dog"])
 
     with_engine(model, processor, work, rows=1)
 
@@ -228,8 +310,9 @@ def test_an_answer_that_a_limit_of_turns_ends_is_not_complete(
 def test_limits_of_scores(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
     async def work(engine: ModelEngine) -> None:
         with pytest.raises(InputError, match="of the model's context"):
-            await engine.score(Document([]), "a dog " * engine.limits.context)
-        scores = await asyncio.gather(*(engine.score(Document([]), "a dog") for _ in range(20)), return_exceptions=True)
+            await engine.score(Document([]), ["a dog " * engine.limits.context])
+        asked = (engine.score(Document([]), ["a dog"]) for _ in range(20))
+        scores = await asyncio.gather(*asked, return_exceptions=True)
         refused = [isinstance(score, Overloaded) for score in scores]
         assert 0 < sum(refused) < 20
         assert engine.load.waiting == 0

@@ -4,6 +4,8 @@ One generation state has a row for each document. A step gives every text one to
 step (`denoiser.py`). Documents have settings, seeds and generators of their own, so what runs beside a document changes
 nothing but rounding. The reference implementation is `InterleavedGenerator` with this document alone.
 
+A long part that is given is processed in several steps, so that the texts of others go on meanwhile.
+
 The row of a finished document stays until another document needs it. A document that begins like one of them continues
 its row: in a conversation the earlier rounds are not processed again.
 
@@ -31,12 +33,16 @@ from ..processor.images import to_pil
 from ..processor.packing import TokenStream
 from .denoiser import MOST_TOGETHER, Denoiser, ImageJob
 from .events import DocumentFinished, Event, ImageProgress, TextDelta
+from .incremental import IncrementalText
 from .rows import DocumentRows, PreparedDocument, Row
 from .rules import WrittenText, choose_token, end_tokens, score_processors, uniform
 from .settings import CacheImplementation, GenerationSettings, TextSettings
 from .state import GenerationState
 from .text import search
 from .workspace import uses_graphs
+
+PREFILL_TOKENS = 256  # given tokens of all documents that a step processes beside the texts of others
+LEAST_PREFILL = 32  # given tokens of one document
 
 
 class NoRow(RuntimeError):
@@ -50,15 +56,19 @@ class _Writing:
     Attributes:
         start: number of tokens of the row before it.
         limit: most new tokens.
+        decoder: makes its text.
         text: what there is of it.
-        shown: the text of the events so far.
+        shows: whether there was an event with text.
+        held: white space that is shown before further text.
         unread: the last token, which the model has not processed; None: there is none yet.
     """
 
     start: int
     limit: int
+    decoder: IncrementalText
     text: WrittenText = field(default_factory=lambda: WrittenText([]))
-    shown: str = ""
+    shows: bool = False
+    held: str = ""
     unread: int | None = None
 
 
@@ -140,13 +150,28 @@ class ContinuousGenerator(DocumentRows):
         self.keys: list[Hashable | None] = [None] * self._count
         self._finished: dict[int, list[bytes]] = {}  # rows of finished documents, the oldest first: images' digests
         self._between: list[int] = []  # rows whose next turn has not begun
+        self._reading: list[int] = []  # rows whose next turn is known, and that have given tokens to process before
         self._work: dict[int, Work] = {}
         self.denoiser.clear()
         if hasattr(self, "state"):
             del self.state
         self.state = self._new_state()
 
+    def check(self) -> None:
+        """Process a token in an empty state, and forget it; raises whatever is wrong with the model or its device."""
+        token = torch.tensor([[self.model.config.bos_token_id]])
+        self.state.prefill(token, torch.ones_like(token), rows=[0])
+        self.state.next_logits().isfinite().all().item()
+        self.state.evict(0)
+
     # ---- joining and leaving
+
+    def prepare(self, document: Document, name: str | None = None) -> PreparedDocument:
+        """As `DocumentRows.prepare`, with what is needed to find a finished document that it begins like."""
+        prepared = super().prepare(document, name)
+        first = prepared.plan[0]
+        assert isinstance(first, TokenStream)
+        return replace(prepared, digests=[_digest(image) for image in first.images])
 
     @property
     def running(self) -> int:
@@ -184,8 +209,9 @@ class ContinuousGenerator(DocumentRows):
             self.denoiser.remove(work.job)
         if isinstance(work, _Searching):
             work.steps.close()
-        if index in self._between:
-            self._between.remove(index)
+        for rows in (self._between, self._reading):
+            if index in rows:
+                rows.remove(index)
         self._empty(index)
 
     def _empty(self, index: int) -> None:
@@ -199,7 +225,7 @@ class ContinuousGenerator(DocumentRows):
         """
         first = row.queue[0]
         assert isinstance(first, TokenStream)
-        digests: list[bytes] = []
+        digests = row.digests
         shared = {index: self._shared(index, first, digests) for index in self._finished}
         index = max(shared, key=lambda i: shared[i][0], default=None)
         if index is not None and shared[index][0] and self.state.rewind(index, *shared[index]):
@@ -265,7 +291,9 @@ class ContinuousGenerator(DocumentRows):
     @property
     def writes(self) -> bool:
         """Whether there is something to do for `step_texts`."""
-        return bool(self._between) or any(not isinstance(work, _Denoising) for work in self._work.values())
+        return bool(self._between or self._reading) or any(
+            not isinstance(work, _Denoising) for work in self._work.values()
+        )
 
     @property
     def denoises(self) -> bool:
@@ -277,14 +305,20 @@ class ContinuousGenerator(DocumentRows):
             key = self.keys[event.document]
             if isinstance(event, DocumentFinished):
                 self.keys[event.document] = None
-                self._finished[event.document] = []
+                self._finished[event.document] = self.rows[event.document].digests
             yield key, event
 
     def _begin(self) -> Iterator[Event]:
-        """Begin the next turn of the rows between two turns; those at their end finish."""
+        """Begin the next turn of the rows between two turns; those at their end finish, long given parts take steps."""
         due, self._between = self._between, []
-        yield from self._advance(due)
-        due = [index for index in due if self.rows[index].reason is None]
+        yield from self._decide(due)
+        self._reading += [index for index in due if self.rows[index].reason is None]
+        if self._reading:
+            alone = not any(isinstance(work, (_Writing, _Searching)) for work in self._work.values())
+            share = max(PREFILL_TOKENS * (4 if alone else 1) // len(self._reading), LEAST_PREFILL)
+            self._read(self._reading, share)
+        due = [index for index in self._reading if not len(self.rows[index].unread)]
+        self._reading = [index for index in self._reading if len(self.rows[index].unread)]
         denoising = [index for index in due if self.rows[index].next_turn == "image"]
         if denoising:
             self._announce(denoising)
@@ -299,7 +333,7 @@ class ContinuousGenerator(DocumentRows):
         row, start = self.rows[index], self.state.lengths[index]
         settings, limit = row.settings.text, self._most_tokens(row)
         if settings.num_beams == 1:
-            return _Writing(start, limit)
+            return _Writing(start, limit, IncrementalText(self.processor.tokenizer, skip_special_tokens=True))
         settings = replace(settings, max_new_tokens=limit)
         return _Searching(start, search(self.state, [index], settings, self.banned))
 
@@ -355,10 +389,14 @@ class ContinuousGenerator(DocumentRows):
         return torch.stack([chosen[index] for index in writing]).tolist()
 
     def _new_text(self, index: int, work: _Writing) -> Iterator[TextDelta]:
-        text = self.processor.decode_text(work.text.ids)
-        if len(text) > len(work.shown) and not text.endswith("\ufffd"):  # not inside a multi-byte character
-            yield TextDelta(index, text[len(work.shown) :])
-            work.shown = text
+        """The text that the last token adds, without white space at the start and at the end of the whole."""
+        text = work.held + work.decoder.add(work.text.ids[-1])
+        shown = text.rstrip() if work.shows else text.strip()
+        if shown:
+            work.held, work.shows = text[len(text.rstrip()) :], True
+            yield TextDelta(index, shown)
+        else:
+            work.held = text if work.shows else ""
 
     def _search(self) -> Iterator[Event]:
         """One step of every beam search."""

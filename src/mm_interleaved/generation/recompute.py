@@ -24,7 +24,7 @@ class RecomputingGenerator(InterleavedGenerator):
     tokens_read = 0
     images_read = 0
 
-    def _read(self, chosen: Sequence[int]) -> None:
+    def _read(self, chosen: Sequence[int], most: int | None = None) -> None:
         streams = []
         for index, row in enumerate(self.rows):
             if index in chosen:

@@ -40,10 +40,12 @@ class PreparedDocument:
     Attributes:
         document: the input.
         plan: its given parts and its open slots, alternating; the first entry is always a given part.
+        digests: of the images of the first part, if they were asked for.
     """
 
     document: Document
     plan: Sequence[TokenStream | Turn]
+    digests: Sequence[bytes] = ()
 
 
 def _text_stream(ids: Sequence[int]) -> TokenStream:
@@ -65,6 +67,7 @@ class Row:
         image_seed: seed of its images.
         ids: all its tokens so far.
         images: all its images so far.
+        digests: of the first of them.
         unread_image: pixels [3, side, side] of an image that the model has not processed, but its begin-of-image token.
         unread: the tokens after it that the model has not processed.
         next_turn: the kind of the next turn.
@@ -83,6 +86,7 @@ class Row:
     image_seed: int
     ids: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
     unread_image: Tensor | None = None
     unread: TokenStream = field(default_factory=TokenStream.empty)
     next_turn: Turn = "text"
@@ -177,7 +181,8 @@ class DocumentRows:
         usual = CHAT_TURNS if any(s.role for s in document.segments) else ORIGINAL_TURNS
         goes_on = bool(asked) or not slots
         generator = torch.Generator().manual_seed(seed)
-        return Row(document, settings, deque(given.plan), asked or slots or usual, goes_on, generator, image_seed)
+        return Row(document, settings, deque(given.plan), asked or slots or usual, goes_on, generator, image_seed,
+                   digests=list(given.digests))  # fmt: skip
 
     def _check_length(self, queue: deque[TokenStream | Turn]) -> None:
         given = [item for item in queue if isinstance(item, TokenStream)]
@@ -192,12 +197,16 @@ class DocumentRows:
 
     def _advance(self, chosen: Sequence[int]) -> Iterator[Event]:
         """Decide the next turn of `chosen` rows, end those that are done, and process what the others have unread."""
+        yield from self._decide(chosen)
+        self._read([index for index in chosen if self.rows[index].reason is None])
+
+    def _decide(self, chosen: Sequence[int]) -> Iterator[Event]:
+        """Decide the next turn of `chosen` rows, and end those that are done."""
         for index in chosen:
             row = self.rows[index]
             self._take_stretch(row)
             if row.reason is not None:
                 yield DocumentFinished(index, row.result(), row.reason)
-        self._read([index for index in chosen if self.rows[index].reason is None])
 
     def _take_stretch(self, row: Row) -> None:
         """Append the given part before the next slot to a row, or end the row."""
@@ -215,8 +224,8 @@ class DocumentRows:
         row.next_turn = slot
         row.reason = self._why_done(row)
 
-    def _read(self, chosen: Sequence[int]) -> None:
-        """Process the unread tokens of the rows `chosen`."""
+    def _read(self, chosen: Sequence[int], most: int | None = None) -> None:
+        """Process the unread tokens of the rows `chosen`; of each about `most` at most, and no part of an image."""
         waiting = {i: pixels for i in chosen if (pixels := self.rows[i].unread_image) is not None}
         if waiting:
             self.state.append_images(list(waiting), torch.stack(list(waiting.values())))
@@ -224,10 +233,22 @@ class DocumentRows:
             self.rows[index].unread_image = None
         waiting = [i for i in chosen if len(self.rows[i].unread)]
         if waiting:
-            batch = self.processor.collate([self.rows[i].unread for i in waiting], padding_side="left")
+            parts = [self._cut(self.rows[i].unread, most) for i in waiting]
+            batch = self.processor.collate([first for first, _ in parts], padding_side="left")
             self.state.prefill(batch.input_ids, batch.attention_mask, batch.pixel_values, waiting)
-        for index in waiting:
-            self.rows[index].unread = TokenStream.empty()
+            for index, (_, rest) in zip(waiting, parts, strict=True):
+                self.rows[index].unread = rest
+
+    def _cut(self, stream: TokenStream, most: int | None) -> tuple[TokenStream, TokenStream]:
+        """The first tokens of a stream, about `most`, and the others; an image is in one of them."""
+        if most is None or len(stream) <= most:
+            return stream, TokenStream.empty()
+        starts = np.flatnonzero(stream.ids != self.model.config.image_token_id)  # where a part may begin
+        starts = starts[starts > 0]
+        number = int(np.searchsorted(starts, most, side="right")) - 1
+        if not len(starts):
+            return stream, TokenStream.empty()
+        return stream.split(int(starts[max(number, 0)]), self.model.config.soi_token_id)
 
     def _fits(self, row: Row, tokens: int, images: int) -> bool:
         return len(row.ids) + tokens <= self.limit and len(row.images) + images <= self.most_images

@@ -341,20 +341,47 @@ def score_options(
                 raise ValueError(
                     f"option {number} of row {row} has the id {outside[0]}, but the vocabulary has {size} tokens"
                 )
-    pad = state.model.config.pad_token_id
     jobs = [(row, ids) for row, row_options in enumerate(options) for ids in row_options]
-    totals: list[float] = []
-    for begin in range(0, len(jobs), batch_size):
-        part = jobs[begin : begin + batch_size]
+    steps = score_in_steps(state, jobs, batch_size)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            totals = iter(torch.stack([scores.sum() for scores in ended.value]).tolist() if jobs else [])
+            return [[next(totals) for _ in row_options] for row_options in options]
+
+
+@torch.no_grad()
+def score_in_steps(
+    state: GenerationState, texts: Sequence[tuple[int, Sequence[int]]], batch_size: int = 4, columns: int | None = None
+) -> Generator[None, None, list[Tensor]]:
+    """Log-probabilities of the tokens of texts after rows of `state`, which do not change.
+
+    Yields after each call of the model.
+
+    Args:
+        state: rows of prompts.
+        texts: for each text its row, and its ids.
+        batch_size: number of texts processed together.
+        columns: most tokens of a text in one call; None: all.
+
+    Returns:
+        For each text log p of its tokens, [L].
+    """
+    pad, found = state.model.config.pad_token_id, []
+    for begin in range(0, len(texts), batch_size):
+        part = texts[begin : begin + batch_size]
         longest = max(len(ids) for _, ids in part)
         tokens = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for _, ids in part])
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids in part])
-        branch = state.branch([row for row, _ in part], tokens=longest)
-        before = branch.last.clone()
-        hidden = branch.prefill(tokens, mask)
-        logits = state.model.compute_logits(torch.cat([before[:, None], hidden[:, :-1]], dim=1))
-        log_probabilities = logits.to(promote(logits.dtype)).log_softmax(-1)
-        chosen = log_probabilities.gather(-1, tokens.to(logits.device)[..., None])[..., 0]
-        totals += (chosen * mask.to(chosen)).sum(-1).tolist()
-    counts = iter(totals)
-    return [[next(counts) for _ in row_options] for row_options in options]
+        branch, scores = state.branch([row for row, _ in part], tokens=longest), []
+        for piece, own in zip(tokens.split(columns or longest, 1), mask.split(columns or longest, 1), strict=True):
+            before = branch.last.clone()
+            hidden = branch.prefill(piece, own)
+            logits = state.model.compute_logits(torch.cat([before[:, None], hidden[:, :-1]], dim=1))
+            log_probabilities = logits.to(promote(logits.dtype)).log_softmax(-1)
+            scores.append(log_probabilities.gather(-1, piece.to(logits.device)[..., None])[..., 0])
+            yield
+        whole = torch.cat(scores, dim=1)
+        found += [whole[row, : len(ids)] for row, (_, ids) in enumerate(part)]
+    return found

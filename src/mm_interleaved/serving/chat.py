@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -35,6 +36,7 @@ from .responses import left_behind
 from .streaming import DONE, SSE, sse
 
 router = APIRouter(prefix="/v1/chat/completions", route_class=JsonRoute, tags=["chat"])
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -157,6 +159,9 @@ async def create(body: schema.ChatRequest, request: Request) -> Response:
                 if options.include_usage:
                     yield sse({**answer.chunk({}), "choices": [], "usage": answer.usage})
             except (EngineError, InputError) as error:
+                yield sse({"error": as_api_error(error).envelope})
+            except Exception as error:
+                log.exception("a stream failed")
                 yield sse({"error": as_api_error(error).envelope})
             finally:
                 stream.cancel()

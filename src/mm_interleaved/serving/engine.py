@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import PIL.Image
@@ -230,14 +230,12 @@ class ScoredText:
     """Log-probabilities of a text's tokens after a document.
 
     Attributes:
-        tokens: the text of each token.
+        tokens: the text of each token; joined they are the text. A token that ends inside a character has none.
         log_probabilities: of each.
-        greedy: whether all of them are the likeliest ones.
     """
 
     tokens: list[str]
     log_probabilities: list[float]
-    greedy: bool = field(default=False)
 
 
 class Engine(ABC):
@@ -279,11 +277,19 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    async def score(self, document: Document, text: str, adapter: str | None = None) -> ScoredText:
-        """Log-probabilities of `text` after a document.
+    async def score(
+        self, document: Document, texts: Sequence[str], adapter: str | None = None, seconds: float | None = None
+    ) -> list[ScoredText]:
+        """Log-probabilities of each of `texts` after a document. Who cancels the call frees the engine.
+
+        Args:
+            document: comes before each text; without open slots.
+            texts: none of them is empty.
+            adapter, seconds: as in `GenerationRequest`.
 
         Raises:
             InputError, Overloaded, Unavailable: as `submit`.
+            DeadlineExceeded: it was not finished within `seconds`.
         """
 
     @property

@@ -46,7 +46,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any error of a request; those that nobody expects say nothing about the server."""
+    """Any error of a request; those that nobody expects say nothing about the server, and the caller logs them."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Overloaded):
@@ -61,7 +61,6 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, InputError):
         long = "of the model's context" in error.problem
         return ApiError(str(error), param="input", code="context_length_exceeded" if long else "invalid_value")
-    log.error("an unexpected error", exc_info=error)
     return ApiError(
         "an unexpected error; the server's log has it", status=500, type="server_error", code="server_error"
     )
@@ -93,6 +92,10 @@ def _validation(error: RequestValidationError) -> ApiError:
 def add_handlers(app: FastAPI) -> None:
     """Answer every error in the one form."""
 
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        log.error("an unexpected error", exc_info=error)
+        return as_api_error(error).response()
+
     async def known(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
@@ -111,4 +114,4 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, known)
+    app.add_exception_handler(Exception, unknown)

@@ -13,23 +13,28 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..document import Document, Image, Text
 from ..generation import ContinuousGenerator, MMInterleaved
 from ..generation import events as generation
+from ..generation.incremental import IncrementalText
 from ..generation.rows import PreparedDocument
 from ..generation.rules import end_tokens
+from ..generation.text import score_in_steps
 from ..inspection import InspectedGenerator
 from ..inspection.page import to_json
 from ..io import InputError
 from ..model.cost import row_bytes
 from ..pretrained import Loaded
 from ..processor import MMInterleavedProcessor
+from ..processor.packing import TokenStream
 from ..processor.tokenizer import encode_plain
 from .config import ServeConfig
 from .engine import (
@@ -56,6 +61,8 @@ from .engine import (
 
 log = logging.getLogger(__name__)
 MOST_TOKENS_A_TURN = 64  # decode steps beside one denoising step
+SCORED_TOGETHER = 8  # texts of one step
+SCORED_TOKENS = 128  # tokens of each of them
 IDLE = 0.5  # seconds after which an idle thread looks whether it should end
 REASONS: dict[str, Reason] = {
     "slots": "end", "eos": "end", "turns": "end", "segments": "end", "tokens": "length", "context": "length",
@@ -119,14 +126,28 @@ class _Inspected:
         return cls(generator, generator.run([job.prepared]))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Scoring:
-    """A text to score."""
+    """Texts to score.
 
-    prepared: PreparedDocument
-    ids: list[int]
+    Attributes:
+        adapter: as in `GenerationRequest`.
+        seconds, until: time in which it must be finished, and the monotonic time of its end.
+        answer: hands over the scores of all tokens, or an error.
+        prompt: the tokens before the texts.
+        texts: the tokens of each.
+        left: whether nobody waits for them any more.
+        steps: the work; None: it has not begun.
+    """
+
     adapter: str | None
-    answer: Callable[[list[float] | Exception], None]
+    seconds: float | None
+    until: float
+    answer: Callable[[list[list[float]] | Exception], None]
+    prompt: TokenStream = field(default_factory=TokenStream.empty)
+    texts: list[list[int]] = field(default_factory=list)
+    left: bool = False
+    steps: Generator[None, None, list[Tensor]] | None = None
 
 
 @dataclass
@@ -195,6 +216,7 @@ class ModelEngine(Engine):
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
         self._inspected: dict[int, _Inspected] = {}
+        self._scorings: deque[_Scoring] = deque()
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._accepts, self._ends, self._ended = False, False, False
@@ -246,49 +268,46 @@ class ModelEngine(Engine):
             self.load.waiting -= not accepted
         return stream
 
-    async def score(self, document: Document, text: str, adapter: str | None = None) -> ScoredText:
-        """Log-probabilities of `text` after a document."""
+    async def score(
+        self, document: Document, texts: Sequence[str], adapter: str | None = None, seconds: float | None = None
+    ) -> list[ScoredText]:
+        """Log-probabilities of each of `texts` after a document."""
         self.check_room()
+        if adapter not in self._switches:
+            raise InputError(f"there is no adapter '{adapter}'")
+        until = time.monotonic() + seconds if seconds is not None else float("inf")
         loop = asyncio.get_running_loop()
+        future: asyncio.Future[list[list[float]]] = loop.create_future()
         self.load.waiting += 1
+        job = _Scoring(adapter, seconds, until, partial(_settle, loop, future))
         try:
-            ids = await loop.run_in_executor(self._helpers, encode_plain, self._processor.tokenizer, text)
-            if not ids:
-                raise InputError("the text has no tokens")
-            prepared = await loop.run_in_executor(self._helpers, self._generator.prepare, document)
-            first = prepared.plan[0]
-            total = len(ids) + (0 if isinstance(first, str) else len(first))
-            if total > self.limits.context:
-                raise InputError(f"{total} tokens are more than the {self.limits.context} of the model's context",
-                                 fix="Shorten it")  # fmt: skip
-            values = await self._ask_for_scores(prepared, ids, adapter)
+            found = await loop.run_in_executor(self._helpers, self._prepare_scores, job, document, texts)
+            self._hand_over(_Command(partial(self._scorings.append, job), job.answer))
+            scores = await future
         finally:
             self.load.waiting -= 1
-        return ScoredText([self._processor.tokenizer.decode([i]) for i in ids], values)
+            job.left = True
+        return [ScoredText(tokens, values) for tokens, values in zip(found, scores, strict=True)]
 
-    async def _ask_for_scores(self, prepared: PreparedDocument, ids: list[int], adapter: str | None) -> list[float]:
-        """Let the thread score `ids`; nothing is done if the client leaves before it begins."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[float]] = loop.create_future()
-
-        def answer(found: list[float] | Exception) -> None:
-            def finish() -> None:
-                if future.done():
-                    return
-                if isinstance(found, Exception):
-                    future.set_exception(found)
-                else:
-                    future.set_result(found)
-
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(finish)
-
-        def run() -> None:
-            if not future.done():
-                self._score(_Scoring(prepared, ids, adapter, answer))
-
-        self._hand_over(_Command(run, answer))
-        return await future
+    def _prepare_scores(self, job: _Scoring, document: Document, texts: Sequence[str]) -> list[list[str]]:
+        """Set the tokens of a job; the texts of the tokens of each text."""
+        prompt = self._generator.prepare(document).plan[0]
+        assert not isinstance(prompt, str)  # the first part is given
+        job.prompt, tokenizer, found = prompt, self._processor.tokenizer, []
+        for text in texts:
+            if job.left:
+                raise EngineError("cancelled")
+            if time.monotonic() > job.until:
+                raise DeadlineExceeded(f"not finished within {job.seconds:g} s")
+            decoder, ids = IncrementalText(tokenizer), encode_plain(tokenizer, text)
+            if not ids:
+                raise InputError("the text has no tokens")
+            if len(ids) + len(prompt) > self.limits.context:
+                raise InputError(f"{len(ids) + len(prompt)} tokens are more than the {self.limits.context} of the "
+                                 "model's context", fix="Shorten it")  # fmt: skip
+            job.texts.append(ids)
+            found.append([decoder.add(token) for token in ids])
+        return found
 
     def check_room(self) -> None:
         """Check whether one more request can wait."""
@@ -324,21 +343,42 @@ class ModelEngine(Engine):
     def _work(self) -> None:
         try:
             while not self._ends:
-                self._take_commands()
-                self._turn()
+                failure: EngineError | None = (
+                    None  # handled after the block, whose error holds the tensors of its frames
+                )
+                try:
+                    self._take_commands()
+                    self._turn()
+                except torch.OutOfMemoryError:
+                    log.exception("out of memory; all requests that run are ended")
+                    failure = EngineError("the server ran out of memory")
+                except Exception as error:  # whatever it is, every request gets an answer, and others are served
+                    log.exception("a step failed; all requests that run are ended")
+                    failure = EngineError(f"generation failed ({type(error).__name__})")
+                if failure is not None:
+                    self._restart(failure)
+        except Exception:
+            log.exception("the engine cannot go on after a failure; it has stopped")
         finally:
-            if not self._ends:  # an error that nobody expects, which the interpreter prints
-                self._failure = "the engine stopped because of an error; the server's log has it"
-            for job in [*self._running.values(), *self._waiting]:
-                job.stream.send(self._end_error)
-            with self._ending:
-                self._ended = True
-            while not self._commands.empty():
-                self._commands.get_nowait().refuse(self._end_error)
+            self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        """End all requests, since the thread ends."""
+        if not self._ends:
+            self._failure = "the engine stopped because of an error; the server's log has it"
+        for job in [*self._running.values(), *self._waiting]:
+            job.stream.send(self._end_error)
+        for scoring in self._scorings:
+            scoring.answer(self._end_error)
+        self.load.running, self.load.waiting = 0, self.load.waiting - len(self._waiting)
+        with self._ending:
+            self._ended = True
+        while not self._commands.empty():
+            self._commands.get_nowait().refuse(self._end_error)
 
     def _take_commands(self) -> None:
         """Run the commands that wait; without any other work, wait for one."""
-        idle = not self._running and not self._waiting
+        idle = not self._running and not self._waiting and not self._scorings
         try:
             self._commands.get(timeout=IDLE if idle else 0).run() if idle else self._commands.get_nowait().run()
             while True:
@@ -347,55 +387,66 @@ class ModelEngine(Engine):
             pass
 
     def _turn(self) -> None:
-        """Let requests join, and give every text and every image some steps."""
+        """Let requests join, and give every text and every image some steps, and one to the texts to score."""
         self._expire()
         self._admit()
-        failure: EngineError | None = None  # handled after the block, whose error holds the tensors of its frames
-        try:
+        begun = time.monotonic()
+        self._deliver(self._generator.step_images())
+        spent = time.monotonic() - begun
+        for job in [self._running[key] for key in self._inspected]:
+            self._step_inspected(job)
+        for _ in range(MOST_TOKENS_A_TURN):
             begun = time.monotonic()
-            self._deliver(self._generator.step_images())
-            spent = time.monotonic() - begun
-            for job in [self._running[key] for key in self._inspected]:
-                self._step_inspected(job)
-            for _ in range(MOST_TOKENS_A_TURN):
-                begun = time.monotonic()
-                if not self._generator.writes:
-                    break
-                self._deliver(self._generator.step_texts())
-                spent -= time.monotonic() - begun
-                if spent <= 0 or not self._commands.empty():
-                    break
-        except torch.OutOfMemoryError:
-            log.exception("out of memory; all requests that run are ended")
-            failure = EngineError("the server ran out of memory")
-        except (ValueError, RuntimeError, LookupError, TypeError, AssertionError) as error:
-            log.exception("a step failed; all requests that run are ended")
-            failure = EngineError(f"generation failed ({type(error).__name__})")
-        if failure is not None:
-            self._restart(failure)
+            if not self._generator.writes:
+                break
+            self._deliver(self._generator.step_texts())
+            spent -= time.monotonic() - begun
+            if spent <= 0 or not self._commands.empty():
+                break
+        self._score()
 
     def _restart(self, error: EngineError) -> None:
-        """End all requests that run, and start with empty memory."""
-        ended = list(self._running.values())
+        """End all requests that run, and start with empty memory.
+
+        Raises:
+            Exception: the model or its device does not work any more.
+        """
+        ended, scoring = list(self._running.values()), self._scorings.popleft() if self._scorings else None
         self._running.clear()
         self._inspected.clear()
         self.load.failed, self.load.running = self.load.failed + len(ended), 0
         for job in ended:
             job.stream.send(error)
+        if scoring is not None:
+            scoring.answer(error)
         self._generator.reset()
+        self._generator.check()
 
     def _expire(self) -> None:
+        """End the requests whose time is over, and forget scores that nobody waits for."""
         now = time.monotonic()
         for job in [j for j in [*self._running.values(), *self._waiting] if j.until < now]:
             self._drop(job, DeadlineExceeded(f"not finished within {job.request.seconds:g} s"))
+        for scoring in [s for s in self._scorings if s.left or s.until < now]:
+            self._scorings.remove(scoring)
+            self.load.cancelled += 1
+            if not scoring.left:
+                scoring.answer(DeadlineExceeded(f"not finished within {scoring.seconds:g} s"))
 
     def _admit(self) -> None:
         """Let the requests at the front of the queue join while there are rows, and no other adapter is in use."""
         while self._waiting and len(self._running) < self._rows:
             job = self._waiting[0]
+            if self._scorings and self._scorings[0].adapter != self._adapter:
+                return  # texts to score wait for their adapter
+            if job.request.adapter != self._adapter and (self._running or self._scorings):
+                return
+            if job.request.inspect is not None and self._inspected:
+                return  # each has a state of its own beside the rows, so there is one at a time
+            self._waiting.popleft()
+            self._running[id(job)] = job  # an error ends it from here on
+            self.load.waiting, self.load.running = self.load.waiting - 1, self.load.running + 1
             if job.request.adapter != self._adapter:
-                if self._running:
-                    return
                 self._use(job.request.adapter)
             before = self._generator.tokens_reused
             try:
@@ -404,14 +455,11 @@ class ModelEngine(Engine):
                 else:
                     self._inspected[id(job)] = _Inspected.of(self._model, self._processor, job)
             except (InputError, ValueError) as error:
-                self._waiting.popleft()
-                self.load.waiting -= 1
+                del self._running[id(job)]
+                self.load.running -= 1
                 job.stream.send(error if isinstance(error, InputError) else InputError(str(error)))
                 continue
-            self._waiting.popleft()
             job.cached = self._generator.tokens_reused - before
-            self._running[id(job)] = job
-            self.load.waiting, self.load.running = self.load.waiting - 1, self.load.running + 1
             job.stream.send(Started())
 
     def _use(self, adapter: str | None) -> None:
@@ -427,12 +475,12 @@ class ModelEngine(Engine):
             self.load.waiting -= 1
         elif self._running.pop(id(job), None) is not None:
             self.load.running -= 1
-            self._generator.leave(id(job))
             self._inspected.pop(id(job), None)
         else:
             return
         self.load.cancelled += 1
         job.stream.send(error)
+        self._generator.leave(id(job))
 
     def _step_inspected(self, job: _Job) -> None:
         """Hand on one event of an inspected request; one that collects too much is ended."""
@@ -452,12 +500,13 @@ class ModelEngine(Engine):
             job = self._running.get(key)
             if job is None:
                 continue
-            for translated in self._translate(job, event):
-                job.stream.send(translated)
-            if isinstance(event, generation.DocumentFinished):
+            translated = self._translate(job, event)
+            if isinstance(event, generation.DocumentFinished):  # before its client knows
                 del self._running[key]
                 self._inspected.pop(key, None)
                 self.load.running -= 1
+            for one in translated:
+                job.stream.send(one)
 
     def _translate(self, job: _Job, event: generation.Event) -> list[Event]:
         """An event of generation as events for clients."""
@@ -492,25 +541,42 @@ class ModelEngine(Engine):
         self.load.images += 1
         return ImageDone(generated.candidates)
 
-    @torch.no_grad()
-    def _score(self, job: _Scoring) -> None:
-        """Log-probabilities of each token; in a state of its own, between two turns."""
+    def _score(self) -> None:
+        """A step of the texts to score that came first, in a state of their own."""
+        if not self._scorings:
+            return
+        job = self._scorings[0]
+        if job.adapter != self._adapter:
+            if self._running:
+                return
+            self._use(job.adapter)
+        if job.steps is None:
+            batch = self._processor.collate([job.prompt], padding_side="left")
+            job.steps = score_in_steps(self._model.prefill(batch, "dynamic"), [(0, ids) for ids in job.texts],
+                                       SCORED_TOGETHER, SCORED_TOKENS)  # fmt: skip
+            return
         try:
-            if job.adapter != self._adapter and self._running:
-                raise Overloaded("another adapter is in use", 5)
-            if job.adapter != self._adapter:
-                self._use(job.adapter)
-            first = job.prepared.plan[0]
-            assert not isinstance(first, str)
-            batch = self._processor.collate([first], padding_side="left")
-            state = self._model.prefill(batch, "dynamic", len(job.ids))
-            tokens = torch.tensor([job.ids])
-            before = state.last[:, None].clone()
-            hidden = state.prefill(tokens, torch.ones_like(tokens))
-            logits = self._model.compute_logits(torch.cat([before, hidden[:, :-1]], dim=1)).float().log_softmax(-1)
-            job.answer(logits[0].gather(-1, tokens[0, :, None].to(logits.device))[:, 0].tolist())
-        except (Overloaded, InputError, ValueError, RuntimeError) as error:
-            job.answer(error)
+            next(job.steps)
+        except StopIteration as ended:
+            self._scorings.popleft()
+            job.answer([scores.tolist() for scores in ended.value])
+
+
+def _settle(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[list[list[float]]], found: list[list[float]] | Exception
+) -> None:
+    """Set the result of a future of the event loop, from the thread."""
+
+    def settle() -> None:
+        if future.done():
+            return
+        if isinstance(found, Exception):
+            future.set_exception(found)
+        else:
+            future.set_result(found)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(settle)
 
 
 def make_engine(

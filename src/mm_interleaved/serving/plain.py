@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 import math
 import secrets
 import time
@@ -18,7 +20,7 @@ from ..document import Document, Text
 from ..io import InputError
 from . import engine as events
 from . import schema
-from .app_state import Services, services
+from .app_state import services
 from .chat import chat_usage
 from .documents import Asked, build_document, check_size, find_model, generation_request, generation_settings
 from .engine import Done, EngineError, Stream, Usage
@@ -26,9 +28,10 @@ from .errors import ApiError, as_api_error
 from .images import Format, encode
 from .middleware import JsonRoute
 from .responses import left_behind
-from .streaming import DONE, SSE, sse
+from .streaming import DONE, SSE, sse, unless_left
 
 router = APIRouter(route_class=JsonRoute)
+log = logging.getLogger(__name__)
 
 
 @router.post("/v1/images/generations", tags=["images"], response_model=None)
@@ -84,7 +87,7 @@ async def complete(body: schema.CompletionRequest, request: Request) -> Response
     about = {"id": f"cmpl-{secrets.token_hex(14)}", "object": "text_completion", "created": int(time.time()),
              "model": body.model or found.engine.model}  # fmt: skip
     if body.max_tokens == 0:
-        return JSONResponse(await _score(body, prompts, adapter, found, about))
+        return JSONResponse(await _score(body, prompts, adapter, request, about))
     if body.logprobs is not None or body.echo:
         raise ApiError("'logprobs' and 'echo' need 'max_tokens': 0", param="logprobs" if body.logprobs is not None
                        else "echo", code="invalid_value")  # fmt: skip
@@ -145,35 +148,36 @@ async def _chunks(stream: Stream, request: Request, about: dict[str, Any], secon
                     yield sse({**about, "choices": [_choice(0, "", reason)], "usage": chat_usage(event.usage)})
         except (EngineError, InputError) as error:
             yield sse({"error": as_api_error(error).envelope})
+        except Exception as error:
+            log.exception("a stream failed")
+            yield sse({"error": as_api_error(error).envelope})
         finally:
             stream.cancel()
     yield DONE
 
 
 async def _score(
-    body: schema.CompletionRequest, prompts: list[str], adapter: str | None, found: Services, about: dict[str, Any]
+    body: schema.CompletionRequest, prompts: list[str], adapter: str | None, request: Request, about: dict[str, Any]
 ) -> dict[str, Any]:
     """The log-probabilities of all tokens of each prompt, as if it had been generated."""
     if not body.echo or body.logprobs is None:
         raise ApiError("'max_tokens': 0 generates nothing; with 'echo' and 'logprobs' the prompt is scored",
                        param="max_tokens", code="invalid_value")  # fmt: skip
+    found = services(request)
     if body.logprobs > 1:
         raise ApiError("only the log-probability of each token itself is given; set 'logprobs' to 0 or 1",
                        param="logprobs", code="invalid_value")  # fmt: skip
-    choices, tokens = [], 0
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ApiError("the prompt is empty", param="prompt", code="invalid_value")
-        scored = await found.engine.score(Document([]), prompt, adapter)
-        offsets, at = [], 0
-        for token in scored.tokens:
-            offsets.append(at)
-            at += len(token)
-        tokens += len(scored.tokens)
+    if not all(prompts):
+        raise ApiError("the prompt is empty", param="prompt", code="invalid_value")
+    scoring = found.engine.score(Document([]), prompts, adapter, found.config.limits.request_seconds)
+    scores, choices = await unless_left(request, scoring), []
+    for number, scored in enumerate(scores):
+        offsets = [0, *itertools.accumulate(map(len, scored.tokens))][:-1]
         values = [value if math.isfinite(value) else -9999.0 for value in scored.log_probabilities]
-        choices.append(_choice(number, prompt, "length", {"tokens": scored.tokens, "token_logprobs": values,
-                                                          "top_logprobs": None, "text_offset": offsets}))  # fmt: skip
-    return {**about, "choices": choices, "usage": chat_usage(Usage(tokens))}
+        about_tokens = {"tokens": scored.tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+        choices.append(_choice(number, "".join(scored.tokens), "length", about_tokens))
+    used = Usage(sum(len(scored.tokens) for scored in scores))
+    return {**about, "choices": choices, "usage": chat_usage(used)}
 
 
 # ---- the server

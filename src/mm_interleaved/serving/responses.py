@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -46,6 +47,7 @@ from .streaming import SSE, disconnected, sse
 
 router = APIRouter(prefix="/v1/responses", route_class=JsonRoute, tags=["responses"])
 Event = dict[str, Any]
+log = logging.getLogger(__name__)
 FAILURES = {"rate_limit_exceeded", "server_error", "invalid_prompt"}  # codes that the protocol knows
 
 
@@ -401,6 +403,10 @@ async def written(prepared: _Prepared, config: ServeConfig) -> AsyncIterator[Eve
             if event is None:
                 yield None
     except (EngineError, InputError, ApiError) as error:
+        for one in writer.fail(error):
+            yield one
+    except Exception as error:
+        log.exception("a response failed")
         for one in writer.fail(error):
             yield one
     finally:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from fastapi import Request
+
+from .engine import EngineError
+
+T = TypeVar("T")
 
 SSE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -25,6 +30,23 @@ def sse(event: dict[str, Any] | None, named: bool = False) -> bytes:
         return KEEP_ALIVE
     head = f"event: {event['type']}\n" if named else ""
     return f"{head}data: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves.
+
+    Raises:
+        EngineError: the client has left.
+    """
+    task, watch = asyncio.create_task(work), asyncio.create_task(disconnected(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise EngineError("the client left")
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
 
 
 async def disconnected(request: Request) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -151,10 +152,24 @@ class StubEngine(Engine):
             self.load.failed += 1
             stream.put(error)
 
-    async def score(self, document: Document, text: str, adapter: str | None = None) -> ScoredText:
-        """Every token is a word; its log-probability follows from its length."""
-        words = text.split() or [text]
-        return ScoredText(words, [-0.1 * len(word) for word in words])
+    async def score(
+        self, document: Document, texts: Sequence[str], adapter: str | None = None, seconds: float | None = None
+    ) -> list[ScoredText]:
+        """Every token is a word with the space before it; its log-probability follows from its length."""
+        self.check_room()
+        found = []
+        self.load.running += 1
+        try:
+            async with asyncio.timeout(seconds):
+                for text in texts:
+                    words = re.findall(r"\s*\S+\s*$|\s*\S+|\s+", text)
+                    await asyncio.sleep(self.delay)
+                    found.append(ScoredText(words, [-0.1 * len(word) for word in words]))
+        except TimeoutError:
+            raise DeadlineExceeded(f"not finished within {seconds:g} s") from None
+        finally:
+            self.load.running -= 1
+        return found
 
 
 def _tokens(document: Document) -> int:
