@@ -31,6 +31,9 @@ def test_the_release_needs_no_weights(mmi: Mmi) -> None:
     numbers = json.loads(mmi("info", "release", "--json").out)
     assert numbers["parts"][0]["total"] == 14_868_037_913  # what is stored; tables that follow from the sizes are not
     assert numbers["token_with_images"] > numbers["token"] > 1e10
+    gib = {kind: round(size / 2**30, 1) for kind, size in numbers["weight_bytes"].items()}
+    assert gib == {"float32": 55.4, "bfloat16": 27.7, "int8": 15.9, "fp8": 15.9, "int4": 10.4, "nf4": 10.2}
+    assert all(f"{size:.1f} GiB" in shown.out for size in gib.values())
 
 
 def test_small_is_small(mmi: Mmi) -> None:

@@ -112,6 +112,32 @@ def stored_bytes(outputs: int, inputs: int, itemsize: int, kind: Quantization | 
     return count + outputs * (5 if kind == "int8" else 4)  # a scale in float32, and the zero point of int8
 
 
+def weight_bytes(model: nn.Module, itemsize: int, kind: Quantization | None = None) -> int | None:
+    """Bytes of all weights on a GPU, if numbers have `itemsize` bytes and the model is quantized.
+
+    Args:
+        model: a model that is not quantized, on any device, also "meta".
+        itemsize: bytes of a number.
+        kind: as in `quantize`; None: no quantization.
+
+    Returns:
+        The bytes; None: the sizes of the layers do not allow this kind.
+    """
+    total = sum(p.numel() for p in model.parameters()) * itemsize
+    if kind is None:
+        return total
+    for linear in quantizable(model).values():
+        outputs, inputs = linear.weight.shape
+        if kind == "int4" and not _fits_int4(outputs, inputs):
+            return None
+        total += stored_bytes(outputs, inputs, itemsize, kind) - linear.weight.numel() * itemsize
+    return total
+
+
+def _fits_int4(outputs: int, inputs: int) -> bool:
+    return bool(_int4_group(inputs)) and outputs % 16 == 0
+
+
 def _nf4_scales(count: int) -> int:
     """Number of scales, of so many weights, that share a scale of their own."""
     return math.gcd(count // NF4_BLOCK, 256)
@@ -131,7 +157,7 @@ def _check_int4(name: str, weight: Tensor, device: torch.device) -> None:
                          "training precision: bfloat16)")  # fmt: skip
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError("quantization='int4' needs a GPU of compute capability 8.0 or later; take nf4 or int8")
-    if not _int4_group(inputs) or outputs % 16:
+    if not _fits_int4(outputs, inputs):
         raise ValueError(f"quantization='int4' needs inputs in multiples of 32 and outputs in multiples of 16, and "
                          f"{name} is {outputs} x {inputs}; take nf4 or int8")  # fmt: skip
 

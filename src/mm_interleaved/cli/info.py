@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..model.cost import Cost
 
 
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+TYPES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 
 
 def info(
@@ -45,11 +45,12 @@ def info(
         )
     with console.status("counting"):
         cost = measure(config, images, steps)
+        weights = _weight_bytes(config)
     if as_json:
-        print(json.dumps(cost, default=vars, indent=2))
+        print(json.dumps({**vars(cost), "weight_bytes": weights}, default=vars, indent=2))
         return
     output.print(_parts_table(model, cost))
-    output.print(_memory_table(cost))
+    output.print(_memory_table(cost, weights))
     output.print(_cost_table(config, cost))
 
 
@@ -94,18 +95,29 @@ def _parts_table(model: str, cost: Cost) -> Table:
     return table
 
 
-def _memory_table(cost: Cost) -> Table:
-    table = Table(title="memory", title_justify="left")
+def _weight_bytes(config: MMInterleavedConfig) -> dict[str, int | None]:
+    """Bytes of all weights by type and by quantization (with everything else in bfloat16); None: not possible."""
+    import torch
+
+    from ..checkpoints.quantization import QUANTIZATIONS, weight_bytes
+    from ..model import MMInterleavedModel
+
+    with torch.device("meta"):
+        model = MMInterleavedModel(config)
+    found = {name: weight_bytes(model, size) for name, size in TYPES.items()}
+    return found | {kind: weight_bytes(model, TYPES["bfloat16"], kind) for kind in QUANTIZATIONS}
+
+
+def _memory_table(cost: Cost, weights: dict[str, int | None]) -> Table:
+    table = Table(title="memory", title_justify="left", caption="int8, fp8, int4, nf4: --quantization, in bfloat16",
+                  caption_justify="left")  # fmt: skip
     table.add_column("")
-    for name in BYTES:
+    for name in ("weights", "keys and values,\n1000 tokens", "MMFS values,\none image"):
         table.add_column(name, justify="right")
-    rows = {
-        "weights": cost.parts[0].total,
-        "keys and values, 1000 tokens": 1000 * cost.cache_per_token,
-        "MMFS values, one image": cost.cache_per_image,
-    }
-    for name, count in rows.items():
-        table.add_row(name, *(_bytes(count * size) for size in BYTES.values()))
+    for name, size in weights.items():
+        caches = (count * TYPES.get(name, TYPES["bfloat16"]) for count in (1000 * cost.cache_per_token,
+                                                                           cost.cache_per_image))  # fmt: skip
+        table.add_row(name, "-" if size is None else _bytes(size), *map(_bytes, caches))
     return table
 
 

@@ -27,7 +27,7 @@ FORMS: dict[int | str, dict[str, Any]] = {
 @router.get("/{response_id}/inspection", responses=FORMS, response_model=None)
 async def inspection(response_id: schema.Id, request: Request, format: Literal["html", "json"] = "html") -> Response:
     """The inspection of a stored response: an interactive page, or its data."""
-    stored = services(request).store.get(response_id)
+    stored = services(request).store.get(response_id, request.state.owner)
     data, status = stored.inspection, stored.response["status"]
     if data is None and status in ("queued", "in_progress"):
         raise ApiError(f"Response '{response_id}' is not finished.", status=409, code="response_not_finished")

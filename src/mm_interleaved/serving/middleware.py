@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import math
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
@@ -68,7 +69,7 @@ class Guard:
             await send(message)
 
         try:
-            self._check_key(scope, headers)
+            scope["state"]["owner"] = self._check_key(scope, headers)
             counted = self._counted(headers, receive, share)
             await self.app(scope, counted, tagged)
         except ApiError as error:
@@ -79,18 +80,20 @@ class Guard:
             if not share.kept:
                 share.give_back()
 
-    def _check_key(self, scope: Scope, headers: Headers) -> None:
+    def _check_key(self, scope: Scope, headers: Headers) -> int | None:
+        """The number of the key that a request has; None: it needs none."""
         path = scope["path"]
         if not self._keys or path in OPEN_PATHS or scope["method"] == "OPTIONS":
-            return
+            return None
         if self.config.page and PAGE_PATH.fullmatch(path):
-            return
+            return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
         known = [hmac.compare_digest(digest, own) for own in self._keys]  # all of them, whichever fits
         if scheme.lower() != "bearer" or not any(known):
             raise ApiError("Incorrect API key provided.", status=401, type="authentication_error",
                            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+        return known.index(True)
 
     def _counted(self, headers: Headers, receive: Receive, share: Share) -> Receive:
         """`receive` that ends with an error when the body is too long, takes too long, or finds no memory."""
@@ -98,6 +101,9 @@ class Guard:
         most, left = limits.body_mib * MIB, limits.receipt_seconds
         too_large = ApiError(f"the body has more than {limits.body_mib} MiB", status=413, code="request_too_large")
         declared = headers.get("content-length", "0")
+        if "content-length" in headers and "transfer-encoding" in headers:  # proxies may see another end of the body
+            raise ApiError("send 'content-length' or 'transfer-encoding', not both", code="invalid_request",
+                           headers={"Connection": "close"})  # fmt: skip
         if not declared.isdigit() or int(declared) > most:
             raise too_large
         until = asyncio.get_running_loop().time() + left
@@ -155,7 +161,7 @@ def parse(body: bytes, depth: int, values: int) -> Any:
     try:
         text = body.decode("utf-8")
         _check_shape(text, depth, values)
-        data = json.loads(text, parse_constant=_refuse)
+        data = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_twins)
         data_text = json.dumps(data, ensure_ascii=False) if "\\u" in text else ""
         data_text.encode("utf-8")
     except (UnicodeDecodeError, UnicodeEncodeError):
@@ -184,6 +190,22 @@ def _check_shape(text: str, depth: int, values: int) -> None:
 
 def _refuse(name: str) -> Any:
     raise ValueError(name)
+
+
+def _finite(number: str) -> float:
+    """A number that is not too large for JSON's readers, and for our answers."""
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are different; of equal ones all but one would be ignored."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twin = shorten(next(name for name, _ in pairs if name in seen or seen.add(name)))
+        raise ApiError(f"The field '{twin}' is there twice.", param=twin, code="invalid_json")
+    return found
 
 
 class JsonRoute(APIRoute):

@@ -285,11 +285,13 @@ def image_form(request: schema.ResponseRequest, engine: Engine) -> ImageForm:
     return ImageForm(kind, tool.output_compression, tool.partial_images or 0)
 
 
-async def input_segments(request: schema.ResponseRequest, inputs: Inputs, found: Services) -> list[Segment]:
+async def input_segments(
+    request: schema.ResponseRequest, inputs: Inputs, owner: int | None, found: Services
+) -> list[Segment]:
     """What a request gives, after its instructions: the previous response and its input."""
     segments: list[Segment] = []
     if request.previous_response_id is not None:
-        previous = found.store.get(request.previous_response_id, "previous_response_id")
+        previous = found.store.get(request.previous_response_id, owner, "previous_response_id")
         if previous.response["status"] in ("queued", "in_progress"):
             raise ApiError("the previous response is not finished", param="previous_response_id", code="invalid_value")
         segments += previous.segments
@@ -307,7 +309,7 @@ async def input_segments(request: schema.ResponseRequest, inputs: Inputs, found:
             segments.append(Image(image, role="assistant"))
         else:
             inputs.count(where)
-            segments.append(found.store.item(str(item.id), f"{where}.id"))
+            segments.append(found.store.item(str(item.id), owner, f"{where}.id"))
     return segments
 
 
@@ -380,11 +382,13 @@ async def prepare(request: schema.ResponseRequest, asked_by: Request, found: Ser
         raise ApiError("a response in the background is not streamed here; retrieve it by its id", param="stream",
                        code="invalid_value")  # fmt: skip
     inputs = Inputs(found.remote, found.pixel_budget(asked_by))
-    segments = await input_segments(request, inputs, found)
+    segments = await input_segments(request, inputs, asked_by.state.owner, found)
     first = [Text(request.instructions, role="system")] if request.instructions else []
     document = build_document([*first, *segments], wanted(request), config)
     stream = await engine.submit(generation_request(document, settings, adapter, config, bool(request.inspect)))
-    stored = StoredResponse(new_response(request, engine, form, settings), input_items(request), segments)
+    stored = StoredResponse(
+        new_response(request, engine, form, settings), input_items(request), segments, owner=asked_by.state.owner
+    )
     writer = ResponseWriter(stored, form, engine.limits.image_size, config.preview_kib * 1024)
     return _Prepared(writer, stream)
 
@@ -486,13 +490,13 @@ async def retrieve(
         raise ApiError("stored responses are not streamed again", param="stream", code="invalid_value")
     if include:
         raise ApiError("nothing more can be included", param="include", code="invalid_value")
-    return JSONResponse(services(request).store.get(response_id).response)
+    return JSONResponse(services(request).store.get(response_id, request.state.owner).response)
 
 
 @router.delete("/{response_id}", response_model=None)
 async def delete(response_id: schema.Id, request: Request) -> Response:
     """Forget a response; one that is in progress ends."""
-    stored = services(request).store.delete(response_id)
+    stored = services(request).store.delete(response_id, request.state.owner)
     if stored.task is not None:
         stored.task.cancel()
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
@@ -501,7 +505,7 @@ async def delete(response_id: schema.Id, request: Request) -> Response:
 @router.post("/{response_id}/cancel", response_model=None)
 async def cancel(response_id: schema.Id, request: Request) -> Response:
     """End a response that is generated in the background."""
-    stored = services(request).store.get(response_id)
+    stored = services(request).store.get(response_id, request.state.owner)
     if not stored.response["background"]:
         raise ApiError("only responses in the background can be cancelled; close the connection of others",
                        code="invalid_value")  # fmt: skip
@@ -520,7 +524,7 @@ async def list_input_items(
     after: str | None = None,
 ) -> Response:
     """The items of a response's request."""
-    items = list(services(request).store.get(response_id).input_items)
+    items = list(services(request).store.get(response_id, request.state.owner).input_items)
     items = items[::-1] if order == "desc" else items
     names = [item["id"] for item in items]
     if after is not None:

@@ -25,6 +25,7 @@ class StoredResponse:
         segments: its document: everything given before and in its request, and what was generated.
         task: what generates it in the background; None: nothing does.
         items: what each generated item stands for, by its id.
+        owner: number of the key whose clients may have it; None: the server has no keys.
         inspection: where MMFS looked, as the data of its page; None: it was not asked for, or is not finished.
     """
 
@@ -33,6 +34,7 @@ class StoredResponse:
     segments: list[Segment] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     items: dict[str, Segment] = field(default_factory=dict)
+    owner: int | None = None
     inspection: str | None = None
 
     @property
@@ -92,35 +94,35 @@ class ResponseStore:
         del self._kept[name]
         self._total -= self._sizes.pop(name)
 
-    def get(self, name: str, param: str | None = None) -> StoredResponse:
+    def get(self, name: str, owner: int | None = None, param: str | None = None) -> StoredResponse:
         """A response by its id.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is none, or it belongs to another key.
         """
-        if name in self._kept:
+        if name in self._kept and self._kept[name].owner == owner:
             return self._kept[name]
         code = "previous_response_not_found" if param == "previous_response_id" else "not_found"
         raise ApiError(f"Response with id '{name}' not found.", status=400 if param else 404, param=param, code=code)
 
-    def delete(self, name: str) -> StoredResponse:
+    def delete(self, name: str, owner: int | None = None) -> StoredResponse:
         """Forget a response.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is none, or it belongs to another key.
         """
-        found = self.get(name)
+        found = self.get(name, owner)
         self._forget(name)
         return found
 
-    def item(self, name: str, param: str) -> Segment:
+    def item(self, name: str, owner: int | None, param: str) -> Segment:
         """What an item of a stored response stands for.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is none, or it belongs to another key.
         """
         for stored in reversed(self._kept.values()):
-            if name in stored.items:
+            if name in stored.items and stored.owner == owner:
                 return stored.items[name]
         raise ApiError(f"Item with id '{name}' not found.", status=404, param=param, code="item_not_found")
 
