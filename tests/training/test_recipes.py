@@ -323,7 +323,18 @@ REFUSED = {
     "epochs of no batch": ["epochs=1", "data.sources.0.options.column=title"],
     "a task that is not there": ["evaluation={tasks: [{task: gqa, root: gone}]}", "evaluate_every=1"],
     "an adapter that matches nothing": ["adapter.targets=[gone]"],
+    "all parts frozen": ["freeze=[llm, vision, image_decoder, mmfs]"],
 }
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(mmi: Callable[..., Outcome], tmp_path: Path) -> None:
+    own_data("own-folder", tmp_path / "own")
+    for warmup, told in ((1, False), (2, True)):
+        said = mmi("finetune", "own-folder", "--model", "debug", f"data.root={tmp_path / 'own'}", "steps=2",
+                   "sample_every=0", f"schedule.warmup_steps={warmup}", "--output", tmp_path / str(warmup), "--device",
+                   "cpu")  # fmt: skip
+        assert said.code == 0, said.err
+        assert ("the learning rate never reaches its value" in said.err) == told
 
 
 @pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)
@@ -365,6 +376,10 @@ BAD_CHECKS = {
     "a number as a caption": ("data.sources.0.options.column=year", "'year' malformed (own/metadata.jsonl, line"),
     "an unknown setting of the Trainer": ("trainer.report_too=wandb", "unknown key 'report_too' in trainer"),
     "a row too short for an image": ("data.max_length=8", "document longer than a row (own/metadata.jsonl, line"),
+    "a field that the template lacks": (
+        "data.sources.0.options.image_prompt='{title}'",
+        "(own/metadata.jsonl, line 2: the prompt '{title}' has a field {title}; there",
+    ),
     "a template without quotes": ("data.sources.0.options.image_prompt={x} y", "Put quotes around it: 'data.sources"),
 }
 

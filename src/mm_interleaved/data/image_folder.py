@@ -91,7 +91,7 @@ class ImageFolderReader:
         shown = {"image": Image(path, supervise=False)} if learn == "text" else {"text": text}
         answer: Segment = Text(text) if learn == "text" else Image(path)
         try:
-            return Document([*render(template, fields | shown, where), answer], place=where)
+            return Document([*render(template, fields | shown, ""), answer], place=where)
         except InputError as error:
             raise Rejected(kind_of(error.problem), f"{where}: {error}") from None
 

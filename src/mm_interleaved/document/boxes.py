@@ -51,6 +51,9 @@ class Box:
             InputError: the sides are not in order, or a side is outside the image.
         """
         width, height = size
+        if not (sides[0] <= sides[2] and sides[1] <= sides[3]):  # also refuses NaN
+            raise InputError(f"{list(sides)} is no box", fix="Write [x1, y1, x2, y2] in pixels of the image, with "
+                             "x1 <= x2 and y1 <= y2")  # fmt: skip
         if any(side < -TOLERANCE or side > size[i % 2] + TOLERANCE for i, side in enumerate(sides)):
             raise InputError(f"the box {list(sides)} is outside the image of {width} x {height} pixels",
                              fix="Write [x1, y1, x2, y2] in pixels of that image")  # fmt: skip

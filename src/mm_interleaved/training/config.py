@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -463,6 +463,10 @@ class TrainConfig(RunConfig):
         if self.model.quantize != "none" and (self.adapter is None or self.fsdp or self.deepspeed):
             raise ValueError("'model.quantize' is for the frozen base of an 'adapter', on devices with the whole model "
                              "(no 'fsdp', no 'deepspeed')")  # fmt: skip
+        if self.adapter is None and set(self.freeze) == set(get_args(ModelPart)):
+            raise ValueError(
+                "'freeze' names all parts, so nothing is left to train: leave one out, or train an 'adapter'"
+            )
         if self.epochs is not None and self.data.sampling == "forever":
             raise ValueError("'epochs' needs data that end, and 'data.sampling: forever' never does; give 'steps'")
         if self.early_stopping is not None:

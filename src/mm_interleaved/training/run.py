@@ -204,6 +204,12 @@ def run(
         count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         where = f"{trainer.args.world_size} x {trainer.args.device.type}"
         console.print(f"{count:,} trainable parameters on {where}, {config.precision}; run in {config.output}")
+        if config.schedule.warmup_steps >= steps:
+            console.print(
+                f"the warm-up (schedule.warmup_steps: {config.schedule.warmup_steps}) is as long as the run of {steps} "
+                "steps, so the learning rate never reaches its value",
+                style="yellow",
+            )
     if resume is not None:
         trainer.load_run_state(resume)
         console.print(f"going on from {resume}")
