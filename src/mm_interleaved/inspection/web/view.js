@@ -485,7 +485,7 @@ function drawShares(record, found) {
 function drawHeads(record) {
   const text = ofText(record), rows = text ? record.layers : record.blocks;
   $("grid-title").textContent = `Share of the ignore slot by ${text ? "layer" : "map"} and head; choose one`;
-  const saved = state.map, head = make("tr", {}, make("th", {}, ""), ...record.heads.map((h) => make("th", {}, String(h))));
+  const saved = state.map, head = make("tr", {}, make("th", {}, "head"), ...record.heads.map((h) => make("th", {}, String(h))));
   const dark = document.documentElement.classList.contains("dark");
   const body = rows.map((row, k) => {
     if (!text) state.map = k;
@@ -498,7 +498,7 @@ function drawHeads(record) {
                                       className: chosen ? "chosen" : "" }, String(Math.round(100 * ignored)));
       const shade = Math.round(dark ? 35 + 120 * ignored : 245 - 120 * ignored);
       button.style.background = `rgb(${shade},${shade},${Math.round(shade * 0.97)})`;
-      button.style.color = (dark ? ignored < 0.75 : ignored > 0.9) ? "#fff" : "#000";
+      button.style.color = shade <= 117 ? "#fff" : "#000";  // a contrast of at least 4.5
       button.addEventListener("click", () => {
         const again = chosen;
         if (text) state.layer = again ? -1 : k; else chooseMap(record, k);
@@ -561,7 +561,7 @@ function drawOffsets(record, all) {
 }
 
 function drawStrongest(record, all) {
-  const text = ofText(record), head = ["", "x", "y", "weight", text ? "layer" : "map", "head", "level", text ? "token" : "region"];
+  const text = ofText(record), head = ["image", "x", "y", "weight", text ? "layer" : "map", "head", "level", text ? "token" : "region"];
   const rows = all.slice(0, 6).map((p) => [
     name(record.images[p.slot]), p.x.toFixed(2), p.y.toFixed(2), p.own.toFixed(3), text ? record.layers[p.frame] : block(record).name,
     record.heads[p.head], record.levels[p.level], text ? record.pieces[p.unit].trim() || "\u2423" : p.unit,
