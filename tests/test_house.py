@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -64,15 +65,19 @@ def test_there_is_one_kv_cache_and_one_decoder_layer() -> None:
     assert not [p for p in FILES if p.parent.name == "generation" and re.search(r"Dynamic(Cache|Layer)", p.read_text())]
 
 
+# Where every request of a server gets an answer whatever happened; the error is logged.
+BOUNDARIES = {"serving/chat.py": 1, "serving/model.py": 2, "serving/plain.py": 1, "serving/responses.py": 1}
+
+
 def test_nothing_catches_everything() -> None:
     offenders = [
-        f"{path.relative_to(SOURCE)}:{node.lineno}"
+        str(path.relative_to(SOURCE))
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException"))
     ]
-    assert not offenders
+    assert Counter(offenders) == BOUNDARIES
 
 
 def test_documents_know_no_torch() -> None:

@@ -161,7 +161,7 @@ def parse(body: bytes, depth: int, values: int) -> Any:
     try:
         text = body.decode("utf-8")
         _check_shape(text, depth, values)
-        data = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_twins)
+        data = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_repeats)
         data_text = json.dumps(data, ensure_ascii=False) if "\\u" in text else ""
         data_text.encode("utf-8")
     except (UnicodeDecodeError, UnicodeEncodeError):
@@ -198,13 +198,13 @@ def _finite(number: str) -> float:
     return value if math.isfinite(value) else _refuse(number)
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names are different; of equal ones all but one would be ignored."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twin = shorten(next(name for name, _ in pairs if name in seen or seen.add(name)))
-        raise ApiError(f"The field '{twin}' is there twice.", param=twin, code="invalid_json")
+        repeated = shorten(next(name for name, _ in pairs if name in seen or seen.add(name)))
+        raise ApiError(f"The field '{repeated}' is there twice.", param=repeated, code="invalid_json")
     return found
 
 
