@@ -136,6 +136,18 @@ def test_the_toy_world_is_a_plugin() -> None:
     assert not found
 
 
+def test_the_page_of_the_code_has_every_package_and_no_file_that_is_gone() -> None:
+    """And every module of the packages whose files it describes one by one."""
+    page = (ROOT / "docs" / "internals" / "code.md").read_text()
+    packages = [path.parent.name for path in SOURCE.glob("*/__init__.py")]
+    assert [name for name in packages if f"`{name}/`" not in page] == []
+    known = {path.name for folder in ("src", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")}
+    assert [name for name in re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", page) if name not in known] == []
+    described = [path for name in ("model", "generation", "serving", "checkpoints", "batch")
+                 for path in (SOURCE / name).glob("*.py") if path.name != "__init__.py"]  # fmt: skip
+    assert [str(path.relative_to(SOURCE)) for path in described if f"`{path.name}`" not in page] == []
+
+
 # Words that this package used in senses of its own, and the plain ones (docs/internals/code.md, "Language"). A pattern
 # is here only if a regular expression can tell the sense. The toy world is not checked.
 FORMER = {
