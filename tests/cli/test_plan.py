@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from mm_interleaved.cli import main
+from mm_interleaved.cli import app, main
 from mm_interleaved.training.flops import peak_of
+from mm_interleaved.training.gpus import GPUS
 
 from .conftest import Outcome
 
@@ -35,6 +38,17 @@ def test_a_plan_as_tables(mmi: Callable[..., Outcome]) -> None:
     shown = mmi("plan", DEBUG, *FEWER).out
     for text in ("1 x h200 on one machine, one GPU", "tokens a second", "40 steps", "activations"):
         assert text in shown
+
+
+def test_the_options_of_the_guide_are_those_of_the_command() -> None:
+    guide = (ROOT / "docs/guides/scaling.md").read_text().partition("## Planning a run")[2].partition("## ")[0]
+    shown = CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "200"}).output
+    options = set(re.findall(r"(--[a-z][a-z-]*)", guide))
+    assert options >= {"--gpus", "--type", "--per-node", "--images", "--model", "--json"}
+    assert not [option for option in options if option not in shown]
+    kinds = re.search(r"kind of GPU: ([^|]+) \|", guide)
+    assert kinds is not None
+    assert kinds[1].split(", ") == list(GPUS)
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,11 @@ def _steps_table(plan: Plan) -> Table:
         "rows x tokens": [f"{s.sizes.rows} x {s.sizes.tokens}" for s in plan.sources],
         "images, of them targets": [f"{s.sizes.images}, {s.sizes.targets}" for s in plan.sources],
     }
-    names = ("language", "vision", "denoising", "latents", "optimizer", "fixed", "waiting", "total")
-    shown = {"language": "language model", "vision": "image encoder", "latents": "VAE", "waiting": "communication"}
-    for name in names:
-        rows[shown.get(name, name)] = [f"{getattr(s.time, name):.2f}" for s in plan.sources]
+    shown = {"language": "language model", "queries": "MMFS of text", "vision": "image encoder",
+             "denoising": "denoising", "latents": "VAE", "adapter": "adapter", "optimizer": "optimizer",
+             "host": "waiting for the host", "waiting": "waiting for other GPUs", "total": "total"}  # fmt: skip
+    for name, title in shown.items():
+        rows[title] = [f"{getattr(s.time, name):.2f}" for s in plan.sources]
     for name, values in rows.items():
         table.add_row(name, *values, style="bold" if name == "total" else None)
     return table

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..training.gpus import GIGA, GPU
+from ..training.gpus import GPU
 from .coefficients import Coefficients
+from .step import OVERLAP, gpu_seconds, together
 from .work import StepWork
 
-PARTS = ("language", "vision", "denoising", "latents")
+FITTED = ("language", "vision", "denoising", "queries")
 MOST = 0.85  # share of the peak; large products alone reach no more
 WEIGHT = 0.02  # of the values of the start, against a relative error of a step
+HOSTS = np.arange(0.05, 0.6, 0.01)  # seconds of a forward pass that are tried
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Measured:
 
 
 def fit(rows: Sequence[Measured], gpu: GPU, start: Coefficients) -> Coefficients:
-    """The shares of the peak, and the fixed seconds, that explain measured steps with the least relative error.
+    """The coefficients of one GPU that explain measured steps with the least relative error.
 
-    Seconds are a sum of the parts' work, each with a factor of at least 1 / `MOST`. The values of `start` have a small
-    weight, so what the steps say nothing about keeps them; so do the memory's share and those of communication.
+    These are the shares of the peak of `FITTED`, at most `MOST`, and the time of the host. The shares of `start` have a
+    small weight, so what the steps say nothing about keeps them. All others stay as they are.
 
     Args:
         rows: measured steps of one GPU.
@@ -40,17 +42,30 @@ def fit(rows: Sequence[Measured], gpu: GPU, start: Coefficients) -> Coefficients
     """
     if not rows:
         raise ValueError("there is no measured step to fit")
+    found = [_with_host(rows, gpu, replace(start, host=float(host))) for host in HOSTS]
+    return min(found, key=lambda reached: sum(_error(row, gpu, reached) ** 2 for row in rows))
+
+
+def _error(row: Measured, gpu: GPU, reached: Coefficients) -> float:
+    """The relative error of a step's time."""
+    busy = sum(gpu_seconds(row.work, gpu, reached).values())
+    return together(busy, reached.host * row.work.launches) / row.seconds - 1
+
+
+def _with_host(rows: Sequence[Measured], gpu: GPU, start: Coefficients) -> Coefficients:
+    """The best coefficients with the host's time of `start`."""
     peak = gpu.tflops * 1e12
-    columns = [[getattr(row.work, name) / peak for name in PARTS] + [row.work.micro_batches] for row in rows]
-    optimizer = np.array([row.work.optimizer / (gpu.bandwidth * GIGA * start.memory) for row in rows])
     seconds = np.array([row.seconds for row in rows])
-    before = np.array([1 / getattr(start, name) for name in PARTS] + [max(start.fixed, 1e-3)])
-    least = np.array([1 / MOST] * len(PARTS) + [0.0])
+    hosts = np.array([start.host * row.work.launches for row in rows])
+    busy = np.maximum(seconds**OVERLAP - hosts**OVERLAP, (0.3 * seconds) ** OVERLAP) ** (1 / OVERLAP)
+    known = [sum(v for n, v in gpu_seconds(row.work, gpu, start).items() if n not in FITTED) for row in rows]
+    columns = [[getattr(row.work, name) / peak for name in FITTED] for row in rows]
+    before = np.array([1 / getattr(start, name) for name in FITTED])
+    least = np.full(len(FITTED), 1 / MOST)
     matrix = np.vstack([np.array(columns, dtype=float) / seconds[:, None], np.diag(WEIGHT / before)])
-    wanted = np.concatenate([1 - optimizer / seconds, np.full(len(before), WEIGHT)])
+    wanted = np.concatenate([(busy - np.array(known)) / seconds, np.full(len(before), WEIGHT)])
     factors = least + _nonnegative(matrix, wanted - matrix @ least)
-    shares = {name: float(1 / factor) for name, factor in zip(PARTS, factors, strict=False)}
-    return replace(start, fixed=float(factors[-1]), **shares)
+    return replace(start, **{name: float(1 / factor) for name, factor in zip(FITTED, factors, strict=True)})
 
 
 def _nonnegative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -11,6 +11,9 @@ from ..training.memory import zero_stage
 from .coefficients import MEASURED, Coefficients
 from .work import ModelWork, StepWork
 
+PARTS = ("language", "vision", "denoising", "latents", "queries")
+OVERLAP = 3.0  # exponent of the sum of the GPU's and the host's time
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -46,7 +49,8 @@ class StepTime:
     """Seconds of a step.
 
     Attributes:
-        language, vision, denoising, latents, optimizer, fixed: see `Coefficients`.
+        language, vision, denoising, latents, queries, adapter, optimizer: of the GPU, see `StepWork`.
+        host: how much longer it takes because the host starts kernels too slowly.
         communication: seconds of all collective operations, if nothing else ran.
         waiting: the part of them that computation does not hide.
     """
@@ -55,15 +59,12 @@ class StepTime:
     vision: float
     denoising: float
     latents: float
+    queries: float
+    adapter: float
     optimizer: float
-    fixed: float
+    host: float
     communication: float
     waiting: float
-
-    @property
-    def computing(self) -> float:
-        """Seconds of one GPU's own work."""
-        return self.total - self.waiting
 
     @property
     def total(self) -> float:
@@ -71,22 +72,39 @@ class StepTime:
         return sum(asdict(self).values()) - self.communication
 
 
+def gpu_seconds(work: StepWork, gpu: GPU, reached: Coefficients) -> dict[str, float]:
+    """Seconds of a GPU for the parts of a step's work."""
+    peak, bandwidth = gpu.tflops * 1e12, gpu.bandwidth * GIGA * reached.memory
+    parts = {name: getattr(work, name) / (peak * getattr(reached, name)) for name in PARTS}
+    return parts | {
+        "adapter": work.adapter / bandwidth,
+        "optimizer": work.optimizer / bandwidth + work.owned * reached.owned / GIGA,
+    }
+
+
+def host_seconds(config: TrainConfig, work: StepWork, cluster: Cluster, reached: Coefficients) -> float:
+    """Seconds in which the host starts all kernels of a step."""
+    return reached.host * work.launches * (reached.divided_host if config.fsdp and cluster.gpus > 1 else 1.0)
+
+
+def together(gpu: float, host: float) -> float:
+    """Seconds of a step whose kernels take `gpu` and are started in `host` seconds: the longer, and a little more."""
+    return (gpu**OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
+
+
 def step_time(
     config: TrainConfig, model: ModelWork, work: StepWork, cluster: Cluster, reached: Coefficients = MEASURED
 ) -> StepTime:
     """The time of a step on a cluster."""
-    peak = cluster.gpu.tflops * 1e12
-    names = ("language", "vision", "denoising", "latents")
-    parts = {name: getattr(work, name) / (peak * getattr(reached, name)) for name in names}
-    optimizer = work.optimizer / (cluster.gpu.bandwidth * GIGA * reached.memory)
-    fixed = reached.fixed * work.micro_batches
+    parts = gpu_seconds(work, cluster.gpu, reached)
+    busy = sum(parts.values())
     hideable, exposed = traffic(config, model, cluster)
     speed = cluster.bandwidth * reached.link
-    computing = sum(parts.values())
+    computing = busy - parts["optimizer"]
     beside = reached.hidden * computing * (1.0 if config.fsdp else work.backward / work.micro_batches)
+    host = together(busy, host_seconds(config, work, cluster, reached)) - busy
     waiting = max(hideable / speed - beside, 0.0) + exposed / speed
-    return StepTime(**parts, optimizer=optimizer, fixed=fixed, communication=(hideable + exposed) / speed,
-                    waiting=waiting)  # fmt: skip
+    return StepTime(**parts, host=host, communication=(hideable + exposed) / speed, waiting=waiting)
 
 
 def traffic(config: TrainConfig, model: ModelWork, cluster: Cluster) -> tuple[float, float]:
