@@ -86,7 +86,7 @@ def test_an_engine_that_does_not_inspect_says_so() -> None:
 def test_inspections_count_in_the_memory_of_stored_responses() -> None:
     with running(StubEngine(), ServeConfig(store=StoreConfig(mib=1))) as address:
         names = []
-        for number in range(60):
+        for number in range(30):
             made = httpx2.post(f"{address}/v1/responses", json=asked(seed=number), trust_env=False).json()
             names.append(made["id"])
         known = [httpx2.get(f"{address}/v1/responses/{name}/inspection", trust_env=False).status_code for name in names]
