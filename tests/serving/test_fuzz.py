@@ -62,7 +62,8 @@ def statuses(operation: Any, address: str) -> Counter[int]:
     found: Counter[int] = Counter()
 
     def known() -> str:
-        answer = httpx2.post(f"{address}/v1/responses", json={"input": "x", "num_inference_steps": 1}, trust_env=False)
+        answer = httpx2.post(f"{address}/v1/responses", json={"input": "x", "num_inference_steps": 1, "inspect": True},
+                             trust_env=False)  # fmt: skip
         return answer.json()["id"]
 
     @given(case=operation.as_strategy(), mends=st.sampled_from([False, True, True]))
