@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
+from mm_interleaved.configuration import load_config
 from mm_interleaved.pretrained import TOKENIZER
-from mm_interleaved.training.arguments import IDLE, OWNED, training_arguments
+from mm_interleaved.training.arguments import IDLE, OWNED, training_arguments, zero_stage
+from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.optimizer import build_optimizer
 from mm_interleaved.training.run import train
+from mm_interleaved.validation import ConfigError
 
-from .conftest import logged
+from .conftest import ROOT, logged
 from .stand_in import Colors
 
 
@@ -102,3 +106,36 @@ def test_every_name_that_is_refused_is_one_of_the_trainers() -> None:
     assert (set(OWNED) | IDLE) - known <= {
         "warmup_ratio", "group_by_length", "local_rank", "enable_jit_checkpoint", "train_sampling_strategy", "use_cache"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_configurations_of_deepspeed_load(stage: int) -> None:
+    settings = ["model.tokenizer=x", f"deepspeed={ROOT / f'configs/deepspeed/zero{stage}.json'}", "sample_every=0",
+                "evaluate_every=0"]  # fmt: skip
+    assert zero_stage(load_config(ROOT / "configs/release.yaml", TrainConfig, settings)) == stage
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "words"),
+    [
+        (None, [], "does not exist"),
+        ("{", [], "is not JSON|not JSON"),
+        ({}, [], "has no 'zero_optimization.stage' of 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 1}, "scheduler": {}}, [], "has 'scheduler', which is 'schedule' here"),
+        ({"zero_optimization": {"stage": 3}}, [], "'final' has no weights"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
+            ["sample_every=1"],
+            "need whole",
+        ),
+    ],
+)
+def test_a_configuration_of_deepspeed_that_does_not_fit(
+    content: object, changes: list[str], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "zero.json"
+    if content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    config = load_config(ROOT / "configs/debug.yaml", TrainConfig, [f"deepspeed={path}", "sample_every=0", *changes])
+    with pytest.raises(ConfigError, match=words):
+        zero_stage(config)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mm_interleaved.training.checkpoints import find_damage
+
 from ..programs import run_together
 from .conftest import ROOT, arguments, logged
 from .stand_in import COLORS
@@ -128,8 +130,8 @@ def test_recorded_steps_are_averaged_over_processes() -> None:
 
 
 SHARDED = [
-    "--mixed", "schedule.kind=constant", "save_every=2", "sample_every=2", "ema.decay=0.5", "ema.start_step=1",
-    "async_checkpoints=true", "precision=float32", SHARD,
+    "--mixed", "schedule.kind=constant", "save_every=1", "sample_every=2", "ema.decay=0.5", "async_checkpoints=true",
+    "precision=float32", SHARD,
 ]  # fmt: skip
 
 
@@ -138,18 +140,26 @@ SHARDED = [
 def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, kind: str) -> None:
     """Two processes with FSDP, then one, then two: curve, weights and samples are those of two without a break."""
     settings = [*SHARDED, f"optimizer.kind={kind}"]
-    run_stand_in(tmp_path / "whole", *settings, "--shard", "steps=6", processes=2)
-    run_stand_in(tmp_path / "parts", *settings, "--shard", "steps=2", processes=2)
-    run_stand_in(tmp_path / "parts", *settings, "steps=4", "accumulation=2")
-    assert not (tmp_path / "parts/checkpoint-4/model.safetensors").exists()
-    run_stand_in(tmp_path / "parts", *settings, "--shard", "steps=6", processes=2)
+    run_stand_in(tmp_path / "whole", *settings, "--shard", "steps=3", processes=2)
+    run_stand_in(tmp_path / "parts", *settings, "--shard", "steps=1", processes=2)
+    run_stand_in(tmp_path / "parts", *settings, "steps=2", "accumulation=2")
+    assert not (tmp_path / "parts/checkpoint-2/model.safetensors").exists()
+    run_stand_in(tmp_path / "parts", *settings, "--shard", "steps=3", processes=2)
     whole, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
-    assert list(parts) == list(whole) == [1, 2, 3, 4, 5, 6]
+    assert list(parts) == list(whole) == [1, 2, 3]
     assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
-    for step in (2, 4, 6):
-        texts = [(tmp_path / run / f"samples/{step:07}.txt").read_text() for run in ("whole", "parts")]
-        assert texts[0] == texts[1]
+    texts = [(tmp_path / run / "samples/0000002.txt").read_text() for run in ("whole", "parts")]
+    assert texts[0] == texts[1]
     whole, parts = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(weight, parts[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("background", ["", "background"])
+def test_divided_weights_are_updated_and_saved_like_whole_ones(tmp_path: Path, background: str) -> None:
+    """By both optimizers; what two processes have written, one reads, and then two again."""
+    for processes, command in ((1, "alone"), (2, "write"), (1, "read"), (2, "read")):
+        well, said = run_together(processes, "tests.training.divided", command, tmp_path, background, **ENVIRONMENT)
+        assert well, said[-3000:]
+    assert find_damage(tmp_path / "checkpoint-2") == ""

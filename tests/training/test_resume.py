@@ -201,6 +201,22 @@ def test_a_checkpoint_of_an_earlier_version_has_no_manifest(trained: Path, tmp_p
     assert find_damage(newest) == "scheduler.pt is missing"
 
 
+def test_a_sharded_checkpoint_goes_on_exactly_and_is_checked(settings, tmp_path: Path) -> None:
+    """Written in the background by a process with whole weights, which are not in a model file."""
+    sharded = ["sharded_checkpoints=true", "async_checkpoints=true", "ema.decay=0.9", "save_every=1", "log_every=1",
+               "schedule.kind=constant"]  # fmt: skip
+    train(settings("steps=3", *sharded, run="whole"), TOKENIZER, "cpu")
+    train(settings("steps=2", *sharded), TOKENIZER, "cpu")
+    newest = tmp_path / "run/checkpoint-2"
+    assert not (newest / "model.safetensors").exists()
+    part = next((newest / "state").glob("__0_*"))
+    DAMAGE["zeroed at its end"](part)
+    assert find_damage(newest) == f"state/{part.name} has other content than was written"
+    train(settings("steps=3", *sharded), TOKENIZER, "cpu")  # from checkpoint-1
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    assert_same(tmp_path / "whole/final", tmp_path / "run/final")
+
+
 def test_a_diverged_run_saves_nothing(settings, tmp_path: Path) -> None:
     """No line is logged before the first save and before `final`, so only the checks of these notice it."""
     for save_every, steps in ((2, 4), (0, 2)):

@@ -38,7 +38,7 @@ def leave_process_group(worker: int) -> None:
     os.setpgrp()
 
 
-WORK = (
+WORK: tuple[str, ...] = (
     "store",
     "tokenize",
     "decode",

@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..io import nearest_name, sentences
+from ..io import InputError, nearest_name, read_json, sentences
 from ..validation import ConfigError, short
 from .config import RunConfig
 
@@ -63,10 +63,12 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
     Raises:
         ValueError: a setting under `trainer` cannot be used; or DeepSpeed is asked for, and is not installed.
     """
-    if config.deepspeed and find_spec("deepspeed") is None:
-        raise ValueError("'deepspeed' is set, but DeepSpeed is not installed: pip install 'mm-interleaved[deepspeed]'")
-    if config.deepspeed and not Path(config.deepspeed).is_file():
-        raise ValueError(f"deepspeed: '{config.deepspeed}' does not exist")
+    if config.deepspeed:
+        zero_stage(config)
+        if find_spec("deepspeed") is None:
+            raise ValueError(
+                "'deepspeed' is set, but DeepSpeed is not installed: pip install 'mm-interleaved[deepspeed]'"
+            )
     _check_further(config)
     options: dict[str, Any] = {}
     if config.ddp.static_graph:
@@ -119,6 +121,41 @@ def _own_arguments(config: RunConfig, device: str | None) -> dict[str, Any]:
         "fsdp_config": config.fsdp if divides(config) else None,
         "accelerator_config": {"even_batches": False, "dispatch_batches": False},
     }
+
+
+def zero_stage(config: RunConfig) -> int:
+    """What the DeepSpeed configuration of a run divides: 1 the optimizer's state, 2 gradients, too, 3 also the weights.
+
+    0 without DeepSpeed.
+
+    Raises:
+        ConfigError: the file cannot be read, divides nothing, or contradicts the settings of the run.
+    """
+    if not config.deepspeed:
+        return 0
+    where = f"deepspeed: '{config.deepspeed}'"
+    if not Path(config.deepspeed).is_file():
+        raise ConfigError(f"{where} does not exist")
+    try:
+        settings = read_json(Path(config.deepspeed), dict)
+    except InputError as error:
+        raise ConfigError(f"deepspeed: {error}") from None
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{where} has no 'zero_optimization.stage' of 1, 2 or 3; without one every process holds all "
+                          "of it, as it does without DeepSpeed")  # fmt: skip
+    for name in ("optimizer", "scheduler"):
+        if name in settings:
+            own = "schedule" if name == "scheduler" else name
+            raise ConfigError(f"{where} has '{name}', which is '{own}' here; set that and leave it out of the file")
+    if stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ConfigError(f"{where} needs 'stage3_gather_16bit_weights_on_model_save: true' with stage 3; without it "
+                          "'final' has no weights")  # fmt: skip
+    if stage == 3 and (config.sample_every or getattr(config, "evaluate_every", 0)):
+        raise ConfigError(f"{where} divides the weights (stage 3), which 'sample_every' and 'evaluate_every' need "
+                          "whole; set them to 0, or take 'fsdp'")  # fmt: skip
+    return stage
 
 
 def divides(config: RunConfig) -> bool:

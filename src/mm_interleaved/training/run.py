@@ -26,7 +26,7 @@ from ..model.language_model import MMFSDecoderLayer
 from ..processor import MMInterleavedProcessor
 from . import sharding
 from .adapters import TrainedAdapter
-from .arguments import divides, training_arguments
+from .arguments import divides, training_arguments, zero_stage
 from .building import build
 from .callbacks import LOG, DataReportCallback, Reporter, TrainingLoopCallback
 from .checkpointing import enable_checkpointing
@@ -99,10 +99,12 @@ def train(
         length = length_of_run(config, own, args, console)
         args.max_steps = length.steps
         adapter = TrainedAdapter.of(config, model, processor)
+        in_step = divides(config) or zero_stage(config) == 3  # every process gathers every block
+        branches = branches_of(config) if in_step else None
         trainer = RunTrainer(
             model, args, config, pipeline, evaluation,
             processor.save_pretrained if adapter is None else adapter.save_info, cost,
-            distillation, branches_of(config) if divides(config) else None, config.losses.scale == "global",
+            distillation, branches, config.losses.scale == "global",
         )  # fmt: skip
         trainer.adapter = adapter
         if adapter is not None:

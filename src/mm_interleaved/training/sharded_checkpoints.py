@@ -83,7 +83,8 @@ class TrainedState:
             states = self._empty_states(known)
             self._check(wanted, known, folder)
             wanted |= {name: value for values in states.values() for name, value in values.items()}
-            dcp.load(wanted, storage_reader=reader, process_group=group)
+            alone = not (dist.is_available() and dist.is_initialized())
+            dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=alone)
         if self.optimizer is not None:
             self.optimizer.state.clear()
             for parameter, values in states.items():
@@ -217,6 +218,7 @@ class StateWriter:
                     tensors,
                     storage_writer=dcp.FileSystemWriter(folder / STATE, thread_count=_THREADS),
                     process_group=self.group,
+                    no_dist=self.group is None,
                 )
             own = {f"{STATE}/{p.name}": describe_file(p) for p in (folder / STATE).glob(f"__{self._rank}_*")}
             parts = [own]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
 from ..configuration import to_yaml
@@ -34,7 +34,7 @@ from .flops import StepCost, peak_flops
 from .graphs import CapturedStep
 from .meters import Window
 from .optimizer import build_optimizer
-from .pipeline import BatchPipeline
+from .pipeline import BatchPipeline, seed_of
 from .sharded_checkpoints import STATE, StateWriter, TrainedState, check_optimizer, is_sharded
 from .stopping import EarlyStopping
 
@@ -48,9 +48,9 @@ class RunTrainer(CountingTrainer):
     """Trains a model that returns `loss`, and optionally parts of it (`loss_*`) and measures.
 
     Besides the Trainer's public methods it overrides two that choose the folder of a checkpoint (`_save_checkpoint`,
-    `_get_output_dir`), because a checkpoint must not get its name before it is complete, and two that load it
-    (`_load_from_checkpoint`, `_load_optimizer_and_scheduler`), because the Trainer knows no adapter that is a part of
-    the model, and no sharded state.
+    `_get_output_dir`), because a checkpoint must not get its name before it is complete, and three that load it
+    (`_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`), because the Trainer knows no adapter
+    that is a part of the model, no sharded state and no other number of processes.
 
     Args:
         model: the model; frozen parameters stay frozen.
@@ -109,6 +109,7 @@ class RunTrainer(CountingTrainer):
         if config.fsdp or config.sharded_checkpoints:
             self.state_writer = StateWriter(args.device, config.async_checkpoints)
         self._saved: int | None = None  # the step of the newest checkpoint
+        self._same_processes = True  # whether the resumed checkpoint is of as many processes
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = counted  # otherwise the Trainer takes the mean over the batches of a step
         self.window = Window(args.device)
@@ -449,8 +450,15 @@ class RunTrainer(CountingTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         self.start_average()
-        self._trained_state().load(Path(checkpoint))
+        self._trained_state().load(Path(checkpoint), None if self.state_writer is None else self.state_writer.group)
         self._schedule().load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the global random numbers; other processes than wrote the checkpoint get new ones."""
+        if checkpoint is None or self._same_processes:
+            super()._load_rng_state(checkpoint)
+        else:
+            set_seed(seed_of(self.args.seed, self.state.global_step, self.args.process_index) % 2**32)
 
     def load_weights(self, folder: Path) -> None:
         """The weights of a checkpoint, and their average, where nothing is left to train."""
@@ -478,6 +486,7 @@ class RunTrainer(CountingTrainer):
                 f"'{folder}' was written by {len(paths)} processes with 'deepspeed', and now there are "
                 f"{self.args.world_size}; start as many, or start a new run with model.init_from.checkpoint"
             )
+        self._same_processes = len(paths) == self.args.world_size
         self.pipeline.load_states([torch.load(path, weights_only=True) for path in paths])
         if self.stopping is not None:
             self.stopping.load(folder)
