@@ -28,7 +28,13 @@ class TrainingError(RuntimeError):
 
 @settings
 class GroupConfig:
-    """Settings for parameters whose name contains `pattern` (a regular expression); None: the optimizer's value."""
+    """Settings for parameters whose name contains `pattern`; None: the optimizer's value.
+
+    Attributes:
+        pattern: regular expression that is searched for in the names of the model's parameters.
+        lr: their learning rate.
+        weight_decay: their weight decay.
+    """
 
     pattern: str
     lr: NonNegativeFloat | None = None
@@ -40,7 +46,7 @@ class MuonConfig:
     """Muon, for weights of linear layers and convolutions. AdamW trains the others and those that `plain` matches."""
 
     scale: PositiveFloat = 0.2  # root mean square of an update, in learning rates; AdamW's is about 0.2 to 0.4
-    momentum: Decay = 0.95
+    momentum: Decay = 0.95  # of the average of gradients
     # Regular expressions: the first and last layers, and layers that predict sampling positions.
     plain: list[str] = field(
         default_factory=lambda: ["lm_head", "conv_in", "conv_out", "offset", "attention_weights", "patch_embedding"]
@@ -49,15 +55,27 @@ class MuonConfig:
 
 @settings
 class OptimizerConfig:
-    """Biases, LayerNorms and parameters that `no_decay` (regular expressions) matches have no weight decay."""
+    """The optimizer. Biases, LayerNorms and parameters that `no_decay` matches have no weight decay.
+
+    Attributes:
+        kind: AdamW for all parameters, or Muon for matrices and AdamW for the others.
+        lr: learning rate of parameters that no group matches.
+        betas: decays of AdamW's averages of the gradient and of its square.
+        eps: AdamW's term in the denominator.
+        weight_decay: decay of the weights in each step, times the learning rate.
+        max_grad_norm: gradients with a larger norm are scaled down to it; 0: no clipping.
+        groups: other values for some parameters; the first group that matches is used.
+        no_decay: regular expressions of the names of parameters without weight decay.
+        muon: settings of Muon.
+    """
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.995])
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.05
-    max_grad_norm: NonNegativeFloat = 1.0  # 0: no clipping
-    groups: list[GroupConfig] = field(default_factory=list)  # the first that matches is used
+    max_grad_norm: NonNegativeFloat = 1.0
+    groups: list[GroupConfig] = field(default_factory=list)
     no_decay: list[str] = field(default_factory=list)
     muon: MuonConfig = field(default_factory=MuonConfig)
 
@@ -80,16 +98,16 @@ class EMAConfig:
     """An exponential moving average of the weights, which is evaluated and saved at the end of a run."""
 
     decay: Decay = 0.0  # 0: off
-    start_step: Count = 0
+    start_step: Count = 0  # the average begins with the weights of this step
 
 
 @settings
 class DDPConfig:
     """Data-parallel training under torchrun."""
 
-    find_unused_parameters: bool = True
+    find_unused_parameters: bool = True  # parameters without a gradient in a step are found, not waited for
     static_graph: bool = False  # every step uses the same parameters; faster than finding unused ones
-    bucket_cap_mb: Positive = 25
+    bucket_cap_mb: Positive = 25  # gradients are sent in buckets of this size
 
 
 @settings
@@ -114,6 +132,11 @@ class RunConfig:
         deepspeed: path of a DeepSpeed configuration, which controls data parallelism; needs torchrun.
         fsdp: settings of transformers' `fsdp_config` (`{"fsdp_version": 2, ...}`): weights, gradients and the
             optimizer's state are divided over the GPUs of all processes. A single process has nothing to divide.
+        tf32: use TensorFloat-32 for float32 matrix products on GPUs that have it.
+        optimizer: the optimizer.
+        schedule: the learning rate over time.
+        ema: an average of the weights.
+        ddp: settings of data-parallel training.
         gradient_checkpointing: recompute activations in the backward pass; a third more arithmetic, far less memory.
         selective_checkpointing: keep some of the activations, see `enable_checkpointing`.
         peak_tflops: peak of one device, for the MFU; None: the known peak of common devices, else no MFU is shown.
@@ -168,7 +191,13 @@ class RunConfig:
 
 @settings
 class ComponentsConfig:
-    """Folders of base models, as for `mmi assemble`."""
+    """Folders of base models, as for `mmi assemble`.
+
+    Attributes:
+        llm: language model (Llama, Mistral, Qwen2 or Qwen3).
+        clip: CLIP, whose image encoder is used.
+        diffusion: Stable Diffusion, whose UNet and VAE are used.
+    """
 
     llm: str
     clip: str
@@ -177,7 +206,12 @@ class ComponentsConfig:
 
 @settings
 class MMFSSwitches:
-    """Which parts of the model have synchronizers."""
+    """Which parts of the model have synchronizers.
+
+    Attributes:
+        llm: the language model.
+        unet: the UNet of the image decoder.
+    """
 
     llm: bool = True
     unet: bool = True
