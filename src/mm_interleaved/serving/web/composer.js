@@ -45,6 +45,7 @@ export class Composer {
 
   #showState() {
     const { isRunning } = this.runner;
+    if (!isRunning) this.say("");
     const hadFocus = document.activeElement === (isRunning ? this.run : this.stop);
     this.run.hidden = isRunning;
     this.stop.hidden = !isRunning;
@@ -59,7 +60,7 @@ export class Composer {
 
   /** Add the text to the document and let the model go on. */
   send(text = this.field.value.trim()) {
-    if (this.runner.isRunning) return;
+    if (this.runner.isRunning) return this.say("The model is still at work. Stop it first (Esc), or wait.");
     const { mode } = this.editor.document;
     const { segments } = this.editor;
     const given = framed(mode, text);

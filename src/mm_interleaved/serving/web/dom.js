@@ -55,8 +55,13 @@ export function iconButton(name, label, onclick, attributes = {}) {
   return h("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes }, icon(name));
 }
 
-/** Let a text field be as high as its text. */
+const FITS_ITSELF = CSS.supports("field-sizing", "content");
+
+/** Let a text field be as high as its text, where style.css alone cannot. */
 export function fitHeight(field) {
+  if (FITS_ITSELF) return;
+  const { scrollY } = window;
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight}px`;
+  if (window.scrollY !== scrollY) window.scrollTo(window.scrollX, scrollY); // the page was shorter for a moment
 }

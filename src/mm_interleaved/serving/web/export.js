@@ -35,10 +35,7 @@ export async function toHtml(source) {
   const viewport = page.createElement("meta");
   viewport.name = "viewport";
   viewport.content = "width=device-width, initial-scale=1";
-  const style = page.createElement("style");
-  style.textContent = PAGE_STYLE;
   page.head.prepend(meta, viewport);
-  page.head.append(style);
   if (source.title.trim()) page.body.append(element(page, "h1", source.title.trim()));
   for (const segment of source.segments.filter(isFilled)) {
     if (segment.kind === "text") page.body.append(element(page, "p", fullText(segment)));
@@ -49,7 +46,9 @@ export async function toHtml(source) {
       page.body.append(image);
     }
   }
-  return new Blob([`<!doctype html>\n${page.documentElement.outerHTML}\n`], { type: "text/html" });
+  // the style is added as text: this page's own policy would refuse the element
+  const html = page.documentElement.outerHTML.replace("</head>", `<style>${PAGE_STYLE}</style></head>`);
+  return new Blob([`<!doctype html>\n${html}\n`], { type: "text/html" });
 }
 
 function element(page, tag, text) {

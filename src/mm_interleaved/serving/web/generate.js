@@ -38,8 +38,8 @@ export async function requestBody(segments, { wants, mode, seed, candidates }, s
 }
 
 /**
- * Runs one generation at a time. Listeners get "state" when it begins, ends or fails, and "say" with words for a live
- * region.
+ * Runs one generation at a time. Listeners get "state" when it begins, ends or fails, and "say" with words for
+ * screen readers, or for everyone (`visibly`).
  *
  * A task is {wants: "text" | "image" | "both", after: id of the segment that it follows or null, target?: id of the image
  * that gets new versions, candidates?}.
@@ -61,8 +61,8 @@ export class Runner extends EventTarget {
     this.dispatchEvent(new Event("state"));
   }
 
-  #say(words) {
-    this.dispatchEvent(new CustomEvent("say", { detail: words }));
+  #say(words, visibly = false) {
+    this.dispatchEvent(new CustomEvent("say", { detail: { words, visibly } }));
   }
 
   /** Close the connection, which ends the generation; what has arrived stays. */
@@ -92,9 +92,11 @@ export class Runner extends EventTarget {
     }
     this.#tidy(current);
     this.current = null;
-    if (this.editor.document !== document) error = null; // another document is open
-    if (error && error.name !== "AbortError") this.#fail(task, error);
-    else this.#say(error ? "Stopped." : summary(current));
+    if (this.editor.document === document) { // else another one was opened meanwhile
+      if (error && error.name !== "AbortError") this.#fail(task, error);
+      else if (error) this.#say("Stopped.");
+      else this.#summarize(current);
+    }
     this.#notify();
   }
 
@@ -183,6 +185,7 @@ export class Runner extends EventTarget {
   }
 
   #fail(task, error) {
+    if (error instanceof TypeError || error instanceof ReferenceError) reportError(error); // the page's own mistake
     const made = this.editor.find(task.after) || task.after === null ? task.after : this.editor.segments.at(-1)?.id;
     this.problem = { error, task: { ...task, after: made }, place: task.target ?? lastOf(this.editor, made) };
     if (error instanceof ApiError && error.status === 429 && (task.tries ?? 0) < MOST_RETRIES) this.#retryLater(error.retryAfter ?? 5);
@@ -198,6 +201,13 @@ export class Runner extends EventTarget {
     }, 1000);
   }
 
+  #summarize({ made, task, note }) {
+    if (note) this.#say(note, true);
+    else if (task.target) this.#say("The image has a new version.");
+    else if (made.length) this.#say(`Done. The model added ${made.length} ${made.length === 1 ? "part" : "parts"}.`);
+    else this.#say("The model has nothing to add here.", true);
+  }
+
   retry() {
     const { task } = this.problem;
     this.run({ ...task, tries: (task.tries ?? 0) + 1 });
@@ -207,10 +217,4 @@ export class Runner extends EventTarget {
 /** The last segment that stands where a task has failed: the error is shown below it. */
 function lastOf(editor, after) {
   return after ?? editor.segments[0]?.id ?? null;
-}
-
-function summary({ made, task, note }) {
-  if (note) return note;
-  if (task.target) return "The image has a new version.";
-  return made.length ? `Done. The model added ${made.length} ${made.length === 1 ? "part" : "parts"}.` : "The model has nothing to add here.";
 }

@@ -3,7 +3,8 @@
 import { h, iconButton } from "./dom.js";
 import { blobUrl } from "./images.js";
 import { notify } from "./notices.js";
-import { currentBlob, titleOf } from "./state.js";
+import { currentBlob, newDocument, titleOf } from "./state.js";
+import { local } from "./storage.js";
 
 const STORE = "documents";
 const LAST = "mmi-last";
@@ -16,8 +17,27 @@ function finished(request) {
   });
 }
 
-/** Documents by their id. */
-export class Library {
+/** The library of this browser; one that lasts as long as the page where the browser keeps nothing. */
+export async function openLibrary() {
+  try {
+    return await Library.open();
+  } catch (error) {
+    if (!(error instanceof DOMException)) throw error;
+    notify("This browser keeps no documents. Export what you want to have later.");
+    return new MemoryLibrary();
+  }
+}
+
+class MemoryLibrary {
+  #documents = new Map();
+  get = async (id) => this.#documents.get(id);
+  put = async (document) => this.#documents.set(document.id, document);
+  delete = async (id) => this.#documents.delete(id);
+  list = async () => [...this.#documents.values()].sort((a, b) => b.updated - a.updated);
+}
+
+/** Documents by their id, in IndexedDB. */
+class Library {
   static async open() {
     const request = indexedDB.open("mm-interleaved", 1);
     request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
@@ -66,12 +86,12 @@ export class Keeper {
   async save() {
     clearTimeout(this.#timer);
     const { document } = this.editor;
-    if (!document.segments.length) return;
+    if (!document.segments.length) return this.library.delete(document.id);
     const segments = document.segments.map(({ pending, writing, ...segment }) => segment)
       .filter((segment) => segment.kind === "text" || segment.takes.length);
     try {
       await this.library.put({ ...document, segments });
-      localStorage.setItem(LAST, document.id);
+      local.set(LAST, document.id);
     } catch (error) {
       if (!(error instanceof DOMException)) throw error;
       notify(`This browser could not keep the document (${error.message}). Export it.`);
@@ -79,7 +99,7 @@ export class Keeper {
   }
 
   async openLast() {
-    const id = localStorage.getItem(LAST);
+    const id = local.get(LAST);
     const found = id && (await this.library.get(id));
     if (found) this.editor.open(found);
   }
@@ -87,8 +107,8 @@ export class Keeper {
   /** Begin another document; the open one stays in the list. */
   async leaveFor(document) {
     await this.save();
-    if (document.segments.length) localStorage.setItem(LAST, document.id);
-    else localStorage.removeItem(LAST);
+    if (document.segments.length) local.set(LAST, document.id);
+    else local.remove(LAST);
     this.editor.open(document);
   }
 }
@@ -97,6 +117,7 @@ export class Keeper {
 export async function showDocuments(list, keeper, open) {
   const documents = await keeper.library.list();
   const remove = async (document) => {
+    if (document.id === keeper.editor.document.id) await keeper.leaveFor(newDocument(document.mode));
     await keeper.library.delete(document.id);
     await showDocuments(list, keeper, open);
     (list.querySelector("button") ?? list.closest("dialog")?.querySelector("button"))?.focus();

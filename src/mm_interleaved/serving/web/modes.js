@@ -5,7 +5,7 @@ const EXACT = { temperature: 0 };
 
 export const MODES = {
   story: {
-    name: "Story", wants: "both", verb: "Continue", placeholder: "Write the next sentence, or let the model go on",
+    name: "Story", wants: "both", verb: "Continue", placeholder: "Write, or let the model go on",
     about: "Text and images take turns. Begin, and the model goes on.",
     example: { segments: ["On the snow, Tia is a stripy green giraffe and stands on the right side. Rex is a small blue frog with checks and stands in the bottom right corner.", { image: "story" }] },
   },
@@ -16,12 +16,12 @@ export const MODES = {
   },
   question: {
     name: "Question", wants: "text", verb: "Ask", placeholder: "Ask about the image",
-    about: "A short answer about an image.", needsImage: true, frame: { before: "Question: ", after: " Short answer:" },
+    about: "A short answer about an image.", needsImage: true, frame: { label: "Question", before: "Question: ", after: " Short answer:" },
     settings: EXACT, example: { segments: [{ image: "question" }], ask: "Which letter is on the pineapple?" },
   },
   dialogue: {
     name: "Dialogue", wants: "text", verb: "Ask", placeholder: "Ask the next question",
-    about: "Questions that follow from each other.", needsImage: true, frame: { before: "question: ", after: " answer:" },
+    about: "Questions that follow from each other.", needsImage: true, frame: { label: "Question", before: "question: ", after: " answer:" },
     settings: EXACT,
     example: { segments: [{ image: "dialogue" }, "caption: A red burger, and a purple car in a meadow."], ask: "What color is the car?" },
   },
@@ -37,7 +37,7 @@ export const MODES = {
   find: {
     name: "Find", wants: "text", verb: "Find", placeholder: "Name what to find in the image",
     about: "The model says where something is, and the page shows the box.", needsImage: true,
-    frame: { before: "Provide the bounding box coordinate of the region this sentence describes. ", after: "<box>" },
+    frame: { label: "Find", before: "Provide the bounding box coordinate of the region this sentence describes. ", after: "<box>" },
     settings: EXACT, example: { segments: [{ image: "find" }], ask: "the castle" },
   },
 };

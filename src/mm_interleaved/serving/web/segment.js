@@ -1,4 +1,4 @@
-// The view of one segment: its element is made once and then updated, so that focus and caret stay where they are.
+// The view of one segment: its element is made once and then updated, so that focus and caret stay.
 
 import { boxLayer, describeBoxes } from "./boxes.js";
 import { fitHeight, h, icon, iconButton } from "./dom.js";
@@ -74,19 +74,18 @@ export class TextView extends SegmentView {
         actions.remove(id);
       }
     });
-    this.before = h("span", { class: "frame", "aria-hidden": "true" });
-    this.after = h("span", { class: "frame", "aria-hidden": "true" });
-    this.build(h("div", { class: "text" }, this.before, this.field, this.after), ["goOn", "up", "down", "inspect", "remove"]);
+    this.label = h("span", { class: "frame", "aria-hidden": "true" });
+    this.build(h("div", { class: "text" }, this.label, this.field), ["goOn", "up", "down", "inspect", "remove"]);
   }
 
   update(segment, context) {
     this.updateShared(segment, context);
     this.element.classList.toggle("writing", Boolean(segment.writing));
     this.element.classList.toggle("is-box", /^\s*\(\d{3},\d{3}\)/.test(segment.text));
-    this.field.setAttribute("aria-label", [this.element.getAttribute("aria-label"), segment.before?.trim()].filter(Boolean).join(". "));
+    this.field.setAttribute("aria-label", [this.element.getAttribute("aria-label"), segment.label].filter(Boolean).join(". "));
     this.field.readOnly = Boolean(segment.writing);
-    this.before.textContent = segment.before?.trim() ?? "";
-    this.after.textContent = segment.after?.trim() ?? "";
+    this.label.textContent = segment.label ?? "";
+    this.label.title = segment.label ? `For the model: ${segment.before}…${segment.after}` : "";
     this.setText(segment.text);
   }
 

@@ -1,6 +1,7 @@
 // Settings: their form, and where they are kept. The key stays in this tab (sessionStorage).
 
 import { h } from "./dom.js";
+import { local, session } from "./storage.js";
 
 const STORED = "mmi-settings";
 const KEY = "mmi-key";
@@ -29,12 +30,12 @@ export class Settings extends EventTarget {
   #form = null;
 
   get key() {
-    return sessionStorage.getItem(KEY) ?? "";
+    return session.get(KEY) ?? "";
   }
 
   set key(value) {
-    if (value) sessionStorage.setItem(KEY, value);
-    else sessionStorage.removeItem(KEY);
+    if (value) session.set(KEY, value);
+    else session.remove(KEY);
     this.dispatchEvent(new Event("key"));
   }
 
@@ -48,13 +49,13 @@ export class Settings extends EventTarget {
   set(name, value) {
     if (value === "" || value == null) delete this.values[name];
     else this.values[name] = value;
-    localStorage.setItem(STORED, JSON.stringify(this.values));
+    local.set(STORED, JSON.stringify(this.values));
     this.dispatchEvent(new Event("change"));
   }
 
   reset() {
     this.values = { ...DEFAULTS };
-    localStorage.removeItem(STORED);
+    local.remove(STORED);
     this.#fill();
     this.dispatchEvent(new Event("change"));
   }
@@ -134,7 +135,7 @@ export class Settings extends EventTarget {
 
 function readStored() {
   try {
-    return JSON.parse(localStorage.getItem(STORED) ?? "{}");
+    return JSON.parse(local.get(STORED) ?? "{}");
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error;
     return {}; // written by something else

@@ -1,7 +1,7 @@
 // The document that is open, and everything that changes it. Views listen for "change".
 //
-// A segment is {id, kind: "text", text, before?, after?, by} or {id, kind: "image", takes, chosen, by, pending?}, where
-// `before` and `after` frame a text for the model ("Question: ... Short answer:"), `takes` are the versions of an image
+// A segment is {id, kind: "text", text, before?, after?, label?, by} or {id, kind: "image", takes, chosen, by, pending?}, where
+// `before` and `after` frame a text for the model ("Question: ... Short answer:") and `label` names that frame, `takes` are the versions of an image
 // ({blob, seed?}), and `by` is "user" or "model". `response` names the stored response that a segment comes from.
 
 export const newId = () => crypto.randomUUID?.() ?? `${Date.now()}-${Math.random().toString(36).slice(2)}`;
