@@ -80,7 +80,7 @@ class _Hub:
     waiting: dict[str, set[int]] = field(default_factory=dict)  # barrier -> who has arrived
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
-    told: bool = False
+    reported: bool = False
 
     def start(self) -> int:
         """Start listening; the port."""
@@ -156,8 +156,8 @@ class _Hub:
 
     def _tell(self, problem: str, but: int | None = None) -> None:
         """Tell all processes of a problem; only of the first, because the others follow from it."""
-        if not self.told:
-            self.told = True
+        if not self.reported:
+            self.reported = True
             self._send_all({"kind": "problem", "text": problem}, but)
 
     def _send_all(self, message: dict[str, Any], but: int | None = None) -> None:
@@ -177,7 +177,7 @@ class _Hub:
 
         async def send() -> None:
             if problem is None:
-                self.told = True
+                self.reported = True
                 self._send_all({"kind": "bye"})
             else:
                 self._tell(problem, but=0)
