@@ -126,6 +126,8 @@ def train(
         if isinstance(loader, DocumentLoader):
             trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))
         has_samples = config.samples.documents is not None or config.samples.from_data
+        if trainer.is_fsdp_enabled and (config.sample_every or config.evaluate_every):
+            sharding.check_gathering()
         takes_part = args.process_index == 0 or trainer.is_fsdp_enabled
         if config.sample_every and has_samples and takes_part:
             trainer.add_callback(Samples(trainer, config, model, processor))

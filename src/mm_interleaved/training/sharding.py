@@ -64,6 +64,17 @@ def configure(accelerator: Accelerator, model: MMInterleavedModel) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(found)
 
 
+def check_gathering() -> None:
+    """Check that PyTorch can gather all weights between two steps, see `gathered`.
+
+    Raises:
+        ValueError: it is too old.
+    """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise ValueError(f"'sample_every' and 'evaluate_every' with 'fsdp' need PyTorch 2.13, and this is "
+                         f"{torch.__version__}; set them to 0")  # fmt: skip
+
+
 @contextmanager
 def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """A context in which every process has all weights of a sharded model, in the type of the run's computation.
@@ -84,8 +95,9 @@ def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in sharded:
-            module.reshard()
+        # Frees the weights, and forgets the order in which this process called the blocks. The next backward pass would
+        # gather weights in that order, which other processes do not have, and all would wait for each other.
+        cast(Any, model).reset_iter_state()
         for module in changed:
             module.set_reshard_after_forward(bool(plugin.reshard_after_forward), recurse=False)
 
