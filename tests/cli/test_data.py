@@ -128,7 +128,7 @@ def test_reasons_show_their_examples(mmi: Mmi, folder: Path) -> None:
         ),
         (
             "data.sources.0.type=parquet",
-            "unknown source type 'parquet' (data.sources[0] in config.yaml with override 'data.sources.0.ty",
+            "unknown source type 'parquet' (data.sources[0] in override 'data.sources.0.type=parquet')",
         ),
         ("model.init_from.preset=smal", "'small' or 'debug', not 'smal' (override 'model.init_from.preset=smal'). Did"),
         ("model.tokenizer=config.yaml", "'config.yaml' holds no tokenizer: "),
