@@ -206,7 +206,7 @@ def lock_fresh_folder(folder: Path, is_begun: Callable[[], bool]) -> Iterator[No
     Raises:
         OutputError: as `lock_folder`.
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         with lock_folder(folder):
             before = {path for path in folder.rglob("*") if path.name != LOCK}

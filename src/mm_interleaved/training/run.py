@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -187,6 +188,8 @@ def start_run(config: RunConfig, args: TrainingArguments) -> Iterator[Path | Non
 
 def _progress(folder: Path) -> tuple[int, list[str]]:
     """What a run has trained so far, as far as its folder shows: the size of its log, and its checkpoints."""
+    if not os.path.isdir(folder):  # `Path.is_dir` fails for a name that is too long; locking the folder refuses it
+        return 0, []
     log, saved = folder / LOG, [*folder.glob("checkpoint-*"), *folder.glob(FINAL)]
     return log.stat().st_size if log.is_file() else 0, sorted(path.name for path in saved)
 
