@@ -147,7 +147,7 @@ def test_another_run_is_refused_and_overwritten_if_asked(
         ),
         (
             "tasks.0.task=vqa2",
-            "unknown task 'vqa2' (tasks[0] in {file} with override 'tasks.0.task=vqa2'). Did you",
+            "unknown task 'vqa2' (tasks[0] in override 'tasks.0.task=vqa2'). Did you",
         ),
         ("only=[okvqa]", "'only' names 'okvqa', which is not among the tasks: vqav2"),
         ("model=nowhere", "error: unknown model 'nowhere', and no folder has this name. Known: small, debug"),
