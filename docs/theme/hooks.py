@@ -101,6 +101,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     name = page.file.src_uri
     if name == HOME:
         page.meta.update(template="home.html", hide=["navigation", "toc"])
+    if name.endswith("dev/log.md"):
+        page.meta["search"] = {"exclude": True}  # it has every word, and would come before the page that answers
     if name in GENERATED:
         markdown += "\n" + _described(GENERATED[name])
     if name == API:
