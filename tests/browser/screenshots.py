@@ -23,7 +23,7 @@ from ..serving.conftest import running
 from .writer import Writer
 
 PATIENCE = 300_000  # milliseconds, on a machine with other work
-COLORS = 96
+COLORS = 256
 
 
 def open_page(browser: Browser, address: str, width: int, height: int, scheme: str = "light") -> Writer:
@@ -40,7 +40,8 @@ def shoot(page: Page, path: Path) -> None:
     """Write a screenshot with a palette."""
     page.wait_for_timeout(500)
     image = PIL.Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.quantize(COLORS, dither=PIL.Image.Dither.NONE).save(path, optimize=True)
+    palette = image.quantize(COLORS, PIL.Image.Quantize.MAXCOVERAGE, kmeans=2, dither=PIL.Image.Dither.NONE)
+    palette.save(path, optimize=True)
     print(path, path.stat().st_size // 1024, "kB")
 
 
@@ -49,7 +50,7 @@ def main(folder: Path) -> None:
     config = ServeConfig(rows=2)
     with running(make_engine(load("small"), "small", config), config) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        writer = open_page(browser, address, 1040, 720)
+        writer = open_page(browser, address, 1040, 800)
         shoot(writer.page, folder / "page_empty.png")
         writer.set(seed="4", maxImages="2")
         writer.example("Story")
@@ -58,13 +59,13 @@ def main(folder: Path) -> None:
         writer.page.get_by_label("Title").fill("Rex and Tia")
         writer.use(3, "Several candidates")
         writer.done()
-        writer.page.locator("#segments > li").nth(2).evaluate("part => scrollTo(0, part.offsetTop - 30)")
+        writer.page.locator("#segments > li").nth(2).evaluate("part => scrollTo(0, part.offsetTop - 60)")
         shoot(writer.page, folder / "page_story.png")
 
-        writer = open_page(browser, address, 1040, 720, "dark")
+        writer = open_page(browser, address, 1040, 800, "dark")
         writer.example("Find")
         writer.page.locator(".box").wait_for()
-        writer.page.evaluate("scrollTo(0, 100)")
+        writer.page.evaluate("scrollTo(0, 60)")
         shoot(writer.page, folder / "page_find.png")
 
         writer = open_page(browser, address, 360, 720)

@@ -113,7 +113,7 @@ def test_the_inspection_is_shut_in(stub: str, open_page: Open) -> None:
     }"""
     assert inside.evaluate(reached) == []
     writer.page.locator("#inspection .close").click()
-    assert not writer.page.locator("#inspection iframe").count()
+    writer.page.locator("#inspection iframe").wait_for(state="detached")
 
 
 def test_a_server_that_cannot_inspect_offers_no_inspection(stub: str, open_page: Open) -> None:
