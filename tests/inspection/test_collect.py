@@ -192,7 +192,7 @@ def test_choices(pipe: MMInterleavedPipeline) -> None:
 
 
 def test_too_much_is_refused_before_an_image_begins(pipe: MMInterleavedPipeline, model: MMInterleaved) -> None:
-    with pytest.raises(InputError, match=r"most_mib is 1\. Choose fewer layers, heads, places or steps"):
+    with pytest.raises(InputError, match=r"most_mib is 1\. Choose fewer layers, heads, places, steps or cells"):
         inspect(pipe, documents()[0], layers=[], most_mib=1, num_inference_steps=40, steps=range(1, 41))
     assert all(s.mmfs.recorder is None for s in model.image_decoder.unet.synchronizers)
     assert inspect(pipe, documents()[0], layers=[], places=[], most_mib=1).nbytes == 0
