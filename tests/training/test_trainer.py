@@ -211,7 +211,8 @@ def test_ablations_go_on_from_a_model_with_everything(tmp_path: Path, llm: bool,
         p.data.add_(0.1)
     whole.model.save_pretrained(tmp_path / "draws")
     changes = [
-        f"model.init_from={{checkpoint: {tmp_path}}}", "model.init_from.preset=null", f"model.mmfs={{llm: {llm}, unet: {unet}}}",
+        f"model.init_from={{checkpoint: {tmp_path}}}", "model.init_from.preset=null",
+        f"model.mmfs={{llm: {llm}, unet: {unet}}}",
         f"model.weights=[{{from: {tmp_path / 'draws'}, parameters: '^image_decoder\\.unet\\.'}}]",
     ]  # fmt: skip
     model, _ = build(load_config(ROOT / "configs/small/pretrain.yaml", TrainConfig, changes))
