@@ -1,6 +1,7 @@
 """Write what a version of this package leaves behind, for the tests of later versions (`tests/fixtures`).
 
 python scripts/make_fixtures.py tests/fixtures/v0
+python scripts/make_fixtures.py tests --only demo       (with new weights: `tests/demo`)
 
     checkpoint/   a model smaller than the debug preset, its processor, and the logits of one document
     run.tar.xz    a run of `mmi train` that stopped after 4 of 6 steps, and the losses of the whole run
@@ -138,6 +139,7 @@ def make_demo(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         shutil.copytree(ROOT / "examples", Path(name, "examples"))
         mmi("generate", "examples/demo.json", "--output", "demo", "--seed", 7, "--device", "cpu", cwd=Path(name))
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for path in sorted(Path(name, "demo").rglob("*")):
             if path.suffix == ".png" or path.name == "results.json":
