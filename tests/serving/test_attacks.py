@@ -378,6 +378,49 @@ def test_keys() -> None:
         assert httpx2.get(f"{server}/health", trust_env=False).status_code == 200
 
 
+OWN_HOSTS = [
+    "127.0.0.1",
+    "127.0.0.1:8000",
+    "localhost:8000",
+    "mmi",
+    "mmi:80",
+    "[::1]:8000",
+    "page.localhost",
+    "LOCALHOST.",
+]
+OTHER_HOSTS = [
+    "example.com", "example.com:8000", "127.0.0.1.example.com", "localhost.example.com", "a@127.0.0.1", "127.0.0.1/x",
+    "[::1].example.com", "1.2.3", "256.1.1.1", "", "a b", "127.0.0.1, example.com",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
+def test_a_server_without_keys_answers_to_its_own_names_only(path: str) -> None:
+    """A page of `example.com` that resolves to 127.0.0.1 (DNS rebinding) reaches nothing."""
+    with running(StubEngine(), ServeConfig(server_names=["mmi.example.com"])) as url:
+        for host in [*OWN_HOSTS, "mmi.example.com", "MMI.Example.com.:8000"]:
+            answer, _ = raw(url, f"GET {path} HTTP/1.1\nHost: {host}\nConnection: close\n\n")
+            assert answer.startswith(b"HTTP/1.1 200 "), (host, answer)
+        for host in OTHER_HOSTS:
+            answer, _ = raw(url, f"GET {path} HTTP/1.1\nHost: {host}\nConnection: close\n\n")
+            assert answer.startswith((b"HTTP/1.1 421 ", b"HTTP/1.1 400 ")), (host, answer)
+            assert b'"error":' in answer
+
+
+def test_a_server_with_keys_answers_to_any_name() -> None:
+    """Other pages do not have the key."""
+    with running(StubEngine(), ServeConfig(keys=["secret"])) as url:
+        head = "GET /v1/models HTTP/1.1\nHost: mmi.example.com\nConnection: close\n"
+        assert raw(url, f"{head}Authorization: Bearer secret\n\n")[0].startswith(b"HTTP/1.1 200 ")
+        assert raw(url, f"{head}\n")[0].startswith(b"HTTP/1.1 401 ")
+
+
+def test_health_without_a_body(server: str) -> None:
+    """Monitors ask with HEAD."""
+    answer = httpx2.head(f"{server}/health", trust_env=False)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_other_pages_get_no_permission(server: str) -> None:
     origin = {"origin": "https://evil.example"}
     response = httpx2.get(f"{server}/v1/models", headers=origin, trust_env=False)

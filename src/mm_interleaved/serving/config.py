@@ -83,6 +83,8 @@ class ServeConfig:
     Attributes:
         host, port: where it listens.
         keys: accepted API keys; empty: no key is needed.
+        server_names: host names of this server, such as `mmi.example.com`, that requests without a key may be sent to;
+            addresses, `localhost` and names without a dot are always accepted.
         allow_origins: origins of other web pages that may use the API; empty: none.
         allow_hosts: names of hosts (`name` or `name:port`) from which images may be fetched; empty: none.
         page: whether the web page is served at `/`.
@@ -103,6 +105,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
     keys: list[str] = field(default_factory=list)
+    server_names: list[str] = field(default_factory=list)
     allow_origins: list[str] = field(default_factory=list)
     allow_hosts: list[str] = field(default_factory=list)
     page: bool = True

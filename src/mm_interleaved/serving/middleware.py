@@ -1,10 +1,11 @@
-"""What holds for every request before any route: a key, an id, a limit of size, and a deadline for its receipt."""
+"""What holds for every request before any route: a host, a key, an id, a limit of size, and a deadline."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from .errors import ApiError, as_api_error, shorten
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 OPEN_PATHS = ("/health",)
+HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::\d{1,5})?")
 PAGE_PATH = re.compile(r"/|/web/.*", re.DOTALL)  # static files; what they show comes from the API
 STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # never goes back, so its time is linear; the end may lack
 BRACKET = re.compile(r"[\[\]{}]")
@@ -45,6 +47,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServeConfig, budget: Budget) -> None:
         self.app, self.config, self.budget = app, config, budget
+        self._names = {name.lower().rstrip(".") for name in config.server_names} | {config.host.lower()}
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,6 +72,7 @@ class Guard:
             await send(message)
 
         try:
+            self._check_host(headers)
             scope["state"]["owner"] = self._check_key(scope, headers)
             counted = self._counted(headers, receive, share)
             await self.app(scope, counted, tagged)
@@ -79,6 +83,27 @@ class Guard:
         finally:
             if not share.kept:
                 share.give_back()
+
+    def _check_host(self, headers: Headers) -> None:
+        """Check that a request without a key was sent to a name of this server.
+
+        A web page of another site may let its own name resolve to this server's address (DNS rebinding); then its
+        requests are of the same origin for a browser, and only `Host` shows where they come from. Nobody else owns an
+        address, `localhost`, or a name without a dot.
+
+        Raises:
+            ApiError: it was sent to another name.
+        """
+        hosts = headers.getlist("host")
+        if self._keys or not hosts:  # browsers always send one
+            return
+        found = HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        name = found["name"].lower().rstrip(".") if found and found["name"] else ""
+        own = "." not in name or name.endswith(".localhost") or name in self._names or _is_address(name)
+        if found is None or not own:
+            raise ApiError(f"This server is not known as '{shorten(hosts[0])}'. Without keys it accepts addresses, "
+                           "'localhost', names without a dot, and those of its setting 'server_names'.", status=421,
+                           code="invalid_host")  # fmt: skip
 
     def _check_key(self, scope: Scope, headers: Headers) -> int | None:
         """The number of the key that a request has; None: it needs none."""
@@ -133,6 +158,15 @@ class Guard:
             return message
 
         return counted
+
+
+def _is_address(name: str) -> bool:
+    """Whether a name is an IPv4 address."""
+    try:
+        ipaddress.IPv4Address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class JsonRequest(Request):

@@ -203,6 +203,7 @@ async def retrieve_model(model: str, request: Request) -> Response:
     return JSONResponse(_about_model(model, found.started))
 
 
+@router.head("/health", include_in_schema=False, response_model=None)
 @router.get("/health", tags=["server"], response_model=None)
 async def health(request: Request) -> Response:
     """Whether the server can answer requests; needs no key."""
