@@ -17,7 +17,7 @@ from .test_distributed import SHARD, number, run_stand_in
 FROZEN = "freeze=[vision,llm]"
 # Both steps have an image loss: FSDP gives weights without a gradient one of 0, and then Adam's momentum moves them.
 SETTINGS = [
-    "--mixed", "steps=2", "adapter.rank=4", "losses.scale=global", "optimizer.lr=1e-2", "optimizer.eps=1e-4",
+    "--mixed", "adapter.rank=4", "losses.scale=global", "optimizer.lr=1e-2", "optimizer.eps=1e-4",
     "schedule.kind=constant", "schedule.warmup_steps=0", "precision=float32",
 ]  # fmt: skip
 
@@ -33,11 +33,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["freeze=[]", FROZEN], ids=["all", "frozen parts"])
 def test_processes_train_one_adapter(base: Path, tmp_path: Path, frozen: str) -> None:
-    """Under DDP and FSDP2, on batches that need other parts of the model in every process."""
+    """Under DDP, and under FSDP2 with a resumption, on batches that need other parts of the model in every process."""
     origin = ["model.init_from.preset=null", f"model.init_from.checkpoint={base}", "adapter.preset=all", frozen]
-    run_stand_in(tmp_path / "one", *SETTINGS, *origin, "accumulation=2")
-    run_stand_in(tmp_path / "ddp", *SETTINGS, *origin, processes=2)
-    said = run_stand_in(tmp_path / "fsdp", "--shard", *SETTINGS, *origin, SHARD, processes=2)
+    run_stand_in(tmp_path / "one", *SETTINGS, *origin, "steps=2", "accumulation=2")
+    run_stand_in(tmp_path / "ddp", *SETTINGS, *origin, "steps=2", processes=2)
+    for steps in ("steps=1", "steps=2"):  # the second run resumes from the sharded checkpoint of the first
+        sharded = ["--shard", *SETTINGS, *origin, SHARD, "save_every=1", steps]
+        said = run_stand_in(tmp_path / "fsdp", *sharded, processes=2)
+        assert (tmp_path / "fsdp/checkpoint-1/adapter_config.json").is_file()
+    assert "going on from" in said
     held, total = re.search(r"holds ([\d,]+) of all ([\d,]+) parameters", said).groups()
     assert number(held) < 0.6 * number(total)
 

@@ -211,6 +211,11 @@ def save_adapter(model: PreTrainedModel, folder: Path, info: AdapterInfo, name: 
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_settings(model, folder, info, name)
+
+
+def save_settings(model: PreTrainedModel, folder: Path, info: AdapterInfo, name: str = NAME) -> None:
+    """Write what an adapter folder has besides the weights: PEFT's settings, and what the adapter was trained on."""
     config: Any = copy.copy(_configs(model)[name])
     config.inference_mode = True
     config.target_modules = sorted(key for key, layer in lora_layers(model).items() if name in layer.lora_A)

@@ -6,8 +6,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.folder import AdapterInfo, package_versions, processor_info, read_adapter, write_info
-from ..adapters.loading import adapter_bytes, base_digest, lora_layers, save_adapter, set_weights, start_adapter
+from ..adapters.folder import AdapterInfo, package_versions, processor_info, read_adapter
+from ..adapters.loading import (
+    adapter_bytes,
+    base_digest,
+    lora_layers,
+    save_adapter,
+    save_settings,
+    set_weights,
+    start_adapter,
+)
 from ..generation import MMInterleaved
 from ..io import InputError
 from ..processor import MMInterleavedProcessor
@@ -60,8 +68,8 @@ class TrainedAdapter:
         save_adapter(self.model, folder, self.info)
 
     def save_info(self, folder: Path) -> None:
-        """Add what it was trained on to a folder that has its weights."""
-        write_info(folder, self.info)
+        """Write its settings, and what it was trained on, into a folder; sharded checkpoints have no more of it."""
+        save_settings(self.model, folder, self.info)
 
     def load(self, folder: Path) -> None:
         """Give it the weights of a checkpoint of the run.
