@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from mm_interleaved import MMInterleaved
@@ -55,7 +54,7 @@ from mm_interleaved.training.optimizer import build_optimizer
 from mm_interleaved.training.pipeline import BatchPipeline, prepare_documents
 from mm_interleaved.training.run import branches_of
 from mm_interleaved.training.sharded_checkpoints import STATE, StateWriter, TrainedState
-from mm_interleaved.training.sharding import ShardingCallback
+from mm_interleaved.training.sharding import ShardingCallback, reshard
 from mm_interleaved.training.trainer import RunTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -531,9 +530,7 @@ def fixed_loss(trainer: RunTrainer, inputs: dict[str, Any]) -> float:
     assert isinstance(model, nn.Module)
     with trainer.accelerator.autocast():
         loss = float(trainer.compute_outputs(model, inputs)["loss"])
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the root stays whole until a backward pass
+    reshard(model)
     return loss
 
 

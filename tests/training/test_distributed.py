@@ -156,6 +156,27 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, kind: str
         torch.testing.assert_close(weight, parts[name], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_evaluation_and_samples_change_no_sharded_run(tmp_path: Path) -> None:
+    """They gather weights without a backward pass; checkpoints that follow them are complete."""
+    settings = ["--mixed", "--shard", "steps=4", "ema.decay=0.5", "precision=float32", SHARD]
+    run_stand_in(tmp_path / "plain", *settings, processes=2)
+    watching = [*settings, "eval_data=${data}", "eval_every=1", "sample_every=2", "save_every=2"]
+    run_stand_in(tmp_path / "watched", *watching, processes=2)
+    later = shutil.ignore_patterns("checkpoint-4", "final")
+    shutil.copytree(tmp_path / "watched", tmp_path / "resumed", ignore=later)
+    run_stand_in(tmp_path / "resumed", *watching, processes=2)
+    assert len(logged(tmp_path / "watched", "eval_loss")) == 4
+    assert (tmp_path / "watched/samples/0000004.txt").is_file()
+    plain = logged(tmp_path / "plain")
+    assert list(plain) == [1, 2, 3, 4]
+    weights = load_file(tmp_path / "plain/final/model.safetensors")
+    for run in ("watched", "resumed"):
+        assert logged(tmp_path / run) == plain
+        found = load_file(tmp_path / run / "final/model.safetensors")
+        assert [name for name, weight in weights.items() if not torch.equal(weight, found[name])] == []
+
+
 @pytest.mark.parametrize("background", ["", "background"])
 def test_divided_weights_are_updated_and_saved_like_whole_ones(tmp_path: Path, background: str) -> None:
     """By both optimizers; what two processes have written, one reads, and then two again."""

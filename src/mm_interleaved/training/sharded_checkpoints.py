@@ -30,6 +30,7 @@ from ..io import writing
 from .checkpoints import describe_file
 from .config import TrainingError
 from .muon import Muon
+from .sharding import reshard
 
 STATE = "state"
 _THREADS = 2  # that write the part of a process
@@ -53,7 +54,8 @@ class TrainedState:
     only_trained: bool = False
 
     def weights(self) -> dict[str, Tensor]:
-        """Weights, buffers and averaged weights; the tensors themselves, not copies."""
+        """Weights, buffers and averaged weights; the tensors themselves, not copies. Gathered weights are freed."""
+        reshard(self.model)
         own = {n: p for n, p in self.model.named_parameters() if p.requires_grad or not self.only_trained}
         if not self.only_trained:
             saved = self.model.state_dict()
@@ -91,7 +93,14 @@ class TrainedState:
                 self.optimizer.state[parameter] = {name.split(".")[1]: value for name, value in values.items()}
 
     def _optimized(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        assert self.optimizer is not None
+        own = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        known = {p for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in own if p not in known]
+        if missing:
+            raise TrainingError(f"the optimizer does not have {len(missing)} of {len(own)} trained parameters, first "
+                                f"'{missing[0]}'; a checkpoint would lack their states")  # fmt: skip
+        return own
 
     def _empty_states(self, known: Metadata) -> dict[nn.Parameter, dict[str, Tensor]]:
         """For each parameter, tensors for the states that the checkpoint has of it."""

@@ -102,6 +102,17 @@ def gathered(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
             module.set_reshard_after_forward(bool(plugin.reshard_after_forward), recurse=False)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free all gathered weights of a sharded model, so that its parameters are the parts of this process.
+
+    FSDP keeps those of the root until a backward pass. After a forward pass without one, the model would have neither
+    the parameters that the optimizer knows nor weights that change with them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @dataclass
 class ForceAllBranches:
     """Completes batches so that the model runs every branch that any batch of the run needs, with the same results.

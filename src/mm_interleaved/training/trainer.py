@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -283,9 +283,16 @@ class RunTrainer(CountingTrainer):
             assert self.model is not None
             self.ema = EMA(self.model, self.config.ema)
 
-    def averaged(self) -> Any:
-        """A context in which the model has its averaged weights, if there are any."""
-        return self.ema.applied() if self.ema is not None else nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the model has its averaged weights, if there are any. At its end no weight is gathered."""
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            try:
+                yield
+            finally:
+                if self.is_fsdp_enabled:  # before the weights change again
+                    assert self.model is not None
+                    sharding.reshard(self.model)
 
     def whole(self) -> Any:
         """A context in which every process has all weights, for work that processes do not do in step; all enter it."""
