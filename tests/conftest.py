@@ -86,8 +86,7 @@ def write_errors(folder: Path, rows: list[tuple[str, str, float, float, float | 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(1 if processes > 1 else 2)  # the models are tiny; more threads only wait for each other
+    torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
