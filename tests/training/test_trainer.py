@@ -76,11 +76,15 @@ class Poisoned(Colors):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_its_batch(settings, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"the loss of step 3 is not finite"):
+    with pytest.raises(TrainingError, match=r"the loss of step 3 is not finite.*no checkpoint was saved before"):
         train(settings("log_every=5"), TOKENIZER, "cpu", Poisoned)
     folder = tmp_path / "run/bad-batch-rank0"
     assert json.loads((folder / "batch.json").read_text())["step"] == 3
     assert torch.isnan(load_file(folder / "batch.safetensors")["pixel_values"]).sum() == 1
+    with pytest.raises(
+        TrainingError, match=r"step 3 is not finite.*the last good checkpoint is '.*later/checkpoint-2'"
+    ):
+        train(settings("log_every=5", "save_every=2", run="later"), TOKENIZER, "cpu", Poisoned)
 
 
 def test_an_average_follows_its_formula() -> None:

@@ -38,9 +38,6 @@ from .pipeline import BatchPipeline, seed_of
 from .sharded_checkpoints import STATE, StateWriter, TrainedState, check_optimizer, is_sharded
 from .stopping import EarlyStopping
 
-ADVICE = (
-    "A lower learning rate, more warm-up or precision=float32 may help; checkpoints in the run's folder are from before"
-)
 PARTS = ("loss_", "psnr", "ssim", "accuracy_", "spread")  # prefixes of the outputs that are logged separately
 
 
@@ -526,9 +523,8 @@ class RunTrainer(CountingTrainer):
         finite = torch.stack([torch.isfinite(weight).all() for weight in own.values()]).tolist()  # one synchronisation
         bad = [name for name, is_finite in zip(own, finite, strict=True) if not is_finite]
         if bad:
-            raise TrainingError(
-                f"{len(bad)} of {len(own)} trained tensors are not finite after step {step}, first '{bad[0]}'. {ADVICE}"
-            )
+            tensors = f"{len(bad)} of {len(own)} trained tensors are not finite after step {step}, first '{bad[0]}'"
+            raise TrainingError(f"{tensors}. {self._advice()}")
 
     def _check_losses(self) -> None:
         back = self.window.first_bad()
@@ -542,7 +538,12 @@ class RunTrainer(CountingTrainer):
         if number in numbers:
             dump_batch(numbers[number], folder, {"step": step, "batch": number, "rank": self.args.process_index})
             place = f"The batch is in '{folder}'"
-        raise TrainingError(f"the loss of step {step} is not finite. {place}. {ADVICE}")
+        raise TrainingError(f"the loss of step {step} is not finite. {place}. {self._advice()}")
+
+    def _advice(self) -> str:
+        saved = checkpoints.list_checkpoints(self._run_folder())
+        last = f"the last good checkpoint is '{saved[-1]}'" if saved else "no checkpoint was saved before"
+        return f"A lower learning rate, more warm-up or precision=float32 may help; {last}"
 
 
 def dump_batch(batch: Any, folder: Path, about: dict[str, Any]) -> None:
