@@ -28,7 +28,7 @@ import numpy as np
 from mm_interleaved import Document, GenerationSettings, Image, MMInterleavedPipeline, Text
 from mm_interleaved.bench.machine import describe
 from mm_interleaved.generation import TEXT_PRESETS
-from mm_interleaved.inspection import TextRecord, inspect
+from mm_interleaved.inspection import InspectionSettings, TextRecord, inspect
 from mm_interleaved.io import write_json
 from mm_interleaved.metrics import confidence_interval
 from mm_interleaved.tasks.vqa import SHORT_PROMPT
@@ -101,7 +101,7 @@ def ask(pipe: MMInterleavedPipeline, count: int, seed: int) -> list[Asked]:
             continue
         question, shapes = wanted[0], np.array(boxes(scene, SIDE)) / SIDE
         document = Document([Image(draw(scene, SIDE)), Text(SHORT_PROMPT.format(question=question.question)), Text()])
-        result = inspect(pipe, document, places=[])
+        result = inspect(pipe, document, InspectionSettings(places=[]))
         (record,), at = result.texts, cells.index(question.answer)
         said = result.document.segments[record.segment]
         assert isinstance(said, Text)

@@ -110,6 +110,8 @@ def test_generation(elsewhere: Path, mmi: Callable[..., Outcome], capsys: pytest
     exec(compile(found["stream"], "docs/guides/generation.md", "exec"), {"__name__": "example"})
     assert "segments, ended by slots" in capsys.readouterr().out
     assert Path("car.png").is_file()
+    exec(compile(found["alone"], "docs/guides/generation.md", "exec"), {"__name__": "example"})
+    assert "[2, 3, 128, 128]" in capsys.readouterr().out
 
 
 def test_presets_are_those_of_the_code() -> None:

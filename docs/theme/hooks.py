@@ -39,8 +39,9 @@ MODULES = (
     "document", "generation", "pipeline", "pretrained", "processor", "model", "model.cost", "adapters.loading",
     "adapters.settings", "checkpoints.quantization", "data", "data.config", "data.sources", "data.shards",
     "training.run", "training.config", "tasks", "tasks.files", "metrics", "evaluation", "evaluation.scoring",
-    "batch.records", "batch.shared", "serving.app", "serving.config", "integrations.ray_data",
-    "integrations.ray_serve", "integrations.lmms_eval", "bench", "ops", "plugins", "configuration", "validation", "io",
+    "inspection", "planning.plan", "planning.step", "planning.work", "batch.records", "batch.shared", "serving.app",
+    "serving.config", "integrations.ray_data", "integrations.ray_serve", "integrations.lmms_eval", "bench", "ops",
+    "plugins", "configuration", "validation", "io",
 )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def public_names(module: str) -> list[str]:
 
 
 def _api_page(package: str) -> str:
-    lines = [f"# mm_interleaved.{package}", ""]
+    lines = [f"# mm_interleaved.{package}", "", "[All modules](../api.md)", ""]
     for module in (name for name in MODULES if name.partition(".")[0] == package):
         names = public_names(module)
         if not names:

@@ -40,6 +40,29 @@ def test_a_plan_as_tables(mmi: Callable[..., Outcome]) -> None:
         assert text in shown
 
 
+def test_a_recipe_is_planned_for_a_model_whose_files_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(
+            [
+                "plan",
+                "vqa",
+                *FEWER,
+                "model.quantize=int8",
+                "--model",
+                "debug",
+                "--lora",
+                "llm",
+                "--images",
+                "4",
+                "--json",
+            ]
+        )
+    found = json.loads(capsys.readouterr().out)
+    weights = found["memory"]["parts"]
+    assert found["sources"][0]["name"] == "vqav2"
+    assert 0 < weights["weights"] < weights["frozen weights"]  # the adapter alone is trained
+
+
 def test_the_options_of_the_guide_are_those_of_the_command() -> None:
     guide = (ROOT / "docs/guides/scaling.md").read_text().partition("## Planning a run")[2].partition("## ")[0]
     shown = CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "200"}).output
@@ -57,6 +80,8 @@ def test_the_options_of_the_guide_are_those_of_the_command() -> None:
         ([DEBUG, "--type", "h20"], "--type 'h20' is none of b200, h200"),
         ([DEBUG, "--model", "large"], "--model 'large' is none of"),
         ([str(ROOT / "configs/release.yaml")], "For sizes without files: --model release"),
+        (["vqa"], "no model is given"),
+        (["vqaa", "--model", "small"], "there is no recipe 'vqaa'"),
         ([DEBUG, "--gpus", "12"], "12 GPUs do not fill machines of 8"),
     ],
 )

@@ -99,7 +99,7 @@ def parts_of(found: Inspection) -> list[Points]:
 
 
 def test_shapes_and_sums(pipe: MMInterleavedPipeline, debug_config: MMInterleavedConfig) -> None:
-    found = inspect(pipe, documents()[0], steps=[2, 4])
+    found = inspect(pipe, documents()[0], InspectionSettings(steps=[2, 4]))
     text, image = found.texts[0], found.images[0]
     config, decoder = debug_config.mmfs, debug_config.image_decoder.mmfs
     shape = (len(text.ids), len(text.layers), config.num_heads, 2)
@@ -147,7 +147,7 @@ def test_outputs_follow_from_what_was_collected(pipe: MMInterleavedPipeline, mon
     """The operator's output, computed again from the collected points and weights, within 1e-5."""
     calls = Calls(monkeypatch)
     document = Document([Image(make_image(1)), Text("a"), Image(make_image(2)), Text("b"), Text(), Image()])
-    found = inspect(pipe, document, steps=[1, 3])
+    found = inspect(pipe, document, InspectionSettings(steps=[1, 3]))
     text, image = found.texts[0], found.images[0]
     layers, maps = len(text.layers), len(image.maps)
     first = layers * (1 + len(text.ids) - 1)  # the prompt, and a decode step for every token but the last
@@ -168,7 +168,7 @@ def test_outputs_follow_from_what_was_collected(pipe: MMInterleavedPipeline, mon
 
 
 def test_offsets_are_relative_to_the_centre_and_to_the_own_cell(pipe: MMInterleavedPipeline) -> None:
-    found = inspect(pipe, documents()[0], steps=[1])
+    found = inspect(pipe, documents()[0], InspectionSettings(steps=[1]))
     one = found.images[0].maps[0]
     np.testing.assert_allclose(found.texts[0].offsets, found.texts[0].points.locations - 0.5)
     assert one.reference[1].tolist() == pytest.approx([1.5 / one.side, 0.5 / one.side])
@@ -178,24 +178,26 @@ def test_offsets_are_relative_to_the_centre_and_to_the_own_cell(pipe: MMInterlea
 
 def test_choices(pipe: MMInterleavedPipeline) -> None:
     everything = inspect(pipe, documents()[0])
-    some = inspect(pipe, documents()[0], layers=everything.texts[0].layers[:1], heads=[1], places=[2], steps=[4])
+    few = InspectionSettings(layers=everything.texts[0].layers[:1], heads=[1], places=[2], steps=[4])
+    some = inspect(pipe, documents()[0], few)
     np.testing.assert_array_equal(some.texts[0].points.weights, everything.texts[0].points.weights[:, :1, 1:2])
     (one,) = some.images[0].maps
     assert everything.images[0].steps == [1, 2, 4]
     np.testing.assert_array_equal(one.points.weights, everything.images[0].maps[2].points.weights[2:, :, 1:2])
-    assert inspect(pipe, documents()[0], layers=[]).texts == []
-    assert inspect(pipe, documents()[0], places=[]).images == []
+    assert inspect(pipe, documents()[0], InspectionSettings(layers=[])).texts == []
+    assert inspect(pipe, documents()[0], InspectionSettings(places=[])).images == []
     for wrong in ({"layers": [1]}, {"heads": [64]}, {"places": [99]}, {"steps": [5]}):
         (name,) = wrong
         with pytest.raises(InputError, match=f"^{name}: there is no .* There are "):
-            inspect(pipe, documents()[0], **wrong)
+            inspect(pipe, documents()[0], InspectionSettings(**wrong))
 
 
 def test_too_much_is_refused_before_an_image_begins(pipe: MMInterleavedPipeline, model: MMInterleaved) -> None:
+    many = InspectionSettings(layers=[], most_mib=1, steps=list(range(1, 41)))
     with pytest.raises(InputError, match=r"most_mib is 1\. Choose fewer layers, heads, places, steps or cells"):
-        inspect(pipe, documents()[0], layers=[], most_mib=1, num_inference_steps=40, steps=range(1, 41))
+        inspect(pipe, documents()[0], many, num_inference_steps=40)
     assert all(s.mmfs.recorder is None for s in model.image_decoder.unet.synchronizers)
-    assert inspect(pipe, documents()[0], layers=[], places=[], most_mib=1).nbytes == 0
+    assert inspect(pipe, documents()[0], InspectionSettings(layers=[], places=[], most_mib=1)).nbytes == 0
 
 
 def test_one_inspection_at_a_time_and_only_of_the_fast_form(pipe: MMInterleavedPipeline, debug_config) -> None:
@@ -261,7 +263,7 @@ def test_what_happens_between_two_events_is_not_collected(pipe: MMInterleavedPip
 
 def test_levels_and_regions_of_heat_maps(pipe: MMInterleavedPipeline) -> None:
     """The sum of a heat map is the weight within the image, and levels add up."""
-    found = inspect(pipe, documents()[0], cells=4)
+    found = inspect(pipe, documents()[0], InspectionSettings(cells=4))
     text = found.texts[0]
     points = text.points
     inside = ((points.locations > 0.3) & (points.locations < 0.7)).all(-1)[..., None, :]

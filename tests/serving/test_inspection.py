@@ -70,6 +70,17 @@ def test_what_is_refused_and_what_is_not_there(stub: str) -> None:
         assert client.post("/responses", json=asked(inspect="yes")).json()["error"]["param"] == "inspect"
 
 
+def test_a_page_that_is_too_large_says_what_there_is_instead(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_interleaved.inspection.page.LARGEST_MIB", 0)
+    with httpx2.Client(base_url=f"{stub}/v1", trust_env=False) as client:
+        place = f"/responses/{client.post('/responses', json=asked()).json()['id']}/inspection"
+        refused = client.get(place)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "format"
+        assert "Ask for format=json" in refused.json()["error"]["message"]
+        assert client.get(place, params={"format": "json"}).status_code == 200
+
+
 def test_an_engine_that_does_not_inspect_says_so() -> None:
     engine = StubEngine(delay=0.05)
     engine.inspects = False

@@ -35,6 +35,15 @@ def test_yaml_is_accepted(text: str, tmp_path: Path) -> None:
     load_config(tmp_path / "run.yaml", TrainConfig)
 
 
+@pytest.mark.slow
+def test_the_training_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"<!-- example: loop -->\n```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(compile(code, "docs/guides/training.md", "exec"), {"__name__": "example"})
+    losses = capsys.readouterr().out.split()[-2:]
+    assert [float(loss) > 0 for loss in losses] == [True, True]
+
+
 def test_the_page_shows_something() -> None:
     assert len(COMMANDS) >= 4
     assert len(YAML) >= 6

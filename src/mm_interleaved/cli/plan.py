@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .console import console, output
 from .errors import UsageError
-from .train import ConfigFile, Settings
+from .train import Settings
 
 if TYPE_CHECKING:
     from ..model import MMInterleavedConfig
@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def plan(
-    config: ConfigFile,
+    config: Annotated[str, typer.Argument(help="YAML file of a run, or a recipe of mmi finetune.", metavar="CONFIG")],
     settings: Settings = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 1,
     kind: Annotated[str, typer.Option("--type", help="Kind of GPU: h200, h100, a100, a100-40, l40s, ...")] = "h200",
@@ -32,15 +32,16 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="release or small: take the sizes of this model, and none of its files.")
     ] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Train an adapter, as in mmi finetune: llm, image, both, mmfs or all.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a training run needs: memory, time and disk. Needs no GPU."""
-    from ..configuration import load_config
     from ..io import close_name
-    from ..training.config import TrainConfig
     from ..training.gpus import GPUS
 
-    loaded = load_config(config, TrainConfig, settings or [])
+    loaded = _read(config, model, lora, settings or [])
     if kind not in GPUS:
         raise UsageError(f"--type '{kind}' is none of {', '.join(GPUS)}", fix=close_name(kind, GPUS))
     from ..planning.plan import make_plan, suggest
@@ -59,6 +60,17 @@ def plan(
         print(json.dumps(found.as_dict(), indent=2))
         return
     _show(found)
+
+
+def _read(config: str, model: str | None, lora: str | None, settings: list[str]) -> TrainConfig:
+    """The settings of the run. A recipe gets the model whose sizes are taken, and its files are not looked for."""
+    from ..configuration import list_keys, read_overrides
+    from ..training.recipes import FOLDER, find_recipe, load_recipe
+
+    named = read_overrides(settings).get("model") or {}
+    if model is not None and "init_from" not in named and "model" not in list_keys(find_recipe(config), FOLDER):
+        settings = [f"model.init_from.checkpoint={model}", *settings]
+    return load_recipe(config, lora=lora, overrides=settings)
 
 
 def _model_config(config: TrainConfig, model: str | None) -> MMInterleavedConfig:

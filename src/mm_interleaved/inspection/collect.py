@@ -256,50 +256,21 @@ def view(image: Image, processor: MMInterleavedProcessor) -> PIL.Image.Image:
 
 
 def inspect_documents(
-    source: Source,
-    documents: Sequence[Document],
-    *,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    places: Sequence[int] | None = None,
-    steps: Sequence[int] | None = None,
-    cells: int | None = None,
-    most_mib: int = 512,
-    **settings: Any,
+    source: Source, documents: Sequence[Document], inspection: InspectionSettings | None = None, **settings: Any
 ) -> list[Inspection]:
     """Fill and continue documents together, and collect where MMFS looks; see `inspect`."""
-    given = {"layers": layers, "heads": heads, "places": places, "steps": steps}
-    lists = {name: None if value is None else list(value) for name, value in given.items()}
-    collected = InspectionSettings(**lists, cells=cells, most_mib=most_mib)
-    generator = InspectedGenerator(source.model, source.processor, override(source.settings, **settings), collected)
+    generator = InspectedGenerator(source.model, source.processor, override(source.settings, **settings), inspection)
     with torch.no_grad():
         return generator.inspections(list(documents))
 
 
-def inspect(
-    source: Source,
-    inputs: Input,
-    *,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    places: Sequence[int] | None = None,
-    steps: Sequence[int] | None = None,
-    cells: int | None = None,
-    most_mib: int = 512,
-    **settings: Any,
-) -> Inspection:
+def inspect(source: Source, inputs: Input, inspection: InspectionSettings | None = None, **settings: Any) -> Inspection:
     """Fill and continue a document, and collect where MMFS looks for every token and every part of an image.
 
     Args:
         source: a pipeline or a generator, with model, processor and settings.
         inputs: a document, or the parts of one: strings, PIL images and segments.
-        layers: decoder layers with MMFS; None: all; empty: no texts.
-        heads: heads of MMFS; None: all.
-        places: synchronizers of the UNet; None: all; empty: no images.
-        steps: denoising steps from 1; None: the first, the middle and the last one.
-        cells: most cells of a side of a map of the UNet; of larger maps every second, third, ... cell is collected.
-            None: all cells.
-        most_mib: most memory of the collected arrays, in MiB.
+        inspection: what to collect; None: everything, at the first, the middle and the last denoising step.
         **settings: settings of generation, by the names of `GenerationSettings`, `TextSettings` and `ImageSettings`.
 
     Raises:
@@ -310,5 +281,4 @@ def inspect(
     documents = as_documents(inputs)
     if len(documents) != 1:
         raise InputError(f"inspect takes one document, not {len(documents)}", fix="Use inspect_documents")
-    return inspect_documents(source, documents, layers=layers, heads=heads, places=places, steps=steps,
-                             cells=cells, most_mib=most_mib, **settings)[0]  # fmt: skip
+    return inspect_documents(source, documents, inspection, **settings)[0]

@@ -21,7 +21,7 @@ from .records import ImageRecord, Inspection, Points, TextRecord
 from .settings import chosen_cells
 
 MOST_CELLS = 16  # cells of a side of a map on the page; of larger maps every second, fourth, ... cell is shown
-LARGEST_MIB = 48
+LARGEST_MIB = 96  # what a server collects by default (128 MiB of arrays) takes 85 MiB on the page
 LOW, HIGH = -1.0, 2.0  # of locations on the page; those beyond are moved to the edge
 FRAME = 780  # height of the page in a notebook, in pixels
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..inspection.page import page_of
+from ..io import InputError
 from . import schema
 from .app_state import services
 from .errors import ApiError
@@ -36,5 +37,9 @@ async def inspection(response_id: schema.Id, request: Request, format: Literal["
                        code="inspection_not_found")  # fmt: skip
     if format == "json":
         return Response(data, media_type="application/json")
-    page = await asyncio.to_thread(page_of, data)
+    try:
+        page = await asyncio.to_thread(page_of, data)
+    except InputError as error:
+        raise ApiError(f"{error.problem}. Ask for format=json, or inspect a shorter response.", param="format",
+                       code="above_limit") from None  # fmt: skip
     return Response(page, media_type="text/html", headers={"Content-Security-Policy": POLICY})
