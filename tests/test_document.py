@@ -322,7 +322,7 @@ def test_paths_relative_to_the_image_root(tmp_path: Path) -> None:
 def test_all_places_that_were_looked_at_are_named(tmp_path: Path) -> None:
     records = record_in(tmp_path / "docs")
     places = "', '".join(str(tmp_path / name) for name in ("docs", "a", "b"))
-    with pytest.raises(InputError, match=f"none of .{places}.*--image-root"):
+    with pytest.raises(InputError, match=f"Looked in .{places}.*--image-root"):
         load_documents(records, tmp_path / "a", look_in=[tmp_path / "b"])
 
 

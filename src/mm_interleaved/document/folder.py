@@ -50,9 +50,9 @@ class Folder:
             if error.kind == OUTSIDE and not (stays and self.others):
                 error = InputError(error.problem, where, f"{error.fix}, or allow a wider folder with --image-root")
             elif error.kind in (MISSING, OUTSIDE) and self.others:
-                places = ", ".join(f"'{place}'" for place in (self.base, *self.others))
+                places = ", ".join(dict.fromkeys(f"'{place}'" for place in (self.base, *self.others)))
                 problem = error.problem if error.kind == MISSING else f"the file '{text}' does not exist"
-                error = InputError(problem, where, f"It is in none of {places}. Correct the path, or name the folder "
+                error = InputError(problem, where, f"Looked in {places}. Correct the path, or name the folder "
                                    "with --image-root", MISSING)  # fmt: skip
             raise error from None
 
