@@ -12,12 +12,13 @@ from rich.console import Console
 from ..io import read_json, write_atomic, write_json
 from .console import console, output
 from .errors import UsageError
-from .models import QuantizationName, find_device, find_dtype, find_quantization
+from .models import find_device, find_dtype, find_quantization
+from .options import Device, QuantizationName
 
 
 def bench(
     preset: Annotated[str, typer.Option(help="Size of the model: release, small or debug.")] = "small",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; default: bfloat16 on a GPU.")] = None,
     only: Annotated[
         str | None, typer.Option(help="Lines to run, separated by commas; default: the standard ones.")

@@ -17,7 +17,8 @@ import typer
 from ..io import InputError, UserError, atomic_folder, close_name, encode_image, write_atomic
 from .console import console
 from .errors import UsageError
-from .models import DTYPES, Offload, QuantizationName, find_device, find_dtype, find_quantization, load_model
+from .models import ModelOptions, note_random_weights
+from .options import Device, Dtype, GenerationChanges, ModelName, Offload, QuantizationName
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -33,16 +34,13 @@ COMMANDS = ("/image", "/draw", "/reset", "/save", "/help", "/quit")
 
 
 def chat(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE...", help="Settings of generation, as of mmi generate."),
-    ] = None,
+    settings: GenerationChanges = None,
     *,
-    model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
+    model: ModelName = "small",
     output_folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for generated images.")] = Path("chat"),
     seed: Annotated[int, typer.Option(help="Seed of texts and images.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     quantization: QuantizationName = None,
     offload: Offload = False,
     inline: Annotated[
@@ -57,8 +55,7 @@ def chat(
     from ..generation import ContinuousGenerator
     from ..generation.settings import TEXT_PRESETS, GenerationSettings, override
 
-    loaded = load_model(model, find_dtype(dtype) if dtype else None, find_device(device),
-                        find_quantization(quantization), offload=offload)  # fmt: skip
+    loaded = ModelOptions(model, device, dtype, quantization, offload=offload).load()
     try:
         chosen = override(GenerationSettings(TEXT_PRESETS["interleaved"], vary_noise=True), seed=seed,
                           **read_overrides(settings or []))  # fmt: skip
@@ -70,8 +67,7 @@ def chat(
         raise UsageError(str(error)) from None
     shown = _protocol() if inline is None else (_protocol() or "iterm") if inline else None
     session = Session(generator, chosen, output_folder, shown, role="user" if chat_template else None)
-    if not loaded.trained:
-        console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
+    note_random_weights(loaded)
     console.print(HELP, markup=False, highlight=False)
     for line in _lines():
         try:

@@ -11,7 +11,8 @@ from rich.progress import Progress
 from ..io import atomic_folder, close_name, read_json
 from .console import console, output
 from .errors import UsageError
-from .models import DTYPES, AllowOtherBase, find_dtype, load_model
+from .models import ModelOptions, find_dtype
+from .options import DTYPES, AllowOtherBase
 
 if TYPE_CHECKING:
     from ..model import MMInterleavedConfig
@@ -99,7 +100,7 @@ def _merge(adapters: list[Path], base: str, target: Path, dtype: str | None, all
     from ..adapters.loading import load_adapters, merge_adapters
 
     with atomic_folder(target) as folder:
-        loaded = load_model(base, None, None, None)
+        loaded = ModelOptions(base, "cpu").load()
         with console.status("merging"):
             load_adapters(loaded.model, adapters, loaded.processor, allow_other_base, keep_float32=True)
             merge_adapters(loaded.model)

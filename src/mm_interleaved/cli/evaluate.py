@@ -16,7 +16,8 @@ from rich.table import Table
 from ..io import OutputError, lock_folder
 from .console import console, output
 from .errors import UsageError
-from .models import Adapters, Offload, QuantizationName, check_cpu, find_dtype, find_quantization, load_model
+from .models import ModelOptions, check_cpu, find_quantization, note_random_weights
+from .options import Adapters, FileChanges, Offload, ProcessDevice, QuantizationName
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -24,16 +25,13 @@ if TYPE_CHECKING:
     from ..evaluation import Results
 
 
-Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replaces a setting of the file.")]
-
-
 def evaluate_command(
     config: Annotated[Path, typer.Argument(help="YAML file of an evaluation; see configs/.", metavar="CONFIG")],
-    settings: Settings = None,
+    settings: FileChanges = None,
     adapter: Adapters = None,
     quantization: QuantizationName = None,
     offload: Offload = False,
-    device: Annotated[str | None, typer.Option(help="cpu, or by default a GPU if there is one.")] = None,
+    device: ProcessDevice = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in the folder.")] = False,
 ) -> None:
     """Evaluate a model on tasks. The same command resumes an interrupted evaluation."""
@@ -58,11 +56,11 @@ def evaluate_command(
         on_main(state, lambda: stack.enter_context(lock_folder(folder)))
         if overwrite:
             on_main(state, lambda: remove_results(folder))
-        dtype, quiet = find_dtype(loaded.dtype) if loaded.dtype else None, not state.is_main_process
-        model = load_model(loaded.model, dtype, state.device, loaded.quantization, quiet, loaded.adapters,
-                           loaded.allow_other_base, loaded.offload)  # fmt: skip
-        if not model.trained and state.is_main_process:
-            console.print(f"[yellow]note:[/] the weights of '{loaded.model}' are untrained: its outputs are noise")
+        options = ModelOptions(loaded.model, str(state.device), loaded.dtype, loaded.quantization, loaded.adapters,
+                               loaded.allow_other_base, loaded.offload)  # fmt: skip
+        model = options.load(quiet=not state.is_main_process)
+        if state.is_main_process:
+            note_random_weights(model)
         results = evaluate(
             loaded, model.model, model.processor, folder, name=model.name, trained=model.trained, state=state,
             console=console,

@@ -14,7 +14,8 @@ from .console import console, output
 from .errors import UsageError
 from .memory import GIB, Force, check_memory, compare_memory, estimate_memory, gpu_memory
 from .models import check_cpu
-from .train import Device, end, training
+from .options import ProcessDevice
+from .train import end, training
 
 if TYPE_CHECKING:
     from ..data import SourceConfig
@@ -40,7 +41,7 @@ def finetune(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Write a page about the data and stop.")] = False,
     force: Force = False,
-    device: Device = None,
+    device: ProcessDevice = None,
 ) -> None:
     """Fine-tune a model by a recipe. The same command resumes an interrupted run."""
     if recipe is None:

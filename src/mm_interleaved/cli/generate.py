@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,16 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..io import InputError, lock_folder
 from .console import console, output
 from .errors import UsageError
-from .models import (
-    DTYPES,
+from .models import ModelOptions, note_random_weights
+from .options import (
     Adapters,
     AllowOtherBase,
+    Device,
+    Dtype,
+    GenerationChanges,
+    ImagePreset,
+    ImageRoot,
+    ModelName,
     Offload,
     QuantizationName,
-    find_device,
-    find_dtype,
-    find_quantization,
-    load_model,
+    Seed,
+    TextPreset,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -34,33 +39,21 @@ if TYPE_CHECKING:
 
 def generate(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON or JSON lines with documents.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE...",
-            help="Settings of generation, such as max_turns=4 max_new_tokens=60 num_inference_steps=20.",
-        ),
-    ] = None,
+    settings: GenerationChanges = None,
     *,
     output_folder: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for images, results.json, report.html.")
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
+    model: ModelName = "small",
     adapter: Adapters = None,
     allow_other_base: AllowOtherBase = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of texts and images; the original's images have 42.")] = None,
-    preset: Annotated[
-        str, typer.Option(help="How text is generated: default, caption, vqa, paragraph, interleaved.")
-    ] = "interleaved",
-    image_preset: Annotated[
-        str, typer.Option(help="How images are generated: ddpm-30, dpm-solver-20, unipc-20.")
-    ] = "ddpm-30",
-    image_root: Annotated[
-        Path | None, typer.Option(help="Folder that images may come from; default: the input's.")
-    ] = None,
+    seed: Seed = None,
+    preset: TextPreset = "interleaved",
+    image_preset: ImagePreset = "ddpm-30",
+    image_root: ImageRoot = None,
     batch_size: Annotated[int, typer.Option(help="Documents that are generated together.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     quantization: QuantizationName = None,
     offload: Offload = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
@@ -86,27 +79,23 @@ def generate(
     from .shared import check_shared, own_device, own_shards, run_shared
 
     join_processes()
-    kind = find_dtype(dtype) if dtype else None
-    matrices = find_quantization(quantization)
+    options = ModelOptions(model, device, dtype, quantization, adapter, allow_other_base, offload)
     chosen = read_settings(preset, image_preset, settings or [], seed)
     if shared or shard is not None or count_processes() > 1:
         own_shards(shard, range(0))
         check_shared(output_folder, source, overwrite)
-        loaded = load_model(model, kind, find_device(own_device(device)), matrices,
-                            adapters=adapter or [], allow_other_base=allow_other_base, offload=offload)  # fmt: skip
+        loaded = replace(options, device=own_device(device)).load()
         generator = _generator(loaded, chosen)
         run = SharedRun(output_folder, source, describe_run(loaded, generator.settings), shard_size=shard_size,
                         batch_size=batch_size, image_root=image_root)  # fmt: skip
         note_random_weights(loaded)
         run_shared(run, generator, shard)
         return
-    where = find_device(device)
     refuse_occupied(output_folder, resume, overwrite)
     documents = load_documents(source, image_root, look_in=[Path.cwd()])
     for document in documents:
         check_images(document)
-    loaded = load_model(model, kind, where, matrices, adapters=adapter or [], allow_other_base=allow_other_base,
-                        offload=offload)  # fmt: skip
+    loaded = options.load()
     generator = _generator(loaded, chosen)
     prepared = generator.prepare_all(documents)  # raises for inputs that cannot be used
     with lock_folder(output_folder):
@@ -131,11 +120,6 @@ def _generator(loaded: Loaded, settings: GenerationSettings) -> InterleavedGener
     except ValueError as error:
         raise UsageError(str(error)) from None
     return generator
-
-
-def note_random_weights(loaded: Loaded) -> None:
-    if not loaded.trained:
-        console.print(f"[yellow]note:[/] the weights of '{loaded.name}' are untrained: its outputs are noise")
 
 
 def read_settings(preset: str, image_preset: str, pairs: list[str], seed: int | None) -> GenerationSettings:

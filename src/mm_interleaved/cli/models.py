@@ -4,38 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.markup import escape
 
 from ..io import InputError
 from .console import console
 from .errors import UsageError
+from .options import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoints.quantization import Quantization
     from ..pretrained import Loaded
-
-DTYPES = ("float32", "bfloat16", "float16")
-Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", help="Folder of an adapter for the model; several are added up.")
-]
-QuantizationName = Annotated[
-    str | None,
-    typer.Option(
-        "--quantization", help="Quantize the language model to 8 or 4 bits (not lossless): int8, fp8, int4, nf4."
-    ),
-]
-Offload = Annotated[
-    bool, typer.Option("--offload", help="Copy each large part of the model to the GPU only while it is needed.")
-]
-AllowOtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Accept an adapter that was trained on another model.")
-]
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -97,37 +81,59 @@ def check_cpu(device: str | None) -> None:
         raise UsageError(f"--device can only be cpu, not '{device}'; choose GPUs with CUDA_VISIBLE_DEVICES")
 
 
-def load_model(
-    name: str,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-    quantization: Quantization | None,
-    quiet: bool = False,
-    adapters: Sequence[str | Path] = (),
-    allow_other_base: bool = False,
-    offload: bool = False,
-) -> Loaded:
-    """Load a model, its adapters and its processor.
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of a command that name a model and how it is loaded; `load` loads it.
 
-    Args:
+    Attributes:
         name: a model of the package, or the folder of a checkpoint.
-        dtype: type of the weights; None: `load` chooses it.
-        device: device of the weights.
+        device: device of the weights; `auto`: a GPU if there is one.
+        dtype: type of the weights; None: the type that `pretrained.load` chooses.
         quantization: one of `QUANTIZATIONS`; None: no quantization.
-        quiet: whether to hide the progress.
-        adapters: folders of adapters, whose updates are added.
+        adapters: folders of adapters, whose updates are added; None: no adapters.
         allow_other_base: accept adapters that were trained on another model.
         offload: copy each large part to the device only while it is needed.
 
     Raises:
-        UsageError: it cannot be loaded, or an adapter cannot be used.
+        UsageError: a type, a quantization or a device is unknown.
     """
-    from ..pretrained import load
 
-    try:
-        with nullcontext() if quiet else console.status(f"loading {escape(name)}"):
-            return load(name, dtype, device, quantization, adapters, allow_other_base, offload)
-    except InputError:
-        raise
-    except (ValueError, RuntimeError, OSError) as error:  # the libraries' errors for folders that they cannot load
-        raise UsageError(f"model '{name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    name: str
+    device: str
+    dtype: str | None = None
+    quantization: str | None = None
+    adapters: Sequence[str | Path] | None = None
+    allow_other_base: bool = False
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            find_dtype(self.dtype)
+        find_quantization(self.quantization)
+        find_device(self.device)
+
+    def load(self, quiet: bool = False) -> Loaded:
+        """Load the model, its adapters and its processor; `quiet` hides the progress.
+
+        Raises:
+            UsageError: it cannot be loaded, or an adapter cannot be used.
+        """
+        from ..pretrained import load
+
+        dtype = None if self.dtype is None else find_dtype(self.dtype)
+        try:
+            with nullcontext() if quiet else console.status(f"loading {escape(self.name)}"):
+                return load(
+                    self.name, dtype, find_device(self.device), find_quantization(self.quantization),
+                    self.adapters or (), self.allow_other_base, self.offload,
+                )  # fmt: skip
+        except InputError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:  # the libraries' errors for folders that they cannot load
+            raise UsageError(f"model '{self.name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def note_random_weights(loaded: Loaded) -> None:
+    """Print a note if a model is untrained."""
+    if not loaded.trained:
+        console.print(f"[yellow]note:[/] the weights of '{loaded.name}' are untrained: its outputs are noise")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .console import console, output
 from .errors import UsageError
-from .train import Settings
+from .options import FileChanges
 
 if TYPE_CHECKING:
     from ..model import MMInterleavedConfig
@@ -22,7 +22,7 @@ GIB = 2**30
 
 def plan(
     config: Annotated[str, typer.Argument(help="YAML file of a run, or a recipe of mmi finetune.", metavar="CONFIG")],
-    settings: Settings = None,
+    settings: FileChanges = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 1,
     kind: Annotated[str, typer.Option("--type", help="Kind of GPU: h200, h100, a100, a100-40, l40s, ...")] = "h200",
     per_node: Annotated[int, typer.Option(help="GPUs of a machine.", min=1)] = 8,

@@ -11,17 +11,8 @@ import typer
 
 from .console import console
 from .errors import UsageError
-from .models import (
-    DTYPES,
-    Adapters,
-    AllowOtherBase,
-    Offload,
-    QuantizationName,
-    find_device,
-    find_dtype,
-    find_quantization,
-    load_model,
-)  # fmt: skip
+from .models import ModelOptions, note_random_weights
+from .options import Adapters, AllowOtherBase, Device, Dtype, ModelName, Offload, QuantizationName
 
 if TYPE_CHECKING:
     from ..serving.config import ServeConfig
@@ -38,7 +29,7 @@ def serve(
         ),
     ] = None,
     *,
-    model: Annotated[str, typer.Option("--model", "-m", help="small, debug, or the folder of a checkpoint.")] = "small",
+    model: ModelName = "small",
     adapter: Adapters = None,
     choice: Annotated[
         list[str] | None,
@@ -51,8 +42,8 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: that of its folder.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen at; default: this machine only.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen at; default: 8000.", min=0, max=65535)] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help=f"Type of the weights: {', '.join(DTYPES)}.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     quantization: QuantizationName = None,
     offload: Offload = False,
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API without the web page at /.")] = False,
@@ -67,8 +58,7 @@ def serve(
         raise UsageError(f"mmi serve needs {', '.join(missing)}", fix="pip install 'mm-interleaved[serve]'")
     chosen = _settings(config_file, settings or [], host, port)
     chosen = replace(chosen, page=chosen.page and not no_page)
-    kind = find_dtype(dtype) if dtype else None
-    matrices = find_quantization(quantization)
+    options = ModelOptions(model, device, dtype, quantization, adapter, allow_other_base, offload)
     if stub:
         from ..serving.stub import StubEngine
 
@@ -77,10 +67,8 @@ def serve(
         from ..adapters.loading import load_choices
         from ..serving.model import make_engine
 
-        loaded = load_model(model, kind, find_device(device), matrices, adapters=adapter or [],
-                            allow_other_base=allow_other_base, offload=offload)  # fmt: skip
-        if not loaded.trained:
-            console.print(f"[yellow]note:[/] the weights of '{model}' are untrained: its outputs are noise")
+        loaded = options.load()
+        note_random_weights(loaded)
         if offload and chosen.rows > 1:  # else parts would be copied whenever one request writes and another draws
             console.print("[yellow]note:[/] requests are answered one after the other with --offload")
             chosen = replace(chosen, rows=1)

@@ -15,13 +15,15 @@ from ..launch.exits import STOPPED
 from .errors import UsageError
 from .memory import Force, check_memory
 from .models import check_cpu
-
-Settings = Annotated[list[str] | None, typer.Argument(help="key=value, replaces a setting of the file.")]
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file of a run; see configs/.", metavar="CONFIG")]
-Device = Annotated[str | None, typer.Option(help="cpu, or by default a GPU if there is one.")]
+from .options import FileChanges, ProcessDevice
 
 
-def train(config: ConfigFile, settings: Settings = None, force: Force = False, device: Device = None) -> None:
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run; see configs/.", metavar="CONFIG")],
+    settings: FileChanges = None,
+    force: Force = False,
+    device: ProcessDevice = None,
+) -> None:
     """Train a model, or resume an interrupted run."""
     from ..configuration import load_config
     from ..pretrained import TOKENIZER
