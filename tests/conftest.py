@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; the download
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 os.environ.setdefault("TORCH_LOGS", "-torch.utils._pytree")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of other programs; the models are tiny, and threads would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of other programs: threads of tiny models wait for each other
 
 import numpy as np
 import PIL.Image
