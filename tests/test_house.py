@@ -66,7 +66,7 @@ def test_there_is_one_kv_cache_and_one_decoder_layer() -> None:
 
 
 # Where every request of a server gets an answer whatever happened; the error is logged.
-BOUNDARIES = {"serving/chat.py": 1, "serving/model.py": 2, "serving/plain.py": 1, "serving/responses.py": 1}
+BOUNDARIES = {"serving/model.py": 2, "serving/responses.py": 1, "serving/streaming.py": 1}
 
 
 def test_nothing_catches_everything() -> None:

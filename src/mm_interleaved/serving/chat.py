@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -14,7 +13,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 
-from ..io import InputError
 from . import engine as events
 from . import schema
 from .app_state import Services, services
@@ -28,15 +26,13 @@ from .documents import (
     generation_request,
     generation_settings,
 )
-from .engine import Done, EngineError, Stream, Usage
-from .errors import ApiError, as_api_error
+from .engine import Done, Stream, Usage
+from .errors import ApiError
 from .images import encode
 from .middleware import JsonRoute
-from .responses import left_behind
-from .streaming import DONE, SSE, sse
+from .streaming import SSE, answer_stream, left_behind
 
 router = APIRouter(prefix="/v1/chat/completions", route_class=JsonRoute, tags=["chat"])
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -144,31 +140,22 @@ async def create(body: schema.ChatRequest, request: Request) -> Response:
     seconds = found.config.keep_alive_seconds
     options = body.stream_options or schema.StreamOptions()
 
-    async def chunks() -> AsyncIterator[bytes]:
-        async with left_behind(request, stream):
-            try:
-                yield sse(answer.chunk({"role": "assistant", "content": ""}))
-                while not stream.ended:
-                    event = await stream.next(seconds)
-                    if event is None:
-                        yield sse(None)
-                        continue
-                    for delta in await asyncio.to_thread(answer.take, event):
-                        yield sse(answer.chunk(delta))
-                yield sse(answer.chunk({}, answer.finish_reason))
-                if options.include_usage:
-                    yield sse({**answer.chunk({}), "choices": [], "usage": answer.usage})
-            except (EngineError, InputError) as error:
-                yield sse({"error": as_api_error(error).envelope})
-            except Exception as error:
-                log.exception("a stream failed")
-                yield sse({"error": as_api_error(error).envelope})
-            finally:
-                stream.cancel()
-        yield DONE
+    async def chunks() -> AsyncIterator[dict[str, Any] | None]:
+        yield answer.chunk({"role": "assistant", "content": ""})
+        while not stream.ended:
+            event = await stream.next(seconds)
+            if event is None:
+                yield None
+                continue
+            for delta in await asyncio.to_thread(answer.take, event):
+                yield answer.chunk(delta)
+        yield answer.chunk({}, answer.finish_reason)
+        if options.include_usage:
+            yield {**answer.chunk({}), "choices": [], "usage": answer.usage}
 
     if body.stream:
-        return StreamingResponse(chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        sent = answer_stream(request, stream, chunks())
+        return StreamingResponse(sent, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     async with left_behind(request, stream):
         async for event in stream:
             await asyncio.to_thread(answer.take, event)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import math
 import secrets
 import time
@@ -17,21 +16,18 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..document import Document, Text
-from ..io import InputError
 from . import engine as events
 from . import schema
 from .app_state import services
 from .chat import chat_usage
 from .documents import Asked, build_document, check_size, find_model, generation_request, generation_settings
-from .engine import Done, EngineError, Stream, Usage
-from .errors import ApiError, as_api_error
+from .engine import Done, Stream, Usage
+from .errors import ApiError
 from .images import Format, encode
 from .middleware import JsonRoute
-from .responses import left_behind
-from .streaming import DONE, SSE, sse, unless_left
+from .streaming import SSE, answer_stream, left_behind, unless_left
 
 router = APIRouter(route_class=JsonRoute)
-log = logging.getLogger(__name__)
 
 
 @router.post("/v1/images/generations", tags=["images"], response_model=None)
@@ -98,8 +94,9 @@ async def complete(body: schema.CompletionRequest, request: Request) -> Response
     documents = [build_document([Text(p, role="user")] if p else [], "text", found.config) for p in prompts]
     requests = [generation_request(document, settings, adapter, found.config) for document in documents]
     if body.stream:
-        chunks = _chunks(await found.engine.submit(requests[0]), request, about, found.config.keep_alive_seconds)
-        return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        stream = await found.engine.submit(requests[0])
+        sent = answer_stream(request, stream, _chunks(stream, about, found.config.keep_alive_seconds))
+        return StreamingResponse(sent, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     streams: list[Stream] = []
     try:
         for one in requests:
@@ -130,30 +127,21 @@ async def _whole(stream: Stream, request: Request) -> tuple[str, str, Usage]:
     return text, reason, used
 
 
-async def _chunks(stream: Stream, request: Request, about: dict[str, Any], seconds: float) -> AsyncIterator[bytes]:
+async def _chunks(stream: Stream, about: dict[str, Any], seconds: float) -> AsyncIterator[dict[str, Any] | None]:
+    """The chunks of a text; None: there was none for a while."""
     shown = ""
-    async with left_behind(request, stream):
-        try:
-            while not stream.ended:
-                event = await stream.next(seconds)
-                if event is None:
-                    yield sse(None)
-                elif isinstance(event, events.TextDelta):
-                    shown += event.text
-                    yield sse({**about, "choices": [_choice(0, event.text, None)]})
-                elif isinstance(event, events.TextDone) and len(event.text) > len(shown):
-                    yield sse({**about, "choices": [_choice(0, event.text[len(shown) :], None)]})
-                elif isinstance(event, Done):
-                    reason = "length" if event.reason == "length" else "stop"
-                    yield sse({**about, "choices": [_choice(0, "", reason)], "usage": chat_usage(event.usage)})
-        except (EngineError, InputError) as error:
-            yield sse({"error": as_api_error(error).envelope})
-        except Exception as error:
-            log.exception("a stream failed")
-            yield sse({"error": as_api_error(error).envelope})
-        finally:
-            stream.cancel()
-    yield DONE
+    while not stream.ended:
+        event = await stream.next(seconds)
+        if event is None:
+            yield None
+        elif isinstance(event, events.TextDelta):
+            shown += event.text
+            yield {**about, "choices": [_choice(0, event.text, None)]}
+        elif isinstance(event, events.TextDone) and len(event.text) > len(shown):
+            yield {**about, "choices": [_choice(0, event.text[len(shown) :], None)]}
+        elif isinstance(event, Done):
+            reason = "length" if event.reason == "length" else "stop"
+            yield {**about, "choices": [_choice(0, "", reason)], "usage": chat_usage(event.usage)}
 
 
 async def _score(

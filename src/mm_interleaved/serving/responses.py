@@ -12,7 +12,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -43,7 +42,7 @@ from .errors import ApiError, as_api_error
 from .images import Format, decode_base64, encode, encode_preview, read_image
 from .middleware import JsonRoute
 from .store import StoredResponse
-from .streaming import SSE, disconnected, sse
+from .streaming import SSE, left_behind, sse
 
 router = APIRouter(prefix="/v1/responses", route_class=JsonRoute, tags=["responses"])
 Event = dict[str, Any]
@@ -409,7 +408,7 @@ async def written(prepared: _Prepared, config: ServeConfig) -> AsyncIterator[Eve
     except (EngineError, InputError, ApiError) as error:
         for one in writer.fail(error):
             yield one
-    except Exception as error:
+    except Exception as error:  # the answer has begun, so any failure is an event of it
         log.exception("a response failed")
         for one in writer.fail(error):
             yield one
@@ -417,21 +416,6 @@ async def written(prepared: _Prepared, config: ServeConfig) -> AsyncIterator[Eve
         stream.cancel()
         if not writer.ended:
             writer.fail(EngineError("the client left"), cancelled=True)
-
-
-@asynccontextmanager
-async def left_behind(request: Request, stream: Stream) -> AsyncIterator[None]:
-    """Cancel the stream when the client leaves."""
-
-    async def watch() -> None:
-        await disconnected(request)
-        stream.cancel()
-
-    task = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        task.cancel()
 
 
 @router.post("", responses=SSE, response_model=None)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from .engine import EngineError
+from ..io import InputError
+from .engine import EngineError, Stream
+from .errors import as_api_error
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 SSE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -30,6 +35,45 @@ def sse(event: dict[str, Any] | None, named: bool = False) -> bytes:
         return KEEP_ALIVE
     head = f"event: {event['type']}\n" if named else ""
     return f"{head}data: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
+
+
+async def answer_stream(
+    request: Request, stream: Stream, chunks: AsyncIterator[dict[str, Any] | None]
+) -> AsyncIterator[bytes]:
+    """The chunks of an answer as they are sent, `[DONE]` after them; a failure is the last chunk.
+
+    Args:
+        request: the request; when its client leaves, the stream is cancelled.
+        stream: what the chunks are made of; cancelled at the end.
+        chunks: the chunks; None: there was none for a while.
+    """
+    async with left_behind(request, stream):
+        try:
+            async for chunk in chunks:
+                yield sse(chunk)
+        except (EngineError, InputError) as error:
+            yield sse({"error": as_api_error(error).envelope})
+        except Exception as error:  # the answer has begun, so any failure is a chunk of it
+            log.exception("a stream failed")
+            yield sse({"error": as_api_error(error).envelope})
+        finally:
+            stream.cancel()
+    yield DONE
+
+
+@asynccontextmanager
+async def left_behind(request: Request, stream: Stream) -> AsyncIterator[None]:
+    """Cancel the stream when the client leaves."""
+
+    async def watch() -> None:
+        await disconnected(request)
+        stream.cancel()
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
