@@ -295,11 +295,6 @@ class ContinuousGenerator(DocumentRows):
             not isinstance(work, _Denoising) for work in self._work.values()
         )
 
-    @property
-    def denoises(self) -> bool:
-        """Whether there is something to do for `step_images`."""
-        return bool(self.denoiser.jobs)
-
     def _keyed(self, events: Iterator[Event]) -> Iterator[tuple[Hashable, Event]]:
         for event in list(events):
             key = self.keys[event.document]

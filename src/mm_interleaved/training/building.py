@@ -66,17 +66,6 @@ def build_config(source: ModelConfig, default_tokenizer: Path | None = None) -> 
     return _model_config(source, _tokenizer(source, default_tokenizer))
 
 
-def build_tokenizer(source: ModelConfig, default_tokenizer: Path | None = None) -> PreTrainedTokenizerBase:
-    """Build only the tokenizer, with the special tokens of images.
-
-    Raises:
-        ValueError: a folder has unsuitable files.
-    """
-    tokenizer = _tokenizer(source, default_tokenizer)
-    add_image_tokens(tokenizer)
-    return tokenizer
-
-
 def build_processor(source: ModelConfig, default_tokenizer: Path | None = None) -> MMInterleavedProcessor:
     """Build only the processor. The folders of `weights` need not exist yet.
 
