@@ -86,7 +86,7 @@ def test_the_command_writes_what_the_setting_reads(
     root: Path, clip: CLIP, mmi: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(root.parent)
-    said = mmi("data", "neighbours", "vqav2", "--clip", clip.folder, "--count", "3", "--out", "near.json")
+    said = mmi("data", "neighbours", "vqav2", "--clip", clip.folder, "--count", "3", "--output", "near.json")
     assert said.code == 0, said.err
     assert "near.json: 3 examples for each of 3 samples" in said.out
     config = TaskConfig("vqav2", root=str(root), shots=2, neighbours="near.json", prompt=PROMPT)

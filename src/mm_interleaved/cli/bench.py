@@ -31,7 +31,7 @@ def bench(
     mmfs: Annotated[str | None, typer.Option(help="Backend of MMFS in the model: plain, triton or auto.")] = None,
     output_file: Annotated[
         Path | None,
-        typer.Option("--output", help="JSON file to write, with a table (.md) and plots (.png) next to it."),
+        typer.Option("--output", "-o", help="JSON file to write, with a table (.md) and plots (.png) next to it."),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two JSON files to compare; nothing is measured.")

@@ -99,7 +99,7 @@ def neighbours(
     ] = None,
     clip: Annotated[Path, typer.Option(help="Folder of a CLIP model.")] = Path("models/clip-vit-large-patch14"),
     count: Annotated[int, typer.Option(help="Number of examples of each sample.", min=1)] = 16,
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("neighbours.json"),
+    output_file: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("neighbours.json"),
     device: Annotated[str, typer.Option(help="Where CLIP runs: cpu or cuda.")] = "cpu",
 ) -> None:
     """List the most similar few-shot examples of each sample by CLIP, for the setting `neighbours` (RICES)."""
@@ -119,6 +119,7 @@ def neighbours(
                                     lambda words: progress.update(shown, advance=1, description=words))  # fmt: skip
         except MissingRequirement as error:
             raise UsageError(error.reason, "--clip", error.fix) from None
-    write_json(out, found, indent=None)
-    output.print(f"{out}: {count} examples for each of {len(found):,} samples. To use it: neighbours: {out}",
+    write_json(output_file, found, indent=None)
+    output.print(f"{output_file}: {count} examples for each of {len(found):,} samples. To use it: "
+                 f"neighbours: {output_file}",
                  highlight=False, markup=False, soft_wrap=True)  # fmt: skip

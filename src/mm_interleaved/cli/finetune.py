@@ -14,7 +14,7 @@ from .console import console, output
 from .errors import UsageError
 from .memory import GIB, Force, check_memory, compare_memory, estimate_memory, gpu_memory
 from .models import check_cpu
-from .options import ProcessDevice
+from .options import LoraPreset, ProcessDevice
 from .train import end, training
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ def finetune(
     settings: Annotated[
         list[str] | None, typer.Argument(help="key=value, replaces a setting: data.root=FOLDER steps=500.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="small, or the folder of a checkpoint.")] = None,
-    lora: Annotated[str | None, typer.Option(help="Train an adapter: llm, image, both, mmfs or all.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="small, or the folder of a checkpoint.")] = None,
+    lora: LoraPreset = None,
     folder: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the run; by default runs/finetune/RECIPE.")
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; by default runs/finetune/RECIPE.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Write a page about the data and stop.")] = False,
     force: Force = False,

@@ -51,4 +51,5 @@ Seed = Annotated[int | None, typer.Option(help="Seed of texts and images; the or
 FileChanges = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, which replace those of the file.")
 ]
+LoraPreset = Annotated[str | None, typer.Option("--lora", help="Train an adapter: llm, image, both, mmfs or all.")]
 ProcessDevice = Annotated[str | None, typer.Option("--device", help="cpu, or by default a GPU if there is one.")]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .console import console, output
 from .errors import UsageError
-from .options import FileChanges
+from .options import FileChanges, LoraPreset
 
 if TYPE_CHECKING:
     from ..model import MMInterleavedConfig
@@ -32,9 +32,7 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="release or small: take the sizes of this model, and none of its files.")
     ] = None,
-    lora: Annotated[
-        str | None, typer.Option(help="Train an adapter, as in mmi finetune: llm, image, both, mmfs or all.")
-    ] = None,
+    lora: LoraPreset = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a training run needs: memory, time and disk. Needs no GPU."""
