@@ -23,10 +23,10 @@ from mm_interleaved.tasks import TaskConfig
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.run import train
 
-from ..programs import Program
+from ..programs import Program, run_together
 from ..tasks.conftest import Written
 from ..training.conftest import ROOT, arguments, logged
-from .conftest import MakeTask, figures, lines
+from .conftest import MakeTask, contents, figures, lines
 from .worker import finish, start
 
 
@@ -116,6 +116,31 @@ def test_processes_that_train_together_evaluate_together(task: MakeTask, tmp_pat
         assert results["tasks"]["gqa"]["evaluated"] == 3
     assert list(logged(tmp_path / "run", "eval_gqa/accuracy")) == [2, 4]
     assert list(logged(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_sharded_weights_have_the_values_of_whole_ones(task: MakeTask, tmp_path: Path) -> None:
+    """Two processes with FSDP, against one process with the weights that they write after the same step."""
+    suite = [task("gqa"), task("coco_karpathy", limit=3), task("coco", limit=2)]
+    tasks = yaml.safe_load(to_yaml(settings(tmp_path / "run", *suite)))["evaluation"]
+    changes = arguments(
+        tmp_path / "run", "steps=4", "log_every=1", "save_every=0", "ema.decay=0.5", "fsdp={fsdp_version: 2}",
+        "evaluate_every=2", f"evaluation={json.dumps(tasks)}",
+    )  # fmt: skip
+    well, said = run_together(2, "tests.training.stand_in", "--mixed", "--shard", *changes, OMP_NUM_THREADS="1")
+    assert well, said[-3000:]
+    assert list(logged(tmp_path / "run", "eval_gqa/accuracy")) == [2, 4]
+    alone = EvaluateConfig(suite, batch_size=2, output=str(tmp_path / "alone"), model=str(tmp_path / "run/final"))
+    (tmp_path / "tasks.yaml").write_text(to_yaml(alone))
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--device", "cpu", str(tmp_path / "tasks.yaml")])
+    assert not ended.value.code
+    inside, outside = (tmp_path / folder for folder in ("run/evaluation/0000004", "alone"))
+    assert json.loads((inside / "results.json").read_text())["machine"]["processes"] == 2
+    assert {name: of["metrics"] for name, of in figures(inside).items()} == {
+        name: of["metrics"] for name, of in figures(outside).items()
+    }
+    assert contents(inside) == contents(outside)
 
 
 def test_missing_files_are_found_before_training(task: MakeTask, tmp_path: Path) -> None:

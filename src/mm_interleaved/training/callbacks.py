@@ -46,10 +46,15 @@ class TrainingLoopCallback(TrainerCallback):
         if self.trainer.state_writer is not None:
             self.trainer.state_writer.wait_copied()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Average the weights before `on_step_end`, where other callbacks use the average."""
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(state.global_step + 1)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each optimizer step."""
-        if self.trainer.ema is not None:
-            self.trainer.ema.update(state.global_step)
         due = self.config.eval_every and state.global_step % self.config.eval_every == 0
         control.should_evaluate = bool(due and self.trainer.eval_pipeline is not None)
 
