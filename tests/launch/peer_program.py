@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mm_interleaved.launch import peers
+from mm_interleaved.launch import hub, peers
 
 rank = int(os.environ["RANK"])
 
@@ -65,9 +65,13 @@ def collective() -> None:
 def late_collective() -> None:
     peers.note(f"step {7 - rank}")
     if rank == 1:
-        time.sleep(6)
+        hang()
     with peers.explained():
         dist.all_reduce(torch.zeros(1))
+
+
+def hang() -> None:
+    time.sleep(60)
 
 
 def late() -> None:
@@ -76,7 +80,7 @@ def late() -> None:
         peers.meet("saving", 10)
         assert number < 3
     if rank == 1:
-        time.sleep(60)
+        hang()
     peers.meet("the end", 1.0)
 
 
@@ -93,13 +97,14 @@ CASES: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    peers.QUIET_SECONDS, peers.GRACE_SECONDS = 0.2, 0.5
+    peers.QUIET_SECONDS, peers.GRACE_SECONDS, hub.ANSWER_SECONDS = 0.2, 0.5, 1.0
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     peers.connect()
     try:
-        CASES[sys.argv[1]]()
+        try:
+            CASES[sys.argv[1]]()
+        finally:
+            peers.disconnect(sys.exception())
     except peers.PeerError as problem:
         print(problem, file=sys.stderr)
         sys.exit(problem.status)
-    finally:
-        peers.disconnect(sys.exception())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import time
 from pathlib import Path
 from random import Random
 
@@ -12,6 +14,8 @@ from mm_interleaved.launch.exits import PEER_FAILED
 from mm_interleaved.training.checkpoints import find_damage, list_checkpoints
 
 from ..cli.test_output_folders import small_disk
+from ..programs import start_together
+from ..training.conftest import arguments
 from .kills import is_same, start_run, train_and_kill, train_whole, wait_for
 
 
@@ -66,3 +70,17 @@ def test_what_the_first_process_refuses_ends_the_others(whole: Path) -> None:
     said = [" ".join("".join(program.communicate()).split()) for program in programs]
     assert [program.returncode for program in programs] == [1, PEER_FAILED]
     assert all("has checkpoints already; choose another 'output'" in text for text in said)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named_with_what_it_does(tmp_path: Path) -> None:
+    """The other one waits in its backward pass until the time of the operation is over."""
+    settings = arguments(tmp_path / "run", "log_every=1", "save_every=0", "trainer.ddp_timeout=15")
+    begin = time.monotonic()
+    programs = start_together(2, "tests.training.stand_in", "--hang", *settings, OMP_NUM_THREADS="1")
+    said = [" ".join("".join(program.communicate()).split()) for program in programs]
+    assert time.monotonic() - begin < 60
+    assert [program.returncode for program in programs] == [1, PEER_FAILED], said
+    assert re.search(r"process 0 \(.*\), last at step 2, waited in vain for others in ", said[0])
+    hangs = r"1 of 2 processes did not wait: process 1 \(\d+ on \S+\), last at step 2, in \w+ \(.*\.py:\d+\) of "
+    assert all(re.search(hangs, text) for text in said), said

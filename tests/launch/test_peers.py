@@ -62,15 +62,31 @@ def test_a_collective_operation_says_who_is_missing() -> None:
     statuses, said = ended("collective")
     assert statuses == [PEER_FAILED, KILLED]
     assert re.search(r"process 1 \(.*\) has ended without a message", said[0])
-    statuses, said = ended("late_collective")
-    assert statuses[0] == PEER_FAILED
-    assert re.search(r"process 0 \(.*waited in vain for others .*; process 1 \(.*\) at step 6", said[0])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_an_operation_that_times_out_says_who_hangs_and_where(processes: int) -> None:
+    """All others wait in the same operation; each names it, the step, and the function in which the process hangs."""
+    statuses, said = ended("late_collective", processes=processes)
+    assert statuses == [PEER_FAILED] * processes
+    hangs = (
+        rf"1 of {processes} processes did not wait: process 1 \(\d+ on \S+\), last at step 6, in hang \(peer_program"
+    )
+    for rank in {*range(processes)} - {1}:
+        waits = (
+            rf"process {rank} \(.*\), last at step {7 - rank}, waited in vain for others in all_reduce \(.*Timed out"
+        )
+        assert re.search(waits, said[rank])
+        assert re.search(hangs, said[rank])
+    assert re.search(hangs, said[1])
 
 
 def test_a_barrier_names_the_late() -> None:
     statuses, said = ended("late")
     assert statuses == [PEER_FAILED, PEER_FAILED]
-    words = r"'the end': 1 of 2 processes did not arrive within 1 s: process 1 \(.*\), last at 'saving'"
+    words = (
+        r"'the end': 1 of 2 processes did not arrive within 1 s: process 1 \(.*\), last at 'saving', in hang \(peer_pro"
+    )
     assert all(re.search(words, text) for text in said)
 
 

@@ -1,11 +1,13 @@
 """A loader of a few documents, dealt out to ranks in turn; as a script, a short run on it, for torchrun.
 
-`--mixed` takes documents of several kinds; with `--shard`, FSDP shards on a CPU; `--gpu` takes GPUs.
+`--mixed` takes documents of several kinds; with `--hang` a process gets no third batch; with `--shard`, FSDP shards on
+a CPU; `--gpu` takes GPUs.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,19 @@ class Mixed(Colors):
         return batch
 
 
+class Hanging(Colors):
+    """The third batch of the second process never comes."""
+
+    def batch(self, number: int, image: PIL.Image.Image) -> Batch:
+        """The batch about a colour."""
+        if (self.rank, self.place) == (1, 3):
+            time.sleep(600)
+        return super().batch(number, image)
+
+
+LOADERS = {"--mixed": Mixed, "--hang": Hanging}
+
+
 def shard_on_cpu() -> None:
     """Let accelerate take FSDP on a CPU, where it silently takes DDP. For tests only: it replaces a method of its."""
     make = AcceleratorState.__init__
@@ -96,5 +111,6 @@ if __name__ == "__main__":
         shard_on_cpu()
     settings = load_config(ROOT / "configs/debug.yaml", TrainConfig, [a for a in arguments if a not in options])
     device = None if "--gpu" in options else "cpu"
-    train(settings, TOKENIZER, device, Mixed if "--mixed" in options else Colors)
+    loader = next((LOADERS[option] for option in options if option in LOADERS), Colors)
+    train(settings, TOKENIZER, device, loader)
     destroy_process_group()

@@ -3,7 +3,9 @@
 Every process has a connection to the first one. The operating system closes the connection of a process that ends, for
 whatever reason, so its end is noticed at once, also while all others wait for it in a collective operation. The first
 process tells the others, and they end, too, unless what started them ends them first (torchrun, `srun
---kill-on-bad-exit`). A barrier over these connections names the processes that do not arrive.
+--kill-on-bad-exit`). A barrier over these connections names the processes that do not arrive. When a collective
+operation times out, the first process names those that do not wait in it, and says what they do instead: each has a
+thread that answers for it.
 
     connect()                         once the process group exists
     meet("checkpoint 20")             a barrier
@@ -16,9 +18,7 @@ Messages are lines of JSON. There is one `Peers` for a process group, as there i
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import hmac
 import json
 import logging
 import os
@@ -28,22 +28,20 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
 from ..io import UserError
+from . import hub
 from .exits import PEER_FAILED
 
-CONNECT_SECONDS = 30.0
 QUIET_SECONDS = 1.0  # before a process reports another's end: it may be about to end for the same reason
 GRACE_SECONDS = 10.0  # then until it ends: torchrun and srun may do it
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a machine that is gone is noticed in 30 s
-RESUME = "The same command goes on from the last complete checkpoint"
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 log = logging.getLogger(__name__)
 
 
@@ -51,145 +49,6 @@ class PeerError(UserError, RuntimeError):
     """Another process of the run has ended, or is late."""
 
     status = PEER_FAILED
-
-
-# ---- the first process
-
-
-@dataclass
-class _Member:
-    """A process as the first one knows it."""
-
-    rank: int
-    name: str
-    writer: asyncio.StreamWriter
-    place: str = "its start"
-
-    def send(self, message: dict[str, Any]) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(_line(message))
-
-
-@dataclass
-class _Hub:
-    """Tells all processes what one of them reports. Runs in a thread of the first process."""
-
-    count: int
-    token: str
-    members: dict[int, _Member] = field(default_factory=dict)
-    waiting: dict[str, set[int]] = field(default_factory=dict)  # barrier -> who has arrived
-    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
-    reported: bool = False
-
-    def start(self) -> int:
-        """Start listening; the port."""
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        listener = socket.create_server(("", 0), family=family, backlog=self.count, dualstack_ipv6=both)
-        listener.setblocking(False)
-        _forget_in_children(listener)
-        threading.Thread(target=self._run, args=(listener,), daemon=True, name="peers-hub").start()
-        return listener.getsockname()[1]
-
-    def _run(self, listener: socket.socket) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self._accept(listener))
-
-    async def _accept(self, listener: socket.socket) -> None:
-        tasks = set()
-        while True:
-            connection, _ = await self.loop.sock_accept(listener)
-            _keep_alive(connection)
-            _forget_in_children(connection)
-            tasks.add(self.loop.create_task(self._serve(connection)))
-
-    async def _serve(self, connection: socket.socket) -> None:
-        reader, writer = await asyncio.open_connection(sock=connection)
-        member: _Member | None = None
-        left = False
-        with suppress(OSError, TimeoutError, ValueError, KeyError):  # a connection that breaks, or of a stranger
-            hello = json.loads(await asyncio.wait_for(reader.readline(), CONNECT_SECONDS))
-            if hmac.compare_digest(str(hello["token"]), self.token):
-                member = self.members[hello["rank"]] = _Member(hello["rank"], hello["name"], writer)
-                member.send({"kind": "hello"})
-                while line := await reader.readline():
-                    left = self._receive(member, json.loads(line))
-                    if left:
-                        break
-        if member is not None and not left:
-            self._tell(f"{member.name} has ended without a message (last at {member.place}): it was killed, or its "
-                       f"machine is gone. {RESUME}")  # fmt: skip
-        if member is None:
-            writer.close()
-
-    def _receive(self, member: _Member, message: dict[str, Any]) -> bool:
-        """Handle a message; whether it was the last one."""
-        kind, text = message["kind"], str(message.get("text", ""))
-        if kind == "note":
-            member.place = text
-        elif kind == "where":
-            member.send({"kind": "where", "text": self.places()})
-        elif kind == "meet":
-            self._meet(member, text, float(message["seconds"]))
-        elif kind == "failed":
-            self._tell(text, but=member.rank)
-        return kind in ("failed", "bye")
-
-    def _meet(self, member: _Member, barrier: str, seconds: float) -> None:
-        member.place = f"'{barrier}'"
-        arrived = self.waiting.setdefault(barrier, set())
-        arrived.add(member.rank)
-        if len(arrived) == 1:
-            self.timers[barrier] = self.loop.call_later(seconds, self._late, barrier, seconds)
-        if len(arrived) == self.count:
-            self.timers.pop(barrier).cancel()
-            del self.waiting[barrier]
-            self._send_all({"kind": "met", "text": barrier})
-
-    def _late(self, barrier: str, seconds: float) -> None:
-        late = [m for rank, m in sorted(self.members.items()) if rank not in self.waiting.get(barrier, ())]
-        names = "; ".join(f"{member.name}, last at {member.place}" for member in late[:4])
-        more = f" and {len(late) - 4} more" if len(late) > 4 else ""
-        self._tell(f"'{barrier}': {len(late)} of {self.count} processes did not arrive within {seconds:.0f} s: "
-                   f"{names}{more}. {RESUME}")  # fmt: skip
-
-    def _tell(self, problem: str, but: int | None = None) -> None:
-        """Tell all processes of a problem; only of the first, because the others follow from it."""
-        if not self.reported:
-            self.reported = True
-            self._send_all({"kind": "problem", "text": problem}, but)
-
-    def _send_all(self, message: dict[str, Any], but: int | None = None) -> None:
-        for member in self.members.values():
-            if member.rank != but:
-                member.send(message)
-
-    def places(self) -> str:
-        """Where the processes are, with the names of those that are not where most are."""
-        counts = Counter(member.place for member in self.members.values())
-        (most, number), *_ = counts.most_common(1)
-        others = [f"{m.name} at {m.place}" for _, m in sorted(self.members.items()) if m.place != most]
-        return "; ".join([f"{number} of {self.count} processes are at {most}", *others[:4]])
-
-    def finish(self, problem: str | None) -> None:
-        """Say goodbye to all, or why the first process ends; returns when it is sent."""
-
-        async def send() -> None:
-            if problem is None:
-                self.reported = True
-                self._send_all({"kind": "bye"})
-            else:
-                self._tell(problem, but=0)
-            for member in self.members.values():
-                with suppress(OSError):
-                    await member.writer.drain()
-
-        with suppress(TimeoutError):  # a process that does not read is gone, too
-            asyncio.run_coroutine_threadsafe(send(), self.loop).result(5)
-
-
-# ---- every process
 
 
 class Peers:
@@ -204,15 +63,15 @@ class Peers:
     def __init__(self, rank: int, address: tuple[str, int], token: str) -> None:
         self.name = f"process {rank} ({os.getpid()} on {socket.gethostname()})"
         self.problem: str | None = None
-        self._hub: _Hub | None = None
+        self._hub: hub.Hub | None = None
         self._leaving = False
         self._heard = threading.Condition()
         self._met: set[str] = set()
         self._places: str | None = None
         self._noted, self._place = 0.0, "its start"
-        self._socket = socket.create_connection(address, CONNECT_SECONDS)
-        _keep_alive(self._socket)
-        _forget_in_children(self._socket)
+        self._socket = socket.create_connection(address, hub.CONNECT_SECONDS)
+        hub.keep_alive(self._socket)
+        hub.forget_in_children(self._socket)
         self._send({"token": token, "rank": rank, "name": self.name})
         self._lines = self._socket.makefile("rb")
         if b"hello" not in self._lines.readline():
@@ -229,6 +88,7 @@ class Peers:
         Raises:
             PeerError: some did not arrive in time, or one has ended; names them.
         """
+        self._place = f"'{barrier}'"
         self._send({"kind": "meet", "text": barrier, "seconds": seconds})
         with self._heard:
             self._heard.wait_for(lambda: barrier in self._met or self.problem is not None)
@@ -244,15 +104,16 @@ class Peers:
             self._send({"kind": "note", "text": place})
 
     def explain(self, error: BaseException) -> str:
-        """Why a collective operation failed: a problem that the first process tells of, or where the processes are."""
-        with self._heard:
-            if self._heard.wait_for(lambda: self.problem is not None, 3):
-                return str(self.problem)
+        """Why a collective operation failed: a problem that the first process tells of, or what the others do."""
         self._send({"kind": "where"})
         with self._heard:
-            self._heard.wait_for(lambda: self._places is not None, 3)
+            self._heard.wait_for(lambda: self.problem is not None or self._places is not None, 2 * hub.ANSWER_SECONDS)
+            if self.problem is not None:
+                return self.problem
         first = (str(error).splitlines() or [""])[0]
-        return f"{self.name} waited in vain for others ({first}). {self._places or ''}".strip()
+        where = _frames(traceback.extract_tb(error.__traceback__))
+        found = f"{self.name}, last at {self._place}, waited in vain for others in {where} ({first})"
+        return f"{found}. {self._places or ''}".strip()
 
     def leave(self, error: BaseException | None = None) -> None:
         """Disconnect; others learn of the error, if there is one."""
@@ -261,7 +122,9 @@ class Peers:
                 return
             self._leaving = True
         problem = None
-        if error is not None and not isinstance(error, SystemExit):
+        if isinstance(error, PeerError):
+            problem = str(error)  # it says who it is about
+        elif error is not None and not isinstance(error, SystemExit):
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             problem = f"{self.name} failed at {self._place}: {kind}{(str(error).splitlines() or [''])[0]}"
         self._send({"kind": "bye"} if problem is None else {"kind": "failed", "text": problem})
@@ -270,7 +133,7 @@ class Peers:
 
     def _send(self, message: dict[str, Any]) -> None:
         with suppress(OSError):  # the listening thread notices and tells
-            self._socket.sendall(_line(message))
+            self._socket.sendall(hub.line(message))
 
     def _listen(self) -> None:
         with suppress(OSError, ValueError):
@@ -279,6 +142,8 @@ class Peers:
                 kind, text = message["kind"], message.get("text", "")
                 if kind == "bye":
                     return
+                if kind == "ask":
+                    self._send({"kind": "doing", "text": self._place, "doing": _doing()})
                 with self._heard:
                     if kind == "met":
                         self._met.add(text)
@@ -291,7 +156,7 @@ class Peers:
                     self._end()
                     return
         with self._heard:
-            self.problem = f"process 0 has ended, which all others are connected to. {RESUME}"
+            self.problem = f"process 0 has ended, which all others are connected to. {hub.RESUME}"
             self._heard.notify_all()
         self._end()
 
@@ -302,6 +167,20 @@ class Peers:
             print(f"{self.name}: {self.problem}", file=sys.stderr, flush=True)
             time.sleep(GRACE_SECONDS)
             os._exit(PEER_FAILED)
+
+
+def _doing() -> str:
+    """What the main thread does."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "" if frame is None else _frames(traceback.extract_stack(frame))
+
+
+def _frames(stack: traceback.StackSummary) -> str:
+    """The innermost function of a stack, and the innermost of this package that leads to it."""
+    inner = stack[-1]
+    own = next((f for f in reversed(stack) if f.filename.startswith(PACKAGE) and f.filename != __file__), inner)
+    shown = [inner] if own is inner else [inner, own]
+    return " of ".join(f"{frame.name} ({os.path.basename(frame.filename)}:{frame.lineno})" for frame in shown)
 
 
 _current: Peers | None = None
@@ -316,11 +195,11 @@ def connect() -> None:
     global _current
     if _current is not None or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    rank, hub = dist.get_rank(), None
+    rank, served = dist.get_rank(), None
     offer: list[Any] = [None]
     if rank == 0:
-        hub = _Hub(dist.get_world_size(), secrets.token_hex(16))
-        offer = [(os.environ.get("MASTER_ADDR", "127.0.0.1"), hub.start(), hub.token)]
+        served = hub.Hub(dist.get_world_size(), secrets.token_hex(16))
+        offer = [(os.environ.get("MASTER_ADDR", "127.0.0.1"), served.start(), served.token)]
     dist.broadcast_object_list(offer)
     host, port, token = offer[0]
     peers, problem = None, ""
@@ -335,7 +214,7 @@ def connect() -> None:
             log.warning("processes cannot reach the first one at %s:%d (%s): should one end, others may wait for it "
                         "until their time is out", host, port, next(filter(None, problems)))  # fmt: skip
         return
-    peers._hub = hub
+    peers._hub = served
     peers.listen()
     _current = peers
     atexit.register(_leave_at_exit, peers)
@@ -381,22 +260,3 @@ def explained() -> Iterator[None]:
         if _current is None or isinstance(error, UserError) or not is_collective:
             raise
         raise PeerError(_current.explain(error)) from error
-
-
-# ---- connections
-
-
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):  # Linux
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _forget_in_children(connection: socket.socket) -> None:
-    """Close a connection in processes that are forked (loaders of data), which would keep it open after our end."""
-    os.register_at_fork(after_in_child=connection.close)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from accelerate import PartialState
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -75,7 +77,10 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         if "ddp_static_graph" not in TrainingArguments.__dataclass_fields__:
             raise ValueError("'ddp.static_graph' needs a newer transformers")
         options["ddp_static_graph"] = True
-    args = TrainingArguments(**_own_arguments(config, device) | options | config.trainer)
+    values = _own_arguments(config, device) | options | config.trainer
+    if values["use_cpu"]:
+        _join_on_cpu(values)
+    args = TrainingArguments(**values)
     if args.n_gpu > 1:  # without torchrun the Trainer would use DataParallel over all devices
         args._n_gpu = 1
     if "optim" in config.trainer:
@@ -84,6 +89,12 @@ def training_arguments(config: RunConfig, device: str | None = None) -> Training
         except (ImportError, ValueError) as error:
             raise ConfigError(f"trainer.optim '{config.trainer['optim']}' cannot be used here: {error}") from None
     return args
+
+
+def _join_on_cpu(values: dict[str, Any]) -> None:
+    """Make the process group of several processes, because the Trainer ignores `ddp_timeout` on a CPU."""
+    seconds = values.get("ddp_timeout", TrainingArguments.ddp_timeout)
+    PartialState(cpu=True, backend=values.get("ddp_backend"), timeout=timedelta(seconds=seconds))
 
 
 def _own_arguments(config: RunConfig, device: str | None) -> dict[str, Any]:
