@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ from .models import ModelOptions, find_dtype
 from .options import DTYPES, AllowOtherBase
 
 if TYPE_CHECKING:
+    import torch
+
     from ..model import MMInterleavedConfig
     from ..processor import MMInterleavedTokenizer
 
@@ -60,8 +63,9 @@ def convert(
         raise UsageError("--model and --allow-other-base belong to --merge")
     if target is None:
         raise UsageError("name the folder to write: mmi convert SOURCE TARGET")
-    from ..checkpoints.checkpoint import CheckpointError, convert_from_original, convert_to_original
-    from ..processor import MMInterleavedProcessor
+    if to_original and (image_upscale is not None or tokenizer is not None):
+        raise UsageError("--to-original takes neither --image-upscale nor --tokenizer")
+    from ..checkpoints.checkpoint import convert_to_original
 
     kind = find_dtype(dtype) if dtype else None
     if image_upscale is not None and image_upscale <= 0:
@@ -73,26 +77,37 @@ def convert(
             progress.update(task, description=what, completed=done, total=total)
 
         if to_original:
-            if image_upscale is not None or tokenizer is not None:
-                raise UsageError("--to-original takes neither --image-upscale nor --tokenizer")
             convert_to_original(source, target, kind, report)
         else:
-            chosen = read_config(config)
             words = None if tokenizer is None else _read_tokenizer(tokenizer)
-
-            def finish(folder: Path, written: MMInterleavedConfig) -> None:
-                if words is not None:
-                    MMInterleavedProcessor.for_model(written, words).save_pretrained(folder)
-
-            try:
-                if words is not None:
-                    MMInterleavedProcessor.for_model(chosen, words)  # before anything is written
-                convert_from_original(source, target, chosen, kind, image_upscale, report, finish)
-            except ValueError as error:
-                raise CheckpointError(str(error)) from None
+            _from_original(source, target, read_config(config), words, kind, image_upscale, report)
     output.print(f"written: {target}")
     if not to_original and tokenizer is None:
         console.print("[yellow]note:[/] without --tokenizer the folder holds no processor; add one before generating")
+
+
+def _from_original(
+    source: Path, target: Path, config: MMInterleavedConfig, tokenizer: MMInterleavedTokenizer | None,
+    dtype: torch.dtype | None, image_upscale: float | None, report: Callable[[str, int, int], None],
+) -> None:  # fmt: skip
+    """Convert the original's checkpoint, with a processor if there is a tokenizer.
+
+    Raises:
+        CheckpointError: it cannot be converted, or the tokenizer does not fit the model.
+    """
+    from ..checkpoints.checkpoint import CheckpointError, convert_from_original
+    from ..processor import MMInterleavedProcessor
+
+    def finish(folder: Path, written: MMInterleavedConfig) -> None:
+        if tokenizer is not None:
+            MMInterleavedProcessor.for_model(written, tokenizer).save_pretrained(folder)
+
+    try:
+        if tokenizer is not None:
+            MMInterleavedProcessor.for_model(config, tokenizer)  # before anything is written
+        convert_from_original(source, target, config, dtype, image_upscale, report, finish)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _merge(adapters: list[Path], base: str, target: Path, dtype: str | None, allow_other_base: bool) -> None:

@@ -113,31 +113,45 @@ def train(
         trainer.steps_per_epoch = length.steps_per_epoch
         finish = lambda folder: save_final(trainer, model, processor, folder)  # noqa: E731
         trainer.write_best = finish
-        if config.early_stopping is not None:
-            trainer.stopping = EarlyStopping(config.early_stopping)
-            trainer.add_callback(trainer.stopping)
         if config.shapes.graph:
-            if args.device.type != "cuda" or divides(config) or config.deepspeed:
-                raise ValueError(
-                    f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model "
-                    "(no fsdp, no deepspeed)"
-                )
-            trainer.captured = CapturedStep(config.shapes, args.world_size, trainer.compute_outputs)
-        loader = trainer.pipeline.loader
-        if isinstance(loader, DocumentLoader):
-            trainer.add_callback(DataReportCallback(loader, Path(config.output), args.process_index, console))
-        has_samples = config.samples.documents is not None or config.samples.from_data
-        if trainer.is_fsdp_enabled and (config.sample_every or config.evaluate_every):
-            sharding.check_gathering()
-        takes_part = args.process_index == 0 or trainer.is_fsdp_enabled
-        if config.sample_every and has_samples and takes_part:
-            trainer.add_callback(Samples(trainer, config, model, processor))
-        if config.evaluate_every and config.evaluation is not None:
-            trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor, trainer.stopping))
+            trainer.captured = _captured_step(trainer, config)
+        _add_callbacks(trainer, config, model, processor, console)
         stopped = run(trainer, config, resume, console, finish)
         if stopped is None and pushed is not None and args.process_index == 0:
             pushed.send(Path(config.output) / FINAL, console)
         return stopped
+
+
+def _captured_step(trainer: RunTrainer, config: TrainConfig) -> CapturedStep:
+    """The step of a run with `shapes.graph`.
+
+    Raises:
+        ValueError: it cannot be captured on this device, or with a divided model.
+    """
+    args = trainer.args
+    if args.device.type != "cuda" or divides(config) or config.deepspeed:
+        raise ValueError(f"shapes.graph needs CUDA devices (this is {args.device.type}), each with the whole model "
+                         "(no fsdp, no deepspeed)")  # fmt: skip
+    return CapturedStep(config.shapes, args.world_size, trainer.compute_outputs)
+
+
+def _add_callbacks(
+    trainer: RunTrainer, config: TrainConfig, model: MMInterleaved, processor: MMInterleavedProcessor, console: Console
+) -> None:
+    """Add what happens between steps: early stopping, the report on the data, samples, and evaluations on tasks."""
+    if config.early_stopping is not None:
+        trainer.stopping = EarlyStopping(config.early_stopping)
+        trainer.add_callback(trainer.stopping)
+    loader, is_main = trainer.pipeline.loader, trainer.args.process_index == 0
+    if isinstance(loader, DocumentLoader):
+        trainer.add_callback(DataReportCallback(loader, Path(config.output), trainer.args.process_index, console))
+    has_samples = config.samples.documents is not None or config.samples.from_data
+    if trainer.is_fsdp_enabled and (config.sample_every or config.evaluate_every):
+        sharding.check_gathering()
+    if config.sample_every and has_samples and (is_main or trainer.is_fsdp_enabled):
+        trainer.add_callback(Samples(trainer, config, model, processor))
+    if config.evaluate_every and config.evaluation is not None:
+        trainer.add_callback(Tasks(trainer, config, config.evaluation, model, processor, trainer.stopping))
 
 
 def branches_of(config: TrainConfig) -> sharding.ForceAllBranches:
