@@ -51,7 +51,7 @@ def error(answer: bytes) -> dict[str, Any]:
      ("GET /v1/models HTTP/1.1\nHost: x\nConnection: close\nX-A: " + "a" * 700_000 + "\n\n", b"", 400),
      ("GET /" + "a" * 700_000 + " HTTP/1.1\nHost: x\n\n", b"", 400),
      ("GET /v1/models HTTP/1.1\nConnection: close\n\n", b"", 400),
-     ("GET /v1/models HTTP/1.1\nHost: x\n Folded: 1\nConnection: close\n\n", b"", 200),
+     ("GET /v1/models HTTP/1.1\nHost: x\n Folded: 1\nConnection: close\n\n", b"", 421),
      (ASKED + "Transfer-Encoding: chunked\nConnection: close\n\n", b"0\r\n\r\n", 400),
      (POST + "Transfer-Encoding: gzip, chunked\n\n", b"0\r\n\r\n", 400),
      (POST + "Transfer-Encoding: chunked\nConnection: close\n\n", b"zz\r\n", 400),
