@@ -36,6 +36,7 @@ from mm_interleaved.inspection import (
     load_inspection,
     region_units,
 )
+from mm_interleaved.inspection.page import page_data
 from mm_interleaved.inspection.recorder import Recorder
 from mm_interleaved.io import InputError
 from mm_interleaved.model import mmfs as mmfs_module
@@ -185,7 +186,10 @@ def test_choices(pipe: MMInterleavedPipeline) -> None:
     assert everything.images[0].steps == [1, 2, 4]
     np.testing.assert_array_equal(one.points.weights, everything.images[0].maps[2].points.weights[2:, :, 1:2])
     assert inspect(pipe, documents()[0], InspectionSettings(layers=[])).texts == []
-    assert inspect(pipe, documents()[0], InspectionSettings(places=[])).images == []
+    no_maps = inspect(pipe, documents()[0], InspectionSettings(places=[]))
+    assert no_maps.images == []
+    made = [s for s in page_data(no_maps)["segments"] if s["kind"] == "image" and not s["given"]]
+    assert [s["record"] for s in made] == [None]  # shown as generated, although nothing was collected of it
     for wrong in ({"layers": [1]}, {"heads": [64]}, {"places": [99]}, {"steps": [5]}):
         (name,) = wrong
         with pytest.raises(InputError, match=f"^{name}: there is no .* There are "):

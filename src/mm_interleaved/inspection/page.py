@@ -81,6 +81,7 @@ def page_data(inspection: Inspection) -> dict[str, Any]:
     segments, images = [], 0
     for place, segment in enumerate(inspection.document.segments):
         shown: dict[str, Any] = {"role": segment.role, "record": by_segment.get(place)}
+        shown["given"] = segment.generated is None  # what was generated has no record where none was collected
         if isinstance(segment, Text):
             shown |= {"kind": "text", "text": segment.text or ""}
         else:

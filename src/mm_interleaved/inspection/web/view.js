@@ -178,7 +178,7 @@ function moveWord(event, word) {
 function buildImage(segment, record, role) {
   const label = name(segment.image);
   const picture = make("img", { src: DATA.views[segment.image], alt: label, className: "still" });
-  if (record === null) return make("figure", {}, make("figcaption", {}, ...role, `${label}, given`), picture);
+  if (record === null) return make("figure", {}, make("figcaption", {}, ...role, `${label}, ${segment.given ? "given" : "generated"}`), picture);
   const canvas = make("canvas", {});
   const title = record.images.length ? `${label}, generated: point at a region` : `${label}, generated; no image is before it`;
   if (!record.images.length) return make("figure", {}, make("figcaption", {}, ...role, title), picture);
