@@ -283,6 +283,8 @@ class RunTrainer(CountingTrainer):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """A context in which the model has its averaged weights, if there are any. At its end no weight is gathered."""
+        if self.state_writer is not None:
+            self.state_writer.wait_copied()  # a checkpoint has the weights themselves, which change places here
         with self.ema.applied() if self.ema is not None else nullcontext():
             try:
                 yield
