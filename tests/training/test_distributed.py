@@ -130,8 +130,8 @@ def test_recorded_steps_are_averaged_over_processes() -> None:
 
 
 SHARDED = [
-    "--mixed", "schedule.kind=constant", "schedule.warmup_steps=0", "save_every=1", "sample_every=2", "ema.decay=0.5", "async_checkpoints=true",
-    "precision=float32", SHARD,
+    "--mixed", "schedule.kind=constant", "schedule.warmup_steps=0", "save_every=1", "sample_every=2", "ema.decay=0.5",
+    "async_checkpoints=true", "precision=float32", SHARD,
 ]  # fmt: skip
 
 
