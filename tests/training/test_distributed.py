@@ -130,16 +130,16 @@ def test_recorded_steps_are_averaged_over_processes() -> None:
 
 
 SHARDED = [
-    "--mixed", "schedule.kind=constant", "schedule.warmup_steps=0", "save_every=1", "sample_every=2", "ema.decay=0.5",
-    "async_checkpoints=true", "precision=float32", SHARD,
+    "--mixed", "schedule.kind=constant", "save_every=1", "sample_every=2", "ema.decay=0.5", "async_checkpoints=true",
+    "precision=float32", SHARD,
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "warm_up", "close"), [("adamw", 5, 1e-3), ("muon", 0, 1e-5)])
+def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, kind: str, warm_up: int, close: float) -> None:
     """Two processes with FSDP, then one, then two: curve, weights and samples are those of two without a break."""
-    settings = [*SHARDED, f"optimizer.kind={kind}"]
+    settings = [*SHARDED, f"optimizer.kind={kind}", f"schedule.warmup_steps={warm_up}"]
     run_stand_in(tmp_path / "whole", *settings, "--shard", "steps=3", processes=2)
     run_stand_in(tmp_path / "parts", *settings, "--shard", "steps=1", processes=2)
     run_stand_in(tmp_path / "parts", *settings, "steps=2", "accumulation=2")
@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, kind: str
     whole, parts = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for name, weight in whole.items():
-        torch.testing.assert_close(weight, parts[name], rtol=0, atol=1e-3)
+        torch.testing.assert_close(weight, parts[name], rtol=0, atol=close)
 
 
 @pytest.mark.slow
