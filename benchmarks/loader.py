@@ -22,7 +22,7 @@ from mm_interleaved.configuration import load_config
 from mm_interleaved.data import build_loader
 from mm_interleaved.pretrained import TOKENIZER
 from mm_interleaved.processor import Batch, MMInterleavedProcessor
-from mm_interleaved.training.building import build_config, build_tokenizer
+from mm_interleaved.training.building import build_processor
 from mm_interleaved.training.config import InitConfig, ModelConfig, TrainConfig
 
 
@@ -55,8 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_config(options.config, TrainConfig, options.changes)
     given = ModelConfig(InitConfig(preset=options.preset)) if options.preset else config.model
-    model, tokenizer = (make(given, TOKENIZER) for make in (build_config, build_tokenizer))
-    processor = MMInterleavedProcessor.for_model(model, tokenizer)
+    processor = build_processor(given, TOKENIZER)
     found = [measure(config, processor, workers, options.seconds) for workers in options.workers]
     for rates in found:
         print("  ".join(f"{name} {value:,}" for name, value in rates.items()))

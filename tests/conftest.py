@@ -90,6 +90,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
 
 
+def pytest_sessionstart() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # many tests follow; for a single one it would take longer than the test
+        from .programs import start_server
+
+        start_server()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(m.kwargs.get("reason") == "Triton is not installed" for m in item.iter_markers("skipif")):

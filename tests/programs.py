@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
 import torch
@@ -31,6 +31,15 @@ from mm_interleaved.cli.console import output as output_console
 ROOT = Path(__file__).parents[1]
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
+
+
+def start_server() -> None:
+    """Start the server of this process; it imports the libraries in the meantime.
+
+    There is one for a process, with the modules of the last `set_forkserver_preload` before its start.
+    """
+    CONTEXT.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
 
 
 def _work(program: str, arguments: Sequence[str], environment: Mapping[str, str], output: Path, errors: Path) -> None:

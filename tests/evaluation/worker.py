@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import sys
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,8 +13,7 @@ import torch
 
 from mm_interleaved.cli import main
 
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+from ..programs import CONTEXT
 
 
 def work(arguments: list[str], ranks: dict[str, str], log: Path) -> None:
