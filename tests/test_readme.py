@@ -58,7 +58,6 @@ def test_json(elsewhere: Path) -> None:
         assert load_documents(path)
 
 
-@pytest.mark.slow
 def runs_elsewhere(command: list[str]) -> bool:
     """Needs large files, or does not end (`mmi serve`: tests/serving/)."""
     return bool(re.search(r"\bmodels\b|\bdownload\b|release_tasks|^serve\b", " ".join(command)))
