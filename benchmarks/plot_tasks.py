@@ -26,13 +26,13 @@ Interval = tuple[float, float, float]  # value, lower and upper bound
 
 
 def main_values(results: dict[str, Any]) -> dict[str, dict[str, Interval]]:
-    """By metric and task, the values that have an interval; of scenes' scores only `MAIN`."""
+    """By metric and task, the first value with an interval of each metric; of scenes' scores those of `MAIN`."""
     found: dict[str, dict[str, Interval]] = defaultdict(dict)
     for task, result in results["tasks"].items():
         for kind, metric in result["metrics"].items():
-            for name, (low, high) in metric.get("intervals", {}).items():
-                if kind != "scene_images" or name in MAIN:
-                    found[name][task] = (metric["values"][name], low, high)
+            intervals = metric.get("intervals", {})
+            for name in [n for n in MAIN if n in intervals] if kind == "scene_images" else list(intervals)[:1]:
+                found[name][task] = (metric["values"][name], *intervals[name])
     return found
 
 
