@@ -33,6 +33,7 @@ def test_the_test_is_the_frozen_one() -> None:
     assert not changed, f"these make or score the exam: {changed}; if that is meant, run benchmarks/exam.py --freeze"
 
 
+@pytest.mark.slow
 def test_all_modules_that_make_and_score_the_test_are_frozen() -> None:
     """What `quality.py` uses of the toy world, and what that uses."""
     code = (

@@ -139,6 +139,7 @@ def test_a_plugin_that_is_not_installed_is_an_error_with_the_install_line(
     assert "pip install -e ." in text
 
 
+@pytest.mark.slow
 def test_all_but_plugins_works_from_a_checkout(checkout: Callable[..., Said], tmp_path: Path) -> None:
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -40,6 +40,7 @@ def test_every_fault_applies(script: ModuleType) -> None:
     assert not trouble, "\n".join(trouble)
 
 
+@pytest.mark.slow
 def test_what_came_of_a_fault(script: ModuleType, tmp_path: Path) -> None:
     """Caught, missed, or broken, as the tests end; the code is as it was afterwards."""
     code = tmp_path / "src/mm_interleaved/sums.py"

@@ -63,6 +63,7 @@ def runs_elsewhere(command: list[str]) -> bool:
     return bool(re.search(r"\bmodels\b|\bdownload\b|release_tasks|^serve\b", " ".join(command)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [c for c in commands() if not runs_elsewhere(c)], ids=" ".join)
 def test_commands(elsewhere: Path, arguments: list[str]) -> None:
     quick = {

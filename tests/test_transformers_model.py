@@ -97,6 +97,7 @@ def answer(model: nn.Module, batch: Batch, connection: multiprocessing.connectio
     connection.send((logits(model, batch).numpy(), model.generate_text(batch, GREEDY)[0][0].ids))
 
 
+@pytest.mark.slow
 def test_another_process(model: MMInterleaved, batch: Batch, expected: torch.Tensor) -> None:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -124,6 +125,7 @@ def with_device_map(model: MMInterleaved, folder: Path) -> nn.Module:
     return MMInterleaved.from_pretrained(folder / "model", device_map=places, offload_folder=folder / "offloaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "offload",
     [
@@ -189,6 +191,7 @@ def test_auto_classes(name: str, folder: Path, model: MMInterleaved, batch: Batc
         assert type(getattr(transformers, name).from_config(model.config)) is MMInterleaved
 
 
+@pytest.mark.slow
 def test_auto_classes_that_were_imported_before(folder: Path) -> None:
     """Here it is the other way round: conftest.py imports the package before transformers' classes."""
     code = (

@@ -32,6 +32,7 @@ def folders(base: Path, tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / name for name in ("one", "two")}
 
 
+@pytest.mark.slow
 def test_requests_choose_an_adapter(base: Path, folders: dict[str, Path]) -> None:
     loaded = load(base)
     switches = load_choices(loaded.model, folders, loaded.processor)

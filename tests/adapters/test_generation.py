@@ -53,6 +53,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: fl
             assert far(found[name], value) <= max(bound, 1.01 / 255 if name.startswith("images_") else 0), name
 
 
+@pytest.mark.slow
 def test_of_another_process_and_merged(base: Path, adapter: Path, tmp_path: Path, mmi) -> None:
     there = load_file(adapter / RESULTS)
     loaded = load(base, adapters=[adapter])

@@ -16,6 +16,7 @@ from mm_interleaved.bench.base import SIZES
 QUICK = ("bench", "--preset", "debug", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_lines_files_and_comparison(mmi, tmp_path: Path) -> None:
     file = tmp_path / "a" / "debug.json"
     outcome = mmi(*QUICK, "--only", "decode,session,layer-by-images", "--output", file)
@@ -35,6 +36,7 @@ def test_lines_files_and_comparison(mmi, tmp_path: Path) -> None:
     assert "1.00" in compared.out
 
 
+@pytest.mark.slow
 def test_requests_as_a_server_and_an_evaluation_send_them(mmi, tmp_path: Path) -> None:
     outcome = mmi(*QUICK, "--only", "first-token,two-sessions,evaluation", "--output", tmp_path / "r.json")
     assert outcome.code == 0, outcome.err

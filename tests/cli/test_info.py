@@ -16,6 +16,7 @@ from .conftest import Outcome
 Mmi = Callable[..., Outcome]
 
 
+@pytest.mark.slow
 def test_the_release_needs_no_weights(mmi: Mmi) -> None:
     shown = mmi("info", "release")
     assert shown.code == 0, shown.err
@@ -47,6 +48,7 @@ def test_a_checkpoint(mmi: Mmi, tmp_path: Path, model: MMInterleaved) -> None:
     assert numbers["parts"][0]["total"] == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_more_images_and_steps_cost_more(mmi: Mmi) -> None:
     few, many = (json.loads(mmi("info", "debug", "--json", *o).out) for o in ((), ("--images", 9, "--steps", 60)))
     assert many["token_with_images"] > few["token_with_images"]

@@ -104,6 +104,7 @@ def results(folder: Path) -> dict[str, str]:
     return found | {"values": json.dumps(json.loads((folder / "results.json").read_text())["tasks"], sort_keys=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kib", [4, 20, 48])
 def test_a_full_disk_while_evaluating(mmi: Mmi, tmp_path: Path, evaluation: Path, kib: int) -> None:
     command = ("evaluate", evaluation, "--device", "cpu")

@@ -23,6 +23,7 @@ DEBUG = str(ROOT / "configs/debug.yaml")
 FEWER = ["losses.image=0", "steps=40"]  # no image loss, which takes half of the time to plan
 
 
+@pytest.mark.slow
 def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["plan", DEBUG, *FEWER, "--gpus", "2", "--type", "a100-40", "--images", "1", "--json"])
@@ -40,6 +41,7 @@ def test_a_plan_as_tables(mmi: Callable[..., Outcome]) -> None:
         assert text in shown
 
 
+@pytest.mark.slow
 def test_a_recipe_is_planned_for_a_model_whose_files_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(

@@ -132,6 +132,7 @@ def test_an_image_of_the_assistant_is_drawn(root: Path, processor: MMInterleaved
         assert batch.image_loss_mask.tolist() == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["loss", "weight"])
 @pytest.mark.parametrize("second", [False, 0])
 def test_a_message_without_a_loss(key: str, second: object, root: Path, processor: MMInterleavedProcessor) -> None:

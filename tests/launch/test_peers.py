@@ -29,6 +29,7 @@ def test_a_killed_process_ends_the_others() -> None:
     assert "goes on from the last complete checkpoint" in said[0]
 
 
+@pytest.mark.slow
 def test_processes_that_it_had_forked_do_not_hide_its_end() -> None:
     first, second = start_together(2, "tests.launch.peer_program", "with_workers")
     first.communicate(40)
@@ -64,6 +65,7 @@ def test_a_collective_operation_says_who_is_missing() -> None:
     assert re.search(r"process 1 \(.*\) has ended without a message", said[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_an_operation_that_times_out_says_who_hangs_and_where(processes: int) -> None:
     """All others wait in the same operation; each names it, the step, and the function in which the process hangs."""

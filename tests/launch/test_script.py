@@ -251,6 +251,7 @@ def slurm_run(folder: Path, *arguments: object, **environment: str) -> subproces
     return subprocess.run(given, cwd=folder, env=values, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_positional_form_of_the_original(tmp_path: Path) -> None:
     done = slurm_run(
         tmp_path, 16, 8, "pretrain", "reserved", "gpu", "./train.py", DEBUG, "steps=9", OPTIONS="--time 60"

@@ -8,6 +8,7 @@ from mm_interleaved import MMInterleavedConfig
 from mm_interleaved.model.cost import measure
 
 
+@pytest.mark.slow
 def test_release_costs() -> None:
     cost = measure(MMInterleavedConfig.preset("release"), images=5)
     head, output_proj, folded = 32002 * 5120 + 2 * 5120, 10 * 1024 * 5120, 10 * 5120 * 640
@@ -20,6 +21,7 @@ def test_release_costs() -> None:
     assert cost.parts[0].trainable == 1_465_276_208
 
 
+@pytest.mark.slow
 def test_cost_of_small_grows_with_steps() -> None:
     one, two = (measure(MMInterleavedConfig.preset("debug"), steps=s) for s in (10, 20))
     assert two.draw_image - one.draw_image == 10 * one.draw_step

@@ -49,6 +49,7 @@ def debug_work(debug_config: MMInterleavedConfig) -> ModelWork:
     return ModelWork.of(settings(), debug_config)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_tensors_of_a_step(plain: Plan) -> None:
     loaded = load("debug")
     model, config = loaded.model.train(), settings()

@@ -103,6 +103,7 @@ def test_groups_and_frozen_parts(settings, base: Path) -> None:
     assert any("lm_head" in name for name in groups[1].parameters)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_further(settings, base: Path, tmp_path: Path) -> None:
     train(settings(*on(base, "steps=2"), run="first"), TOKENIZER, "cpu")
     first = tmp_path / "first/final"

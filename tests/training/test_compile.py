@@ -16,6 +16,7 @@ from mm_interleaved.training.checkpointing import enable_checkpointing
 from mm_interleaved.training.run import compile_regions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selective", [False, True], ids=["all anew", "some kept"])
 @pytest.mark.parametrize(
     "backend", ["plain", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason=""))]

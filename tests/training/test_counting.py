@@ -48,6 +48,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=2e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
     expected, whole = alone("unequal", 8, tmp_path, GLOBAL)
     for rows in (4, 1):

@@ -76,6 +76,7 @@ def test_fsdp_divides_what_is_stored(plain: MemoryEstimate, debug_config: MMInte
     assert "on each of 4 GPUs" in str(divided)
 
 
+@pytest.mark.slow
 def test_deepspeed_keeps_weights_in_half_precision(plain: MemoryEstimate, debug_config: MMInterleavedConfig) -> None:
     trained = plain.parts["optimizer"] // 8
     zero = settings(deepspeed=str(ZERO1))

@@ -29,6 +29,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 PUSH = ("steps=1", "save_every=1", "push_to_hub.repo=me/toy")
 
 
+@pytest.mark.slow
 def test_the_final_model_is_pushed_once(settings, tmp_path: Path, hub: FakeHub, capsys) -> None:
     train(settings(*PUSH), TOKENIZER, "cpu", Colors)
     pushed = hub.root / "me/toy"

@@ -203,6 +203,7 @@ def own_data(recipe: str, folder: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_on_data_in_the_official_layout(
     recipe: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -291,6 +292,7 @@ def test_the_page_shows_what_is_learned(mmi: Callable[..., Outcome], tmp_path: P
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # it needs no other file
 
 
+@pytest.mark.slow
 def test_boxes_are_drawn_on_the_image_that_they_are_in(mmi: Callable[..., Outcome], tmp_path: Path) -> None:
     """Two images whose boxes are stated after both, in a document and in a conversation; also flipped."""
     own_data("own-documents", tmp_path / "own")
@@ -327,6 +329,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_a_warm_up_as_long_as_the_run_is_told(mmi: Callable[..., Outcome], tmp_path: Path) -> None:
     own_data("own-folder", tmp_path / "own")
     for warmup, told in ((1, False), (2, True)):

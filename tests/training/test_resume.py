@@ -201,6 +201,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_manifest(trained: Path, tmp_p
     assert find_damage(newest) == "scheduler.pt is missing"
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_goes_on_exactly_and_is_checked(settings, tmp_path: Path) -> None:
     """Written in the background by a process with whole weights, which are not in a model file."""
     sharded = ["sharded_checkpoints=true", "async_checkpoints=true", "ema.decay=0.9", "save_every=1", "log_every=1",

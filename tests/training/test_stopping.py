@@ -62,6 +62,7 @@ def names(run: Path) -> list[str]:
     return [folder.name for folder in list_checkpoints(run)]
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_nothing_improves(scripted: Scripted, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     values = [10.0, 30.0, 20.0, 30.0, 90.0]
@@ -81,6 +82,7 @@ def test_a_run_stops_when_nothing_improves(scripted: Scripted, tmp_path: Path, c
     assert os.readlink(run / "best") == "checkpoint-5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "changes", "metric", "best", "last"),
     [
