@@ -164,7 +164,8 @@ def test_adapters_take_turns(model: MMInterleaved, processor: MMInterleavedProce
             await engine.submit(replace(request(0), adapter="three"))
 
     with_engine(model, processor, work, rows=4, adapters=adapters, without_adapter=lambda: used.append(None))
-    assert used == ["one", None, "two"]
+    # the second request without an adapter may arrive before or after those with "two" are chosen
+    assert used in (["one", None, "two"], ["one", "two", None])
 
 
 def test_memory_limits_the_rows(model: MMInterleaved, processor: MMInterleavedProcessor) -> None:
